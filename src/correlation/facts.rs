@@ -1,0 +1,187 @@
+//! Facts that come in from outside: disks, definitions of exports, what the store remembers.
+
+use std::collections::BTreeSet;
+use std::fmt;
+
+use crate::identity::{Identity, VolumeId};
+
+/// The longest export name, in bytes (NBD proto.md, "Values": strings SHOULD NOT exceed 4096 bytes).
+pub const EXPORT_NAME_BYTES_MAX: usize = 4096;
+
+/// A valid export name: 1 to 4,096 bytes of UTF-8 without control characters.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ExportName(std::sync::Arc<str>);
+
+/// Why a string is no export name.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ExportNameError {
+    #[error("an export name cannot be empty")]
+    Empty,
+    #[error("an export name has at most {EXPORT_NAME_BYTES_MAX} bytes, this one has {0}")]
+    TooLong(usize),
+    #[error("an export name cannot contain the control character U+{0:04X}")]
+    Control(u32),
+}
+
+impl ExportName {
+    pub fn parse(text: &str) -> Result<ExportName, ExportNameError> {
+        if text.is_empty() {
+            return Err(ExportNameError::Empty);
+        }
+        if text.len() > EXPORT_NAME_BYTES_MAX {
+            return Err(ExportNameError::TooLong(text.len()));
+        }
+        if let Some(c) = text.chars().find(|c| c.is_control()) {
+            return Err(ExportNameError::Control(c.into()));
+        }
+        Ok(ExportName(text.into()))
+    }
+
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for ExportName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// A kernel device number (`dev_t`). The same number is given to the next disk of that name, so it
+/// never identifies a disk without its [`DiskSeq`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct DeviceNumber {
+    pub major: u32,
+    pub minor: u32,
+}
+
+impl fmt::Display for DeviceNumber {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.major, self.minor)
+    }
+}
+
+/// The kernel's disk sequence number (Linux ≥ 5.15, `/sys/block/X/diskseq`): one attachment of a disk within
+/// one boot. It only grows, and 0 is never used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct DiskSeq(pub u64);
+
+impl fmt::Display for DiskSeq {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// A device node's path, `/dev/vdb`. What it names can change at any time.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct DeviceNode(pub String);
+
+impl fmt::Display for DeviceNode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// Counts observations of the machine. Facts that were read before a newer observation of the same
+/// device are stale and are dropped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
+pub struct Mark(pub u64);
+
+/// What is known of a disk's identities.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Reading {
+    /// Read, and complete; may be empty.
+    Known(BTreeSet<Identity>),
+    /// Not read (yet): it took too long, or the kernel refused. What was known before stays.
+    Unknown(String),
+}
+
+/// One attached disk as the kernel shows it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DiskFacts {
+    pub node: DeviceNode,
+    pub number: DeviceNumber,
+    pub diskseq: DiskSeq,
+    /// Bytes.
+    pub size: u64,
+    pub read_only: bool,
+    pub identities: Reading,
+    /// As shown to people; identities decide.
+    pub serial: String,
+    pub wwid: String,
+    pub model: String,
+    /// Who holds the disk (md, multipath, LVM); empty when no one. A disk that is a member of a
+    /// multipath or md device is no candidate.
+    pub holders: Vec<String>,
+    /// Its owner asked it to go and waits for us to close it (the loop driver's `autoclear`).
+    pub leaving: bool,
+}
+
+/// Who defined an export.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Source {
+    Config,
+    Dbus,
+}
+
+impl Source {
+    pub fn name(self) -> &'static str {
+        match self {
+            Source::Config => "config",
+            Source::Dbus => "dbus",
+        }
+    }
+}
+
+/// An export as someone wants it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Definition {
+    pub name: ExportName,
+    pub volume: VolumeId,
+    pub read_only: bool,
+    /// A second writable export of the same volume is allowed when all of them say so.
+    pub share: bool,
+    pub source: Source,
+}
+
+/// The kernel's boot id; diskseq starts again with each.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct BootId(pub String);
+
+/// Durable: this attachment was given up by `PrepareDetach`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Release {
+    /// The volume as the caller named it.
+    pub volume: VolumeId,
+    pub diskseq: DiskSeq,
+    pub boot: BootId,
+}
+
+/// Durable: several disks claimed this export's volume.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Conflict {
+    pub export: ExportName,
+    /// Whom the export served when the second came; `None` when they were found together.
+    pub first: Option<DiskSeq>,
+    pub boot: BootId,
+}
+
+/// What the store holds at start.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Remembered {
+    pub exports: Vec<Definition>,
+    pub releases: Vec<Release>,
+    pub conflicts: Vec<Conflict>,
+}
+
+/// One change of the store. All changes of one order are one transaction.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Change {
+    PutExport(Definition),
+    DeleteExport(ExportName),
+    PutRelease(Release),
+    DeleteRelease { diskseq: DiskSeq, boot: BootId },
+    PutConflict(Conflict),
+    DeleteConflict(ExportName),
+}

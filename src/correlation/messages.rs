@@ -1,0 +1,310 @@
+//! What the middle is told and what it orders: events in, actions out, requests and their replies.
+
+use std::time::Duration;
+
+use super::facts::{
+    Change, Definition, DeviceNode, DeviceNumber, DiskFacts, DiskSeq, ExportName, Mark,
+};
+use crate::identity::{Identity, VolumeId};
+
+/// Which open an answer belongs to. An answer with an old ticket is ignored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Ticket(pub u64);
+
+/// Which caller a reply goes to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct RequestId(pub u64);
+
+/// Grows by one each time an export is bound to an opened disk; starts at 1.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
+pub struct Generation(pub u64);
+
+/// What happened.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Event {
+    /// Facts of one disk, whose reading began at `mark`.
+    DiskSeen { mark: Mark, facts: DiskFacts },
+    /// The kernel removed the device, or it holds no disk now. `diskseq` may be missing.
+    DiskGone {
+        mark: Mark,
+        number: DeviceNumber,
+        diskseq: Option<DiskSeq>,
+    },
+    /// Everything that is attached, complete; its reading began at `mark`.
+    Surveyed { mark: Mark, disks: Vec<DiskFacts> },
+    /// Answer to `Action::OpenDisk`.
+    DiskOpened {
+        ticket: Ticket,
+        result: Result<OpenedDisk, OpenRefusal>,
+    },
+    /// Answer to `Action::EndLease`, once or, after `TimedOut`, twice.
+    LeaseEnded {
+        export: ExportName,
+        generation: Generation,
+        end: LeaseEnd,
+    },
+    /// Answer to `Action::Persist`.
+    Persisted {
+        request: RequestId,
+        result: Result<(), String>,
+    },
+    /// A caller asks.
+    Asked { request: RequestId, what: Request },
+    /// The definitions in the configuration files, complete.
+    Configured { exports: Vec<Definition> },
+    /// `Correlation::deadline` has come.
+    TimePassed,
+    /// The daemon is to stop: drain everything.
+    Stopping,
+}
+
+/// What was found on the disk that was opened.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OpenedDisk {
+    /// Bytes, read twice on the opened device.
+    pub size: u64,
+    pub read_only: bool,
+}
+
+/// Why an open did not succeed.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum OpenRefusal {
+    /// Another disk, or none, is behind the node now: a new survey tells.
+    #[error("{0}")]
+    Changed(String),
+    /// Mounted, or claimed by another program or driver.
+    #[error("{0}")]
+    Busy(String),
+    /// It did not answer in time.
+    #[error("{0}")]
+    TimedOut(String),
+    /// Anything else the kernel said.
+    #[error("{0}")]
+    Kernel(String),
+}
+
+/// How a lease ended, or did not yet.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum LeaseEnd {
+    /// Fenced, drained, flushed, closed.
+    Closed,
+    /// As `Closed`, but the last flush failed: writes that were not flushed may be lost.
+    ClosedUnflushed(String),
+    /// Fenced and cut, but the disk has not given up these requests: an orphan. `Closed` or
+    /// `ClosedUnflushed` follows when it does.
+    TimedOut { in_flight: u32, holding: String },
+}
+
+/// How a lease is to end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum EndHow {
+    /// Stop reading requests, answer those in flight, flush, close; a cut at the deadline (from now).
+    Drain { within: Duration },
+    /// Fence, shut the sockets, wait for what is in flight (an orphan after `within`), close.
+    Cut { within: Duration },
+}
+
+/// Why an export isn't served, as a client is told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RefusalKind {
+    /// NBD_REP_ERR_UNKNOWN
+    NotAvailable,
+    /// NBD_REP_ERR_POLICY
+    Policy,
+    /// NBD_REP_ERR_SHUTDOWN
+    ShuttingDown,
+}
+
+/// What is to be done. Those with a ticket, generation or request bring back an event.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Action {
+    OpenDisk(OpenDisk),
+    /// The opened disk of this ticket is not wanted: close it.
+    DropOpened {
+        ticket: Ticket,
+    },
+    /// Serve the opened disk of `ticket` under `export`.
+    Serve {
+        export: ExportName,
+        ticket: Ticket,
+        generation: Generation,
+        read_only: bool,
+    },
+    /// Answer new clients of `export` with this; sessions that exist go on.
+    Refuse {
+        export: ExportName,
+        kind: RefusalKind,
+        reason: String,
+    },
+    /// New clients of the export that is being served are welcome again.
+    Unseal {
+        export: ExportName,
+        generation: Generation,
+    },
+    /// Take the name out of LIST.
+    Forget {
+        export: ExportName,
+    },
+    EndLease {
+        export: ExportName,
+        generation: Generation,
+        how: EndHow,
+    },
+    Persist {
+        request: RequestId,
+        changes: Vec<Change>,
+    },
+    Reply {
+        request: RequestId,
+        reply: Result<Reply, RequestError>,
+    },
+    /// Start a survey; the model is in doubt.
+    Survey {
+        reason: &'static str,
+    },
+    Tell(Notice),
+    /// One decision in words, for the log.
+    Log(Decision),
+}
+
+/// Orders an open with everything that has to hold on the opened device (invariant 3).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OpenDisk {
+    pub ticket: Ticket,
+    pub export: ExportName,
+    pub node: DeviceNode,
+    pub number: DeviceNumber,
+    pub diskseq: DiskSeq,
+    /// Read again on the opened device; this one has to be there.
+    pub identity: Identity,
+    pub write: bool,
+    /// From now; after it the answer is ignored.
+    pub within: Duration,
+}
+
+/// One line of log: why an export or a volume is where it is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Decision {
+    pub level: Level,
+    pub what: &'static str,
+    pub export: Option<ExportName>,
+    pub volume: String,
+    pub node: String,
+    pub diskseq: u64,
+    pub generation: u64,
+    pub reason: String,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Level {
+    Debug,
+    Info,
+    Warn,
+}
+
+/// What subscribers are told, in this order, after the views of the objects have been brought up to date.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Notice {
+    /// Properties of the export changed, or it came or went: look at its view.
+    Export(ExportName),
+    /// Properties of the disk changed, or it came or went: look at its view.
+    Disk(DiskSeq),
+    Attached {
+        diskseq: DiskSeq,
+        id: String,
+        node: DeviceNode,
+    },
+    Detached {
+        diskseq: DiskSeq,
+        id: String,
+        node: DeviceNode,
+    },
+    Renamed {
+        diskseq: DiskSeq,
+        id: String,
+        old: DeviceNode,
+        new: DeviceNode,
+    },
+    Resized {
+        diskseq: DiskSeq,
+        id: String,
+        old: u64,
+        new: u64,
+    },
+    ExportState {
+        export: ExportName,
+        old: &'static str,
+        new: &'static str,
+        reason: String,
+    },
+    IdentityConflict {
+        id: String,
+        disks: Vec<DiskSeq>,
+    },
+}
+
+/// What a caller may ask of the middle.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Request {
+    /// Answers when the export serves, or `NotReady` after `wait`, with the definition kept.
+    AddExport {
+        definition: Definition,
+        wait: Duration,
+    },
+    /// `hard` cuts the clients off, otherwise they are drained within `within`.
+    RemoveExport {
+        name: ExportName,
+        hard: bool,
+        within: Duration,
+    },
+    /// Answers when the volume's disk is closed (`Reply::Done`). `hard` cuts rather than drains.
+    PrepareDetach {
+        volume: VolumeId,
+        hard: bool,
+        within: Duration,
+    },
+    CancelDetach {
+        volume: VolumeId,
+    },
+    ResolveConflict {
+        name: ExportName,
+        diskseq: DiskSeq,
+    },
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Reply {
+    Done,
+    Added { name: ExportName, created: bool },
+}
+
+/// Why a request was not carried out. The variants are the D-Bus error names.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum RequestError {
+    #[error("{0}")]
+    NotFound(String),
+    #[error("{0}")]
+    AlreadyExists(String),
+    #[error("{0}")]
+    Ambiguous(String),
+    #[error("{0}")]
+    IdentityMismatch(String),
+    #[error("{0}")]
+    DeviceBusy(String),
+    #[error("{0}")]
+    NotReady(String),
+    #[error("{0}")]
+    InUse(String),
+    #[error("{0}")]
+    InvalidArgument(String),
+    #[error("{0}")]
+    InvalidConfig(String),
+    #[error("{0}")]
+    NotAuthorized(String),
+    #[error("{0}")]
+    NotSupported(String),
+    #[error("{0}")]
+    TimedOut(String),
+    #[error("{0}")]
+    Failed(String),
+}

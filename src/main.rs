@@ -1,0 +1,3 @@
+//! Parses the command line and calls one command.
+
+fn main() {}
