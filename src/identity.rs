@@ -87,10 +87,7 @@ impl VolumeId {
     /// Parses `profile:id`.
     pub fn parse(text: &str) -> Result<VolumeId, VolumeIdError> {
         match text.split_once(':') {
-            Some(("loop", id)) => Ok(VolumeId {
-                profile: "loop",
-                id: id.to_owned(),
-            }),
+            Some(("loop", id)) => Ok(VolumeId { profile: "loop", id: id.to_owned() }),
             _ => Err(VolumeIdError::UnknownProfile(text.to_owned())),
         }
     }
@@ -105,11 +102,7 @@ impl VolumeId {
 
     /// The finite set of identities by which a disk is this volume.
     pub fn candidates(&self) -> std::collections::BTreeSet<Identity> {
-        [Identity {
-            scheme: Scheme::Loop,
-            value: self.id.clone(),
-        }]
-        .into()
+        [Identity { scheme: Scheme::Loop, value: self.id.clone() }].into()
     }
 }
 
@@ -131,9 +124,11 @@ pub fn identities(attributes: &Attributes) -> std::collections::BTreeSet<Identit
     attributes
         .backing_file
         .iter()
-        .map(|path| Identity {
-            scheme: Scheme::Loop,
-            value: path.clone(),
-        })
+        .map(|path| Identity { scheme: Scheme::Loop, value: path.clone() })
         .collect()
+}
+
+/// The identity that names a disk: the first by precedence of scheme.
+pub fn primary(identities: &std::collections::BTreeSet<Identity>) -> Option<&Identity> {
+    identities.first()
 }

@@ -1,0 +1,204 @@
+//! The disks of the machine as last observed, found by device number, by diskseq and by identity. PURE.
+//!
+//! Decides which of two observations is newer, and nothing about exports.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::facts::{DeviceNumber, DiskFacts, DiskSeq, Mark, Reading};
+use crate::identity::{self, Identity};
+
+/// One attached disk.
+#[derive(Debug, Clone)]
+pub(super) struct Disk {
+    pub facts: DiskFacts,
+    /// What is known of its identity, also while a newer reading is outstanding.
+    pub identities: BTreeSet<Identity>,
+    /// Its identity has been read at least once, so subscribers were told of it.
+    pub announced: bool,
+    /// What the last open that met a busy device said.
+    pub busy: String,
+}
+
+impl Disk {
+    /// `scheme:value` by precedence, or empty.
+    pub fn id(&self) -> String {
+        identity::primary(&self.identities).map(ToString::to_string).unwrap_or_default()
+    }
+
+    /// Members of a multipath or md device are never candidates; what is built on them may be.
+    pub fn is_member(&self) -> bool {
+        self.facts.holders.iter().any(|holder| holder.starts_with("md") || holder.contains("mpath"))
+    }
+}
+
+/// What an observation changed.
+#[derive(Debug)]
+pub(super) enum DiskChange {
+    Came(DiskSeq),
+    Changed { diskseq: DiskSeq, before: Box<Disk> },
+    Left(Box<Disk>),
+}
+
+#[derive(Debug, Clone, Default)]
+pub(super) struct Disks {
+    disks: BTreeMap<DiskSeq, Disk>,
+    by_number: BTreeMap<DeviceNumber, DiskSeq>,
+    by_identity: BTreeMap<Identity, BTreeSet<DiskSeq>>,
+    /// The newest observation of each device number. Pruned by each survey.
+    touched: BTreeMap<DeviceNumber, Mark>,
+}
+
+impl Disks {
+    pub fn get(&self, diskseq: DiskSeq) -> Option<&Disk> {
+        self.disks.get(&diskseq)
+    }
+
+    pub fn get_mut(&mut self, diskseq: DiskSeq) -> Option<&mut Disk> {
+        self.disks.get_mut(&diskseq)
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = (DiskSeq, &Disk)> {
+        self.disks.iter().map(|(diskseq, disk)| (*diskseq, disk))
+    }
+
+    /// The disks that present one of these identities.
+    pub fn presenting(&self, candidates: &BTreeSet<Identity>) -> BTreeSet<DiskSeq> {
+        candidates.iter().filter_map(|c| self.by_identity.get(c)).flatten().copied().collect()
+    }
+
+    /// True while another attached disk has the same name by precedence.
+    pub fn has_twin(&self, disk: &Disk) -> bool {
+        identity::primary(&disk.identities)
+            .and_then(|id| self.by_identity.get(id))
+            .is_some_and(|sharers| sharers.len() > 1)
+    }
+
+    pub fn seen(&mut self, mark: Mark, facts: DiskFacts) -> Vec<DiskChange> {
+        if self.is_stale(facts.number, mark) {
+            return Vec::new();
+        }
+        self.touched.insert(facts.number, mark);
+        let mut changes = Vec::new();
+        // The number was given to another disk: the one that had it is gone, told or not (invariant 4).
+        if let Some(&tenant) = self.by_number.get(&facts.number)
+            && tenant != facts.diskseq
+        {
+            changes.extend(self.remove(tenant));
+        }
+        // A disk under another number: one diskseq is one disk, so it was renumbered; that has no right to keep its lease.
+        if let Some(known) = self.disks.get(&facts.diskseq)
+            && known.facts.number != facts.number
+        {
+            changes.extend(self.remove(facts.diskseq));
+        }
+        changes.extend(self.put(facts));
+        changes
+    }
+
+    pub fn gone(&mut self, mark: Mark, number: DeviceNumber, diskseq: Option<DiskSeq>) -> Vec<DiskChange> {
+        if self.is_stale(number, mark) {
+            return Vec::new();
+        }
+        self.touched.insert(number, mark);
+        match (self.by_number.get(&number).copied(), diskseq) {
+            // The number already belongs to a later disk: this tells of the one before it.
+            (Some(tenant), Some(told)) if tenant > told => Vec::new(),
+            (Some(tenant), _) => self.remove(tenant).into_iter().collect(),
+            (None, _) => Vec::new(),
+        }
+    }
+
+    /// Makes the model equal to the machine (invariant 4), but for what was observed after `mark`.
+    pub fn surveyed(&mut self, mark: Mark, disks: Vec<DiskFacts>) -> Vec<DiskChange> {
+        let present: BTreeSet<(DeviceNumber, DiskSeq)> =
+            disks.iter().map(|facts| (facts.number, facts.diskseq)).collect();
+        let missing: Vec<DiskSeq> = self
+            .disks
+            .values()
+            .filter(|disk| !present.contains(&(disk.facts.number, disk.facts.diskseq)))
+            .filter(|disk| !self.is_stale(disk.facts.number, mark))
+            .map(|disk| disk.facts.diskseq)
+            .collect();
+        let mut changes: Vec<DiskChange> =
+            missing.into_iter().filter_map(|diskseq| self.remove(diskseq)).collect();
+        for facts in disks {
+            changes.extend(self.seen(mark, facts));
+        }
+        let by_number = &self.by_number;
+        self.touched.retain(|number, touched| *touched > mark || by_number.contains_key(number));
+        changes
+    }
+
+    fn is_stale(&self, number: DeviceNumber, mark: Mark) -> bool {
+        self.touched.get(&number).is_some_and(|touched| *touched > mark)
+    }
+
+    fn put(&mut self, facts: DiskFacts) -> Option<DiskChange> {
+        let diskseq = facts.diskseq;
+        let before = self.disks.get(&diskseq).cloned();
+        let identities = match (&facts.identities, &before) {
+            (Reading::Known(identities), _) => identities.clone(),
+            (Reading::Unknown(_), Some(before)) => before.identities.clone(),
+            (Reading::Unknown(_), None) => BTreeSet::new(),
+        };
+        self.unindex(diskseq);
+        for identity in &identities {
+            self.by_identity.entry(identity.clone()).or_default().insert(diskseq);
+        }
+        self.by_number.insert(facts.number, diskseq);
+        let disk = Disk {
+            announced: before.as_ref().is_some_and(|before| before.announced),
+            busy: before.as_ref().map(|before| before.busy.clone()).unwrap_or_default(),
+            facts,
+            identities,
+        };
+        let change = match before {
+            None => Some(DiskChange::Came(diskseq)),
+            Some(before) if before.facts == disk.facts && before.identities == disk.identities => None,
+            Some(before) => Some(DiskChange::Changed { diskseq, before: Box::new(before) }),
+        };
+        self.disks.insert(diskseq, disk);
+        change
+    }
+
+    fn remove(&mut self, diskseq: DiskSeq) -> Option<DiskChange> {
+        self.unindex(diskseq);
+        let disk = self.disks.remove(&diskseq)?;
+        if self.by_number.get(&disk.facts.number) == Some(&diskseq) {
+            self.by_number.remove(&disk.facts.number);
+        }
+        Some(DiskChange::Left(Box::new(disk)))
+    }
+
+    fn unindex(&mut self, diskseq: DiskSeq) {
+        let Some(disk) = self.disks.get(&diskseq) else { return };
+        for identity in &disk.identities {
+            if let Some(sharers) = self.by_identity.get_mut(identity) {
+                sharers.remove(&diskseq);
+                if sharers.is_empty() {
+                    self.by_identity.remove(identity);
+                }
+            }
+        }
+    }
+
+    /// The indexes say what the disks say.
+    pub fn check(&self) -> Result<(), String> {
+        for (diskseq, disk) in &self.disks {
+            if self.by_number.get(&disk.facts.number) != Some(diskseq) {
+                return Err(format!("disk {diskseq} is not found by its number {}", disk.facts.number));
+            }
+            for identity in &disk.identities {
+                if !self.by_identity.get(identity).is_some_and(|sharers| sharers.contains(diskseq)) {
+                    return Err(format!("disk {diskseq} is not found by {identity}"));
+                }
+            }
+        }
+        let indexed: usize = self.by_identity.values().map(BTreeSet::len).sum();
+        let presented: usize = self.disks.values().map(|disk| disk.identities.len()).sum();
+        if self.by_number.len() != self.disks.len() || indexed != presented {
+            return Err("an index names a disk that is gone".to_owned());
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,192 @@
+//! What follows from a change in the machine's disks.
+
+use super::binding::{Binding, Failure};
+use super::disks::{Disk, DiskChange};
+use super::{
+    Action, Change, Correlation, Decision, DiskFacts, DiskSeq, INTERNAL, Level, Mark, Notice, Reading, Timer,
+};
+
+/// Volumes whose last node is remembered; past it the first by name are forgotten, which costs a signal `VolumeRenamed`.
+const LAST_NODES_MAX: usize = 65_536;
+
+impl Correlation {
+    pub(super) fn on_surveyed(&mut self, mark: Mark, disks: Vec<DiskFacts>, routine: bool) {
+        let changes = self.disks.surveyed(mark, disks);
+        if routine && self.surveyed && !changes.is_empty() {
+            self.out.push(Action::Log(Decision {
+                level: Level::Warn,
+                what: "survey",
+                export: None,
+                volume: String::new(),
+                node: String::new(),
+                diskseq: 0,
+                generation: 0,
+                reason: format!(
+                    "a routine survey found {} changes that no event had told: events are being lost",
+                    changes.len()
+                ),
+            }));
+        }
+        let first = !self.surveyed;
+        self.surveyed = true;
+        if first {
+            self.recall_releases();
+        }
+        self.observe(changes);
+        if first {
+            let names: Vec<_> = self.exports.keys().cloned().collect();
+            for name in names {
+                self.settle(&name);
+            }
+        }
+    }
+
+    pub(super) fn observe(&mut self, changes: Vec<DiskChange>) {
+        for change in changes {
+            match change {
+                DiskChange::Came(diskseq) => {
+                    self.announce(diskseq);
+                    self.tell_disk(diskseq);
+                    self.settle_disk(diskseq, None);
+                }
+                DiskChange::Changed { diskseq, before } => {
+                    self.announce(diskseq);
+                    self.tell_resized(diskseq, &before);
+                    self.tell_disk(diskseq);
+                    self.retry_failed(diskseq);
+                    self.settle_disk(diskseq, Some(&before));
+                }
+                DiskChange::Left(disk) => self.disk_left(&disk),
+            }
+        }
+    }
+
+    /// Tells of a disk once its identity is known: before that no one could say which it is.
+    fn announce(&mut self, diskseq: DiskSeq) {
+        let Some(disk) = self.disks.get_mut(diskseq) else { return };
+        if disk.announced || !matches!(disk.facts.identities, Reading::Known(_)) {
+            return;
+        }
+        disk.announced = true;
+        let (id, node) = (disk.id(), disk.facts.node.clone());
+        self.out.push(Action::Tell(Notice::Disk(diskseq)));
+        self.out.push(Action::Tell(Notice::Attached { diskseq, id: id.clone(), node: node.clone() }));
+        self.log_disk(diskseq, "attached", String::new());
+        if id.is_empty() {
+            return;
+        }
+        if let Some(old) = self.last_nodes.insert(id.clone(), node.clone())
+            && old != node
+        {
+            self.out.push(Action::Tell(Notice::Renamed { diskseq, id, old, new: node }));
+        }
+        if self.last_nodes.len() > LAST_NODES_MAX {
+            self.last_nodes.pop_first();
+        }
+    }
+
+    fn tell_resized(&mut self, diskseq: DiskSeq, before: &Disk) {
+        let Some(disk) = self.disks.get(diskseq) else { return };
+        if disk.announced && disk.facts.size != before.facts.size {
+            let (old, new) = (before.facts.size, disk.facts.size);
+            self.out.push(Action::Tell(Notice::Resized { diskseq, id: disk.id(), old, new }));
+            self.log_disk(diskseq, "resized", format!("from {old} to {new} bytes"));
+        }
+    }
+
+    fn tell_disk(&mut self, diskseq: DiskSeq) {
+        self.out.push(Action::Tell(Notice::Disk(diskseq)));
+        // A twin changes how the other one is named.
+        let Some(disk) = self.disks.get(diskseq) else { return };
+        for twin in self.disks.presenting(&disk.identities) {
+            if twin != diskseq {
+                self.out.push(Action::Tell(Notice::Disk(twin)));
+            }
+        }
+    }
+
+    fn disk_left(&mut self, disk: &Disk) {
+        let diskseq = disk.facts.diskseq;
+        // A release ends with the removal of its disk.
+        if self.released.remove(&diskseq).is_some() {
+            let boot = self.settings.boot.clone();
+            let changes = vec![Change::DeleteRelease { diskseq, boot }];
+            self.out.push(Action::Persist { request: INTERNAL, changes });
+        }
+        for name in self.exports_of(&disk.identities) {
+            self.settle(&name);
+        }
+        if disk.announced {
+            let (id, node) = (disk.id(), disk.facts.node.clone());
+            self.out.push(Action::Log(Decision {
+                level: Level::Info,
+                what: "detached",
+                export: None,
+                volume: id.clone(),
+                node: node.to_string(),
+                diskseq: diskseq.0,
+                generation: 0,
+                reason: String::new(),
+            }));
+            self.out.push(Action::Tell(Notice::Detached { diskseq, id, node }));
+        }
+        self.out.push(Action::Tell(Notice::Disk(diskseq)));
+        for twin in self.disks.presenting(&disk.identities) {
+            self.out.push(Action::Tell(Notice::Disk(twin)));
+        }
+    }
+
+    /// Settles every export that this disk concerns, or did.
+    fn settle_disk(&mut self, diskseq: DiskSeq, before: Option<&Disk>) {
+        let Some(disk) = self.disks.get(diskseq) else { return };
+        let mut names = self.exports_of(&disk.identities);
+        if let Some(before) = before {
+            names.extend(self.exports_of(&before.identities));
+        }
+        for name in names {
+            self.settle(&name);
+        }
+    }
+
+    /// Other facts, so a failed open of this disk may go otherwise now.
+    fn retry_failed(&mut self, diskseq: DiskSeq) {
+        let Some(disk) = self.disks.get(diskseq) else { return };
+        for name in self.exports_of(&disk.identities) {
+            let Some(export) = self.exports.get_mut(&name) else { continue };
+            if let Binding::Failed { diskseq: Some(failed), failure: Failure::Open | Failure::Busy, .. } =
+                export.binding
+                && failed == diskseq
+            {
+                export.attempts = 0;
+                export.due = Some(self.now);
+                self.timers.insert((self.now, Timer::Export(name)));
+            }
+        }
+    }
+
+    /// Takes up the releases that the store remembers: those of this boot whose disk is still there.
+    fn recall_releases(&mut self) {
+        for release in std::mem::take(&mut self.remembered_releases) {
+            if release.boot == self.settings.boot && self.disks.get(release.diskseq).is_some() {
+                self.release(release.diskseq, release.volume);
+            } else {
+                let changes = vec![Change::DeleteRelease { diskseq: release.diskseq, boot: release.boot }];
+                self.out.push(Action::Persist { request: INTERNAL, changes });
+            }
+        }
+    }
+
+    pub(super) fn log_disk(&mut self, diskseq: DiskSeq, what: &'static str, reason: String) {
+        let Some(disk) = self.disks.get(diskseq) else { return };
+        self.out.push(Action::Log(Decision {
+            level: Level::Info,
+            what,
+            export: None,
+            volume: disk.id(),
+            node: disk.facts.node.to_string(),
+            diskseq: diskseq.0,
+            generation: 0,
+            reason,
+        }));
+    }
+}

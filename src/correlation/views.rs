@@ -1,0 +1,71 @@
+//! Pictures of the model for those who publish it.
+
+use super::{Correlation, DiskSeq, DiskView, ExportName, ExportView};
+use crate::identity::VolumeId;
+
+impl Correlation {
+    pub fn export_names(&self) -> impl Iterator<Item = &ExportName> {
+        self.exports.keys()
+    }
+
+    pub fn diskseqs(&self) -> impl Iterator<Item = DiskSeq> {
+        self.disks.iter().map(|(diskseq, _)| diskseq)
+    }
+
+    /// The attached disks that present an identity of this volume.
+    pub fn disks_of(&self, volume: &VolumeId) -> Vec<DiskSeq> {
+        self.disks.presenting(&volume.candidates()).into_iter().collect()
+    }
+
+    /// `None` when there is no such export.
+    pub fn export(&self, name: &ExportName) -> Option<ExportView> {
+        let export = self.exports.get(name)?;
+        let disk = export.binding.diskseq();
+        let held = export.binding.held();
+        let facts = disk.and_then(|diskseq| self.disks.get(diskseq)).map(|disk| &disk.facts);
+        Some(ExportView {
+            name: name.clone(),
+            state: export.binding.state(),
+            reason: export.binding.reason().to_owned(),
+            volume_id: export.definition.volume.to_string(),
+            disk,
+            node: facts.map(|facts| facts.node.clone()),
+            generation: export.generation,
+            size: held.map_or_else(|| facts.map_or(0, |facts| facts.size), |held| held.size),
+            read_only: held.map_or(export.definition.read_only, |held| held.read_only),
+            source: export.definition.source,
+        })
+    }
+
+    /// `None` when there is no such disk, or its identity has not been read yet.
+    pub fn disk(&self, diskseq: DiskSeq) -> Option<DiskView> {
+        let disk = self.disks.get(diskseq).filter(|disk| disk.announced)?;
+        let exports = self
+            .exports_of(&disk.identities)
+            .into_iter()
+            .filter(|name| {
+                self.exports
+                    .get(name)
+                    .and_then(|export| export.binding.held())
+                    .is_some_and(|held| held.diskseq == diskseq)
+            })
+            .collect();
+        let in_use =
+            if disk.facts.holders.is_empty() { disk.busy.clone() } else { disk.facts.holders.join(", ") };
+        Some(DiskView {
+            id: disk.id(),
+            twin: self.disks.has_twin(disk),
+            identities: disk.identities.iter().cloned().collect(),
+            serial: disk.facts.serial.clone(),
+            wwid: disk.facts.wwid.clone(),
+            node: disk.facts.node.clone(),
+            number: disk.facts.number,
+            diskseq,
+            size: disk.facts.size,
+            read_only: disk.facts.read_only,
+            model: disk.facts.model.clone(),
+            in_use,
+            exports,
+        })
+    }
+}
