@@ -190,7 +190,8 @@ impl Correlation {
         let how = if hard { EndHow::Cut { within } } else { EndHow::Drain { within } };
         let names = self.exports_of(&candidates);
         for name in &names {
-            if let Some(export) = self.exports.get_mut(name).filter(|export| export.binding.held().is_some()) {
+            if let Some(export) = self.exports.get_mut(name).filter(|export| export.binding.held().is_some())
+            {
                 export.ending = how;
             }
         }

@@ -1,0 +1,162 @@
+//! The only place where the edges and the middle meet: `next event → apply → perform`.
+//!
+//! One task of one thread owns the [`Correlation`](crate::correlation::Correlation) and is never made to wait: not by a disk, not by the store,
+//! not by the bus, not by a client (invariant 11). What takes time is handed to a thread or a task that
+//! answers with an event.
+
+mod control;
+mod log;
+mod perform;
+mod reload;
+mod sockets;
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use tokio::sync::mpsc;
+
+use crate::config::{self, Config};
+use crate::correlation::{Correlation, Event, Settings};
+use crate::dbus::{self, Bus};
+use crate::image::block::Claims;
+use crate::mapping::{Store, StoreError};
+use crate::nbd::{Door, Limits};
+use crate::udev;
+use control::Control;
+
+pub use sockets::ListenError;
+
+/// Events from udev that may wait for the loop. Past it the observer waits, and the kernel's socket buffer after it.
+const EVENTS_MAX: usize = 1_024;
+
+/// D-Bus calls that may wait for the loop. Past it callers are told that the daemon is busy.
+const COMMANDS_MAX: usize = 256;
+
+/// What `serve` was told on the command line; each overrides the configuration file.
+#[derive(Debug, Clone, Default)]
+pub struct Options {
+    /// A file, or a folder with `nbdtrack.toml` in it. Without one the defaults hold.
+    pub config: Option<PathBuf>,
+    pub listen: Option<Vec<String>>,
+    pub socket: Option<PathBuf>,
+    pub state: Option<PathBuf>,
+    pub bus: Option<String>,
+}
+
+/// Why the daemon could not start.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error(transparent)]
+    Read(#[from] config::ReadError),
+    /// Everything that is wrong in the configuration, a line each.
+    #[error("{}", .0.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"))]
+    Config(Vec<config::Problem>),
+    #[error("{what}: {text:?} is not valid: {reason}")]
+    Option { what: &'static str, text: String, reason: String },
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error(transparent)]
+    Listen(#[from] ListenError),
+    #[error(transparent)]
+    Bus(#[from] dbus::BusError),
+    #[error(transparent)]
+    Udev(#[from] udev::UdevError),
+    #[error("{what}: {source}")]
+    Kernel { what: &'static str, source: std::io::Error },
+}
+
+/// Runs the daemon in the foreground until SIGTERM or SIGINT.
+///
+/// # Errors
+/// What kept it from starting; once it serves, nothing from outside ends it.
+pub fn run(options: &Options) -> Result<(), Error> {
+    log::start();
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|source| Error::Kernel { what: "the event loop cannot start", source })?;
+    let outcome = runtime.block_on(serve(options));
+    // A hung disk can hold a thread of the blocking pool for ever; a stop does not wait for it.
+    runtime.shutdown_background();
+    outcome
+}
+
+/// The configuration with the command line's words in it.
+fn configure(options: &Options) -> Result<Config, Error> {
+    let mut config = match &options.config {
+        Some(path) => config::parse(&config::read(path)?).map_err(Error::Config)?,
+        None => Config::default(),
+    };
+    let server = &mut config.server;
+    if let Some(listen) = &options.listen {
+        let parse = |text: &String| {
+            text.parse::<SocketAddr>().map_err(|error| Error::Option {
+                what: "--listen",
+                text: text.clone(),
+                reason: format!("{error}; expected ADDRESS:PORT, such as 127.0.0.1:10809"),
+            })
+        };
+        server.listen = listen.iter().map(parse).collect::<Result<_, _>>()?;
+    }
+    if let Some(socket) = &options.socket {
+        server.socket = Some(socket.clone());
+    }
+    if let Some(state) = &options.state {
+        server.state.clone_from(state);
+    }
+    if let Some(bus) = &options.bus {
+        server.bus.clone_from(bus);
+    }
+    Ok(config)
+}
+
+async fn serve(options: &Options) -> Result<(), Error> {
+    let config = configure(options)?;
+    let bus = Bus::parse(&config.server.bus).map_err(|reason| Error::Option {
+        what: "bus",
+        text: config.server.bus.clone(),
+        reason: reason.to_string(),
+    })?;
+    raise_descriptor_limit();
+    let store = Store::open(&config.server.state).await?;
+    let remembered = store.load().await?;
+    let boot =
+        udev::boot_id().map_err(|source| Error::Kernel { what: "the boot id cannot be read", source })?;
+    // Bound before anything is opened, so that a port in use is told at once; accepted from after the first survey.
+    let sockets = sockets::bind(&config.server.listen, config.server.socket.as_deref())?;
+    let limits = Limits { connections_max: config.server.max_connections, ..Limits::default() };
+    let door =
+        Door::new(limits).map_err(|source| Error::Kernel { what: "the NBD server cannot start", source })?;
+
+    let mut settings = Settings::new(boot);
+    settings.detach_grace = config.server.detach_grace;
+    let drain_within = settings.drain_within;
+    let correlation = Correlation::new(settings, remembered);
+
+    let (command_sender, commands) = mpsc::channel(COMMANDS_MAX);
+    let (event_sender, events) = mpsc::channel(EVENTS_MAX);
+    let publisher = dbus::serve(&bus, command_sender).await?;
+    let udev_settings =
+        udev::Settings { survey_every: config.server.survey_interval, ..udev::Settings::default() };
+    let sysfs = udev_settings.sysfs.clone();
+    let observer = udev::observe(udev_settings, event_sender)?;
+
+    let mut control =
+        Control::new(correlation, door, store, publisher, observer, Arc::new(Claims::default()), sysfs, drain_within);
+    control.start(sockets);
+    control.apply(Event::Configured { exports: config.exports });
+    control.run(events, commands, options).await;
+    Ok(())
+}
+
+/// Each client and each disk is a descriptor; the soft limit is made for programs that use `select`.
+fn raise_descriptor_limit() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
+        && soft < hard
+        && let Err(error) = setrlimit(Resource::RLIMIT_NOFILE, hard, hard)
+    {
+        tracing::warn!(soft, hard, %error, "the limit of open files cannot be raised");
+    }
+}

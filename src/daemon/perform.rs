@@ -1,0 +1,139 @@
+//! Carrying out what the middle orders.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use super::control::{Control, Report, Write};
+use super::log;
+use crate::correlation::{
+    Action, DiskSeq, Event, ExportName, Notice, OpenDisk, Reply, RequestError, RequestId, Ticket,
+};
+use crate::dbus::{Answer, Publication};
+use crate::image::Image;
+use crate::image::block;
+use crate::udev;
+
+impl Control {
+    /// Carries out actions in their order; what is told goes to the bus as one batch after them.
+    pub fn carry_out(&mut self, actions: Vec<Action>) {
+        let mut notices = Vec::new();
+        let mut replies = Vec::new();
+        for action in actions {
+            match action {
+                Action::OpenDisk(order) => self.open_disk(order),
+                Action::DropOpened { ticket } => self.drop_opened(ticket),
+                Action::Serve { export, ticket, generation, read_only } => {
+                    let image =
+                        self.opened.remove(&ticket).expect("the middle serves a ticket once, after its open");
+                    self.door.serve(&export, generation, image, read_only);
+                }
+                Action::Refuse { export, kind, reason } => self.door.refuse(&export, kind, &reason),
+                Action::Unseal { export, generation } => self.door.unseal(&export, generation),
+                Action::Forget { export } => self.door.forget(&export),
+                Action::EndLease { export, generation, how } => {
+                    let reports = self.reports.clone();
+                    let name = export.clone();
+                    let report = move |end| {
+                        let event = Event::LeaseEnded { export: name.clone(), generation, end };
+                        // The loop is gone only when the daemon stops.
+                        let _stopped = reports.send(Report::Happened(event));
+                    };
+                    self.door.end_lease(&export, generation, how, Box::new(report));
+                }
+                Action::Persist { request, changes } => self.persist(request, changes),
+                Action::Reply { request, reply } => replies.push((request, reply)),
+                Action::Survey { reason } => self.observer.survey(reason),
+                Action::Tell(notice) => notices.push(notice),
+                Action::Log(decision) => log::decision(&decision),
+            }
+        }
+        self.publish(notices, replies);
+    }
+
+    /// Opens in a thread of the blocking pool: a disk may take for ever.
+    fn open_disk(&self, order: OpenDisk) {
+        let reports = self.reports.clone();
+        let claims = Arc::clone(&self.claims);
+        let sysfs = self.sysfs.clone();
+        tokio::task::spawn_blocking(move || {
+            let identities = |number| udev::read_identities(&sysfs, number);
+            let result = block::open(&order, &identities, &claims)
+                .map(|image| Arc::new(image) as Arc<dyn Image>)
+                .map_err(Into::into);
+            // The loop is gone only when the daemon stops; then the disk is closed by this drop.
+            let _stopped = reports.send(Report::Opened { ticket: order.ticket, result });
+        });
+    }
+
+    /// Closes in a thread of the blocking pool: the last close of a disk syncs it.
+    fn drop_opened(&mut self, ticket: Ticket) {
+        let image = self.opened.remove(&ticket);
+        let reports = self.reports.clone();
+        tokio::task::spawn_blocking(move || {
+            drop(image);
+            let _stopped = reports.send(Report::Happened(Event::Dropped { ticket }));
+        });
+    }
+
+    fn persist(&self, request: RequestId, changes: Vec<crate::correlation::Change>) {
+        if self.writes.try_send(Write { request, changes }).is_err() {
+            let result = Err("too many writes are waiting for the store".to_owned());
+            let _stopped = self.reports.send(Report::Happened(Event::Persisted { request, result }));
+        }
+    }
+
+    /// Brings the objects up to date, then tells of what happened, then answers: whoever hears of a change
+    /// or is answered can see it.
+    pub fn publish(&mut self, notices: Vec<Notice>, replies: Vec<(RequestId, Result<Reply, RequestError>)>) {
+        let mut exports = BTreeSet::new();
+        let mut disks = BTreeSet::new();
+        let mut signals = Vec::new();
+        for notice in notices {
+            match notice {
+                Notice::Export(name) => {
+                    exports.insert(name);
+                }
+                Notice::Disk(diskseq) => {
+                    disks.insert(diskseq);
+                }
+                signal => signals.push(Publication::Signal(signal)),
+            }
+        }
+        let mut batch: Vec<Publication> = disks.into_iter().map(|diskseq| self.disk(diskseq)).collect();
+        batch.extend(exports.into_iter().map(|name| self.export(name)));
+        batch.extend(signals);
+        for (request, reply) in replies {
+            // A caller that has gone has taken its receiver along, which costs nothing.
+            let Some(asker) = self.asked.remove(&request) else { continue };
+            let answer = reply.map(|reply| match reply {
+                Reply::Done => Answer::Done,
+                Reply::Added { name, created } => Answer::Added { name, created },
+            });
+            batch.push(Publication::Reply(asker, answer));
+        }
+        if !batch.is_empty() {
+            self.publisher.offer(batch);
+        }
+    }
+
+    fn export(&self, name: ExportName) -> Publication {
+        match self.correlation.export(&name) {
+            Some(view) => Publication::Export { clients: self.door.clients(&name), view },
+            None => Publication::ExportGone(name),
+        }
+    }
+
+    fn disk(&self, diskseq: DiskSeq) -> Publication {
+        match self.correlation.disk(diskseq) {
+            Some(view) => Publication::Disk(view),
+            None => Publication::DiskGone(diskseq),
+        }
+    }
+}
+
+/// Tells the service manager, where there is one.
+pub(super) fn notify(states: &[sd_notify::NotifyState]) {
+    if let Err(error) = sd_notify::notify(states) {
+        tracing::warn!(%error, "the service manager cannot be told");
+    }
+}
