@@ -1,1 +1,236 @@
-//! To be written.
+//! What the operator wrote, as a value. PURE but for `files.rs`: text in, [`Config`] or everything that is wrong with
+//! it out. Decides nothing about disks.
+//!
+//! | file | what |
+//! |---|---|
+//! | `mod.rs` | the values, and the checks that need all files |
+//! | `document.rs` | one file: TOML to values, each with its place |
+//! | `place.rs` | where something stands, and problems |
+//! | `files.rs` | EDGE: the reading of `nbdtrack.toml` and `conf.d/*.toml` |
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::correlation::Definition;
+use crate::identity::{OptIn, VolumeId, collisions};
+
+mod document;
+mod files;
+mod place;
+
+use document::{Document, FoundExport};
+pub use files::{CONF_D, FILE_BYTES_MAX, FILES_MAX, MAIN_FILE, ReadError, TOTAL_BYTES_MAX, read};
+pub use place::Problem;
+
+/// One file of the configuration, read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SourceFile {
+    pub path: PathBuf,
+    pub text: String,
+}
+
+/// The configuration, valid as a whole.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Config {
+    pub server: Server,
+    pub identity: IdentityRules,
+    /// In the order of the files and of what stands in them.
+    pub exports: Vec<Definition>,
+}
+
+/// `[server]`. What is left out has its default.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Server {
+    /// Empty for no TCP.
+    pub listen: Vec<SocketAddr>,
+    pub socket: Option<PathBuf>,
+    pub state: PathBuf,
+    pub bus: Bus,
+    /// How long a released volume may stay attached before it is told.
+    pub detach_grace: Duration,
+    pub survey_interval: Duration,
+    pub max_connections: u32,
+}
+
+impl Default for Server {
+    fn default() -> Server {
+        Server {
+            // Nobody is served over the network who was not meant to be (port: IANA, nbd).
+            listen: vec![SocketAddr::from((Ipv4Addr::LOCALHOST, 10809))],
+            socket: None,
+            state: PathBuf::from("/var/lib/nbdtrack"),
+            bus: Bus::System,
+            detach_grace: Duration::from_secs(300),
+            survey_interval: Duration::from_secs(30),
+            max_connections: 2048,
+        }
+    }
+}
+
+/// Where the D-Bus interface is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Bus {
+    System,
+    None,
+    Address(String),
+}
+
+impl Bus {
+    /// Parses `system`, `none` or a D-Bus address; the error says what is expected.
+    pub fn parse(text: &str) -> Result<Bus, String> {
+        match text {
+            "system" => Ok(Bus::System),
+            "none" => Ok(Bus::None),
+            // D-Bus specification, "Server Addresses": a transport, a colon, key=value.
+            address
+                if address
+                    .split_once(':')
+                    .is_some_and(|(t, rest)| !t.is_empty() && rest.contains('=')) =>
+            {
+                Ok(Bus::Address(address.to_owned()))
+            }
+            other => Err(format!(
+                "bus \"{other}\": expected \"system\", \"none\" or a D-Bus address, for example \"unix:path=/run/bus\""
+            )),
+        }
+    }
+}
+
+/// `[identity]`: which weaker classes of identity may be used.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct IdentityRules {
+    pub allow: BTreeSet<OptIn>,
+}
+
+impl IdentityRules {
+    /// Whether an export may name its volume so. Asked for exports made at run time too.
+    ///
+    /// # Errors
+    /// Says which line of the configuration is missing.
+    pub fn permit(&self, volume: &VolumeId) -> Result<(), String> {
+        match volume.opt_in() {
+            Some(class) if !self.allow.contains(&class) => Err(format!(
+                "{volume}: an identity of the class \"{name}\" does not prove which volume it is; \
+                 if that is meant, allow it with [identity] allow = [\"{name}\"]",
+                name = class.name()
+            )),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Parses the main file (the first) and those of `conf.d` (the others).
+///
+/// # Errors
+/// All problems of all files, by file and place.
+pub fn parse(files: &[SourceFile]) -> Result<Config, Vec<Problem>> {
+    let mut problems = Vec::new();
+    let mut config = Config::default();
+    let mut found = Vec::new();
+    for (at, file) in files.iter().enumerate() {
+        let document = Document::parse(file, at == 0, &mut problems);
+        if at == 0 {
+            config.server = document.server;
+            config.identity = document.identity;
+        }
+        found.extend(document.exports);
+    }
+    check_count(&found, &mut problems);
+    check_names(&found, &mut problems);
+    check_writers(&found, &mut problems);
+    check_collisions(&found, &mut problems);
+    for export in &found {
+        if let Err(message) = config.identity.permit(&export.definition.volume) {
+            problems.push(export.volume_at.problem(message));
+        }
+    }
+    if !problems.is_empty() {
+        // In the order of reading, not of checking. The sort is stable and the files come as they were given.
+        let order: BTreeMap<&PathBuf, usize> = files
+            .iter()
+            .enumerate()
+            .map(|(at, file)| (&file.path, at))
+            .collect();
+        problems.sort_by_key(|p| (order.get(&p.file).copied(), p.line, p.column));
+        return Err(problems);
+    }
+    config.exports = found.into_iter().map(|export| export.definition).collect();
+    Ok(config)
+}
+
+fn check_count(found: &[FoundExport<'_>], problems: &mut Vec<Problem>) {
+    if let Some(export) = found.get(EXPORTS_MAX) {
+        problems.push(export.name_at.problem(format!(
+            "{} exports are configured, at most {EXPORTS_MAX} can be",
+            found.len()
+        )));
+    }
+}
+
+fn check_names(found: &[FoundExport<'_>], problems: &mut Vec<Problem>) {
+    let mut first = BTreeMap::new();
+    for export in found {
+        let name = &export.definition.name;
+        match first.get(name) {
+            None => {
+                first.insert(name, export.name_at);
+            }
+            Some(earlier) => problems.push(
+                export
+                    .name_at
+                    .problem(format!("export \"{name}\" is already defined at {earlier}")),
+            ),
+        }
+    }
+}
+
+/// Two writers of one disk that do not know of each other destroy what is on it.
+fn check_writers(found: &[FoundExport<'_>], problems: &mut Vec<Problem>) {
+    let mut first: BTreeMap<&VolumeId, &FoundExport<'_>> = BTreeMap::new();
+    for export in found.iter().filter(|export| !export.definition.read_only) {
+        match first.get(&export.definition.volume) {
+            None => {
+                first.insert(&export.definition.volume, export);
+            }
+            Some(earlier) if earlier.definition.share && export.definition.share => (),
+            Some(earlier) => problems.push(export.volume_at.problem(format!(
+                "export \"{}\" is a second writable export of {}; the first is \"{}\" at {}; \
+                 set read_only = true on one, or share = true on both",
+                export.definition.name,
+                export.definition.volume,
+                earlier.definition.name,
+                earlier.name_at
+            ))),
+        }
+    }
+}
+
+fn check_collisions(found: &[FoundExport<'_>], problems: &mut Vec<Problem>) {
+    let volumes = found
+        .iter()
+        .enumerate()
+        .map(|(at, export)| (at, &export.definition.volume));
+    for collision in collisions(volumes) {
+        let (Some(first), Some(second)) = (found.get(collision.first), found.get(collision.second))
+        else {
+            continue;
+        };
+        problems.push(second.volume_at.problem(format!(
+            "export \"{}\" ({}) cannot be told from export \"{}\" ({}) at {}: a disk that says {} could be either",
+            second.definition.name,
+            collision.second_volume,
+            first.definition.name,
+            collision.first_volume,
+            first.name_at,
+            collision.shared
+        )));
+    }
+}
+
+/// Each export costs memory and a place in every survey; measured for 10,000, allowed for some more.
+pub const EXPORTS_MAX: usize = 65_536;
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,418 @@
+//! One configuration file: TOML to values, each with its place. Goes on after a problem, so that all are told.
+
+use std::collections::BTreeSet;
+use std::net::SocketAddr;
+use std::ops::Range;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde::Deserialize;
+use toml::Spanned;
+use toml::de::{DeTable, DeValue, ValueDeserializer};
+
+use super::place::{Place, Places, Problem};
+use super::{Bus, IdentityRules, Server, SourceFile};
+use crate::correlation::{Definition, ExportName, Source};
+use crate::identity::{OptIn, VolumeId};
+
+/// What one file holds, as far as it could be read.
+#[derive(Default)]
+pub(super) struct Document<'a> {
+    pub(super) server: Server,
+    pub(super) identity: IdentityRules,
+    pub(super) exports: Vec<FoundExport<'a>>,
+}
+
+/// An export and where its name and its volume stand.
+pub(super) struct FoundExport<'a> {
+    pub(super) definition: Definition,
+    pub(super) name_at: Place<'a>,
+    pub(super) volume_at: Place<'a>,
+}
+
+impl<'a> Document<'a> {
+    /// Reads one file; what is wrong goes to `problems`. Only the main file may hold more than exports.
+    pub(super) fn parse(
+        file: &'a SourceFile,
+        main: bool,
+        problems: &mut Vec<Problem>,
+    ) -> Document<'a> {
+        let mut reading = Reading {
+            places: Places::new(&file.path, &file.text),
+            problems: Vec::new(),
+        };
+        let mut document = Document::default();
+        if is_nbd_server(&file.text) {
+            reading.tell(
+                0..0,
+                "this is an nbd-server configuration (it begins with [generic]); such files are not read yet, \
+                 write TOML with [[export]] tables",
+            );
+            problems.append(&mut reading.problems);
+            return document;
+        }
+        let (root, errors) = DeTable::parse_recoverable(&file.text);
+        for error in errors.iter().take(SYNTAX_PROBLEMS_MAX) {
+            reading.tell(error.span().unwrap_or_default(), error.message());
+        }
+        // What the parser made up for a broken line is not to be complained of a second time.
+        let broken: BTreeSet<usize> = reading.problems.iter().map(|p| p.line).collect();
+        let syntax = reading.problems.len();
+        let whole = syntax == 0;
+        document.read(root, main, &mut reading);
+        let told = reading.problems.into_iter().enumerate();
+        let told = told.filter(|(at, p)| *at < syntax || !broken.contains(&p.line));
+        problems.extend(told.map(|(_, p)| p));
+        if !whole {
+            // Half of a file is no configuration, and checks across files would speak of what is not there.
+            document.exports.clear();
+        }
+        document
+    }
+
+    fn read(&mut self, root: Spanned<DeTable<'a>>, main: bool, reading: &mut Reading<'a>) {
+        let mut table = Table::new(root.span(), root.into_inner(), "the file", reading);
+        if main {
+            if let Some(value) = table.take("server") {
+                self.server = server(value, table.reading);
+            }
+            if let Some(value) = table.take("identity") {
+                self.identity = identity(value, table.reading);
+            }
+        } else {
+            for key in ["server", "identity"] {
+                if let Some(value) = table.take(key) {
+                    table.reading.tell(
+                        value.span(),
+                        format!("[{key}] belongs into the main file; a file in conf.d holds only [[export]]"),
+                    );
+                }
+            }
+        }
+        if let Some(value) = table.take("export") {
+            let span = value.span();
+            match value.into_inner() {
+                DeValue::Array(items) => {
+                    for item in items {
+                        self.exports.extend(export(item, table.reading));
+                    }
+                }
+                _ => table
+                    .reading
+                    .tell(span, "expected [[export]], with two brackets"),
+            }
+        }
+        let expected: &[_] = if main {
+            &["[server]", "[identity]", "[[export]]"]
+        } else {
+            &["[[export]]"]
+        };
+        table.end(expected);
+    }
+}
+
+fn server<'a>(value: Spanned<DeValue<'a>>, reading: &mut Reading<'a>) -> Server {
+    let mut server = Server::default();
+    let Some(mut table) = Table::of(value, "[server]", reading) else {
+        return server;
+    };
+    if let Some(items) = table.get::<Vec<Spanned<String>>>("listen") {
+        server.listen = listen(items.into_inner(), table.reading);
+    }
+    server.socket = table.path("socket");
+    if let Some(socket) = &server.socket
+        && socket.as_os_str().len() > SOCKET_PATH_BYTES_MAX
+    {
+        let message = format!("socket: at most {SOCKET_PATH_BYTES_MAX} bytes (unix(7), sun_path)");
+        table.tell_at("socket", message);
+    }
+    server.state = table.path("state").unwrap_or(server.state);
+    if let Some(bus) = table.get::<String>("bus") {
+        match Bus::parse(bus.get_ref()) {
+            Ok(bus) => server.bus = bus,
+            Err(message) => table.reading.tell(bus.span(), message),
+        }
+    }
+    // A day: longer is a forgotten disk. An hour: a survey is what finds lost events.
+    let seconds = |number: Option<u64>, default| number.map_or(default, Duration::from_secs);
+    server.detach_grace = seconds(
+        table.number("detach_grace_s", 1..=86_400),
+        server.detach_grace,
+    );
+    server.survey_interval = seconds(
+        table.number("survey_interval_s", 1..=3_600),
+        server.survey_interval,
+    );
+    // A connection is a descriptor and, while it is busy, a thread.
+    if let Some(max) = table.number("max_connections", 1..=65_536) {
+        server.max_connections = u32::try_from(max).unwrap_or(u32::MAX);
+    }
+    table.end(&[
+        "listen",
+        "socket",
+        "state",
+        "bus",
+        "detach_grace_s",
+        "survey_interval_s",
+        "max_connections",
+    ]);
+    server
+}
+
+fn listen(items: Vec<Spanned<String>>, reading: &mut Reading<'_>) -> Vec<SocketAddr> {
+    let mut found: Vec<SocketAddr> = Vec::new();
+    for item in items {
+        let text = item.get_ref();
+        match text.parse() {
+            Ok(address) if found.contains(&address) => {
+                reading.tell(item.span(), format!("listen: {address} is there twice"));
+            }
+            // Each is a socket of its own; more than this is a mistake.
+            Ok(_) if found.len() == LISTEN_MAX => {
+                reading.tell(item.span(), format!("listen: at most {LISTEN_MAX} addresses"));
+                break;
+            }
+            Ok(address) => found.push(address),
+            Err(_) => reading.tell(
+                item.span(),
+                format!("listen \"{text}\": expected an IP address and a port, for example \"127.0.0.1:10809\" or \"[::1]:10809\""),
+            ),
+        }
+    }
+    found
+}
+
+fn identity<'a>(value: Spanned<DeValue<'a>>, reading: &mut Reading<'a>) -> IdentityRules {
+    let mut rules = IdentityRules::default();
+    let Some(mut table) = Table::of(value, "[identity]", reading) else {
+        return rules;
+    };
+    for item in table
+        .get::<Vec<Spanned<String>>>("allow")
+        .map(Spanned::into_inner)
+        .unwrap_or_default()
+    {
+        match OptIn::ALL
+            .into_iter()
+            .find(|class| class.name() == item.get_ref())
+        {
+            Some(class) => {
+                rules.allow.insert(class);
+            }
+            None => table.reading.tell(
+                item.span(),
+                format!("allow \"{}\": expected \"gpt\" or \"slot\"", item.get_ref()),
+            ),
+        }
+    }
+    table.end(&["allow"]);
+    rules
+}
+
+fn export<'a>(value: Spanned<DeValue<'a>>, reading: &mut Reading<'a>) -> Option<FoundExport<'a>> {
+    let mut table = Table::of(value, "[[export]]", reading)?;
+    let name = table.require::<String>("name");
+    let shown = name.as_ref().map_or("?", |name| name.get_ref()).to_owned();
+    let of = format!("export \"{shown}\"");
+    let mut files = false;
+    for key in ["path", "format"] {
+        if let Some(value) = table.take(key) {
+            files = true;
+            table.reading.tell(
+                value.span(),
+                format!("{of}: {key}: files are not served yet; name a volume, for example volume = \"serial:WD-WMAP9A966149\""),
+            );
+        }
+    }
+    let volume = if files {
+        table.get("volume")
+    } else {
+        table.require::<String>("volume")
+    };
+    let read_only = table.get("read_only").is_some_and(Spanned::into_inner);
+    let share = table.get("share").is_some_and(Spanned::into_inner);
+    if let Some(word) = table.get::<String>("on_detach")
+        && word.get_ref() != "disconnect"
+    {
+        table.reading.tell(
+            word.span(),
+            format!(
+                "{of}: on_detach = \"{}\" is not there yet; only \"disconnect\" is",
+                word.get_ref()
+            ),
+        );
+    }
+    table.end(&["name", "volume", "read_only", "share", "on_detach"]);
+    let name = name.and_then(|name| match ExportName::parse(name.get_ref()) {
+        Ok(parsed) => Some((parsed, reading.places.at(name.span()))),
+        Err(error) => {
+            reading.tell(name.span(), format!("name: {error}"));
+            None
+        }
+    });
+    let volume = volume.and_then(|volume| match VolumeId::parse(volume.get_ref()) {
+        Ok(parsed) => Some((parsed, reading.places.at(volume.span()))),
+        Err(error) => {
+            reading.tell(volume.span(), format!("{of}: volume {error}"));
+            None
+        }
+    });
+    let ((name, name_at), (volume, volume_at)) = (name?, volume?);
+    let definition = Definition {
+        name,
+        volume,
+        read_only,
+        share,
+        source: Source::Config,
+    };
+    Some(FoundExport {
+        definition,
+        name_at,
+        volume_at,
+    })
+}
+
+/// One file while it is being read: what is wrong so far.
+struct Reading<'a> {
+    places: Places<'a>,
+    problems: Vec<Problem>,
+}
+
+impl Reading<'_> {
+    fn tell(&mut self, span: Range<usize>, message: impl Into<String>) {
+        let problem = self.places.at(span).problem(message);
+        self.problems.push(problem);
+    }
+}
+
+/// A table whose keys are taken out one by one; what is left over is unknown.
+struct Table<'t, 'a> {
+    span: Range<usize>,
+    table: DeTable<'a>,
+    what: &'static str,
+    reading: &'t mut Reading<'a>,
+    spans: Vec<(&'static str, Range<usize>)>,
+}
+
+impl<'t, 'a> Table<'t, 'a> {
+    fn new(
+        span: Range<usize>,
+        table: DeTable<'a>,
+        what: &'static str,
+        reading: &'t mut Reading<'a>,
+    ) -> Table<'t, 'a> {
+        Table {
+            span,
+            table,
+            what,
+            reading,
+            spans: Vec::new(),
+        }
+    }
+
+    fn of(
+        value: Spanned<DeValue<'a>>,
+        what: &'static str,
+        reading: &'t mut Reading<'a>,
+    ) -> Option<Table<'t, 'a>> {
+        let span = value.span();
+        match value.into_inner() {
+            DeValue::Table(table) => Some(Table::new(span, table, what, reading)),
+            _ => {
+                reading.tell(span, format!("expected a table, {what}"));
+                None
+            }
+        }
+    }
+
+    fn take(&mut self, key: &'static str) -> Option<Spanned<DeValue<'a>>> {
+        let value = self.table.remove(key)?;
+        self.spans.push((key, value.span()));
+        Some(value)
+    }
+
+    /// The value of a key by serde; one of another type is told and counts as absent.
+    fn get<T: Deserialize<'a>>(&mut self, key: &'static str) -> Option<Spanned<T>> {
+        let value = self.take(key)?;
+        let span = value.span();
+        match T::deserialize(ValueDeserializer::from(value)) {
+            Ok(value) => Some(Spanned::new(span, value)),
+            Err(error) => {
+                let at = error.span().unwrap_or(span);
+                self.reading.tell(at, format!("{key}: {}", error.message()));
+                None
+            }
+        }
+    }
+
+    fn require<T: Deserialize<'a>>(&mut self, key: &'static str) -> Option<Spanned<T>> {
+        if !self.table.contains_key(key) {
+            let message = format!("{}: {key} is missing", self.what);
+            self.reading.tell(self.span.clone(), message);
+        }
+        self.get(key)
+    }
+
+    fn number(&mut self, key: &'static str, range: std::ops::RangeInclusive<u64>) -> Option<u64> {
+        let number = self.get::<i64>(key)?;
+        match u64::try_from(*number.get_ref()) {
+            Ok(value) if range.contains(&value) => Some(value),
+            _ => {
+                let (low, high) = range.into_inner();
+                let message = format!("{key} = {}: expected {low} to {high}", number.get_ref());
+                self.reading.tell(number.span(), message);
+                None
+            }
+        }
+    }
+
+    fn path(&mut self, key: &'static str) -> Option<PathBuf> {
+        let path = self.get::<String>(key)?;
+        let text = path.get_ref();
+        if !text.starts_with('/') || text.contains('\0') {
+            // A daemon's working directory is not what the operator thinks of.
+            let message = format!("{key} \"{text}\": expected an absolute path");
+            self.reading.tell(path.span(), message);
+            return None;
+        }
+        Some(PathBuf::from(path.into_inner()))
+    }
+
+    fn tell_at(&mut self, key: &str, message: String) {
+        let span = self.spans.iter().find(|(name, _)| *name == key);
+        let span = span.map_or(self.span.clone(), |(_, span)| span.clone());
+        self.reading.tell(span, message);
+    }
+
+    /// Refuses what was not taken.
+    fn end(self, expected: &[&str]) {
+        let left: BTreeSet<(usize, String)> = self
+            .table
+            .iter()
+            .map(|(key, _)| (key.span().start, key.get_ref().to_string()))
+            .collect();
+        for (at, key) in left {
+            let expected = expected.join(", ");
+            let key: String = key.chars().take(100).flat_map(char::escape_debug).collect();
+            let message = format!(
+                "{}: unknown key \"{key}\", expected one of {expected}",
+                self.what
+            );
+            self.reading.tell(at..at, message);
+        }
+    }
+}
+
+/// Whether the first line that says anything is nbd-server's (its manual: the first section must be [generic]).
+fn is_nbd_server(text: &str) -> bool {
+    text.lines()
+        .map(str::trim)
+        .find(|line| !line.is_empty() && !line.starts_with(['#', ';']))
+        .is_some_and(|line| line.starts_with("[generic]"))
+}
+
+/// Enough to mend a file by; a binary one has thousands.
+const SYNTAX_PROBLEMS_MAX: usize = 20;
+/// sockaddr_un.sun_path is 108 bytes with its NUL.
+const SOCKET_PATH_BYTES_MAX: usize = 107;
+const LISTEN_MAX: usize = 64;

@@ -1,0 +1,213 @@
+//! What a disk says of itself, and which volume that is. PURE: values in, values out.
+//!
+//! A disk presents a set of [`Identity`] values, each a (scheme, value) pair ([`identities`]). A [`VolumeId`]
+//! is what a person or the Volume Daemon wrote, `profile:id`; its profile expands it into a finite set of
+//! candidate identities ([`VolumeId::candidates`]). A disk is that volume when one of its identities *equals*
+//! a candidate: never "contains", never "begins with". What a platform cuts is a candidate of its own, and two
+//! volumes that a cut makes alike are found by [`collisions`] before either is served.
+//!
+//! | file | decides |
+//! |---|---|
+//! | `mod.rs` | the values: schemes, identities, attributes, precedence |
+//! | `volume.rs` | `profile:id` from and to text, candidates, collisions |
+//! | `profile.rs` | the table of profiles |
+//! | `read.rs` | a disk's raw attributes to its identities |
+//! | `vpd.rs` | SCSI VPD pages 0x80 and 0x83 |
+//! | `worthless.rs` | which values identify nothing |
+//!
+//! May not touch: files, clocks, threads.
+
+use std::collections::BTreeSet;
+use std::fmt;
+
+mod profile;
+mod read;
+mod volume;
+mod vpd;
+mod worthless;
+
+pub use profile::{OptIn, profile_names};
+pub use read::identities;
+pub use volume::{Collision, VOLUME_ID_BYTES_MAX, VolumeId, VolumeIdError, collisions};
+
+/// Where a value of identity comes from. The order is the precedence by which a disk's
+/// D-Bus object gets its name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Scheme {
+    /// NVMe namespace globally unique identifier, 32 hex digits.
+    NvmeNguid,
+    /// SCSI page 0x83, type NAA, 16 or 32 hex digits.
+    ScsiNaa,
+    /// NVMe controller serial and namespace, `SERIAL_NSID`.
+    NvmeSerial,
+    /// SCSI page 0x80, the unit serial number.
+    ScsiPg80,
+    /// The serial of a virtio-blk disk, at most 20 bytes.
+    VirtioSerial,
+    /// The backing file of a loop device, an absolute path.
+    Loop,
+    /// NVMe namespace EUI-64, 16 hex digits.
+    NvmeEui,
+    /// NVMe namespace UUID, lower case with dashes.
+    NvmeUuid,
+    /// SCSI page 0x83, type EUI-64, 16, 24 or 32 hex digits.
+    ScsiEui,
+    /// The name of a Google Compute Engine disk. A name, so a deleted disk's can be used again.
+    GceName,
+    /// The name of an Azure NVMe disk.
+    AzureName,
+    /// SCSI page 0x83, type vendor specific, text (what udev shows as `0VENDOR_MODEL_value`).
+    ScsiVendor,
+    /// SCSI page 0x83, type T10 vendor identification, text.
+    ScsiT10,
+    /// The disk GUID of the partition table. Written by the guest and copied with the data.
+    GptGuid,
+    /// The LUN of an Azure data disk. A slot: says where, not which.
+    AzureLun,
+    /// udev's `ID_PATH`. A slot: says where, not which.
+    Slot,
+}
+
+impl Scheme {
+    /// All schemes, by precedence.
+    pub const ALL: [Scheme; 16] = [
+        Scheme::NvmeNguid,
+        Scheme::ScsiNaa,
+        Scheme::NvmeSerial,
+        Scheme::ScsiPg80,
+        Scheme::VirtioSerial,
+        Scheme::Loop,
+        Scheme::NvmeEui,
+        Scheme::NvmeUuid,
+        Scheme::ScsiEui,
+        Scheme::GceName,
+        Scheme::AzureName,
+        Scheme::ScsiVendor,
+        Scheme::ScsiT10,
+        Scheme::GptGuid,
+        Scheme::AzureLun,
+        Scheme::Slot,
+    ];
+
+    /// The scheme's name on D-Bus, in logs and in `--json`. A promise: it never changes.
+    pub fn name(self) -> &'static str {
+        match self {
+            Scheme::NvmeNguid => "nvme-nguid",
+            Scheme::ScsiNaa => "scsi-naa",
+            Scheme::NvmeSerial => "nvme-serial",
+            Scheme::ScsiPg80 => "scsi-pg80",
+            Scheme::VirtioSerial => "virtio-serial",
+            Scheme::Loop => "loop",
+            Scheme::NvmeEui => "nvme-eui",
+            Scheme::NvmeUuid => "nvme-uuid",
+            Scheme::ScsiEui => "scsi-eui",
+            Scheme::GceName => "gce-name",
+            Scheme::AzureName => "azure-name",
+            Scheme::ScsiVendor => "scsi-vendor",
+            Scheme::ScsiT10 => "scsi-t10",
+            Scheme::GptGuid => "gpt",
+            Scheme::AzureLun => "azure-lun",
+            Scheme::Slot => "slot",
+        }
+    }
+
+    /// Whether the value says which volume it is. A slot says only where it is plugged in, and a partition
+    /// table's GUID is data that a copy of the volume carries too: neither may name a disk.
+    pub fn names_a_volume(self) -> bool {
+        !matches!(self, Scheme::GptGuid | Scheme::AzureLun | Scheme::Slot)
+    }
+}
+
+/// One thing that a disk says of itself.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Identity {
+    pub scheme: Scheme,
+    pub value: String,
+}
+
+impl Identity {
+    pub fn new(scheme: Scheme, value: impl Into<String>) -> Identity {
+        Identity {
+            scheme,
+            value: value.into(),
+        }
+    }
+}
+
+impl fmt::Display for Identity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.scheme.name(), self.value)
+    }
+}
+
+/// The identity by which a disk is named to the outside: the first by precedence that names a volume.
+pub fn primary(identities: &BTreeSet<Identity>) -> Option<&Identity> {
+    // The set is sorted by scheme first, and the order of the schemes is the precedence.
+    identities
+        .iter()
+        .find(|identity| identity.scheme.names_a_volume())
+}
+
+/// What was read from a disk, raw. `None` is "this kind of disk has no such attribute".
+///
+/// A text attribute that was not UTF-8 may come with U+FFFD in it; such a value identifies nothing.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Attributes {
+    /// `/sys/block/vdX/serial`, at most 20 bytes.
+    pub virtio_serial: Option<String>,
+    /// SCSI `device/vpd_pg80`, the page with its header.
+    pub vpd_pg80: Option<Vec<u8>>,
+    /// SCSI `device/vpd_pg83`, the page with its header.
+    pub vpd_pg83: Option<Vec<u8>>,
+    /// `device/wwid` (SCSI) or the namespace's `wwid` (NVMe).
+    pub wwid: Option<String>,
+    /// `device/vendor` and `device/model`.
+    pub vendor: Option<String>,
+    pub model: Option<String>,
+    /// Controller scope: not an identity without the namespace id.
+    pub nvme_serial: Option<String>,
+    pub nvme_nsid: Option<u32>,
+    pub nvme_nguid: Option<String>,
+    pub nvme_eui: Option<String>,
+    pub nvme_uuid: Option<String>,
+    /// Bytes 384 and on of Identify Namespace, where clouds write names.
+    pub nvme_vendor_bytes: Option<Vec<u8>>,
+    /// `loop/backing_file`.
+    pub backing_file: Option<String>,
+    /// The disk GUID of its GUID partition table.
+    pub gpt_disk_guid: Option<String>,
+    /// udev's `ID_PATH`, a slot and no volume.
+    pub id_path: Option<String>,
+}
+
+/// The hex digits of `text` in lower case, with dashes and nothing else left out; `None` when there is
+/// anything else, or another number of digits than one of `digits`.
+fn hex(text: &str, digits: &[usize]) -> Option<String> {
+    let hex: String = text
+        .chars()
+        .filter(|c| *c != '-')
+        .map(|c| c.to_ascii_lowercase())
+        .collect();
+    (digits.contains(&hex.len()) && hex.bytes().all(|b| b.is_ascii_hexdigit())).then_some(hex)
+}
+
+/// 32 hex digits as a UUID is written, 8-4-4-4-12.
+fn dashed(hex: &str) -> String {
+    let part = |from: usize, to: usize| hex.get(from..to).unwrap_or_default();
+    format!(
+        "{}-{}-{}-{}-{}",
+        part(0, 8),
+        part(8, 12),
+        part(12, 16),
+        part(16, 20),
+        part(20, 32)
+    )
+}
+
+/// The first `bytes` bytes of ASCII text.
+fn cut(text: &str, bytes: usize) -> &str {
+    text.get(..bytes).unwrap_or(text)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,169 @@
+//! Facts from and to rows. Does: one transaction for a set of changes, one pass for a load.
+
+use std::path::Path;
+
+use sqlx::sqlite::SqliteRow;
+use sqlx::{Connection, Row, SqliteConnection};
+
+use crate::correlation::{
+    BootId, Change, Conflict, Definition, DiskSeq, ExportName, Release, Remembered, Source,
+};
+use crate::identity::VolumeId;
+
+/// Carries out all changes or none. Every one is a put or a delete by key: to carry it out twice changes nothing more.
+pub(super) async fn apply(
+    connection: &mut SqliteConnection,
+    changes: &[Change],
+) -> Result<(), sqlx::Error> {
+    // IMMEDIATE: fails at the start if someone else writes, not in the middle.
+    let mut transaction = connection.begin_with("BEGIN IMMEDIATE").await?;
+    for change in changes {
+        let query = match change {
+            Change::PutExport(definition) => sqlx::query(
+                "INSERT INTO exports (name, volume, read_only, share, source) VALUES (?, ?, ?, ?, ?)
+                 ON CONFLICT (name) DO UPDATE SET volume = excluded.volume, read_only = excluded.read_only,
+                 share = excluded.share, source = excluded.source",
+            )
+            .bind(definition.name.as_str())
+            .bind(definition.volume.to_string())
+            .bind(definition.read_only)
+            .bind(definition.share)
+            .bind(definition.source.name()),
+            Change::DeleteExport(name) => {
+                sqlx::query("DELETE FROM exports WHERE name = ?").bind(name.as_str())
+            }
+            Change::PutRelease(release) => sqlx::query(
+                "INSERT INTO releases (boot, diskseq, volume) VALUES (?, ?, ?)
+                 ON CONFLICT (boot, diskseq) DO UPDATE SET volume = excluded.volume",
+            )
+            .bind(&release.boot.0)
+            .bind(release.diskseq.to_string())
+            .bind(release.volume.to_string()),
+            Change::DeleteRelease { diskseq, boot } => {
+                sqlx::query("DELETE FROM releases WHERE boot = ? AND diskseq = ?")
+                    .bind(&boot.0)
+                    .bind(diskseq.to_string())
+            }
+            Change::PutConflict(conflict) => sqlx::query(
+                "INSERT INTO conflicts (export, first, boot) VALUES (?, ?, ?)
+                 ON CONFLICT (export) DO UPDATE SET first = excluded.first, boot = excluded.boot",
+            )
+            .bind(conflict.export.as_str())
+            .bind(conflict.first.map(|diskseq| diskseq.to_string()))
+            .bind(&conflict.boot.0),
+            Change::DeleteConflict(export) => {
+                sqlx::query("DELETE FROM conflicts WHERE export = ?").bind(export.as_str())
+            }
+        };
+        query.execute(&mut *transaction).await?;
+    }
+    transaction.commit().await
+}
+
+/// Everything that parses, in the order of its keys; of what doesn't, a WARN tells each row.
+pub(super) async fn load(
+    connection: &mut SqliteConnection,
+    file: &Path,
+) -> Result<Remembered, sqlx::Error> {
+    let mut transaction = connection.begin().await?;
+    let exports =
+        sqlx::query("SELECT name, volume, read_only, share, source FROM exports ORDER BY name")
+            .fetch_all(&mut *transaction)
+            .await?;
+    let releases = sqlx::query("SELECT boot, diskseq, volume FROM releases ORDER BY boot, diskseq")
+        .fetch_all(&mut *transaction)
+        .await?;
+    let conflicts = sqlx::query("SELECT export, first, boot FROM conflicts ORDER BY export")
+        .fetch_all(&mut *transaction)
+        .await?;
+    transaction.rollback().await?;
+    Ok(Remembered {
+        exports: parsed(&exports, "exports", file, definition),
+        releases: parsed(&releases, "releases", file, release),
+        conflicts: parsed(&conflicts, "conflicts", file, conflict),
+    })
+}
+
+fn parsed<T>(
+    rows: &[SqliteRow],
+    table: &'static str,
+    file: &Path,
+    parse: fn(&SqliteRow) -> Result<T, String>,
+) -> Vec<T> {
+    let mut found = Vec::with_capacity(rows.len());
+    for row in rows {
+        match parse(row) {
+            Ok(value) => found.push(value),
+            // Kept: it may be a person's edit, or of a version that knew more.
+            Err(reason) => tracing::warn!(
+                file = %file.display(),
+                table,
+                row = row.try_get::<String, _>(0).unwrap_or_default(),
+                reason,
+                "a row of the store is not understood: it is kept and not used"
+            ),
+        }
+    }
+    found
+}
+
+fn definition(row: &SqliteRow) -> Result<Definition, String> {
+    let source: String = column(row, "source")?;
+    let source = [Source::Config, Source::Dbus]
+        .into_iter()
+        .find(|known| known.name() == source)
+        .ok_or_else(|| format!("source \"{source}\" is unknown"))?;
+    Ok(Definition {
+        name: name(row, "name")?,
+        volume: volume(row)?,
+        read_only: flag(row, "read_only")?,
+        share: flag(row, "share")?,
+        source,
+    })
+}
+
+fn release(row: &SqliteRow) -> Result<Release, String> {
+    Ok(Release {
+        volume: volume(row)?,
+        diskseq: diskseq(&column::<String>(row, "diskseq")?)?,
+        boot: BootId(column(row, "boot")?),
+    })
+}
+
+fn conflict(row: &SqliteRow) -> Result<Conflict, String> {
+    let first: Option<String> = column(row, "first")?;
+    Ok(Conflict {
+        export: name(row, "export")?,
+        first: first.as_deref().map(diskseq).transpose()?,
+        boot: BootId(column(row, "boot")?),
+    })
+}
+
+fn column<'r, T>(row: &'r SqliteRow, column: &str) -> Result<T, String>
+where
+    T: sqlx::Decode<'r, sqlx::Sqlite> + sqlx::Type<sqlx::Sqlite>,
+{
+    row.try_get(column).map_err(|error| error.to_string())
+}
+
+fn flag(row: &SqliteRow, name: &str) -> Result<bool, String> {
+    match column::<i64>(row, name)? {
+        0 => Ok(false),
+        1 => Ok(true),
+        other => Err(format!("{name} is {other}")),
+    }
+}
+
+fn name(row: &SqliteRow, name: &str) -> Result<ExportName, String> {
+    ExportName::parse(&column::<String>(row, name)?).map_err(|error| error.to_string())
+}
+
+fn volume(row: &SqliteRow) -> Result<VolumeId, String> {
+    VolumeId::parse(&column::<String>(row, "volume")?).map_err(|error| error.to_string())
+}
+
+fn diskseq(text: &str) -> Result<DiskSeq, String> {
+    text.parse()
+        .map(DiskSeq)
+        .map_err(|error| format!("diskseq \"{text}\": {error}"))
+}

@@ -1,0 +1,136 @@
+//! The store's file and its shape. Opens it, refuses what is not ours before anything is written, and brings an
+//! older shape up to date in order.
+
+use std::path::Path;
+
+use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqliteSynchronous};
+use sqlx::{ConnectOptions, Connection, Row, SqliteConnection};
+
+use super::{BUSY_WITHIN, StoreError};
+
+/// One step each, from version N to N+1. Never edited once released: a new one is added.
+const MIGRATIONS: [&str; 1] = [
+    // Numbers that are 64 bits without a sign are text: SQLite's integers have a sign.
+    "CREATE TABLE exports (
+        name TEXT NOT NULL PRIMARY KEY,
+        volume TEXT NOT NULL,
+        read_only INTEGER NOT NULL,
+        share INTEGER NOT NULL,
+        source TEXT NOT NULL
+    );
+    CREATE TABLE releases (
+        boot TEXT NOT NULL,
+        diskseq TEXT NOT NULL,
+        volume TEXT NOT NULL,
+        PRIMARY KEY (boot, diskseq)
+    );
+    CREATE TABLE conflicts (
+        export TEXT NOT NULL PRIMARY KEY,
+        first TEXT,
+        boot TEXT NOT NULL
+    );",
+];
+
+/// Opens `file`, which exists (empty when it is new), for reading and writing.
+pub(super) async fn open(file: &Path) -> Result<SqliteConnection, StoreError> {
+    let of = |error| StoreError::of(file, error);
+    // First without the right to write: what is refused must stay as it is.
+    let mut probe = options(file).read_only(true).connect().await.map_err(of)?;
+    let looked = look(&mut probe, file).await;
+    probe.close().await.map_err(of)?;
+    let mut version = looked?;
+    let mut connection = options(file)
+        .journal_mode(SqliteJournalMode::Wal)
+        // FULL: in WAL mode, NORMAL would lose acknowledged transactions with the power (sqlite.org/pragma.html).
+        .synchronous(SqliteSynchronous::Full)
+        .connect()
+        .await
+        .map_err(of)?;
+    while let Some(step) = usize::try_from(version)
+        .ok()
+        .and_then(|at| MIGRATIONS.get(at))
+    {
+        migrate(&mut connection, step, version + 1)
+            .await
+            .map_err(of)?;
+        version += 1;
+    }
+    Ok(connection)
+}
+
+fn options(file: &Path) -> SqliteConnectOptions {
+    SqliteConnectOptions::new()
+        .filename(file)
+        .create_if_missing(false)
+        .busy_timeout(BUSY_WITHIN)
+        .disable_statement_logging()
+}
+
+/// The version of the schema in the file, 0 for a new one.
+async fn look(connection: &mut SqliteConnection, file: &Path) -> Result<i64, StoreError> {
+    let of = |error| StoreError::of(file, error);
+    let check = sqlx::query("PRAGMA quick_check(1)")
+        .fetch_one(&mut *connection)
+        .await
+        .and_then(|row| row.try_get::<String, _>(0))
+        .map_err(of)?;
+    if check != "ok" {
+        return Err(StoreError::Corrupt {
+            file: file.to_owned(),
+            detail: check,
+        });
+    }
+    let foreign = |detail: &str| StoreError::Foreign {
+        file: file.to_owned(),
+        detail: detail.to_owned(),
+    };
+    let tables: Vec<String> =
+        sqlx::query_scalar("SELECT name FROM sqlite_master WHERE type = 'table'")
+            .fetch_all(&mut *connection)
+            .await
+            .map_err(of)?;
+    if tables.is_empty() {
+        return Ok(0);
+    }
+    if !tables.iter().any(|table| table == "nbdtrack_schema") {
+        return Err(foreign("it has tables, but none that says its version"));
+    }
+    let version: Option<i64> = sqlx::query_scalar("SELECT max(version) FROM nbdtrack_schema")
+        .fetch_one(&mut *connection)
+        .await
+        .map_err(of)?;
+    let known = known();
+    match version {
+        Some(version) if version > known => Err(StoreError::Newer {
+            file: file.to_owned(),
+            found: version,
+            known,
+        }),
+        Some(version) if version > 0 => Ok(version),
+        _ => Err(foreign("it does not say its version")),
+    }
+}
+
+fn known() -> i64 {
+    i64::try_from(MIGRATIONS.len()).unwrap_or(i64::MAX)
+}
+
+/// One step and its number in one transaction: a crash leaves the old version or the new one.
+async fn migrate(
+    connection: &mut SqliteConnection,
+    step: &'static str,
+    version: i64,
+) -> Result<(), sqlx::Error> {
+    let mut transaction = connection.begin_with("BEGIN IMMEDIATE").await?;
+    sqlx::raw_sql(
+        "CREATE TABLE IF NOT EXISTS nbdtrack_schema (version INTEGER NOT NULL PRIMARY KEY)",
+    )
+    .execute(&mut *transaction)
+    .await?;
+    sqlx::raw_sql(step).execute(&mut *transaction).await?;
+    sqlx::query("INSERT INTO nbdtrack_schema (version) VALUES (?)")
+        .bind(version)
+        .execute(&mut *transaction)
+        .await?;
+    transaction.commit().await
+}

@@ -1,0 +1,303 @@
+//! The store keeps exactly what it acknowledged: over a close, over `kill -9`, for every kind of change.
+
+use std::fs::{self, OpenOptions};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use nbdtrack::correlation::{
+    BootId, Change, Conflict, Definition, DiskSeq, ExportName, Release, Remembered, Source,
+};
+use nbdtrack::identity::VolumeId;
+use nbdtrack::mapping::Store;
+
+#[tokio::test]
+async fn every_change_is_there_after_a_new_start() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let state = folder.path().join("made/by/open");
+    let long = "n".repeat(4096);
+    let put = Remembered {
+        exports: vec![
+            Definition {
+                read_only: true,
+                ..definition("a'; DROP TABLE exports; --", 1)
+            },
+            Definition {
+                share: true,
+                source: Source::Config,
+                ..definition("größe", 2)
+            },
+            definition(&long, 3),
+        ],
+        releases: vec![
+            release(1, "boot-1"),
+            release(u64::MAX, "boot-1"),
+            release(1, "boot-2"),
+        ],
+        conflicts: vec![
+            conflict("a'; DROP TABLE exports; --", Some(7)),
+            conflict("größe", None),
+        ],
+    };
+    let changes = changes_of(&put);
+    let store = Store::open(&state).await.expect("opens");
+    assert_eq!(store.load().await.expect("loads"), Remembered::default());
+    store.apply(&changes).await.expect("applies");
+    // Twice is as good as once.
+    store.apply(&changes).await.expect("applies");
+    store.close().await.expect("closes");
+    let store = Store::open(&state).await.expect("opens");
+    assert_eq!(
+        sorted(store.load().await.expect("loads")),
+        sorted(put.clone())
+    );
+
+    let changed = Definition {
+        read_only: false,
+        share: true,
+        ..definition("größe", 9)
+    };
+    store
+        .apply(&[
+            Change::PutExport(changed.clone()),
+            Change::DeleteExport(name(&long)),
+            Change::DeleteExport(name("never there")),
+            Change::DeleteRelease {
+                diskseq: DiskSeq(1),
+                boot: BootId("boot-1".to_owned()),
+            },
+            Change::PutRelease(Release {
+                volume: volume(8),
+                ..release(u64::MAX, "boot-1")
+            }),
+            Change::DeleteConflict(name("a'; DROP TABLE exports; --")),
+            Change::PutConflict(conflict("größe", Some(u64::MAX))),
+        ])
+        .await
+        .expect("applies");
+    drop(store);
+    // A store that is dropped gives up its lock when its file is closed, a moment later.
+    let store = reopen(&state).await;
+    let expected = Remembered {
+        exports: vec![put.exports[0].clone(), changed],
+        releases: vec![
+            Release {
+                volume: volume(8),
+                ..release(u64::MAX, "boot-1")
+            },
+            release(1, "boot-2"),
+        ],
+        conflicts: vec![conflict("größe", Some(u64::MAX))],
+    };
+    assert_eq!(sorted(store.load().await.expect("loads")), sorted(expected));
+    let mode = |path: &Path| {
+        std::os::unix::fs::PermissionsExt::mode(&fs::metadata(path).expect("there").permissions())
+            & 0o777
+    };
+    assert_eq!(mode(&state), 0o700);
+    assert_eq!(mode(&state.join("nbdtrack.db")), 0o600);
+}
+
+#[tokio::test]
+async fn kill_9_keeps_exactly_what_was_acknowledged() {
+    for round in 0..10u64 {
+        let folder = tempfile::tempdir().expect("a folder");
+        let state = folder.path().join("state");
+        let acknowledged = folder.path().join("acknowledged");
+        fs::write(&acknowledged, b"").expect("a file");
+        let mut child = Command::new(std::env::current_exe().expect("this test"))
+            .args(["--exact", "child_applies_until_it_is_killed", "--nocapture"])
+            .env("NBDTRACK_TEST_STATE", &state)
+            .env("NBDTRACK_TEST_ACKNOWLEDGED", &acknowledged)
+            .stdout(Stdio::null())
+            .spawn()
+            .expect("starts");
+        // Each round kills it after another number of changes, at whatever it does then.
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while lines(&acknowledged) < 3 + 7 * round && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_micros(300 + 137 * round));
+        }
+        child.kill().expect("kill -9");
+        child.wait().expect("gone");
+
+        let count = lines(&acknowledged);
+        assert!(count >= 3 + 7 * round, "the child was too slow: {count}");
+        let remembered = Store::open(&state)
+            .await
+            .expect("opens")
+            .load()
+            .await
+            .expect("loads");
+        let kept = u64::try_from(remembered.exports.len()).expect("few");
+        // The one that was being applied is there as a whole or not at all.
+        assert!(
+            (count..=count + 1).contains(&kept),
+            "round {round}: {count} acknowledged, {kept} kept"
+        );
+        let expected: Vec<Change> = (0..kept).flat_map(changes_number).collect();
+        let sort = |changes: Vec<Change>| {
+            let mut text: Vec<String> = changes.iter().map(|c| format!("{c:?}")).collect();
+            text.sort();
+            text
+        };
+        assert_eq!(
+            sort(changes_of(&remembered)),
+            sort(expected),
+            "round {round}"
+        );
+    }
+}
+
+/// No test of its own: the process that the one above kills.
+#[tokio::test]
+async fn child_applies_until_it_is_killed() {
+    let (Some(state), Some(acknowledged)) = (
+        std::env::var_os("NBDTRACK_TEST_STATE"),
+        std::env::var_os("NBDTRACK_TEST_ACKNOWLEDGED"),
+    ) else {
+        return;
+    };
+    let store = Store::open(&PathBuf::from(state)).await.expect("opens");
+    let mut file = OpenOptions::new()
+        .append(true)
+        .open(acknowledged)
+        .expect("opens");
+    for number in 0..100_000 {
+        store.apply(&changes_number(number)).await.expect("applies");
+        file.write_all(b"\n").expect("writes");
+    }
+}
+
+#[tokio::test]
+async fn ten_thousand_exports_are_loaded_in_a_moment() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let store = Store::open(folder.path()).await.expect("opens");
+    let changes: Vec<Change> = (0..10_000)
+        .map(|n| Change::PutExport(definition(&format!("migration-vm-{n}-disk0"), n)))
+        .collect();
+    let start = Instant::now();
+    store.apply(&changes).await.expect("applies");
+    println!("10,000 exports in one transaction: {:?}", start.elapsed());
+    store.close().await.expect("closes");
+    let start = Instant::now();
+    let store = Store::open(folder.path()).await.expect("opens");
+    let opened = start.elapsed();
+    assert_eq!(store.load().await.expect("loads").exports.len(), 10_000);
+    println!(
+        "10,000 exports: opened and checked in {opened:?}, loaded in {:?}",
+        start.elapsed() - opened
+    );
+    assert!(start.elapsed() < Duration::from_secs(10));
+
+    let mut times: Vec<Duration> = Vec::new();
+    for n in 0..300 {
+        let start = Instant::now();
+        store
+            .apply(&[Change::PutExport(definition(
+                &format!("new-{n}"),
+                20_000 + n,
+            ))])
+            .await
+            .expect("applies");
+        times.push(start.elapsed());
+    }
+    times.sort();
+    println!(
+        "apply of one change: median {:?}, p99 {:?}, longest {:?}",
+        times[150], times[297], times[299]
+    );
+}
+
+#[tokio::test]
+async fn callers_at_the_same_time_are_all_served() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let store = std::sync::Arc::new(Store::open(folder.path()).await.expect("opens"));
+    let mut callers = tokio::task::JoinSet::new();
+    for number in 0..50 {
+        let store = store.clone();
+        callers.spawn(async move { store.apply(&changes_number(number)).await });
+    }
+    while let Some(result) = callers.join_next().await {
+        result.expect("no panic").expect("applies");
+    }
+    assert_eq!(store.load().await.expect("loads").exports.len(), 50);
+}
+
+async fn reopen(state: &Path) -> Store {
+    for _ in 0..100 {
+        match Store::open(state).await {
+            Err(nbdtrack::mapping::StoreError::Held { .. }) => {
+                tokio::time::sleep(Duration::from_millis(20)).await
+            }
+            other => return other.expect("opens"),
+        }
+    }
+    panic!("the lock was not given up");
+}
+
+fn lines(file: &Path) -> u64 {
+    fs::metadata(file).expect("there").len()
+}
+
+/// Two rows in one transaction, so that half of it would show.
+fn changes_number(number: u64) -> Vec<Change> {
+    vec![
+        Change::PutExport(definition(&format!("export-{number}"), number)),
+        Change::PutRelease(release(number, "boot")),
+    ]
+}
+
+fn changes_of(remembered: &Remembered) -> Vec<Change> {
+    let exports = remembered.exports.iter().cloned().map(Change::PutExport);
+    let releases = remembered.releases.iter().cloned().map(Change::PutRelease);
+    let conflicts = remembered
+        .conflicts
+        .iter()
+        .cloned()
+        .map(Change::PutConflict);
+    exports.chain(releases).chain(conflicts).collect()
+}
+
+fn sorted(mut remembered: Remembered) -> Remembered {
+    remembered.exports.sort_by(|a, b| a.name.cmp(&b.name));
+    remembered
+        .releases
+        .sort_by_key(|r| (r.boot.clone(), r.diskseq));
+    remembered.conflicts.sort_by(|a, b| a.export.cmp(&b.export));
+    remembered
+}
+
+fn name(text: &str) -> ExportName {
+    ExportName::parse(text).expect("a name")
+}
+
+fn volume(number: u64) -> VolumeId {
+    VolumeId::parse(&format!("serial:volume-{number}")).expect("a volume")
+}
+
+fn definition(text: &str, number: u64) -> Definition {
+    Definition {
+        name: name(text),
+        volume: volume(number),
+        read_only: false,
+        share: false,
+        source: Source::Dbus,
+    }
+}
+
+fn release(number: u64, boot: &str) -> Release {
+    Release {
+        volume: volume(number),
+        diskseq: DiskSeq(number),
+        boot: BootId(boot.to_owned()),
+    }
+}
+
+fn conflict(export: &str, first: Option<u64>) -> Conflict {
+    Conflict {
+        export: name(export),
+        first: first.map(DiskSeq),
+        boot: BootId("boot".to_owned()),
+    }
+}
