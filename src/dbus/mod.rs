@@ -1,1 +1,163 @@
-//! To be written.
+//! The control plane's face: objects, properties, signals and methods on D-Bus. EDGE: carries what the loop
+//! decided out to the bus and what callers ask for into the loop; decides nothing about exports.
+//!
+//! ```text
+//!   caller ── method ──> server ──> manager (arguments) ──> call ── Command ──> the loop
+//!   caller <── reply ─────────────────────── call <── oneshot <── publish <── Publication ── the loop
+//!   caller <── signals, PropertiesChanged ──────────────── publish (tree: what differs)
+//! ```
+//!
+//! Calls are dispatched here rather than by zbus's object server, because at 10,000 exports that
+//! one describes the whole tree in each introspection of a parent (tens of MB, over what a system bus
+//! lets a message have), holds several locks and objects for each path, and emits one signal for each property.
+//! Everything that is read (properties, introspection, managed objects) is answered from the tree that was
+//! last published and never waits for the loop (invariant 11).
+//!
+//! Channels and locks, each with its bound, stand on [`publish::Shared`] and [`call::Calls`].
+//!
+//! May use: correlation, identity. May not touch: disks, sockets of NBD clients, the store.
+
+mod call;
+pub mod client;
+mod error;
+mod export;
+mod introspect;
+mod manager;
+mod paths;
+mod publish;
+#[cfg(test)]
+mod samples;
+mod server;
+mod tree;
+mod volume;
+
+use std::collections::BTreeMap;
+
+use tokio::sync::{mpsc, oneshot};
+
+pub use error::BusError;
+pub use publish::Publisher;
+
+use crate::correlation::{
+    DiskSeq, DiskView, ExportName, ExportView, Notice, Request, RequestError,
+};
+use crate::identity::VolumeId;
+
+/// The name that the daemon owns on its bus.
+pub const BUS_NAME: &str = "org.nbdtrack1";
+
+/// Which bus.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Bus {
+    System,
+    /// None at all: nothing is published and no one can call.
+    None,
+    /// A D-Bus address, `unix:path=/run/x`.
+    Address(String),
+}
+
+impl Bus {
+    /// Parses `system`, `none` or a D-Bus address.
+    ///
+    /// # Errors
+    /// [`BusError::Address`] for anything else.
+    pub fn parse(text: &str) -> Result<Bus, BusError> {
+        match text {
+            "system" => Ok(Bus::System),
+            "none" => Ok(Bus::None),
+            _ => match text.parse::<zbus::Address>() {
+                Ok(_) => Ok(Bus::Address(text.to_owned())),
+                Err(error) => Err(BusError::Address {
+                    text: text.to_owned(),
+                    reason: error.to_string(),
+                }),
+            },
+        }
+    }
+}
+
+impl std::fmt::Display for Bus {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Bus::System => "system",
+            Bus::None => "none",
+            Bus::Address(address) => address,
+        })
+    }
+}
+
+/// Who calls, for the log. The bus's policy has already let the call through.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Caller {
+    /// Unique name on the bus, `:1.7`.
+    pub name: String,
+    /// Unix user, where the bus tells.
+    pub uid: Option<u32>,
+}
+
+/// One call for the loop. Dropping `reply` answers `Failed`.
+#[derive(Debug)]
+pub struct Command {
+    pub call: Call,
+    pub reply: oneshot::Sender<Result<Answer, RequestError>>,
+    pub caller: Caller,
+}
+
+/// What callers ask for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Call {
+    /// For the middle.
+    Request(Request),
+    ResolveVolume(Filter),
+    /// Survey now; answered when it is done.
+    Rescan,
+    Stats,
+}
+
+/// Which disks are asked for: those for which everything that is given holds.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Filter {
+    pub volume: Option<VolumeId>,
+    pub serial: Option<String>,
+    pub wwid: Option<String>,
+    pub node: Option<String>,
+    pub diskseq: Option<DiskSeq>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Answer {
+    Done,
+    Added { name: ExportName, created: bool },
+    Volumes(Vec<DiskSeq>),
+    Stats(BTreeMap<String, u64>),
+}
+
+/// One thing to make visible, in the order of the offers.
+#[derive(Debug)]
+pub enum Publication {
+    Export {
+        view: ExportView,
+        /// Connected now.
+        clients: u32,
+    },
+    ExportGone(ExportName),
+    Disk(DiskView),
+    DiskGone(DiskSeq),
+    Signal(Notice),
+    /// Sent only after what was offered before it is visible on the bus.
+    Reply(
+        oneshot::Sender<Result<Answer, RequestError>>,
+        Result<Answer, RequestError>,
+    ),
+}
+
+/// Connects to `bus`, claims [`BUS_NAME`] and serves it until the publisher is dropped; a bus that goes away is
+/// connected to again. `commands` is the loop's bounded queue; what does not fit is answered `NotReady`.
+///
+/// Needs a running tokio runtime.
+///
+/// # Errors
+/// [`BusError`]; `NameTaken` when another process owns the name.
+pub async fn serve(bus: &Bus, commands: mpsc::Sender<Command>) -> Result<Publisher, BusError> {
+    server::serve(bus, commands).await
+}

@@ -1,0 +1,445 @@
+//! The Manager object: what its methods take and give. PURE: arguments in, a [`Call`] or the refusal that names the
+//! argument out.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use zbus::{Message, OwnedVariant, Variant};
+
+use super::introspect::{Interface, Method, Signal};
+use super::{Call, Filter};
+use crate::correlation::{Definition, DiskSeq, ExportName, Request, RequestError, Source};
+use crate::identity::VolumeId;
+
+/// The longest argument that names something, in bytes.
+pub const ARGUMENT_BYTES_MAX: usize = 4096;
+/// The longest time that a caller may ask for.
+pub const WAIT_MS_MAX: u32 = 600_000;
+/// How long `AddExport` waits for the export to serve unless told.
+pub const WAIT_MS: u32 = 10_000;
+/// How long a drain may take unless told.
+pub const TIMEOUT_MS: u32 = 30_000;
+/// More options than any method has.
+const OPTIONS_MAX: usize = 32;
+
+const NAME: (&str, &str) = ("name", "s");
+const VOLUME: (&str, &str) = ("volume", "s");
+const OPTIONS: (&str, &str) = ("options", "a{sv}");
+const OBJECT: (&str, &str) = ("object", "o");
+const ID: (&str, &str) = ("id", "s");
+
+pub const MANAGER: Interface = Interface {
+    name: "org.nbdtrack1.Manager",
+    methods: &[
+        Method {
+            name: "AddExport",
+            takes: &[NAME, OPTIONS],
+            gives: &[("export", "o"), ("created", "b")],
+        },
+        Method {
+            name: "RemoveExport",
+            takes: &[NAME, OPTIONS],
+            gives: &[],
+        },
+        Method {
+            name: "PrepareDetach",
+            takes: &[VOLUME, OPTIONS],
+            gives: &[],
+        },
+        Method {
+            name: "CancelDetach",
+            takes: &[VOLUME, OPTIONS],
+            gives: &[],
+        },
+        Method {
+            name: "ResolveConflict",
+            takes: &[NAME, ("diskseq", "t"), OPTIONS],
+            gives: &[],
+        },
+        Method {
+            name: "ResolveVolume",
+            takes: &[OPTIONS],
+            gives: &[("volumes", "ao")],
+        },
+        Method {
+            name: "Rescan",
+            takes: &[OPTIONS],
+            gives: &[],
+        },
+        Method {
+            name: "GetStats",
+            takes: &[OPTIONS],
+            gives: &[("stats", "a{sv}")],
+        },
+    ],
+    signals: &[
+        Signal {
+            name: "VolumeAttached",
+            carries: &[OBJECT, ID, ("node", "s"), ("diskseq", "t")],
+        },
+        Signal {
+            name: "VolumeDetached",
+            carries: &[OBJECT, ID, ("node", "s"), ("diskseq", "t")],
+        },
+        Signal {
+            name: "VolumeRenamed",
+            carries: &[OBJECT, ID, ("old_node", "s"), ("new_node", "s")],
+        },
+        Signal {
+            name: "VolumeResized",
+            carries: &[OBJECT, ID, ("old", "t"), ("new", "t")],
+        },
+        Signal {
+            name: "ExportStateChanged",
+            carries: &[OBJECT, NAME, ("old", "s"), ("new", "s"), ("reason", "s")],
+        },
+        Signal {
+            name: "IdentityConflict",
+            carries: &[ID, ("volumes", "ao")],
+        },
+    ],
+    properties: &[],
+};
+
+/// Reads the call out of a message whose signature was compared with the table.
+///
+/// # Errors
+/// `InvalidArgument` or `NotSupported`, naming the argument.
+pub fn parse(method: &str, message: &Message) -> Result<Call, RequestError> {
+    let body = message.body();
+    let unreadable =
+        |error: zbus::Error| RequestError::InvalidArgument(format!("arguments: {error}"));
+    match method {
+        "AddExport" | "RemoveExport" | "PrepareDetach" | "CancelDetach" => {
+            let (named, options): (&str, BTreeMap<String, OwnedVariant>) =
+                body.deserialize().map_err(unreadable)?;
+            let options = Options::take(options)?;
+            match method {
+                "AddExport" => add_export(named, options),
+                "RemoveExport" => remove_export(named, options),
+                "PrepareDetach" => prepare_detach(named, options),
+                _ => {
+                    options.end()?;
+                    let volume = volume_id("volume", named)?;
+                    Ok(Call::Request(Request::CancelDetach { volume }))
+                }
+            }
+        }
+        "ResolveConflict" => {
+            let (named, diskseq, options): (&str, u64, BTreeMap<String, OwnedVariant>) =
+                body.deserialize().map_err(unreadable)?;
+            Options::take(options)?.end()?;
+            let name = export_name(named)?;
+            let diskseq = some_diskseq(diskseq)?;
+            Ok(Call::Request(Request::ResolveConflict { name, diskseq }))
+        }
+        "ResolveVolume" | "Rescan" | "GetStats" => {
+            let options: BTreeMap<String, OwnedVariant> =
+                body.deserialize().map_err(unreadable)?;
+            let options = Options::take(options)?;
+            if method == "ResolveVolume" {
+                return resolve_volume(options);
+            }
+            options.end()?;
+            Ok(if method == "Rescan" { Call::Rescan } else { Call::Stats })
+        }
+        other => Err(RequestError::NotSupported(format!(
+            "{other} does not exist"
+        ))),
+    }
+}
+
+fn add_export(name: &str, mut options: Options) -> Result<Call, RequestError> {
+    let name = export_name(name)?;
+    for key in ["path", "format"] {
+        if options.contains(key) {
+            return Err(RequestError::NotSupported(format!(
+                "option {key}: files are not served yet"
+            )));
+        }
+    }
+    let volume = options.text("volume")?;
+    let read_only = options.truth("read_only")?.unwrap_or(false);
+    let share = options.truth("share")?.unwrap_or(false);
+    let wait = options.milliseconds("wait_ms", WAIT_MS)?;
+    options.end()?;
+    let volume = volume.ok_or_else(|| {
+        RequestError::InvalidArgument("option volume is missing: say profile:id".to_owned())
+    })?;
+    let definition = Definition {
+        name,
+        volume: volume_id("option volume", &volume)?,
+        read_only,
+        share,
+        source: Source::Dbus,
+    };
+    Ok(Call::Request(Request::AddExport { definition, wait }))
+}
+
+fn remove_export(name: &str, mut options: Options) -> Result<Call, RequestError> {
+    let name = export_name(name)?;
+    let mode = options.text("mode")?;
+    let within = options.milliseconds("timeout_ms", TIMEOUT_MS)?;
+    options.end()?;
+    let hard = match mode.as_deref() {
+        None | Some("soft") => false,
+        Some("hard") => true,
+        Some(mode @ ("safe" | "hide")) => {
+            return Err(RequestError::NotSupported(format!(
+                "option mode: {mode} is not built yet; say soft or hard"
+            )));
+        }
+        Some(mode) => {
+            return Err(RequestError::InvalidArgument(format!(
+                "option mode: {} is none; say soft or hard",
+                short(mode)
+            )));
+        }
+    };
+    Ok(Call::Request(Request::RemoveExport { name, hard, within }))
+}
+
+fn prepare_detach(volume: &str, mut options: Options) -> Result<Call, RequestError> {
+    let volume = volume_id("volume", volume)?;
+    let hard = options.truth("hard")?.unwrap_or(false);
+    let within = options.milliseconds("timeout_ms", TIMEOUT_MS)?;
+    options.end()?;
+    Ok(Call::Request(Request::PrepareDetach {
+        volume,
+        hard,
+        within,
+    }))
+}
+
+fn resolve_volume(mut options: Options) -> Result<Call, RequestError> {
+    let volume = options.text("volume")?;
+    let filter = Filter {
+        volume: volume.map(|text| volume_id("option volume", &text)).transpose()?,
+        serial: options.text("serial")?,
+        wwid: options.text("wwid")?,
+        node: options.text("node")?,
+        diskseq: options.number("diskseq")?.map(some_diskseq).transpose()?,
+    };
+    options.end()?;
+    Ok(Call::ResolveVolume(filter))
+}
+
+fn export_name(text: &str) -> Result<ExportName, RequestError> {
+    ExportName::parse(text)
+        .map_err(|error| RequestError::InvalidArgument(format!("name: {error}")))
+}
+
+fn volume_id(argument: &str, text: &str) -> Result<VolumeId, RequestError> {
+    bounded(argument, text)?;
+    VolumeId::parse(text)
+        .map_err(|error| RequestError::InvalidArgument(format!("{argument}: {error}")))
+}
+
+fn some_diskseq(number: u64) -> Result<DiskSeq, RequestError> {
+    if number == 0 {
+        return Err(RequestError::InvalidArgument(
+            "diskseq: 0 is no disk; the volumes' DiskSeq says which there are".to_owned(),
+        ));
+    }
+    Ok(DiskSeq(number))
+}
+
+fn bounded(argument: &str, text: &str) -> Result<(), RequestError> {
+    if text.len() > ARGUMENT_BYTES_MAX {
+        return Err(RequestError::InvalidArgument(format!(
+            "{argument}: at most {ARGUMENT_BYTES_MAX} bytes, this has {}",
+            text.len()
+        )));
+    }
+    Ok(())
+}
+
+/// The beginning of a text from outside, for a message.
+fn short(text: &str) -> String {
+    const CHARS: usize = 64;
+    if text.chars().nth(CHARS).is_none() {
+        return text.to_owned();
+    }
+    text.chars().take(CHARS).chain(['…']).collect()
+}
+
+/// The options of a call: each is taken once, and what is left at the end is refused by name.
+struct Options(BTreeMap<String, OwnedVariant>);
+
+impl Options {
+    fn take(given: BTreeMap<String, OwnedVariant>) -> Result<Options, RequestError> {
+        if given.len() > OPTIONS_MAX {
+            return Err(RequestError::InvalidArgument(format!(
+                "options: at most {OPTIONS_MAX}, these are {}",
+                given.len()
+            )));
+        }
+        Ok(Options(given))
+    }
+
+    fn contains(&self, key: &str) -> bool {
+        self.0.contains_key(key)
+    }
+
+    fn text(&mut self, key: &str) -> Result<Option<String>, RequestError> {
+        match self.0.remove(key).map(Variant::from) {
+            None => Ok(None),
+            Some(Variant::Str(text)) => {
+                bounded(&format!("option {key}"), &text)?;
+                Ok(Some(text.as_str().to_owned()))
+            }
+            Some(other) => Err(wrong_type(key, "a string (s)", &other)),
+        }
+    }
+
+    fn truth(&mut self, key: &str) -> Result<Option<bool>, RequestError> {
+        match self.0.remove(key).map(Variant::from) {
+            None => Ok(None),
+            Some(Variant::Bool(truth)) => Ok(Some(truth)),
+            Some(other) => Err(wrong_type(key, "a boolean (b)", &other)),
+        }
+    }
+
+    fn number(&mut self, key: &str) -> Result<Option<u64>, RequestError> {
+        match self.0.remove(key).map(Variant::from) {
+            None => Ok(None),
+            Some(Variant::U64(number)) => Ok(Some(number)),
+            Some(other) => Err(wrong_type(key, "a number (t)", &other)),
+        }
+    }
+
+    fn milliseconds(&mut self, key: &str, otherwise: u32) -> Result<Duration, RequestError> {
+        let number = match self.0.remove(key).map(Variant::from) {
+            None => otherwise,
+            Some(Variant::U32(number)) => number,
+            Some(other) => return Err(wrong_type(key, "milliseconds (u)", &other)),
+        };
+        if number > WAIT_MS_MAX {
+            return Err(RequestError::InvalidArgument(format!(
+                "option {key}: at most {WAIT_MS_MAX}, this is {number}"
+            )));
+        }
+        Ok(Duration::from_millis(number.into()))
+    }
+
+    fn end(self) -> Result<(), RequestError> {
+        match self.0.into_keys().next() {
+            None => Ok(()),
+            Some(key) => Err(RequestError::InvalidArgument(format!(
+                "option {}: unknown to this method",
+                short(&key)
+            ))),
+        }
+    }
+}
+
+fn wrong_type(key: &str, wanted: &str, found: &Variant<'_>) -> RequestError {
+    RequestError::InvalidArgument(format!(
+        "option {key}: has to be {wanted}, not ({})",
+        found.value_signature()
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn with<B: serde::Serialize + zbus::DynamicType>(
+        method: &str,
+        body: &B,
+    ) -> Result<Call, RequestError> {
+        let message = Message::method_call("/org/nbdtrack1", method);
+        parse(method, &message.build(body).unwrap())
+    }
+
+    fn options<const N: usize>(
+        pairs: [(&'static str, Variant<'static>); N],
+    ) -> BTreeMap<&'static str, Variant<'static>> {
+        pairs.into()
+    }
+
+    fn refusal(result: Result<Call, RequestError>) -> String {
+        match result {
+            Err(error) => format!("{}: {error}", super::super::error::parts(&error).0),
+            Ok(call) => panic!("accepted: {call:?}"),
+        }
+    }
+
+    #[test]
+    fn add_export_has_defaults() {
+        let body = ("a", options([("volume", Variant::new("loop:/x"))]));
+        let Ok(Call::Request(Request::AddExport { definition, wait })) = with("AddExport", &body)
+        else {
+            panic!("refused");
+        };
+        assert_eq!(wait, Duration::from_secs(10));
+        assert!(!definition.read_only && !definition.share);
+        assert_eq!(definition.source, Source::Dbus);
+    }
+
+    #[test]
+    fn refusals_name_the_option() {
+        let v = || ("volume", Variant::new("loop:/x"));
+        let cases: Vec<(Result<Call, RequestError>, &str)> = vec![
+            (
+                with("AddExport", &("a", options([v(), ("colour", Variant::new("red"))]))),
+                "InvalidArgument: option colour",
+            ),
+            (
+                with("AddExport", &("a", options([("volume", Variant::new(7_u32))]))),
+                "InvalidArgument: option volume: has to be a string",
+            ),
+            (
+                with("AddExport", &("a", options([v(), ("wait_ms", Variant::new(600_001_u32))]))),
+                "InvalidArgument: option wait_ms",
+            ),
+            (
+                with("AddExport", &("a", options([v(), ("wait_ms", Variant::new("1"))]))),
+                "InvalidArgument: option wait_ms",
+            ),
+            (
+                with("AddExport", &("a", options([v(), ("read_only", Variant::new(1_u32))]))),
+                "InvalidArgument: option read_only",
+            ),
+            (
+                with("AddExport", &("a", options([("path", Variant::new("/x.qcow2"))]))),
+                "NotSupported: option path: files are not served yet",
+            ),
+            (with("AddExport", &("a", options([]))), "InvalidArgument: option volume is missing"),
+            (with("AddExport", &("", options([v()]))), "InvalidArgument: name"),
+            (
+                with("AddExport", &("n".repeat(1 << 20), options([v()]))),
+                "InvalidArgument: name",
+            ),
+            (
+                with("PrepareDetach", &(format!("loop:/{}", "x".repeat(4096)), options([]))),
+                "InvalidArgument: volume: at most 4096 bytes",
+            ),
+            (
+                with("RemoveExport", &("a", options([("mode", Variant::new("hide"))]))),
+                "NotSupported: option mode: hide",
+            ),
+            (
+                with("RemoveExport", &("a", options([("mode", Variant::new("fast"))]))),
+                "InvalidArgument: option mode: fast",
+            ),
+            (
+                with("ResolveConflict", &("a", 0_u64, options([]))),
+                "InvalidArgument: diskseq",
+            ),
+            (
+                with("ResolveVolume", &options([("diskseq", Variant::new(7_u32))])),
+                "InvalidArgument: option diskseq",
+            ),
+            (
+                with("Rescan", &options([("force", Variant::new(true))])),
+                "InvalidArgument: option force",
+            ),
+        ];
+        for (result, wanted) in cases {
+            let found = refusal(result);
+            assert!(found.starts_with(wanted), "{found} is not {wanted}");
+            assert!(found.len() < 300, "{found}");
+        }
+    }
+}
