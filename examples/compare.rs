@@ -1,0 +1,258 @@
+//! `make compare`: the same swap under Debian's nbd-server and under nbdtrack, byte for byte.
+//!
+//! Each server gets two loop devices of its own. Both volumes are filled through their exports, the clients leave, the
+//! devices are detached and attached in swapped order. Then one volume is read and the other written through its
+//! export, and the table says whose bytes came and where the written ones went. nbd-server is given paths, as it is
+//! meant to be; nothing here is a fault of its code. Exits 0 when nbdtrack put every byte in its place.
+
+#[path = "../tests/support/mod.rs"]
+mod support;
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use support::bus::{Bus, Client};
+use support::client::Endpoint;
+use support::daemon::{Daemon, Home, free_port};
+use support::ground::Ground;
+use support::loops::{LoopDevice, sparse_file};
+use support::pattern::{self, Tally};
+use support::process::{self, Running};
+use support::{Doing, Outcome, until};
+
+/// Bytes of each volume.
+const SIZE: u64 = 32 << 20;
+const NAMES: [&str; 2] = ["vol-a", "vol-b"];
+const STEP_LIMIT: Duration = Duration::from_secs(30);
+/// The write before the swap, and the one after it.
+const BEFORE: u64 = 1;
+const AFTER: u64 = 2;
+
+/// One server with its two volumes.
+struct Side {
+    title: &'static str,
+    endpoint: Endpoint,
+    server: Server,
+    images: [PathBuf; 2],
+    devices: [LoopDevice; 2],
+}
+
+enum Server {
+    Theirs(Running),
+    Ours {
+        daemon: Daemon,
+        client: Client,
+        _bus: Bus,
+    },
+}
+
+struct Row {
+    server: &'static str,
+    what: String,
+    expected: &'static str,
+    tally: Tally,
+}
+
+fn main() -> ExitCode {
+    let outcome = support::catch_signals()
+        .and_then(|()| Ground::take())
+        .and_then(|ground| {
+            let outcome = run(&ground);
+            if outcome.is_err() && !support::interrupted() {
+                ground.print_logs();
+            }
+            outcome
+        });
+    match outcome {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(e) => {
+            println!("FAILED: {e}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(ground: &Ground) -> Outcome<bool> {
+    let mut rows = Vec::new();
+    for side in [
+        theirs(&folder(ground, "theirs")?)?,
+        ours(&folder(ground, "ours")?)?,
+    ] {
+        println!("  {}: swap", side.title);
+        rows.extend(swap(side, ground)?);
+    }
+    println!(
+        "\n{:12} {:44} {:9} {:>12} {:>20}",
+        "server", "what", "expected", "bytes right", "the other's bytes"
+    );
+    for row in &rows {
+        println!(
+            "{:12} {:44} {:9} {:>12} {:>20}",
+            row.server,
+            row.what,
+            row.expected,
+            row.tally.right,
+            row.tally.of_others() + row.tally.misplaced,
+        );
+    }
+    for server in ["nbd-server", "nbdtrack"] {
+        let mut of_server = rows.iter().filter(|row| row.server == server);
+        let wrong = of_server.find(|row| !row.tally.all_right());
+        match wrong {
+            None => println!("{server}: every byte where it belongs"),
+            Some(row) => println!("{server}: WRONG VOLUME, {}: {}", row.what, row.tally),
+        }
+    }
+    Ok(rows
+        .iter()
+        .filter(|row| row.server == "nbdtrack")
+        .all(|row| row.tally.all_right()))
+}
+
+fn folder(ground: &Ground, name: &str) -> Outcome<PathBuf> {
+    let path = ground.file(name);
+    std::fs::create_dir(&path)?;
+    Ok(path.canonicalize()?)
+}
+
+fn volumes(folder: &Path) -> Outcome<([PathBuf; 2], [LoopDevice; 2])> {
+    let image = |name: &str| sparse_file(folder, &format!("{name}.img"), SIZE);
+    let images = [image(NAMES[0])?, image(NAMES[1])?];
+    let devices = [LoopDevice::add()?, LoopDevice::add()?];
+    for (device, image) in devices.iter().zip(&images) {
+        device.attach(image)?;
+    }
+    Ok((images, devices))
+}
+
+fn theirs(folder: &Path) -> Outcome<Side> {
+    let (images, devices) = volumes(folder)?;
+    let port = free_port()?;
+    let mut text = format!("[generic]\nport = {port}\nlistenaddr = 127.0.0.1\nallowlist = true\n");
+    for (name, device) in NAMES.iter().zip(&devices) {
+        text.push_str(&format!(
+            "[{name}]\nexportname = {}\nflush = true\nfua = true\n",
+            device.node()
+        ));
+    }
+    let config = folder.join("config");
+    std::fs::write(&config, text)?;
+    let mut command = process::command("nbd-server");
+    command.arg("-d").arg("-C").arg(&config);
+    command.arg("-p").arg(folder.join("pid"));
+    let log = std::fs::File::create(folder.join("nbd-server.log"))?;
+    command.stdout(log.try_clone()?).stderr(log);
+    let mut server = Running(command.spawn().doing("start nbd-server")?);
+    let address = std::net::SocketAddr::from(([127, 0, 0, 1], port));
+    until(STEP_LIMIT, "nbd-server to listen", || {
+        if let Some(status) = server.0.try_wait()? {
+            trouble!("nbd-server ended: {status}");
+        }
+        Ok(std::net::TcpStream::connect(address).ok())
+    })?;
+    Ok(Side {
+        title: "nbd-server",
+        endpoint: Endpoint::Tcp(address),
+        server: Server::Theirs(server),
+        images,
+        devices,
+    })
+}
+
+fn ours(folder: &Path) -> Outcome<Side> {
+    let (images, devices) = volumes(folder)?;
+    let bus = Bus::start(folder)?;
+    let home = Home::new(folder, &bus.address)?;
+    let exports: Vec<_> = NAMES
+        .iter()
+        .zip(&images)
+        .map(|(name, image)| (*name, format!("loop:{}", image.display())))
+        .collect();
+    home.configure(&exports)?;
+    let daemon = home.start()?;
+    let client = Client::connect(&bus)?;
+    for name in NAMES {
+        client.reach_state(name, "Serving", STEP_LIMIT)?;
+    }
+    Ok(Side {
+        title: "nbdtrack",
+        endpoint: home.endpoint(),
+        server: Server::Ours {
+            daemon,
+            client,
+            _bus: bus,
+        },
+        images,
+        devices,
+    })
+}
+
+fn swap(side: Side, ground: &Ground) -> Outcome<Vec<Row>> {
+    let pattern_file = ground.file("pattern");
+    let name_of = pattern_file.to_string_lossy().into_owned();
+    for name in NAMES {
+        pattern::write_file(&pattern_file, name, SIZE, BEFORE)?;
+        copy(&["--flush", &name_of, &side.endpoint.uri(name)])?;
+    }
+    if let Server::Ours { client, .. } = &side.server {
+        for image in &side.images {
+            client
+                .prepare_detach(&format!("loop:{}", image.display()))
+                .doing("PrepareDetach")?;
+        }
+    }
+    for device in &side.devices {
+        // nbd-server forks a process per client, and it may take a moment to leave.
+        until(STEP_LIMIT, "the device to be let go", || {
+            Ok((device.backing_file().is_none()
+                || device.detach()? == support::loops::Detached::Now)
+                .then_some(()))
+        })?;
+    }
+    let mark = match &side.server {
+        Server::Ours { client, .. } => client.mark(),
+        Server::Theirs(_) => 0,
+    };
+    side.devices[1].attach(&side.images[0])?;
+    side.devices[0].attach(&side.images[1])?;
+    if let Server::Ours { client, .. } = &side.server {
+        for name in NAMES {
+            client.wait_state(mark, name, "Serving", STEP_LIMIT)?;
+        }
+    }
+
+    let copied = ground.file("copy");
+    copy(&[&side.endpoint.uri(NAMES[0]), &copied.to_string_lossy()])?;
+    let mut rows = vec![Row {
+        server: side.title,
+        what: format!("read through export {}", NAMES[0]),
+        expected: NAMES[0],
+        tally: pattern::examine_whole(&copied, NAMES[0], SIZE, BEFORE)?,
+    }];
+    std::fs::remove_file(&copied)?;
+    pattern::write_file(&pattern_file, NAMES[1], SIZE, AFTER)?;
+    copy(&["--flush", &name_of, &side.endpoint.uri(NAMES[1])])?;
+    match side.server {
+        Server::Theirs(server) => drop(server),
+        Server::Ours { daemon, .. } => daemon.stop()?,
+    }
+    for (image, (name, sequence)) in side
+        .images
+        .iter()
+        .zip([(NAMES[0], BEFORE), (NAMES[1], AFTER)])
+    {
+        rows.push(Row {
+            server: side.title,
+            what: format!("{name}'s backing file, after a write to {}", NAMES[1]),
+            expected: name,
+            tally: pattern::examine_whole(image, name, SIZE, sequence)?,
+        });
+    }
+    Ok(rows)
+}
+
+fn copy(args: &[&str]) -> Outcome<()> {
+    process::succeed("nbdcopy", args, Duration::from_secs(120)).map(drop)
+}

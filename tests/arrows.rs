@@ -1,0 +1,261 @@
+//! Holds the arrows between the rooms: reads every path that begins at `crate::` in `src/`, and compares it with the table
+//! below. Code under `#[cfg(test)] mod … {` is not read: tests may look anywhere.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+/// Each room and the rooms it may use. `main → cli → daemon → {dbus, udev, mapping, config, nbd → image} → correlation →
+/// identity`, and `config → identity`.
+const ARROWS: &[(&str, &[&str])] = &[
+    ("main", &["cli"]),
+    // The map of the rooms; it uses none.
+    ("lib", &[]),
+    (
+        "cli",
+        &["daemon", "dbus", "config", "correlation", "identity"],
+    ),
+    (
+        "daemon",
+        &[
+            "dbus",
+            "udev",
+            "mapping",
+            "config",
+            "nbd",
+            "image",
+            "correlation",
+            "identity",
+        ],
+    ),
+    ("dbus", &["correlation", "identity"]),
+    ("udev", &["correlation", "identity"]),
+    ("mapping", &["correlation", "identity"]),
+    ("config", &["correlation", "identity"]),
+    ("nbd", &["image", "correlation", "identity"]),
+    ("image", &["correlation", "identity"]),
+    ("correlation", &["identity"]),
+    ("identity", &[]),
+];
+
+/// Files that only decide, by the beginning of their path in `src/`.
+const PURE: &[&str] = &["identity", "correlation", "nbd/wire", "nbd/handshake"];
+
+/// What a file that only decides cannot name: files, sockets, threads, clocks, channels, a runtime.
+const IMPURE: &[&str] = &[
+    "std::fs",
+    "std::net",
+    "std::os",
+    "std::thread",
+    "std::process",
+    "std::env",
+    "std::sync::mpsc",
+    "Instant::now",
+    "SystemTime",
+    "tokio",
+    "zbus",
+    "nix::",
+    "libc::",
+    "socket2",
+    "sqlx",
+    "crossbeam",
+    "tracing",
+    "async fn",
+];
+
+#[test]
+fn arrows_between_the_rooms_go_one_way() {
+    let mut wrong = Vec::new();
+    for (path, text) in sources() {
+        let room = room_of(&path);
+        let Some((_, may)) = ARROWS.iter().find(|(name, _)| *name == room) else {
+            wrong.push(format!(
+                "{}: the room {room} is not in the table",
+                path.display()
+            ));
+            continue;
+        };
+        for used in rooms_used(&text, depth_of(&path)) {
+            if used != room && !may.contains(&used.as_str()) {
+                wrong.push(format!("{}: {room} may not use {used}", path.display()));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn what_decides_names_no_clock_file_thread_or_socket() {
+    let mut wrong = Vec::new();
+    for (path, text) in sources() {
+        let shown = path.to_string_lossy().into_owned();
+        if !PURE.iter().any(|start| shown.starts_with(start)) {
+            continue;
+        }
+        let code = code_of(&text);
+        for word in IMPURE.iter().filter(|word| code.contains(**word)) {
+            wrong.push(format!("{shown}: names {word}"));
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn the_table_has_no_circle() {
+    for (room, _) in ARROWS {
+        let mut reached: BTreeSet<&str> = BTreeSet::new();
+        let mut next = vec![*room];
+        while let Some(at) = next.pop() {
+            let below = ARROWS.iter().find(|(name, _)| *name == at);
+            for used in below.map_or(&[][..], |(_, may)| may) {
+                assert!(used != room, "{room} reaches itself over {at}");
+                if reached.insert(used) {
+                    next.push(used);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn reader_finds_every_way_to_write_a_path() {
+    let text = "
+        use crate::identity::VolumeId;
+        use crate::{image::{Extent, NoWait}, nbd, config::Config as C};
+        fn f() { crate::mapping::open(super::super::udev::survey()) } // crate::cli
+        /* crate::daemon */ const S: &str = \"a\";
+        #[cfg(test)]
+        mod tests { use crate::dbus; }
+    ";
+    let used = rooms_used(text, 2);
+    let wanted = ["config", "identity", "image", "mapping", "nbd", "udev"];
+    assert!(used.iter().eq(wanted.iter()), "{used:?}");
+    assert!(!rooms_used(text, 3).contains("udev"));
+}
+
+/// Every source file by its path below `src/`.
+fn sources() -> Vec<(PathBuf, String)> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut found = Vec::new();
+    let mut folders = vec![root.clone()];
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(&folder).expect("src can be read") {
+            let path = entry.expect("src can be read").path();
+            if path.is_dir() {
+                folders.push(path);
+            } else if path.extension().is_some_and(|e| e == "rs") {
+                let text = std::fs::read_to_string(&path).expect("sources are text");
+                let below = path.strip_prefix(&root).expect("it was found there");
+                found.push((below.to_owned(), text));
+            }
+        }
+    }
+    assert!(found.len() > 5, "the sources are found");
+    found
+}
+
+fn room_of(path: &Path) -> String {
+    let first = path.components().next().expect("a path has a beginning");
+    let name = first.as_os_str().to_string_lossy();
+    name.strip_suffix(".rs").unwrap_or(&name).to_owned()
+}
+
+/// How many `super::` lead from this file's module to the crate.
+fn depth_of(path: &Path) -> usize {
+    let parts = path.components().count();
+    match path.file_stem().map(|s| s.to_string_lossy()) {
+        Some(stem) if stem == "mod" => parts - 1,
+        Some(stem) if parts == 1 && (stem == "lib" || stem == "main") => 0,
+        _ => parts,
+    }
+}
+
+/// The text without comments and without what stands below `#[cfg(test)] mod … {`.
+fn code_of(text: &str) -> String {
+    let mut code = String::new();
+    let mut lines = text.lines().peekable();
+    let mut in_comment = false;
+    while let Some(line) = lines.next() {
+        let next_is_module = lines
+            .peek()
+            .is_some_and(|next| next.contains("mod ") && next.contains('{'));
+        if line.trim() == "#[cfg(test)]" && next_is_module {
+            break;
+        }
+        let mut rest = line;
+        loop {
+            if in_comment {
+                let Some(end) = rest.find("*/") else { break };
+                rest = &rest[end + 2..];
+                in_comment = false;
+            }
+            let line_comment = rest.find("//").unwrap_or(rest.len());
+            match rest.find("/*").filter(|at| *at < line_comment) {
+                Some(start) => {
+                    code.push_str(&rest[..start]);
+                    rest = &rest[start + 2..];
+                    in_comment = true;
+                }
+                None => {
+                    code.push_str(&rest[..line_comment]);
+                    break;
+                }
+            }
+        }
+        code.push('\n');
+    }
+    code
+}
+
+/// The rooms that the code names, by `crate::`, `nbdtrack::` or enough `super::`.
+fn rooms_used(text: &str, depth: usize) -> BTreeSet<String> {
+    let code = code_of(text);
+    let mut starts = vec!["crate::".to_owned(), "nbdtrack::".to_owned()];
+    if depth > 0 {
+        starts.push("super::".repeat(depth));
+    }
+    let mut used = BTreeSet::new();
+    for start in starts {
+        for (at, _) in code.match_indices(&start) {
+            let before = code[..at].chars().next_back();
+            if before.is_some_and(|c| c.is_alphanumeric() || c == '_' || c == '$' || c == ':') {
+                continue;
+            }
+            used.extend(heads(&code[at + start.len()..]));
+        }
+    }
+    used.retain(|name| name.chars().next().is_some_and(char::is_lowercase));
+    used.remove("super");
+    used
+}
+
+/// The first names of a path, or of each path in a group.
+fn heads(path: &str) -> Vec<String> {
+    let Some(group) = path.strip_prefix('{') else {
+        return vec![name_at(path)];
+    };
+    let mut names = Vec::new();
+    let mut depth = 1;
+    let mut fresh = true;
+    for (at, c) in group.char_indices() {
+        match c {
+            '{' => depth += 1,
+            '}' => depth -= 1,
+            ',' if depth == 1 => fresh = true,
+            c if fresh && !c.is_whitespace() => {
+                names.push(name_at(&group[at..]));
+                fresh = false;
+            }
+            _ => {}
+        }
+        if depth == 0 {
+            break;
+        }
+    }
+    names
+}
+
+fn name_at(text: &str) -> String {
+    text.chars()
+        .take_while(|c| c.is_alphanumeric() || *c == '_')
+        .collect()
+}

@@ -1,0 +1,129 @@
+//! Holds what a reader should find in each file of `src/`: a first line that says what it is for, a size that fits in the
+//! head, no unfinished place, no sleeping, and names that say something.
+
+use std::path::{Path, PathBuf};
+
+/// Lines of a file without its tests. About 400 is where to look for the seam; this is where to cut.
+const LINES_MAX: usize = 450;
+
+/// Names that say nothing of what a type is.
+const EMPTY_NAMES: &[&str] = &["Manager", "Helper", "Helpers", "Util", "Utils", "Handler"];
+
+/// Text that has no place in what is shipped.
+const FORBIDDEN: &[(&str, &str)] = &[
+    ("todo!", "is unfinished"),
+    ("unimplemented!", "is unfinished"),
+    ("To be written", "is unfinished"),
+    ("thread::sleep", "waits for a time instead of an event"),
+    ("TODO", "is unfinished"),
+    ("FIXME", "is unfinished"),
+];
+
+#[test]
+fn every_file_says_what_it_is_for_and_fits_in_the_head() {
+    let mut wrong = Vec::new();
+    for (path, text) in sources() {
+        wrong.extend(judge(&path, &text));
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn judge_finds_what_it_is_for() {
+    let found = |path: &str, text: &str| judge(Path::new(path), text).len();
+    assert_eq!(found("nbd/wire.rs", "//! Says what.\nstruct Lease;\n"), 0);
+    assert_eq!(found("nbd/wire.rs", "struct Lease;\n"), 1);
+    assert_eq!(
+        found("nbd/wire.rs", "//! W.\npub struct LeaseManager {\n"),
+        1
+    );
+    assert_eq!(found("nbd/wire.rs", "//! W.\nenum ErrorHandler<T> {\n"), 1);
+    assert_eq!(found("dbus/mod.rs", "//! W.\npub struct Manager {\n"), 0);
+    assert_eq!(found("nbd/util.rs", "//! W.\n"), 1);
+    assert_eq!(found("nbd/wire.rs", "//! W.\nfn f() { todo!() }\n"), 1);
+    assert_eq!(
+        found("nbd/wire.rs", &format!("//! W.\n{}", "\n".repeat(450))),
+        1
+    );
+    let tests = format!(
+        "//! W.\n#[cfg(test)]\nmod tests {{\n{}}}\n",
+        "\n".repeat(450)
+    );
+    assert_eq!(found("nbd/wire.rs", &tests), 0);
+}
+
+fn judge(path: &Path, text: &str) -> Vec<String> {
+    let mut wrong = Vec::new();
+    let shown = path.display();
+    if !text.starts_with("//! ") {
+        wrong.push(format!(
+            "{shown}: does not open with `//! ` and what it is for"
+        ));
+    }
+    let shipped = without_tests(text);
+    let lines = shipped.lines().count();
+    let all_tests = path.file_stem().is_some_and(|s| s == "tests");
+    if lines > LINES_MAX && !all_tests {
+        wrong.push(format!(
+            "{shown}: {lines} lines without tests, at most {LINES_MAX}"
+        ));
+    }
+    for (word, why) in FORBIDDEN {
+        if shipped.contains(word) && !all_tests {
+            wrong.push(format!("{shown}: `{word}` {why}"));
+        }
+    }
+    let stem = path
+        .file_stem()
+        .map_or(String::new(), |s| s.to_string_lossy().into_owned());
+    if ["util", "utils", "helper", "helpers", "common", "misc"].contains(&stem.as_str()) {
+        wrong.push(format!("{shown}: the file's name says nothing"));
+    }
+    for name in type_names(shipped) {
+        // The D-Bus interface is called Manager by the convention of that world.
+        let interface = name == "Manager" && path.starts_with("dbus");
+        if !interface && EMPTY_NAMES.iter().any(|empty| name.ends_with(empty)) {
+            wrong.push(format!("{shown}: the name {name} says nothing"));
+        }
+    }
+    wrong
+}
+
+fn type_names(text: &str) -> impl Iterator<Item = &str> {
+    text.lines().filter_map(|line| {
+        let mut words = line.split_whitespace();
+        words.find(|word| ["struct", "enum", "trait", "type"].contains(word))?;
+        let name = words.next()?;
+        let end = name
+            .find(|c: char| !c.is_alphanumeric())
+            .unwrap_or(name.len());
+        name[..end].chars().next().filter(|c| c.is_uppercase())?;
+        Some(&name[..end])
+    })
+}
+
+/// The text up to `#[cfg(test)] mod … {`.
+fn without_tests(text: &str) -> &str {
+    let end = text.find("#[cfg(test)]\nmod ").unwrap_or(text.len());
+    &text[..end]
+}
+
+fn sources() -> Vec<(PathBuf, String)> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut found = Vec::new();
+    let mut folders = vec![root.clone()];
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(&folder).expect("src can be read") {
+            let path = entry.expect("src can be read").path();
+            if path.is_dir() {
+                folders.push(path);
+            } else if path.extension().is_some_and(|e| e == "rs") {
+                let text = std::fs::read_to_string(&path).expect("sources are text");
+                let below = path.strip_prefix(&root).expect("it was found there");
+                found.push((below.to_owned(), text));
+            }
+        }
+    }
+    assert!(found.len() > 5, "the sources are found");
+    found
+}
