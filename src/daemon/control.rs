@@ -1,7 +1,6 @@
 //! The loop and what it owns.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -10,8 +9,9 @@ use tokio::sync::{Notify, mpsc, oneshot};
 
 use super::sockets::Sockets;
 use super::{Options, perform, reload};
+use crate::config::IdentityRules;
 use crate::correlation::{
-    Change, Correlation, Event, ExportName, Notice, OpenRefusal, OpenedDisk, RequestError, RequestId, Ticket,
+    Change, Correlation, Event, ExportName, Notice, OpenRefusal, OpenedDisk, Request, RequestError, RequestId, Ticket,
 };
 use crate::dbus::{Answer, Call, Command, Filter, Publication, Publisher};
 use crate::image::Image;
@@ -45,15 +45,23 @@ pub(super) struct Write {
 
 pub(super) type Asker = oneshot::Sender<Result<Answer, RequestError>>;
 
+/// What the loop drives.
+pub(super) struct Edges {
+    pub door: Door,
+    pub publisher: Publisher,
+    pub observer: Observer,
+    pub store: Store,
+}
+
 pub(super) struct Control {
     pub correlation: Correlation,
     pub door: Door,
     pub publisher: Publisher,
     pub observer: Observer,
     pub claims: Arc<Claims>,
-    pub sysfs: PathBuf,
     started: Instant,
     drain_within: Duration,
+    rules: IdentityRules,
     /// Opened and not served yet.
     pub opened: HashMap<Ticket, Arc<dyn Image>>,
     /// Callers that wait for a reply.
@@ -78,17 +86,13 @@ struct ClientChanges {
 }
 
 impl Control {
-    #[allow(clippy::too_many_arguments, reason = "each edge is made by the caller and owned here")]
     pub fn new(
         correlation: Correlation,
-        door: Door,
-        store: Store,
-        publisher: Publisher,
-        observer: Observer,
-        claims: Arc<Claims>,
-        sysfs: PathBuf,
+        edges: Edges,
         drain_within: Duration,
+        rules: IdentityRules,
     ) -> Control {
+        let Edges { door, publisher, observer, store } = edges;
         let (reports, report_receiver) = mpsc::unbounded_channel();
         let (writes, write_receiver) = mpsc::channel(WRITES_MAX);
         tokio::spawn(keep_store(store, write_receiver, reports.clone()));
@@ -103,10 +107,10 @@ impl Control {
             door,
             publisher,
             observer,
-            claims,
-            sysfs,
+            claims: Arc::new(Claims::default()),
             started: Instant::now(),
             drain_within,
+            rules,
             opened: HashMap::new(),
             asked: HashMap::new(),
             last_request: RequestId(0),
@@ -216,24 +220,27 @@ impl Control {
     fn on_command(&mut self, command: Command) {
         let Command { call, reply, .. } = command;
         match call {
+            Call::Request(Request::AddExport { definition, .. })
+                if let Err(reason) = self.rules.permit(&definition.volume) =>
+            {
+                self.answer(reply, Err(RequestError::InvalidArgument(reason)));
+            }
             Call::Request(what) => {
                 self.last_request = RequestId(self.last_request.0 + 1);
                 self.asked.insert(self.last_request, reply);
                 self.apply(Event::Asked { request: self.last_request, what });
             }
-            Call::ResolveVolume(filter) => {
-                let disks = self.resolve(&filter);
-                self.publisher.offer(vec![Publication::Reply(reply, Ok(Answer::Volumes(disks)))]);
-            }
+            Call::ResolveVolume(filter) => self.answer(reply, Ok(Answer::Volumes(self.resolve(&filter)))),
             Call::Rescan => {
                 self.rescans.push(reply);
                 self.observer.survey("a caller asked for it");
             }
-            Call::Stats => {
-                let stats = Answer::Stats(self.stats());
-                self.publisher.offer(vec![Publication::Reply(reply, Ok(stats))]);
-            }
+            Call::Stats => self.answer(reply, Ok(Answer::Stats(self.stats()))),
         }
+    }
+
+    fn answer(&self, asker: Asker, answer: Result<Answer, RequestError>) {
+        self.publisher.offer(vec![Publication::Reply(asker, answer)]);
     }
 
     fn resolve(&self, filter: &Filter) -> Vec<crate::correlation::DiskSeq> {
@@ -241,17 +248,35 @@ impl Control {
         self.correlation
             .diskseqs()
             .filter(|diskseq| of_volume.as_ref().is_none_or(|disks| disks.contains(diskseq)))
-            .filter(|diskseq| self.correlation.disk(*diskseq).is_some_and(|disk| filter.matches(&disk)))
+            .filter(|diskseq| self.correlation.disk(*diskseq).is_some_and(|disk| {
+                filter.serial.as_ref().is_none_or(|serial| disk.serial == *serial)
+                    && filter.wwid.as_ref().is_none_or(|wwid| disk.wwid == *wwid)
+                    && filter.node.as_ref().is_none_or(|node| disk.node.0 == *node)
+                    && filter.diskseq.is_none_or(|wanted| wanted == *diskseq)
+            }))
             .collect()
     }
 
     fn stats(&self) -> BTreeMap<String, u64> {
-        let mut stats = self.door.stats().by_name();
-        stats.extend(self.observer.counters().by_name());
         let count = |n: usize| u64::try_from(n).unwrap_or(u64::MAX);
-        stats.insert("orphans".to_owned(), count(self.correlation.orphans()));
-        stats.insert("exports".to_owned(), count(self.correlation.export_names().count()));
-        stats.insert("disks".to_owned(), count(self.correlation.diskseqs().count()));
+        let seen = self.observer.counters();
+        let mut stats = self.door.stats().by_name();
+        stats.extend(
+            [
+                ("exports", count(self.correlation.export_names().count())),
+                ("disks", count(self.correlation.diskseqs().count())),
+                ("orphans", count(self.correlation.orphans())),
+                ("udev_events", seen.events),
+                ("udev_dropped_foreign", seen.dropped_foreign),
+                ("udev_malformed", seen.malformed),
+                ("udev_overruns", seen.overruns),
+                ("udev_surveys", seen.surveys),
+                ("udev_reads", seen.reads),
+                ("udev_late_reads", seen.late_reads),
+                ("udev_failed_reads", seen.failed_reads),
+            ]
+            .map(|(name, value)| (name.to_owned(), value)),
+        );
         stats
     }
 

@@ -12,18 +12,17 @@ mod sockets;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::sync::Arc;
 
 use tokio::sync::mpsc;
 
 use crate::config::{self, Config};
 use crate::correlation::{Correlation, Event, Settings};
 use crate::dbus::{self, Bus};
-use crate::image::block::Claims;
+use crate::identity::OptIn;
 use crate::mapping::{Store, StoreError};
 use crate::nbd::{Door, Limits};
 use crate::udev;
-use control::Control;
+use control::{Control, Edges};
 
 pub use sockets::ListenError;
 
@@ -106,18 +105,22 @@ fn configure(options: &Options) -> Result<Config, Error> {
         server.state.clone_from(state);
     }
     if let Some(bus) = &options.bus {
-        server.bus.clone_from(bus);
+        server.bus = config::Bus::parse(bus).map_err(|reason| Error::Option {
+            what: "--bus",
+            text: bus.clone(),
+            reason,
+        })?;
     }
     Ok(config)
 }
 
 async fn serve(options: &Options) -> Result<(), Error> {
     let config = configure(options)?;
-    let bus = Bus::parse(&config.server.bus).map_err(|reason| Error::Option {
-        what: "bus",
-        text: config.server.bus.clone(),
-        reason: reason.to_string(),
-    })?;
+    let bus = match &config.server.bus {
+        config::Bus::System => Bus::System,
+        config::Bus::None => Bus::None,
+        config::Bus::Address(address) => Bus::parse(address)?,
+    };
     raise_descriptor_limit();
     let store = Store::open(&config.server.state).await?;
     let remembered = store.load().await?;
@@ -143,7 +146,7 @@ async fn serve(options: &Options) -> Result<(), Error> {
     let observer = udev::observe(udev_settings, event_sender)?;
 
     let mut control =
-        Control::new(correlation, door, store, publisher, observer, Arc::new(Claims::default()), sysfs, drain_within);
+        Control::new(correlation, door, store, publisher, observer, Arc::new(Claims::default()), sysfs, drain_within, config.identity);
     control.start(sockets);
     control.apply(Event::Configured { exports: config.exports });
     control.run(events, commands, options).await;

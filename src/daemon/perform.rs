@@ -11,7 +11,6 @@ use crate::correlation::{
 use crate::dbus::{Answer, Publication};
 use crate::image::Image;
 use crate::image::block;
-use crate::udev;
 
 impl Control {
     /// Carries out actions in their order; what is told goes to the bus as one batch after them.
@@ -54,10 +53,9 @@ impl Control {
     fn open_disk(&self, order: OpenDisk) {
         let reports = self.reports.clone();
         let claims = Arc::clone(&self.claims);
-        let sysfs = self.sysfs.clone();
+        let reader = self.observer.identity_reader();
         tokio::task::spawn_blocking(move || {
-            let identities = |number| udev::read_identities(&sysfs, number);
-            let result = block::open(&order, &identities, &claims)
+            let result = block::open(&order, &|number| reader.read(number), &claims)
                 .map(|image| Arc::new(image) as Arc<dyn Image>)
                 .map_err(Into::into);
             // The loop is gone only when the daemon stops; then the disk is closed by this drop.
