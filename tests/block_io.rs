@@ -1,5 +1,5 @@
 //! Promise: what is written is what is read, durable when it was said to be, and never an answer for bytes that are not there.
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
 
 mod kernel;
 

@@ -353,3 +353,212 @@ fn device_attributes(
     }
     Ok(found)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::symlink;
+
+    const NUMBER: DeviceNumber = DeviceNumber {
+        major: 253,
+        minor: 16,
+    };
+
+    /// A sysfs with one disk.
+    struct Tree(tempfile::TempDir);
+
+    impl Tree {
+        fn with(name: &str, files: &[(&str, &[u8])]) -> Tree {
+            let tree = Tree(tempfile::tempdir().unwrap());
+            let dir = tree.0.path().join("devices").join(name);
+            fs::create_dir_all(&dir).unwrap();
+            fs::create_dir_all(tree.0.path().join("dev/block")).unwrap();
+            symlink(&dir, directory(tree.0.path(), NUMBER)).unwrap();
+            let uevent = format!("MAJOR=253\nMINOR=16\nDEVNAME={name}\nDEVTYPE=disk\nDISKSEQ=9\n");
+            tree.put("uevent", uevent.as_bytes());
+            tree.put("diskseq", b"9\n");
+            tree.put("size", b"2048\n");
+            tree.put("ro", b"0\n");
+            for (path, content) in files {
+                tree.put(path, content);
+            }
+            tree
+        }
+
+        fn on(self, bus: &str) -> Tree {
+            let link = directory(self.0.path(), NUMBER).join("device/subsystem");
+            fs::create_dir_all(link.parent().unwrap()).unwrap();
+            symlink(format!("../../../bus/{bus}"), link).unwrap();
+            self
+        }
+
+        fn put(&self, path: &str, content: &[u8]) {
+            let path = directory(self.0.path(), NUMBER).join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, content).unwrap();
+        }
+
+        fn read(&self) -> io::Result<Found> {
+            read_disk(self.0.path(), NUMBER, &Depth::Full { gpt: false })
+        }
+
+        fn disk(&self) -> Disk {
+            match self.read() {
+                Ok(Found::Disk(disk)) => *disk,
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn a_virtio_disk_tells_its_serial() {
+        let serial = b"0b8c453450fc436e9a11";
+        let tree = Tree::with("vdb", &[("serial", serial)]).on("virtio");
+        let disk = tree.disk();
+        assert_eq!(disk.node.0, "/dev/vdb");
+        assert_eq!((disk.diskseq, disk.size), (DiskSeq(9), 1 << 20));
+        let attributes = disk.attributes.unwrap();
+        assert_eq!(
+            attributes,
+            Attributes {
+                virtio_serial: Some("0b8c453450fc436e9a11".to_owned()),
+                ..Attributes::default()
+            }
+        );
+    }
+
+    #[test]
+    fn a_serial_of_another_bus_is_no_virtio_serial() {
+        let tree = Tree::with("xvdb", &[("serial", b"x")]).on("xen");
+        assert_eq!(tree.disk().attributes, Ok(Attributes::default()));
+    }
+
+    #[test]
+    fn a_scsi_disk_tells_its_pages_raw() {
+        let tree = Tree::with(
+            "sdb",
+            &[
+                ("device/vpd_pg80", b"\0\x80\0\x04abcd"),
+                ("device/vpd_pg83", b"\0\x83\0\x01\xff"),
+                ("device/wwid", b"naa.6001405\n"),
+                ("device/vendor", b"QEMU    \n"),
+                ("device/model", b"QEMU HARDDISK   \n"),
+            ],
+        )
+        .on("scsi");
+        let attributes = tree.disk().attributes.unwrap();
+        assert_eq!(
+            attributes.vpd_pg80.as_deref(),
+            Some(&b"\0\x80\0\x04abcd"[..])
+        );
+        assert_eq!(
+            attributes.vpd_pg83.as_deref(),
+            Some(&b"\0\x83\0\x01\xff"[..])
+        );
+        assert_eq!(attributes.wwid.as_deref(), Some("naa.6001405"));
+        assert_eq!(attributes.model.as_deref(), Some("QEMU HARDDISK"));
+    }
+
+    #[test]
+    fn an_nvme_namespace_tells_its_controllers_serial_with_its_own_id() {
+        for bus in ["nvme", "nvme-subsystem"] {
+            let tree = Tree::with(
+                "nvme0n1",
+                &[
+                    ("device/serial", b"vol0fab1d5e3f72a5e23\n"),
+                    ("device/model", b"Amazon Elastic Block Store\n"),
+                    ("nsid", b"1\n"),
+                    ("wwid", b"eui.0025\n"),
+                    ("nguid", b"00000000-0000-0000-0000-000000000000\n"),
+                ],
+            )
+            .on(bus);
+            let attributes = tree.disk().attributes.unwrap();
+            assert_eq!(
+                attributes.nvme_serial.as_deref(),
+                Some("vol0fab1d5e3f72a5e23")
+            );
+            assert_eq!(attributes.nvme_nsid, Some(1));
+            assert_eq!(attributes.wwid.as_deref(), Some("eui.0025"));
+            assert!(attributes.nvme_uuid.is_none());
+        }
+    }
+
+    #[test]
+    fn a_loop_device_is_its_file_and_nothing_without_one() {
+        let tree = Tree::with(
+            "loop7",
+            &[("loop/backing_file", b"/a b\n"), ("loop/autoclear", b"1\n")],
+        );
+        let disk = tree.disk();
+        assert!(disk.autoclear);
+        assert_eq!(
+            disk.attributes.unwrap().backing_file.as_deref(),
+            Some("/a b")
+        );
+        tree.put("loop/backing_file", b"");
+        assert!(matches!(tree.read(), Ok(Found::Empty)));
+        assert!(matches!(Tree::with("loop7", &[]).read(), Ok(Found::Empty)));
+    }
+
+    #[test]
+    fn text_that_is_not_text_is_no_identity_rather_than_a_changed_one() {
+        for serial in [&b"a\xffb"[..], b"a\x07b", b"\xc3\x28", b"a\nb"] {
+            let tree = Tree::with("vdb", &[("serial", serial)]).on("virtio");
+            assert!(tree.disk().attributes.is_err(), "{serial:?}");
+        }
+    }
+
+    #[test]
+    fn members_show_their_holders() {
+        let tree = Tree::with("sdb", &[("holders/md0/x", b""), ("holders/dm-1/x", b"")]);
+        assert_eq!(tree.disk().holders, ["dm-1", "md0"]);
+    }
+
+    #[test]
+    fn what_is_no_whole_disk_with_a_medium_is_none() {
+        let empty = Tree::with("sr0", &[("size", b"0\n")]);
+        assert!(matches!(empty.read(), Ok(Found::Empty)));
+        for memory in ["ram0", "zram12"] {
+            assert!(matches!(Tree::with(memory, &[]).read(), Ok(Found::NotOurs)));
+        }
+        let partition = Tree::with("vdb1", &[]);
+        partition.put("uevent", b"DEVNAME=vdb1\nDEVTYPE=partition\n");
+        assert!(matches!(partition.read(), Ok(Found::NotOurs)));
+        let nothing = read_disk(
+            Path::new("/nonexistent"),
+            NUMBER,
+            &Depth::Full { gpt: false },
+        );
+        assert!(matches!(nothing, Ok(Found::Absent)));
+    }
+
+    #[test]
+    fn a_node_name_leads_nowhere_else() {
+        for name in ["..", "../sda", "/etc/passwd", "a//b", ""] {
+            let tree = Tree::with("sdb", &[]);
+            tree.put(
+                "uevent",
+                format!("DEVNAME={name}\nDEVTYPE=disk\n").as_bytes(),
+            );
+            assert!(tree.read().is_err(), "{name}");
+        }
+        let tree = Tree::with("sdb", &[]);
+        tree.put("uevent", b"DEVNAME=cciss/c0d0\nDEVTYPE=disk\n");
+        assert_eq!(tree.disk().node.0, "/dev/cciss/c0d0");
+    }
+
+    #[test]
+    fn a_disk_without_a_usable_diskseq_or_size_is_an_error() {
+        for (file, content) in [
+            ("diskseq", "0"),
+            ("diskseq", "x"),
+            ("size", "-1"),
+            ("size", "18446744073709551615"),
+        ] {
+            let tree = Tree::with("vdb", &[]);
+            tree.put(file, content.as_bytes());
+            assert!(tree.read().is_err(), "{file} {content}");
+        }
+    }
+}

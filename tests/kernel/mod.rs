@@ -1,5 +1,5 @@
 //! Loop devices of a test's own. Needs root; takes numbers that no one uses and gives them back.
-#![allow(dead_code, clippy::unwrap_used)]
+#![allow(dead_code, clippy::unwrap_used, clippy::panic)]
 
 use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions};
@@ -146,8 +146,14 @@ pub fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
     }
 }
 
-pub fn descriptors() -> usize {
-    fs::read_dir("/proc/self/fd").unwrap().count()
+/// How often this process has `node` open. Tests of one program run beside each other, so a plain count of
+/// descriptors would count theirs.
+pub fn descriptors_of(node: &DeviceNode) -> usize {
+    fs::read_dir("/proc/self/fd")
+        .unwrap()
+        .filter_map(|e| fs::read_link(e.ok()?.path()).ok())
+        .filter(|to| *to == Path::new(&node.0))
+        .count()
 }
 
 pub fn run(program: &str, args: &[&str]) {
