@@ -5,6 +5,10 @@
 use std::io;
 
 pub mod block;
+mod claim;
+mod durable;
+mod sys;
+mod users;
 
 /// A byte range that was checked against the image's size once (invariant 8). `len` is never 0.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -1,0 +1,109 @@
+//! The system calls of this room that have no safe wrapper: ioctls of block devices and `preadv2`.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+
+// linux/fs.h
+mod ioctl {
+    nix::ioctl_read!(get_diskseq, 0x12, 128, u64);
+    nix::ioctl_read!(get_size_64, 0x12, 114, u64);
+    nix::ioctl_read_bad!(
+        get_read_only,
+        nix::request_code_none!(0x12, 94),
+        libc::c_int
+    );
+    nix::ioctl_read_bad!(
+        get_logical_block,
+        nix::request_code_none!(0x12, 104),
+        libc::c_int
+    );
+    nix::ioctl_read_bad!(
+        get_physical_block,
+        nix::request_code_none!(0x12, 123),
+        libc::c_uint
+    );
+    nix::ioctl_read_bad!(
+        get_optimal_io,
+        nix::request_code_none!(0x12, 121),
+        libc::c_uint
+    );
+    nix::ioctl_write_ptr_bad!(discard, nix::request_code_none!(0x12, 119), [u64; 2]);
+}
+
+/// `BLKGETDISKSEQ`: the incarnation of the disk that is open.
+pub fn diskseq(disk: &File) -> io::Result<u64> {
+    let mut value = 0;
+    // SAFETY: the descriptor is open and the kernel writes one u64 to a live u64.
+    unsafe { ioctl::get_diskseq(disk.as_raw_fd(), &raw mut value) }?;
+    Ok(value)
+}
+
+/// `BLKGETSIZE64`: bytes.
+pub fn size(disk: &File) -> io::Result<u64> {
+    let mut value = 0;
+    // SAFETY: the descriptor is open and the kernel writes one u64 to a live u64.
+    unsafe { ioctl::get_size_64(disk.as_raw_fd(), &raw mut value) }?;
+    Ok(value)
+}
+
+/// `BLKROGET`: whether the disk refuses writes.
+pub fn read_only(disk: &File) -> io::Result<bool> {
+    let mut value = 0;
+    // SAFETY: the descriptor is open and the kernel writes one int to a live int.
+    unsafe { ioctl::get_read_only(disk.as_raw_fd(), &raw mut value) }?;
+    Ok(value != 0)
+}
+
+/// `BLKSSZGET`: bytes of a logical block.
+pub fn logical_block(disk: &File) -> io::Result<u32> {
+    let mut value = 0;
+    // SAFETY: the descriptor is open and the kernel writes one int to a live int.
+    unsafe { ioctl::get_logical_block(disk.as_raw_fd(), &raw mut value) }?;
+    u32::try_from(value).map_err(io::Error::other)
+}
+
+/// `BLKPBSZGET`: bytes of a physical block.
+pub fn physical_block(disk: &File) -> io::Result<u32> {
+    let mut value = 0;
+    // SAFETY: the descriptor is open and the kernel writes one unsigned int to a live one.
+    unsafe { ioctl::get_physical_block(disk.as_raw_fd(), &raw mut value) }?;
+    Ok(value)
+}
+
+/// `BLKIOOPT`: bytes of the request that suits the disk best; 0 when it doesn't say.
+pub fn optimal_io(disk: &File) -> io::Result<u32> {
+    let mut value = 0;
+    // SAFETY: the descriptor is open and the kernel writes one unsigned int to a live one.
+    unsafe { ioctl::get_optimal_io(disk.as_raw_fd(), &raw mut value) }?;
+    Ok(value)
+}
+
+/// `BLKDISCARD`: a hint that the range (bytes, multiples of the logical block) is no longer needed.
+pub fn discard(disk: &File, offset: u64, len: u64) -> io::Result<()> {
+    let range = [offset, len];
+    // SAFETY: the descriptor is open and the kernel reads two u64 from a live array of two.
+    unsafe { ioctl::discard(disk.as_raw_fd(), &raw const range) }?;
+    Ok(())
+}
+
+/// `preadv2` with `RWF_NOWAIT`: reads what is in the page cache, EAGAIN when that is nothing.
+pub fn read_cached(disk: &File, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+    let offset = libc::off_t::try_from(offset).map_err(io::Error::other)?;
+    let slice = libc::iovec {
+        iov_base: buf.as_mut_ptr().cast(),
+        iov_len: buf.len(),
+    };
+    // SAFETY: the descriptor is open, and the one iovec describes `buf`, which is borrowed mutably and
+    // lives through the call.
+    let read = unsafe {
+        libc::preadv2(
+            disk.as_raw_fd(),
+            &raw const slice,
+            1,
+            offset,
+            libc::RWF_NOWAIT,
+        )
+    };
+    usize::try_from(read).map_err(|_| io::Error::last_os_error())
+}

@@ -1,0 +1,290 @@
+//! Promise: the disk that is open is the disk that was announced, held against everyone else, and once per process.
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+mod kernel;
+
+use std::fs::OpenOptions;
+use std::io;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use kernel::{Loop, backing_file, descriptors_of, loop_identity, run, wait_for};
+use nbdtrack::correlation::{DeviceNumber, DiskSeq, ExportName, OpenDisk, OpenRefusal, Ticket};
+use nbdtrack::identity::Identity;
+use nbdtrack::image::block::{Block, Claims, OpenError, open};
+use nbdtrack::image::{Extent, Image};
+use nbdtrack::udev::read_identities;
+
+fn order(disk: &Loop, diskseq: DiskSeq, file: &Path) -> OpenDisk {
+    OpenDisk {
+        ticket: Ticket(1),
+        export: ExportName::parse("a").unwrap(),
+        node: disk.node(),
+        number: disk.number(),
+        diskseq,
+        identity: loop_identity(file),
+        write: true,
+        within: Duration::from_secs(10),
+    }
+}
+
+fn identities(number: DeviceNumber) -> io::Result<(DiskSeq, std::collections::BTreeSet<Identity>)> {
+    read_identities(Path::new("/sys"), number)
+}
+
+fn try_open(order: &OpenDisk, claims: &Claims) -> Result<Block, OpenError> {
+    open(order, &identities, claims)
+}
+
+fn error(result: Result<Block, OpenError>) -> OpenError {
+    match result {
+        Ok(_) => panic!("it was opened"),
+        Err(e) => e,
+    }
+}
+
+#[test]
+fn the_announced_disk_is_opened_with_its_size() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = backing_file(dir.path(), "a", 8 << 20);
+    let disk = Loop::make(220);
+    let seq = disk.attach(&file);
+    let claims = Claims::default();
+    let block = try_open(&order(&disk, seq, &file), &claims).unwrap();
+    assert_eq!(block.opened().size, 8 << 20);
+    assert!(!block.opened().read_only);
+    assert_eq!(block.block_sizes().min, 1);
+}
+
+#[test]
+fn another_disk_under_the_same_node_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let (a, b) = (
+        backing_file(dir.path(), "a", 1 << 20),
+        backing_file(dir.path(), "b", 1 << 20),
+    );
+    let disk = Loop::make(220);
+    let announced = disk.attach(&a);
+    disk.detach().unwrap();
+    wait_for("the detach", || !disk.attached());
+    let claims = Claims::default();
+    let gone = error(try_open(&order(&disk, announced, &a), &claims));
+    assert!(
+        matches!(gone, OpenError::DiskChanged { .. } | OpenError::Gone { .. }),
+        "{gone}"
+    );
+
+    let now = disk.attach(&b);
+    let refused = error(try_open(&order(&disk, announced, &a), &claims));
+    assert!(
+        matches!(refused, OpenError::DiskChanged { found, .. } if found == now),
+        "{refused}"
+    );
+    assert!(matches!(refused.into(), OpenRefusal::Changed(_)));
+
+    // With the right number and the wrong volume.
+    let refused = error(try_open(&order(&disk, now, &a), &claims));
+    assert!(
+        matches!(refused, OpenError::OtherIdentity { .. }),
+        "{refused}"
+    );
+
+    // The identity reader saw another disk than the one that is open.
+    let stale = |_| Ok((announced, kernel::one(&b)));
+    let refused = error(open(&order(&disk, now, &b), &stale, &claims));
+    assert!(
+        matches!(refused, OpenError::DiskChanged { .. }),
+        "{refused}"
+    );
+    assert!(
+        try_open(&order(&disk, now, &b), &claims).is_ok(),
+        "refusals keep nothing open"
+    );
+}
+
+#[test]
+fn a_name_that_is_no_such_device_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = backing_file(dir.path(), "a", 1 << 20);
+    let disk = Loop::make(224);
+    let right = order(&disk, disk.attach(&file), &file);
+    let claims = Claims::default();
+    let with_node = |node: &str| OpenDisk {
+        node: nbdtrack::correlation::DeviceNode(node.to_owned()),
+        ..right.clone()
+    };
+    let refused = error(try_open(&with_node(file.to_str().unwrap()), &claims));
+    assert!(matches!(refused, OpenError::NotADisk { .. }), "{refused}");
+    let refused = error(try_open(&with_node("/dev/null"), &claims));
+    assert!(matches!(refused, OpenError::NotADisk { .. }), "{refused}");
+    let refused = error(try_open(&with_node("/dev/no-such-disk"), &claims));
+    assert!(matches!(refused, OpenError::Gone { .. }), "{refused}");
+    let link = dir.path().join("link");
+    std::os::unix::fs::symlink(&right.node.0, &link).unwrap();
+    let refused = error(try_open(&with_node(link.to_str().unwrap()), &claims));
+    assert!(matches!(refused, OpenError::NotADisk { .. }), "{refused}");
+    let other = OpenDisk {
+        number: DeviceNumber {
+            major: 7,
+            minor: 9999,
+        },
+        ..right.clone()
+    };
+    let refused = error(try_open(&other, &claims));
+    assert!(
+        matches!(refused, OpenError::OtherDevice { .. }),
+        "{refused}"
+    );
+    assert!(try_open(&right, &claims).is_ok());
+}
+
+#[test]
+fn a_disk_that_someone_holds_is_busy_and_says_who() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = backing_file(dir.path(), "a", 16 << 20);
+    let disk = Loop::make(224);
+    let order = order(&disk, disk.attach(&file), &file);
+    let claims = Claims::default();
+
+    let holder = OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_EXCL)
+        .open(&order.node.0)
+        .unwrap();
+    let busy = error(try_open(&order, &claims));
+    assert!(
+        busy.to_string().ends_with("in use: another program"),
+        "{busy}"
+    );
+    drop(holder);
+
+    run("mkfs.ext4", &["-q", &order.node.0]);
+    let at = dir.path().join("mnt");
+    std::fs::create_dir(&at).unwrap();
+    run("mount", &[&order.node.0, at.to_str().unwrap()]);
+    let busy = error(try_open(&order, &claims));
+    run("umount", &[at.to_str().unwrap()]);
+    assert!(busy.to_string().contains("mounted at"), "{busy}");
+    assert!(matches!(busy.into(), OpenRefusal::Busy(_)));
+
+    // And while we hold it, no one else can take it.
+    let block = try_open(&order, &claims).unwrap();
+    let taken = OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_EXCL)
+        .open(&order.node.0);
+    assert_eq!(taken.unwrap_err().raw_os_error(), Some(libc::EBUSY));
+    drop(block);
+    assert!(try_open(&order, &claims).is_ok());
+}
+
+#[test]
+fn exports_of_one_disk_share_its_claim_and_its_writes() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = backing_file(dir.path(), "a", 1 << 20);
+    let disk = Loop::make(228);
+    let writing = order(&disk, disk.attach(&file), &file);
+    let reading = OpenDisk {
+        write: false,
+        ..writing.clone()
+    };
+    let claims = Claims::default();
+    let reader = try_open(&reading, &claims).unwrap();
+    assert!(reader.read_only());
+    assert_eq!(descriptors_of(&disk.node()), 1);
+    let writer = try_open(&writing, &claims).unwrap();
+    assert_eq!(
+        descriptors_of(&disk.node()),
+        2,
+        "a writable descriptor under the same claim"
+    );
+    let second = try_open(&writing, &claims).unwrap();
+    assert_eq!(descriptors_of(&disk.node()), 2, "and only one");
+
+    let at = Extent::checked(4096, 3, writer.size()).unwrap();
+    writer.write(at, b"abc", true).unwrap();
+    let mut seen = [0; 3];
+    reader.read(at, &mut seen).unwrap();
+    assert_eq!(&seen, b"abc");
+    let refused = reader.write(at, b"xyz", false).unwrap_err();
+    assert_eq!(refused.raw_os_error(), Some(libc::EPERM));
+    // Zeroes and discards also where the writable descriptor is not the one with O_EXCL.
+    second
+        .zero(at, nbdtrack::image::ZeroFlags::default())
+        .unwrap();
+    let block = Extent::checked(0, 65536, writer.size()).unwrap();
+    second.write(block, &[7; 65536], false).unwrap();
+    second
+        .zero(block, nbdtrack::image::ZeroFlags::default())
+        .unwrap();
+    let mut seen = vec![1; 65536];
+    reader.read(block, &mut seen).unwrap();
+    assert!(seen.iter().all(|b| *b == 0));
+
+    drop((reader, writer));
+    assert!(
+        error_is_busy(&disk),
+        "the claim lasts as long as one export of it"
+    );
+    drop(second);
+    assert!(!error_is_busy(&disk));
+}
+
+fn error_is_busy(disk: &Loop) -> bool {
+    OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_EXCL)
+        .open(&disk.node().0)
+        .is_err_and(|e| e.raw_os_error() == Some(libc::EBUSY))
+}
+
+#[test]
+fn a_read_only_disk_is_opened_read_only_and_says_so() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = backing_file(dir.path(), "a", 1 << 20);
+    let disk = Loop::make(228);
+    let seq = disk.attach_read_only(&file);
+    let claims = Claims::default();
+    let block = try_open(&order(&disk, seq, &file), &claims).unwrap();
+    assert!(block.opened().read_only);
+    assert!(!block.can_discard());
+}
+
+#[test]
+fn a_detach_waits_for_us_and_comes_promptly_when_we_close() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = backing_file(dir.path(), "a", 1 << 20);
+    let disk = Loop::make(232);
+    let seq = disk.attach(&file);
+    let claims = Claims::default();
+    let block = try_open(&order(&disk, seq, &file), &claims).unwrap();
+    disk.detach().unwrap();
+    assert!(disk.attached(), "the loop driver waits for the last close");
+    let at = Extent::checked(0, 512, block.size()).unwrap();
+    block.write(at, &[1; 512], true).unwrap();
+    let closing = Instant::now();
+    drop(block);
+    wait_for("the detach", || !disk.attached());
+    assert!(closing.elapsed() < Duration::from_secs(1));
+    let gone = error(try_open(&order(&disk, seq, &file), &claims));
+    assert!(matches!(OpenRefusal::from(gone), OpenRefusal::Changed(_)));
+}
+
+#[test]
+fn a_thousand_opens_leave_no_descriptor() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = backing_file(dir.path(), "a", 1 << 20);
+    let disk = Loop::make(232);
+    let seq = disk.attach(&file);
+    let claims = Claims::default();
+    let (good, bad) = (
+        order(&disk, seq, &file),
+        order(&disk, DiskSeq(seq.0 + 1), &file),
+    );
+    for _ in 0..1000 {
+        drop(try_open(&good, &claims).unwrap());
+        assert!(try_open(&bad, &claims).is_err());
+    }
+    assert_eq!(descriptors_of(&disk.node()), 0);
+}

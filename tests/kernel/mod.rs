@@ -1,0 +1,162 @@
+//! Loop devices of a test's own. Needs root; takes numbers that no one uses and gives them back.
+#![allow(dead_code, clippy::unwrap_used, clippy::panic)]
+
+use std::collections::BTreeSet;
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use nbdtrack::correlation::{DeviceNode, DeviceNumber, DiskSeq};
+use nbdtrack::identity::{Identity, Scheme};
+
+mod ioctl {
+    nix::ioctl_write_int_bad!(ctl_add, 0x4C80);
+    nix::ioctl_write_int_bad!(ctl_remove, 0x4C81);
+    nix::ioctl_write_int_bad!(set_fd, 0x4C00);
+    nix::ioctl_none_bad!(clear_fd, 0x4C01);
+}
+
+/// A loop device that this test made; dropping it detaches and removes it.
+pub struct Loop {
+    pub minor: u32,
+}
+
+impl Loop {
+    /// Makes loop device number `at` or, where that is taken, one of the four behind it.
+    pub fn make(at: u32) -> Loop {
+        let control = File::open("/dev/loop-control").expect("root, and the loop driver");
+        for minor in at..at + 4 {
+            let number = libc::c_int::try_from(minor).unwrap();
+            // SAFETY: an open descriptor and a plain number.
+            if unsafe { ioctl::ctl_add(control.as_raw_fd(), number) }.is_ok() {
+                let made = Loop { minor };
+                // Where no udevd runs, devtmpfs makes the node before the ioctl returns.
+                wait_for("the node", || Path::new(&made.node().0).exists());
+                return made;
+            }
+        }
+        panic!("loop devices {at} to {} are taken", at + 3);
+    }
+
+    pub fn node(&self) -> DeviceNode {
+        DeviceNode(format!("/dev/loop{}", self.minor))
+    }
+
+    pub fn number(&self) -> DeviceNumber {
+        DeviceNumber {
+            major: 7,
+            minor: self.minor,
+        }
+    }
+
+    pub fn sys(&self, name: &str) -> PathBuf {
+        PathBuf::from(format!("/sys/block/loop{}/{name}", self.minor))
+    }
+
+    pub fn diskseq(&self) -> DiskSeq {
+        let text = fs::read_to_string(self.sys("diskseq")).unwrap();
+        DiskSeq(text.trim().parse().unwrap())
+    }
+
+    pub fn attach(&self, file: &Path) -> DiskSeq {
+        let device = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(&self.node().0)
+            .unwrap();
+        let backing = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(file)
+            .unwrap();
+        // SAFETY: two open descriptors.
+        unsafe { ioctl::set_fd(device.as_raw_fd(), backing.as_raw_fd()) }.unwrap();
+        self.diskseq()
+    }
+
+    pub fn attach_read_only(&self, file: &Path) -> DiskSeq {
+        let device = File::open(&self.node().0).unwrap();
+        let backing = File::open(file).unwrap();
+        // SAFETY: two open descriptors.
+        unsafe { ioctl::set_fd(device.as_raw_fd(), backing.as_raw_fd()) }.unwrap();
+        self.diskseq()
+    }
+
+    /// Asks for the detach; it happens at the last close.
+    pub fn detach(&self) -> io::Result<()> {
+        let device = File::open(&self.node().0)?;
+        // SAFETY: an open descriptor.
+        unsafe { ioctl::clear_fd(device.as_raw_fd()) }?;
+        Ok(())
+    }
+
+    pub fn attached(&self) -> bool {
+        self.sys("loop/backing_file").exists()
+    }
+
+    /// A synthetic event of this device.
+    pub fn event(&self, action: &str) {
+        fs::write(self.sys("uevent"), action).unwrap();
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        let _ = self.detach();
+        let Ok(control) = File::open("/dev/loop-control") else {
+            return;
+        };
+        let number = libc::c_int::try_from(self.minor).unwrap();
+        let end = Instant::now() + Duration::from_secs(5);
+        // EBUSY while the last close is still being worked on.
+        // SAFETY: an open descriptor and a plain number.
+        while unsafe { ioctl::ctl_remove(control.as_raw_fd(), number) }.is_err()
+            && Instant::now() < end
+        {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+}
+
+pub fn backing_file(dir: &Path, name: &str, bytes: u64) -> PathBuf {
+    let path = dir.join(name);
+    File::create(&path).unwrap().set_len(bytes).unwrap();
+    path
+}
+
+pub fn loop_identity(file: &Path) -> Identity {
+    Identity {
+        scheme: Scheme::Loop,
+        value: file.to_str().unwrap().to_owned(),
+    }
+}
+
+pub fn one(file: &Path) -> BTreeSet<Identity> {
+    [loop_identity(file)].into()
+}
+
+pub fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
+    let end = Instant::now() + Duration::from_secs(5);
+    while !done() {
+        assert!(Instant::now() < end, "waited 5 s for {what}");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// How often this process has `node` open. Tests of one program run beside each other, so a plain count of
+/// descriptors would count theirs.
+pub fn descriptors_of(node: &DeviceNode) -> usize {
+    fs::read_dir("/proc/self/fd")
+        .unwrap()
+        .filter_map(|e| fs::read_link(e.ok()?.path()).ok())
+        .filter(|to| *to == Path::new(&node.0))
+        .count()
+}
+
+pub fn run(program: &str, args: &[&str]) {
+    let status = Command::new(program).args(args).status().unwrap();
+    assert!(status.success(), "{program} {args:?}");
+}

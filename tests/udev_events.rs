@@ -1,0 +1,336 @@
+//! Promise: what the kernel attaches and detaches is told, with the right diskseq, whatever is lost on the way.
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+mod kernel;
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use kernel::{Loop, backing_file, one};
+use nbdtrack::correlation::{DeviceNumber, DiskFacts, DiskSeq, Event, Mark, Reading};
+use nbdtrack::udev::{Observer, Settings, observe};
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, sendto, socket,
+};
+use std::os::fd::AsRawFd;
+use tokio::sync::mpsc;
+use tokio::time::timeout;
+
+struct Watched {
+    observer: Observer,
+    events: mpsc::Receiver<Event>,
+}
+
+async fn watch(settings: Settings) -> Watched {
+    let (sender, events) = mpsc::channel(64);
+    let observer = observe(settings, sender).unwrap();
+    let mut watched = Watched { observer, events };
+    watched.survey().await;
+    watched
+}
+
+fn quiet() -> Settings {
+    Settings {
+        survey_every: Duration::from_secs(3600),
+        ..Settings::default()
+    }
+}
+
+impl Watched {
+    async fn next(&mut self) -> Event {
+        timeout(Duration::from_secs(10), self.events.recv())
+            .await
+            .expect("an event within 10 s")
+            .unwrap()
+    }
+
+    async fn survey(&mut self) -> (Mark, Vec<DiskFacts>) {
+        loop {
+            if let Event::Surveyed { mark, disks } = self.next().await {
+                return (mark, disks);
+            }
+        }
+    }
+
+    /// The next facts of this device with this diskseq.
+    async fn seen(&mut self, number: DeviceNumber, diskseq: DiskSeq) -> DiskFacts {
+        loop {
+            if let Event::DiskSeen { facts, .. } = self.next().await
+                && facts.number == number
+                && facts.diskseq == diskseq
+            {
+                return facts;
+            }
+        }
+    }
+
+    async fn gone(&mut self, of: DeviceNumber) -> Option<DiskSeq> {
+        loop {
+            if let Event::DiskGone {
+                number, diskseq, ..
+            } = self.next().await
+                && number == of
+            {
+                return diskseq;
+            }
+        }
+    }
+}
+
+fn find(disks: &[DiskFacts], number: DeviceNumber) -> Option<&DiskFacts> {
+    disks.iter().find(|facts| facts.number == number)
+}
+
+#[tokio::test]
+async fn an_attach_a_detach_and_a_swap_are_told_with_the_right_diskseq() {
+    let dir = tempfile::tempdir().unwrap();
+    let (a, b) = (
+        backing_file(dir.path(), "a", 1 << 20),
+        backing_file(dir.path(), "b", 2 << 20),
+    );
+    let (first, second) = (Loop::make(220), Loop::make(220));
+    let mut watched = watch(quiet()).await;
+    let mut seqs = Vec::new();
+    for (x, y) in [(&first, &second), (&second, &first), (&first, &second)] {
+        let (sx, sy) = (x.attach(&a), y.attach(&b));
+        let (fx, fy) = (
+            watched.seen(x.number(), sx).await,
+            watched.seen(y.number(), sy).await,
+        );
+        assert_eq!(fx.identities, Reading::Known(one(&a)));
+        assert_eq!(fy.identities, Reading::Known(one(&b)));
+        assert_eq!((fx.size, fy.size), (1 << 20, 2 << 20));
+        assert_eq!(fx.node, x.node());
+        assert!(!fx.leaving);
+        seqs.extend([sx, sy]);
+        x.detach().unwrap();
+        watched.gone(x.number()).await;
+        y.detach().unwrap();
+        watched.gone(y.number()).await;
+    }
+    seqs.dedup();
+    assert_eq!(seqs.len(), 6);
+}
+
+#[tokio::test]
+async fn a_removed_device_is_told_with_its_diskseq() {
+    let disk = Loop::make(224);
+    let mut watched = watch(quiet()).await;
+    let (number, diskseq) = (disk.number(), disk.diskseq());
+    drop(disk);
+    loop {
+        if watched.gone(number).await == Some(diskseq) {
+            return;
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_remove_that_someone_wrote_removes_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = backing_file(dir.path(), "a", 1 << 20);
+    let disk = Loop::make(224);
+    let mut watched = watch(quiet()).await;
+    let seq = disk.attach(&file);
+    watched.seen(disk.number(), seq).await;
+    disk.event("remove");
+    disk.event("change");
+    let end = Instant::now() + Duration::from_millis(300);
+    let mut seen = 0;
+    while let Ok(Some(event)) = timeout(end - Instant::now().min(end), watched.events.recv()).await
+    {
+        match event {
+            Event::DiskGone { number, .. } => assert_ne!(number, disk.number()),
+            Event::DiskSeen { facts, .. } if facts.number == disk.number() => seen += 1,
+            _ => {}
+        }
+    }
+    assert!(seen > 0);
+}
+
+#[tokio::test]
+async fn an_overrun_socket_is_noticed_and_made_up_for_by_a_survey() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = backing_file(dir.path(), "a", 1 << 20);
+    let disk = Loop::make(224);
+    let mut watched = watch(Settings {
+        receive_buffer_bytes: 1,
+        ..quiet()
+    })
+    .await;
+    // This test's thread is the observer's: nothing is received while it writes.
+    for _ in 0..200 {
+        disk.event("change");
+    }
+    let seq = disk.attach(&file);
+    let (_, disks) = watched.survey().await;
+    assert_eq!(find(&disks, disk.number()).map(|f| f.diskseq), Some(seq));
+    assert!(watched.observer.counters().overruns > 0);
+}
+
+#[tokio::test]
+async fn ten_thousand_events_at_once_are_absorbed_and_cost_few_reads() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = backing_file(dir.path(), "a", 1 << 20);
+    let disk = Loop::make(228);
+    let mut watched = watch(quiet()).await;
+    let before = watched.observer.counters();
+    for _ in 0..10_000 {
+        disk.event("change");
+    }
+    let seq = disk.attach(&file);
+    let started = Instant::now();
+    watched.seen(disk.number(), seq).await;
+    let took = started.elapsed();
+    let after = watched.observer.counters();
+    assert_eq!(after.overruns, 0);
+    assert!(after.reads - before.reads < 500, "{after:?}");
+    println!(
+        "10,000 events in a burst: the last disk was told after {took:?}, {} reads",
+        after.reads - before.reads
+    );
+}
+
+#[tokio::test]
+async fn a_message_that_the_kernel_did_not_send_is_dropped() {
+    let disk = Loop::make(228);
+    let mut watched = watch(quiet()).await;
+    let forger = socket(
+        AddressFamily::Netlink,
+        SockType::Datagram,
+        SockFlag::SOCK_CLOEXEC,
+        SockProtocol::NetlinkKObjectUEvent,
+    )
+    .unwrap();
+    let path = format!("/devices/virtual/block/loop{}", disk.minor);
+    let text = format!(
+        "remove@{path}\0ACTION=remove\0DEVPATH={path}\0SUBSYSTEM=block\0DEVTYPE=disk\0DISKSEQ={}\0MAJOR=7\0MINOR={}\0",
+        disk.diskseq(),
+        disk.minor
+    );
+    // The kernel may refuse its own copy; the group has it all the same.
+    let _ = sendto(
+        forger.as_raw_fd(),
+        text.as_bytes(),
+        &NetlinkAddr::new(0, 1),
+        MsgFlags::empty(),
+    );
+    let end = Instant::now() + Duration::from_secs(5);
+    while watched.observer.counters().dropped_foreign == 0 {
+        assert!(Instant::now() < end, "the message came and was counted");
+        if let Ok(Some(Event::DiskGone { number, .. })) =
+            timeout(Duration::from_millis(20), watched.events.recv()).await
+        {
+            assert_ne!(number, disk.number());
+        }
+    }
+}
+
+#[tokio::test]
+async fn an_event_of_a_device_that_sysfs_does_not_have_makes_no_disk() {
+    let empty = tempfile::tempdir().unwrap();
+    std::fs::create_dir(empty.path().join("block")).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let file = backing_file(dir.path(), "a", 1 << 20);
+    let disk = Loop::make(232);
+    let mut watched = watch(Settings {
+        sysfs: empty.path().to_owned(),
+        ..quiet()
+    })
+    .await;
+    disk.attach(&file);
+    assert_eq!(watched.gone(disk.number()).await, None);
+    watched.observer.survey("test");
+    loop {
+        match watched.next().await {
+            Event::DiskSeen { facts, .. } => panic!("a phantom: {facts:?}"),
+            Event::Surveyed { disks, .. } => break assert!(disks.is_empty()),
+            _ => {}
+        }
+    }
+}
+
+#[tokio::test]
+async fn the_timers_survey_finds_what_is_known_and_its_mark_is_older_than_later_events() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = backing_file(dir.path(), "a", 1 << 20);
+    let disk = Loop::make(232);
+    let mut watched = watch(Settings {
+        survey_every: Duration::from_millis(50),
+        ..Settings::default()
+    })
+    .await;
+    let seq = disk.attach(&file);
+    let told = watched.seen(disk.number(), seq).await;
+    let mut last = Mark(0);
+    for _ in 0..5 {
+        let (mark, disks) = watched.survey().await;
+        assert!(mark > last);
+        last = mark;
+        assert_eq!(find(&disks, disk.number()), Some(&told));
+    }
+}
+
+#[tokio::test]
+async fn a_detach_that_waits_for_us_is_seen_by_the_survey_as_a_wish() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = backing_file(dir.path(), "a", 1 << 20);
+    let disk = Loop::make(236);
+    let mut watched = watch(quiet()).await;
+    let seq = disk.attach(&file);
+    watched.seen(disk.number(), seq).await;
+    let open = std::fs::File::open(&disk.node().0).unwrap();
+    disk.detach().unwrap();
+    watched.observer.survey("test");
+    let (_, disks) = watched.survey().await;
+    let facts = find(&disks, disk.number()).unwrap();
+    assert!(facts.leaving);
+    assert_eq!(facts.diskseq, seq);
+    drop(open);
+    assert_eq!(watched.gone(disk.number()).await, None);
+}
+
+#[tokio::test]
+async fn a_thousand_attachments_are_told_promptly_and_leave_nothing_open() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = backing_file(dir.path(), "a", 1 << 20);
+    let disk = Loop::make(236);
+    let mut watched = watch(quiet()).await;
+    let open = || std::fs::read_dir("/proc/self/fd").unwrap().count();
+    let before = open();
+    let mut took = Vec::new();
+    for _ in 0..1000 {
+        let seq = disk.attach(&file);
+        let attached = Instant::now();
+        watched.seen(disk.number(), seq).await;
+        took.push(attached.elapsed());
+        disk.detach().unwrap();
+        watched.gone(disk.number()).await;
+    }
+    // Other tests of this program may have a handful open at either moment.
+    assert!(open() < before + 100);
+    took.sort();
+    println!(
+        "attach to told: median {:?}, p99 {:?}",
+        took[500], took[990]
+    );
+    assert_eq!(watched.observer.counters().overruns, 0);
+}
+
+#[tokio::test]
+async fn identities_are_read_again_for_an_opened_disk() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = backing_file(dir.path(), "a", 1 << 20);
+    let disk = Loop::make(236);
+    let seq = disk.attach(&file);
+    let read = nbdtrack::udev::read_identities(Path::new("/sys"), disk.number());
+    assert_eq!(read.unwrap(), (seq, one(&file)));
+    let watched = watch(quiet()).await;
+    let reader = watched.observer.identity_reader();
+    assert_eq!(reader.read(disk.number()).unwrap(), (seq, one(&file)));
+    disk.detach().unwrap();
+    kernel::wait_for("the detach", || !disk.attached());
+    let none = reader.read(disk.number()).unwrap_err();
+    assert_eq!(none.kind(), std::io::ErrorKind::NotFound);
+    assert!(nbdtrack::udev::boot_id().unwrap().0.len() == 36);
+}

@@ -1,0 +1,188 @@
+//! Promise: a disk that does not answer holds up nothing, is not asked twice, and is told when it does answer.
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+use std::fs;
+use std::io::Write;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use nbdtrack::correlation::{DiskFacts, Event, Reading};
+use nbdtrack::udev::{Settings, observe};
+use tokio::sync::mpsc;
+use tokio::time::timeout;
+
+/// A sysfs of virtio disks and loop devices.
+struct Tree(tempfile::TempDir);
+
+impl Tree {
+    fn new() -> Tree {
+        let tree = Tree(tempfile::tempdir().unwrap());
+        for dir in ["block", "dev/block", "devices"] {
+            fs::create_dir_all(tree.0.path().join(dir)).unwrap();
+        }
+        tree
+    }
+
+    fn add(&self, name: &str, number: &str, diskseq: u64) -> PathBuf {
+        let dir = self.0.path().join("devices").join(name);
+        fs::create_dir_all(dir.join("device")).unwrap();
+        symlink(&dir, self.0.path().join("block").join(name)).unwrap();
+        symlink(&dir, self.0.path().join("dev/block").join(number)).unwrap();
+        symlink("../../bus/virtio", dir.join("device/subsystem")).unwrap();
+        fs::write(dir.join("dev"), format!("{number}\n")).unwrap();
+        fs::write(dir.join("size"), "2048\n").unwrap();
+        fs::write(dir.join("ro"), "0\n").unwrap();
+        fs::write(dir.join("diskseq"), format!("{diskseq}\n")).unwrap();
+        fs::write(
+            dir.join("uevent"),
+            format!("DEVNAME={name}\nDEVTYPE=disk\nDISKSEQ={diskseq}\n"),
+        )
+        .unwrap();
+        dir
+    }
+
+    fn path(&self) -> &Path {
+        self.0.path()
+    }
+}
+
+fn settings(tree: &Tree) -> Settings {
+    Settings {
+        sysfs: tree.path().to_owned(),
+        survey_every: Duration::from_secs(3600),
+        read_deadline: Duration::from_millis(100),
+        ..Settings::default()
+    }
+}
+
+async fn survey(events: &mut mpsc::Receiver<Event>) -> Vec<DiskFacts> {
+    loop {
+        let event = timeout(Duration::from_secs(5), events.recv()).await;
+        if let Event::Surveyed { disks, .. } = event.expect("within 5 s").unwrap() {
+            return disks;
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_disk_that_does_not_answer_is_told_without_identity_and_again_when_it_answers() {
+    let tree = Tree::new();
+    fs::write(tree.add("vda", "253:0", 1).join("serial"), "prompt").unwrap();
+    // A pipe: whoever opens it for reading waits for a writer, as a reader of a hung disk's serial does.
+    let pipe = tree.add("vdb", "253:16", 2).join("serial");
+    nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
+
+    let (sender, mut events) = mpsc::channel(16);
+    let observer = observe(settings(&tree), sender).unwrap();
+    for _ in 0..3 {
+        let disks = survey(&mut events).await;
+        let find = |seq| disks.iter().find(|d| d.diskseq.0 == seq).unwrap();
+        assert_eq!(find(1).serial, "prompt");
+        assert_eq!(find(2).serial, "");
+        assert!(matches!(&find(2).identities, Reading::Unknown(_)));
+        assert_eq!(find(2).size, 1 << 20);
+        observer.survey("test");
+    }
+    assert_eq!(
+        observer.counters().late_reads,
+        1,
+        "asked once, not at each survey"
+    );
+
+    // Replaced, so that only the reader that waits gets the answer from the pipe.
+    let writer = tokio::task::spawn_blocking(move || {
+        fs::File::options()
+            .write(true)
+            .open(&pipe)
+            .unwrap()
+            .write_all(b"late")
+    });
+    let facts = loop {
+        let event = timeout(Duration::from_secs(5), events.recv()).await;
+        if let Event::DiskSeen { facts, .. } = event.expect("within 5 s").unwrap()
+            && facts.diskseq.0 == 2
+        {
+            break facts;
+        }
+    };
+    writer.await.unwrap().unwrap();
+    assert_eq!(facts.serial, "late");
+    assert!(matches!(facts.identities, Reading::Known(_)));
+}
+
+#[tokio::test]
+async fn an_answer_that_comes_after_its_disk_has_gone_is_not_the_next_disks() {
+    let tree = Tree::new();
+    let dir = tree.add("vdb", "253:16", 2);
+    let pipe = dir.join("serial");
+    nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let (sender, mut events) = mpsc::channel(16);
+    let _observer = observe(settings(&tree), sender).unwrap();
+    survey(&mut events).await;
+
+    // Another disk under the same number, with a serial of its own; then the old question is answered.
+    let old = tree.path().join("old");
+    fs::rename(&pipe, &old).unwrap();
+    fs::write(&pipe, "next").unwrap();
+    fs::write(dir.join("diskseq"), "3\n").unwrap();
+    tokio::task::spawn_blocking(move || {
+        fs::File::options()
+            .write(true)
+            .open(&old)
+            .unwrap()
+            .write_all(b"last")
+    })
+    .await
+    .unwrap()
+    .unwrap();
+    loop {
+        let event = timeout(Duration::from_secs(5), events.recv()).await;
+        if let Event::DiskSeen { facts, .. } = event.expect("within 5 s").unwrap() {
+            assert_ne!(facts.serial, "last");
+            if facts.serial == "next" {
+                assert_eq!(facts.diskseq.0, 3);
+                break;
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn autoclear_is_a_wish_only_when_it_appears() {
+    let tree = Tree::new();
+    for (name, number, seq, autoclear) in [("loop1", "7:1", 1, "1"), ("loop2", "7:2", 2, "0")] {
+        let dir = tree.add(name, number, seq);
+        fs::create_dir(dir.join("loop")).unwrap();
+        fs::write(dir.join("loop/backing_file"), format!("/{name}\n")).unwrap();
+        fs::write(dir.join("loop/autoclear"), autoclear).unwrap();
+    }
+    let (sender, mut events) = mpsc::channel(16);
+    let observer = observe(settings(&tree), sender).unwrap();
+    assert!(survey(&mut events).await.iter().all(|disk| !disk.leaving));
+    fs::write(tree.path().join("devices/loop2/loop/autoclear"), "1").unwrap();
+    observer.survey("test");
+    let disks = survey(&mut events).await;
+    let leaving: Vec<_> = disks
+        .iter()
+        .filter(|d| d.leaving)
+        .map(|d| d.diskseq.0)
+        .collect();
+    assert_eq!(leaving, [2]);
+}
+
+#[tokio::test]
+async fn a_full_queue_makes_the_observer_wait_and_loses_nothing() {
+    let tree = Tree::new();
+    for n in 0..200 {
+        let dir = tree.add(&format!("vd{n}"), &format!("253:{n}"), n + 1);
+        fs::write(dir.join("serial"), format!("serial-{n}")).unwrap();
+    }
+    let (sender, mut events) = mpsc::channel(1);
+    let observer = observe(settings(&tree), sender).unwrap();
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    observer.survey("test");
+    for _ in 0..2 {
+        assert_eq!(survey(&mut events).await.len(), 200);
+    }
+}
