@@ -225,15 +225,15 @@ async fn callers_at_the_same_time_are_all_served() {
 }
 
 async fn reopen(state: &Path) -> Store {
+    let mut opened = Store::open(state).await;
     for _ in 0..100 {
-        match Store::open(state).await {
-            Err(nbdtrack::mapping::StoreError::Held { .. }) => {
-                tokio::time::sleep(Duration::from_millis(20)).await
-            }
-            other => return other.expect("opens"),
+        if !matches!(opened, Err(nbdtrack::mapping::StoreError::Held { .. })) {
+            break;
         }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        opened = Store::open(state).await;
     }
-    panic!("the lock was not given up");
+    opened.expect("opens")
 }
 
 fn lines(file: &Path) -> u64 {

@@ -48,7 +48,7 @@ async fn a_damaged_store_is_refused_and_kept() {
     }
     store.close().await.expect("closes");
     let good = fs::read(&file).expect("readable");
-    let damages: [(&str, fn(&mut Vec<u8>)); 4] = [
+    let damages: [(&str, Damage); 4] = [
         ("not a database", |bytes| {
             *bytes = b"what is this file? ".repeat(1000)
         }),
@@ -221,6 +221,8 @@ async fn a_file_in_the_place_of_the_directory_is_refused() {
     assert!(matches!(refused(&file).await, StoreError::Folder { .. }));
     assert_eq!(fs::read(&file).expect("readable"), b"mine");
 }
+
+type Damage = fn(&mut Vec<u8>);
 
 async fn refused(folder: &Path) -> StoreError {
     Store::open(folder).await.expect_err("refused")

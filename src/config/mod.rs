@@ -5,6 +5,7 @@
 //! |---|---|
 //! | `mod.rs` | the values, and the checks that need all files |
 //! | `document.rs` | one file: TOML to values, each with its place |
+//! | `table.rs` | one TOML table: keys out by name, the rest is unknown |
 //! | `place.rs` | where something stands, and problems |
 //! | `files.rs` | EDGE: the reading of `nbdtrack.toml` and `conf.d/*.toml` |
 
@@ -19,6 +20,7 @@ use crate::identity::{OptIn, VolumeId, collisions};
 mod document;
 mod files;
 mod place;
+mod table;
 
 use document::{Document, FoundExport};
 pub use files::{CONF_D, FILE_BYTES_MAX, FILES_MAX, MAIN_FILE, ReadError, TOTAL_BYTES_MAX, read};

@@ -74,6 +74,7 @@ allow = ["path"]
 name = "a"
 volume = "ebs:vol-1"
 colour = "red"
+exportname = "/dev/vdb"
 [[export]]
 name = "b"
 path = "/backups/disk0.qcow2"
@@ -103,20 +104,24 @@ on_detach = "stall"
         ("nbdtrack.toml:11:10", "for example ebs:vol-0fab"),
         ("nbdtrack.toml:12:1", "unknown key \"colour\""),
         (
-            "nbdtrack.toml:15:8",
+            "nbdtrack.toml:13:1",
+            "unknown key \"exportname\" (nbd-server's",
+        ),
+        (
+            "nbdtrack.toml:16:8",
             "export \"b\": path: files are not served yet",
         ),
         (
-            "nbdtrack.toml:16:10",
+            "nbdtrack.toml:17:10",
             "export \"b\": format: files are not served yet",
         ),
-        ("nbdtrack.toml:17:1", "name is missing"),
+        ("nbdtrack.toml:18:1", "name is missing"),
         (
-            "nbdtrack.toml:19:13",
+            "nbdtrack.toml:20:13",
             "read_only: invalid type: string \"yes\", expected a boolean",
         ),
-        ("nbdtrack.toml:20:13", "on_detach = \"stall\""),
-        ("nbdtrack.toml:21:2", "unknown key \"extra\""),
+        ("nbdtrack.toml:21:13", "on_detach = \"stall\""),
+        ("nbdtrack.toml:22:2", "unknown key \"extra\""),
         ("10.toml:3:10", "[identity] allow = [\"gpt\"]"),
         ("20.toml:1:1", "belongs into the main file"),
         ("20.toml:3:1", "two brackets"),

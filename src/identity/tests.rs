@@ -245,6 +245,11 @@ fn pages_that_lie_about_a_length_say_nothing() {
     let mut longer = good.clone();
     longer[7] = 200;
     assert_eq!(read(&longer), BTreeSet::new());
+    // Two bytes after the last designator, counted by the page: the begin of one that was cut.
+    let mut stray = good.clone();
+    stray.extend([0x01, 0x03]);
+    stray[3] += 2;
+    assert_eq!(read(&stray), BTreeSet::new());
     let mut other_page = good.clone();
     other_page[1] = 0x80;
     assert_eq!(read(&other_page), BTreeSet::new());
