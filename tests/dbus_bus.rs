@@ -125,6 +125,14 @@ async fn all_signals(connection: &Connection) -> MessageStream {
 struct Listener(BTreeMap<String, Properties>);
 
 impl Listener {
+    fn of(managed: Managed) -> Listener {
+        let one = |(path, mut interfaces): (OwnedObjectPath, BTreeMap<String, Properties>)| {
+            assert_eq!(interfaces.len(), 1);
+            (path.to_string(), interfaces.pop_first().unwrap().1)
+        };
+        Listener(managed.into_iter().map(one).collect())
+    }
+
     fn hear(&mut self, message: &zbus::Message) {
         let header = message.header();
         match header.member().unwrap().as_str() {
@@ -209,14 +217,7 @@ fn two_hundred_exports_come_and_go_and_signals_never_contradict_properties() {
                 }
             }
             settle(&publisher, &client, &mut stream, &mut listener).await;
-            let found: BTreeMap<String, Properties> = managed(&client)
-                .await
-                .into_iter()
-                .map(|(path, mut interfaces)| {
-                    assert_eq!(interfaces.len(), 1);
-                    (path.to_string(), interfaces.pop_first().unwrap().1)
-                })
-                .collect();
+            let found = Listener::of(managed(&client).await).0;
             assert!(found.len() > 150);
             assert_eq!(found, listener.0, "round {round}");
             for (path, properties) in found.iter().filter(|(path, _)| path.contains("/exports/")) {
@@ -583,6 +584,64 @@ fn ten_thousand_exports_are_published_read_and_introspected() {
             "20,000 objects: offered in {offered:?}, on the bus in {published:?}; GetManagedObjects {joined:?}; 1,000 changes {:?}",
             before.elapsed()
         );
+    });
+}
+
+#[test]
+fn a_late_joiner_misses_nothing_between_the_snapshot_and_the_signals() {
+    let bus = PrivateBus::open();
+    block_on(async {
+        let (publisher, _queue, client) = start(&bus).await;
+        let publisher = std::sync::Arc::new(publisher);
+        let busy = publisher.clone();
+        let changing = tokio::spawn(async move {
+            for n in 0..4_000_u64 {
+                let name = format!("e{}", n * 7 % 300);
+                let publication = match n % 5 {
+                    0 => Publication::ExportGone(ExportName::parse(&name).unwrap()),
+                    1 => Publication::Disk(disk(n % 20 + 1, &format!("/v{}", n % 20))),
+                    2 if n % 3 == 0 => Publication::DiskGone(DiskSeq(n % 20 + 1)),
+                    _ => shown(export(&name, Some(n % 20 + 1)), u32::try_from(n).unwrap()),
+                };
+                busy.offer(vec![publication]);
+                if n % 3 == 0 {
+                    tokio::time::sleep(Duration::from_micros(200)).await;
+                }
+            }
+        });
+        let mut joiners = Vec::new();
+        for _ in 0..8 {
+            tokio::time::sleep(Duration::from_millis(60)).await;
+            let client = bus.connect().await;
+            let stream = all_signals(&client).await;
+            let interface = "org.freedesktop.DBus.ObjectManager";
+            let answer = call(&client, ROOT, interface, "GetManagedObjects", &())
+                .await
+                .unwrap();
+            joiners.push((client, stream, answer));
+        }
+        assert!(
+            !changing.is_finished(),
+            "they were to join while things change"
+        );
+        changing.await.unwrap();
+        assert!(publisher.flush(Duration::from_secs(20)).await);
+        let found = Listener::of(managed(&client).await);
+        for (client, mut stream, answer) in joiners {
+            let mut listener = Listener::of(answer.body().deserialize().unwrap());
+            call(&client, ROOT, "org.freedesktop.DBus.Peer", "Ping", &())
+                .await
+                .unwrap();
+            while let Ok(message) =
+                tokio::time::timeout(Duration::from_millis(100), stream.next()).await
+            {
+                let message = message.unwrap().unwrap();
+                if message.recv_position() > answer.recv_position() {
+                    listener.hear(&message);
+                }
+            }
+            assert_eq!(listener.0, found.0);
+        }
     });
 }
 
