@@ -1,3 +1,5 @@
 //! Parses the command line and calls one command.
 
-fn main() {}
+fn main() -> std::process::ExitCode {
+    nbdtrack::cli::main()
+}

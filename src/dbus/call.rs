@@ -70,10 +70,12 @@ impl Calls {
             reply,
             caller,
         };
-        self.commands.try_send(command).map_err(|error| match error {
-            mpsc::error::TrySendError::Full(_) => self.busy(),
-            mpsc::error::TrySendError::Closed(_) => stopping(),
-        })?;
+        self.commands
+            .try_send(command)
+            .map_err(|error| match error {
+                mpsc::error::TrySendError::Full(_) => self.busy(),
+                mpsc::error::TrySendError::Closed(_) => stopping(),
+            })?;
         match timeout(within, answer).await {
             Ok(Ok(answer)) => answer,
             Ok(Err(_)) => Err(stopping()),

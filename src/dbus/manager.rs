@@ -134,14 +134,17 @@ pub fn parse(method: &str, message: &Message) -> Result<Call, RequestError> {
             Ok(Call::Request(Request::ResolveConflict { name, diskseq }))
         }
         "ResolveVolume" | "Rescan" | "GetStats" => {
-            let options: BTreeMap<String, OwnedVariant> =
-                body.deserialize().map_err(unreadable)?;
+            let options: BTreeMap<String, OwnedVariant> = body.deserialize().map_err(unreadable)?;
             let options = Options::take(options)?;
             if method == "ResolveVolume" {
                 return resolve_volume(options);
             }
             options.end()?;
-            Ok(if method == "Rescan" { Call::Rescan } else { Call::Stats })
+            Ok(if method == "Rescan" {
+                Call::Rescan
+            } else {
+                Call::Stats
+            })
         }
         other => Err(RequestError::NotSupported(format!(
             "{other} does not exist"
@@ -214,7 +217,9 @@ fn prepare_detach(volume: &str, mut options: Options) -> Result<Call, RequestErr
 fn resolve_volume(mut options: Options) -> Result<Call, RequestError> {
     let volume = options.text("volume")?;
     let filter = Filter {
-        volume: volume.map(|text| volume_id("option volume", &text)).transpose()?,
+        volume: volume
+            .map(|text| volume_id("option volume", &text))
+            .transpose()?,
         serial: options.text("serial")?,
         wwid: options.text("wwid")?,
         node: options.text("node")?,
@@ -225,8 +230,7 @@ fn resolve_volume(mut options: Options) -> Result<Call, RequestError> {
 }
 
 fn export_name(text: &str) -> Result<ExportName, RequestError> {
-    ExportName::parse(text)
-        .map_err(|error| RequestError::InvalidArgument(format!("name: {error}")))
+    ExportName::parse(text).map_err(|error| RequestError::InvalidArgument(format!("name: {error}")))
 }
 
 fn volume_id(argument: &str, text: &str) -> Result<VolumeId, RequestError> {
@@ -382,45 +386,78 @@ mod tests {
         let v = || ("volume", Variant::new("loop:/x"));
         let cases: Vec<(Result<Call, RequestError>, &str)> = vec![
             (
-                with("AddExport", &("a", options([v(), ("colour", Variant::new("red"))]))),
+                with(
+                    "AddExport",
+                    &("a", options([v(), ("colour", Variant::new("red"))])),
+                ),
                 "InvalidArgument: option colour",
             ),
             (
-                with("AddExport", &("a", options([("volume", Variant::new(7_u32))]))),
+                with(
+                    "AddExport",
+                    &("a", options([("volume", Variant::new(7_u32))])),
+                ),
                 "InvalidArgument: option volume: has to be a string",
             ),
             (
-                with("AddExport", &("a", options([v(), ("wait_ms", Variant::new(600_001_u32))]))),
+                with(
+                    "AddExport",
+                    &("a", options([v(), ("wait_ms", Variant::new(600_001_u32))])),
+                ),
                 "InvalidArgument: option wait_ms",
             ),
             (
-                with("AddExport", &("a", options([v(), ("wait_ms", Variant::new("1"))]))),
+                with(
+                    "AddExport",
+                    &("a", options([v(), ("wait_ms", Variant::new("1"))])),
+                ),
                 "InvalidArgument: option wait_ms",
             ),
             (
-                with("AddExport", &("a", options([v(), ("read_only", Variant::new(1_u32))]))),
+                with(
+                    "AddExport",
+                    &("a", options([v(), ("read_only", Variant::new(1_u32))])),
+                ),
                 "InvalidArgument: option read_only",
             ),
             (
-                with("AddExport", &("a", options([("path", Variant::new("/x.qcow2"))]))),
+                with(
+                    "AddExport",
+                    &("a", options([("path", Variant::new("/x.qcow2"))])),
+                ),
                 "NotSupported: option path: files are not served yet",
             ),
-            (with("AddExport", &("a", options([]))), "InvalidArgument: option volume is missing"),
-            (with("AddExport", &("", options([v()]))), "InvalidArgument: name"),
+            (
+                with("AddExport", &("a", options([]))),
+                "InvalidArgument: option volume is missing",
+            ),
+            (
+                with("AddExport", &("", options([v()]))),
+                "InvalidArgument: name",
+            ),
             (
                 with("AddExport", &("n".repeat(1 << 20), options([v()]))),
                 "InvalidArgument: name",
             ),
             (
-                with("PrepareDetach", &(format!("loop:/{}", "x".repeat(4096)), options([]))),
+                with(
+                    "PrepareDetach",
+                    &(format!("loop:/{}", "x".repeat(4096)), options([])),
+                ),
                 "InvalidArgument: volume: at most 4096 bytes",
             ),
             (
-                with("RemoveExport", &("a", options([("mode", Variant::new("hide"))]))),
+                with(
+                    "RemoveExport",
+                    &("a", options([("mode", Variant::new("hide"))])),
+                ),
                 "NotSupported: option mode: hide",
             ),
             (
-                with("RemoveExport", &("a", options([("mode", Variant::new("fast"))]))),
+                with(
+                    "RemoveExport",
+                    &("a", options([("mode", Variant::new("fast"))])),
+                ),
                 "InvalidArgument: option mode: fast",
             ),
             (
@@ -428,7 +465,10 @@ mod tests {
                 "InvalidArgument: diskseq",
             ),
             (
-                with("ResolveVolume", &options([("diskseq", Variant::new(7_u32))])),
+                with(
+                    "ResolveVolume",
+                    &options([("diskseq", Variant::new(7_u32))]),
+                ),
                 "InvalidArgument: option diskseq",
             ),
             (

@@ -15,8 +15,6 @@ pub const ROOT: &str = "/org/nbdtrack1";
 pub const VOLUMES: &str = "/org/nbdtrack1/volumes";
 /// The parent of all Export objects.
 pub const EXPORTS: &str = "/org/nbdtrack1/exports";
-/// "None" as a path.
-pub const NOWHERE: &str = "/";
 
 /// The longest last element of a path, in bytes. D-Bus has no limit of its own, but a name of 4,096 bytes
 /// would be 12 KiB in every signal and every match rule; 200 is more than any name seen in the field.

@@ -133,7 +133,11 @@ impl Publisher {
         }
         if dropped > 0 {
             let total = shared.dropped.fetch_add(dropped, Ordering::Relaxed) + dropped;
-            tracing::warn!(dropped, total, "the bus is slow: signals were dropped, properties are right");
+            tracing::warn!(
+                dropped,
+                total,
+                "the bus is slow: signals were dropped, properties are right"
+            );
         }
         shared.wake.notify_one();
     }
@@ -227,13 +231,14 @@ impl Queue {
                     let state = self.exports.remove(&name).flatten();
                     Entry::Export(name, state)
                 }
-                Key::Disk(diskseq) => {
-                    Entry::Disk(diskseq, self.disks.remove(&diskseq).flatten())
-                }
+                Key::Disk(diskseq) => Entry::Disk(diskseq, self.disks.remove(&diskseq).flatten()),
             });
         }
         if signal == Some(first) {
-            return self.signals.pop_front().map(|(_, notice)| Entry::Signal(notice));
+            return self
+                .signals
+                .pop_front()
+                .map(|(_, notice)| Entry::Signal(notice));
         }
         let reply = self.replies.pop_front();
         reply.map(|(_, to, outcome)| Entry::Reply(to, outcome))
@@ -295,7 +300,10 @@ async fn send(shared: &Shared, messages: &[Message]) {
     let _ = timeout(Duration::from_secs(1), connection.close()).await;
 }
 
-fn tell(tree: &mut Tree, batch: Vec<Entry>) -> (Vec<Message>, Vec<(oneshot::Sender<Outcome>, Outcome)>) {
+fn tell(
+    tree: &mut Tree,
+    batch: Vec<Entry>,
+) -> (Vec<Message>, Vec<(oneshot::Sender<Outcome>, Outcome)>) {
     let mut messages = Vec::new();
     let mut replies = Vec::new();
     let mut add = |message: zbus::Result<Message>| match message {
@@ -306,10 +314,16 @@ fn tell(tree: &mut Tree, batch: Vec<Entry>) -> (Vec<Message>, Vec<(oneshot::Send
     for entry in batch {
         match entry {
             Entry::Export(name, state) => {
-                tree.put_export(&name, state).iter().map(message).for_each(&mut add);
+                tree.put_export(&name, state)
+                    .iter()
+                    .map(message)
+                    .for_each(&mut add);
             }
             Entry::Disk(diskseq, state) => {
-                tree.put_disk(diskseq, state).iter().map(message).for_each(&mut add);
+                tree.put_disk(diskseq, state)
+                    .iter()
+                    .map(message)
+                    .for_each(&mut add);
             }
             Entry::Signal(notice) => signal(tree, &notice).into_iter().for_each(&mut add),
             Entry::Reply(to, outcome) => replies.push((to, outcome)),
@@ -351,7 +365,10 @@ fn message(told: &Told) -> zbus::Result<Message> {
 pub fn by_name<'a>(
     properties: &'a [(&'static str, Variant<'static>)],
 ) -> BTreeMap<&'static str, &'a Variant<'static>> {
-    properties.iter().map(|(name, value)| (*name, value)).collect()
+    properties
+        .iter()
+        .map(|(name, value)| (*name, value))
+        .collect()
 }
 
 fn from<'a>(path: &'a str, interface: &'a str, member: &'a str) -> zbus::Result<Builder<'a>> {
@@ -456,10 +473,15 @@ mod tests {
     fn too_many_signals_drop_the_oldest_and_are_counted() {
         let mut queue = Queue::default();
         let over = 10;
-        let dropped: u64 = (0..(SIGNALS_MAX + over) as u64).map(|n| queue.push(state_signal(n))).sum();
+        let dropped: u64 = (0..(SIGNALS_MAX + over) as u64)
+            .map(|n| queue.push(state_signal(n)))
+            .sum();
         assert_eq!(dropped, over as u64);
         assert_eq!(queue.signals.len(), SIGNALS_MAX);
-        assert!(matches!(queue.signals[0].1, Notice::Resized { old: 10, .. }));
+        assert!(matches!(
+            queue.signals[0].1,
+            Notice::Resized { old: 10, .. }
+        ));
     }
 
     #[test]
@@ -470,7 +492,10 @@ mod tests {
         queue.push(Publication::Reply(to, Ok(Answer::Done)));
         queue.push(state_signal(2));
         let batch = queue.take();
-        assert!(matches!(batch[..], [Entry::Signal(_), Entry::Reply(..), Entry::Signal(_)]));
+        assert!(matches!(
+            batch[..],
+            [Entry::Signal(_), Entry::Reply(..), Entry::Signal(_)]
+        ));
     }
 
     #[tokio::test]
@@ -478,9 +503,15 @@ mod tests {
         let (commands, mut queue) = tokio::sync::mpsc::channel(1);
         let publisher = Publisher::without_bus(commands);
         let (to, from) = oneshot::channel();
-        publisher.offer(vec![state_signal(1), Publication::Reply(to, Ok(Answer::Done))]);
+        publisher.offer(vec![
+            state_signal(1),
+            Publication::Reply(to, Ok(Answer::Done)),
+        ]);
         assert_eq!(from.await.unwrap(), Ok(Answer::Done));
         assert!(publisher.flush(Duration::ZERO).await);
-        assert!(matches!(queue.try_recv(), Err(tokio::sync::mpsc::error::TryRecvError::Empty)));
+        assert!(matches!(
+            queue.try_recv(),
+            Err(tokio::sync::mpsc::error::TryRecvError::Empty)
+        ));
     }
 }

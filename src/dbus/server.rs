@@ -31,6 +31,8 @@ const CALLER_WITHIN: Duration = Duration::from_secs(1);
 const RETRY: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(10));
 /// How many whole-tree answers are made at one time; each holds all properties of all objects.
 const SNAPSHOTS_MAX: usize = 2;
+/// How many whole-tree answers may be asked for at one time.
+const SNAPSHOTS_WAITING_MAX: usize = 64;
 
 /// A refusal by full error name.
 struct Refusal {
@@ -43,8 +45,10 @@ type Response = Result<Message, Refusal>;
 struct Server {
     shared: Arc<Shared>,
     calls: Calls,
-    /// [`SNAPSHOTS_MAX`]; others wait their turn, at most as many as [`publish`]'s peers may have calls pending.
+    /// [`SNAPSHOTS_MAX`]; a few others wait their turn.
     snapshots: tokio::sync::Semaphore,
+    /// [`SNAPSHOTS_WAITING_MAX`]; when used up, `LimitsExceeded`.
+    snapshots_waiting: Arc<tokio::sync::Semaphore>,
     machine_id: Option<String>,
 }
 
@@ -58,6 +62,7 @@ pub async fn serve(bus: &Bus, commands: mpsc::Sender<Command>) -> Result<Publish
         shared: shared.clone(),
         calls: Calls::new(commands),
         snapshots: tokio::sync::Semaphore::new(SNAPSHOTS_MAX),
+        snapshots_waiting: Arc::new(tokio::sync::Semaphore::new(SNAPSHOTS_WAITING_MAX)),
         machine_id: machine_id(),
     });
     let (connection, stream) = connect(bus).await?;
@@ -99,7 +104,9 @@ async fn connect(bus: &Bus) -> Result<(Connection, MessageStream), BusError> {
         reason,
     };
     let connecting = async {
-        let connection = open(bus, CONNECT_WITHIN).await.map_err(|error| lost(error.to_string()))?;
+        let connection = open(bus, CONNECT_WITHIN)
+            .await
+            .map_err(|error| lost(error.to_string()))?;
         // Before the name is ours, so that no call is missed.
         let rule = MatchRule::builder()
             .msg_type(zbus::message::Type::MethodCall)
@@ -113,7 +120,10 @@ async fn connect(bus: &Bus) -> Result<(Connection, MessageStream), BusError> {
     };
     match timeout(CONNECT_WITHIN, connecting).await {
         Ok(result) => result,
-        Err(_) => Err(lost(format!("no answer within {} s", CONNECT_WITHIN.as_secs()))),
+        Err(_) => Err(lost(format!(
+            "no answer within {} s",
+            CONNECT_WITHIN.as_secs()
+        ))),
     }
 }
 
@@ -129,7 +139,10 @@ pub async fn open(bus: &Bus, within: Duration) -> zbus::Result<Connection> {
 
 async fn claim(bus: &Bus, connection: &Connection) -> Result<(), BusError> {
     // Neither queued nor replaceable: two daemons on one machine are a mistake that is said at once.
-    match connection.request_name_with_flags(BUS_NAME, RequestNameFlags::DO_NOT_QUEUE).await {
+    match connection
+        .request_name_with_flags(BUS_NAME, RequestNameFlags::DO_NOT_QUEUE)
+        .await
+    {
         Ok(RequestNameReply::PrimaryOwner | RequestNameReply::AlreadyOwner) => Ok(()),
         Ok(RequestNameReply::Exists | RequestNameReply::InQueue) | Err(zbus::Error::NameTaken) => {
             Err(BusError::NameTaken {
@@ -174,8 +187,17 @@ impl Server {
     async fn take(self: &Arc<Self>, connection: &Connection, message: Message) {
         match self.find(&message) {
             Ok((interface, "GetManagedObjects")) if interface == OBJECT_MANAGER.name => {
+                let Ok(place) = self.snapshots_waiting.clone().try_acquire_owned() else {
+                    let text = "busy: too many such calls are waiting; try again".to_owned();
+                    let refusal = Err(standard("LimitsExceeded", text));
+                    return answer(connection, &message, refusal).await;
+                };
                 let (server, connection) = (self.clone(), connection.clone());
-                tokio::spawn(async move { server.managed_objects(&connection, message).await });
+                // One task for each place; it ends when its answer is sent.
+                tokio::spawn(async move {
+                    server.managed_objects(&connection, message).await;
+                    drop(place);
+                });
             }
             Ok((interface, method)) if interface == MANAGER.name => {
                 self.manager_call(connection, method, message).await;
@@ -231,7 +253,10 @@ impl Server {
             (name, "Ping") if name == PEER.name => response(message, &()),
             (name, "GetMachineId") if name == PEER.name => match &self.machine_id {
                 Some(id) => response(message, &id.as_str()),
-                None => Err(standard("Failed", "this machine has no machine-id".to_owned())),
+                None => Err(standard(
+                    "Failed",
+                    "this machine has no machine-id".to_owned(),
+                )),
             },
             (name, "Introspect") if name == INTROSPECTABLE.name => {
                 let interfaces = self.interfaces(path).unwrap_or_default();
@@ -246,7 +271,10 @@ impl Server {
             }
             (name, _) if name == PROPERTIES.name => self.properties(message, path, method),
             // `find` only lets through what stands in the tables.
-            _ => Err(standard("UnknownMethod", format!("{method}: no such method"))),
+            _ => Err(standard(
+                "UnknownMethod",
+                format!("{method}: no such method"),
+            )),
         }
     }
 
@@ -334,15 +362,19 @@ impl Server {
             }
             Answer::Volumes(disks) => {
                 let tree = self.shared.tree();
-                let volumes: Vec<ObjectPath<'_>> =
-                    disks.into_iter().filter_map(|disk| tree.disk_path(disk)).collect();
+                let volumes: Vec<ObjectPath<'_>> = disks
+                    .into_iter()
+                    .filter_map(|disk| tree.disk_path(disk))
+                    .collect();
                 response(message, &volumes)
             }
             Answer::Stats(mut stats) => {
                 stats.insert("bus_calls_refused".to_owned(), self.calls.refused());
                 stats.insert("bus_signals_dropped".to_owned(), self.shared.dropped());
-                let stats: BTreeMap<String, Variant<'_>> =
-                    stats.into_iter().map(|(name, count)| (name, Variant::new(count))).collect();
+                let stats: BTreeMap<String, Variant<'_>> = stats
+                    .into_iter()
+                    .map(|(name, count)| (name, Variant::new(count)))
+                    .collect();
                 response(message, &stats)
             }
         }
@@ -364,13 +396,23 @@ fn method_of(
         return Err(standard("UnknownInterface", text));
     }
     let found = named.find_map(|interface| {
-        let method = interface.methods.iter().find(|method| method.name == member)?;
+        let method = interface
+            .methods
+            .iter()
+            .find(|method| method.name == member)?;
         Some((interface.name, method))
     });
     let Some((interface, method)) = found else {
-        return Err(standard("UnknownMethod", format!("{}: no such method", beginning(member))));
+        return Err(standard(
+            "UnknownMethod",
+            format!("{}: no such method", beginning(member)),
+        ));
     };
-    let takes: String = method.takes.iter().map(|(_, signature)| *signature).collect();
+    let takes: String = method
+        .takes
+        .iter()
+        .map(|(_, signature)| *signature)
+        .collect();
     let given = message.body().signature().to_string_no_parens();
     if takes != given {
         let text = format!("{member} takes ({takes}), not ({})", beginning(&given));
@@ -384,7 +426,10 @@ fn method_of(
 }
 
 fn all(message: &Message, objects: &[(ObjectPath<'static>, Arc<Object>)]) -> Response {
-    let properties: Vec<_> = objects.iter().map(|(_, object)| object.properties()).collect();
+    let properties: Vec<_> = objects
+        .iter()
+        .map(|(_, object)| object.properties())
+        .collect();
     let managed: BTreeMap<&str, BTreeMap<&str, BTreeMap<&str, &Variant<'_>>>> = objects
         .iter()
         .zip(&properties)

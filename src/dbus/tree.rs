@@ -91,8 +91,10 @@ impl Tree {
     /// Takes an export's new state; `None` when it is gone.
     pub fn put_export(&mut self, name: &ExportName, state: Option<(ExportView, u32)>) -> Vec<Told> {
         let before = self.exports.get(name).cloned();
-        if let Some(Object::Export { view, .. }) =
-            before.as_ref().and_then(|path| self.objects.get(path)).map(Arc::as_ref)
+        if let Some(Object::Export { view, .. }) = before
+            .as_ref()
+            .and_then(|path| self.objects.get(path))
+            .map(Arc::as_ref)
             && let Some(disk) = view.disk
             && let Some(names) = self.bound.get_mut(&disk)
         {
@@ -103,7 +105,10 @@ impl Tree {
         }
         let Some((view, clients)) = state else {
             self.exports.remove(name);
-            return before.into_iter().filter_map(|path| self.remove(path)).collect();
+            return before
+                .into_iter()
+                .filter_map(|path| self.remove(path))
+                .collect();
         };
         if let Some(disk) = view.disk {
             self.bound.entry(disk).or_default().insert(name.clone());
@@ -183,7 +188,9 @@ impl Tree {
     pub fn told_disk_path(&self, diskseq: DiskSeq, id: &str) -> ObjectPath<'static> {
         let departed = || {
             let mut newest_first = self.departed.iter().rev();
-            newest_first.find(|(seq, _)| *seq == diskseq).map(|(_, path)| path.clone())
+            newest_first
+                .find(|(seq, _)| *seq == diskseq)
+                .map(|(_, path)| path.clone())
         };
         // Never told: it came and went between two looks, so no one else has its path by identity unless
         // that is another disk's.
@@ -207,7 +214,8 @@ impl Tree {
     }
 
     fn volume_path(&self, disk: Option<DiskSeq>) -> ObjectPath<'static> {
-        disk.and_then(|disk| self.disk_path(disk)).unwrap_or_default()
+        disk.and_then(|disk| self.disk_path(disk))
+            .unwrap_or_default()
     }
 
     /// A disk whose path by identity is another disk's (two twins, one of them not known as such yet) is named by
@@ -231,7 +239,9 @@ impl Tree {
             let Some(path) = self.exports.get(&name).cloned() else {
                 continue;
             };
-            if let Some(Object::Export { view, clients, .. }) = self.objects.get(&path).map(Arc::as_ref) {
+            if let Some(Object::Export { view, clients, .. }) =
+                self.objects.get(&path).map(Arc::as_ref)
+            {
                 let object = Object::Export {
                     view: view.clone(),
                     clients: *clients,
@@ -324,7 +334,10 @@ mod tests {
         let mut view = sample("a", None);
         let told = tree.put_export(&name("a"), Some((view.clone(), 0)));
         assert!(matches!(told[..], [Told::Added { .. }]));
-        assert!(tree.put_export(&name("a"), Some((view.clone(), 0))).is_empty());
+        assert!(
+            tree.put_export(&name("a"), Some((view.clone(), 0)))
+                .is_empty()
+        );
         view.size = 77;
         let told = tree.put_export(&name("a"), Some((view, 3)));
         assert_eq!(names(&told[0]), ["Size", "Clients"]);

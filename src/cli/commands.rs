@@ -1,0 +1,123 @@
+//! The commands that talk to a running daemon.
+
+use std::io::{IsTerminal, Write};
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+use zbus::Variant;
+
+use super::show::{self, print, print_json};
+use super::{Add, Command, Failure, PrepareDetach, watch};
+use crate::dbus::Bus;
+use crate::dbus::client::{Client, ClientError, Options};
+
+/// Connects, and runs one command.
+pub async fn run(bus: &Bus, command: Command, as_json: bool) -> Result<(), Failure> {
+    let failed = |error| failure(bus, error);
+    let client = Client::connect(bus).await.map_err(failed)?;
+    match command {
+        Command::Status => {
+            let objects = client.objects().await.map_err(failed)?;
+            let stats = client.stats().await.map_err(failed)?;
+            show::status(&bus.to_string(), &objects, &stats, as_json)?;
+        }
+        Command::Volumes => {
+            show::volumes(&client.objects().await.map_err(failed)?, as_json)?;
+        }
+        Command::Exports => {
+            show::exports(&client.objects().await.map_err(failed)?, as_json)?;
+        }
+        Command::Add(add) => self::add(&client, add, as_json).await.map_err(failed)??,
+        Command::Remove(remove) => {
+            client
+                .remove(&remove.name, remove.hard, remove.timeout)
+                .await
+                .map_err(failed)?;
+            done(as_json, "removed", &remove.name)?;
+        }
+        Command::PrepareDetach(prepare) => {
+            prepare_detach(&client, &prepare).await.map_err(failed)?;
+            done(as_json, "safe to detach", &prepare.volume)?;
+        }
+        Command::CancelDetach { volume } => {
+            client.cancel_detach(&volume).await.map_err(failed)?;
+            done(as_json, "served again", &volume)?;
+        }
+        Command::Resolve { name, diskseq } => {
+            client.resolve(&name, diskseq).await.map_err(failed)?;
+            done(as_json, "resolved", &name)?;
+        }
+        Command::Rescan => {
+            client.rescan().await.map_err(failed)?;
+            done(as_json, "rescanned", "")?;
+        }
+        Command::Watch => watch::watch(&client, as_json).await?,
+        // Carried out without a daemon, before this.
+        Command::Serve(_) | Command::Check { .. } => {}
+    }
+    Ok(())
+}
+
+async fn add(client: &Client, add: Add, as_json: bool) -> Result<std::io::Result<()>, ClientError> {
+    let mut options = Options::from([("volume", Variant::new(add.volume.as_str()))]);
+    // Only what was said, so that an older daemon is not asked for what it does not know.
+    for (key, set) in [("read_only", add.read_only), ("share", add.share)] {
+        if set {
+            options.insert(key, Variant::new(true));
+        }
+    }
+    let (object, created) = client.add(&add.name, options, add.wait).await?;
+    Ok(if as_json {
+        print_json(&json!({ "name": add.name, "object": object, "created": created }))
+    } else {
+        let what = if created {
+            "serving"
+        } else {
+            "was there already, serving"
+        };
+        done(false, what, &add.name)
+    })
+}
+
+async fn prepare_detach(client: &Client, prepare: &PrepareDetach) -> Result<(), ClientError> {
+    let call = client.prepare_detach(&prepare.volume, prepare.hard, prepare.timeout);
+    if !std::io::stderr().is_terminal() {
+        return call.await;
+    }
+    let start = Instant::now();
+    let mut call = std::pin::pin!(call);
+    let mut ticks = tokio::time::interval(Duration::from_millis(200));
+    let outcome = loop {
+        tokio::select! {
+            biased;
+            outcome = &mut call => break outcome,
+            _ = ticks.tick() => {
+                let seconds = start.elapsed().as_secs_f32();
+                // A line that a terminal does not show is no reason to stop.
+                let _ = write!(std::io::stderr(), "\rwaiting for clients and the disk: {seconds:.1} s ");
+            }
+        }
+    };
+    let _ = write!(std::io::stderr(), "\r\x1b[K");
+    outcome
+}
+
+fn done(as_json: bool, what: &str, whose: &str) -> std::io::Result<()> {
+    if as_json {
+        return print_json(&json!({ "done": what, "of": whose }));
+    }
+    if whose.is_empty() {
+        return print(&format!("{what}\n"));
+    }
+    print(&format!("{}: {what}\n", super::table::printable(whose)))
+}
+
+fn failure(bus: &Bus, error: ClientError) -> Failure {
+    match error {
+        ClientError::NoDaemon(reason) => Failure::NoDaemon {
+            bus: bus.clone(),
+            reason,
+        },
+        error => Failure::Client(error),
+    }
+}
