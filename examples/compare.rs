@@ -39,13 +39,35 @@ struct Side {
 }
 
 enum Server {
-    Theirs(Running),
-    Ours {
-        daemon: Daemon,
-        client: Client,
-        _bus: Bus,
-    },
+    Theirs(Background),
+    Ours(Box<Ours>),
 }
+
+struct Ours {
+    client: Client,
+    daemon: Daemon,
+    _bus: Bus,
+}
+
+/// nbd-server puts itself into the background (its `-d` serves one client and ends), so it is stopped by the id that it
+/// wrote down.
+struct Background(nix::unistd::Pid);
+
+impl Drop for Background {
+    fn drop(&mut self) {
+        use nix::sys::signal::{Signal, kill};
+        let _ = kill(self.0, Signal::SIGTERM);
+        let gone = until(Duration::from_secs(5), "nbd-server to end", || {
+            Ok(kill(self.0, None).is_err().then_some(()))
+        });
+        if gone.is_err() {
+            let _ = kill(self.0, Signal::SIGKILL);
+        }
+    }
+}
+
+/// Starts one server with its volumes in a folder.
+type Start = fn(&Path) -> Outcome<Side>;
 
 struct Row {
     server: &'static str,
@@ -57,13 +79,7 @@ struct Row {
 fn main() -> ExitCode {
     let outcome = support::catch_signals()
         .and_then(|()| Ground::take())
-        .and_then(|ground| {
-            let outcome = run(&ground);
-            if outcome.is_err() && !support::interrupted() {
-                ground.print_logs();
-            }
-            outcome
-        });
+        .and_then(|ground| run(&ground));
     match outcome {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
@@ -75,13 +91,16 @@ fn main() -> ExitCode {
 }
 
 fn run(ground: &Ground) -> Outcome<bool> {
-    let mut rows = Vec::new();
-    for side in [
-        theirs(&folder(ground, "theirs")?)?,
-        ours(&folder(ground, "ours")?)?,
-    ] {
-        println!("  {}: swap", side.title);
-        rows.extend(swap(side, ground)?);
+    let mut rows: Vec<Row> = Vec::new();
+    let mut failed = Vec::new();
+    let sides: [(&str, Start); 2] = [("nbd-server", theirs), ("nbdtrack", ours)];
+    for (name, start) in sides {
+        println!("  {name}: fill two volumes, swap their devices, read one, write the other");
+        let outcome = folder(ground, name).and_then(|folder| start(&folder));
+        match outcome.and_then(|side| swap(side, ground)) {
+            Ok(of_side) => rows.extend(of_side),
+            Err(e) => failed.push(format!("{name}: FAILED: {e}")),
+        }
     }
     println!(
         "\n{:12} {:44} {:9} {:>12} {:>20}",
@@ -97,13 +116,19 @@ fn run(ground: &Ground) -> Outcome<bool> {
             row.tally.of_others() + row.tally.misplaced,
         );
     }
-    for server in ["nbd-server", "nbdtrack"] {
-        let mut of_server = rows.iter().filter(|row| row.server == server);
-        let wrong = of_server.find(|row| !row.tally.all_right());
-        match wrong {
+    for (server, _) in sides {
+        let mut of_server = rows.iter().filter(|row| row.server == server).peekable();
+        if of_server.peek().is_none() {
+            continue;
+        }
+        match of_server.find(|row| !row.tally.all_right()) {
             None => println!("{server}: every byte where it belongs"),
             Some(row) => println!("{server}: WRONG VOLUME, {}: {}", row.what, row.tally),
         }
+    }
+    if !failed.is_empty() {
+        ground.print_logs();
+        trouble!("{}", failed.join("; "));
     }
     Ok(rows
         .iter()
@@ -139,17 +164,20 @@ fn theirs(folder: &Path) -> Outcome<Side> {
     }
     let config = folder.join("config");
     std::fs::write(&config, text)?;
+    let pid_file = folder.join("pid");
     let mut command = process::command("nbd-server");
-    command.arg("-d").arg("-C").arg(&config);
-    command.arg("-p").arg(folder.join("pid"));
+    command.arg("-C").arg(&config).arg("-p").arg(&pid_file);
     let log = std::fs::File::create(folder.join("nbd-server.log"))?;
     command.stdout(log.try_clone()?).stderr(log);
-    let mut server = Running(command.spawn().doing("start nbd-server")?);
+    let status = Running(command.spawn().doing("start nbd-server")?).wait(STEP_LIMIT)?;
+    hold!(status.success(), "nbd-server ended with {status}");
+    let server = until(STEP_LIMIT, "nbd-server to write its id down", || {
+        let text = std::fs::read_to_string(&pid_file).unwrap_or_default();
+        let pid = text.trim().parse().ok();
+        Ok(pid.map(|pid| Background(nix::unistd::Pid::from_raw(pid))))
+    })?;
     let address = std::net::SocketAddr::from(([127, 0, 0, 1], port));
     until(STEP_LIMIT, "nbd-server to listen", || {
-        if let Some(status) = server.0.try_wait()? {
-            trouble!("nbd-server ended: {status}");
-        }
         Ok(std::net::TcpStream::connect(address).ok())
     })?;
     Ok(Side {
@@ -179,11 +207,11 @@ fn ours(folder: &Path) -> Outcome<Side> {
     Ok(Side {
         title: "nbdtrack",
         endpoint: home.endpoint(),
-        server: Server::Ours {
-            daemon,
+        server: Server::Ours(Box::new(Ours {
             client,
+            daemon,
             _bus: bus,
-        },
+        })),
         images,
         devices,
     })
@@ -196,9 +224,9 @@ fn swap(side: Side, ground: &Ground) -> Outcome<Vec<Row>> {
         pattern::write_file(&pattern_file, name, SIZE, BEFORE)?;
         copy(&["--flush", &name_of, &side.endpoint.uri(name)])?;
     }
-    if let Server::Ours { client, .. } = &side.server {
+    if let Server::Ours(ours) = &side.server {
         for image in &side.images {
-            client
+            ours.client
                 .prepare_detach(&format!("loop:{}", image.display()))
                 .doing("PrepareDetach")?;
         }
@@ -212,14 +240,14 @@ fn swap(side: Side, ground: &Ground) -> Outcome<Vec<Row>> {
         })?;
     }
     let mark = match &side.server {
-        Server::Ours { client, .. } => client.mark(),
+        Server::Ours(ours) => ours.client.mark(),
         Server::Theirs(_) => 0,
     };
     side.devices[1].attach(&side.images[0])?;
     side.devices[0].attach(&side.images[1])?;
-    if let Server::Ours { client, .. } = &side.server {
+    if let Server::Ours(ours) = &side.server {
         for name in NAMES {
-            client.wait_state(mark, name, "Serving", STEP_LIMIT)?;
+            ours.client.wait_state(mark, name, "Serving", STEP_LIMIT)?;
         }
     }
 
@@ -236,7 +264,7 @@ fn swap(side: Side, ground: &Ground) -> Outcome<Vec<Row>> {
     copy(&["--flush", &name_of, &side.endpoint.uri(NAMES[1])])?;
     match side.server {
         Server::Theirs(server) => drop(server),
-        Server::Ours { daemon, .. } => daemon.stop()?,
+        Server::Ours(ours) => ours.daemon.stop()?,
     }
     for (image, (name, sequence)) in side
         .images

@@ -14,6 +14,7 @@ pub mod ground;
 pub mod loops;
 pub mod pattern;
 pub mod process;
+pub mod scene;
 pub mod stream;
 pub mod uevents;
 

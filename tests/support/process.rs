@@ -7,6 +7,8 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc;
 use std::time::Duration;
 
+use nix::sys::signal::{SigSet, Signal};
+
 use super::{Deadline, Doing, Outcome, until};
 use crate::{hold, trouble};
 
@@ -26,10 +28,12 @@ const OUTPUT_BYTES_MAX: u64 = 16 << 20;
 pub fn command(program: impl AsRef<OsStr>) -> Command {
     let mut command = Command::new(program);
     command.stdin(Stdio::null()).process_group(0);
-    // SAFETY: prctl is async-signal-safe, and nothing else happens between fork and exec.
+    // SAFETY: prctl and sigprocmask are async-signal-safe, and nothing else happens between fork and exec.
     unsafe {
         command.pre_exec(|| {
-            nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL)?;
+            nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?;
+            // What `catch_signals` blocked for us is not blocked for them.
+            SigSet::empty().thread_set_mask()?;
             Ok(())
         });
     }
@@ -109,7 +113,7 @@ impl Running {
         self.0.id()
     }
 
-    pub fn signal(&self, signal: nix::sys::signal::Signal) -> Outcome<()> {
+    pub fn signal(&self, signal: Signal) -> Outcome<()> {
         let pid = nix::unistd::Pid::from_raw(i32::try_from(self.0.id())?);
         nix::sys::signal::kill(pid, signal).doing(format!("send {signal} to {pid}"))
     }
