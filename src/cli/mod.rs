@@ -199,7 +199,7 @@ fn run(cli: Cli) -> Result<(), Failure> {
                 state: serve.state,
                 bus: cli.bus,
             };
-            return Ok(daemon::run(options)?);
+            return Ok(daemon::run(&options)?);
         }
         Command::Check { config } => return check::check(&config, json),
         command => command,

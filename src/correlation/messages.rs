@@ -6,11 +6,11 @@ use super::facts::{Change, Definition, DeviceNode, DeviceNumber, DiskFacts, Disk
 use crate::identity::{Identity, VolumeId};
 
 /// Which open an answer belongs to. An answer with an old ticket is ignored.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Ticket(pub u64);
 
 /// Which caller a reply goes to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct RequestId(pub u64);
 
 /// Grows by one each time an export is bound to an opened disk; starts at 1.

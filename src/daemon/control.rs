@@ -138,7 +138,7 @@ impl Control {
         options: &Options,
     ) {
         let mut reports = self.report_receiver.take().expect("run is called once, by serve");
-        let mut signals = Signals::new();
+        let Signals { mut term, mut interrupt, mut hangup } = Signals::new();
         let clients = Arc::clone(&self.clients);
         let mut stop_by: Option<tokio::time::Instant> = None;
         loop {
@@ -149,7 +149,7 @@ impl Control {
             tokio::select! {
                 biased;
                 Some(report) = reports.recv() => self.on_report(report),
-                stop = signals.stop() => match stop_by {
+                stop = stop_signal(&mut term, &mut interrupt) => match stop_by {
                     None => {
                         tracing::info!(signal = stop, "stopping: draining every export");
                         self.begin_stop();
@@ -163,7 +163,7 @@ impl Control {
                 Some(event) = events.recv() => self.on_event(event),
                 () = sleep_until(due) => self.apply(Event::TimePassed),
                 Some(command) = commands.recv(), if !self.stopping => self.on_command(command),
-                _ = signals.hangup.recv() => self.begin_reload(options),
+                _ = hangup.recv() => self.begin_reload(options),
                 () = clients.some.notified() => self.publish_clients(),
                 () = sleep_until(stop_by) => {
                     tracing::warn!("stopping: the time to drain is over and some disks have not answered");
@@ -344,12 +344,12 @@ impl Signals {
             hangup: listen(SignalKind::hangup()),
         }
     }
+}
 
-    async fn stop(&mut self) -> &'static str {
-        tokio::select! {
-            _ = self.term.recv() => "SIGTERM",
-            _ = self.interrupt.recv() => "SIGINT",
-        }
+async fn stop_signal(term: &mut Signal, interrupt: &mut Signal) -> &'static str {
+    tokio::select! {
+        _ = term.recv() => "SIGTERM",
+        _ = interrupt.recv() => "SIGINT",
     }
 }
 

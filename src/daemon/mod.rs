@@ -140,13 +140,15 @@ async fn serve(options: &Options) -> Result<(), Error> {
     let (command_sender, commands) = mpsc::channel(COMMANDS_MAX);
     let (event_sender, events) = mpsc::channel(EVENTS_MAX);
     let publisher = dbus::serve(&bus, command_sender).await?;
-    let udev_settings =
-        udev::Settings { survey_every: config.server.survey_interval, ..udev::Settings::default() };
-    let sysfs = udev_settings.sysfs.clone();
-    let observer = udev::observe(udev_settings, event_sender)?;
+    let watched = udev::Settings {
+        survey_every: config.server.survey_interval,
+        gpt: config.identity.allow.contains(&OptIn::Gpt),
+        ..udev::Settings::default()
+    };
+    let observer = udev::observe(watched, event_sender)?;
 
-    let mut control =
-        Control::new(correlation, door, store, publisher, observer, Arc::new(Claims::default()), sysfs, drain_within, config.identity);
+    let edges = Edges { door, publisher, observer, store };
+    let mut control = Control::new(correlation, edges, drain_within, config.identity);
     control.start(sockets);
     control.apply(Event::Configured { exports: config.exports });
     control.run(events, commands, options).await;

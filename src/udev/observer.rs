@@ -31,6 +31,8 @@ use crate::identity::{self, Attributes, Identity};
 
 /// How late a tick has to be to mean that this process stood still (SIGSTOP, suspend). Shorter stops lose
 /// nothing: the sockets' buffers hold the events.
+/// Why a survey is made that nothing asked for.
+const ROUTINE: &str = "timer";
 const STOPPED_FOR: Duration = Duration::from_secs(2);
 /// Between looks at the clock.
 const TICK: Duration = Duration::from_secs(1);
@@ -391,7 +393,7 @@ impl Watch {
         } else if at.saturating_sub(self.surveyed_at) >= self.settings.survey_every
             && self.survey.is_none()
         {
-            self.start_survey("timer");
+            self.start_survey(ROUTINE);
         }
     }
 
@@ -665,6 +667,7 @@ impl Watch {
         self.tell(Event::Surveyed {
             mark: survey.mark,
             disks: survey.disks,
+            routine: survey.reason == ROUTINE,
         })
         .await?;
         if let Some(reason) = self.survey_again {
