@@ -125,6 +125,11 @@ fn azure_name(attributes: &Attributes) -> Option<Identity> {
     if !is_azure_nvme(attributes) {
         return None;
     }
+    // The name of a local disk ("nvme-440G-1") is its place among the machine's local disks, not a volume's; such a
+    // disk has a controller and a serial of its own.
+    if azure_field(attributes, "type")? != "data" {
+        return None;
+    }
     let name = azure_field(attributes, "name")?;
     Some(Identity::new(Scheme::AzureName, worthless::serial(name)?))
 }

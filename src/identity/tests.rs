@@ -216,6 +216,26 @@ fn an_nvme_serial_without_a_namespace_is_no_identity() {
 }
 
 #[test]
+fn the_name_of_an_azure_local_disk_is_its_place_and_no_volume() {
+    let example = nvme(
+        "serial:ebeb91bd841bceb90001",
+        "Microsoft NVMe Direct Disk v2",
+        "ebeb91bd841bceb90001",
+        1,
+        b"type=local,index=1,name=nvme-440G-1\0",
+    );
+    assert_eq!(
+        identities(&example.disk),
+        [Identity::new(Scheme::NvmeSerial, "ebeb91bd841bceb90001_1")].into()
+    );
+    assert!(
+        volume(example.volume)
+            .candidates()
+            .contains(&Identity::new(Scheme::NvmeSerial, "ebeb91bd841bceb90001_1"))
+    );
+}
+
+#[test]
 fn a_deleted_backing_file_identifies_nothing() {
     for path in ["/srv/a.img (deleted)", "relative", "/srv/lost\u{fffd}byte"] {
         let disk = Attributes {
@@ -549,7 +569,7 @@ fn examples() -> Vec<Example> {
         ..Attributes::default()
     };
     let accelerator = "MSFT NVMe Accelerator v1.0";
-    let direct = b"type=local,index=1,name=nvme-150G-1\0\0";
+    let direct = b"type=data,lun=6,name=data-db\0\0";
     let pd = br#"{"device_name":"pvc-0d2a6d0f8a11","disk_type":"PERSISTENT"}"#;
     let ngd = Attributes {
         wwid: Some("eui.e8238fa6bf530001001b448b46b4f5a2\n".to_owned()),
@@ -624,7 +644,7 @@ fn examples() -> Vec<Example> {
         only("azure:lun=4", azure_scsi),
         nvme("azure:lun=5", accelerator, "SN: 000001", 7, b""),
         nvme(
-            "azure:nvme-150G-1",
+            "azure:data-db",
             "Microsoft NVMe Direct Disk v2",
             "b3a1c2",
             1,
