@@ -46,7 +46,7 @@ impl Watched {
 
     async fn survey(&mut self) -> (Mark, Vec<DiskFacts>) {
         loop {
-            if let Event::Surveyed { mark, disks } = self.next().await {
+            if let Event::Surveyed { mark, disks, .. } = self.next().await {
                 return (mark, disks);
             }
         }

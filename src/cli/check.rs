@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use super::Failure;
+use crate::config;
 
 /// Checks the configuration at `path`.
 pub fn check(path: &Path, json: bool) -> Result<(), Failure> {
@@ -28,8 +29,11 @@ pub fn check(path: &Path, json: bool) -> Result<(), Failure> {
 
 /// Reads and parses: one line for each problem.
 fn problems(path: &Path) -> Vec<String> {
-    vec![format!(
-        "{}: the configuration cannot be read yet",
-        path.display()
-    )]
+    match config::read(path) {
+        Ok(files) => match config::parse(&files) {
+            Ok(_) => Vec::new(),
+            Err(problems) => problems.iter().map(ToString::to_string).collect(),
+        },
+        Err(error) => vec![error.to_string()],
+    }
 }

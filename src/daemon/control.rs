@@ -260,7 +260,8 @@ impl Control {
     fn stats(&self) -> BTreeMap<String, u64> {
         let count = |n: usize| u64::try_from(n).unwrap_or(u64::MAX);
         let seen = self.observer.counters();
-        let mut stats = self.door.stats().by_name();
+        let served = serde_json::to_value(self.door.stats()).unwrap_or_default();
+        let mut stats: BTreeMap<String, u64> = serde_json::from_value(served).unwrap_or_default();
         stats.extend(
             [
                 ("exports", count(self.correlation.export_names().count())),

@@ -128,7 +128,9 @@ async fn serve(options: &Options) -> Result<(), Error> {
         udev::boot_id().map_err(|source| Error::Kernel { what: "the boot id cannot be read", source })?;
     // Bound before anything is opened, so that a port in use is told at once; accepted from after the first survey.
     let sockets = sockets::bind(&config.server.listen, config.server.socket.as_deref())?;
-    let limits = Limits { connections_max: config.server.max_connections, ..Limits::default() };
+    let limits = Limits {
+        connections: usize::try_from(config.server.max_connections).unwrap_or(usize::MAX),
+        ..Limits::default() };
     let door =
         Door::new(limits).map_err(|source| Error::Kernel { what: "the NBD server cannot start", source })?;
 
