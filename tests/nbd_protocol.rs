@@ -1,4 +1,5 @@
 //! Raw conversations: each option, command and error as a client sees them.
+#![allow(clippy::unwrap_used)]
 
 mod nbd_common;
 

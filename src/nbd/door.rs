@@ -180,14 +180,13 @@ impl Door {
     /// Welcomes clients again, when `generation` is still the one that is open.
     pub fn unseal(&self, name: &ExportName, generation: Generation) {
         let mut exports = lock(&self.shared().exports);
-        if let Some(export) = exports.get_mut(name) {
-            if export
+        if let Some(export) = exports.get_mut(name)
+            && export
                 .lease
                 .as_ref()
                 .is_some_and(|lease| lease.generation == generation)
-            {
-                export.refusal = None;
-            }
+        {
+            export.refusal = None;
         }
     }
 

@@ -4,8 +4,10 @@
 use super::conn::{Charge, Conn};
 use super::wire::{self, NbdError};
 
-/// One receive takes at most this much, in bytes: many small requests, or a middling write whole.
-pub(super) const RECEIVE_BYTES: usize = 256 << 10;
+/// One receive takes at most this much, in bytes: many small requests, or a middling write whole. A session that
+/// is parked while memory is short keeps what it received, so all of them hold at most `Limits::connections`
+/// times this on top of `Limits::in_flight_bytes_all`. Counted there, they could wait for each other for ever.
+pub(super) const RECEIVE_BYTES: usize = 128 << 10;
 /// Replies are sent when this much has been gathered, in bytes.
 pub(super) const GATHER_BYTES: usize = 256 << 10;
 /// A larger gather or payload buffer than this is not kept, in bytes.
@@ -39,8 +41,8 @@ impl Received {
     }
 
     pub(super) fn load(&mut self, carried: &[u8]) {
-        self.buffer.resize(RECEIVE_BYTES, 0);
-        debug_assert!(carried.len() <= RECEIVE_BYTES);
+        // The longest carry is one option and one receive of the handshake.
+        self.buffer.resize(RECEIVE_BYTES.max(carried.len()), 0);
         self.buffer[..carried.len()].copy_from_slice(carried);
         (self.start, self.end) = (0, carried.len());
     }

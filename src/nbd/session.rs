@@ -69,6 +69,9 @@ pub(super) enum Rest {
     End,
 }
 
+/// One receive of the handshake, in bytes: room for any option that is usual.
+const RECEIVE_BYTES: usize = 16 << 10;
+
 thread_local! {
     /// The buffers of this thread; a parked session has none.
     static SCRATCH: RefCell<Scratch> = RefCell::default();
@@ -199,7 +202,8 @@ impl Handshake {
             }
             scratch.received.load(&[]);
             let wait = !shared.poller.sessions.has_backlog();
-            match conn.receive(scratch.received.room(), wait) {
+            // Little at a time: what follows the last option is carried into transmission.
+            match conn.receive(&mut scratch.received.room()[..RECEIVE_BYTES], wait) {
                 Ok(0) => return Ok(Rest::End),
                 Ok(count) => {
                     scratch.received.filled(count);
@@ -351,7 +355,7 @@ impl Handshake {
                         return Ok(Took::End);
                     };
                     let carry = std::mem::take(&mut self.buffer);
-                    return Err(Box::new(Transmission::new(lease, agreed, conn, carry)));
+                    return Err(Box::new(Transmission::new(lease, agreed, carry)));
                 }
                 Next::Closed(reason) => {
                     conn.send(out, None);

@@ -40,7 +40,7 @@ pub(super) struct Transmission {
     terms: Terms,
     input: Input,
     /// Bytes that arrived and were not taken when the session was parked.
-    carry: Option<(Vec<u8>, Charge)>,
+    carry: Vec<u8>,
     /// Since when the rest of a request is waited for.
     partial_since: Option<Instant>,
     closing: Option<Closing>,
@@ -87,12 +87,7 @@ enum Outcome {
 }
 
 impl Transmission {
-    pub(super) fn new(
-        lease: Arc<Lease>,
-        agreed: Agreed,
-        conn: &Conn,
-        carry: Vec<u8>,
-    ) -> Transmission {
+    pub(super) fn new(lease: Arc<Lease>, agreed: Agreed, carry: Vec<u8>) -> Transmission {
         let facts = &lease.facts;
         let terms = Terms {
             size: facts.size,
@@ -102,12 +97,11 @@ impl Transmission {
             block_min: facts.blocks.min,
             request_max: facts.blocks.max,
         };
-        let charge = conn.account.charge_held(carry.len());
         Transmission {
             lease,
             terms,
             input: Input::Header,
-            carry: Some((carry, charge)),
+            carry,
             partial_since: None,
             closing: None,
         }
@@ -118,14 +112,10 @@ impl Transmission {
     }
 
     pub(super) fn turn(&mut self, conn: &Arc<Conn>, scratch: &mut Scratch, hung_up: bool) -> Rest {
-        match self.carry.take() {
-            Some((bytes, _charge)) => scratch.received.load(&bytes),
-            None => scratch.received.load(&[]),
-        }
+        scratch.received.load(&std::mem::take(&mut self.carry));
         let rest = self.talk(conn, scratch, hung_up);
-        let left = scratch.received.bytes();
-        if !left.is_empty() && !matches!(rest, Rest::End) {
-            self.carry = Some((left.to_vec(), conn.account.charge_held(left.len())));
+        if !matches!(rest, Rest::End) {
+            self.carry = scratch.received.bytes().to_vec();
         }
         rest
     }
