@@ -1,1 +1,25 @@
-//! To be written.
+//! The embedded NBD server. EDGE: `wire`, `command` and `handshake` are pure; the others do.
+//!
+//! A connection flows `listener → poller → session → transmission → command → lease → image → conn`;
+//! `door` is what the daemon calls. Two kinds of thread (`crew`) and one that waits for all of them (`poller`).
+
+pub mod command;
+mod conn;
+mod crew;
+mod door;
+pub mod handshake;
+mod lease;
+mod limits;
+mod listener;
+mod poller;
+mod reply;
+mod session;
+mod stats;
+mod transmission;
+pub mod wire;
+mod work;
+
+pub use door::Door;
+pub use lease::Report;
+pub use limits::Limits;
+pub use stats::Stats;

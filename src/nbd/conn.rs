@@ -1,0 +1,422 @@
+//! One connection's socket and what is to be sent over it. Whoever has a reply sends it; replies
+//! never interleave, and no send ever waits. Knows nothing of requests.
+
+use std::collections::VecDeque;
+use std::io::{self, IoSlice};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use nix::errno::Errno;
+use nix::sys::socket::{MsgFlags, Shutdown, recv, send, sendmsg, shutdown};
+
+use super::limits::Limits;
+use super::stats::{Counters, add, sub};
+
+/// Chunks in one sendmsg(2); the kernel takes at most UIO_MAXIOV = 1,024.
+const CHUNKS_PER_SEND: usize = 64;
+
+/// Locks a mutex; a panic of ours elsewhere leaves no half-made value behind any lock of the door.
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Payload bytes that one connection holds, of the share of one and of the whole (invariant 10).
+pub(super) struct Account {
+    used: AtomicU64,
+    limit: u64,
+    limit_all: u64,
+    counters: Arc<Counters>,
+}
+
+/// Which share is used up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Full {
+    Connection,
+    All,
+}
+
+/// Bytes taken out of an [`Account`] until dropped.
+pub(super) struct Charge {
+    account: Arc<Account>,
+    bytes: u64,
+}
+
+impl Account {
+    pub(super) fn new(limits: &Limits, counters: Arc<Counters>) -> Arc<Account> {
+        Arc::new(Account {
+            used: AtomicU64::new(0),
+            limit: limits.in_flight_bytes,
+            limit_all: limits.in_flight_bytes_all,
+            counters,
+        })
+    }
+
+    /// Takes `bytes`. A request larger than a whole share is let in when nothing else is held,
+    /// so that small limits never mean a request that can never be served.
+    pub(super) fn charge(self: &Arc<Account>, bytes: usize) -> Result<Charge, Full> {
+        let bytes = bytes as u64;
+        let fits = |limit: u64| {
+            move |used: u64| (used == 0 || used + bytes <= limit).then_some(used + bytes)
+        };
+        let order = Ordering::Relaxed;
+        let all = &self.counters.in_flight_bytes_now;
+        if self
+            .used
+            .fetch_update(order, order, fits(self.limit))
+            .is_err()
+        {
+            add(&self.counters.waits_connection_full, 1);
+            return Err(Full::Connection);
+        }
+        if all
+            .fetch_update(order, order, fits(self.limit_all))
+            .is_err()
+        {
+            self.used.fetch_sub(bytes, order);
+            add(&self.counters.waits_all_full, 1);
+            return Err(Full::All);
+        }
+        Ok(Charge {
+            account: self.clone(),
+            bytes,
+        })
+    }
+
+    /// Takes `bytes` that are held already and bounded otherwise, so that they are counted.
+    pub(super) fn charge_held(self: &Arc<Account>, bytes: usize) -> Charge {
+        let bytes = bytes as u64;
+        add(&self.used, bytes);
+        add(&self.counters.in_flight_bytes_now, bytes);
+        Charge {
+            account: self.clone(),
+            bytes,
+        }
+    }
+}
+
+impl Drop for Charge {
+    fn drop(&mut self) {
+        sub(&self.account.used, self.bytes);
+        sub(&self.account.counters.in_flight_bytes_now, self.bytes);
+    }
+}
+
+/// Wakes the parked session of a connection; the poller.
+pub(super) trait Wake: Send + Sync {
+    fn resume(&self, token: u64);
+}
+
+/// The shared half of a connection: sessions, disk threads and the poller hold it.
+pub(super) struct Conn {
+    pub(super) token: u64,
+    pub(super) account: Arc<Account>,
+    socket: OwnedFd,
+    wake: Arc<dyn Wake>,
+    dead: AtomicBool,
+    /// Requests at the disk crew.
+    jobs: AtomicU32,
+    /// Why: replies come from several threads. Held for pushing and popping, never over a syscall.
+    /// Lock order: taken last, but for the poller's table.
+    out: Mutex<Out>,
+}
+
+#[derive(Default)]
+struct Out {
+    chunks: VecDeque<Chunk>,
+    /// A thread is in sendmsg(2); others only queue.
+    sending: bool,
+    /// The peer's window is full since then.
+    blocked_since: Option<Instant>,
+    parked: Option<Parked>,
+    /// Counts what a session may wait for: a job done, bytes sent, a send blocked.
+    epoch: u64,
+}
+
+/// What the parked session is waiting for besides its socket.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Parked {
+    pub(super) room: bool,
+}
+
+/// Bytes to send, and what they are charged to until they are.
+struct Chunk {
+    bytes: Vec<u8>,
+    sent: usize,
+    _charge: Option<Charge>,
+}
+
+impl Conn {
+    pub(super) fn new(
+        token: u64,
+        socket: OwnedFd,
+        account: Arc<Account>,
+        wake: Arc<dyn Wake>,
+    ) -> Conn {
+        Conn {
+            token,
+            account,
+            socket,
+            wake,
+            dead: AtomicBool::new(false),
+            jobs: AtomicU32::new(0),
+            out: Mutex::default(),
+        }
+    }
+
+    pub(super) fn fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+
+    /// recv(2). With `wait`, for as long as the socket's receive timeout.
+    pub(super) fn receive(&self, into: &mut [u8], wait: bool) -> nix::Result<usize> {
+        let flags = if wait {
+            MsgFlags::empty()
+        } else {
+            MsgFlags::MSG_DONTWAIT
+        };
+        loop {
+            match recv(self.socket.as_raw_fd(), into, flags) {
+                Err(Errno::EINTR) => {}
+                other => return other,
+            }
+        }
+    }
+
+    pub(super) fn is_dead(&self) -> bool {
+        self.dead.load(Ordering::Acquire)
+    }
+
+    /// Ends the connection both ways at once; whoever waits on the socket returns. Never waits.
+    pub(super) fn kill(&self) {
+        self.dead.store(true, Ordering::Release);
+        let _ = shutdown(self.socket.as_raw_fd(), Shutdown::Both);
+        let mut out = lock(&self.out);
+        out.chunks.clear();
+        out.epoch += 1;
+        drop(out);
+    }
+
+    /// Says that no more will be sent.
+    pub(super) fn finish_sending(&self) {
+        let _ = shutdown(self.socket.as_raw_fd(), Shutdown::Write);
+    }
+
+    pub(super) fn jobs(&self) -> u32 {
+        self.jobs.load(Ordering::Acquire)
+    }
+
+    pub(super) fn job_begins(&self) {
+        self.jobs.fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// After the job's reply was given to `send`.
+    pub(super) fn job_ends(&self) {
+        self.jobs.fetch_sub(1, Ordering::AcqRel);
+        self.tell(lock(&self.out), false);
+    }
+
+    /// A mark of everything that [`Conn::park`] compares with.
+    pub(super) fn epoch(&self) -> u64 {
+        lock(&self.out).epoch
+    }
+
+    /// Since when the peer takes nothing, while there is something to take.
+    pub(super) fn blocked_since(&self) -> Option<Instant> {
+        lock(&self.out).blocked_since
+    }
+
+    pub(super) fn has_output(&self) -> bool {
+        let out = lock(&self.out);
+        out.sending || !out.chunks.is_empty()
+    }
+
+    /// Notes that the session is parked, unless what it waits for came since `epoch`: then `false`. `arm` is
+    /// called under the lock, so that nothing comes between.
+    pub(super) fn park(
+        &self,
+        parked: Parked,
+        output: bool,
+        epoch: u64,
+        arm: impl FnOnce(),
+    ) -> bool {
+        let mut out = lock(&self.out);
+        let came = parked.room && out.epoch != epoch || out.blocked_since.is_some() && !output;
+        if came || self.is_dead() {
+            return false;
+        }
+        out.parked = Some(parked);
+        arm();
+        true
+    }
+
+    pub(super) fn unpark(&self) {
+        lock(&self.out).parked = None;
+    }
+
+    /// Queues one reply and sends what can be sent.
+    pub(super) fn send(&self, bytes: Vec<u8>, charge: Option<Charge>) {
+        let mut out = lock(&self.out);
+        out.chunks.push_back(Chunk {
+            bytes,
+            sent: 0,
+            _charge: charge,
+        });
+        if !out.sending {
+            self.pump(out);
+        }
+    }
+
+    /// Sends gathered replies straight from the caller's buffer; only what the peer does not take
+    /// now is copied.
+    pub(super) fn send_gathered(&self, bytes: &[u8]) {
+        if bytes.is_empty() {
+            return;
+        }
+        let mut out = lock(&self.out);
+        let mut sent = 0;
+        if !out.sending && out.chunks.is_empty() {
+            out.sending = true;
+            drop(out);
+            let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+            let result = send(self.socket.as_raw_fd(), bytes, flags);
+            out = lock(&self.out);
+            out.sending = false;
+            match result {
+                Ok(n) => sent = n,
+                Err(Errno::EAGAIN | Errno::EINTR) => {}
+                Err(_) => {
+                    drop(out);
+                    return self.kill();
+                }
+            }
+        }
+        if sent < bytes.len() {
+            let chunk = Chunk {
+                bytes: bytes[sent..].to_vec(),
+                sent: 0,
+                _charge: Some(self.account.charge_held(bytes.len() - sent)),
+            };
+            // In front: when we were the sender, the rest of a reply comes before all others.
+            if sent > 0 {
+                out.chunks.push_front(chunk);
+            } else {
+                out.chunks.push_back(chunk);
+            }
+        }
+        if !out.sending && !out.chunks.is_empty() {
+            self.pump(out);
+        }
+    }
+
+    /// Sends what is queued, as far as the peer takes it.
+    pub(super) fn flush(&self) {
+        let out = lock(&self.out);
+        if !out.sending {
+            self.pump(out);
+        }
+    }
+
+    fn pump<'a>(&'a self, mut out: MutexGuard<'a, Out>) {
+        let mut progress = false;
+        let blocked = loop {
+            if self.is_dead() {
+                out.chunks.clear();
+            }
+            if out.chunks.is_empty() {
+                break false;
+            }
+            out.sending = true;
+            let count = out.chunks.len().min(CHUNKS_PER_SEND);
+            let mut batch: VecDeque<Chunk> = out.chunks.drain(..count).collect();
+            drop(out);
+            let result = self.send_batch(&batch);
+            if let Ok(sent) = result {
+                progress |= sent > 0;
+                consume(&mut batch, sent);
+            }
+            out = lock(&self.out);
+            out.sending = false;
+            while let Some(chunk) = batch.pop_back() {
+                out.chunks.push_front(chunk);
+            }
+            match result {
+                Ok(_) | Err(Errno::EINTR) => {}
+                Err(Errno::EAGAIN) => break true,
+                Err(_) => {
+                    drop(out);
+                    return self.kill();
+                }
+            }
+        };
+        if !blocked {
+            out.blocked_since = None;
+            if out.chunks.capacity() > CHUNKS_PER_SEND {
+                out.chunks = VecDeque::new();
+            }
+        } else if progress || out.blocked_since.is_none() {
+            out.blocked_since = Some(Instant::now());
+        }
+        if progress || blocked {
+            self.tell(out, blocked);
+        }
+    }
+
+    /// Resumes the parked session when what happened concerns it.
+    fn tell(&self, mut out: MutexGuard<'_, Out>, blocked: bool) {
+        out.epoch += 1;
+        let concerned = out.parked.is_some_and(|parked| parked.room || blocked);
+        if concerned {
+            out.parked = None;
+        }
+        drop(out);
+        if concerned {
+            self.wake.resume(self.token);
+        }
+    }
+
+    fn send_batch(&self, batch: &VecDeque<Chunk>) -> nix::Result<usize> {
+        let slices: Vec<IoSlice<'_>> = batch
+            .iter()
+            .map(|chunk| IoSlice::new(&chunk.bytes[chunk.sent..]))
+            .collect();
+        let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+        sendmsg::<()>(self.socket.as_raw_fd(), &slices, &[], flags, None)
+    }
+}
+
+impl Drop for Conn {
+    fn drop(&mut self) {
+        // The seat lasts as long as the descriptor, which a hung disk's request holds.
+        sub(&self.account.counters.connections_now, 1);
+    }
+}
+
+/// Takes `sent` bytes off the front.
+fn consume(batch: &mut VecDeque<Chunk>, mut sent: usize) {
+    while let Some(front) = batch.front_mut() {
+        let left = front.bytes.len() - front.sent;
+        if sent < left {
+            front.sent += sent;
+            return;
+        }
+        sent -= left;
+        batch.pop_front();
+    }
+}
+
+/// Prepares an accepted socket: replies leave at once, and receives return after `idle`.
+pub(super) fn prepare(socket: &OwnedFd, idle: std::time::Duration, tcp: bool) -> io::Result<()> {
+    let socket = socket2::SockRef::from(socket);
+    socket.set_read_timeout(Some(idle))?;
+    if tcp {
+        socket.set_tcp_nodelay(true)?;
+        // A peer whose machine is gone says nothing for ever: keepalive finds out.
+        let alive = socket2::TcpKeepalive::new()
+            .with_time(std::time::Duration::from_secs(60))
+            .with_interval(std::time::Duration::from_secs(10));
+        socket.set_tcp_keepalive(&alive)?;
+    }
+    Ok(())
+}

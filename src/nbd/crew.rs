@@ -1,0 +1,196 @@
+//! A bounded crew of threads that are made when they are needed and end when they are idle. It knows
+//! nothing of what it runs.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, unbounded};
+
+use super::stats::{Counters, add};
+
+/// How long a thread stays for the next task. Long against bursts, short against a day.
+const STAY: Duration = Duration::from_secs(10);
+/// Threads that stay for good, so that a first request finds one ready.
+const READY: usize = 2;
+/// Virtual; our frames are small because buffers are on the heap.
+const STACK_BYTES: usize = 256 << 10;
+
+/// Something that a thread does to the end.
+pub(super) trait Task: Send + 'static {
+    fn run(self);
+}
+
+/// Threads for one kind of task.
+///
+/// The channel is unbounded by itself; what is in it is bounded by its users: a session is queued at most
+/// once, a lease at most `disk_threads_per_lease` + 1 times. Threads end when the crew is dropped (the
+/// channel closes) after the task that they are in.
+pub(super) struct Crew<T> {
+    name: &'static str,
+    threads_max: usize,
+    queue: Sender<T>,
+    tasks: Receiver<T>,
+    count: Arc<Count>,
+    counters: Arc<Counters>,
+}
+
+#[derive(Default)]
+struct Count {
+    /// Tasks queued or running.
+    pending: AtomicUsize,
+    threads: AtomicUsize,
+    /// A spawn failed: said once. The next submit tries again.
+    failed: AtomicBool,
+}
+
+impl<T: Task> Crew<T> {
+    pub(super) fn new(name: &'static str, threads_max: usize, counters: Arc<Counters>) -> Crew<T> {
+        let (queue, tasks) = unbounded();
+        Crew {
+            name,
+            threads_max,
+            queue,
+            tasks,
+            count: Arc::default(),
+            counters,
+        }
+    }
+
+    /// Queues a task; never waits. There is a thread for every pending task up to the maximum: a
+    /// task waits in the queue only while all of them are busy.
+    pub(super) fn submit(&self, task: T) {
+        // `pending` is raised before `threads` is read; a thread that leaves lowers `threads`
+        // before it reads `pending` (`leave`). In any order one of the two sees the other, so that
+        // no task is left without a thread.
+        let pending = self.count.pending.fetch_add(1, Ordering::SeqCst) + 1;
+        // Cannot fail: `self.tasks` keeps the channel open.
+        let _ = self.queue.send(task);
+        if pending > self.count.threads.load(Ordering::SeqCst) {
+            self.grow();
+        }
+    }
+
+    /// True while tasks wait for a thread.
+    pub(super) fn has_backlog(&self) -> bool {
+        !self.queue.is_empty()
+    }
+
+    fn grow(&self) {
+        let grown = self
+            .count
+            .threads
+            .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |n| {
+                (n < self.threads_max).then_some(n + 1)
+            });
+        if grown.is_err() {
+            add(&self.counters.threads_over_limit, 1);
+            return;
+        }
+        let (tasks, count, counters) = (
+            self.tasks.clone(),
+            self.count.clone(),
+            self.counters.clone(),
+        );
+        let spawned = std::thread::Builder::new()
+            .name(self.name.into())
+            .stack_size(STACK_BYTES)
+            .spawn(move || work(&tasks, &count, &counters));
+        match spawned {
+            Ok(_) => add(&self.counters.threads_started, 1),
+            Err(error) => {
+                self.count.threads.fetch_sub(1, Ordering::SeqCst);
+                add(&self.counters.thread_errors, 1);
+                if !self.count.failed.swap(true, Ordering::Relaxed) {
+                    tracing::warn!(%error, crew = self.name, "no thread to be had");
+                }
+            }
+        }
+    }
+}
+
+fn work<T: Task>(tasks: &Receiver<T>, count: &Count, counters: &Counters) {
+    loop {
+        match tasks.recv_deadline(Instant::now() + STAY) {
+            Ok(task) => {
+                if catch_unwind(AssertUnwindSafe(|| task.run())).is_err() {
+                    add(&counters.panics, 1);
+                    tracing::error!("a task panicked; its connection is lost");
+                }
+                count.pending.fetch_sub(1, Ordering::SeqCst);
+            }
+            Err(RecvTimeoutError::Timeout) if leave(count) => return,
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => return,
+        }
+    }
+}
+
+/// True when this thread is not needed any more; it is no longer counted then.
+fn leave(count: &Count) -> bool {
+    let left = count.threads.fetch_sub(1, Ordering::SeqCst) - 1;
+    if left >= READY && count.pending.load(Ordering::SeqCst) <= left {
+        return true;
+    }
+    count.threads.fetch_add(1, Ordering::SeqCst);
+    false
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::mpsc;
+
+    type Job = Box<dyn FnOnce() + Send>;
+    impl Task for Job {
+        fn run(self) {
+            self();
+        }
+    }
+
+    fn crew(max: usize) -> Crew<Job> {
+        Crew::new("test", max, Arc::default())
+    }
+
+    #[test]
+    fn blocked_tasks_do_not_keep_the_next_one_from_a_thread() {
+        let crew = crew(8);
+        let (hold, held) = mpsc::channel::<()>();
+        let held = Arc::new(std::sync::Mutex::new(held));
+        for _ in 0..7 {
+            let held = held.clone();
+            crew.submit(Box::new(move || {
+                let _ = held.lock().unwrap().recv();
+            }));
+        }
+        let (done, answer) = mpsc::channel();
+        crew.submit(Box::new(move || done.send(()).unwrap()));
+        answer.recv_timeout(Duration::from_secs(10)).unwrap();
+        drop(hold);
+    }
+
+    #[test]
+    fn threads_never_exceed_their_bound() {
+        let crew = crew(3);
+        let (done, answers) = mpsc::channel();
+        for _ in 0..100 {
+            let done = done.clone();
+            crew.submit(Box::new(move || done.send(()).unwrap()));
+        }
+        for _ in 0..100 {
+            answers.recv_timeout(Duration::from_secs(10)).unwrap();
+        }
+        assert!(crew.count.threads.load(Ordering::SeqCst) <= 3);
+    }
+
+    #[test]
+    fn a_panic_costs_its_task_only() {
+        let crew = crew(1);
+        crew.submit(Box::new(|| panic!("on purpose")));
+        let (done, answer) = mpsc::channel();
+        crew.submit(Box::new(move || done.send(()).unwrap()));
+        answer.recv_timeout(Duration::from_secs(10)).unwrap();
+        assert_eq!(crew.counters.snapshot().panics, 1);
+    }
+}

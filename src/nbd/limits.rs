@@ -1,0 +1,68 @@
+//! The bounds of everything that a peer can make the server hold (invariant 10). Values only.
+
+use std::time::Duration;
+
+/// Every bound of the door. The defaults are the product's; tests shrink them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// Connections at once, silent ones included. Each costs a descriptor; 4,096 leaves room under the
+    /// usual limit of the unit (16,384) for the disks of as many exports. One more is closed at accept.
+    pub connections: usize,
+    /// Payload of one READ or WRITE, in bytes: proto.md "Size constraints" asks servers for at least 2^25.
+    pub request_bytes: u32,
+    /// Data of one option, in bytes. The longest that makes sense (GO: a name of 4,096 bytes and a few
+    /// information requests) is far below; larger ones are skipped and answered ERR_TOO_BIG.
+    pub option_bytes: u32,
+    /// The whole answer to LIST, in bytes: 10,000 names of ordinary length are 1 MiB.
+    pub list_bytes: usize,
+    /// Payload bytes held for one connection: two of the largest requests, so that one can be received while
+    /// another is written.
+    pub in_flight_bytes: u64,
+    /// Payload bytes held for all connections.
+    pub in_flight_bytes_all: u64,
+    /// Requests of one connection that wait for a disk. Twice what the kernel's client and qemu keep in flight.
+    pub in_flight_requests: u32,
+    /// From accept to the end of option haggling.
+    pub handshake: Duration,
+    /// How long a peer that has replies to read may read nothing.
+    pub send: Duration,
+    /// How long a peer may pause inside one request.
+    pub request: Duration,
+    /// How long the last replies of a drained session are given to reach the peer, which may still be sending.
+    pub linger: Duration,
+    /// How long a session's thread waits for its next byte before the session is parked. Longer than a
+    /// round trip in one building, shorter than anyone notices.
+    pub idle: Duration,
+    /// Threads that run sessions. Threads are made when they are needed and end when idle.
+    pub session_threads: usize,
+    /// Threads that wait for disks.
+    pub disk_threads: usize,
+    /// Disk threads of one lease, so that 32 hung disks leave the others some.
+    pub disk_threads_per_lease: u32,
+    /// Session threads of one lease that may be inside a write at once; further writes go to disk threads. 64
+    /// disks can hang in writes before session threads run out.
+    pub inline_writes_per_lease: u32,
+}
+
+impl Default for Limits {
+    fn default() -> Limits {
+        Limits {
+            connections: 4096,
+            request_bytes: 32 << 20,
+            option_bytes: 64 << 10,
+            list_bytes: 16 << 20,
+            in_flight_bytes: 64 << 20,
+            in_flight_bytes_all: 512 << 20,
+            in_flight_requests: 256,
+            handshake: Duration::from_secs(10),
+            send: Duration::from_secs(10),
+            request: Duration::from_secs(30),
+            linger: Duration::from_secs(1),
+            idle: Duration::from_millis(5),
+            session_threads: 256,
+            disk_threads: 512,
+            disk_threads_per_lease: 16,
+            inline_writes_per_lease: 4,
+        }
+    }
+}

@@ -1,0 +1,51 @@
+//! Listening sockets: accept one connection, never wait.
+
+use std::io;
+use std::net::TcpListener;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixListener;
+
+pub(super) struct Listener {
+    pub(super) token: u64,
+    socket: Socket,
+}
+
+enum Socket {
+    Tcp(TcpListener),
+    Unix(UnixListener),
+}
+
+impl Listener {
+    pub(super) fn tcp(token: u64, socket: TcpListener) -> io::Result<Listener> {
+        socket.set_nonblocking(true)?;
+        let socket = Socket::Tcp(socket);
+        Ok(Listener { token, socket })
+    }
+
+    pub(super) fn unix(token: u64, socket: UnixListener) -> io::Result<Listener> {
+        socket.set_nonblocking(true)?;
+        let socket = Socket::Unix(socket);
+        Ok(Listener { token, socket })
+    }
+
+    pub(super) fn is_tcp(&self) -> bool {
+        matches!(self.socket, Socket::Tcp(_))
+    }
+
+    /// A connection, in blocking mode and closed on exec (std sets it), or `WouldBlock`.
+    pub(super) fn accept(&self) -> io::Result<OwnedFd> {
+        match &self.socket {
+            Socket::Tcp(socket) => Ok(socket.accept()?.0.into()),
+            Socket::Unix(socket) => Ok(socket.accept()?.0.into()),
+        }
+    }
+}
+
+impl AsFd for Listener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match &self.socket {
+            Socket::Tcp(socket) => socket.as_fd(),
+            Socket::Unix(socket) => socket.as_fd(),
+        }
+    }
+}

@@ -1,0 +1,320 @@
+//! The one thread that waits for everything that is not running: parked sessions, listening sockets,
+//! deadlines. It never calls an image and never waits for a peer.
+
+use std::collections::{BTreeMap, HashMap};
+use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, Sender, unbounded};
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+
+use super::conn::{Conn, Parked, Wake, lock};
+use super::crew::Crew;
+use super::door::Shared;
+use super::lease::Lease;
+use super::listener::Listener;
+use super::session::{Interest, Session};
+use super::stats::{Counters, add};
+
+const WAKE_TOKEN: u64 = 0;
+/// Connections accepted before the others get their turn.
+const ACCEPTS: usize = 64;
+/// accept(2) failed (out of descriptors): how long until it is tried again.
+const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
+
+pub(super) struct Poller {
+    epoll: Epoll,
+    /// Ends a wait: a command came, or a deadline that is earlier than all others.
+    wake: EventFd,
+    /// Unbounded by itself; one entry a call of the control loop, taken at once.
+    commands: Sender<Command>,
+    inbox: Receiver<Command>,
+    /// Parked sessions and deadlines. Taken after a connection's `out`, never before it; held for a
+    /// few map operations.
+    table: Mutex<Table>,
+    pub(super) sessions: Crew<Box<Session>>,
+    counters: Arc<Counters>,
+    next_token: AtomicU64,
+}
+
+#[derive(Default)]
+struct Table {
+    parked: HashMap<u64, Slot>,
+    timers: BTreeMap<(Instant, u64), Due>,
+    quit: bool,
+}
+
+struct Slot {
+    session: Box<Session>,
+    until: Option<Instant>,
+}
+
+enum Due {
+    Session,
+    Lease(Arc<Lease>),
+    Listener,
+}
+
+enum Command {
+    Listen(Listener),
+    LeaseEnds(Arc<Lease>, Instant),
+    StopListening,
+    Quit,
+}
+
+impl Poller {
+    pub(super) fn new(sessions: Crew<Box<Session>>, counters: Arc<Counters>) -> io::Result<Poller> {
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+        let wake = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
+        epoll.add(&wake, EpollEvent::new(EpollFlags::EPOLLIN, WAKE_TOKEN))?;
+        let (commands, inbox) = unbounded();
+        Ok(Poller {
+            epoll,
+            wake,
+            commands,
+            inbox,
+            table: Mutex::default(),
+            sessions,
+            counters,
+            next_token: AtomicU64::new(WAKE_TOKEN + 1),
+        })
+    }
+
+    pub(super) fn token(&self) -> u64 {
+        self.next_token.fetch_add(1, Ordering::Relaxed)
+    }
+
+    pub(super) fn listen(&self, listener: Listener) {
+        self.command(Command::Listen(listener));
+    }
+
+    pub(super) fn lease_ends(&self, lease: Arc<Lease>, deadline: Instant) {
+        self.command(Command::LeaseEnds(lease, deadline));
+    }
+
+    pub(super) fn stop_listening(&self) {
+        self.command(Command::StopListening);
+    }
+
+    pub(super) fn quit(&self) {
+        self.command(Command::Quit);
+    }
+
+    /// Keeps a session until something comes that it waits for.
+    pub(super) fn park(&self, session: Box<Session>, interest: Interest) {
+        let conn = session.conn.clone();
+        let token = conn.token;
+        let until = interest.until;
+        let mut table = lock(&self.table);
+        if table.quit {
+            return;
+        }
+        let earliest = table
+            .timers
+            .keys()
+            .next()
+            .is_none_or(|first| until.is_some_and(|at| at < first.0));
+        table.parked.insert(token, Slot { session, until });
+        if let Some(at) = until {
+            table.timers.insert((at, token), Due::Session);
+        }
+        drop(table);
+        add(&self.counters.sessions_parked, 1);
+        if until.is_some() && earliest {
+            self.ring();
+        }
+        // The session is in the table before anything can look for it there.
+        let parked = Parked {
+            room: interest.room,
+        };
+        let armed = conn.park(parked, interest.output, interest.epoch, || {
+            let mut flags = EpollFlags::EPOLLONESHOT;
+            flags.set(EpollFlags::EPOLLIN, interest.input);
+            flags.set(EpollFlags::EPOLLOUT, interest.output);
+            let _ = self
+                .epoll
+                .modify(conn.fd(), &mut EpollEvent::new(flags, token));
+        });
+        // An end of the lease between the session's last look and now would find it neither running
+        // nor parked.
+        if !armed
+            || lock(&self.table)
+                .parked
+                .get(&token)
+                .is_some_and(|slot| slot.session.wants_to_end())
+        {
+            self.resume_session(token);
+        }
+    }
+
+    /// Gives a parked session to a thread; nothing happens when it is running.
+    pub(super) fn resume_session(&self, token: u64) {
+        self.resume_with(token, false);
+    }
+
+    fn resume_with(&self, token: u64, hung_up: bool) {
+        let mut table = lock(&self.table);
+        let Some(Slot { mut session, until }) = table.parked.remove(&token) else {
+            return;
+        };
+        if let Some(at) = until {
+            table.timers.remove(&(at, token));
+        }
+        drop(table);
+        add(&self.counters.sessions_resumed, 1);
+        session.hung_up |= hung_up;
+        self.sessions.submit(session);
+    }
+
+    fn command(&self, command: Command) {
+        // Cannot fail: `self.inbox` keeps the channel open.
+        let _ = self.commands.send(command);
+        self.ring();
+    }
+
+    fn ring(&self) {
+        // Fails only when the counter is full: then the thread is about to wake anyway.
+        let _ = self.wake.write(1);
+    }
+
+    fn accept(&self, shared: &Arc<Shared>, listener: &Listener) -> io::Result<()> {
+        for _ in 0..ACCEPTS {
+            let socket = match listener.accept() {
+                Ok(socket) => socket,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => continue,
+                Err(error) => return Err(error),
+            };
+            let Some(conn) = shared.admit(socket, listener.is_tcp()) else {
+                continue;
+            };
+            self.enter(conn, shared);
+        }
+        Ok(())
+    }
+
+    /// Greets a connection and waits for its first byte.
+    pub(super) fn enter(&self, conn: Arc<Conn>, shared: &Arc<Shared>) {
+        let event = EpollEvent::new(EpollFlags::EPOLLONESHOT, conn.token);
+        if let Err(error) = self.epoll.add(conn.fd(), event) {
+            add(&self.counters.accept_errors, 1);
+            tracing::warn!(%error, "a connection cannot be waited for");
+            return;
+        }
+        conn.send(super::wire::greeting().to_vec(), None);
+        let session = Box::new(Session::new(conn, shared.clone()));
+        let interest = session.first_interest();
+        self.park(session, interest);
+    }
+
+    /// What is due now, and how long until the next.
+    fn due(&self, now: Instant) -> (Vec<(u64, Due)>, Option<Duration>) {
+        let mut table = lock(&self.table);
+        let mut due = Vec::new();
+        while let Some(first) = table.timers.first_entry() {
+            let (at, token) = *first.key();
+            if at > now {
+                return (due, Some(at - now));
+            }
+            due.push((token, first.remove()));
+        }
+        (due, None)
+    }
+
+    fn set_timer(&self, at: Instant, token: u64, due: Due) {
+        lock(&self.table).timers.insert((at, token), due);
+    }
+}
+
+impl Wake for Poller {
+    fn resume(&self, token: u64) {
+        self.resume_session(token);
+    }
+}
+
+/// The thread's body; ends with `Quit`.
+pub(super) fn run(shared: &Arc<Shared>) {
+    let poller = &shared.poller;
+    let mut listeners: HashMap<u64, Listener> = HashMap::new();
+    let mut events = vec![EpollEvent::empty(); 256];
+    loop {
+        let now = Instant::now();
+        let (due, next) = poller.due(now);
+        for (token, due) in due {
+            match due {
+                Due::Session => poller.resume_session(token),
+                Due::Lease(lease) => lease.on_deadline(now),
+                Due::Listener => {
+                    if let Some(listener) = listeners.get(&token) {
+                        arm(poller, listener, EpollFlags::EPOLLIN);
+                    }
+                }
+            }
+        }
+        let count = match poller.epoll.wait(&mut events, timeout(next)) {
+            Ok(count) => count,
+            Err(_) => continue,
+        };
+        for event in &events[..count] {
+            let token = event.data();
+            if token == WAKE_TOKEN {
+                let _ = poller.wake.read();
+            } else if let Some(listener) = listeners.get(&token) {
+                if let Err(error) = poller.accept(shared, listener) {
+                    add(&poller.counters.accept_errors, 1);
+                    tracing::warn!(%error, again = ?ACCEPT_AGAIN, "cannot accept");
+                    arm(poller, listener, EpollFlags::empty());
+                    poller.set_timer(Instant::now() + ACCEPT_AGAIN, token, Due::Listener);
+                }
+            } else {
+                let gone = EpollFlags::EPOLLHUP | EpollFlags::EPOLLERR;
+                poller.resume_with(token, event.events().intersects(gone));
+            }
+        }
+        while let Ok(command) = poller.inbox.try_recv() {
+            match command {
+                Command::Listen(listener) => {
+                    let event = EpollEvent::new(EpollFlags::EPOLLIN, listener.token);
+                    match poller.epoll.add(&listener, event) {
+                        Ok(()) => drop(listeners.insert(listener.token, listener)),
+                        Err(error) => {
+                            tracing::error!(%error, "a listening socket cannot be waited for")
+                        }
+                    }
+                }
+                Command::LeaseEnds(lease, deadline) => {
+                    poller.set_timer(deadline, poller.token(), Due::Lease(lease.clone()));
+                    lease.on_end();
+                }
+                Command::StopListening => listeners.clear(),
+                Command::Quit => {
+                    let mut table = lock(&poller.table);
+                    table.quit = true;
+                    let parked = std::mem::take(&mut table.parked);
+                    table.timers.clear();
+                    drop(table);
+                    drop(parked);
+                    return;
+                }
+            }
+        }
+    }
+}
+
+fn arm(poller: &Poller, listener: &Listener, flags: EpollFlags) {
+    let _ = poller
+        .epoll
+        .modify(listener, &mut EpollEvent::new(flags, listener.token));
+}
+
+/// Rounded up, so that what is waited for is due afterwards.
+fn timeout(next: Option<Duration>) -> EpollTimeout {
+    let Some(next) = next else {
+        return EpollTimeout::NONE;
+    };
+    let ms = u16::try_from(next.as_millis().saturating_add(1)).unwrap_or(u16::MAX);
+    EpollTimeout::from(ms)
+}

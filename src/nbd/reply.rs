@@ -1,0 +1,124 @@
+//! Replies of one session's thread, gathered so that one send carries all of them, and the receive buffer
+//! beside it. Memory only; kept by the thread, not by the session.
+
+use super::conn::{Charge, Conn};
+use super::wire::{self, NbdError};
+
+/// One receive takes at most this much, in bytes: many small requests, or a middling write whole. A session that
+/// is parked while memory is short keeps what it received, so all of them hold at most `Limits::connections`
+/// times this on top of `Limits::in_flight_bytes_all`. Counted there, they could wait for each other for ever.
+pub(super) const RECEIVE_BYTES: usize = 128 << 10;
+/// Replies are sent when this much has been gathered, in bytes.
+pub(super) const GATHER_BYTES: usize = 256 << 10;
+/// A larger gather or payload buffer than this is not kept, in bytes.
+pub(super) const KEEP_BYTES: usize = 2 << 20;
+
+/// The buffers of one thread.
+#[derive(Default)]
+pub(super) struct Scratch {
+    pub(super) received: Received,
+    pub(super) gather: Gather,
+    /// A payload buffer that was used before: no pages to fault in, nothing to zero.
+    pub(super) spare: Vec<u8>,
+}
+
+/// Bytes that arrived and have not been looked at.
+#[derive(Default)]
+pub(super) struct Received {
+    buffer: Vec<u8>,
+    start: usize,
+    end: usize,
+}
+
+impl Received {
+    pub(super) fn bytes(&self) -> &[u8] {
+        &self.buffer[self.start..self.end]
+    }
+
+    pub(super) fn consume(&mut self, count: usize) {
+        self.start += count;
+        debug_assert!(self.start <= self.end);
+    }
+
+    pub(super) fn load(&mut self, carried: &[u8]) {
+        // The longest carry is one option and one receive of the handshake.
+        self.buffer.resize(RECEIVE_BYTES.max(carried.len()), 0);
+        self.buffer[..carried.len()].copy_from_slice(carried);
+        (self.start, self.end) = (0, carried.len());
+    }
+
+    /// Room for the next receive. Never empty while less than `RECEIVE_BYTES` is waited for.
+    pub(super) fn room(&mut self) -> &mut [u8] {
+        if self.start > 0 {
+            self.buffer.copy_within(self.start..self.end, 0);
+            (self.start, self.end) = (0, self.end - self.start);
+        }
+        &mut self.buffer[self.end..]
+    }
+
+    pub(super) fn filled(&mut self, count: usize) {
+        self.end += count;
+    }
+}
+
+/// Replies to be sent in one go.
+#[derive(Default)]
+pub(super) struct Gather {
+    /// Initialised up to its highest mark, so that reuse zeroes nothing.
+    buffer: Vec<u8>,
+    used: usize,
+    small: Vec<u8>,
+    charges: Vec<Charge>,
+}
+
+impl Gather {
+    pub(super) fn is_full(&self) -> bool {
+        self.used >= GATHER_BYTES
+    }
+
+    /// Room for a reply of `bytes`; it counts only with `commit`.
+    pub(super) fn room(&mut self, bytes: usize) -> &mut [u8] {
+        let end = self.used + bytes;
+        if self.buffer.len() < end {
+            self.buffer.resize(end, 0);
+        }
+        &mut self.buffer[self.used..end]
+    }
+
+    pub(super) fn commit(&mut self, bytes: usize, charge: Option<Charge>) {
+        self.used += bytes;
+        self.charges.extend(charge);
+    }
+
+    pub(super) fn done(&mut self, structured_read: bool, cookie: u64) {
+        self.push(|small| wire::push_done(small, structured_read, cookie));
+    }
+
+    pub(super) fn error(&mut self, structured: bool, cookie: u64, error: NbdError, why: &str) {
+        self.push(|small| wire::push_error(small, structured, cookie, error, why));
+    }
+
+    pub(super) fn send(&mut self, conn: &Conn) {
+        conn.send_gathered(&self.buffer[..self.used]);
+        self.used = 0;
+        self.charges.clear();
+        if self.buffer.len() > KEEP_BYTES {
+            self.buffer = Vec::new();
+        }
+    }
+
+    /// Forgets what a session that panicked left behind.
+    pub(super) fn clear(&mut self) {
+        self.used = 0;
+        self.charges.clear();
+    }
+
+    fn push(&mut self, put: impl FnOnce(&mut Vec<u8>)) {
+        let mut small = std::mem::take(&mut self.small);
+        small.clear();
+        put(&mut small);
+        self.room(small.len()).copy_from_slice(&small);
+        self.used += small.len();
+        self.small = small;
+    }
+}

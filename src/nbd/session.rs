@@ -1,0 +1,377 @@
+//! A session: a connection as a value, in the handshake or in transmission. A thread of the crew runs it
+//! while bytes come; between, it is parked with the poller and holds neither thread nor buffer.
+
+use std::cell::RefCell;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use nix::errno::Errno;
+
+use crate::correlation::{ExportName, RefusalKind};
+
+use super::conn::Conn;
+use super::crew::Task;
+use super::door::Shared;
+use super::handshake::{ExpectFlags, ExpectOption, Next, Reason, Refusal};
+use super::reply::Scratch;
+use super::stats::add;
+use super::transmission::Transmission;
+use super::wire::OptionHeader;
+
+pub(super) struct Session {
+    pub(super) conn: Arc<Conn>,
+    pub(super) shared: Arc<Shared>,
+    /// The poller saw that the peer is gone both ways.
+    pub(super) hung_up: bool,
+    phase: Phase,
+}
+
+enum Phase {
+    Handshake(Handshake),
+    Transmission(Box<Transmission>),
+}
+
+struct Handshake {
+    state: State,
+    /// At most one option's header and data.
+    buffer: Vec<u8>,
+    /// Data of an option that was too big.
+    skip: u64,
+    deadline: Instant,
+}
+
+enum State {
+    Flags(ExpectFlags),
+    Option(ExpectOption),
+    /// Between states; a session found here has ended.
+    Over,
+}
+
+/// What a parked session waits for.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Interest {
+    pub(super) input: bool,
+    pub(super) output: bool,
+    /// Jobs done or bytes sent since `epoch`.
+    pub(super) room: bool,
+    pub(super) epoch: u64,
+    pub(super) until: Option<Instant>,
+}
+
+/// How a turn of a session ended.
+pub(super) enum Rest {
+    /// Another turn, at once.
+    Again,
+    /// Another turn, after others had theirs.
+    Yield,
+    Park(Interest),
+    End,
+}
+
+/// One receive of the handshake, in bytes: room for any option that is usual.
+const RECEIVE_BYTES: usize = 16 << 10;
+
+thread_local! {
+    /// The buffers of this thread; a parked session has none.
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
+}
+
+impl Session {
+    pub(super) fn new(conn: Arc<Conn>, shared: Arc<Shared>) -> Session {
+        let deadline = Instant::now() + shared.limits.handshake;
+        Session {
+            conn,
+            shared,
+            hung_up: false,
+            phase: Phase::Handshake(Handshake {
+                state: State::Flags(ExpectFlags),
+                buffer: Vec::new(),
+                skip: 0,
+                deadline,
+            }),
+        }
+    }
+
+    /// What a session that was just accepted waits for.
+    pub(super) fn first_interest(&self) -> Interest {
+        let until = match &self.phase {
+            Phase::Handshake(handshake) => Some(handshake.deadline),
+            Phase::Transmission(_) => None,
+        };
+        Interest {
+            input: true,
+            output: false,
+            room: false,
+            epoch: 0,
+            until,
+        }
+    }
+
+    /// True when its lease is ending and the session has not noticed.
+    pub(super) fn wants_to_end(&self) -> bool {
+        match &self.phase {
+            Phase::Transmission(transmission) => transmission.wants_to_end(),
+            Phase::Handshake(_) => false,
+        }
+    }
+
+    fn turn(&mut self, scratch: &mut Scratch) -> Rest {
+        match &mut self.phase {
+            Phase::Transmission(transmission) => {
+                transmission.turn(&self.conn, scratch, self.hung_up)
+            }
+            Phase::Handshake(handshake) => {
+                match handshake.turn(&self.conn, &self.shared, scratch) {
+                    Ok(rest) => rest,
+                    Err(transmission) => {
+                        add(&self.shared.counters.handshakes_done, 1);
+                        self.phase = Phase::Transmission(transmission);
+                        Rest::Again
+                    }
+                }
+            }
+        }
+    }
+}
+
+impl Task for Box<Session> {
+    fn run(mut self) {
+        self.conn.unpark();
+        let rest = SCRATCH.with_borrow_mut(|scratch| {
+            scratch.gather.clear();
+            loop {
+                match self.turn(scratch) {
+                    Rest::Again => {}
+                    rest => break rest,
+                }
+            }
+        });
+        let shared = self.shared.clone();
+        match rest {
+            Rest::Park(interest) => shared.poller.park(self, interest),
+            Rest::Yield | Rest::Again => shared.poller.sessions.submit(self),
+            Rest::End => {}
+        }
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        self.conn.kill();
+        if let Phase::Transmission(transmission) = &self.phase {
+            transmission.lease.detach(&self.conn);
+        }
+    }
+}
+
+impl Handshake {
+    /// Takes what has arrived; with `Err` the transmission phase begins.
+    fn turn(
+        &mut self,
+        conn: &Arc<Conn>,
+        shared: &Arc<Shared>,
+        scratch: &mut Scratch,
+    ) -> Result<Rest, Box<Transmission>> {
+        loop {
+            if conn.is_dead() {
+                return Ok(Rest::End);
+            }
+            let now = Instant::now();
+            if now >= self.deadline {
+                add(&shared.counters.handshakes_timed_out, 1);
+                return Ok(Rest::End);
+            }
+            // A peer that does not read its answers gets no more of them.
+            if conn.has_output() {
+                conn.flush();
+                if conn.has_output() {
+                    return Ok(Rest::Park(Interest {
+                        input: false,
+                        output: true,
+                        room: true,
+                        epoch: conn.epoch(),
+                        until: Some(self.deadline),
+                    }));
+                }
+            }
+            match self.take(conn, shared)? {
+                Took::One => continue,
+                Took::End => return Ok(Rest::End),
+                Took::NeedsMore => {}
+            }
+            scratch.received.load(&[]);
+            let wait = !shared.poller.sessions.has_backlog();
+            // Little at a time: what follows the last option is carried into transmission.
+            match conn.receive(&mut scratch.received.room()[..RECEIVE_BYTES], wait) {
+                Ok(0) => return Ok(Rest::End),
+                Ok(count) => {
+                    scratch.received.filled(count);
+                    self.arrived(scratch.received.bytes());
+                }
+                Err(Errno::EAGAIN) => {
+                    return Ok(Rest::Park(Interest {
+                        input: true,
+                        output: false,
+                        room: false,
+                        epoch: 0,
+                        until: Some(self.deadline),
+                    }));
+                }
+                Err(_) => return Ok(Rest::End),
+            }
+        }
+    }
+
+    fn arrived(&mut self, bytes: &[u8]) {
+        let skipped = bytes
+            .len()
+            .min(usize::try_from(self.skip).unwrap_or(usize::MAX));
+        self.skip -= skipped as u64;
+        self.buffer.extend_from_slice(&bytes[skipped..]);
+    }
+
+    /// Takes one message off the buffer, if it is there whole.
+    fn take(&mut self, conn: &Arc<Conn>, shared: &Arc<Shared>) -> Result<Took, Box<Transmission>> {
+        let violated = |reason: &dyn std::fmt::Display| {
+            add(&shared.counters.handshakes_violated, 1);
+            tracing::debug!(%reason, "handshake ended");
+            Ok(Took::End)
+        };
+        match std::mem::replace(&mut self.state, State::Over) {
+            State::Over => Ok(Took::End),
+            State::Flags(state) => {
+                let Some(raw) = self.buffer.first_chunk::<4>() else {
+                    self.state = State::Flags(state);
+                    return Ok(Took::NeedsMore);
+                };
+                let flags = u32::from_be_bytes(*raw);
+                self.buffer.drain(..4);
+                match state.on_flags(flags) {
+                    Ok(state) => self.state = State::Option(state),
+                    Err(reason) => return violated(&reason),
+                }
+                Ok(Took::One)
+            }
+            State::Option(state) => {
+                let Some(raw) = self.buffer.first_chunk::<{ OptionHeader::BYTES }>() else {
+                    self.state = State::Option(state);
+                    return Ok(Took::NeedsMore);
+                };
+                let header = match OptionHeader::parse(raw) {
+                    Ok(header) => header,
+                    Err(reason) => return violated(&reason),
+                };
+                let mut out = Vec::new();
+                let next = if header.length > shared.limits.option_bytes {
+                    add(&shared.counters.options_too_big, 1);
+                    self.skip = header.length.into();
+                    let rest = self.buffer.split_off(OptionHeader::BYTES);
+                    self.buffer.clear();
+                    self.arrived(&rest);
+                    state.on_oversized(header.option, &mut out)
+                } else {
+                    let whole = OptionHeader::BYTES + header.length as usize;
+                    if self.buffer.len() < whole {
+                        self.state = State::Option(state);
+                        return Ok(Took::NeedsMore);
+                    }
+                    let data = &self.buffer[OptionHeader::BYTES..whole];
+                    let stopping = shared.stopping.load(Ordering::Acquire);
+                    let next = state.on_option(header.option, data, stopping, &mut out);
+                    self.buffer.drain(..whole);
+                    next
+                };
+                self.follow(next, out, conn, shared)
+            }
+        }
+    }
+
+    /// Does what the pure handshake asked for until it waits for the peer again.
+    fn follow(
+        &mut self,
+        mut next: Next,
+        mut out: Vec<u8>,
+        conn: &Arc<Conn>,
+        shared: &Arc<Shared>,
+    ) -> Result<Took, Box<Transmission>> {
+        let mut lease = None;
+        loop {
+            next = match next {
+                Next::ExpectOption(state) => {
+                    conn.send(out, None);
+                    self.state = State::Option(state);
+                    if self.buffer.is_empty() {
+                        self.buffer = Vec::new();
+                    }
+                    return Ok(Took::One);
+                }
+                Next::List(list) => {
+                    let names = shared.names(shared.limits.list_bytes);
+                    if names.is_none() {
+                        add(&shared.counters.lists_too_big, 1);
+                    }
+                    // Charged, so that many peers that list and never read cannot fill the memory.
+                    let bytes = names
+                        .iter()
+                        .flatten()
+                        .map(|name| name.as_str().len() + 24)
+                        .sum();
+                    let charge = conn.account.charge(bytes);
+                    let names = names.filter(|_| charge.is_ok());
+                    let next = list.answer(
+                        names
+                            .as_ref()
+                            .map(|names| names.iter().map(ExportName::as_str)),
+                        &mut out,
+                    );
+                    conn.send(std::mem::take(&mut out), charge.ok());
+                    next
+                }
+                Next::Choose(choose) => {
+                    let found = shared.look_up(choose.name());
+                    let verdict = match found {
+                        Ok(found) if choose.binds() && !found.attach(conn) => Err(Refusal {
+                            kind: RefusalKind::ShuttingDown,
+                            reason: format!("export {} is being detached", found.export),
+                        }),
+                        Ok(found) => {
+                            let facts = found.facts;
+                            if choose.binds() {
+                                lease = Some(found);
+                            }
+                            Ok(facts)
+                        }
+                        Err(refusal) => Err(refusal),
+                    };
+                    if verdict.is_err() {
+                        add(&shared.counters.exports_refused, 1);
+                    }
+                    choose.answer(verdict, &mut out)
+                }
+                Next::Transmission(agreed) => {
+                    conn.send(out, None);
+                    let Some(lease) = lease else {
+                        return Ok(Took::End);
+                    };
+                    let carry = std::mem::take(&mut self.buffer);
+                    return Err(Box::new(Transmission::new(lease, agreed, carry)));
+                }
+                Next::Closed(reason) => {
+                    conn.send(out, None);
+                    if reason != Reason::Aborted {
+                        add(&shared.counters.handshakes_violated, 1);
+                    }
+                    tracing::debug!(%reason, "handshake ended");
+                    return Ok(Took::End);
+                }
+            };
+        }
+    }
+}
+
+enum Took {
+    One,
+    NeedsMore,
+    End,
+}

@@ -1,0 +1,573 @@
+//! The transmission phase of one session: receives, checks, answers from memory, hands over what would
+//! wait. Its lease never changes (invariant 1).
+//!
+//! Writes without FUA are done in the session's own thread: into the page cache they take microseconds,
+//! and a hand-over costs more than that. A hung disk then holds that thread; `inline_writes_per_lease`
+//! bounds how many, further writes of the same export go to the disk crew, and the session crew grows by
+//! need, so other exports find a thread.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+
+use crate::image::{Extent, NoWait};
+
+use super::command::{self, Command, Refused, Terms};
+use super::conn::{Charge, Conn, Full};
+use super::handshake::Agreed;
+use super::lease::{Kind, Lease, wire_error};
+use super::reply::{Gather, KEEP_BYTES, Scratch};
+use super::session::{Interest, Rest};
+use super::stats::add;
+use super::wire::{self, NbdError, RequestHeader};
+use super::work::Job;
+
+/// A write of up to this many bytes is taken out of the receive buffer; longer ones are received
+/// straight into a buffer of their own.
+const IN_BUFFER_BYTES: u32 = 64 << 10;
+/// A reply of more bytes than this counts as held payload.
+const LARGE_BYTES: usize = 256 << 10;
+/// Turns of one session while others wait for a thread.
+const ROUNDS: u32 = 32;
+/// Receives after the fence, for requests that had arrived before it.
+const LAST_ROUNDS: u32 = 16;
+/// All sessions together hold too much: how long until this one asks again.
+const FULL_AGAIN: Duration = Duration::from_millis(2);
+
+pub(super) struct Transmission {
+    pub(super) lease: Arc<Lease>,
+    terms: Terms,
+    input: Input,
+    /// Bytes that arrived and were not taken when the session was parked.
+    carry: Vec<u8>,
+    /// Since when the rest of a request is waited for.
+    partial_since: Option<Instant>,
+    closing: Option<Closing>,
+}
+
+/// What the next bytes are.
+enum Input {
+    Header,
+    Payload(Payload),
+    /// The payload of a write that was refused: consumed, or the stream is lost.
+    Discard {
+        left: usize,
+        cookie: u64,
+        refused: Refused,
+    },
+}
+
+struct Payload {
+    cookie: u64,
+    at: Extent,
+    fua: bool,
+    buffer: Vec<u8>,
+    filled: usize,
+    charge: Charge,
+}
+
+#[derive(Clone, Copy)]
+enum Closing {
+    /// The peer is done: answer, close.
+    Done,
+    /// The lease is ending: answer, say so, give the answers time to arrive, close.
+    Drained,
+    Lingering {
+        until: Instant,
+    },
+}
+
+enum Outcome {
+    NeedsInput,
+    GatherFull,
+    Full(Full),
+    Disconnect,
+    Violation,
+}
+
+impl Transmission {
+    pub(super) fn new(lease: Arc<Lease>, agreed: Agreed, carry: Vec<u8>) -> Transmission {
+        let facts = &lease.facts;
+        let terms = Terms {
+            size: facts.size,
+            read_only: facts.read_only,
+            trim: facts.can_discard && !facts.read_only,
+            structured: agreed.structured,
+            block_min: facts.blocks.min,
+            request_max: facts.blocks.max,
+        };
+        Transmission {
+            lease,
+            terms,
+            input: Input::Header,
+            carry,
+            partial_since: None,
+            closing: None,
+        }
+    }
+
+    pub(super) fn wants_to_end(&self) -> bool {
+        self.closing.is_none() && self.lease.fenced()
+    }
+
+    pub(super) fn turn(&mut self, conn: &Arc<Conn>, scratch: &mut Scratch, hung_up: bool) -> Rest {
+        scratch.received.load(&std::mem::take(&mut self.carry));
+        let rest = self.talk(conn, scratch, hung_up);
+        if !matches!(rest, Rest::End) {
+            self.carry = scratch.received.bytes().to_vec();
+        }
+        rest
+    }
+
+    fn talk(&mut self, conn: &Arc<Conn>, scratch: &mut Scratch, hung_up: bool) -> Rest {
+        let lease = self.lease.clone();
+        let shared = &lease.shared;
+        let mut round = 0;
+        loop {
+            if conn.is_dead() {
+                return Rest::End;
+            }
+            let epoch = conn.epoch();
+            if let Some(rest) = self.wait_for_reader(conn, epoch) {
+                return rest;
+            }
+            if lease.fenced() && self.closing.is_none() {
+                self.answer_what_arrived(conn, scratch);
+                self.closing = Some(Closing::Drained);
+                continue;
+            }
+            if let Some(closing) = self.closing {
+                if let Some(rest) = self.close(closing, conn, scratch, epoch, hung_up) {
+                    return rest;
+                }
+                continue;
+            }
+            let outcome = self.process(conn, scratch);
+            scratch.gather.send(conn);
+            match outcome {
+                Outcome::GatherFull => {}
+                Outcome::Disconnect => self.closing = Some(Closing::Done),
+                Outcome::Violation => {
+                    add(&shared.counters.requests_violated, 1);
+                    return Rest::End;
+                }
+                Outcome::Full(_) if hung_up => return Rest::End,
+                Outcome::Full(full) => {
+                    if conn.blocked_since().is_none() {
+                        return Rest::Park(Interest {
+                            input: false,
+                            output: false,
+                            room: true,
+                            epoch,
+                            until: (full == Full::All).then(|| Instant::now() + FULL_AGAIN),
+                        });
+                    }
+                }
+                Outcome::NeedsInput if conn.blocked_since().is_some() => {}
+                Outcome::NeedsInput => {
+                    let backlog = shared.poller.sessions.has_backlog();
+                    round += 1;
+                    if backlog && round >= ROUNDS {
+                        return Rest::Yield;
+                    }
+                    match self.receive(conn, scratch, !backlog) {
+                        Ok(0) => self.closing = Some(Closing::Done),
+                        Ok(_) => {}
+                        Err(Errno::EAGAIN) => return self.wait_for_input(scratch),
+                        Err(_) => return Rest::End,
+                    }
+                }
+            }
+        }
+    }
+
+    /// While the peer takes no replies, nothing more is begun for it.
+    fn wait_for_reader(&self, conn: &Conn, epoch: u64) -> Option<Rest> {
+        conn.blocked_since()?;
+        conn.flush();
+        let until = conn.blocked_since()? + self.lease.shared.limits.send;
+        if Instant::now() >= until {
+            add(&self.lease.shared.counters.sends_timed_out, 1);
+            return Some(Rest::End);
+        }
+        Some(Rest::Park(Interest {
+            input: false,
+            output: true,
+            room: false,
+            epoch,
+            until: Some(until),
+        }))
+    }
+
+    fn wait_for_input(&mut self, scratch: &Scratch) -> Rest {
+        let whole = matches!(self.input, Input::Header) && scratch.received.bytes().is_empty();
+        let mut until = None;
+        if whole {
+            self.partial_since = None;
+        } else {
+            let now = Instant::now();
+            let end = *self.partial_since.get_or_insert(now) + self.lease.shared.limits.request;
+            if now >= end {
+                add(&self.lease.shared.counters.requests_timed_out, 1);
+                return Rest::End;
+            }
+            until = Some(end);
+        }
+        Rest::Park(Interest {
+            input: true,
+            output: false,
+            room: false,
+            epoch: 0,
+            until,
+        })
+    }
+
+    fn receive(&mut self, conn: &Conn, scratch: &mut Scratch, wait: bool) -> nix::Result<usize> {
+        let count = match &mut self.input {
+            Input::Payload(payload) => {
+                let count = conn.receive(&mut payload.buffer[payload.filled..], wait)?;
+                payload.filled += count;
+                count
+            }
+            Input::Header | Input::Discard { .. } => {
+                let count = conn.receive(scratch.received.room(), wait)?;
+                scratch.received.filled(count);
+                count
+            }
+        };
+        self.partial_since = None;
+        Ok(count)
+    }
+
+    /// After the fence: requests that have arrived are answered, each with ESHUTDOWN, for no image call
+    /// can begin any more.
+    fn answer_what_arrived(&mut self, conn: &Arc<Conn>, scratch: &mut Scratch) {
+        for _ in 0..LAST_ROUNDS {
+            let outcome = self.process(conn, scratch);
+            scratch.gather.send(conn);
+            match outcome {
+                Outcome::GatherFull => continue,
+                Outcome::NeedsInput => {}
+                Outcome::Full(_) | Outcome::Disconnect | Outcome::Violation => return,
+            }
+            if conn.blocked_since().is_some()
+                || !matches!(self.receive(conn, scratch, false), Ok(1..))
+            {
+                return;
+            }
+        }
+    }
+
+    /// One step towards the end; `None` for another.
+    fn close(
+        &mut self,
+        closing: Closing,
+        conn: &Conn,
+        scratch: &mut Scratch,
+        epoch: u64,
+        hung_up: bool,
+    ) -> Option<Rest> {
+        let park = |input, room, until| {
+            Some(Rest::Park(Interest {
+                input,
+                output: false,
+                room,
+                epoch,
+                until,
+            }))
+        };
+        if conn.jobs() > 0 || conn.has_output() {
+            return if hung_up {
+                Some(Rest::End)
+            } else {
+                park(false, true, None)
+            };
+        }
+        match closing {
+            Closing::Done => Some(Rest::End),
+            Closing::Drained => {
+                conn.finish_sending();
+                self.closing = Some(Closing::Lingering {
+                    until: Instant::now() + self.lease.shared.limits.linger,
+                });
+                None
+            }
+            // Closing a socket that holds unread bytes resets it, and the peer would lose the last
+            // replies: read them away until the peer closes, too.
+            Closing::Lingering { until } => {
+                if Instant::now() >= until {
+                    return Some(Rest::End);
+                }
+                scratch.received.load(&[]);
+                match conn.receive(scratch.received.room(), false) {
+                    Ok(1..) => Some(Rest::Yield),
+                    Err(Errno::EAGAIN) => park(true, false, Some(until)),
+                    Ok(0) | Err(_) => Some(Rest::End),
+                }
+            }
+        }
+    }
+
+    /// Takes every request that is there whole.
+    fn process(&mut self, conn: &Arc<Conn>, scratch: &mut Scratch) -> Outcome {
+        loop {
+            if scratch.gather.is_full() {
+                return Outcome::GatherFull;
+            }
+            let step = match &mut self.input {
+                Input::Header => self.on_header(conn, scratch),
+                Input::Discard {
+                    left,
+                    cookie,
+                    refused,
+                } => {
+                    let there = scratch.received.bytes().len().min(*left);
+                    scratch.received.consume(there);
+                    *left -= there;
+                    if *left > 0 {
+                        return Outcome::NeedsInput;
+                    }
+                    let (cookie, refused) = (*cookie, *refused);
+                    self.input = Input::Header;
+                    self.refuse(&mut scratch.gather, cookie, refused);
+                    Ok(())
+                }
+                Input::Payload(payload) => {
+                    let missing = payload.buffer.len() - payload.filled;
+                    let there =
+                        &scratch.received.bytes()[..scratch.received.bytes().len().min(missing)];
+                    let count = there.len();
+                    payload.buffer[payload.filled..payload.filled + count].copy_from_slice(there);
+                    payload.filled += count;
+                    scratch.received.consume(count);
+                    if count < missing {
+                        return Outcome::NeedsInput;
+                    }
+                    self.on_payload(conn, scratch)
+                }
+            };
+            if let Err(outcome) = step {
+                return outcome;
+            }
+        }
+    }
+
+    fn on_header(&mut self, conn: &Arc<Conn>, scratch: &mut Scratch) -> Result<(), Outcome> {
+        let bytes = scratch.received.bytes();
+        let raw = bytes
+            .first_chunk::<{ RequestHeader::BYTES }>()
+            .ok_or(Outcome::NeedsInput)?;
+        let header = RequestHeader::parse(raw).map_err(|_| Outcome::Violation)?;
+        let cookie = header.cookie;
+        let counters = &self.lease.shared.counters;
+        let command = match command::check(&header, &self.terms) {
+            Ok(command) => command,
+            Err(refused) => {
+                if header.length > self.terms.request_max {
+                    add(&counters.requests_too_big, 1);
+                }
+                scratch.received.consume(RequestHeader::BYTES);
+                self.input = Input::Discard {
+                    left: header.payload_bytes() as usize,
+                    cookie,
+                    refused,
+                };
+                return Ok(());
+            }
+        };
+        // Bounds what can be handed over by this request.
+        if conn.jobs() >= self.lease.shared.limits.in_flight_requests {
+            add(&counters.waits_connection_full, 1);
+            return Err(Outcome::Full(Full::Connection));
+        }
+        match command {
+            Command::Read(at) => {
+                self.read(conn, &mut scratch.gather, cookie, at)
+                    .map_err(Outcome::Full)?;
+                add(&counters.reads, 1);
+                add(&counters.bytes_read, at.len().into());
+            }
+            Command::Write { at, fua } if at.len() <= IN_BUFFER_BYTES => {
+                let whole = RequestHeader::BYTES + at.len() as usize;
+                let data = bytes
+                    .get(RequestHeader::BYTES..whole)
+                    .ok_or(Outcome::NeedsInput)?;
+                if fua || !self.write_inline(&mut scratch.gather, cookie, at, data) {
+                    let charge = conn.account.charge(data.len()).map_err(Outcome::Full)?;
+                    self.hand_over(conn, cookie, command, data.to_vec(), Some(charge));
+                }
+                scratch.received.consume(whole);
+                return Ok(());
+            }
+            Command::Write { at, fua } => {
+                let len = at.len() as usize;
+                let charge = conn.account.charge(len).map_err(Outcome::Full)?;
+                let mut buffer = std::mem::take(&mut scratch.spare);
+                buffer.resize(len, 0);
+                self.input = Input::Payload(Payload {
+                    cookie,
+                    at,
+                    fua,
+                    buffer,
+                    filled: 0,
+                    charge,
+                });
+            }
+            Command::Nothing { read } => {
+                if self.lease.fenced() {
+                    self.refuse(&mut scratch.gather, cookie, DETACHED);
+                } else {
+                    scratch.gather.done(read && self.terms.structured, cookie);
+                }
+            }
+            Command::Disconnect => {
+                scratch.received.consume(RequestHeader::BYTES);
+                return Err(Outcome::Disconnect);
+            }
+            Command::Flush | Command::Trim { .. } | Command::Zero { .. } | Command::Cache(_) => {
+                let counter = match command {
+                    Command::Flush => &counters.flushes,
+                    Command::Trim { .. } => &counters.trims,
+                    Command::Zero { .. } => &counters.zeroes,
+                    _ => &counters.caches,
+                };
+                add(counter, 1);
+                self.hand_over(conn, cookie, command, Vec::new(), None);
+            }
+        }
+        scratch.received.consume(RequestHeader::BYTES);
+        Ok(())
+    }
+
+    fn on_payload(&mut self, conn: &Arc<Conn>, scratch: &mut Scratch) -> Result<(), Outcome> {
+        let Input::Payload(payload) = std::mem::replace(&mut self.input, Input::Header) else {
+            return Ok(());
+        };
+        let Payload {
+            cookie,
+            at,
+            fua,
+            buffer,
+            charge,
+            ..
+        } = payload;
+        if fua || !self.write_inline(&mut scratch.gather, cookie, at, &buffer) {
+            self.hand_over(
+                conn,
+                cookie,
+                Command::Write { at, fua },
+                buffer,
+                Some(charge),
+            );
+        } else if buffer.capacity() <= KEEP_BYTES {
+            scratch.spare = buffer;
+        }
+        Ok(())
+    }
+
+    /// From memory at once, or by the disk crew.
+    fn read(
+        &self,
+        conn: &Arc<Conn>,
+        gather: &mut Gather,
+        cookie: u64,
+        at: Extent,
+    ) -> Result<(), Full> {
+        let (structured, len) = (self.terms.structured, at.len() as usize);
+        let mut charge = None;
+        if len > LARGE_BYTES {
+            charge = Some(conn.account.charge(len)?);
+        }
+        let Some(pass) = self.lease.begin(None) else {
+            self.refuse(gather, cookie, DETACHED);
+            return Ok(());
+        };
+        let header = wire::read_header_bytes(structured);
+        let (head, data) = gather.room(header + len).split_at_mut(header);
+        match pass.image().read_nowait(at, data) {
+            Ok(NoWait::Done) => {
+                wire::put_read_header(head, structured, cookie, at.offset(), at.len());
+                gather.commit(header + len, charge);
+                add(&self.lease.shared.counters.reads_inline, 1);
+            }
+            Ok(NoWait::WouldWait) => {
+                drop(pass);
+                let charge = match charge {
+                    Some(charge) => charge,
+                    None => conn.account.charge(len)?,
+                };
+                self.hand_over(conn, cookie, Command::Read(at), Vec::new(), Some(charge));
+            }
+            Err(error) => {
+                drop(pass);
+                self.failed(gather, cookie, &error);
+            }
+        }
+        Ok(())
+    }
+
+    /// False when the write has to be handed over.
+    fn write_inline(&self, gather: &mut Gather, cookie: u64, at: Extent, data: &[u8]) -> bool {
+        let counters = &self.lease.shared.counters;
+        let Some(_right) = self.lease.inline_write() else {
+            return false;
+        };
+        let Some(pass) = self.lease.begin(Some(Kind::Write)) else {
+            self.refuse(gather, cookie, DETACHED);
+            return true;
+        };
+        add(&counters.writes, 1);
+        add(&counters.bytes_written, data.len() as u64);
+        let result = pass.image().write(at, data, false);
+        drop(pass);
+        match result {
+            Ok(()) => gather.done(false, cookie),
+            Err(error) => self.failed(gather, cookie, &error),
+        }
+        true
+    }
+
+    fn hand_over(
+        &self,
+        conn: &Arc<Conn>,
+        cookie: u64,
+        command: Command,
+        payload: Vec<u8>,
+        charge: Option<Charge>,
+    ) {
+        if !payload.is_empty() {
+            add(&self.lease.shared.counters.writes, 1);
+            add(
+                &self.lease.shared.counters.bytes_written,
+                payload.len() as u64,
+            );
+        }
+        let job = Job::new(
+            conn,
+            self.terms.structured,
+            cookie,
+            command,
+            payload,
+            charge,
+        );
+        self.lease.hand_over(job);
+    }
+
+    fn failed(&self, gather: &mut Gather, cookie: u64, error: &std::io::Error) {
+        let wired = wire_error(error, self.lease.fenced(), false);
+        tracing::debug!(export = %self.lease.export, %error, "a request failed");
+        add(&self.lease.shared.counters.requests_failed, 1);
+        gather.error(self.terms.structured, cookie, wired, &error.to_string());
+    }
+
+    fn refuse(&self, gather: &mut Gather, cookie: u64, refused: Refused) {
+        add(&self.lease.shared.counters.requests_failed, 1);
+        gather.error(self.terms.structured, cookie, refused.error, refused.why);
+    }
+}
+
+const DETACHED: Refused = Refused {
+    error: NbdError::Shutdown,
+    why: "the export is being detached",
+};

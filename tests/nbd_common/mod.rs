@@ -1,0 +1,373 @@
+//! A memory image with switches, a raw client, and waits that have a deadline.
+// Each test file uses its part; a helper that fails fails the test.
+#![allow(dead_code, clippy::unwrap_used)]
+
+use std::io::{self, Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::mpsc::{Receiver, channel};
+use std::sync::{Arc, Condvar, Mutex, RwLock};
+use std::time::{Duration, Instant};
+
+use nbdtrack::correlation::{EndHow, ExportName, Generation, LeaseEnd};
+use nbdtrack::image::{BlockSizes, Extent, Image, NoWait, ZeroFlags};
+use nbdtrack::nbd::wire::{self, option, rep};
+use nbdtrack::nbd::{Door, Limits};
+
+pub const MIB: u64 = 1 << 20;
+pub const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Bytes in memory. Calls of a kind that is held wait until it is let go.
+pub struct Memory {
+    pub bytes: RwLock<Vec<u8>>,
+    pub read_only: bool,
+    /// `read_nowait` says that it would wait.
+    pub cold: AtomicBool,
+    pub fail_flush: AtomicBool,
+    pub latched: AtomicBool,
+    pub flushes: AtomicU32,
+    pub inside: AtomicU32,
+    held: Mutex<Vec<&'static str>>,
+    changed: Condvar,
+    pub dropped: Arc<AtomicBool>,
+}
+
+impl Memory {
+    pub fn new(size: u64) -> Arc<Memory> {
+        Self::with(size, false)
+    }
+
+    pub fn with(size: u64, read_only: bool) -> Arc<Memory> {
+        Arc::new(Memory {
+            bytes: RwLock::new(vec![0; usize::try_from(size).unwrap()]),
+            read_only,
+            cold: AtomicBool::new(false),
+            fail_flush: AtomicBool::new(false),
+            latched: AtomicBool::new(false),
+            flushes: AtomicU32::new(0),
+            inside: AtomicU32::new(0),
+            held: Mutex::default(),
+            changed: Condvar::new(),
+            dropped: Arc::default(),
+        })
+    }
+
+    pub fn hold(&self, kind: &'static str) {
+        self.held.lock().unwrap().push(kind);
+    }
+
+    pub fn let_go(&self) {
+        self.held.lock().unwrap().clear();
+        self.changed.notify_all();
+    }
+
+    /// Until `n` calls are inside.
+    pub fn wait_inside(&self, n: u32) {
+        until("calls inside", || self.inside.load(Ordering::SeqCst) >= n);
+    }
+
+    fn pass(&self, kind: &'static str) {
+        self.inside.fetch_add(1, Ordering::SeqCst);
+        let mut held = self.held.lock().unwrap();
+        while held.contains(&kind) {
+            held = self.changed.wait(held).unwrap();
+        }
+        drop(held);
+        self.inside.fetch_sub(1, Ordering::SeqCst);
+    }
+
+    fn durable(&self) -> io::Result<()> {
+        if self.fail_flush.load(Ordering::SeqCst) {
+            self.latched.store(true, Ordering::SeqCst);
+        }
+        if self.latched.load(Ordering::SeqCst) {
+            return Err(io::Error::from_raw_os_error(libc::EIO));
+        }
+        self.flushes.fetch_add(1, Ordering::SeqCst);
+        Ok(())
+    }
+
+    fn range(at: Extent) -> std::ops::Range<usize> {
+        let start = usize::try_from(at.offset()).unwrap();
+        start..start + at.len() as usize
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        self.dropped.store(true, Ordering::SeqCst);
+    }
+}
+
+impl Image for Memory {
+    fn size(&self) -> u64 {
+        self.bytes.read().unwrap().len() as u64
+    }
+    fn read_only(&self) -> bool {
+        self.read_only
+    }
+    fn block_sizes(&self) -> BlockSizes {
+        BlockSizes {
+            min: 1,
+            preferred: 4096,
+            max: 32 << 20,
+        }
+    }
+    fn read(&self, at: Extent, buf: &mut [u8]) -> io::Result<()> {
+        self.pass("read");
+        buf.copy_from_slice(&self.bytes.read().unwrap()[Self::range(at)]);
+        Ok(())
+    }
+    fn read_nowait(&self, at: Extent, buf: &mut [u8]) -> io::Result<NoWait> {
+        if self.cold.load(Ordering::SeqCst) {
+            return Ok(NoWait::WouldWait);
+        }
+        buf.copy_from_slice(&self.bytes.read().unwrap()[Self::range(at)]);
+        Ok(NoWait::Done)
+    }
+    fn write(&self, at: Extent, buf: &[u8], fua: bool) -> io::Result<()> {
+        self.pass("write");
+        self.bytes.write().unwrap()[Self::range(at)].copy_from_slice(buf);
+        if fua { self.durable() } else { Ok(()) }
+    }
+    fn flush(&self) -> io::Result<()> {
+        self.pass("flush");
+        self.durable()
+    }
+    fn zero(&self, at: Extent, flags: ZeroFlags) -> io::Result<()> {
+        if flags.fast {
+            return Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP));
+        }
+        self.pass("zero");
+        self.bytes.write().unwrap()[Self::range(at)].fill(0);
+        Ok(())
+    }
+    fn discard(&self, at: Extent, _fua: bool) -> io::Result<()> {
+        self.bytes.write().unwrap()[Self::range(at)].fill(0);
+        Ok(())
+    }
+    fn cache(&self, _at: Extent) -> io::Result<()> {
+        Ok(())
+    }
+    fn can_discard(&self) -> bool {
+        true
+    }
+    fn latched(&self) -> bool {
+        self.latched.load(Ordering::SeqCst)
+    }
+}
+
+/// Polls a condition that has no event of its own; fails loudly at the deadline.
+pub fn until(what: &str, mut done: impl FnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !done() {
+        assert!(Instant::now() < deadline, "waited in vain: {what}");
+        std::thread::yield_now();
+    }
+}
+
+pub fn name(text: &str) -> ExportName {
+    ExportName::parse(text).unwrap()
+}
+
+/// A door on a Unix socket, with `vol` served as generation 1.
+pub struct Server {
+    pub door: Door,
+    pub image: Arc<Memory>,
+    pub path: PathBuf,
+    _dir: tempfile::TempDir,
+}
+
+impl Server {
+    pub fn new() -> Server {
+        Server::with(Limits::default(), Memory::new(MIB))
+    }
+
+    pub fn with(limits: Limits, image: Arc<Memory>) -> Server {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("nbd.sock");
+        let door = Door::new(limits).unwrap();
+        door.listen_unix(UnixListener::bind(&path).unwrap())
+            .unwrap();
+        door.serve(&name("vol"), Generation(1), image.clone(), false);
+        Server {
+            door,
+            image,
+            path,
+            _dir: dir,
+        }
+    }
+
+    pub fn connect(&self) -> Client {
+        let socket = UnixStream::connect(&self.path).unwrap();
+        socket.set_read_timeout(Some(PATIENCE)).unwrap();
+        socket.set_write_timeout(Some(PATIENCE)).unwrap();
+        Client {
+            socket,
+            structured: false,
+        }
+    }
+
+    /// Greeted, flags sent.
+    pub fn talk(&self) -> Client {
+        let mut client = self.connect();
+        assert_eq!(client.take(18), wire::greeting());
+        client.put(&3u32.to_be_bytes());
+        client
+    }
+
+    /// In transmission on `vol`, with simple replies.
+    pub fn go(&self) -> Client {
+        let mut client = self.talk();
+        let replies = client.option(option::GO, &choice(b"vol", &[]));
+        assert_eq!(replies.last().unwrap().0, rep::ACK);
+        client
+    }
+
+    pub fn go_structured(&self) -> Client {
+        let mut client = self.talk();
+        client.option(option::STRUCTURED_REPLY, &[]);
+        client.structured = true;
+        client.option(option::GO, &choice(b"vol", &[]));
+        client
+    }
+
+    /// Someone new can still read.
+    pub fn still_serves(&self) {
+        let mut client = self.go();
+        client.request(wire::cmd::READ, 0, 77, 0, 512);
+        assert_eq!(client.simple(), (0, 77));
+        client.take(512);
+    }
+
+    pub fn end(&self, how: EndHow) -> Receiver<LeaseEnd> {
+        let (tell, told) = channel();
+        let report = Box::new(move |end| tell.send(end).unwrap());
+        self.door
+            .end_lease(&name("vol"), Generation(1), how, report);
+        told
+    }
+}
+
+pub fn choice(export: &[u8], infos: &[u16]) -> Vec<u8> {
+    let mut data = u32::try_from(export.len()).unwrap().to_be_bytes().to_vec();
+    data.extend_from_slice(export);
+    data.extend_from_slice(&u16::try_from(infos.len()).unwrap().to_be_bytes());
+    for info in infos {
+        data.extend_from_slice(&info.to_be_bytes());
+    }
+    data
+}
+
+pub fn request(kind: u16, flags: u16, cookie: u64, offset: u64, length: u32) -> Vec<u8> {
+    let mut raw = wire::REQUEST_MAGIC.to_be_bytes().to_vec();
+    raw.extend_from_slice(&flags.to_be_bytes());
+    raw.extend_from_slice(&kind.to_be_bytes());
+    raw.extend_from_slice(&cookie.to_be_bytes());
+    raw.extend_from_slice(&offset.to_be_bytes());
+    raw.extend_from_slice(&length.to_be_bytes());
+    raw
+}
+
+pub fn option_bytes(code: u32, data: &[u8]) -> Vec<u8> {
+    let mut raw = wire::IHAVEOPT.to_be_bytes().to_vec();
+    raw.extend_from_slice(&code.to_be_bytes());
+    raw.extend_from_slice(&u32::try_from(data.len()).unwrap().to_be_bytes());
+    raw.extend_from_slice(data);
+    raw
+}
+
+/// The client's half of a conversation, byte by byte.
+pub struct Client {
+    pub socket: UnixStream,
+    pub structured: bool,
+}
+
+impl Client {
+    pub fn put(&mut self, bytes: &[u8]) {
+        self.socket.write_all(bytes).unwrap();
+    }
+
+    pub fn take(&mut self, count: usize) -> Vec<u8> {
+        let mut bytes = vec![0; count];
+        self.socket.read_exact(&mut bytes).unwrap();
+        bytes
+    }
+
+    /// The server closes, whatever it says before.
+    pub fn closed(mut self) {
+        let mut rest = Vec::new();
+        match self.socket.read_to_end(&mut rest) {
+            Ok(_) => {}
+            Err(error) => assert_eq!(error.kind(), io::ErrorKind::ConnectionReset, "{error}"),
+        }
+    }
+
+    /// All replies to one option, as (type, data).
+    pub fn option(&mut self, code: u32, data: &[u8]) -> Vec<(u32, Vec<u8>)> {
+        self.put(&option_bytes(code, data));
+        self.replies(code)
+    }
+
+    pub fn replies(&mut self, code: u32) -> Vec<(u32, Vec<u8>)> {
+        let mut replies = Vec::new();
+        loop {
+            let head = self.take(20);
+            assert_eq!(head[..8], wire::OPTION_REPLY_MAGIC.to_be_bytes());
+            assert_eq!(be32(&head[8..]), code);
+            let kind = be32(&head[12..]);
+            let data = self.take(be32(&head[16..]) as usize);
+            replies.push((kind, data));
+            if kind == rep::ACK || kind >> 31 == 1 {
+                return replies;
+            }
+        }
+    }
+
+    pub fn request(&mut self, kind: u16, flags: u16, cookie: u64, offset: u64, length: u32) {
+        self.put(&request(kind, flags, cookie, offset, length));
+    }
+
+    /// (error, cookie)
+    pub fn simple(&mut self) -> (u32, u64) {
+        let head = self.take(16);
+        assert_eq!(head[..4], wire::SIMPLE_REPLY_MAGIC.to_be_bytes());
+        (be32(&head[4..]), be64(&head[8..]))
+    }
+
+    /// (type, cookie, payload), with DONE.
+    pub fn chunk(&mut self) -> (u16, u64, Vec<u8>) {
+        let head = self.take(20);
+        assert_eq!(head[..4], wire::STRUCTURED_REPLY_MAGIC.to_be_bytes());
+        assert_eq!(head[4..6], [0, 1]);
+        let payload = self.take(be32(&head[16..]) as usize);
+        (
+            u16::from_be_bytes([head[6], head[7]]),
+            be64(&head[8..]),
+            payload,
+        )
+    }
+
+    /// One request with simple replies; its error.
+    pub fn ask(&mut self, kind: u16, flags: u16, offset: u64, length: u32) -> u32 {
+        self.request(kind, flags, 5, offset, length);
+        if kind == wire::cmd::WRITE {
+            self.put(&vec![7; length as usize]);
+        }
+        let (error, cookie) = self.simple();
+        assert_eq!(cookie, 5);
+        if kind == wire::cmd::READ && error == 0 {
+            self.take(length as usize);
+        }
+        error
+    }
+}
+
+pub fn be32(bytes: &[u8]) -> u32 {
+    u32::from_be_bytes(bytes[..4].try_into().unwrap())
+}
+
+pub fn be64(bytes: &[u8]) -> u64 {
+    u64::from_be_bytes(bytes[..8].try_into().unwrap())
+}

@@ -1,0 +1,407 @@
+//! How leases end: drain, cut, deadlines, fences; and what connections of one export see of each other.
+#![allow(clippy::unwrap_used)]
+
+mod nbd_common;
+
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::channel;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use nbd_common::*;
+use nbdtrack::correlation::{EndHow, Generation, LeaseEnd};
+use nbdtrack::nbd::Limits;
+use nbdtrack::nbd::wire::{cmd, cmd_flag};
+
+const EIO: u32 = 5;
+const ESHUTDOWN: u32 = 108;
+
+const DRAIN: EndHow = EndHow::Drain { within: PATIENCE };
+const CUT: EndHow = EndHow::Cut { within: PATIENCE };
+
+#[test]
+fn drain_answers_what_is_in_flight_flushes_and_refuses_the_rest() {
+    let limits = Limits {
+        disk_threads_per_lease: 1,
+        inline_writes_per_lease: 0,
+        ..Limits::default()
+    };
+    let server = Server::with(limits, Memory::new(MIB));
+    let image = server.image.clone();
+    image.hold("write");
+    let mut client = server.go();
+    for cookie in 1..=2 {
+        client.request(cmd::WRITE, 0, cookie, 512 * cookie, 512);
+        client.put(&[3; 512]);
+    }
+    image.wait_inside(1);
+    until("the second waits for a thread", || {
+        server.door.stats().handed_over == 2
+    });
+
+    let told = server.end(DRAIN);
+    // Not begun at the fence: refused, while the first is still inside.
+    assert_eq!(client.simple(), (ESHUTDOWN, 2));
+    assert!(told.try_recv().is_err());
+    image.let_go();
+
+    assert_eq!(client.simple(), (0, 1));
+    assert_eq!(told.recv_timeout(PATIENCE), Ok(LeaseEnd::Closed));
+    assert_eq!(image.flushes.load(Ordering::SeqCst), 1);
+    assert_eq!(image.bytes.read().unwrap()[512..1024], [3; 512]);
+    assert_eq!(image.bytes.read().unwrap()[1024..1536], [0; 512]);
+    client.closed();
+    assert!(
+        told.recv_timeout(Duration::from_millis(50)).is_err(),
+        "reported once"
+    );
+}
+
+#[test]
+fn drain_of_idle_and_parked_sessions_closes_them_and_the_image() {
+    let server = Server::new();
+    let clients: Vec<Client> = (0..20).map(|_| server.go()).collect();
+    until("parked", || server.door.stats().sessions_parked >= 20);
+    let dropped = server.image.dropped.clone();
+    let told = server.end(DRAIN);
+    assert_eq!(told.recv_timeout(PATIENCE), Ok(LeaseEnd::Closed));
+    for client in clients {
+        client.closed();
+    }
+    until("no clients", || server.door.clients(&name("vol")) == 0);
+    // Our own reference is the last.
+    assert!(!dropped.load(Ordering::SeqCst));
+    assert_eq!(Arc::strong_count(&server.image), 1);
+}
+
+#[test]
+fn the_door_lets_go_of_the_image_before_it_reports() {
+    let server = Server::new();
+    let image = Memory::new(MIB);
+    let dropped = image.dropped.clone();
+    server
+        .door
+        .serve(&name("other"), Generation(4), image, false);
+    let (tell, told) = channel();
+    let seen = dropped.clone();
+    let report = Box::new(move |end| tell.send((end, seen.load(Ordering::SeqCst))).unwrap());
+    server
+        .door
+        .end_lease(&name("other"), Generation(4), DRAIN, report);
+    assert_eq!(told.recv_timeout(PATIENCE), Ok((LeaseEnd::Closed, true)));
+}
+
+#[test]
+fn requests_that_arrived_before_the_fence_was_seen_get_eshutdown() {
+    let limits = Limits {
+        inline_writes_per_lease: 1,
+        ..Limits::default()
+    };
+    let server = Server::with(limits, Memory::new(MIB));
+    server.image.hold("write");
+    let mut client = server.go();
+    // The session's own thread is inside the first write; the others lie in the socket.
+    let mut all = request(cmd::WRITE, 0, 1, 0, 512);
+    all.extend([1; 512]);
+    client.put(&all);
+    server.image.wait_inside(1);
+    for cookie in 2..=4 {
+        client.request(cmd::READ, 0, cookie, 0, 512);
+    }
+    let told = server.end(DRAIN);
+    server.image.let_go();
+    assert_eq!(client.simple(), (0, 1));
+    for cookie in 2..=4 {
+        assert_eq!(client.simple(), (ESHUTDOWN, cookie));
+    }
+    client.closed();
+    assert_eq!(told.recv_timeout(PATIENCE), Ok(LeaseEnd::Closed));
+}
+
+#[test]
+fn cut_frees_clients_at_once_and_reports_the_hung_disk_then_its_end() {
+    let server = Server::new();
+    server.image.hold("write");
+    server.image.hold("flush");
+    let (mut writer, mut flusher, idle) = (server.go(), server.go(), server.go());
+    writer.request(cmd::WRITE, 0, 1, 0, 512);
+    writer.put(&[1; 512]);
+    flusher.request(cmd::FLUSH, 0, 1, 0, 0);
+    server.image.wait_inside(2);
+
+    let told = server.end(EndHow::Cut {
+        within: Duration::from_millis(50),
+    });
+    for client in [writer, flusher, idle] {
+        client.closed();
+    }
+    let end = told.recv_timeout(PATIENCE).unwrap();
+    let LeaseEnd::TimedOut {
+        in_flight: 2,
+        holding,
+    } = end
+    else {
+        panic!("{end:?}")
+    };
+    assert_eq!(holding, "1 WRITE, 1 FLUSH");
+    server.image.let_go();
+    assert_eq!(told.recv_timeout(PATIENCE), Ok(LeaseEnd::Closed));
+    assert!(
+        told.recv_timeout(Duration::from_millis(50)).is_err(),
+        "and no more"
+    );
+    assert_eq!(Arc::strong_count(&server.image), 1);
+}
+
+#[test]
+fn a_drain_past_its_deadline_is_a_cut() {
+    let server = Server::new();
+    server.image.hold("flush");
+    let mut client = server.go();
+    client.request(cmd::FLUSH, 0, 1, 0, 0);
+    server.image.wait_inside(1);
+    let told = server.end(EndHow::Drain {
+        within: Duration::from_millis(30),
+    });
+    assert!(matches!(
+        told.recv_timeout(PATIENCE),
+        Ok(LeaseEnd::TimedOut { in_flight: 1, .. })
+    ));
+    client.closed();
+    server.image.let_go();
+    assert_eq!(told.recv_timeout(PATIENCE), Ok(LeaseEnd::Closed));
+}
+
+#[test]
+fn a_hung_last_flush_is_reported_and_its_end_too() {
+    let server = Server::new();
+    server.image.hold("flush");
+    let told = server.end(EndHow::Drain {
+        within: Duration::from_millis(30),
+    });
+    let end = told.recv_timeout(PATIENCE).unwrap();
+    assert!(
+        matches!(&end, LeaseEnd::TimedOut { in_flight: 0, holding } if holding.contains("flush")),
+        "{end:?}"
+    );
+    server.image.let_go();
+    assert_eq!(told.recv_timeout(PATIENCE), Ok(LeaseEnd::Closed));
+}
+
+#[test]
+fn a_cut_overtakes_a_drain_and_both_are_reported() {
+    let server = Server::new();
+    server.image.hold("flush");
+    let mut client = server.go();
+    client.request(cmd::FLUSH, 0, 1, 0, 0);
+    server.image.wait_inside(1);
+    let drained = server.end(DRAIN);
+    let cut = server.end(EndHow::Cut {
+        within: Duration::from_millis(10),
+    });
+    client.closed();
+    assert!(matches!(
+        cut.recv_timeout(PATIENCE),
+        Ok(LeaseEnd::TimedOut { .. })
+    ));
+    assert!(drained.try_recv().is_err(), "its own deadline has not come");
+    server.image.let_go();
+    assert_eq!(cut.recv_timeout(PATIENCE), Ok(LeaseEnd::Closed));
+    assert_eq!(drained.recv_timeout(PATIENCE), Ok(LeaseEnd::Closed));
+}
+
+#[test]
+fn a_failed_flush_is_told_to_the_client_to_all_later_ones_and_at_the_close() {
+    let server = Server::new();
+    let (mut one, mut two) = (server.go(), server.go());
+    assert_eq!(one.ask(cmd::WRITE, 0, 0, 512), 0);
+    server.image.fail_flush.store(true, Ordering::SeqCst);
+    assert_eq!(one.ask(cmd::FLUSH, 0, 0, 0), EIO);
+    server.image.fail_flush.store(false, Ordering::SeqCst);
+    assert_eq!(two.ask(cmd::FLUSH, 0, 0, 0), EIO);
+    assert_eq!(two.ask(cmd::WRITE, cmd_flag::FUA, 0, 512), EIO);
+    let told = server.end(DRAIN);
+    assert!(matches!(
+        told.recv_timeout(PATIENCE),
+        Ok(LeaseEnd::ClosedUnflushed(_))
+    ));
+}
+
+#[test]
+fn a_cut_does_not_flush() {
+    let server = Server::new();
+    assert_eq!(server.go().ask(cmd::WRITE, 0, 0, 512), 0);
+    assert_eq!(server.end(CUT).recv_timeout(PATIENCE), Ok(LeaseEnd::Closed));
+    assert_eq!(server.image.flushes.load(Ordering::SeqCst), 0);
+}
+
+#[test]
+fn an_unknown_generation_is_closed_already() {
+    let server = Server::new();
+    let (tell, told) = channel();
+    let report = Box::new(move |end| tell.send(end).unwrap());
+    server
+        .door
+        .end_lease(&name("vol"), Generation(9), DRAIN, report);
+    assert_eq!(told.try_recv(), Ok(LeaseEnd::Closed));
+    server.still_serves();
+    assert_eq!(
+        server.end(DRAIN).recv_timeout(PATIENCE),
+        Ok(LeaseEnd::Closed)
+    );
+    assert_eq!(
+        server.end(DRAIN).recv_timeout(PATIENCE),
+        Ok(LeaseEnd::Closed)
+    );
+}
+
+#[test]
+fn a_write_of_one_connection_is_read_and_flushed_by_another() {
+    let server = Server::new();
+    let (mut one, mut two) = (server.go(), server.go());
+    assert_eq!(one.ask(cmd::WRITE, 0, 4096, 512), 0);
+    two.request(cmd::READ, 0, 1, 4096, 512);
+    assert_eq!(two.simple(), (0, 1));
+    assert_eq!(two.take(512), [7; 512]);
+    assert_eq!(two.ask(cmd::FLUSH, 0, 0, 0), 0);
+    assert_eq!(server.image.flushes.load(Ordering::SeqCst), 1);
+}
+
+#[test]
+fn sessions_are_counted_and_each_change_is_told() {
+    let server = Server::new();
+    let seen = Arc::new(Mutex::new(Vec::new()));
+    let heard = seen.clone();
+    server.door.on_clients_changed(Box::new(move |name, count| {
+        heard
+            .lock()
+            .unwrap()
+            .push((name.as_str().to_owned(), count));
+    }));
+    let one = server.go();
+    let two = server.go();
+    assert_eq!(server.door.clients(&name("vol")), 2);
+    drop((one, two));
+    until("both gone", || server.door.clients(&name("vol")) == 0);
+    until("told", || seen.lock().unwrap().len() == 4);
+    assert!(seen.lock().unwrap().contains(&("vol".to_owned(), 2)));
+}
+
+#[test]
+fn a_new_generation_serves_its_own_image_while_the_old_one_drains() {
+    let server = Server::new();
+    server.image.hold("flush");
+    let mut old = server.go();
+    old.request(cmd::FLUSH, 0, 1, 0, 0);
+    server.image.wait_inside(1);
+    let told = server.end(DRAIN);
+    let next = Memory::new(2 * MIB);
+    next.bytes.write().unwrap().fill(9);
+    server.door.serve(&name("vol"), Generation(2), next, false);
+    let mut new = server.go();
+    new.request(cmd::READ, 0, 1, 0, 512);
+    assert_eq!(new.simple(), (0, 1));
+    assert_eq!(new.take(512), [9; 512]);
+    server.image.let_go();
+    assert_eq!(old.simple(), (0, 1));
+    assert_eq!(told.recv_timeout(PATIENCE), Ok(LeaseEnd::Closed));
+    assert_eq!(new.ask(cmd::READ, 0, 0, 512), 0);
+}
+
+/// One export's hung disk, with many connections and more requests than it may have threads.
+#[test]
+fn a_hung_disk_leaves_other_exports_their_threads() {
+    let limits = Limits {
+        session_threads: 8,
+        disk_threads: 8,
+        disk_threads_per_lease: 4,
+        inline_writes_per_lease: 4,
+        ..Limits::default()
+    };
+    let server = Server::with(limits, Memory::new(MIB));
+    let hung = Memory::new(MIB);
+    hung.hold("write");
+    hung.hold("flush");
+    hung.hold("read");
+    hung.cold.store(true, Ordering::SeqCst);
+    server
+        .door
+        .serve(&name("hung"), Generation(1), hung.clone(), false);
+    let mut stuck = Vec::new();
+    for _ in 0..12 {
+        let mut client = server.talk();
+        client.option(nbdtrack::nbd::wire::option::GO, &choice(b"hung", &[]));
+        for cookie in 0..20 {
+            client.request(cmd::READ, 0, cookie, 0, 512);
+            client.request(cmd::FLUSH, 0, 100 + cookie, 0, 0);
+            client.request(cmd::WRITE, 0, 200 + cookie, 0, 512);
+            client.put(&[1; 512]);
+        }
+        stuck.push(client);
+    }
+    hung.wait_inside(8);
+    server.image.cold.store(true, Ordering::SeqCst);
+    for _ in 0..20 {
+        let mut client = server.go();
+        assert_eq!(client.ask(cmd::READ, 0, 0, 512), 0);
+        assert_eq!(client.ask(cmd::WRITE, 0, 0, 512), 0);
+        assert_eq!(client.ask(cmd::FLUSH, 0, 0, 0), 0);
+    }
+    let (tell, told) = channel();
+    let report = Box::new(move |end| tell.send(end).unwrap());
+    let how = EndHow::Cut {
+        within: Duration::from_millis(10),
+    };
+    server
+        .door
+        .end_lease(&name("hung"), Generation(1), how, report);
+    for client in stuck {
+        client.closed();
+    }
+    assert!(matches!(
+        told.recv_timeout(PATIENCE),
+        Ok(LeaseEnd::TimedOut { in_flight: 8, .. })
+    ));
+    hung.let_go();
+    assert_eq!(told.recv_timeout(PATIENCE), Ok(LeaseEnd::Closed));
+}
+
+#[test]
+fn ending_a_lease_does_not_wait_whatever_its_sessions_do() {
+    let server = Server::new();
+    server.image.hold("write");
+    let mut clients: Vec<Client> = (0..100).map(|_| server.go()).collect();
+    for client in &mut clients[..10] {
+        client.request(cmd::WRITE, 0, 1, 0, 512);
+        client.put(&[1; 512]);
+    }
+    server.image.wait_inside(10);
+    let start = Instant::now();
+    let told = server.end(EndHow::Cut {
+        within: Duration::from_millis(10),
+    });
+    let took = start.elapsed();
+    assert!(
+        took < Duration::from_millis(50),
+        "{took:?}: it waited for something"
+    );
+    assert!(matches!(
+        told.recv_timeout(PATIENCE),
+        Ok(LeaseEnd::TimedOut { .. })
+    ));
+    server.image.let_go();
+    assert_eq!(told.recv_timeout(PATIENCE), Ok(LeaseEnd::Closed));
+}
+
+#[test]
+fn the_last_door_dropped_ends_its_connections() {
+    let server = Server::new();
+    let clients: Vec<Client> = (0..5).map(|_| server.go()).collect();
+    let silent = server.connect();
+    let Server { door, image, .. } = server;
+    drop(door);
+    for client in clients.into_iter().chain([silent]) {
+        client.closed();
+    }
+    until("the image is let go", || Arc::strong_count(&image) == 1);
+}
