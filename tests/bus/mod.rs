@@ -1,4 +1,5 @@
 //! A private bus for one test, with the shipped policy; ends with the test.
+#![allow(clippy::unwrap_used, clippy::panic)] // A test ends where something is missing.
 #![allow(dead_code)]
 
 use std::collections::BTreeSet;
