@@ -67,6 +67,8 @@ struct Queue {
     replies: VecDeque<(u64, oneshot::Sender<Outcome>, Outcome)>,
     /// Taken out and not yet written.
     in_hand: bool,
+    /// Signals were dropped since the queue was last empty: said once, not for each.
+    overflowing: bool,
 }
 
 #[derive(Debug)]
@@ -125,18 +127,20 @@ impl Publisher {
             return;
         };
         let mut dropped = 0;
-        {
+        let first = {
             let mut queue = lock(&shared.queue);
+            let overflowed = queue.overflowing;
             for publication in batch {
                 dropped += queue.push(publication);
             }
-        }
-        if dropped > 0 {
-            let total = shared.dropped.fetch_add(dropped, Ordering::Relaxed) + dropped;
+            queue.overflowing |= dropped > 0;
+            queue.overflowing && !overflowed
+        };
+        shared.dropped.fetch_add(dropped, Ordering::Relaxed);
+        if first {
             tracing::warn!(
-                dropped,
-                total,
-                "the bus is slow: signals were dropped, properties are right"
+                waiting = SIGNALS_MAX,
+                "the bus is slow: the oldest signals are dropped, properties stay right"
             );
         }
         shared.wake.notify_one();
@@ -253,6 +257,7 @@ impl Queue {
             }
         }
         self.in_hand = !batch.is_empty();
+        self.overflowing &= self.in_hand;
         batch
     }
 

@@ -34,6 +34,10 @@ const SNAPSHOTS_MAX: usize = 2;
 /// How many whole-tree answers may be asked for at one time.
 const SNAPSHOTS_WAITING_MAX: usize = 64;
 
+/// The longest answer. A system bus lets a message have 32 MiB (dbus-daemon(1), max_message_size) and drops a connection that
+/// sends more; 20,000 objects with ordinary names need half of it.
+const ANSWER_BYTES_MAX: usize = (32 << 20) - (64 << 10);
+
 /// A refusal by full error name.
 struct Refusal {
     name: String,
@@ -455,8 +459,15 @@ async fn caller(connection: &Connection, message: &Message) -> Caller {
 }
 
 fn response<B: serde::Serialize + zbus::DynamicType>(message: &Message, body: &B) -> Response {
-    let built = Message::method_return(&message.header()).build(body);
-    built.map_err(|error| standard("Failed", format!("the answer cannot be sent: {error}")))
+    let built = Message::method_return(&message.header())
+        .build(body)
+        .map_err(|error| standard("Failed", format!("the answer cannot be sent: {error}")))?;
+    let length = built.data().len();
+    if length > ANSWER_BYTES_MAX {
+        let text = format!("the answer has {length} bytes, more than a bus takes; ask for less");
+        return Err(standard("LimitsExceeded", text));
+    }
+    Ok(built)
 }
 
 async fn answer(connection: &Connection, message: &Message, response: Response) {

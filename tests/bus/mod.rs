@@ -66,6 +66,18 @@ impl PrivateBus {
         }
     }
 
+    /// Makes the bus stand still, or go on.
+    pub fn freeze(&self, frozen: bool) {
+        use nix::sys::signal::{Signal, kill};
+        let signal = if frozen {
+            Signal::SIGSTOP
+        } else {
+            Signal::SIGCONT
+        };
+        let pid = nix::unistd::Pid::from_raw(self.daemon.id().try_into().unwrap());
+        kill(pid, signal).unwrap();
+    }
+
     pub fn restart(&mut self) {
         self.stop();
         let _ = std::fs::remove_file(self.folder.path().join("bus"));
