@@ -191,3 +191,42 @@ fn signals_reach_root_and_the_group_and_no_one_else() {
         }
     });
 }
+
+#[test]
+fn the_command_line_says_who_may_when_the_policy_refuses() {
+    assert!(nix::unistd::geteuid().is_root(), "this test needs root");
+    let bus = PrivateBus::with_group("nogroup");
+    let address = bus.address.clone();
+    block_on(async move {
+        let (commands, _queue) = mpsc::channel(64);
+        let _publisher = serve(&Bus::parse(&address).unwrap(), commands)
+            .await
+            .unwrap();
+        // Another user may not be let into the folder of the build.
+        let folder = tempfile::tempdir().unwrap();
+        let open = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+        std::fs::set_permissions(folder.path(), open).unwrap();
+        let program = folder.path().join("nbdtrack");
+        std::fs::copy(env!("CARGO_BIN_EXE_nbdtrack"), &program).unwrap();
+        for (user, command, code) in [
+            ("daemon", &["exports"][..], 5),
+            ("nobody", &["exports"], 0),
+            ("nobody", &["rescan"], 5),
+        ] {
+            let mut run = Command::new("setpriv");
+            run.args([format!("--reuid={user}"), group_of(user)])
+                .arg("--clear-groups");
+            run.arg(&program).args(["--bus", &address]).args(command);
+            let output = tokio::task::spawn_blocking(move || run.output().unwrap())
+                .await
+                .unwrap();
+            let text = String::from_utf8_lossy(&output.stderr).into_owned();
+            assert_eq!(
+                output.status.code(),
+                Some(code),
+                "{user} {command:?}: {text}"
+            );
+            assert_eq!(text.contains("the group nbdtrack"), code == 5, "{text}");
+        }
+    });
+}

@@ -19,15 +19,18 @@
 
 mod call;
 pub mod client;
+mod connect;
 mod error;
 mod export;
 mod introspect;
 mod manager;
 mod paths;
 mod publish;
+mod queue;
 #[cfg(test)]
 mod samples;
 mod server;
+mod signals;
 mod tree;
 mod volume;
 
