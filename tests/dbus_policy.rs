@@ -166,20 +166,23 @@ fn signals_reach_root_and_the_group_and_no_one_else() {
             let child = Command::new("setpriv")
                 .args([format!("--reuid={user}"), group_of(user)])
                 .arg("--clear-groups")
-                .args(["timeout", "3", "gdbus", "monitor", "--address", &address])
+                .args(["timeout", "5", "gdbus", "monitor", "--address", &address])
                 .args(["--dest", "org.nbdtrack1"])
                 .stdout(std::process::Stdio::piped())
                 .spawn()
                 .expect("gdbus is installed (libglib2.0-bin)");
             listeners.push((user, child));
         }
-        tokio::time::sleep(std::time::Duration::from_secs(1)).await;
-        publisher.offer(vec![nbdtrack::dbus::Publication::Signal(
-            nbdtrack::correlation::Notice::IdentityConflict {
-                id: "loop:/x".to_owned(),
-                disks: Vec::new(),
-            },
-        )]);
+        // Told again and again, for a busy machine may take its time to start the listeners.
+        for _ in 0..40 {
+            publisher.offer(vec![nbdtrack::dbus::Publication::Signal(
+                nbdtrack::correlation::Notice::IdentityConflict {
+                    id: "loop:/x".to_owned(),
+                    disks: Vec::new(),
+                },
+            )]);
+            tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+        }
         for (user, child) in listeners {
             let heard = tokio::task::spawn_blocking(move || child.wait_with_output().unwrap());
             let text = String::from_utf8(heard.await.unwrap().stdout).unwrap();
