@@ -1,5 +1,7 @@
 //! The bus room alone, on a real private bus: a made-up loop answers, a real client looks.
 
+#![allow(clippy::unwrap_used, clippy::panic)] // A test ends where something is missing.
+
 mod bus;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -556,8 +558,17 @@ fn ten_thousand_exports_are_published_read_and_introspected() {
         assert!(publisher.flush(Duration::from_secs(60)).await);
         let published = start.elapsed();
         let before = std::time::Instant::now();
-        assert_eq!(managed(&client).await.len(), 20_000);
+        let interface = "org.freedesktop.DBus.ObjectManager";
+        let answer = call(&client, ROOT, interface, "GetManagedObjects", &())
+            .await
+            .unwrap();
         let joined = before.elapsed();
+        assert!(answer.body().len() < 24 << 20, "{}", answer.body().len());
+        println!("20,000 objects are {} bytes", answer.body().len());
+        assert_eq!(
+            answer.body().deserialize::<Managed>().unwrap().len(),
+            20_000
+        );
         for path in ["/", ROOT, "/org/nbdtrack1/exports"] {
             let answer = call(
                 &client,
@@ -642,6 +653,50 @@ fn a_late_joiner_misses_nothing_between_the_snapshot_and_the_signals() {
             }
             assert_eq!(listener.0, found.0);
         }
+    });
+}
+
+#[test]
+fn a_bus_that_stands_still_costs_the_loop_nothing_and_is_told_the_newest_state_later() {
+    let bus = PrivateBus::open();
+    block_on(async {
+        let (publisher, _queue, client) = start(&bus).await;
+        bus.freeze(true);
+        let mut longest = Duration::ZERO;
+        for n in 0..100_000_u32 {
+            let name = format!("e{}", n % 50);
+            let batch = vec![
+                shown(export(&name, None), n),
+                Publication::Signal(Notice::ExportState {
+                    export: ExportName::parse(&name).unwrap(),
+                    old: "Absent",
+                    new: "Serving",
+                    reason: "a reason of some length, as they are in the field".to_owned(),
+                }),
+            ];
+            let before = std::time::Instant::now();
+            publisher.offer(batch);
+            longest = longest.max(before.elapsed());
+            if n % 100 == 0 {
+                tokio::task::yield_now().await;
+            }
+        }
+        assert!(!publisher.flush(Duration::from_millis(200)).await);
+        bus.freeze(false);
+        assert!(publisher.flush(Duration::from_secs(60)).await);
+        let found = managed(&client).await;
+        assert_eq!(found.len(), 50);
+        for interfaces in found.into_values() {
+            let clients: u32 = interfaces["org.nbdtrack1.Export"]["Clients"]
+                .try_clone()
+                .unwrap()
+                .try_into()
+                .unwrap();
+            assert!(clients >= 99_950);
+        }
+        println!("longest offer to a bus that stands still: {longest:?}");
+        // Far more than any offer takes, far less than the bus stood still.
+        assert!(longest < Duration::from_millis(100), "{longest:?}");
     });
 }
 

@@ -14,7 +14,7 @@ use zbus::{
 
 use super::error::{from_the_wire, parts};
 use super::manager::{MANAGER, TIMEOUT_MS, WAIT_MS};
-use super::{BUS_NAME, Bus, export, introspect, paths, server, volume};
+use super::{BUS_NAME, Bus, connect, export, introspect, paths, volume};
 use crate::correlation::RequestError;
 
 /// For the bus and for calls that name no time of their own.
@@ -73,7 +73,7 @@ impl Client {
     /// # Errors
     /// [`ClientError::NoDaemon`] when there is no bus, or no one owns the name.
     pub async fn connect(bus: &Bus) -> Result<Client, ClientError> {
-        let opening = server::open(bus, Duration::from_secs(700));
+        let opening = connect::open(bus, Duration::from_secs(700));
         let connection = match timeout(Duration::from_secs(10), opening).await {
             Ok(Ok(connection)) => connection,
             Ok(Err(error)) => return Err(ClientError::NoDaemon(error.to_string())),

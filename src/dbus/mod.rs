@@ -13,21 +13,24 @@
 //! Everything that is read (properties, introspection, managed objects) is answered from the tree that was
 //! last published and never waits for the loop (invariant 11).
 //!
-//! Channels and locks, each with its bound, stand on [`publish::Shared`] and [`call::Calls`].
+//! Channels and locks, each with its bound, stand on `publish::Shared` and `call::Calls`.
 //!
 //! May use: correlation, identity. May not touch: disks, sockets of NBD clients, the store.
 
 mod call;
 pub mod client;
+mod connect;
 mod error;
 mod export;
 mod introspect;
 mod manager;
 mod paths;
 mod publish;
+mod queue;
 #[cfg(test)]
 mod samples;
 mod server;
+mod signals;
 mod tree;
 mod volume;
 

@@ -1,4 +1,4 @@
-//! Connects to the bus, claims the name, and answers every method call.
+//! Answers every method call.
 //!
 //! Reads are answered from the tree. A Manager call becomes a task of its own that waits for the loop; how many
 //! there are is bounded before the task begins.
@@ -9,30 +9,31 @@ use std::time::Duration;
 
 use futures_util::StreamExt;
 use tokio::sync::mpsc;
-use tokio::time::{sleep, timeout};
-use zbus::fdo::{RequestNameFlags, RequestNameReply};
+use tokio::time::sleep;
 use zbus::message::Flags;
-use zbus::{Connection, MatchRule, Message, MessageStream, ObjectPath, Variant};
+use zbus::{Connection, Message, MessageStream, ObjectPath, Variant};
 
 use super::call::Calls;
+use super::connect::{caller, connect};
 use super::error::on_the_wire;
 use super::introspect::{self, INTROSPECTABLE, Interface, OBJECT_MANAGER, PEER, PROPERTIES};
 use super::manager::{self, MANAGER};
-use super::publish::{self, Publisher, Shared, by_name};
+use super::publish::{self, Publisher, Shared};
+use super::signals::by_name;
 use super::tree::Object;
-use super::{Answer, BUS_NAME, Bus, BusError, Caller, Command, export, paths, volume};
+use super::{Answer, Bus, BusError, Command, export, paths, volume};
 use crate::correlation::RequestError;
 
-/// To reach the bus and get the name.
-const CONNECT_WITHIN: Duration = Duration::from_secs(10);
-/// For the bus's own answer on who calls; a call whose caller stays unknown goes on without.
-const CALLER_WITHIN: Duration = Duration::from_secs(1);
 /// Between attempts to reach a bus that went away: from, and at most.
 const RETRY: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(10));
 /// How many whole-tree answers are made at one time; each holds all properties of all objects.
 const SNAPSHOTS_MAX: usize = 2;
 /// How many whole-tree answers may be asked for at one time.
 const SNAPSHOTS_WAITING_MAX: usize = 64;
+
+/// The longest answer. A system bus lets a message have 32 MiB (dbus-daemon(1), max_message_size) and drops a connection that
+/// sends more; 20,000 objects with ordinary names need half of it.
+const ANSWER_BYTES_MAX: usize = (32 << 20) - (64 << 10);
 
 /// A refusal by full error name.
 struct Refusal {
@@ -96,90 +97,6 @@ async fn run(server: Arc<Server>, bus: Bus, first: Connection, mut stream: Messa
         *server.shared.link() = Some(connection.clone());
         tracing::info!(%bus, "the bus is back");
     }
-}
-
-async fn connect(bus: &Bus) -> Result<(Connection, MessageStream), BusError> {
-    let lost = |reason: String| BusError::Connect {
-        bus: bus.to_string(),
-        reason,
-    };
-    let connecting = async {
-        let connection = open(bus, CONNECT_WITHIN)
-            .await
-            .map_err(|error| lost(error.to_string()))?;
-        // Before the name is ours, so that no call is missed.
-        let rule = MatchRule::builder()
-            .msg_type(zbus::message::Type::MethodCall)
-            .build()
-            .map_err(|error| lost(error.to_string()))?;
-        let stream = MessageStream::for_match_rule(rule, &connection, None)
-            .await
-            .map_err(|error| lost(error.to_string()))?;
-        claim(bus, &connection).await?;
-        Ok((connection, stream))
-    };
-    match timeout(CONNECT_WITHIN, connecting).await {
-        Ok(result) => result,
-        Err(_) => Err(lost(format!(
-            "no answer within {} s",
-            CONNECT_WITHIN.as_secs()
-        ))),
-    }
-}
-
-/// Connects to a bus; answers to calls of ours are waited for at most `within`.
-pub async fn open(bus: &Bus, within: Duration) -> zbus::Result<Connection> {
-    let builder = match bus {
-        Bus::System => zbus::connection::Builder::system(),
-        Bus::Address(address) => zbus::connection::Builder::address(address.as_str()),
-        Bus::None => return Err(zbus::Error::Address("there is no bus".to_owned())),
-    };
-    builder.method_timeout(within).build().await
-}
-
-async fn claim(bus: &Bus, connection: &Connection) -> Result<(), BusError> {
-    // Neither queued nor replaceable: two daemons on one machine are a mistake that is said at once.
-    match connection
-        .request_name_with_flags(BUS_NAME, RequestNameFlags::DO_NOT_QUEUE)
-        .await
-    {
-        Ok(RequestNameReply::PrimaryOwner | RequestNameReply::AlreadyOwner) => Ok(()),
-        Ok(RequestNameReply::Exists | RequestNameReply::InQueue) | Err(zbus::Error::NameTaken) => {
-            Err(BusError::NameTaken {
-                bus: bus.to_string(),
-                name: BUS_NAME,
-                owner: owner(connection).await,
-            })
-        }
-        Err(error) => Err(BusError::NameRefused {
-            bus: bus.to_string(),
-            name: BUS_NAME,
-            reason: error.to_string(),
-        }),
-    }
-}
-
-/// Says who has the name: `:1.5 (process 812, user 0)`, as far as the bus tells.
-async fn owner(connection: &Connection) -> String {
-    let Some(owner) = ask_bus::<String>(connection, "GetNameOwner", BUS_NAME).await else {
-        return "another process".to_owned();
-    };
-    let process: Option<u32> = ask_bus(connection, "GetConnectionUnixProcessID", &owner).await;
-    let user: Option<u32> = ask_bus(connection, "GetConnectionUnixUser", &owner).await;
-    match (process, user) {
-        (Some(process), Some(user)) => format!("{owner} (process {process}, user {user})"),
-        _ => owner,
-    }
-}
-
-async fn ask_bus<T>(connection: &Connection, method: &str, name: &str) -> Option<T>
-where
-    T: serde::de::DeserializeOwned + zbus::Type,
-{
-    let bus = "org.freedesktop.DBus";
-    let call = connection.call_method(Some(bus), "/org/freedesktop/DBus", Some(bus), method, &name);
-    let answer = timeout(CALLER_WITHIN, call).await.ok()?.ok()?;
-    answer.body().deserialize().ok()
 }
 
 impl Server {
@@ -445,18 +362,16 @@ fn all(message: &Message, objects: &[(ObjectPath<'static>, Arc<Object>)]) -> Res
     response(message, &managed)
 }
 
-async fn caller(connection: &Connection, message: &Message) -> Caller {
-    let header = message.header();
-    let name = header.sender().map_or("", |sender| sender.as_str());
-    Caller {
-        name: name.to_owned(),
-        uid: ask_bus(connection, "GetConnectionUnixUser", name).await,
-    }
-}
-
 fn response<B: serde::Serialize + zbus::DynamicType>(message: &Message, body: &B) -> Response {
-    let built = Message::method_return(&message.header()).build(body);
-    built.map_err(|error| standard("Failed", format!("the answer cannot be sent: {error}")))
+    let built = Message::method_return(&message.header())
+        .build(body)
+        .map_err(|error| standard("Failed", format!("the answer cannot be sent: {error}")))?;
+    let length = built.data().len();
+    if length > ANSWER_BYTES_MAX {
+        let text = format!("the answer has {length} bytes, more than a bus takes; ask for less");
+        return Err(standard("LimitsExceeded", text));
+    }
+    Ok(built)
 }
 
 async fn answer(connection: &Connection, message: &Message, response: Response) {

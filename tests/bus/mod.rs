@@ -1,4 +1,5 @@
 //! A private bus for one test, with the shipped policy; ends with the test.
+#![allow(clippy::unwrap_used, clippy::panic)] // A test ends where something is missing.
 #![allow(dead_code)]
 
 use std::collections::BTreeSet;
@@ -63,6 +64,18 @@ impl PrivateBus {
             folder,
             daemon,
         }
+    }
+
+    /// Makes the bus stand still, or go on.
+    pub fn freeze(&self, frozen: bool) {
+        use nix::sys::signal::{Signal, kill};
+        let signal = if frozen {
+            Signal::SIGSTOP
+        } else {
+            Signal::SIGCONT
+        };
+        let pid = nix::unistd::Pid::from_raw(self.daemon.id().try_into().unwrap());
+        kill(pid, signal).unwrap();
     }
 
     pub fn restart(&mut self) {
