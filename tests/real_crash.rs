@@ -5,7 +5,7 @@ mod support;
 use std::time::{Duration, Instant};
 
 use support::bus::Options;
-use support::ground::{Need, real};
+use support::ground::{Need, real, tell};
 use support::scene::{STEP_LIMIT, Scene, Volume};
 use support::{Outcome, loops::LoopDevice};
 
@@ -82,7 +82,9 @@ fn export_that_was_told_survives_kill_at_ten_points_of_add_export() -> Outcome<(
                 .client
                 .reach_state(&volume.name, "Serving", STEP_LIMIT)?;
         }
-        eprintln!("kill in AddExport: {told} of 10 had been told, one call takes {whole:?}");
+        tell(&format!(
+            "kill in AddExport: {told} of 10 had been told, one call takes {whole:?}"
+        ));
         for volume in &volumes {
             scene
                 .client

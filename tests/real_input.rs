@@ -11,7 +11,7 @@ use support::client::{
     send_option,
 };
 use support::daemon::{Home, free_port};
-use support::ground::{Need, real};
+use support::ground::{Need, real, tell};
 use support::scene::Scene;
 use support::{Outcome, process};
 
@@ -285,7 +285,7 @@ fn silent_and_deaf_clients_cost_nothing_to_the_others() -> Outcome<()> {
             }
         }
         let held = scene.daemon()?.holdings()?;
-        eprintln!("1,000 silent clients and a deaf one: {held:?}");
+        tell(&format!("1,000 silent clients and a deaf one: {held:?}"));
         hold!(held.resident_kib < 512 << 10, "memory is bounded: {held:?}");
         drop(silent);
         still_serves(&mut scene)

@@ -5,7 +5,7 @@ mod support;
 use std::time::{Duration, Instant};
 
 use support::Outcome;
-use support::ground::{Need, real};
+use support::ground::{Need, real, tell};
 use support::loops::LoopDevice;
 use support::scene::{STEP_LIMIT, Scene, Volume};
 use support::stream::{Held, Pace, Stream};
@@ -35,10 +35,10 @@ fn burst_of_ten_thousand_events_changes_nothing_for_anyone() -> Outcome<()> {
         stream.wait_for(300)?;
         let report = stream.finish()?;
         hold!(report.broken.is_none(), "{:?}", report.broken);
-        eprintln!(
+        tell(&format!(
             "burst: 10,000 events sent in {sent:?}, a new disk served after {seen:?}, longest stall {:?}",
             report.longest_stall
-        );
+        ));
         hold!(
             scene.export("vol-a")?.get("Generation").cloned() == generation,
             "the export was not opened again"
@@ -77,10 +77,10 @@ fn disk_that_came_while_the_socket_ran_over_is_found_by_the_survey() -> Outcome<
         scene
             .client
             .wait_state(mark, "late", "Serving", Duration::from_secs(20))?;
-        eprintln!(
+        tell(&format!(
             "overrun: the lost disk was served after {:?}",
             began.elapsed()
-        );
+        ));
         hold!(scene.state("vol-a")? == "Serving", "the other goes on");
         scene.stop()
     })
@@ -109,7 +109,7 @@ fn thousand_comings_and_goings_leak_nothing() -> Outcome<()> {
         let Some(before) = before else {
             trouble!("no measurement after the warm-up");
         };
-        eprintln!(
+        tell(&format!(
             "1,000 cycles in {:?}: descriptors {} -> {}, threads {} -> {}, resident {} -> {} KiB",
             began.elapsed(),
             before.descriptors,
@@ -118,7 +118,7 @@ fn thousand_comings_and_goings_leak_nothing() -> Outcome<()> {
             after.threads,
             before.resident_kib,
             after.resident_kib
-        );
+        ));
         // A pool may have one thread or descriptor more at this moment than at that.
         hold!(
             after.descriptors <= before.descriptors + 2,

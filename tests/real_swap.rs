@@ -4,7 +4,7 @@ mod support;
 
 use support::Outcome;
 use support::client::{Client, Go, knock};
-use support::ground::{Need, real};
+use support::ground::{Need, real, tell};
 use support::pattern;
 use support::scene::{STEP_LIMIT, Scene, Volume};
 use support::stream::{Held, Pace, Stream};
@@ -73,10 +73,10 @@ fn fifty_swaps_in_a_row_move_no_byte_and_no_bystander() -> Outcome<()> {
             report.wrong_read
         );
         let stall = report.longest_stall.as_millis();
-        eprintln!(
+        tell(&format!(
             "50 swaps: bystander's longest stall {stall} ms (aim {STALL_AIM_MS}) over {} writes",
             report.writes
-        );
+        ));
         scene.stop()?;
         let tally = report.verify(&scene.volumes[2].image, "vol-c", Held::Acknowledged)?;
         hold!(tally.all_right(), "vol-c: {tally}");
