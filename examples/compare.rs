@@ -19,7 +19,7 @@ use support::ground::Ground;
 use support::loops::{LoopDevice, sparse_file};
 use support::pattern::{self, Tally};
 use support::process::{self, Running};
-use support::{Doing, Outcome, until};
+use support::{Doing, Outcome, settled, until};
 
 /// Bytes of each volume.
 const SIZE: u64 = 32 << 20;
@@ -57,10 +57,8 @@ impl Drop for Background {
     fn drop(&mut self) {
         use nix::sys::signal::{Signal, kill};
         let _ = kill(self.0, Signal::SIGTERM);
-        let gone = until(Duration::from_secs(5), "nbd-server to end", || {
-            Ok(kill(self.0, None).is_err().then_some(()))
-        });
-        if gone.is_err() {
+        let gone = settled(Duration::from_secs(5), || kill(self.0, None).is_err());
+        if !gone {
             let _ = kill(self.0, Signal::SIGKILL);
         }
     }
@@ -99,7 +97,10 @@ fn run(ground: &Ground) -> Outcome<bool> {
         let outcome = folder(ground, name).and_then(|folder| start(&folder));
         match outcome.and_then(|side| swap(side, ground)) {
             Ok(of_side) => rows.extend(of_side),
-            Err(e) => failed.push(format!("{name}: FAILED: {e}")),
+            Err(e) => failed.push(format!("{name}: {e}")),
+        }
+        if support::interrupted() {
+            break;
         }
     }
     println!(
@@ -127,7 +128,9 @@ fn run(ground: &Ground) -> Outcome<bool> {
         }
     }
     if !failed.is_empty() {
-        ground.print_logs();
+        if !support::interrupted() {
+            ground.print_logs();
+        }
         trouble!("{}", failed.join("; "));
     }
     Ok(rows

@@ -7,7 +7,7 @@ mod support;
 
 use std::time::Duration;
 
-use support::bus::Bus;
+use support::bus::{Bus, Client};
 use support::client::Endpoint;
 use support::ground::{Need, real};
 use support::loops::{Detached, LoopDevice, sparse_file};
@@ -99,6 +99,47 @@ fn private_bus_answers() -> Outcome<()> {
             Ok(())
         },
     )
+}
+
+#[test]
+fn client_hears_signals_after_its_mark_and_names_errors() -> Outcome<()> {
+    let needs = [Need::Bus, Need::Tool("dbus-send")];
+    real("bus client", &needs, |ground| {
+        let bus = Bus::start(ground.path())?;
+        let client = Client::connect(&bus)?;
+        match client.rescan() {
+            Err(e) if e.name == "org.freedesktop.DBus.Error.ServiceUnknown" => {}
+            other => trouble!("no service, but: {other:?}"),
+        }
+        let address = format!("--bus={}", bus.address);
+        let send = |state: &str| {
+            let args = [
+                address.as_str(),
+                "--type=signal",
+                "/org/nbdtrack1",
+                "org.nbdtrack1.Manager.ExportStateChanged",
+                "objpath:/org/nbdtrack1/exports/a",
+                "string:vol-a",
+                "string:Opening",
+                &format!("string:{state}"),
+                "string:",
+            ];
+            process::succeed("dbus-send", &args, Duration::from_secs(10))
+        };
+        let limit = Duration::from_secs(5);
+        let mark = client.mark();
+        send("Serving")?;
+        let signal = client.wait_state(mark, "vol-a", "Serving", limit)?;
+        hold!(signal.text(0) == "/org/nbdtrack1/exports/a", "{signal:?}");
+        // One before the mark does not count.
+        let mark = client.mark();
+        let short = Duration::from_millis(100);
+        hold!(
+            client.wait_state(mark, "vol-a", "Serving", short).is_err(),
+            "an old signal was taken for a new one"
+        );
+        Ok(())
+    })
 }
 
 #[test]

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use support::bus::{Options, Refused};
 use support::client::{Go, REP_ERR_POLICY, REP_ERR_UNKNOWN, knock};
-use support::ground::{Need, real};
+use support::ground::{Need, real, tell};
 use support::loops::LoopDevice;
 use support::scene::{STEP_LIMIT, Scene, Volume};
 use support::stream::{Held, Pace, Stream};
@@ -85,7 +85,15 @@ fn twins_found_at_start_are_both_refused_until_someone_decides() -> Outcome<()> 
         scene.kill()?;
         scene.start()?;
         scene.client.reach_state("vol-a", "Ambiguous", STEP_LIMIT)?;
+        let mark = scene.client.mark();
         twin.detach_now()?;
+        scene.client.wait(mark, STEP_LIMIT, "VolumeDetached", |s| {
+            s.member == "VolumeDetached" && s.text(2) == twin.node()
+        })?;
+        hold!(
+            scene.state("vol-a")? == "Ambiguous",
+            "who was first is not known: the survivor waits for a person"
+        );
         let mark = scene.client.mark();
         scene
             .client
@@ -123,7 +131,7 @@ fn disk_that_someone_claims_is_not_served() -> Outcome<()> {
             Err(e) if e.is("DeviceBusy") || e.is("NotReady") => e.text,
             other => trouble!("expected DeviceBusy, got {other:?}"),
         };
-        eprintln!("busy disk: {text}");
+        tell(&format!("busy disk: {text}"));
         let found = scene.client.reach_state("busy", "Failed", STEP_LIMIT)?;
         hold!(
             found

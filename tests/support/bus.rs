@@ -183,6 +183,13 @@ impl From<zbus::Error> for Refused {
                 name: name.to_string(),
                 text: text.unwrap_or_default(),
             },
+            // The standard errors come as a type of their own.
+            zbus::Error::FDO(error) => Refused {
+                name: zbus::DBusError::name(&*error).to_string(),
+                text: zbus::DBusError::description(&*error)
+                    .unwrap_or_default()
+                    .to_owned(),
+            },
             other => Refused {
                 name: String::new(),
                 text: other.to_string(),

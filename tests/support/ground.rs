@@ -146,11 +146,17 @@ pub fn real(name: &str, needs: &[Need], body: impl FnOnce(&Ground) -> Outcome<()
     outcome
 }
 
+/// Prints a measurement past the harness's capture: a number that nobody sees is not reported.
+pub fn tell(line: &str) {
+    let _ = std::io::stderr().write_all(format!("\nMEASURED: {line}\n").as_bytes());
+}
+
 /// Says that a test did not run, where it is seen and counted.
 pub fn skip(name: &str, reason: &str) -> Outcome<()> {
     let line = format!("SKIPPED: {name}: {reason}\n");
     // Written directly: the harness captures only what goes through `eprint!`.
-    std::io::stderr().write_all(line.as_bytes())?;
+    // The harness has begun the line with the test's name.
+    std::io::stderr().write_all(format!("\n{line}").as_bytes())?;
     if let Some(list) = std::env::var_os("NBDTRACK_SKIPS") {
         OpenOptions::new()
             .create(true)

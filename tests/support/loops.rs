@@ -8,7 +8,7 @@ use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use super::{Doing, Outcome, until};
+use super::{Doing, Outcome, settled};
 use crate::trouble;
 
 // linux/loop.h
@@ -203,28 +203,26 @@ impl LoopDevice {
 
 impl Drop for LoopDevice {
     fn drop(&mut self) {
-        if self.backing_file().is_some() {
-            let _ = self.detach();
-        }
         let Ok(control) = OpenOptions::new().read(true).open("/dev/loop-control") else {
             return;
         };
-        // A daemon that was just killed may take a moment to let go, so EBUSY is asked again.
-        let removed = until(
-            Duration::from_secs(3),
-            "the loop device to be removed",
-            || match ioctl(&control, LOOP_CTL_REMOVE, u64::from(self.number)) {
-                Ok(()) => Ok(Some(())),
-                Err(e) if e.raw_os_error() == Some(libc::EBUSY) => Ok(None),
-                Err(e) => trouble!("remove {}: {e}", self.name()),
-            },
-        );
-        // An interrupted run takes the short way through `until`: one last try.
-        if removed.is_err()
-            && let Err(e) = ioctl(&control, LOOP_CTL_REMOVE, u64::from(self.number))
-            && e.raw_os_error() != Some(libc::ENODEV)
-        {
-            eprintln!("left behind: {} ({e})", self.node());
+        // A program that was just killed may take a moment to let go, so EBUSY is asked again.
+        let mut last = None;
+        let removed = settled(Duration::from_secs(5), || {
+            if self.backing_file().is_some() {
+                let _ = self.detach();
+            }
+            match ioctl(&control, LOOP_CTL_REMOVE, u64::from(self.number)) {
+                Ok(()) => true,
+                Err(e) => {
+                    let gone = e.raw_os_error() == Some(libc::ENODEV);
+                    last = Some(e);
+                    gone
+                }
+            }
+        });
+        if !removed {
+            eprintln!("left behind: {} ({last:?})", self.node());
         }
         if self.made_node {
             let _ = std::fs::remove_file(self.node());

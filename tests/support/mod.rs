@@ -117,6 +117,20 @@ pub fn until<T>(
     }
 }
 
+/// As [`until`], for cleaning up: not ended by an interrupt. False when the time is over.
+pub fn settled(limit: Duration, mut condition: impl FnMut() -> bool) -> bool {
+    let end = Instant::now() + limit;
+    loop {
+        if condition() {
+            return true;
+        }
+        if Instant::now() >= end {
+            return false;
+        }
+        std::thread::sleep(SLICE / 10);
+    }
+}
+
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
 /// Whether SIGINT or SIGTERM came since [`catch_signals`]; every wait of this module ends then.

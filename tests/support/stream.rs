@@ -339,14 +339,16 @@ fn send(
         }
         block = (block + 1) % blocks;
     }
-    // What the last flush is to cover has to be acknowledged before it is sent: take every token.
+    // What the last flush is to cover has to be acknowledged before it is sent: take every token but its own.
     for () in std::iter::repeat_n((), voice.pace.depth - 1) {
         if voice.tokens.recv().is_err() {
             return Ok(());
         }
     }
     let covered = lock(&shared.acknowledged).clone();
-    if voice.post(Sent::Flush(covered), &mut request(CMD_FLUSH, 0, 0, 0, 0))? {
+    let flushing = voice.post(Sent::Flush(covered), &mut request(CMD_FLUSH, 0, 0, 0, 0))?;
+    // And the flush before the goodbye: a server may answer ESHUTDOWN to what it finds behind one.
+    if flushing && voice.tokens.recv().is_ok() {
         voice.socket.write_all(&request(CMD_DISC, 0, 0, 0, 0))?;
     }
     Ok(())
