@@ -1,0 +1,102 @@
+//! The pure middle against a model of the machine, its edges and its callers.
+//!
+//! `SIMULATION_SCHEDULES` sets how many schedules are run (default 100,000; `make check` runs fewer), and
+//! `SIMULATION_SEED` runs one seed and prints all that happened.
+
+mod schedule;
+mod world;
+
+use std::cell::Cell;
+use std::time::Instant;
+
+use schedule::{draw, run, shrink};
+use world::Broken;
+
+const SCHEDULES: u64 = 100_000;
+/// Work for two cores.
+const THREADS: u64 = 2;
+
+thread_local! {
+    static QUIET: Cell<bool> = const { Cell::new(false) };
+}
+
+/// An assertion that a schedule trips is reported with the schedule, not on its own.
+fn quiet() {
+    static HOOK: std::sync::Once = std::sync::Once::new();
+    HOOK.call_once(|| {
+        let before = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |info| {
+            if !QUIET.get() {
+                before(info);
+            }
+        }));
+    });
+    QUIET.set(true);
+}
+
+fn number_from(variable: &str) -> Option<u64> {
+    std::env::var(variable).ok()?.parse().ok()
+}
+
+/// The report of a seed that fails: what was broken, and the shortest schedule that still breaks it.
+fn report(seed: u64, broken: Broken) -> String {
+    let shortest = shrink(draw(seed), broken);
+    let (violation, _, log) = run(&shortest, broken, true);
+    let steps: Vec<String> =
+        shortest.steps.iter().map(|s| format!("  {:?} {} {} {}", s.kind, s.a, s.b, s.c)).collect();
+    format!(
+        "seed {seed}: {}\n{} steps, disks {:?}, exports {:?}:\n{}\nwhat happened:\n{}\n",
+        violation.unwrap_or_default(),
+        shortest.steps.len(),
+        shortest.disks,
+        shortest.exports,
+        steps.join("\n"),
+        log.join("\n"),
+    )
+}
+
+/// The first seed that fails, and how many steps of the middle were made.
+fn first_failure(broken: Broken, count: u64) -> (Option<u64>, u64) {
+    let (mut first, mut applied) = (None::<u64>, 0);
+    let workers: Vec<_> = (0..THREADS)
+        .map(|thread| {
+            std::thread::spawn(move || {
+                quiet();
+                let mut applied = 0;
+                for seed in (thread..count).step_by(usize::try_from(THREADS).expect("small")) {
+                    let (violation, steps, _) = run(&draw(seed), broken, false);
+                    applied += steps;
+                    if violation.is_some() {
+                        return (Some(seed), applied);
+                    }
+                }
+                (None, applied)
+            })
+        })
+        .collect();
+    for worker in workers {
+        let (seed, steps) = worker.join().expect("a worker catches what its schedules throw");
+        first = first.into_iter().chain(seed).min();
+        applied += steps;
+    }
+    (first, applied)
+}
+
+#[test]
+fn every_schedule_keeps_every_promise() {
+    quiet();
+    if let Some(seed) = number_from("SIMULATION_SEED") {
+        let (violation, _, log) = run(&draw(seed), Broken::Nothing, true);
+        println!("{}", log.join("\n"));
+        assert_eq!(violation, None, "{}", report(seed, Broken::Nothing));
+        return;
+    }
+    let count = number_from("SIMULATION_SCHEDULES").unwrap_or(SCHEDULES);
+    let began = Instant::now();
+    let (first, applied) = first_failure(Broken::Nothing, count);
+    if let Some(seed) = first {
+        QUIET.set(false);
+        panic!("{}", report(seed, Broken::Nothing));
+    }
+    println!("{count} schedules, {applied} events, {:.1} s", began.elapsed().as_secs_f64());
+}

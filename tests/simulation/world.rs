@@ -1,0 +1,1149 @@
+//! The world that the simulation drives the middle through: the machine as it truly is, the edges (udev, the opening of
+//! disks, the door to the clients, the store), and the callers. Independent of the code under test: it shares its
+//! messages and nothing of its reasoning.
+//!
+//! Every step is interpreted against the state that it meets, so a schedule from which steps were taken out is still
+//! a schedule. The first broken promise is kept in [`World::violation`].
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::time::Duration;
+
+use nbdtrack::correlation::{
+    Action, BootId, Change, Conflict, Correlation, Definition, DeviceNode, DeviceNumber, DiskFacts, DiskSeq,
+    EndHow, Event, ExportName, Generation, INTERNAL, LeaseEnd, Mark, OpenDisk, OpenRefusal, OpenedDisk, Reading,
+    Release, Remembered, Reply, Request, RequestError, RequestId, Settings, Source, State, Ticket,
+};
+use nbdtrack::identity::{Identity, Scheme, VolumeId};
+
+/// Names that the kernel gives to disks.
+pub const SLOTS: u8 = 4;
+/// Volumes; a disk of volume `VOLUMES` is blank.
+pub const VOLUMES: u8 = 3;
+/// Export names, of which the first are in the store from the start.
+pub const NAMES: u8 = 4;
+const CUT: Duration = Duration::from_secs(5);
+const MARGIN: Duration = Duration::from_secs(1);
+/// Actions that one event may lead to with this few exports and disks.
+const ACTIONS_MAX: usize = 250;
+
+/// What is broken on purpose.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Broken {
+    Nothing,
+    /// A disk is taken for the volume that its node is named after.
+    PathsForIdentity,
+    /// The opener does not compare the disk sequence number.
+    NoDiskseqAtOpen,
+    /// The old lease is said to be closed while its writes are still in flight.
+    OpenBeforeDrained,
+    /// A restart forgets who came first.
+    ConflictForgotten,
+    /// A restart forgets what was given up.
+    ReleaseForgotten,
+    /// Observations are numbered when they arrive, not when they were made.
+    MarksAtDelivery,
+    /// New clients of a sealed export are let in.
+    SealIgnored,
+    /// A lost event is not followed by a survey.
+    NoSurveyAfterLoss,
+}
+
+#[derive(Clone, Debug)]
+pub struct TruthDisk {
+    pub seq: DiskSeq,
+    pub volume: u8,
+    pub size: u64,
+    pub read_only: bool,
+    pub busy: bool,
+    pub leaving: bool,
+    pub member: bool,
+    /// When its identity changed last.
+    changed: u64,
+}
+
+#[derive(Clone, Debug)]
+struct Handle {
+    seq: DiskSeq,
+    slot: u8,
+    volume: u8,
+    size: u64,
+    write: bool,
+}
+
+#[derive(Clone, Debug)]
+pub struct Lease {
+    pub seq: DiskSeq,
+    slot: u8,
+    pub volume: u8,
+    write: bool,
+    share: bool,
+    pub in_flight: u8,
+    /// `Some(cut)` once it is to end.
+    pub ending: Option<bool>,
+    timed_out: bool,
+    /// Said to be closed (only a broken door says so too early).
+    said_closed: bool,
+}
+
+#[derive(Clone, Debug)]
+enum Pending {
+    Add { name: ExportName, wait: Duration, due: Option<Duration> },
+    Remove { name: ExportName },
+    Detach { seqs: BTreeSet<DiskSeq>, due: Duration },
+    Cancel,
+    Resolve { name: ExportName },
+}
+
+#[derive(Clone, Debug, Default)]
+pub struct Store {
+    pub exports: BTreeMap<ExportName, Definition>,
+    pub releases: Vec<Release>,
+    pub conflicts: BTreeMap<ExportName, Conflict>,
+}
+
+#[derive(Clone, Debug)]
+pub struct World {
+    pub broken: Broken,
+    pub middle: Correlation,
+    pub now: Duration,
+    pub boot: u64,
+    pub slots: Vec<Option<TruthDisk>>,
+    next_seq: u64,
+    mark: u64,
+    left: BTreeMap<DiskSeq, u64>,
+    /// Observations on their way.
+    pub observations: VecDeque<Event>,
+    delivered: Vec<u64>,
+    delivered_known: Vec<u64>,
+    survey_wanted: bool,
+    pub opens: Vec<OpenDisk>,
+    handles: BTreeMap<Ticket, Handle>,
+    pub answers: Vec<Event>,
+    pub leases: BTreeMap<(ExportName, Generation), Lease>,
+    current: BTreeMap<ExportName, Generation>,
+    refused: BTreeSet<ExportName>,
+    newest: BTreeMap<ExportName, Generation>,
+    pub store: Store,
+    pub writes: VecDeque<(RequestId, Vec<Change>)>,
+    pub config: Vec<Definition>,
+    config_refused: BTreeSet<ExportName>,
+    conflicts: BTreeMap<ExportName, Option<DiskSeq>>,
+    releases: BTreeSet<DiskSeq>,
+    /// Given up, and told so: never to be opened.
+    given_up: BTreeSet<DiskSeq>,
+    pending: BTreeMap<RequestId, Pending>,
+    /// The disks that a `CancelDetach` takes back when it is stored.
+    cancels: BTreeMap<RequestId, BTreeSet<DiskSeq>>,
+    next_request: u64,
+    pub stopped: bool,
+    pub violation: Option<String>,
+    pub log: Option<Vec<String>>,
+    pub applied: u64,
+}
+
+pub fn name(index: u8) -> ExportName {
+    ExportName::parse(&format!("e{}", index % NAMES)).expect("a valid name")
+}
+
+pub fn volume(index: u8) -> VolumeId {
+    VolumeId::parse(&format!("loop:/v{index}")).expect("a valid volume")
+}
+
+fn identity(volume: u8) -> Identity {
+    Identity { scheme: Scheme::Loop, value: format!("/v{volume}") }
+}
+
+fn volume_of(definition: &Definition) -> u8 {
+    (0..VOLUMES).find(|v| volume(*v) == definition.volume).unwrap_or(VOLUMES)
+}
+
+pub fn definition(index: u8, volume_index: u8, flags: u8, source: Source) -> Definition {
+    Definition {
+        name: name(index),
+        volume: volume(volume_index % VOLUMES),
+        read_only: flags & 1 != 0,
+        share: flags & 2 != 0,
+        source,
+    }
+}
+
+fn number(slot: u8) -> DeviceNumber {
+    DeviceNumber { major: 7, minor: u32::from(slot) }
+}
+
+fn settings(boot: u64) -> Settings {
+    let mut settings = Settings::new(BootId(format!("boot{boot}")));
+    settings.cut_within = CUT;
+    settings
+}
+
+impl World {
+    /// A machine with these disks and these exports in the store, before its first survey.
+    pub fn new(broken: Broken, disks: &[(u8, u8)], exports: &[Definition]) -> World {
+        let mut world = World {
+            broken,
+            middle: Correlation::new(settings(1), Remembered::default()),
+            now: Duration::ZERO,
+            boot: 1,
+            slots: vec![None; usize::from(SLOTS)],
+            next_seq: 1,
+            mark: 1,
+            left: BTreeMap::new(),
+            observations: VecDeque::new(),
+            delivered: vec![0; usize::from(SLOTS)],
+            delivered_known: vec![0; usize::from(SLOTS)],
+            survey_wanted: true,
+            opens: Vec::new(),
+            handles: BTreeMap::new(),
+            answers: Vec::new(),
+            leases: BTreeMap::new(),
+            current: BTreeMap::new(),
+            refused: BTreeSet::new(),
+            newest: BTreeMap::new(),
+            store: Store::default(),
+            writes: VecDeque::new(),
+            config: Vec::new(),
+            config_refused: BTreeSet::new(),
+            conflicts: BTreeMap::new(),
+            releases: BTreeSet::new(),
+            given_up: BTreeSet::new(),
+            pending: BTreeMap::new(),
+            cancels: BTreeMap::new(),
+            next_request: 1,
+            stopped: false,
+            violation: None,
+            log: None,
+            applied: 0,
+        };
+        for definition in exports {
+            world.store.exports.insert(definition.name.clone(), definition.clone());
+        }
+        for (slot, volume) in disks {
+            world.plug(*slot, *volume);
+        }
+        world.start();
+        world
+    }
+
+    pub fn fail(&mut self, what: impl Into<String>) {
+        if self.violation.is_none() {
+            self.violation = Some(what.into());
+        }
+    }
+
+    fn note(&mut self, line: impl FnOnce() -> String) {
+        if let Some(log) = &mut self.log {
+            log.push(line());
+        }
+    }
+
+    // ---- The machine.
+
+    pub fn plug(&mut self, slot: u8, volume: u8) {
+        let seq = DiskSeq(self.next_seq);
+        self.next_seq += 1;
+        self.mark += 1;
+        self.slots[usize::from(slot)] = Some(TruthDisk {
+            seq,
+            volume,
+            size: 1000,
+            read_only: false,
+            busy: false,
+            leaving: false,
+            member: false,
+            changed: self.mark,
+        });
+    }
+
+    pub fn attach(&mut self, slot: u8, volume: u8, known_at_once: bool) {
+        if self.slots[usize::from(slot)].is_some() {
+            return;
+        }
+        self.plug(slot, volume);
+        if !known_at_once {
+            self.observe(slot, false);
+        }
+        self.observe(slot, true);
+    }
+
+    pub fn detach(&mut self, slot: u8, with_seq: bool) {
+        let Some(disk) = self.slots[usize::from(slot)].take() else { return };
+        self.mark += 1;
+        self.left.insert(disk.seq, self.mark);
+        self.given_up.remove(&disk.seq);
+        self.mark += 1;
+        let event = Event::DiskGone {
+            mark: Mark(self.mark),
+            number: number(slot),
+            diskseq: with_seq.then_some(disk.seq),
+        };
+        self.observations.push_back(event);
+    }
+
+    pub fn change_identity(&mut self, slot: u8, volume: u8) {
+        self.mark += 1;
+        let mark = self.mark;
+        let Some(disk) = &mut self.slots[usize::from(slot)] else { return };
+        if disk.volume == volume {
+            return;
+        }
+        disk.volume = volume;
+        disk.changed = mark;
+        self.observe(slot, true);
+    }
+
+    pub fn alter(&mut self, slot: u8, what: u8) {
+        let Some(disk) = &mut self.slots[usize::from(slot)] else { return };
+        match what % 7 {
+            0 => disk.leaving = true,
+            1 => disk.member = !disk.member,
+            2 => disk.busy = !disk.busy,
+            3 => disk.read_only = !disk.read_only,
+            4 => disk.size = disk.size.saturating_sub(100).max(100),
+            5 => disk.size += 100,
+            _ => {}
+        }
+        // A mount or a claim sends no event; a resize may be lost.
+        if what % 7 != 2 && what < 200 {
+            self.observe(slot, true);
+        }
+    }
+
+    fn observe(&mut self, slot: u8, known: bool) {
+        self.mark += 1;
+        if let Some(facts) = self.facts(slot, known) {
+            self.observations.push_back(Event::DiskSeen { mark: Mark(self.mark), facts });
+        }
+    }
+
+    fn facts(&self, slot: u8, known: bool) -> Option<DiskFacts> {
+        let disk = self.slots[usize::from(slot)].as_ref()?;
+        let presented = if self.broken == Broken::PathsForIdentity { slot } else { disk.volume };
+        let identities = if !known {
+            Reading::Unknown("not read yet".to_owned())
+        } else if presented < VOLUMES {
+            Reading::Known([identity(presented)].into())
+        } else {
+            Reading::Known(BTreeSet::new())
+        };
+        Some(DiskFacts {
+            node: DeviceNode(format!("/dev/x{slot}")),
+            number: number(slot),
+            diskseq: disk.seq,
+            size: disk.size,
+            read_only: disk.read_only,
+            identities,
+            serial: String::new(),
+            wwid: String::new(),
+            model: String::new(),
+            holders: if disk.member { vec!["md0".to_owned()] } else { Vec::new() },
+            leaving: disk.leaving,
+        })
+    }
+
+    // ---- What arrives.
+
+    pub fn survey(&mut self, unread: u8, routine: bool) {
+        self.mark += 1;
+        self.survey_wanted = false;
+        let disks: Vec<DiskFacts> =
+            (0..SLOTS).filter_map(|slot| self.facts(slot, unread >> slot & 1 == 0)).collect();
+        let mark = Mark(self.mark);
+        self.observations.push_back(Event::Surveyed { mark, disks, routine });
+        for slot in 0..SLOTS {
+            if unread >> slot & 1 == 1 {
+                self.observe(slot, true);
+            }
+        }
+    }
+
+    pub fn lose(&mut self, index: u8) {
+        if self.observations.is_empty() {
+            return;
+        }
+        let index = usize::from(index) % self.observations.len();
+        self.observations.remove(index);
+        self.survey_wanted = self.broken != Broken::NoSurveyAfterLoss;
+    }
+
+    pub fn double(&mut self, index: u8) {
+        if self.observations.is_empty() {
+            return;
+        }
+        let event = self.observations[usize::from(index) % self.observations.len()].clone();
+        self.observations.push_back(event);
+    }
+
+    pub fn deliver(&mut self, index: u8) {
+        if self.observations.is_empty() {
+            return;
+        }
+        let index = usize::from(index) % self.observations.len();
+        let Some(mut event) = self.observations.remove(index) else { return };
+        match &event {
+            Event::DiskSeen { mark, facts } => {
+                let known = matches!(facts.identities, Reading::Known(_));
+                self.count_delivery(facts.number.minor, *mark, known);
+            }
+            Event::DiskGone { mark, number, .. } => self.count_delivery(number.minor, *mark, false),
+            Event::Surveyed { mark, disks, .. } => {
+                for slot in 0..SLOTS {
+                    let facts = disks.iter().find(|facts| facts.number == number(slot));
+                    let known = facts.is_some_and(|facts| matches!(facts.identities, Reading::Known(_)));
+                    self.count_delivery(u32::from(slot), *mark, known);
+                }
+            }
+            _ => {}
+        }
+        if self.broken == Broken::MarksAtDelivery {
+            self.mark += 1;
+            match &mut event {
+                Event::DiskSeen { mark, .. }
+                | Event::DiskGone { mark, .. }
+                | Event::Surveyed { mark, .. } => *mark = Mark(self.mark),
+                _ => {}
+            }
+        }
+        self.apply(event);
+    }
+
+    fn count_delivery(&mut self, slot: u32, mark: Mark, known: bool) {
+        let slot = usize::try_from(slot).expect("a small number");
+        if mark.0 < self.delivered[slot] {
+            return;
+        }
+        self.delivered[slot] = mark.0;
+        if known {
+            self.delivered_known[slot] = mark.0;
+        }
+    }
+
+    // ---- The opening of disks.
+
+    /// What the kernel and the real opener would do at this moment.
+    pub fn open(&mut self, index: u8, mishap: u8) {
+        if self.opens.is_empty() {
+            return;
+        }
+        let order = self.opens.remove(usize::from(index) % self.opens.len());
+        let slot = u8::try_from(order.number.minor).expect("a small number");
+        let disk = self.slots[usize::from(slot)].clone();
+        let refused = |refusal| Event::DiskOpened { ticket: order.ticket, result: Err(refusal) };
+        let event = match (disk, mishap) {
+            (_, 1) => refused(OpenRefusal::Kernel("no memory".to_owned())),
+            (_, 2) => refused(OpenRefusal::TimedOut("the disk does not answer".to_owned())),
+            (None, _) => refused(OpenRefusal::Changed("no disk there".to_owned())),
+            (Some(disk), _) => {
+                let presented = if self.broken == Broken::PathsForIdentity { slot } else { disk.volume };
+                let same = disk.seq == order.diskseq || self.broken == Broken::NoDiskseqAtOpen;
+                if !same || presented >= VOLUMES || identity(presented) != order.identity {
+                    refused(OpenRefusal::Changed("another disk".to_owned()))
+                } else if disk.busy || disk.member {
+                    refused(OpenRefusal::Busy("mounted".to_owned()))
+                } else {
+                    let read_only = disk.read_only || !order.write;
+                    let (seq, volume, size) = (disk.seq, disk.volume, disk.size);
+                    let handle = Handle { seq, slot, volume, size, write: !read_only };
+                    self.handles.insert(order.ticket, handle);
+                    Event::DiskOpened { ticket: order.ticket, result: Ok(OpenedDisk { size, read_only }) }
+                }
+            }
+        };
+        self.answers.push(event);
+    }
+
+    pub fn answer(&mut self, index: u8) {
+        if self.answers.is_empty() {
+            return;
+        }
+        let event = self.answers.remove(usize::from(index) % self.answers.len());
+        self.hand_over(event);
+    }
+
+    fn hand_over(&mut self, event: Event) {
+        if let Event::Persisted { request, result: Ok(()) } = &event
+            && let Some(Pending::Add { wait, due, .. }) = self.pending.get_mut(request)
+        {
+            *due = Some(self.now + *wait);
+        }
+        self.apply(event);
+    }
+
+    // ---- The door.
+
+    pub fn accepts(&self, export: &ExportName) -> bool {
+        let sealed = self.refused.contains(export) && self.broken != Broken::SealIgnored;
+        !sealed && self.lease_of(export).is_some_and(|lease| lease.ending.is_none())
+    }
+
+    fn lease_of(&self, export: &ExportName) -> Option<&Lease> {
+        self.leases.get(&(export.clone(), *self.current.get(export)?))
+    }
+
+    /// A client writes, and the disk takes its time.
+    pub fn write(&mut self, export: u8) {
+        let export = name(export);
+        let Some(generation) = self.current.get(&export).copied() else { return };
+        if let Some(lease) = self.leases.get_mut(&(export, generation))
+            && lease.ending.is_none()
+        {
+            lease.in_flight = lease.in_flight.saturating_add(1).min(3);
+        }
+    }
+
+    pub fn finish_write(&mut self, index: u8) {
+        if let Some(lease) = self.nth_lease(index) {
+            lease.in_flight = lease.in_flight.saturating_sub(1);
+        }
+    }
+
+    fn nth_lease(&mut self, index: u8) -> Option<&mut Lease> {
+        let count = self.leases.len().max(1);
+        self.leases.values_mut().nth(usize::from(index) % count)
+    }
+
+    /// One lease that is to end comes nearer to it: closed, or late.
+    pub fn end_lease(&mut self, index: u8, unflushed: bool) {
+        let ending: Vec<(ExportName, Generation)> = self
+            .leases
+            .iter()
+            .filter(|(_, lease)| lease.ending.is_some())
+            .map(|(key, _)| key.clone())
+            .collect();
+        if ending.is_empty() {
+            return;
+        }
+        let key = ending[usize::from(index) % ending.len()].clone();
+        let Some(lease) = self.leases.get_mut(&key) else { return };
+        let end = if lease.in_flight == 0 {
+            if unflushed { LeaseEnd::ClosedUnflushed("EIO".to_owned()) } else { LeaseEnd::Closed }
+        } else if lease.timed_out || lease.said_closed {
+            return;
+        } else {
+            lease.timed_out = true;
+            lease.ending = Some(true);
+            LeaseEnd::TimedOut { in_flight: lease.in_flight.into(), holding: "a write".to_owned() }
+        };
+        let said_closed = lease.said_closed;
+        if lease.in_flight == 0 {
+            self.leases.remove(&key);
+        }
+        if !said_closed {
+            self.answers.push(Event::LeaseEnded { export: key.0, generation: key.1, end });
+        }
+    }
+
+    // ---- The store.
+
+    pub fn keep(&mut self, fails: bool) {
+        let Some((request, changes)) = self.writes.pop_front() else { return };
+        let result = if fails {
+            Err("disk full".to_owned())
+        } else {
+            self.store.apply(&changes);
+            Ok(())
+        };
+        self.answers.push(Event::Persisted { request, result });
+    }
+
+    // ---- The callers.
+
+    pub fn ask(&mut self, what: Request) {
+        let request = RequestId(self.next_request);
+        self.next_request += 1;
+        let pending = match &what {
+            Request::AddExport { definition, wait } => {
+                let exists = self.middle.export(&definition.name).is_some();
+                let due = exists.then(|| self.now + *wait);
+                Pending::Add { name: definition.name.clone(), wait: *wait, due }
+            }
+            Request::RemoveExport { name, .. } => Pending::Remove { name: name.clone() },
+            Request::PrepareDetach { volume, within, .. } => {
+                let mut seqs: BTreeSet<DiskSeq> = self.middle.disks_of(volume).into_iter().collect();
+                let index = (0..VOLUMES).find(|v| self::volume(*v) == *volume);
+                seqs.extend(self.leases.values().filter(|l| Some(l.volume) == index).map(|l| l.seq));
+                Pending::Detach { seqs, due: self.now + *within + MARGIN }
+            }
+            Request::CancelDetach { .. } => Pending::Cancel,
+            Request::ResolveConflict { name, .. } => Pending::Resolve { name: name.clone() },
+        };
+        self.pending.insert(request, pending);
+        self.apply(Event::Asked { request, what });
+    }
+
+    pub fn configure(&mut self, definitions: Vec<Definition>) {
+        self.config.clone_from(&definitions);
+        self.config_refused.clear();
+        self.apply(Event::Configured { exports: definitions });
+    }
+
+    // ---- Time, crashes, the end.
+
+    pub fn pass(&mut self, time: Duration) {
+        self.now += time;
+        self.apply(Event::TimePassed);
+    }
+
+    /// To the next deadline, if it is not further away than `most`.
+    pub fn pass_to_deadline(&mut self, most: Duration) -> bool {
+        match self.middle.deadline() {
+            Some(due) if due <= self.now + most => {
+                self.now = self.now.max(due);
+                self.apply(Event::TimePassed);
+                true
+            }
+            Some(_) | None => false,
+        }
+    }
+
+    pub fn stop(&mut self) {
+        self.stopped = true;
+        self.apply(Event::Stopping);
+    }
+
+    /// The daemon dies, the kernel closes what it held, and it is started again.
+    pub fn crash(&mut self, reboot: bool, kept: u8) {
+        for _ in 0..kept {
+            self.keep(false);
+        }
+        if reboot {
+            self.boot += 1;
+            self.next_seq = 1;
+            self.given_up.clear();
+            for slot in (0..SLOTS).rev() {
+                if let Some(disk) = self.slots[usize::from(slot)].take() {
+                    self.plug(slot, disk.volume);
+                }
+            }
+        }
+        self.start();
+    }
+
+    fn start(&mut self) {
+        self.observations.clear();
+        self.delivered.fill(0);
+        self.delivered_known.fill(0);
+        self.opens.clear();
+        self.handles.clear();
+        self.answers.clear();
+        self.leases.clear();
+        self.current.clear();
+        self.refused.clear();
+        self.newest.clear();
+        self.writes.clear();
+        self.pending.clear();
+        self.stopped = false;
+        self.survey_wanted = true;
+        self.now = Duration::ZERO;
+        let boot = BootId(format!("boot{}", self.boot));
+        let conflicts: Vec<Conflict> = self.store.conflicts.values().cloned().collect();
+        self.conflicts = conflicts
+            .iter()
+            .map(|conflict| (conflict.export.clone(), conflict.first.filter(|_| conflict.boot == boot)))
+            .collect();
+        let present: BTreeSet<DiskSeq> = self.slots.iter().flatten().map(|disk| disk.seq).collect();
+        self.releases = self
+            .store
+            .releases
+            .iter()
+            .filter(|release| release.boot == boot && present.contains(&release.diskseq))
+            .map(|release| release.diskseq)
+            .collect();
+        let remembered = Remembered {
+            exports: self.store.exports.values().cloned().collect(),
+            releases: match self.broken {
+                Broken::ReleaseForgotten => Vec::new(),
+                _ => self.store.releases.clone(),
+            },
+            conflicts: if self.broken == Broken::ConflictForgotten { Vec::new() } else { conflicts },
+        };
+        self.middle = Correlation::new(settings(self.boot), remembered);
+        let actions = self.middle.start();
+        self.note(|| "-- start".to_owned());
+        self.perform_all(actions);
+        let config = self.config.clone();
+        self.configure(config);
+    }
+
+    // ---- One step of the middle, and what it orders.
+
+    pub fn apply(&mut self, event: Event) {
+        if self.violation.is_some() {
+            return;
+        }
+        self.note(|| format!("> {event:?}"));
+        // A caller's cancellation takes effect with the answer of the store.
+        if let Event::Persisted { request, result: Ok(()) } = &event
+            && matches!(self.pending.get(request), Some(Pending::Cancel))
+        {
+            for seq in self.cancels.remove(request).unwrap_or_default() {
+                self.releases.remove(&seq);
+                self.given_up.remove(&seq);
+            }
+        }
+        self.applied += 1;
+        let actions = self.middle.apply(self.now, event);
+        if actions.len() > ACTIONS_MAX {
+            self.fail(format!("{} actions from one event", actions.len()));
+        }
+        self.perform_all(actions);
+        self.check();
+    }
+
+    fn perform_all(&mut self, actions: Vec<Action>) {
+        for action in actions {
+            match &action {
+                Action::Log(decision) if decision.what == "refused" => {
+                    self.config_refused.extend(decision.export.clone());
+                }
+                Action::Log(_) | Action::Tell(_) => {}
+                other => self.note(|| format!("    {other:?}")),
+            }
+            self.perform(action);
+        }
+    }
+
+    fn perform(&mut self, action: Action) {
+        match action {
+            Action::OpenDisk(order) => {
+                if self.opens.iter().any(|other| other.diskseq == order.diskseq) {
+                    self.fail(format!("two opens of diskseq {} at once", order.diskseq));
+                }
+                if self.given_up.contains(&order.diskseq) {
+                    self.fail(format!("diskseq {} was given up and is opened again", order.diskseq));
+                }
+                let known = self.store.exports.contains_key(&order.export)
+                    || self.config.iter().any(|definition| definition.name == order.export);
+                if !known {
+                    self.fail(format!("{} opens a disk before it is durable", order.export));
+                }
+                self.opens.push(order);
+            }
+            Action::DropOpened { ticket } => match self.handles.remove(&ticket) {
+                Some(_) => self.answers.push(Event::Dropped { ticket }),
+                None => self.fail(format!("{ticket:?} is dropped and was not open")),
+            },
+            Action::Serve { export, ticket, generation, read_only } => {
+                self.serve(export, ticket, generation, read_only);
+            }
+            Action::Refuse { export, .. } => {
+                self.refused.insert(export);
+            }
+            Action::Unseal { export, generation } => {
+                match self.leases.get(&(export.clone(), generation)) {
+                    Some(lease) if lease.ending.is_none() => {
+                        self.refused.remove(&export);
+                    }
+                    _ => self.fail(format!("{export} is unsealed without a lease")),
+                }
+            }
+            Action::Forget { export } => {
+                if self.lease_of(&export).is_some_and(|lease| lease.ending.is_none()) {
+                    self.fail(format!("{export} is forgotten while it serves"));
+                }
+                self.refused.remove(&export);
+                self.conflicts.remove(&export);
+            }
+            Action::EndLease { export, generation, how } => self.end(&export, generation, how),
+            Action::Persist { request, changes } => self.persist(request, changes),
+            Action::Reply { request, reply } => self.reply(request, reply),
+            Action::Survey { .. } => self.survey_wanted = true,
+            Action::Tell(_) | Action::Log(_) => {}
+        }
+    }
+
+    fn serve(&mut self, export: ExportName, ticket: Ticket, generation: Generation, read_only: bool) {
+        let Some(handle) = self.handles.remove(&ticket) else {
+            return self.fail(format!("{export} serves {ticket:?}, which is not open"));
+        };
+        let Some(view) = self.middle.export(&export) else {
+            return self.fail(format!("{export} is served and does not exist"));
+        };
+        let wanted = (0..VOLUMES).find(|v| volume(*v).to_string() == view.volume_id).unwrap_or(VOLUMES);
+        // The one failure that is never acceptable.
+        if handle.volume != wanted {
+            self.fail(format!("{export} of volume {wanted} was bound to a disk of volume {}", handle.volume));
+        }
+        let bound = self.middle.export(&export).and_then(|view| view.disk);
+        if view.state == State::Serving && bound != Some(handle.seq) {
+            self.fail(format!("{export} serves diskseq {} and says {bound:?} (invariant 3)", handle.seq));
+        }
+        if read_only == handle.write {
+            self.fail(format!("{export}: read_only {read_only}, opened for writing {}", handle.write));
+        }
+        let share = self.definition_of(&export).is_some_and(|definition| definition.share);
+        for ((other, other_generation), lease) in self.leases.clone() {
+            if other == export {
+                self.fail(format!("{export} opens generation {generation:?} before {other_generation:?} is closed"));
+            } else if lease.volume == wanted && lease.seq != handle.seq {
+                self.fail(format!(
+                    "{export} is bound to diskseq {} while {other} holds the volume's diskseq {} (invariant 6)",
+                    handle.seq, lease.seq
+                ));
+            } else if lease.volume != wanted && lease.seq == handle.seq {
+                self.fail(format!(
+                    "{export} is bound to diskseq {} while {other} still holds it as volume {}",
+                    handle.seq, lease.volume
+                ));
+            } else if lease.volume == wanted && lease.write && handle.write && !(lease.share && share) {
+                self.fail(format!("{export} and {other} both write to volume {wanted} and do not share"));
+            }
+        }
+        if self.newest.get(&export).is_some_and(|newest| *newest >= generation) {
+            self.fail(format!("{export}: generation {generation:?} does not grow"));
+        }
+        self.newest.insert(export.clone(), generation);
+        self.refused.remove(&export);
+        self.current.insert(export.clone(), generation);
+        let lease = Lease {
+            seq: handle.seq,
+            slot: handle.slot,
+            volume: wanted,
+            write: handle.write,
+            share,
+            in_flight: 0,
+            ending: None,
+            timed_out: false,
+            said_closed: false,
+        };
+        self.leases.insert((export, generation), lease);
+    }
+
+    fn definition_of(&self, export: &ExportName) -> Option<&Definition> {
+        let source = self.middle.export(export)?.source;
+        match source {
+            Source::Dbus => self.store.exports.get(export),
+            Source::Config => self.config.iter().find(|definition| definition.name == *export),
+        }
+    }
+
+    fn end(&mut self, export: &ExportName, generation: Generation, how: EndHow) {
+        let cut = matches!(how, EndHow::Cut { .. });
+        let key = (export.clone(), generation);
+        let Some(lease) = self.leases.get_mut(&key) else {
+            // Closed a moment ago, the answer is on its way: only a cut of a drain can cross it.
+            let crossing = self.answers.iter().any(|answer| {
+                matches!(answer, Event::LeaseEnded { export: e, generation: g, .. } if (e, g) == (export, &generation))
+            });
+            if !crossing {
+                self.fail(format!("{export} {generation:?} ends and is no lease"));
+            }
+            return;
+        };
+        if lease.ending.is_some() && !cut || lease.ending == Some(true) && !lease.timed_out {
+            self.fail(format!("{export} {generation:?} ends twice"));
+            return;
+        }
+        lease.ending = Some(cut);
+        if self.broken == Broken::OpenBeforeDrained && !lease.said_closed {
+            lease.said_closed = true;
+            let (export, generation) = key;
+            self.answers.push(Event::LeaseEnded { export, generation, end: LeaseEnd::Closed });
+        }
+    }
+
+    fn persist(&mut self, request: RequestId, changes: Vec<Change>) {
+        for change in &changes {
+            match change {
+                Change::PutConflict(conflict) => {
+                    self.conflicts.insert(conflict.export.clone(), conflict.first);
+                }
+                Change::DeleteConflict(export) if request == INTERNAL => {
+                    self.conflicts.remove(export);
+                }
+                Change::PutRelease(release) => {
+                    self.releases.insert(release.diskseq);
+                }
+                Change::DeleteRelease { diskseq, boot } => {
+                    if request == INTERNAL && *boot == BootId(format!("boot{}", self.boot)) {
+                        self.releases.remove(diskseq);
+                    }
+                    if request != INTERNAL {
+                        self.cancels.entry(request).or_default().insert(*diskseq);
+                    }
+                }
+                Change::PutExport(_) | Change::DeleteExport(_) | Change::DeleteConflict(_) => {}
+            }
+        }
+        self.writes.push_back((request, changes));
+    }
+
+    fn reply(&mut self, request: RequestId, reply: Result<Reply, RequestError>) {
+        let Some(pending) = self.pending.remove(&request) else {
+            return self.fail(format!("{request:?} is answered twice, or was never asked"));
+        };
+        match (pending, reply) {
+            (Pending::Add { name, .. }, Ok(Reply::Added { created, .. })) => {
+                if created && !self.store.exports.contains_key(&name) {
+                    let adopted = self.config.iter().any(|definition| definition.name == name);
+                    if !adopted {
+                        self.fail(format!("{name} was told to be added before it is stored"));
+                    }
+                }
+                if !self.accepts(&name) {
+                    self.fail(format!("{name} was told to serve and does not"));
+                }
+            }
+            (Pending::Remove { name }, Ok(_)) => {
+                if self.store.exports.contains_key(&name) && self.middle.export(&name).is_none() {
+                    self.fail(format!("{name} was told to be removed and is still stored"));
+                }
+                if self.lease_of(&name).is_some_and(|lease| lease.ending.is_none()) {
+                    self.fail(format!("{name} was told to be removed and still serves"));
+                }
+            }
+            (Pending::Detach { seqs, .. }, Ok(_)) => {
+                let boot = BootId(format!("boot{}", self.boot));
+                for seq in seqs {
+                    if self.leases.values().any(|lease| lease.seq == seq)
+                        || self.handles.values().any(|handle| handle.seq == seq)
+                    {
+                        self.fail(format!("diskseq {seq} is held and was told to be safe"));
+                    }
+                    if self.slots.iter().flatten().any(|disk| disk.seq == seq) {
+                        if !self.store.releases.iter().any(|r| r.diskseq == seq && r.boot == boot)
+                            && self.middle.diskseqs().any(|known| known == seq)
+                        {
+                            self.fail(format!("diskseq {seq} was told to be given up before it is stored"));
+                        }
+                        self.given_up.insert(seq);
+                    }
+                }
+            }
+            (Pending::Resolve { name }, Ok(_)) => {
+                self.conflicts.remove(&name);
+            }
+            (Pending::Cancel, Ok(_)) => {}
+            (_, Err(_)) => {}
+            (Pending::Add { name, .. }, Ok(other)) => self.fail(format!("{name}: {other:?}")),
+        }
+    }
+
+    // ---- What holds after every step.
+
+    pub fn check(&mut self) {
+        if let Err(what) = self.middle.check() {
+            self.fail(what);
+        }
+        for ((export, generation), lease) in self.leases.clone() {
+            if lease.ending.is_some() {
+                continue;
+            }
+            // A lease that goes on is on a disk that is there and is the volume, unless that was never told.
+            let slot = usize::from(lease.slot);
+            match self.slots[slot].as_ref().filter(|disk| disk.seq == lease.seq) {
+                Some(disk) if disk.volume != lease.volume && self.delivered_known[slot] > disk.changed => {
+                    self.fail(format!("{export} {generation:?} goes on after its disk was said to be another"));
+                }
+                None if self.left.get(&lease.seq).is_some_and(|left| self.delivered[slot] > *left) => {
+                    self.fail(format!("{export} {generation:?} goes on after its disk was said to have left"));
+                }
+                Some(_) | None => {}
+            }
+            if self.given_up.contains(&lease.seq) {
+                self.fail(format!("{export} {generation:?} goes on with a disk that was given up"));
+            }
+        }
+        let names: Vec<ExportName> = (0..NAMES).map(name).collect();
+        for export in names {
+            let serving = self.middle.export(&export).is_some_and(|view| view.state == State::Serving);
+            if serving != self.accepts(&export) {
+                self.fail(format!("{export}: Serving is {serving}, and the door lets in is {}", !serving));
+            }
+        }
+        let late: Vec<RequestId> = self
+            .pending
+            .iter()
+            .filter(|(_, pending)| match pending {
+                Pending::Add { due: Some(due), name, .. } => {
+                    // Another caller's export may not be stored yet: that is waited for.
+                    let stored = self.definition_of(name).is_some();
+                    stored && *due < self.now
+                }
+                Pending::Detach { due, .. } => *due < self.now,
+                _ => false,
+            })
+            .map(|(request, _)| *request)
+            .collect();
+        let looked = self.middle.deadline().is_none_or(|due| due > self.now);
+        if let Some(request) = late.first().filter(|_| looked) {
+            self.fail(format!("{request:?} is late"));
+        }
+    }
+
+    // ---- Rest.
+
+    /// Delivers and answers everything, surveys, and lets time go by until nothing is left to do; then every export
+    /// is where the machine says that it should be.
+    pub fn rest(&mut self) {
+        for disk in self.slots.iter_mut().flatten() {
+            disk.busy = false;
+        }
+        self.settle_all();
+        if self.broken != Broken::NoSurveyAfterLoss || self.survey_wanted {
+            self.survey(0, false);
+        }
+        self.settle_all();
+        let mut rounds = 0;
+        while self.violation.is_none() && self.pass_to_deadline(Duration::from_secs(100)) {
+            self.settle_all();
+            rounds += 1;
+            if rounds > 200 {
+                return self.fail("does not come to rest");
+            }
+        }
+        self.judge_rest();
+        while self.violation.is_none() && self.pass_to_deadline(Duration::from_secs(1000)) {
+            self.settle_all();
+            rounds += 1;
+            if rounds > 300 {
+                return self.fail("does not come to rest");
+            }
+        }
+        if self.violation.is_none() && self.middle.deadline().is_some() {
+            self.fail("a deadline is left over");
+        }
+        self.judge_rest();
+    }
+
+    fn settle_all(&mut self) {
+        for _ in 0..200 {
+            if self.violation.is_some() {
+                return;
+            }
+            if self.survey_wanted {
+                self.survey(0, false);
+            }
+            let ending = self.leases.values().any(|lease| lease.ending.is_some());
+            if self.observations.is_empty()
+                && self.opens.is_empty()
+                && self.answers.is_empty()
+                && self.writes.is_empty()
+                && !ending
+            {
+                return;
+            }
+            self.deliver(0);
+            self.open(0, 0);
+            for lease in self.leases.values_mut() {
+                lease.in_flight = 0;
+            }
+            self.end_lease(0, false);
+            self.keep(false);
+            self.answer(0);
+        }
+        self.fail("does not settle");
+    }
+
+    fn judge_rest(&mut self) {
+        if self.violation.is_some() {
+            return;
+        }
+        let open: Vec<RequestId> = self.pending.keys().copied().collect();
+        if let Some(request) = open.first() {
+            self.fail(format!("{request:?} was never answered"));
+        }
+        if !self.handles.is_empty() {
+            self.fail("an opened disk was forgotten");
+        }
+        let held = self.leases.len();
+        let serving: Vec<ExportName> = self
+            .middle
+            .export_names()
+            .filter(|export| self.middle.export(export).is_some_and(|view| view.disk.is_some()))
+            .cloned()
+            .collect();
+        if self.middle.is_idle() != (held == 0) {
+            self.fail(format!("{held} leases, and idle is {} ({serving:?})", self.middle.is_idle()));
+        }
+        for definition in self.config.clone() {
+            let refused = self.config_refused.contains(&definition.name);
+            let view = self.middle.export(&definition.name);
+            let there = view.is_some_and(|view| {
+                view.source == Source::Config && view.volume_id == definition.volume.to_string()
+            });
+            if !there && !refused {
+                self.fail(format!("{} is configured and neither there nor refused", definition.name));
+            }
+        }
+        for export in self.store.exports.keys().cloned().collect::<Vec<_>>() {
+            if self.middle.export(&export).is_none() {
+                self.fail(format!("{export} is stored and not there"));
+            }
+        }
+        for export in self.middle.export_names().cloned().collect::<Vec<_>>() {
+            self.judge_export(&export);
+        }
+    }
+
+    fn judge_export(&mut self, export: &ExportName) {
+        let Some(view) = self.middle.export(export) else { return };
+        let stored = self.store.exports.contains_key(export);
+        let configured = self.config.iter().any(|definition| definition.name == *export);
+        if !stored && !configured {
+            self.fail(format!("{export} is there and neither stored nor configured"));
+        }
+        let wanted = (0..VOLUMES).find(|v| volume(*v).to_string() == view.volume_id).unwrap_or(VOLUMES);
+        let claims = |disk: &&TruthDisk| disk.volume == wanted;
+        let active: Vec<DiskSeq> = self
+            .slots
+            .iter()
+            .flatten()
+            .filter(claims)
+            .filter(|disk| !disk.leaving && !disk.member && !self.releases.contains(&disk.seq))
+            .map(|disk| disk.seq)
+            .collect();
+        let released =
+            self.slots.iter().flatten().filter(claims).any(|disk| self.releases.contains(&disk.seq));
+        let conflict = self.conflicts.get(export).copied();
+        let expected = match (active.as_slice(), conflict) {
+            _ if self.stopped => State::Absent,
+            ([], _) if released => State::Released,
+            ([], _) => State::Absent,
+            ([_], None) => State::Serving,
+            ([only], Some(first)) if first == Some(*only) => State::Serving,
+            (_, _) => State::Ambiguous,
+        };
+        if view.state != expected {
+            self.fail(format!(
+                "{export} of volume {wanted} is {} ({}) and should be {}; claimants {active:?}, conflict {conflict:?}",
+                view.state.name(),
+                view.reason,
+                expected.name()
+            ));
+        } else if expected == State::Serving && view.disk != active.first().copied() {
+            self.fail(format!("{export} is on {:?} and should be on {active:?}", view.disk));
+        }
+        if active.len() > 1 && conflict.is_none() && !self.stopped {
+            self.fail(format!("{export}: {} disks claim the volume and no conflict is kept", active.len()));
+        }
+    }
+}
+
+impl Store {
+    fn apply(&mut self, changes: &[Change]) {
+        for change in changes.iter().cloned() {
+            match change {
+                Change::PutExport(definition) => {
+                    self.exports.insert(definition.name.clone(), definition);
+                }
+                Change::DeleteExport(export) => {
+                    self.exports.remove(&export);
+                }
+                Change::PutRelease(release) => {
+                    self.releases.retain(|r| (r.diskseq, &r.boot) != (release.diskseq, &release.boot));
+                    self.releases.push(release);
+                }
+                Change::DeleteRelease { diskseq, boot } => {
+                    self.releases.retain(|r| (r.diskseq, &r.boot) != (diskseq, &boot));
+                }
+                Change::PutConflict(conflict) => {
+                    self.conflicts.insert(conflict.export.clone(), conflict);
+                }
+                Change::DeleteConflict(export) => {
+                    self.conflicts.remove(&export);
+                }
+            }
+        }
+    }
+}
