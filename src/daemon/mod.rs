@@ -32,6 +32,9 @@ const EVENTS_MAX: usize = 1_024;
 /// D-Bus calls that may wait for the loop. Past it callers are told that the daemon is busy.
 const COMMANDS_MAX: usize = 256;
 
+/// How long the last signals may take to leave.
+const FAREWELL: std::time::Duration = std::time::Duration::from_secs(1);
+
 /// What `serve` was told on the command line; each overrides the configuration file.
 #[derive(Debug, Clone, Default)]
 pub struct Options {
@@ -154,6 +157,8 @@ async fn serve(options: &Options) -> Result<(), Error> {
     control.start(sockets);
     control.apply(Event::Configured { exports: config.exports });
     control.run(events, commands, options).await;
+    // Whoever listens hears of the end, if the bus takes it.
+    control.publisher.flush(FAREWELL).await;
     Ok(())
 }
 
