@@ -93,10 +93,17 @@ async fn an_attach_a_detach_and_a_swap_are_told_with_the_right_diskseq() {
     let mut seqs = Vec::new();
     for (x, y) in [(&first, &second), (&second, &first), (&first, &second)] {
         let (sx, sy) = (x.attach(&a), y.attach(&b));
-        let (fx, fy) = (
-            watched.seen(x.number(), sx).await,
-            watched.seen(y.number(), sy).await,
-        );
+        // Two disks are read side by side: either can be told first.
+        let mut told = std::collections::BTreeMap::new();
+        while told.len() < 2 {
+            if let Event::DiskSeen { facts, .. } = watched.next().await
+                && [sx, sy].contains(&facts.diskseq)
+            {
+                told.insert(facts.diskseq, facts);
+            }
+        }
+        let (fx, fy) = (&told[&sx], &told[&sy]);
+        assert_eq!((fx.number, fy.number), (x.number(), y.number()));
         assert_eq!(fx.identities, Reading::Known(one(&a)));
         assert_eq!(fy.identities, Reading::Known(one(&b)));
         assert_eq!((fx.size, fy.size), (1 << 20, 2 << 20));
@@ -288,6 +295,16 @@ async fn a_detach_that_waits_for_us_is_seen_by_the_survey_as_a_wish() {
     assert_eq!(facts.diskseq, seq);
     drop(open);
     assert_eq!(watched.gone(disk.number()).await, None);
+}
+
+#[tokio::test]
+async fn a_process_that_stood_still_surveys_again() {
+    let mut watched = watch(quiet()).await;
+    let before = watched.observer.counters().surveys;
+    // The observer runs on this thread: to it this is a SIGSTOP.
+    std::thread::sleep(Duration::from_millis(3500));
+    watched.survey().await;
+    assert_eq!(watched.observer.counters().surveys, before + 1);
 }
 
 #[tokio::test]

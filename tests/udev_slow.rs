@@ -90,11 +90,14 @@ async fn a_disk_that_does_not_answer_is_told_without_identity_and_again_when_it_
         "asked once, not at each survey"
     );
 
-    // Replaced, so that only the reader that waits gets the answer from the pipe.
+    // Moved away, so that only the reader that waits gets its answer from the pipe.
+    let old = tree.path().join("old");
+    fs::rename(&pipe, &old).unwrap();
+    fs::write(&pipe, "late").unwrap();
     let writer = tokio::task::spawn_blocking(move || {
         fs::File::options()
             .write(true)
-            .open(&pipe)
+            .open(&old)
             .unwrap()
             .write_all(b"late")
     });

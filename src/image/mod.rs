@@ -29,6 +29,7 @@ impl Extent {
         self.offset
     }
 
+    #[allow(clippy::len_without_is_empty, reason = "never empty, by construction")]
     pub fn len(self) -> u32 {
         self.len
     }

@@ -19,11 +19,14 @@ mod counters;
 mod gpt;
 mod kernel_socket;
 mod observer;
+mod reads;
+mod shared;
 mod slots;
 mod survey;
 mod sys;
 mod udev_socket;
 mod uevent;
+mod watch;
 
 use std::io;
 use std::path::{Path, PathBuf};

@@ -1,0 +1,232 @@
+//! The watching task's reads of single disks: started on the blocking pool, awaited up to a deadline, learned
+//! from, told. What is read last of each disk is remembered here; which export it belongs to is not.
+
+use std::io;
+use std::sync::Arc;
+
+use super::attributes::{self, Depth, Disk, Found};
+use super::counters::count;
+use super::shared::lock;
+use super::slots::{Start, Why};
+use super::watch::{Done, Known, RETRY_AFTER, Stopped, Watch};
+use crate::correlation::{DeviceNumber, DiskFacts, DiskSeq, Event, Mark, Reading};
+use crate::identity;
+
+impl Watch {
+    pub(super) fn start_read(&mut self, start: Start) {
+        let Start { number, shallow } = start;
+        count(&self.shared.counters.reads);
+        let depth = match shallow {
+            Some(reason) => Depth::Shallow {
+                reason: reason.to_owned(),
+            },
+            None => Depth::Full {
+                gpt: self.settings.gpt,
+            },
+        };
+        let settings = Arc::clone(&self.settings);
+        let shared = Arc::clone(&self.shared);
+        let deadline = settings.read_deadline;
+        let mut read = tokio::task::spawn_blocking(move || {
+            // Taken before the first byte is read: what is older than a newer observation is dropped.
+            let mark = shared.mark();
+            (mark, attributes::read_disk(&settings.sysfs, number, &depth))
+        });
+        self.tasks.spawn(async move {
+            match tokio::time::timeout(deadline, &mut read).await {
+                Ok(Ok(outcome)) => Done::Read(number, outcome),
+                Ok(Err(e)) => Done::Broken(number, e),
+                Err(_) => Done::Slow(number, read),
+            }
+        });
+    }
+
+    pub(super) async fn on_done(&mut self, done: Done) -> Result<(), Stopped> {
+        match done {
+            Done::Read(number, (mark, result)) => {
+                let told = self.slots.finish(number) == Some(Why::Event);
+                self.on_read(number, mark, result, told).await
+            }
+            Done::Slow(number, read) => {
+                count(&self.shared.counters.late_reads);
+                tracing::warn!(
+                    disk = %number,
+                    deadline_ms = u64::try_from(self.settings.read_deadline.as_millis()).unwrap_or(u64::MAX),
+                    "the disk does not answer: it is reported without its identity"
+                );
+                self.slots.hang(number);
+                self.tasks.spawn(async move {
+                    let ended = read.await.map(|(_, result)| result);
+                    Done::Late(number, ended.unwrap_or_else(|e| Err(io::Error::other(e))))
+                });
+                Ok(())
+            }
+            Done::Late(number, result) => {
+                tracing::info!(disk = %number, "the disk has answered, late");
+                if let Ok(Found::Disk(disk)) = result
+                    && let Ok(attributes) = disk.attributes
+                {
+                    self.late.insert(number, (disk.diskseq, attributes));
+                }
+                // The answer is as old as its question: it counts if the same disk is still there.
+                self.slots.answered(number);
+                Ok(())
+            }
+            Done::Listed(result) => {
+                self.on_listed(result);
+                Ok(())
+            }
+            Done::Retry(number) => {
+                self.slots.want(number, Why::Event);
+                Ok(())
+            }
+            Done::Broken(number, error) => {
+                tracing::error!(disk = %number, %error, "a read of the disk broke");
+                let told = self.slots.finish(number) == Some(Why::Event);
+                let result = Err(io::Error::other(error));
+                self.on_read(number, self.shared.mark(), result, told).await
+            }
+        }
+    }
+
+    /// `told`: by itself; a survey's reading is told with its survey.
+    async fn on_read(
+        &mut self,
+        number: DeviceNumber,
+        mark: Mark,
+        result: io::Result<Found>,
+        told: bool,
+    ) -> Result<(), Stopped> {
+        match result {
+            Ok(Found::Disk(disk)) => {
+                self.unreadable.remove(&number);
+                let facts = self.learn(*disk);
+                self.in_survey(number, mark, Some(&facts));
+                if told {
+                    self.tell(Event::DiskSeen { mark, facts }).await?;
+                }
+            }
+            Ok(Found::Empty | Found::Absent) => {
+                self.forget(number, None);
+                self.in_survey(number, mark, None);
+                if told {
+                    // Whatever was there: the device holds no disk now.
+                    let diskseq = None;
+                    self.tell(Event::DiskGone {
+                        mark,
+                        number,
+                        diskseq,
+                    })
+                    .await?;
+                }
+            }
+            Ok(Found::NotOurs) => self.in_survey(number, mark, None),
+            Err(error) => {
+                count(&self.shared.counters.failed_reads);
+                if error.kind() == io::ErrorKind::Interrupted {
+                    self.tasks.spawn(async move {
+                        tokio::time::sleep(RETRY_AFTER).await;
+                        Done::Retry(number)
+                    });
+                } else if self.unreadable.insert(number) {
+                    tracing::warn!(disk = %number, %error, "the disk cannot be read");
+                }
+                // A read that failed shows no removal: what is known of the disk stays.
+                let facts = self.known.get(&number).map(|known| DiskFacts {
+                    identities: Reading::Unknown(error.to_string()),
+                    ..known.facts.clone()
+                });
+                self.in_survey(number, mark, facts.as_ref());
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes a reading into memory and makes facts of it.
+    fn learn(&mut self, mut disk: Disk) -> DiskFacts {
+        let number = disk.number;
+        if let Some((diskseq, attributes)) = self.late.remove(&number)
+            && disk.attributes.is_err()
+        {
+            if diskseq == disk.diskseq {
+                disk.attributes = Ok(attributes);
+            } else {
+                self.slots.want(number, Why::Event);
+            }
+        }
+        if let Ok(attributes) = &mut disk.attributes {
+            attributes.id_path = self.shared.slot_of(number, disk.diskseq);
+        }
+        let before = self
+            .known
+            .get(&number)
+            .filter(|known| known.facts.diskseq == disk.diskseq);
+        let autoclear_at_first = before.map_or(disk.autoclear, |known| known.autoclear_at_first);
+        // What this disk is built on has a holder now, of which no event tells.
+        for (member, known) in &self.known {
+            if disk.slaves.contains(&known.name) && !known.facts.holders.contains(&disk.name) {
+                self.slots.want(*member, Why::Event);
+            }
+        }
+        let name = disk.name.clone();
+        let facts = facts(disk, autoclear_at_first);
+        self.known.insert(
+            number,
+            Known {
+                facts: facts.clone(),
+                name,
+                autoclear_at_first,
+            },
+        );
+        facts
+    }
+
+    /// The disk, or that incarnation of it, is gone.
+    pub(super) fn forget(&mut self, number: DeviceNumber, diskseq: Option<DiskSeq>) {
+        let is_other = |known: &Known| diskseq.is_some_and(|seq| seq != known.facts.diskseq);
+        if self.known.get(&number).is_some_and(is_other) {
+            return;
+        }
+        self.unreadable.remove(&number);
+        self.late.remove(&number);
+        lock(&self.shared.id_paths).remove(&number);
+        let Some(gone) = self.known.remove(&number) else {
+            return;
+        };
+        for (member, known) in &self.known {
+            if known.facts.holders.contains(&gone.name) {
+                self.slots.want(*member, Why::Event);
+            }
+        }
+    }
+}
+
+fn facts(disk: Disk, autoclear_at_first: bool) -> DiskFacts {
+    let mut serial = String::new();
+    let mut wwid = String::new();
+    let mut model = String::new();
+    if let Ok(a) = &disk.attributes {
+        let page = a.vpd_pg80.as_deref().and_then(|page| page.get(4..));
+        let text = a.virtio_serial.as_ref().or(a.nvme_serial.as_ref());
+        serial = attributes::shown(text.map(String::as_bytes).or(page).unwrap_or_default());
+        wwid = attributes::shown(a.wwid.as_deref().unwrap_or_default().as_bytes());
+        let words = [&a.vendor, &a.model].map(|w| w.as_deref().unwrap_or_default());
+        model = words.join(" ").trim().to_owned();
+    }
+    DiskFacts {
+        node: disk.node,
+        number: disk.number,
+        diskseq: disk.diskseq,
+        size: disk.size,
+        read_only: disk.read_only,
+        identities: match disk.attributes {
+            Ok(attributes) => Reading::Known(identity::identities(&attributes)),
+            Err(reason) => Reading::Unknown(reason),
+        },
+        serial,
+        wwid,
+        model,
+        holders: disk.holders,
+        leaving: disk.autoclear && !autoclear_at_first,
+    }
+}
