@@ -64,8 +64,10 @@ fn bad_configuration_is_refused_and_named() -> Outcome<()> {
             "[[export]]\nname = \"a\"\npath = \"/x.qcow2\"\n",
         )?;
         must_refuse(&home, "a file instead of a volume", "path")?;
-        // An empty file is a daemon without exports.
+        // More likely a write that failed than a wish for no exports; that wish takes a comment.
         std::fs::write(&home.config, "")?;
+        must_refuse(&home, "an empty file", "empty")?;
+        std::fs::write(&home.config, "# no exports yet\n")?;
         home.start()?.stop()
     })
 }
