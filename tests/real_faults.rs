@@ -196,7 +196,7 @@ fn unknown_volumes_and_names_are_refused_by_their_error() -> Outcome<()> {
         let id = scene.volumes[0].id();
         let client = &scene.client;
         refused(client.prepare_detach("loop:/nowhere/at/all"), "NotFound")?;
-        refused(client.remove_export("nobody", "safe"), "NotFound")?;
+        refused(client.remove_export("nobody", "soft"), "NotFound")?;
         refused(client.add_export("", &id), "InvalidArgument")?;
         refused(client.add_export("x", "nonsense"), "InvalidArgument")?;
         refused(
