@@ -10,8 +10,8 @@ use std::time::Duration;
 
 use nbdtrack::correlation::{
     Action, BootId, Change, Conflict, Correlation, Definition, DeviceNode, DeviceNumber, DiskFacts, DiskSeq,
-    EndHow, Event, ExportName, Generation, INTERNAL, LeaseEnd, Mark, OpenDisk, OpenRefusal, OpenedDisk, Reading,
-    Release, Remembered, Reply, Request, RequestError, RequestId, Settings, Source, State, Ticket,
+    EndHow, Event, ExportName, Generation, INTERNAL, LeaseEnd, Mark, OpenDisk, OpenRefusal, OpenedDisk,
+    Reading, Release, Remembered, Reply, Request, RequestError, RequestId, Settings, Source, State, Ticket,
 };
 use nbdtrack::identity::{Identity, Scheme, VolumeId};
 
@@ -87,11 +87,24 @@ pub struct Lease {
 
 #[derive(Clone, Debug)]
 enum Pending {
-    Add { name: ExportName, wait: Duration, due: Option<Duration> },
-    Remove { name: ExportName },
-    Detach { seqs: BTreeSet<DiskSeq>, due: Duration },
+    Add {
+        name: ExportName,
+        wait: Duration,
+        due: Option<Duration>,
+    },
+    Remove {
+        name: ExportName,
+    },
+    /// `released` present the volume's identity when asked; `held` are held as it.
+    Detach {
+        released: BTreeSet<DiskSeq>,
+        held: BTreeSet<DiskSeq>,
+        due: Duration,
+    },
     Cancel,
-    Resolve { name: ExportName },
+    Resolve {
+        name: ExportName,
+    },
 }
 
 #[derive(Clone, Debug, Default)]
@@ -127,6 +140,8 @@ pub struct World {
     pub writes: VecDeque<(RequestId, Vec<Change>)>,
     pub config: Vec<Definition>,
     config_refused: BTreeSet<ExportName>,
+    /// The definitions of the configuration that were taken over last.
+    configured: BTreeMap<ExportName, Definition>,
     conflicts: BTreeMap<ExportName, Option<DiskSeq>>,
     releases: BTreeSet<DiskSeq>,
     /// Given up, and told so: never to be opened.
@@ -136,6 +151,8 @@ pub struct World {
     cancels: BTreeMap<RequestId, BTreeSet<DiskSeq>>,
     next_request: u64,
     pub stopped: bool,
+    /// The store failed to keep something that no caller waited for: it and the middle may differ, which is logged.
+    forgetful: bool,
     pub violation: Option<String>,
     pub log: Option<Vec<String>>,
     pub applied: u64,
@@ -204,6 +221,7 @@ impl World {
             writes: VecDeque::new(),
             config: Vec::new(),
             config_refused: BTreeSet::new(),
+            configured: BTreeMap::new(),
             conflicts: BTreeMap::new(),
             releases: BTreeSet::new(),
             given_up: BTreeSet::new(),
@@ -211,6 +229,7 @@ impl World {
             cancels: BTreeMap::new(),
             next_request: 1,
             stopped: false,
+            forgetful: false,
             violation: None,
             log: None,
             applied: 0,
@@ -538,6 +557,7 @@ impl World {
     pub fn keep(&mut self, fails: bool) {
         let Some((request, changes)) = self.writes.pop_front() else { return };
         let result = if fails {
+            self.forgetful |= request == INTERNAL;
             Err("disk full".to_owned())
         } else {
             self.store.apply(&changes);
@@ -559,10 +579,10 @@ impl World {
             }
             Request::RemoveExport { name, .. } => Pending::Remove { name: name.clone() },
             Request::PrepareDetach { volume, within, .. } => {
-                let mut seqs: BTreeSet<DiskSeq> = self.middle.disks_of(volume).into_iter().collect();
+                let released: BTreeSet<DiskSeq> = self.middle.disks_of(volume).into_iter().collect();
                 let index = (0..VOLUMES).find(|v| self::volume(*v) == *volume);
-                seqs.extend(self.leases.values().filter(|l| Some(l.volume) == index).map(|l| l.seq));
-                Pending::Detach { seqs, due: self.now + *within + MARGIN }
+                let held = self.leases.values().filter(|l| Some(l.volume) == index).map(|l| l.seq).collect();
+                Pending::Detach { released, held, due: self.now + *within + MARGIN }
             }
             Request::CancelDetach { .. } => Pending::Cancel,
             Request::ResolveConflict { name, .. } => Pending::Resolve { name: name.clone() },
@@ -574,7 +594,13 @@ impl World {
     pub fn configure(&mut self, definitions: Vec<Definition>) {
         self.config.clone_from(&definitions);
         self.config_refused.clear();
-        self.apply(Event::Configured { exports: definitions });
+        self.apply(Event::Configured { exports: definitions.clone() });
+        self.configured.retain(|export, _| self.config.iter().any(|definition| definition.name == *export));
+        for definition in definitions {
+            if !self.config_refused.contains(&definition.name) {
+                self.configured.insert(definition.name.clone(), definition);
+            }
+        }
     }
 
     // ---- Time, crashes, the end.
@@ -729,20 +755,23 @@ impl World {
             Action::Refuse { export, .. } => {
                 self.refused.insert(export);
             }
-            Action::Unseal { export, generation } => {
-                match self.leases.get(&(export.clone(), generation)) {
-                    Some(lease) if lease.ending.is_none() => {
-                        self.refused.remove(&export);
-                    }
-                    _ => self.fail(format!("{export} is unsealed without a lease")),
+            Action::Unseal { export, generation } => match self.leases.get(&(export.clone(), generation)) {
+                Some(lease) if lease.ending.is_none() => {
+                    self.refused.remove(&export);
                 }
-            }
+                _ => self.fail(format!("{export} is unsealed without a lease")),
+            },
             Action::Forget { export } => {
                 if self.lease_of(&export).is_some_and(|lease| lease.ending.is_none()) {
                     self.fail(format!("{export} is forgotten while it serves"));
                 }
                 self.refused.remove(&export);
                 self.conflicts.remove(&export);
+                // Another export of this name counts anew, above what is still held of this one.
+                let held =
+                    self.leases.keys().filter(|(name, _)| *name == export).map(|(_, held)| *held).max();
+                self.newest.remove(&export);
+                self.newest.extend(held.map(|held| (export, held)));
             }
             Action::EndLease { export, generation, how } => self.end(&export, generation, how),
             Action::Persist { request, changes } => self.persist(request, changes),
@@ -774,7 +803,9 @@ impl World {
         let share = self.definition_of(&export).is_some_and(|definition| definition.share);
         for ((other, other_generation), lease) in self.leases.clone() {
             if other == export {
-                self.fail(format!("{export} opens generation {generation:?} before {other_generation:?} is closed"));
+                self.fail(format!(
+                    "{export} opens generation {generation:?} before {other_generation:?} is closed"
+                ));
             } else if lease.volume == wanted && lease.seq != handle.seq {
                 self.fail(format!(
                     "{export} is bound to diskseq {} while {other} holds the volume's diskseq {} (invariant 6)",
@@ -813,7 +844,7 @@ impl World {
         let source = self.middle.export(export)?.source;
         match source {
             Source::Dbus => self.store.exports.get(export),
-            Source::Config => self.config.iter().find(|definition| definition.name == *export),
+            Source::Config => self.configured.get(export),
         }
     }
 
@@ -892,15 +923,15 @@ impl World {
                     self.fail(format!("{name} was told to be removed and still serves"));
                 }
             }
-            (Pending::Detach { seqs, .. }, Ok(_)) => {
+            (Pending::Detach { released, held, .. }, Ok(_)) => {
                 let boot = BootId(format!("boot{}", self.boot));
-                for seq in seqs {
+                for seq in released.union(&held).copied() {
                     if self.leases.values().any(|lease| lease.seq == seq)
                         || self.handles.values().any(|handle| handle.seq == seq)
                     {
                         self.fail(format!("diskseq {seq} is held and was told to be safe"));
                     }
-                    if self.slots.iter().flatten().any(|disk| disk.seq == seq) {
+                    if released.contains(&seq) && self.slots.iter().flatten().any(|disk| disk.seq == seq) {
                         if !self.store.releases.iter().any(|r| r.diskseq == seq && r.boot == boot)
                             && self.middle.diskseqs().any(|known| known == seq)
                         {
@@ -933,10 +964,14 @@ impl World {
             let slot = usize::from(lease.slot);
             match self.slots[slot].as_ref().filter(|disk| disk.seq == lease.seq) {
                 Some(disk) if disk.volume != lease.volume && self.delivered_known[slot] > disk.changed => {
-                    self.fail(format!("{export} {generation:?} goes on after its disk was said to be another"));
+                    self.fail(format!(
+                        "{export} {generation:?} goes on after its disk was said to be another"
+                    ));
                 }
                 None if self.left.get(&lease.seq).is_some_and(|left| self.delivered[slot] > *left) => {
-                    self.fail(format!("{export} {generation:?} goes on after its disk was said to have left"));
+                    self.fail(format!(
+                        "{export} {generation:?} goes on after its disk was said to have left"
+                    ));
                 }
                 Some(_) | None => {}
             }
@@ -955,12 +990,7 @@ impl World {
             .pending
             .iter()
             .filter(|(_, pending)| match pending {
-                Pending::Add { due: Some(due), name, .. } => {
-                    // Another caller's export may not be stored yet: that is waited for.
-                    let stored = self.definition_of(name).is_some();
-                    stored && *due < self.now
-                }
-                Pending::Detach { due, .. } => *due < self.now,
+                Pending::Add { due: Some(due), .. } | Pending::Detach { due, .. } => *due < self.now,
                 _ => false,
             })
             .map(|(request, _)| *request)
@@ -1067,7 +1097,7 @@ impl World {
             }
         }
         for export in self.store.exports.keys().cloned().collect::<Vec<_>>() {
-            if self.middle.export(&export).is_none() {
+            if self.middle.export(&export).is_none() && !self.forgetful {
                 self.fail(format!("{export} is stored and not there"));
             }
         }
