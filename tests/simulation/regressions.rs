@@ -140,7 +140,6 @@ fn facts_from_before_a_survey_make_no_phantom() {
     world.detach(1, true);
     world.survey(0, false);
     world.deliver(2);
-    world.deliver(1);
     world.deliver(0);
     assert_eq!(world.middle.disks_of(&volume(1)), []);
     ends_well(world);
