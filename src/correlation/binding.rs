@@ -90,6 +90,19 @@ impl Binding {
         }
     }
 
+    /// The lease that may go on. One that ends is of no account for where the export belongs next.
+    pub fn kept(&self) -> Option<Held> {
+        match self {
+            Binding::Serving(held) => Some(*held),
+            Binding::Ambiguous { held, .. } => *held,
+            Binding::Absent { .. }
+            | Binding::Opening { .. }
+            | Binding::Draining { .. }
+            | Binding::Released { .. }
+            | Binding::Failed { .. } => None,
+        }
+    }
+
     /// The disk that this export is on, or would be.
     pub fn diskseq(&self) -> Option<DiskSeq> {
         match self {

@@ -46,6 +46,8 @@ pub(super) struct Disks {
     by_identity: BTreeMap<Identity, BTreeSet<DiskSeq>>,
     /// The newest observation of each device number. Pruned by each survey.
     touched: BTreeMap<DeviceNumber, Mark>,
+    /// The newest survey, which observed every device number.
+    surveyed_at: Mark,
 }
 
 impl Disks {
@@ -85,11 +87,12 @@ impl Disks {
         {
             changes.extend(self.remove(tenant));
         }
-        // A disk under another number: one diskseq is one disk, so it was renumbered; that has no right to keep its lease.
-        if let Some(known) = self.disks.get(&facts.diskseq)
-            && known.facts.number != facts.number
+        // A disk under another number: one diskseq is one disk, so it is the same, released as it was, and what is open
+        // of it was proven by that diskseq. The next open compares the number.
+        if let Some(known) = self.disks.get(&facts.diskseq).map(|disk| disk.facts.number)
+            && known != facts.number
         {
-            changes.extend(self.remove(facts.diskseq));
+            self.by_number.remove(&known);
         }
         changes.extend(self.put(facts));
         changes
@@ -99,10 +102,12 @@ impl Disks {
         if self.is_stale(number, mark) {
             return Vec::new();
         }
-        self.touched.insert(number, mark);
         match (self.by_number.get(&number).copied(), diskseq) {
-            // The number already belongs to a later disk: this tells of the one before it.
-            (Some(tenant), Some(told)) if tenant > told => Vec::new(),
+            // The number already belongs to a later disk: this tells of the one before it, and nothing of the later one.
+            (Some(tenant), Some(told)) if tenant > told => return Vec::new(),
+            _ => self.touched.insert(number, mark),
+        };
+        match (self.by_number.get(&number).copied(), diskseq) {
             (Some(tenant), _) => self.remove(tenant).into_iter().collect(),
             (None, _) => Vec::new(),
         }
@@ -110,12 +115,15 @@ impl Disks {
 
     /// Makes the model equal to the machine (invariant 4), but for what was observed after `mark`.
     pub fn surveyed(&mut self, mark: Mark, disks: Vec<DiskFacts>) -> Vec<DiskChange> {
-        let present: BTreeSet<(DeviceNumber, DiskSeq)> =
-            disks.iter().map(|facts| (facts.number, facts.diskseq)).collect();
+        if self.surveyed_at > mark {
+            return Vec::new();
+        }
+        self.surveyed_at = mark;
+        let present: BTreeSet<DiskSeq> = disks.iter().map(|facts| facts.diskseq).collect();
         let missing: Vec<DiskSeq> = self
             .disks
             .values()
-            .filter(|disk| !present.contains(&(disk.facts.number, disk.facts.diskseq)))
+            .filter(|disk| !present.contains(&disk.facts.diskseq))
             .filter(|disk| !self.is_stale(disk.facts.number, mark))
             .map(|disk| disk.facts.diskseq)
             .collect();
@@ -125,12 +133,13 @@ impl Disks {
             changes.extend(self.seen(mark, facts));
         }
         let by_number = &self.by_number;
+        // What is older than this survey is stale by `surveyed_at` alone.
         self.touched.retain(|number, touched| *touched > mark || by_number.contains_key(number));
         changes
     }
 
     fn is_stale(&self, number: DeviceNumber, mark: Mark) -> bool {
-        self.touched.get(&number).is_some_and(|touched| *touched > mark)
+        self.surveyed_at > mark || self.touched.get(&number).is_some_and(|touched| *touched > mark)
     }
 
     fn put(&mut self, facts: DiskFacts) -> Option<DiskChange> {

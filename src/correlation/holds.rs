@@ -15,6 +15,8 @@ struct HeldDisk {
     tickets: BTreeSet<Ticket>,
     /// With what an orphan is held by.
     leases: BTreeMap<(ExportName, Generation), Option<String>>,
+    /// As which identities the disk was leased: it can present others later.
+    leased_as: BTreeMap<(ExportName, Generation), BTreeSet<Identity>>,
 }
 
 #[derive(Debug, Clone, Default)]
@@ -51,7 +53,9 @@ impl Holds {
         generation: Generation,
     ) {
         self.by_lease.insert((export.clone(), generation), diskseq);
-        self.disk(diskseq, identities).leases.insert((export, generation), None);
+        let held = self.disk(diskseq, identities);
+        held.leased_as.insert((export.clone(), generation), identities.clone());
+        held.leases.insert((export, generation), None);
     }
 
     /// The open is answered, and its descriptor closed or passed on to a lease.
@@ -68,6 +72,7 @@ impl Holds {
         let diskseq = self.by_lease.remove(&key)?;
         let held = self.disks.get_mut(&diskseq)?;
         held.leases.remove(&key);
+        held.leased_as.remove(&key);
         let identities = held.identities.clone();
         self.sweep(diskseq);
         Some(identities)
@@ -79,6 +84,17 @@ impl Holds {
             return;
         };
         held.leases.insert(key, Some(holding));
+    }
+
+    /// The disk that a lease is on.
+    pub fn disk_of(&self, export: &ExportName, generation: Generation) -> Option<DiskSeq> {
+        self.by_lease.get(&(export.clone(), generation)).copied()
+    }
+
+    /// The newest lease of an export of this name that is still held.
+    pub fn newest(&self, export: &ExportName) -> Generation {
+        let all = (export.clone(), Generation(0))..=(export.clone(), Generation(u64::MAX));
+        self.by_lease.range(all).next_back().map_or(Generation(0), |((_, generation), _)| *generation)
     }
 
     pub fn orphans(&self) -> usize {
@@ -103,8 +119,15 @@ impl Holds {
         candidates.iter().filter_map(|c| self.by_identity.get(c)).flatten().copied().collect()
     }
 
-    /// Invariant 6: a lease of this volume on a disk other than `wanted`.
+    /// Invariant 6: a lease of this volume on a disk other than `wanted`, or one on `wanted` from when that
+    /// was another volume, whose late writes would land on this one.
     pub fn blocking(&self, candidates: &BTreeSet<Identity>, wanted: DiskSeq) -> Option<Blocking> {
+        let foreign = self.disks.get(&wanted).and_then(|held| {
+            held.leased_as.iter().find(|(_, identities)| identities.is_disjoint(candidates))
+        });
+        if let Some(((export, _), _)) = foreign {
+            return Some(Blocking { diskseq: wanted, export: export.clone() });
+        }
         self.of(candidates).into_iter().filter(|diskseq| *diskseq != wanted).find_map(|diskseq| {
             let (export, _) = self.disks.get(&diskseq)?.leases.keys().next()?;
             Some(Blocking { diskseq, export: export.clone() })

@@ -79,8 +79,9 @@ impl Correlation {
             return Err(RequestError::NotReady("the daemon is stopping".to_owned()));
         }
         let name = definition.name.clone();
+        let removing = self.is_being_removed(&name);
         if let Some(export) = self.exports.get_mut(&name) {
-            if export.leaving.is_some() {
+            if export.leaving.is_some() || removing {
                 return Err(RequestError::NotReady(format!("export {name} is being removed; try again")));
             }
             let known = &export.definition;
@@ -101,6 +102,11 @@ impl Correlation {
             self.answer_waiters(&name);
             return Ok(());
         }
+        if removing || self.is_being_added(&name) {
+            return Err(RequestError::NotReady(format!(
+                "an export {name} is being added or removed; try again"
+            )));
+        }
         self.judge_definition(&definition)?;
         self.insert_export(definition.clone(), false);
         self.settle(&name);
@@ -110,35 +116,13 @@ impl Correlation {
         Ok(())
     }
 
-    /// Refuses a definition that could be taken for another export's volume, or that would write where another writes.
-    pub(super) fn judge_definition(&self, definition: &Definition) -> Result<(), RequestError> {
-        let candidates = definition.volume.candidates();
-        for name in self.exports_of(&candidates) {
-            let Some(other) = self.exports.get(&name).map(|export| &export.definition) else { continue };
-            if other.name == definition.name {
-                continue;
-            }
-            if other.volume != definition.volume {
-                let common =
-                    candidates.intersection(&other.volume.candidates()).next().map(ToString::to_string);
-                return Err(RequestError::InvalidConfig(format!(
-                    "export {}: volume {} could be the disk of export {} ({}): both would look for {}",
-                    definition.name,
-                    definition.volume,
-                    other.name,
-                    other.volume,
-                    common.unwrap_or_default(),
-                )));
-            }
-            if !definition.read_only && !other.read_only && !(definition.share && other.share) {
-                return Err(RequestError::InUse(format!(
-                    "export {}: volume {} is already written to by export {}; make one of them read-only, or say \
-                     'share' on both",
-                    definition.name, definition.volume, other.name,
-                )));
-            }
-        }
-        Ok(())
+    /// Refuses a definition that cannot stand beside those that are there, or are about to be.
+    fn judge_definition(&self, definition: &Definition) -> Result<(), RequestError> {
+        let mut names = self.exports_of(&definition.volume.candidates());
+        names.extend(self.replacing.iter().cloned());
+        let mut others =
+            names.iter().filter_map(|name| self.exports.get(name)).filter(|export| !export.goes());
+        others.try_for_each(|export| judge_pair(definition, export.planned()))
     }
 
     fn remove(
@@ -156,18 +140,31 @@ impl Correlation {
                 "export {name} stands in the configuration file: take it out there"
             )));
         }
-        if !export.durable || export.leaving.is_some() {
+        if !export.durable || export.leaving.is_some() || self.is_being_removed(name) {
             return Err(RequestError::NotReady(format!(
                 "export {name} is being added or removed; try again"
             )));
         }
         let how = if hard { EndHow::Cut { within } } else { EndHow::Drain { within } };
-        let mut changes = vec![Change::DeleteExport(name.clone())];
-        if export.conflict.is_some() {
-            changes.push(Change::DeleteConflict(name.clone()));
-        }
+        let changes = vec![Change::DeleteExport(name.clone())];
         self.persist(request, Persisting::Remove { name: name.clone(), how, hard }, changes);
+        // It opens nothing and promises nothing any more; who is served is, until the removal is stored.
+        self.settle(name);
         Ok(())
+    }
+
+    /// A definition of this name is being stored (its export may have gone since).
+    fn is_being_added(&self, name: &ExportName) -> bool {
+        self.persisting
+            .values()
+            .any(|purpose| matches!(purpose, Persisting::Add { name: added, .. } if added == name))
+    }
+
+    /// Its removal is being stored.
+    pub(super) fn is_being_removed(&self, name: &ExportName) -> bool {
+        self.persisting
+            .values()
+            .any(|purpose| matches!(purpose, Persisting::Remove { name: removed, .. } if removed == name))
     }
 
     fn prepare_detach(
@@ -177,8 +174,18 @@ impl Correlation {
         hard: bool,
         within: Duration,
     ) -> Result<(), RequestError> {
+        self.ready_to_detach()?;
         let candidates = volume.candidates();
         let attached = self.disks.presenting(&candidates);
+        let taken_back = self
+            .persisting
+            .values()
+            .any(|purpose| matches!(purpose, Persisting::Cancel { disks } if !disks.is_disjoint(&attached)));
+        if taken_back {
+            return Err(RequestError::NotReady(format!(
+                "an earlier detach of {volume} is being cancelled; try again when that is answered"
+            )));
+        }
         let mut disks = self.holds.of(&candidates);
         disks.extend(&attached);
         if disks.is_empty() {
@@ -205,7 +212,11 @@ impl Correlation {
         for diskseq in attached {
             self.release(diskseq, volume.clone());
         }
-        self.detaches.insert(request, Detach { disks, persisted: changes.is_empty(), failure: None });
+        // A caller that asks again must not take the silence of an empty disk for success.
+        let lost = disks.iter().find_map(|diskseq| self.released.get(diskseq)?.unflushed.clone());
+        let failure =
+            lost.map(|what| RequestError::Failed(format!("closed, but not everything is durable: {what}")));
+        self.detaches.insert(request, Detach { disks, persisted: changes.is_empty(), failure });
         self.remind(self.now + within + REPORT_SLACK, Timer::Detach(request));
         if !changes.is_empty() {
             self.persist(request, Persisting::Detach, changes);
@@ -214,6 +225,15 @@ impl Correlation {
             self.settle(&name);
         }
         Ok(())
+    }
+
+    /// "Nothing is attached" can be told only of a machine that was surveyed.
+    fn ready_to_detach(&self) -> Result<(), RequestError> {
+        if self.surveyed {
+            return Ok(());
+        }
+        let reason = "the disks of this machine have not been surveyed yet; try again";
+        Err(RequestError::NotReady(reason.to_owned()))
     }
 
     /// Errs when neither an export nor a disk knows of this volume.
@@ -225,12 +245,17 @@ impl Correlation {
     }
 
     pub(super) fn release(&mut self, diskseq: DiskSeq, volume: VolumeId) {
-        self.released.insert(diskseq, Released { volume, remark: String::new() });
-        self.remind(self.now + self.settings.detach_grace, Timer::Grace(diskseq));
+        let due = self.now + self.settings.detach_grace;
+        let before = self.released.remove(&diskseq);
+        let unflushed = before.and_then(|before| before.unflushed);
+        let remark = unflushed.as_ref().map(|what| format!(", but {what}")).unwrap_or_default();
+        self.released.insert(diskseq, Released { volume, remark, unflushed, due });
+        self.remind(due, Timer::Grace(diskseq));
         self.log_disk(diskseq, "released", "prepared for detach".to_owned());
     }
 
     fn cancel_detach(&mut self, request: RequestId, volume: &VolumeId) -> Result<(), RequestError> {
+        self.ready_to_detach()?;
         let candidates = volume.candidates();
         let attached = self.disks.presenting(&candidates);
         let disks: BTreeSet<DiskSeq> = self
@@ -279,10 +304,11 @@ impl Correlation {
             .exports
             .get(name)
             .ok_or_else(|| RequestError::NotFound(format!("there is no export {name}")))?;
-        let claimants = self.disks.presenting(&export.candidates);
+        // What was given up, is asked to leave or is a member of something else claims nothing.
+        let claimants = self.claimants(export).active;
         if !claimants.contains(&diskseq) {
             return Err(RequestError::IdentityMismatch(format!(
-                "no attached disk with diskseq {diskseq} presents the identity of {}",
+                "no attached disk with diskseq {diskseq} could be {}",
                 export.definition.volume
             )));
         }
@@ -307,7 +333,10 @@ impl Correlation {
         match (purpose, result) {
             (Persisting::Add { name, wait }, Ok(())) => self.added(request, &name, wait),
             (Persisting::Add { name, .. }, Err(error)) => {
-                self.forget(&name, &failed(&error));
+                // It may have been adopted by the configuration, which keeps it.
+                if self.exports.get(&name).is_some_and(|export| !export.durable) {
+                    self.forget(&name, &failed(&error));
+                }
                 self.reply(request, Err(failed(&error)));
             }
             (Persisting::Remove { name, how, hard }, Ok(())) => {
@@ -315,6 +344,14 @@ impl Correlation {
                     self.reply(request, Ok(Reply::Done));
                     return;
                 };
+                if export.planned().source == Source::Config {
+                    let error =
+                        format!("export {name} stands in the configuration file now: take it out there");
+                    self.reply(request, Err(RequestError::NotSupported(error)));
+                    self.settle(&name);
+                    self.answer_waiters(&name);
+                    return;
+                }
                 export.leaving = Some(Leaving { request: Some(request), how, hard, replacement: None });
                 self.settle(&name);
                 self.finish_leaving(&name);
@@ -323,12 +360,13 @@ impl Correlation {
             (Persisting::Resolve { name, diskseq }, Ok(())) => {
                 // The machine may have changed while the store was writing.
                 let outcome = self.judge_resolution(&name, diskseq);
-                if outcome.is_ok() {
-                    if let Some(export) = self.exports.get_mut(&name) {
-                        export.conflict = None;
-                    }
-                    self.settle(&name);
+                match (&outcome, self.exports.get(&name).and_then(|export| export.conflict)) {
+                    (Ok(_), Some(_)) => self.end_conflict(&name),
+                    // It was taken out of the store, and is none the less.
+                    (Err(_), Some(first)) => self.keep_conflict(&name, first),
+                    (_, None) => {}
                 }
+                self.settle(&name);
                 self.reply(request, outcome.map(|_| Reply::Done));
             }
             (Persisting::Detach, result) => {
@@ -339,10 +377,12 @@ impl Correlation {
                     }
                 }
             }
-            (
-                Persisting::Remove { .. } | Persisting::Cancel { .. } | Persisting::Resolve { .. },
-                Err(error),
-            ) => {
+            (Persisting::Remove { name, .. }, Err(error)) => {
+                self.reply(request, Err(failed(&error)));
+                self.settle(&name);
+                self.answer_waiters(&name);
+            }
+            (Persisting::Cancel { .. } | Persisting::Resolve { .. }, Err(error)) => {
                 self.reply(request, Err(failed(&error)));
             }
         }
@@ -350,10 +390,14 @@ impl Correlation {
 
     fn added(&mut self, request: RequestId, name: &ExportName, wait: Duration) {
         let due = self.now + wait;
-        let Some(export) = self.exports.get_mut(name) else { return };
+        let Some(export) = self.exports.get_mut(name) else {
+            self.reply(request, Err(RequestError::NotFound(format!("export {name} was removed"))));
+            return;
+        };
         export.durable = true;
         export.waiters.push(Waiter { request, created: true, due });
         self.remind(due, Timer::Waiters(name.clone()));
+        self.inherit_conflict(name);
         self.settle(name);
         self.answer_waiters(name);
     }
@@ -374,15 +418,14 @@ impl Correlation {
     /// Answers those who wait for the export to serve: when it does, or when their time is over.
     pub(super) fn answer_waiters(&mut self, name: &ExportName) {
         let now = self.now;
+        let removing = self.is_being_removed(name);
         let Some(export) = self.exports.get_mut(name) else { return };
-        if !export.durable {
-            return;
-        }
-        let serving = export.binding.state() == State::Serving;
+        let serving = export.binding.state() == State::Serving && !removing;
         let (done, waiting): (Vec<Waiter>, Vec<Waiter>) =
             std::mem::take(&mut export.waiters).into_iter().partition(|waiter| serving || waiter.due <= now);
         export.waiters = waiting;
-        let reason = format!("export {name} is kept, but not served: {}", export.binding.reason());
+        let kept = if export.durable { "is kept, but not served" } else { "is not stored yet" };
+        let reason = format!("export {name} {kept}: {}", export.binding.reason());
         let refusal = match &export.binding {
             Binding::Ambiguous { .. } => RequestError::Ambiguous(reason),
             Binding::Failed { failure: Failure::Busy, .. } => RequestError::DeviceBusy(reason),
@@ -410,8 +453,18 @@ impl Correlation {
         let waiters = std::mem::take(&mut export.waiters);
         match leaving.replacement {
             Some(definition) => {
+                let known = &export.definition;
+                let same = (&known.volume, known.read_only, known.share)
+                    == (&definition.volume, definition.read_only, definition.share);
                 self.redefine(name, definition, generation);
-                self.keep_waiters(name, waiters);
+                if same {
+                    self.keep_waiters(name, waiters);
+                } else {
+                    let changed = RequestError::NotReady(format!("the definition of export {name} changed"));
+                    for waiter in waiters {
+                        self.reply(waiter.request, Err(changed.clone()));
+                    }
+                }
             }
             None => {
                 let reason = RequestError::NotFound(format!("export {name} was removed"));
@@ -435,6 +488,7 @@ impl Correlation {
     }
 
     fn forget(&mut self, name: &ExportName, reason: &RequestError) {
+        self.drop_conflict(name);
         let Some(export) = self.remove_export(name) else { return };
         for waiter in export.waiters {
             self.reply(waiter.request, Err(reason.clone()));
@@ -477,12 +531,25 @@ impl Correlation {
 
     pub(super) fn on_detach_due(&mut self, request: RequestId) {
         let Some(detach) = self.detaches.get_mut(&request) else { return };
-        let held: Vec<String> = detach.disks.iter().map(|diskseq| self.holds.describe(*diskseq)).collect();
-        detach.failure = Some(RequestError::TimedOut(format!("still held: {}", held.join("; "))));
+        let held: Vec<String> = detach
+            .disks
+            .iter()
+            .filter(|diskseq| self.holds.is_held(**diskseq))
+            .map(|diskseq| self.holds.describe(*diskseq))
+            .collect();
+        detach.failure = Some(RequestError::TimedOut(if held.is_empty() {
+            "closed, but the store has not kept the release in time".to_owned()
+        } else {
+            format!("still held: {}", held.join("; "))
+        }));
     }
 
     pub(super) fn on_grace_over(&mut self, diskseq: DiskSeq) {
-        let Some(released) = self.released.get_mut(&diskseq) else { return };
+        let now = self.now;
+        // A timer of an earlier release of the same disk comes too early.
+        let Some(released) = self.released.get_mut(&diskseq).filter(|released| released.due <= now) else {
+            return;
+        };
         let minutes = self.settings.detach_grace.as_secs() / 60;
         released.remark =
             format!("{} more than {minutes} minutes ago and is still attached", released.remark);
@@ -520,6 +587,31 @@ impl Correlation {
             ),
         }));
     }
+}
+
+/// Refuses a definition that could be taken for the other's volume, or that would write where the other writes.
+pub(super) fn judge_pair(definition: &Definition, other: &Definition) -> Result<(), RequestError> {
+    if other.name == definition.name {
+        return Ok(());
+    }
+    let candidates = definition.volume.candidates();
+    let Some(common) = candidates.intersection(&other.volume.candidates()).next().cloned() else {
+        return Ok(());
+    };
+    if other.volume != definition.volume {
+        return Err(RequestError::InvalidConfig(format!(
+            "export {}: volume {} could be the disk of export {} ({}): both would look for {common}",
+            definition.name, definition.volume, other.name, other.volume,
+        )));
+    }
+    let both_write = !(definition.read_only || other.read_only);
+    if both_write && !(definition.share && other.share) {
+        return Err(RequestError::InUse(format!(
+            "export {}: volume {} is already written to by export {}; make one of them read-only, or say 'share' on both",
+            definition.name, definition.volume, other.name,
+        )));
+    }
+    Ok(())
 }
 
 impl Detach {

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use super::binding::{Binding, Context, Cue, Failure, Order, Want};
+use super::holds::Blocking;
 use super::{
     Action, Change, Conflict, Correlation, Decision, DiskSeq, EndHow, Export, ExportName, Generation,
     INTERNAL, LeaseEnd, Level, Notice, OpenDisk, OpenRefusal, OpenedDisk, RefusalKind, State, Ticket, Timer,
@@ -16,9 +17,9 @@ const RETRY_MAX: Duration = Duration::from_secs(30);
 
 /// The attached disks that present a volume's identity, by what speaks for or against them.
 #[derive(Debug, Default)]
-struct Claimants {
+pub(super) struct Claimants {
     /// Each could be the volume.
-    active: BTreeSet<DiskSeq>,
+    pub active: BTreeSet<DiskSeq>,
     released: BTreeSet<DiskSeq>,
     leaving: BTreeSet<DiskSeq>,
     members: BTreeSet<DiskSeq>,
@@ -33,7 +34,7 @@ impl Correlation {
         }
     }
 
-    fn claimants(&self, export: &Export) -> Claimants {
+    pub(super) fn claimants(&self, export: &Export) -> Claimants {
         let mut claimants = Claimants::default();
         for diskseq in self.disks.presenting(&export.candidates) {
             let Some(disk) = self.disks.get(diskseq) else { continue };
@@ -79,7 +80,6 @@ impl Correlation {
     }
 
     fn begin_conflict(&mut self, name: &ExportName, first: Option<DiskSeq>, disks: BTreeSet<DiskSeq>) {
-        let boot = self.settings.boot.clone();
         let Some(export) = self.exports.get_mut(name) else { return };
         export.conflict = Some(first);
         let id = disks
@@ -88,9 +88,32 @@ impl Correlation {
             .and_then(|disk| disk.identities.intersection(&export.candidates).next())
             .map(ToString::to_string)
             .unwrap_or_default();
-        let changes = vec![Change::PutConflict(Conflict { export: name.clone(), first, boot })];
-        self.out.push(Action::Persist { request: INTERNAL, changes });
+        self.keep_conflict(name, first);
         self.out.push(Action::Tell(Notice::IdentityConflict { id, disks: disks.into_iter().collect() }));
+    }
+
+    /// An export that comes to a volume whose claimant waits to be confirmed waits with the others.
+    pub(super) fn inherit_conflict(&mut self, name: &ExportName) {
+        let Some(export) = self.exports.get(name).filter(|export| export.conflict.is_none()) else { return };
+        let first =
+            self.exports_of(&export.candidates).iter().find_map(|other| self.exports.get(other)?.conflict);
+        let Some(first) = first else { return };
+        if let Some(export) = self.exports.get_mut(name) {
+            export.conflict = Some(first);
+        }
+        self.keep_conflict(name, first);
+    }
+
+    pub(super) fn keep_conflict(&mut self, name: &ExportName, first: Option<DiskSeq>) {
+        let conflict = Conflict { export: name.clone(), first, boot: self.settings.boot.clone() };
+        self.out.push(Action::Persist { request: INTERNAL, changes: vec![Change::PutConflict(conflict)] });
+    }
+
+    /// The export goes, or its volume is another one.
+    pub(super) fn drop_conflict(&mut self, name: &ExportName) {
+        if self.exports.get(name).is_some_and(|export| export.conflict.is_some()) {
+            self.end_conflict(name);
+        }
     }
 
     pub(super) fn end_conflict(&mut self, name: &ExportName) {
@@ -116,10 +139,13 @@ impl Correlation {
         if !export.durable {
             return nothing("its definition is being stored");
         }
+        if export.binding.kept().is_none() && self.is_being_removed(name) {
+            return nothing("its removal is being stored");
+        }
         if !self.surveyed {
             return nothing("the disks of this machine have not been surveyed yet");
         }
-        if export.binding.held().is_none()
+        if export.binding.kept().is_none()
             && let Some((diskseq, orphan)) = self.holds.orphan_of(&export.candidates)
         {
             return Some(Want::Blocked {
@@ -151,18 +177,34 @@ impl Correlation {
                 ),
             });
         }
-        if let Some(held) = export.binding.held().filter(|held| held.diskseq == only) {
+        if let Some(held) = export.binding.kept().filter(|held| held.diskseq == only) {
             return Some(self.want_kept(held));
         }
-        match self.holds.blocking(&export.candidates, only) {
+        let blocking = self.holds.blocking(&export.candidates, only);
+        match blocking.or_else(|| self.other_writer(export, only)) {
             Some(blocking) => Some(Want::Nothing {
                 reason: format!(
-                    "export {} is still being closed on the volume's disk with diskseq {}",
+                    "export {} is still being closed on the disk with diskseq {}",
                     blocking.export, blocking.diskseq,
                 ),
             }),
             None => Some(Want::Disk(only)),
         }
+    }
+
+    /// An export that is to become another one, or to go, and still writes to this disk: two writers that do not
+    /// share never meet.
+    fn other_writer(&self, export: &Export, diskseq: DiskSeq) -> Option<Blocking> {
+        if export.definition.read_only {
+            return None;
+        }
+        let name = &export.definition.name;
+        self.exports_of(&export.candidates).into_iter().filter(|other| other != name).find_map(|other| {
+            let writer = self.exports.get(&other)?;
+            let writes = writer.binding.held().is_some_and(|held| !held.read_only);
+            let share = export.definition.share && writer.definition.share;
+            (writes && !share).then_some(Blocking { diskseq, export: other })
+        })
     }
 
     /// Invariant 1: the size was agreed in the handshake. A disk that shrank ends its sessions, for NBD has no
@@ -203,7 +245,7 @@ impl Correlation {
     fn want_among_twins(&self, export: &Export, active: &BTreeSet<DiskSeq>) -> Want {
         let keep = export
             .binding
-            .held()
+            .kept()
             .map(|held| held.diskseq)
             .filter(|bound| active.contains(bound) && export.conflict == Some(Some(*bound)));
         let disks: Vec<String> =
@@ -228,7 +270,11 @@ impl Correlation {
         });
         match &export.leaving {
             _ if !claims => EndHow::Cut { within: self.settings.cut_within },
-            Some(leaving) => leaving.how,
+            // Whoever wants it hardest has it.
+            Some(leaving) => match export.ending {
+                cut @ EndHow::Cut { .. } => cut,
+                EndHow::Drain { .. } => leaving.how,
+            },
             None => export.ending,
         }
     }
@@ -401,6 +447,7 @@ impl Correlation {
         match (waiting, result) {
             (Some(name), Ok(opened)) => {
                 self.mark_busy(diskseq, String::new());
+                self.believe_size(diskseq, opened.size);
                 self.cue(&name, Cue::Opened { size: opened.size, read_only: opened.read_only });
                 self.close_ticket(ticket);
             }
@@ -444,6 +491,17 @@ impl Correlation {
         }
     }
 
+    /// What was read twice on the opened device is truer than what was read in passing before: else a stale size
+    /// would be taken for a disk that shrank, again after each open.
+    fn believe_size(&mut self, diskseq: DiskSeq, size: u64) {
+        let Some(disk) = self.disks.get_mut(diskseq) else { return };
+        let (id, old) = (disk.id(), std::mem::replace(&mut disk.facts.size, size));
+        if old != size {
+            self.out.push(Action::Tell(Notice::Disk(diskseq)));
+            self.out.push(Action::Tell(Notice::Resized { diskseq, id, old, new: size }));
+        }
+    }
+
     fn mark_busy(&mut self, diskseq: DiskSeq, busy: String) {
         if let Some(disk) = self.disks.get_mut(diskseq)
             && disk.busy != busy
@@ -466,22 +524,30 @@ impl Correlation {
             Binding::Draining { held, .. } if held.generation == generation => Some(*held),
             _ => None,
         });
+        let held = self.exports.get(name).and_then(|export| export.binding.held());
+        if bound.is_none() && held.is_some_and(|held| held.generation == generation) {
+            // An answer to nothing: this lease was not ended. Believing it would leave the door open on no disk.
+            return;
+        }
+        let Some(diskseq) = self.holds.disk_of(name, generation) else { return };
         match end {
             LeaseEnd::TimedOut { in_flight, holding } => {
                 let holding = format!("{in_flight} requests in flight: {holding}");
                 self.holds.orphan(name, generation, holding.clone());
-                if let Some(held) = bound {
-                    self.fail_detaches(held.diskseq, true, &holding);
-                    let reason = format!("the disk with diskseq {} has not given up {holding}", held.diskseq);
+                self.fail_detaches(diskseq, true, &holding);
+                if bound.is_some() {
+                    let reason = format!("the disk with diskseq {diskseq} has not given up {holding}");
                     self.cue(name, Cue::TimedOut { reason });
                 }
             }
             LeaseEnd::Closed | LeaseEnd::ClosedUnflushed(_) => {
-                if let (LeaseEnd::ClosedUnflushed(error), Some(held)) = (&end, bound) {
+                // Also the flush of an orphan, whose export may be gone.
+                if let LeaseEnd::ClosedUnflushed(error) = &end {
                     let what = format!("the last flush of export {name} failed: {error}");
-                    self.fail_detaches(held.diskseq, false, &what);
-                    if let Some(released) = self.released.get_mut(&held.diskseq) {
+                    self.fail_detaches(diskseq, false, &what);
+                    if let Some(released) = self.released.get_mut(&diskseq) {
                         released.remark = format!(", but {what}");
+                        released.unflushed = Some(what);
                     }
                 }
                 let identities = self.holds.close_lease(name, generation).unwrap_or_default();
@@ -494,13 +560,15 @@ impl Correlation {
                 for other in self.exports_of(&identities) {
                     self.settle(&other);
                 }
+                // The disk may be another volume by now, whose exports waited for this one to let go.
+                self.settle_waiting_for(diskseq);
             }
         }
     }
 
     pub(super) fn on_export_due(&mut self, name: &ExportName) {
         let Some(export) = self.exports.get(name) else { return };
-        if !export.due.is_some_and(|due| due <= self.now) {
+        if export.due.is_none_or(|due| due > self.now) {
             return;
         }
         match &export.binding {

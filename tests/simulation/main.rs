@@ -3,7 +3,10 @@
 //! `SIMULATION_SCHEDULES` sets how many schedules are run (default 100,000; `make check` runs fewer), and
 //! `SIMULATION_SEED` runs one seed and prints all that happened.
 
+mod cost;
+mod regressions;
 mod schedule;
+mod small_world;
 mod world;
 
 use std::cell::Cell;
@@ -99,4 +102,29 @@ fn every_schedule_keeps_every_promise() {
         panic!("{}", report(seed, Broken::Nothing));
     }
     println!("{count} schedules, {applied} events, {:.1} s", began.elapsed().as_secs_f64());
+}
+
+/// Each promise is broken on purpose, and the simulation has to notice.
+#[test]
+fn what_is_broken_on_purpose_is_caught() {
+    quiet();
+    let limit = number_from("SIMULATION_SCHEDULES").unwrap_or(SCHEDULES).max(20_000);
+    let mut missed = Vec::new();
+    for broken in [
+        Broken::PathsForIdentity,
+        Broken::NoDiskseqAtOpen,
+        Broken::OpenBeforeDrained,
+        Broken::ConflictForgotten,
+        Broken::ReleaseForgotten,
+        Broken::MarksAtDelivery,
+        Broken::SealIgnored,
+        Broken::NoSurveyAfterLoss,
+    ] {
+        let caught = (0..limit).find_map(|seed| Some((seed, run(&draw(seed), broken, false).0?)));
+        match caught {
+            Some((seed, what)) => println!("{broken:?}: caught by schedule {}: {what}", seed + 1),
+            None => missed.push(broken),
+        }
+    }
+    assert!(missed.is_empty(), "not caught within {limit} schedules: {missed:?}");
 }

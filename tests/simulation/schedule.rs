@@ -215,12 +215,11 @@ pub fn take(world: &mut World, step: Step) {
         }
         Kind::CancelDetach => world.ask(Request::CancelDetach { volume: volume(a % VOLUMES) }),
         Kind::Resolve => {
-            let claimants =
-                world.middle.export(&name(a)).map(|view| view.volume_id).and_then(|volume_id| {
-                    let index = (0..VOLUMES).find(|v| volume(*v).to_string() == volume_id)?;
-                    let disks = world.middle.disks_of(&volume(index));
-                    disks.get(usize::from(b) % disks.len().max(1)).copied()
-                });
+            let claimants = world.middle.export(&name(a)).map(|view| view.volume_id).and_then(|volume_id| {
+                let index = (0..VOLUMES).find(|v| volume(*v).to_string() == volume_id)?;
+                let disks = world.middle.disks_of(&volume(index));
+                disks.get(usize::from(b) % disks.len().max(1)).copied()
+            });
             let diskseq = claimants.unwrap_or(DiskSeq(u64::from(b & 7)));
             world.ask(Request::ResolveConflict { name: name(a), diskseq });
         }

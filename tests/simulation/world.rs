@@ -10,8 +10,8 @@ use std::time::Duration;
 
 use nbdtrack::correlation::{
     Action, BootId, Change, Conflict, Correlation, Definition, DeviceNode, DeviceNumber, DiskFacts, DiskSeq,
-    EndHow, Event, ExportName, Generation, INTERNAL, LeaseEnd, Mark, OpenDisk, OpenRefusal, OpenedDisk, Reading,
-    Release, Remembered, Reply, Request, RequestError, RequestId, Settings, Source, State, Ticket,
+    EndHow, Event, ExportName, Generation, INTERNAL, LeaseEnd, Mark, OpenDisk, OpenRefusal, OpenedDisk,
+    Reading, Release, Remembered, Reply, Request, RequestError, RequestId, Settings, Source, State, Ticket,
 };
 use nbdtrack::identity::{Identity, Scheme, VolumeId};
 
@@ -66,7 +66,6 @@ struct Handle {
     seq: DiskSeq,
     slot: u8,
     volume: u8,
-    size: u64,
     write: bool,
 }
 
@@ -87,11 +86,24 @@ pub struct Lease {
 
 #[derive(Clone, Debug)]
 enum Pending {
-    Add { name: ExportName, wait: Duration, due: Option<Duration> },
-    Remove { name: ExportName },
-    Detach { seqs: BTreeSet<DiskSeq>, due: Duration },
+    Add {
+        name: ExportName,
+        wait: Duration,
+        due: Option<Duration>,
+    },
+    Remove {
+        name: ExportName,
+    },
+    /// `released` present the volume's identity when asked; `held` are held as it.
+    Detach {
+        released: BTreeSet<DiskSeq>,
+        held: BTreeSet<DiskSeq>,
+        due: Duration,
+    },
     Cancel,
-    Resolve { name: ExportName },
+    Resolve {
+        name: ExportName,
+    },
 }
 
 #[derive(Clone, Debug, Default)]
@@ -127,6 +139,8 @@ pub struct World {
     pub writes: VecDeque<(RequestId, Vec<Change>)>,
     pub config: Vec<Definition>,
     config_refused: BTreeSet<ExportName>,
+    /// The definitions of the configuration that were taken over last.
+    configured: BTreeMap<ExportName, Definition>,
     conflicts: BTreeMap<ExportName, Option<DiskSeq>>,
     releases: BTreeSet<DiskSeq>,
     /// Given up, and told so: never to be opened.
@@ -136,6 +150,10 @@ pub struct World {
     cancels: BTreeMap<RequestId, BTreeSet<DiskSeq>>,
     next_request: u64,
     pub stopped: bool,
+    /// The store failed to keep something that no caller waited for: it and the middle may differ, which is logged.
+    forgetful: bool,
+    /// What callers were told, in order.
+    pub replies: Vec<Result<Reply, RequestError>>,
     pub violation: Option<String>,
     pub log: Option<Vec<String>>,
     pub applied: u64,
@@ -151,10 +169,6 @@ pub fn volume(index: u8) -> VolumeId {
 
 fn identity(volume: u8) -> Identity {
     Identity { scheme: Scheme::Loop, value: format!("/v{volume}") }
-}
-
-fn volume_of(definition: &Definition) -> u8 {
-    (0..VOLUMES).find(|v| volume(*v) == definition.volume).unwrap_or(VOLUMES)
 }
 
 pub fn definition(index: u8, volume_index: u8, flags: u8, source: Source) -> Definition {
@@ -204,6 +218,7 @@ impl World {
             writes: VecDeque::new(),
             config: Vec::new(),
             config_refused: BTreeSet::new(),
+            configured: BTreeMap::new(),
             conflicts: BTreeMap::new(),
             releases: BTreeSet::new(),
             given_up: BTreeSet::new(),
@@ -211,6 +226,8 @@ impl World {
             cancels: BTreeMap::new(),
             next_request: 1,
             stopped: false,
+            forgetful: false,
+            replies: Vec::new(),
             violation: None,
             log: None,
             applied: 0,
@@ -443,7 +460,7 @@ impl World {
                 } else {
                     let read_only = disk.read_only || !order.write;
                     let (seq, volume, size) = (disk.seq, disk.volume, disk.size);
-                    let handle = Handle { seq, slot, volume, size, write: !read_only };
+                    let handle = Handle { seq, slot, volume, write: !read_only };
                     self.handles.insert(order.ticket, handle);
                     Event::DiskOpened { ticket: order.ticket, result: Ok(OpenedDisk { size, read_only }) }
                 }
@@ -538,6 +555,7 @@ impl World {
     pub fn keep(&mut self, fails: bool) {
         let Some((request, changes)) = self.writes.pop_front() else { return };
         let result = if fails {
+            self.forgetful |= request == INTERNAL;
             Err("disk full".to_owned())
         } else {
             self.store.apply(&changes);
@@ -559,10 +577,10 @@ impl World {
             }
             Request::RemoveExport { name, .. } => Pending::Remove { name: name.clone() },
             Request::PrepareDetach { volume, within, .. } => {
-                let mut seqs: BTreeSet<DiskSeq> = self.middle.disks_of(volume).into_iter().collect();
+                let released: BTreeSet<DiskSeq> = self.middle.disks_of(volume).into_iter().collect();
                 let index = (0..VOLUMES).find(|v| self::volume(*v) == *volume);
-                seqs.extend(self.leases.values().filter(|l| Some(l.volume) == index).map(|l| l.seq));
-                Pending::Detach { seqs, due: self.now + *within + MARGIN }
+                let held = self.leases.values().filter(|l| Some(l.volume) == index).map(|l| l.seq).collect();
+                Pending::Detach { released, held, due: self.now + *within + MARGIN }
             }
             Request::CancelDetach { .. } => Pending::Cancel,
             Request::ResolveConflict { name, .. } => Pending::Resolve { name: name.clone() },
@@ -574,7 +592,13 @@ impl World {
     pub fn configure(&mut self, definitions: Vec<Definition>) {
         self.config.clone_from(&definitions);
         self.config_refused.clear();
-        self.apply(Event::Configured { exports: definitions });
+        self.apply(Event::Configured { exports: definitions.clone() });
+        self.configured.retain(|export, _| self.config.iter().any(|definition| definition.name == *export));
+        for definition in definitions {
+            if !self.config_refused.contains(&definition.name) {
+                self.configured.insert(definition.name.clone(), definition);
+            }
+        }
     }
 
     // ---- Time, crashes, the end.
@@ -605,6 +629,12 @@ impl World {
     pub fn crash(&mut self, reboot: bool, kept: u8) {
         for _ in 0..kept {
             self.keep(false);
+        }
+        // A cancellation that is stored has taken effect, whether its caller heard of it or not.
+        for (_, seqs) in std::mem::take(&mut self.cancels) {
+            let kept = |seq: &DiskSeq| self.store.releases.iter().any(|release| release.diskseq == *seq);
+            let taken_back: Vec<DiskSeq> = seqs.into_iter().filter(|seq| !kept(seq)).collect();
+            self.given_up.retain(|seq| !taken_back.contains(seq));
         }
         if reboot {
             self.boot += 1;
@@ -729,20 +759,23 @@ impl World {
             Action::Refuse { export, .. } => {
                 self.refused.insert(export);
             }
-            Action::Unseal { export, generation } => {
-                match self.leases.get(&(export.clone(), generation)) {
-                    Some(lease) if lease.ending.is_none() => {
-                        self.refused.remove(&export);
-                    }
-                    _ => self.fail(format!("{export} is unsealed without a lease")),
+            Action::Unseal { export, generation } => match self.leases.get(&(export.clone(), generation)) {
+                Some(lease) if lease.ending.is_none() => {
+                    self.refused.remove(&export);
                 }
-            }
+                _ => self.fail(format!("{export} is unsealed without a lease")),
+            },
             Action::Forget { export } => {
                 if self.lease_of(&export).is_some_and(|lease| lease.ending.is_none()) {
                     self.fail(format!("{export} is forgotten while it serves"));
                 }
                 self.refused.remove(&export);
                 self.conflicts.remove(&export);
+                // Another export of this name counts anew, above what is still held of this one.
+                let held =
+                    self.leases.keys().filter(|(name, _)| *name == export).map(|(_, held)| *held).max();
+                self.newest.remove(&export);
+                self.newest.extend(held.map(|held| (export, held)));
             }
             Action::EndLease { export, generation, how } => self.end(&export, generation, how),
             Action::Persist { request, changes } => self.persist(request, changes),
@@ -773,8 +806,11 @@ impl World {
         }
         let share = self.definition_of(&export).is_some_and(|definition| definition.share);
         for ((other, other_generation), lease) in self.leases.clone() {
-            if other == export {
-                self.fail(format!("{export} opens generation {generation:?} before {other_generation:?} is closed"));
+            // An orphan of another volume that its removed namesake left behind is no lease of this export.
+            if other == export && !(lease.timed_out && lease.volume != wanted) {
+                self.fail(format!(
+                    "{export} opens generation {generation:?} before {other_generation:?} is closed"
+                ));
             } else if lease.volume == wanted && lease.seq != handle.seq {
                 self.fail(format!(
                     "{export} is bound to diskseq {} while {other} holds the volume's diskseq {} (invariant 6)",
@@ -813,7 +849,7 @@ impl World {
         let source = self.middle.export(export)?.source;
         match source {
             Source::Dbus => self.store.exports.get(export),
-            Source::Config => self.config.iter().find(|definition| definition.name == *export),
+            Source::Config => self.configured.get(export),
         }
     }
 
@@ -869,6 +905,7 @@ impl World {
     }
 
     fn reply(&mut self, request: RequestId, reply: Result<Reply, RequestError>) {
+        self.replies.push(reply.clone());
         let Some(pending) = self.pending.remove(&request) else {
             return self.fail(format!("{request:?} is answered twice, or was never asked"));
         };
@@ -892,15 +929,15 @@ impl World {
                     self.fail(format!("{name} was told to be removed and still serves"));
                 }
             }
-            (Pending::Detach { seqs, .. }, Ok(_)) => {
+            (Pending::Detach { released, held, .. }, Ok(_)) => {
                 let boot = BootId(format!("boot{}", self.boot));
-                for seq in seqs {
+                for seq in released.union(&held).copied() {
                     if self.leases.values().any(|lease| lease.seq == seq)
                         || self.handles.values().any(|handle| handle.seq == seq)
                     {
                         self.fail(format!("diskseq {seq} is held and was told to be safe"));
                     }
-                    if self.slots.iter().flatten().any(|disk| disk.seq == seq) {
+                    if released.contains(&seq) && self.slots.iter().flatten().any(|disk| disk.seq == seq) {
                         if !self.store.releases.iter().any(|r| r.diskseq == seq && r.boot == boot)
                             && self.middle.diskseqs().any(|known| known == seq)
                         {
@@ -933,10 +970,14 @@ impl World {
             let slot = usize::from(lease.slot);
             match self.slots[slot].as_ref().filter(|disk| disk.seq == lease.seq) {
                 Some(disk) if disk.volume != lease.volume && self.delivered_known[slot] > disk.changed => {
-                    self.fail(format!("{export} {generation:?} goes on after its disk was said to be another"));
+                    self.fail(format!(
+                        "{export} {generation:?} goes on after its disk was said to be another"
+                    ));
                 }
                 None if self.left.get(&lease.seq).is_some_and(|left| self.delivered[slot] > *left) => {
-                    self.fail(format!("{export} {generation:?} goes on after its disk was said to have left"));
+                    self.fail(format!(
+                        "{export} {generation:?} goes on after its disk was said to have left"
+                    ));
                 }
                 Some(_) | None => {}
             }
@@ -955,12 +996,7 @@ impl World {
             .pending
             .iter()
             .filter(|(_, pending)| match pending {
-                Pending::Add { due: Some(due), name, .. } => {
-                    // Another caller's export may not be stored yet: that is waited for.
-                    let stored = self.definition_of(name).is_some();
-                    stored && *due < self.now
-                }
-                Pending::Detach { due, .. } => *due < self.now,
+                Pending::Add { due: Some(due), .. } | Pending::Detach { due, .. } => *due < self.now,
                 _ => false,
             })
             .map(|(request, _)| *request)
@@ -969,6 +1005,22 @@ impl World {
         if let Some(request) = late.first().filter(|_| looked) {
             self.fail(format!("{request:?} is late"));
         }
+    }
+
+    /// Everything that decides what can happen next, without what only counts.
+    pub fn picture(&self) -> String {
+        format!(
+            "{:?}|{:?}|{:?}|{:?}|{:?}|{:?}|{:?}|{:?}|{:?}",
+            self.middle,
+            self.slots,
+            self.observations,
+            self.opens,
+            self.answers,
+            self.leases,
+            self.store,
+            self.writes,
+            self.given_up
+        )
     }
 
     // ---- Rest.
@@ -1006,7 +1058,7 @@ impl World {
         self.judge_rest();
     }
 
-    fn settle_all(&mut self) {
+    pub fn settle_all(&mut self) {
         for _ in 0..200 {
             if self.violation.is_some() {
                 return;
@@ -1067,7 +1119,7 @@ impl World {
             }
         }
         for export in self.store.exports.keys().cloned().collect::<Vec<_>>() {
-            if self.middle.export(&export).is_none() {
+            if self.middle.export(&export).is_none() && !self.forgetful {
                 self.fail(format!("{export} is stored and not there"));
             }
         }
