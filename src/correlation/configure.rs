@@ -1,12 +1,13 @@
 //! The definitions in the configuration files, against those that are known.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
-use super::requests::Waiter;
+use super::requests::{Waiter, judge_pair};
 use super::{
-    Action, Change, Correlation, Decision, Definition, EndHow, Export, ExportName, Generation, INTERNAL,
-    Leaving, Level, Notice, Source, Timer,
+    Action, Change, Correlation, Decision, Definition, EndHow, ExportName, Generation, INTERNAL, Leaving,
+    Level, Notice, Source, Timer,
 };
+use crate::identity::Identity;
 
 impl Correlation {
     /// Applies the difference: what did not change notices nothing.
@@ -22,51 +23,90 @@ impl Correlation {
         for name in gone {
             self.leave(&name, None);
         }
-        // What changes makes room first: volumes that two exports exchange are no collision.
-        let changing: BTreeSet<ExportName> = wanted
-            .iter()
-            .filter(|(name, definition)| {
-                self.exports.get(*name).is_some_and(|known| {
-                    known.planned().source == Source::Config && known.planned() != *definition
-                })
-            })
-            .map(|(name, _)| name.clone())
-            .collect();
-        let mut coming: BTreeSet<ExportName> = changing;
+        let refused = self.judge_all(&wanted);
         for (name, definition) in wanted {
-            let known =
-                self.exports.get(&name).map(|export| (export.planned().clone(), export.leaving.is_some()));
-            let goes = self.exports.get(&name).is_some_and(Export::goes);
-            match known {
-                Some((known, _)) if known == definition && !goes => {}
-                // It is on its way out (or was to become another one): it comes back as this.
-                Some((known, leaving)) if leaving || known.source == Source::Config => {
-                    coming.remove(&name);
-                    match self.judge_beside(&definition, &coming) {
-                        Ok(()) => self.leave(&name, Some(definition)),
-                        Err(error) => self.refuse_definition(&definition, &error.to_string()),
-                    }
+            if let Some(reason) = refused.get(&name) {
+                self.refuse_definition(&definition, reason);
+                continue;
+            }
+            match self.exports.get(&name).map(|export| (export.planned().clone(), export.goes())) {
+                Some((known, false)) if known == definition => {}
+                Some((known, false)) if known.source == Source::Dbus => self.adopt(&name),
+                // It changes; or it is on its way out, and comes back as this.
+                Some(_) => self.leave(&name, Some(definition)),
+                None => {
+                    self.insert_export(definition, true);
+                    self.inherit_conflict(&name);
+                    self.refuse(&name);
+                    self.settle(&name);
+                    self.out.push(Action::Tell(Notice::Export(name)));
                 }
-                Some((known, _)) if (Definition { source: Source::Config, ..known.clone() }) == definition => {
-                    self.adopt(&name);
-                }
-                Some((known, _)) => self.refuse_definition(&definition, &format!(
-                    "an export of this name was added over D-Bus with volume {}; remove it with 'nbdtrack remove {name}', \
-                     then reload",
-                    known.volume
-                )),
-                None => match self.judge_beside(&definition, &coming) {
-                    Ok(()) => {
-                        self.insert_export(definition, true);
-                        self.inherit_conflict(&name);
-                        self.refuse(&name);
-                        self.settle(&name);
-                        self.out.push(Action::Tell(Notice::Export(name)));
-                    }
-                    Err(error) => self.refuse_definition(&definition, &error.to_string()),
-                },
             }
         }
+    }
+
+    /// Which of these definitions cannot stand, and why. Exports that exchange their volumes do not collide; one that is
+    /// refused keeps the definition that it has, which may refuse another one in turn.
+    fn judge_all(&self, wanted: &BTreeMap<ExportName, Definition>) -> BTreeMap<ExportName, String> {
+        let mut refused: BTreeMap<ExportName, String> = wanted
+            .values()
+            .filter_map(|definition| Some((definition.name.clone(), self.judge_source(definition)?)))
+            .collect();
+        loop {
+            let standing = |name: &ExportName| wanted.get(name).filter(|_| !refused.contains_key(name));
+            let mut planned: BTreeMap<Identity, Vec<&Definition>> = BTreeMap::new();
+            let known =
+                self.exports.iter().filter(|(name, export)| standing(name).is_none() && !export.goes());
+            for definition in
+                known.map(|(_, export)| export.planned()).chain(wanted.keys().filter_map(standing))
+            {
+                for candidate in definition.volume.candidates() {
+                    planned.entry(candidate).or_default().push(definition);
+                }
+            }
+            let judge = |definition: &Definition| {
+                definition.volume.candidates().iter().filter_map(|c| planned.get(c)).flatten().find_map(
+                    |other| {
+                        // Of two that are both new, the first by name stands.
+                        let yields = standing(&other.name).is_none() || other.name < definition.name;
+                        judge_pair(definition, other)
+                            .err()
+                            .filter(|_| yields || self.stands(definition) < self.stands(other))
+                    },
+                )
+            };
+            let more: Vec<(ExportName, String)> = wanted
+                .keys()
+                .filter_map(standing)
+                .filter(|definition| !self.stands(definition))
+                .filter_map(|definition| Some((definition.name.clone(), judge(definition)?.to_string())))
+                .collect();
+            if more.is_empty() {
+                return refused;
+            }
+            refused.extend(more);
+        }
+    }
+
+    /// The export has this definition already.
+    fn stands(&self, definition: &Definition) -> bool {
+        self.exports.get(&definition.name).is_some_and(|export| {
+            !export.goes() && Definition { source: Source::Config, ..export.planned().clone() } == *definition
+        })
+    }
+
+    /// Refuses to define over the configuration what was added over D-Bus otherwise.
+    fn judge_source(&self, definition: &Definition) -> Option<String> {
+        let name = &definition.name;
+        let export = self.exports.get(name)?;
+        let known = export.planned();
+        (known.source == Source::Dbus && !export.goes() && !self.stands(definition)).then(|| {
+            format!(
+                "an export of this name was added over D-Bus with volume {}; remove it with 'nbdtrack remove {name}', \
+                 then reload",
+                known.volume
+            )
+        })
     }
 
     /// An export that was added over D-Bus stands in the configuration now, which keeps it from here on.

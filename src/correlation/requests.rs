@@ -116,48 +116,12 @@ impl Correlation {
         Ok(())
     }
 
-    /// Refuses a definition that could be taken for another export's volume, or that would write where another writes.
+    /// Refuses a definition that cannot stand beside those that are there, or are about to be.
     fn judge_definition(&self, definition: &Definition) -> Result<(), RequestError> {
-        self.judge_beside(definition, &BTreeSet::new())
-    }
-
-    /// As `judge_definition`, leaving aside exports that are about to be judged themselves, and those that go.
-    pub(super) fn judge_beside(
-        &self,
-        definition: &Definition,
-        aside: &BTreeSet<ExportName>,
-    ) -> Result<(), RequestError> {
-        let candidates = definition.volume.candidates();
-        let mut names = self.exports_of(&candidates);
+        let mut names = self.exports_of(&definition.volume.candidates());
         names.extend(self.replacing.iter().cloned());
-        for name in names {
-            let Some(export) = self.exports.get(&name) else { continue };
-            let other = export.planned();
-            let apart = other.volume.candidates().is_disjoint(&candidates);
-            if other.name == definition.name || aside.contains(&name) || export.goes() || apart {
-                continue;
-            }
-            if other.volume != definition.volume {
-                let common =
-                    candidates.intersection(&other.volume.candidates()).next().map(ToString::to_string);
-                return Err(RequestError::InvalidConfig(format!(
-                    "export {}: volume {} could be the disk of export {} ({}): both would look for {}",
-                    definition.name,
-                    definition.volume,
-                    other.name,
-                    other.volume,
-                    common.unwrap_or_default(),
-                )));
-            }
-            if !definition.read_only && !other.read_only && !(definition.share && other.share) {
-                return Err(RequestError::InUse(format!(
-                    "export {}: volume {} is already written to by export {}; make one of them read-only, or say \
-                     'share' on both",
-                    definition.name, definition.volume, other.name,
-                )));
-            }
-        }
-        Ok(())
+        let others = names.iter().filter_map(|name| self.exports.get(name)).filter(|export| !export.goes());
+        others.map(|export| judge_pair(definition, export.planned())).collect()
     }
 
     fn remove(
@@ -622,6 +586,30 @@ impl Correlation {
             ),
         }));
     }
+}
+
+/// Refuses a definition that could be taken for the other's volume, or that would write where the other writes.
+pub(super) fn judge_pair(definition: &Definition, other: &Definition) -> Result<(), RequestError> {
+    if other.name == definition.name {
+        return Ok(());
+    }
+    let candidates = definition.volume.candidates();
+    let Some(common) = candidates.intersection(&other.volume.candidates()).next().cloned() else {
+        return Ok(());
+    };
+    if other.volume != definition.volume {
+        return Err(RequestError::InvalidConfig(format!(
+            "export {}: volume {} could be the disk of export {} ({}): both would look for {common}",
+            definition.name, definition.volume, other.name, other.volume,
+        )));
+    }
+    if !definition.read_only && !other.read_only && !(definition.share && other.share) {
+        return Err(RequestError::InUse(format!(
+            "export {}: volume {} is already written to by export {}; make one of them read-only, or say 'share' on both",
+            definition.name, definition.volume, other.name,
+        )));
+    }
+    Ok(())
 }
 
 impl Detach {

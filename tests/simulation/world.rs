@@ -66,7 +66,6 @@ struct Handle {
     seq: DiskSeq,
     slot: u8,
     volume: u8,
-    size: u64,
     write: bool,
 }
 
@@ -153,6 +152,8 @@ pub struct World {
     pub stopped: bool,
     /// The store failed to keep something that no caller waited for: it and the middle may differ, which is logged.
     forgetful: bool,
+    /// What callers were told, in order.
+    pub replies: Vec<Result<Reply, RequestError>>,
     pub violation: Option<String>,
     pub log: Option<Vec<String>>,
     pub applied: u64,
@@ -168,10 +169,6 @@ pub fn volume(index: u8) -> VolumeId {
 
 fn identity(volume: u8) -> Identity {
     Identity { scheme: Scheme::Loop, value: format!("/v{volume}") }
-}
-
-fn volume_of(definition: &Definition) -> u8 {
-    (0..VOLUMES).find(|v| volume(*v) == definition.volume).unwrap_or(VOLUMES)
 }
 
 pub fn definition(index: u8, volume_index: u8, flags: u8, source: Source) -> Definition {
@@ -230,6 +227,7 @@ impl World {
             next_request: 1,
             stopped: false,
             forgetful: false,
+            replies: Vec::new(),
             violation: None,
             log: None,
             applied: 0,
@@ -462,7 +460,7 @@ impl World {
                 } else {
                     let read_only = disk.read_only || !order.write;
                     let (seq, volume, size) = (disk.seq, disk.volume, disk.size);
-                    let handle = Handle { seq, slot, volume, size, write: !read_only };
+                    let handle = Handle { seq, slot, volume, write: !read_only };
                     self.handles.insert(order.ticket, handle);
                     Event::DiskOpened { ticket: order.ticket, result: Ok(OpenedDisk { size, read_only }) }
                 }
@@ -802,7 +800,8 @@ impl World {
         }
         let share = self.definition_of(&export).is_some_and(|definition| definition.share);
         for ((other, other_generation), lease) in self.leases.clone() {
-            if other == export {
+            // An orphan of another volume that its removed namesake left behind is no lease of this export.
+            if other == export && !(lease.timed_out && lease.volume != wanted) {
                 self.fail(format!(
                     "{export} opens generation {generation:?} before {other_generation:?} is closed"
                 ));
@@ -900,6 +899,7 @@ impl World {
     }
 
     fn reply(&mut self, request: RequestId, reply: Result<Reply, RequestError>) {
+        self.replies.push(reply.clone());
         let Some(pending) = self.pending.remove(&request) else {
             return self.fail(format!("{request:?} is answered twice, or was never asked"));
         };
@@ -1001,6 +1001,22 @@ impl World {
         }
     }
 
+    /// Everything that decides what can happen next, without what only counts.
+    pub fn picture(&self) -> String {
+        format!(
+            "{:?}|{:?}|{:?}|{:?}|{:?}|{:?}|{:?}|{:?}|{:?}",
+            self.middle,
+            self.slots,
+            self.observations,
+            self.opens,
+            self.answers,
+            self.leases,
+            self.store,
+            self.writes,
+            self.given_up
+        )
+    }
+
     // ---- Rest.
 
     /// Delivers and answers everything, surveys, and lets time go by until nothing is left to do; then every export
@@ -1036,7 +1052,7 @@ impl World {
         self.judge_rest();
     }
 
-    fn settle_all(&mut self) {
+    pub fn settle_all(&mut self) {
         for _ in 0..200 {
             if self.violation.is_some() {
                 return;
