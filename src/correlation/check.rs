@@ -51,7 +51,7 @@ impl Correlation {
             if !export.durable {
                 return Err(format!("export {name} holds a disk before its definition is stored"));
             }
-            if !present.is_some() && matches!(export.binding, Binding::Draining { cut: false, .. }) {
+            if present.is_none() && matches!(export.binding, Binding::Draining { cut: false, .. }) {
                 return Err(format!("export {name} drains a disk that has left, where it should be cut"));
             }
         }

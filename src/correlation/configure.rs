@@ -69,9 +69,7 @@ impl Correlation {
                     |other| {
                         // Of two that are both new, the first by name stands.
                         let yields = standing(&other.name).is_none() || other.name < definition.name;
-                        judge_pair(definition, other)
-                            .err()
-                            .filter(|_| yields || self.stands(definition) < self.stands(other))
+                        judge_pair(definition, other).err().filter(|_| yields || self.stands(other))
                     },
                 )
             };

@@ -120,8 +120,9 @@ impl Correlation {
     fn judge_definition(&self, definition: &Definition) -> Result<(), RequestError> {
         let mut names = self.exports_of(&definition.volume.candidates());
         names.extend(self.replacing.iter().cloned());
-        let others = names.iter().filter_map(|name| self.exports.get(name)).filter(|export| !export.goes());
-        others.map(|export| judge_pair(definition, export.planned())).collect()
+        let mut others =
+            names.iter().filter_map(|name| self.exports.get(name)).filter(|export| !export.goes());
+        others.try_for_each(|export| judge_pair(definition, export.planned()))
     }
 
     fn remove(
@@ -603,7 +604,8 @@ pub(super) fn judge_pair(definition: &Definition, other: &Definition) -> Result<
             definition.name, definition.volume, other.name, other.volume,
         )));
     }
-    if !definition.read_only && !other.read_only && !(definition.share && other.share) {
+    let both_write = !(definition.read_only || other.read_only);
+    if both_write && !(definition.share && other.share) {
         return Err(RequestError::InUse(format!(
             "export {}: volume {} is already written to by export {}; make one of them read-only, or say 'share' on both",
             definition.name, definition.volume, other.name,

@@ -568,7 +568,7 @@ impl Correlation {
 
     pub(super) fn on_export_due(&mut self, name: &ExportName) {
         let Some(export) = self.exports.get(name) else { return };
-        if !export.due.is_some_and(|due| due <= self.now) {
+        if export.due.is_none_or(|due| due > self.now) {
             return;
         }
         match &export.binding {

@@ -3,6 +3,7 @@
 //! `SIMULATION_SCHEDULES` sets how many schedules are run (default 100,000; `make check` runs fewer), and
 //! `SIMULATION_SEED` runs one seed and prints all that happened.
 
+mod cost;
 mod regressions;
 mod schedule;
 mod small_world;

@@ -102,11 +102,9 @@ struct Explored {
     violation: Option<(String, Vec<Move>)>,
 }
 
-/// Breadth first, so that the first path that breaks a promise is a shortest one, until the depth or the count of
-/// states is reached.
-fn explore(broken: Broken, exports: &[Definition], depth: usize, most: usize) -> Explored {
+/// Breadth first, so that the first path that breaks a promise is a shortest one.
+fn explore(start: World, depth: usize) -> Explored {
     let hasher = BuildHasherDefault::<DefaultHasher>::default();
-    let start = World::new(broken, &[], exports);
     let mut seen: HashMap<u64, usize> = HashMap::new();
     let mut explored = Explored { states: 1, steps: 0, deepest: 0, violation: None };
     let mut edge = vec![(start, Vec::new())];
@@ -131,9 +129,6 @@ fn explore(broken: Broken, exports: &[Definition], depth: usize, most: usize) ->
                     next.push((after, path));
                 }
             }
-            if explored.states > most {
-                return explored;
-            }
         }
         explored.deepest = level;
         edge = next;
@@ -151,16 +146,31 @@ fn two() -> Vec<Definition> {
 
 #[test]
 fn no_reachable_state_of_a_small_world_serves_the_wrong_volume() {
-    let depth = number_from("SMALL_WORLD_DEPTH").map(|depth| usize::try_from(depth).expect("a small depth"));
-    for (exports, usual) in [(one(), 7), (two(), 6)] {
+    let deeper =
+        number_from("SMALL_WORLD_DEEPER").map_or(0, |more| usize::try_from(more).expect("a small number"));
+    // From a machine without disks before its first survey, and from one that serves what it has.
+    let empty = |exports: &[Definition]| World::new(Broken::Nothing, &[], exports);
+    let settled = |exports: &[Definition], disks: &[(u8, u8)]| {
+        let mut world = World::new(Broken::Nothing, disks, exports);
+        world.settle_all();
+        world
+    };
+    let both = [(0, 0), (1, 1)];
+    let twins = [(0, 0), (1, 0)];
+    for (what, start, depth) in [
+        ("one export, nothing attached", empty(&one()), 7),
+        ("one export, served", settled(&one(), &both[..1]), 6),
+        ("two exports, nothing attached", empty(&two()), 6),
+        ("two exports, both served", settled(&two(), &both), 5),
+        ("one export, two disks claim it", settled(&one(), &twins), 6),
+    ] {
         let began = Instant::now();
-        let depth = depth.unwrap_or(usual);
-        let explored = explore(Broken::Nothing, &exports, depth, usize::MAX);
+        let depth = depth + deeper;
+        let explored = explore(start, depth);
         assert_eq!(explored.violation, None);
         assert_eq!(explored.deepest, depth);
         println!(
-            "{} exports: {} states, {} steps, all interleavings of {depth} moves, {:.1} s",
-            exports.len(),
+            "{what}: {} states, {} steps, all interleavings of {depth} moves, {:.1} s",
             explored.states,
             explored.steps,
             began.elapsed().as_secs_f64()
@@ -170,8 +180,16 @@ fn no_reachable_state_of_a_small_world_serves_the_wrong_volume() {
 
 #[test]
 fn a_small_world_finds_what_is_broken_on_purpose() {
-    for broken in [Broken::PathsForIdentity] {
-        let explored = explore(broken, &one(), 8, usize::MAX);
+    for (broken, disks) in [
+        (Broken::PathsForIdentity, [].as_slice()),
+        (Broken::OpenBeforeDrained, &[(0, 0)]),
+        (Broken::SealIgnored, &[(0, 0)]),
+    ] {
+        let mut start = World::new(broken, disks, &one());
+        if !disks.is_empty() {
+            start.settle_all();
+        }
+        let explored = explore(start, 7);
         let (violation, path) = explored.violation.expect("a broken world breaks a promise");
         println!("{broken:?}: {} states to {violation}: {path:?}", explored.states);
     }

@@ -630,6 +630,12 @@ impl World {
         for _ in 0..kept {
             self.keep(false);
         }
+        // A cancellation that is stored has taken effect, whether its caller heard of it or not.
+        for (_, seqs) in std::mem::take(&mut self.cancels) {
+            let kept = |seq: &DiskSeq| self.store.releases.iter().any(|release| release.diskseq == *seq);
+            let taken_back: Vec<DiskSeq> = seqs.into_iter().filter(|seq| !kept(seq)).collect();
+            self.given_up.retain(|seq| !taken_back.contains(seq));
+        }
         if reboot {
             self.boot += 1;
             self.next_seq = 1;
