@@ -22,12 +22,17 @@ pub(super) struct Disk {
 impl Disk {
     /// `scheme:value` by precedence, or empty.
     pub fn id(&self) -> String {
-        identity::primary(&self.identities).map(ToString::to_string).unwrap_or_default()
+        identity::primary(&self.identities)
+            .map(ToString::to_string)
+            .unwrap_or_default()
     }
 
     /// Members of a multipath or md device are never candidates; what is built on them may be.
     pub fn is_member(&self) -> bool {
-        self.facts.holders.iter().any(|holder| holder.starts_with("md") || holder.contains("mpath"))
+        self.facts
+            .holders
+            .iter()
+            .any(|holder| holder.starts_with("md") || holder.contains("mpath"))
     }
 }
 
@@ -65,7 +70,12 @@ impl Disks {
 
     /// The disks that present one of these identities.
     pub fn presenting(&self, candidates: &BTreeSet<Identity>) -> BTreeSet<DiskSeq> {
-        candidates.iter().filter_map(|c| self.by_identity.get(c)).flatten().copied().collect()
+        candidates
+            .iter()
+            .filter_map(|c| self.by_identity.get(c))
+            .flatten()
+            .copied()
+            .collect()
     }
 
     /// True while another attached disk has the same name by precedence.
@@ -98,7 +108,12 @@ impl Disks {
         changes
     }
 
-    pub fn gone(&mut self, mark: Mark, number: DeviceNumber, diskseq: Option<DiskSeq>) -> Vec<DiskChange> {
+    pub fn gone(
+        &mut self,
+        mark: Mark,
+        number: DeviceNumber,
+        diskseq: Option<DiskSeq>,
+    ) -> Vec<DiskChange> {
         if self.is_stale(number, mark) {
             return Vec::new();
         }
@@ -127,19 +142,26 @@ impl Disks {
             .filter(|disk| !self.is_stale(disk.facts.number, mark))
             .map(|disk| disk.facts.diskseq)
             .collect();
-        let mut changes: Vec<DiskChange> =
-            missing.into_iter().filter_map(|diskseq| self.remove(diskseq)).collect();
+        let mut changes: Vec<DiskChange> = missing
+            .into_iter()
+            .filter_map(|diskseq| self.remove(diskseq))
+            .collect();
         for facts in disks {
             changes.extend(self.seen(mark, facts));
         }
         let by_number = &self.by_number;
         // What is older than this survey is stale by `surveyed_at` alone.
-        self.touched.retain(|number, touched| *touched > mark || by_number.contains_key(number));
+        self.touched
+            .retain(|number, touched| *touched > mark || by_number.contains_key(number));
         changes
     }
 
     fn is_stale(&self, number: DeviceNumber, mark: Mark) -> bool {
-        self.surveyed_at > mark || self.touched.get(&number).is_some_and(|touched| *touched > mark)
+        self.surveyed_at > mark
+            || self
+                .touched
+                .get(&number)
+                .is_some_and(|touched| *touched > mark)
     }
 
     fn put(&mut self, facts: DiskFacts) -> Option<DiskChange> {
@@ -152,19 +174,30 @@ impl Disks {
         };
         self.unindex(diskseq);
         for identity in &identities {
-            self.by_identity.entry(identity.clone()).or_default().insert(diskseq);
+            self.by_identity
+                .entry(identity.clone())
+                .or_default()
+                .insert(diskseq);
         }
         self.by_number.insert(facts.number, diskseq);
         let disk = Disk {
             announced: before.as_ref().is_some_and(|before| before.announced),
-            busy: before.as_ref().map(|before| before.busy.clone()).unwrap_or_default(),
+            busy: before
+                .as_ref()
+                .map(|before| before.busy.clone())
+                .unwrap_or_default(),
             facts,
             identities,
         };
         let change = match before {
             None => Some(DiskChange::Came(diskseq)),
-            Some(before) if before.facts == disk.facts && before.identities == disk.identities => None,
-            Some(before) => Some(DiskChange::Changed { diskseq, before: Box::new(before) }),
+            Some(before) if before.facts == disk.facts && before.identities == disk.identities => {
+                None
+            }
+            Some(before) => Some(DiskChange::Changed {
+                diskseq,
+                before: Box::new(before),
+            }),
         };
         self.disks.insert(diskseq, disk);
         change
@@ -180,7 +213,9 @@ impl Disks {
     }
 
     fn unindex(&mut self, diskseq: DiskSeq) {
-        let Some(disk) = self.disks.get(&diskseq) else { return };
+        let Some(disk) = self.disks.get(&diskseq) else {
+            return;
+        };
         for identity in &disk.identities {
             if let Some(sharers) = self.by_identity.get_mut(identity) {
                 sharers.remove(&diskseq);
@@ -195,10 +230,17 @@ impl Disks {
     pub fn check(&self) -> Result<(), String> {
         for (diskseq, disk) in &self.disks {
             if self.by_number.get(&disk.facts.number) != Some(diskseq) {
-                return Err(format!("disk {diskseq} is not found by its number {}", disk.facts.number));
+                return Err(format!(
+                    "disk {diskseq} is not found by its number {}",
+                    disk.facts.number
+                ));
             }
             for identity in &disk.identities {
-                if !self.by_identity.get(identity).is_some_and(|sharers| sharers.contains(diskseq)) {
+                if !self
+                    .by_identity
+                    .get(identity)
+                    .is_some_and(|sharers| sharers.contains(diskseq))
+                {
                     return Err(format!("disk {diskseq} is not found by {identity}"));
                 }
             }

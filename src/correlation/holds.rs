@@ -54,7 +54,8 @@ impl Holds {
     ) {
         self.by_lease.insert((export.clone(), generation), diskseq);
         let held = self.disk(diskseq, identities);
-        held.leased_as.insert((export.clone(), generation), identities.clone());
+        held.leased_as
+            .insert((export.clone(), generation), identities.clone());
         held.leases.insert((export, generation), None);
     }
 
@@ -67,7 +68,11 @@ impl Holds {
     }
 
     /// Ends a lease's hold; returns the identities of the disk that it was on.
-    pub fn close_lease(&mut self, export: &ExportName, generation: Generation) -> Option<BTreeSet<Identity>> {
+    pub fn close_lease(
+        &mut self,
+        export: &ExportName,
+        generation: Generation,
+    ) -> Option<BTreeSet<Identity>> {
         let key = (export.clone(), generation);
         let diskseq = self.by_lease.remove(&key)?;
         let held = self.disks.get_mut(&diskseq)?;
@@ -80,7 +85,11 @@ impl Holds {
 
     pub fn orphan(&mut self, export: &ExportName, generation: Generation, holding: String) {
         let key = (export.clone(), generation);
-        let Some(held) = self.by_lease.get(&key).and_then(|diskseq| self.disks.get_mut(diskseq)) else {
+        let Some(held) = self
+            .by_lease
+            .get(&key)
+            .and_then(|diskseq| self.disks.get_mut(diskseq))
+        else {
             return;
         };
         held.leases.insert(key, Some(holding));
@@ -94,11 +103,18 @@ impl Holds {
     /// The newest lease of an export of this name that is still held.
     pub fn newest(&self, export: &ExportName) -> Generation {
         let all = (export.clone(), Generation(0))..=(export.clone(), Generation(u64::MAX));
-        self.by_lease.range(all).next_back().map_or(Generation(0), |((_, generation), _)| *generation)
+        self.by_lease
+            .range(all)
+            .next_back()
+            .map_or(Generation(0), |((_, generation), _)| *generation)
     }
 
     pub fn orphans(&self) -> usize {
-        self.disks.values().flat_map(|held| held.leases.values()).filter(|orphan| orphan.is_some()).count()
+        self.disks
+            .values()
+            .flat_map(|held| held.leases.values())
+            .filter(|orphan| orphan.is_some())
+            .count()
     }
 
     pub fn is_held(&self, diskseq: DiskSeq) -> bool {
@@ -111,47 +127,80 @@ impl Holds {
 
     /// At most one open is outstanding for a disk.
     pub fn is_opening(&self, diskseq: DiskSeq) -> bool {
-        self.disks.get(&diskseq).is_some_and(|held| !held.tickets.is_empty())
+        self.disks
+            .get(&diskseq)
+            .is_some_and(|held| !held.tickets.is_empty())
     }
 
     /// The disks of this volume that are still held, attached or not.
     pub fn of(&self, candidates: &BTreeSet<Identity>) -> BTreeSet<DiskSeq> {
-        candidates.iter().filter_map(|c| self.by_identity.get(c)).flatten().copied().collect()
+        candidates
+            .iter()
+            .filter_map(|c| self.by_identity.get(c))
+            .flatten()
+            .copied()
+            .collect()
     }
 
     /// Invariant 6: a lease of this volume on a disk other than `wanted`, or one on `wanted` from when that
     /// was another volume, whose late writes would land on this one.
     pub fn blocking(&self, candidates: &BTreeSet<Identity>, wanted: DiskSeq) -> Option<Blocking> {
         let foreign = self.disks.get(&wanted).and_then(|held| {
-            held.leased_as.iter().find(|(_, identities)| identities.is_disjoint(candidates))
+            held.leased_as
+                .iter()
+                .find(|(_, identities)| identities.is_disjoint(candidates))
         });
         if let Some(((export, _), _)) = foreign {
-            return Some(Blocking { diskseq: wanted, export: export.clone() });
+            return Some(Blocking {
+                diskseq: wanted,
+                export: export.clone(),
+            });
         }
-        self.of(candidates).into_iter().filter(|diskseq| *diskseq != wanted).find_map(|diskseq| {
-            let (export, _) = self.disks.get(&diskseq)?.leases.keys().next()?;
-            Some(Blocking { diskseq, export: export.clone() })
-        })
+        self.of(candidates)
+            .into_iter()
+            .filter(|diskseq| *diskseq != wanted)
+            .find_map(|diskseq| {
+                let (export, _) = self.disks.get(&diskseq)?.leases.keys().next()?;
+                Some(Blocking {
+                    diskseq,
+                    export: export.clone(),
+                })
+            })
     }
 
     /// Invariant 6: an orphan of this volume, on whatever disk.
     pub fn orphan_of(&self, candidates: &BTreeSet<Identity>) -> Option<(DiskSeq, Orphan)> {
         self.of(candidates).into_iter().find_map(|diskseq| {
-            self.disks.get(&diskseq)?.leases.iter().find_map(|((export, _), holding)| {
-                let orphan = Orphan { export: export.clone(), holding: holding.clone()? };
-                Some((diskseq, orphan))
-            })
+            self.disks
+                .get(&diskseq)?
+                .leases
+                .iter()
+                .find_map(|((export, _), holding)| {
+                    let orphan = Orphan {
+                        export: export.clone(),
+                        holding: holding.clone()?,
+                    };
+                    Some((diskseq, orphan))
+                })
         })
     }
 
     /// What holds the disk, in words.
     pub fn describe(&self, diskseq: DiskSeq) -> String {
-        let Some(held) = self.disks.get(&diskseq) else { return "nothing".to_owned() };
-        let leases = held.leases.iter().map(|((export, generation), orphan)| match orphan {
-            Some(holding) => format!("export {export} generation {}: {holding}", generation.0),
-            None => format!("export {export} generation {}", generation.0),
-        });
-        let opens = held.tickets.iter().map(|_| "an open that the disk has not answered".to_owned());
+        let Some(held) = self.disks.get(&diskseq) else {
+            return "nothing".to_owned();
+        };
+        let leases = held
+            .leases
+            .iter()
+            .map(|((export, generation), orphan)| match orphan {
+                Some(holding) => format!("export {export} generation {}: {holding}", generation.0),
+                None => format!("export {export} generation {}", generation.0),
+            });
+        let opens = held
+            .tickets
+            .iter()
+            .map(|_| "an open that the disk has not answered".to_owned());
         leases.chain(opens).collect::<Vec<_>>().join("; ")
     }
 
@@ -159,17 +208,26 @@ impl Holds {
         let held = self.disks.entry(diskseq).or_default();
         for identity in identities {
             if held.identities.insert(identity.clone()) {
-                self.by_identity.entry(identity.clone()).or_default().insert(diskseq);
+                self.by_identity
+                    .entry(identity.clone())
+                    .or_default()
+                    .insert(diskseq);
             }
         }
         held
     }
 
     fn sweep(&mut self, diskseq: DiskSeq) {
-        if !self.disks.get(&diskseq).is_some_and(|held| held.tickets.is_empty() && held.leases.is_empty()) {
+        if !self
+            .disks
+            .get(&diskseq)
+            .is_some_and(|held| held.tickets.is_empty() && held.leases.is_empty())
+        {
             return;
         }
-        let Some(held) = self.disks.remove(&diskseq) else { return };
+        let Some(held) = self.disks.remove(&diskseq) else {
+            return;
+        };
         for identity in held.identities {
             if let Some(disks) = self.by_identity.get_mut(&identity) {
                 disks.remove(&diskseq);

@@ -112,12 +112,17 @@ struct Export {
 impl Export {
     /// The definition that it has, or is about to have.
     fn planned(&self) -> &Definition {
-        self.leaving.as_ref().and_then(|leaving| leaving.replacement.as_ref()).unwrap_or(&self.definition)
+        self.leaving
+            .as_ref()
+            .and_then(|leaving| leaving.replacement.as_ref())
+            .unwrap_or(&self.definition)
     }
 
     /// It leaves, and nothing of its name comes after it.
     fn goes(&self) -> bool {
-        self.leaving.as_ref().is_some_and(|leaving| leaving.replacement.is_none())
+        self.leaving
+            .as_ref()
+            .is_some_and(|leaving| leaving.replacement.is_none())
     }
 }
 
@@ -188,7 +193,9 @@ impl Correlation {
             // A diskseq says nothing in another boot.
             let same_boot = conflict.boot == correlation.settings.boot;
             let first = conflict.first.filter(|_| same_boot);
-            correlation.remembered_conflicts.insert(conflict.export, first);
+            correlation
+                .remembered_conflicts
+                .insert(conflict.export, first);
         }
         for definition in remembered.exports {
             correlation.insert_export(definition, true);
@@ -216,14 +223,26 @@ impl Correlation {
                 let changes = self.disks.seen(mark, facts);
                 self.observe(changes);
             }
-            Event::DiskGone { mark, number, diskseq } => {
+            Event::DiskGone {
+                mark,
+                number,
+                diskseq,
+            } => {
                 let changes = self.disks.gone(mark, number, diskseq);
                 self.observe(changes);
             }
-            Event::Surveyed { mark, disks, routine } => self.on_surveyed(mark, disks, routine),
+            Event::Surveyed {
+                mark,
+                disks,
+                routine,
+            } => self.on_surveyed(mark, disks, routine),
             Event::DiskOpened { ticket, result } => self.on_opened(ticket, result),
             Event::Dropped { ticket } => self.on_dropped(ticket),
-            Event::LeaseEnded { export, generation, end } => self.on_lease_ended(&export, generation, end),
+            Event::LeaseEnded {
+                export,
+                generation,
+                end,
+            } => self.on_lease_ended(&export, generation, end),
             Event::Persisted { request, result } => self.on_persisted(request, result),
             Event::Asked { request, what } => self.on_asked(request, what),
             Event::Configured { exports } => self.on_configured(exports),
@@ -277,7 +296,10 @@ impl Correlation {
             self.settle(&name);
             // Nobody who waits for an export to serve will see it any more.
             if let Some(export) = self.exports.get_mut(&name) {
-                export.waiters.iter_mut().for_each(|waiter| waiter.due = self.now);
+                export
+                    .waiters
+                    .iter_mut()
+                    .for_each(|waiter| waiter.due = self.now);
             }
             self.answer_waiters(&name);
         }
@@ -290,18 +312,25 @@ impl Correlation {
     fn insert_export(&mut self, definition: Definition, durable: bool) {
         let candidates = definition.volume.candidates();
         for candidate in &candidates {
-            self.by_candidate.entry(candidate.clone()).or_default().insert(definition.name.clone());
+            self.by_candidate
+                .entry(candidate.clone())
+                .or_default()
+                .insert(definition.name.clone());
         }
         let export = Export {
             candidates,
             durable,
-            binding: Binding::Absent { reason: String::new() },
+            binding: Binding::Absent {
+                reason: String::new(),
+            },
             // Above that of an orphan which an earlier export of this name left behind.
             generation: self.holds.newest(&definition.name),
             conflict: self.remembered_conflicts.remove(&definition.name),
             leaving: None,
             waiters: Vec::new(),
-            ending: EndHow::Drain { within: self.settings.drain_within },
+            ending: EndHow::Drain {
+                within: self.settings.drain_within,
+            },
             due: None,
             attempts: 0,
             definition,
@@ -325,6 +354,11 @@ impl Correlation {
 
     /// The exports of a volume that presents one of these identities.
     fn exports_of(&self, identities: &BTreeSet<Identity>) -> BTreeSet<ExportName> {
-        identities.iter().filter_map(|i| self.by_candidate.get(i)).flatten().cloned().collect()
+        identities
+            .iter()
+            .filter_map(|i| self.by_candidate.get(i))
+            .flatten()
+            .cloned()
+            .collect()
     }
 }

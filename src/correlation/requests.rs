@@ -7,8 +7,9 @@ use std::time::Duration;
 
 use super::binding::{Binding, Failure};
 use super::{
-    Action, Change, Correlation, Decision, Definition, DiskSeq, EndHow, ExportName, INTERNAL, Leaving, Level,
-    Notice, Release, Released, Reply, Request, RequestError, RequestId, Source, State, Timer,
+    Action, Change, Correlation, Decision, Definition, DiskSeq, EndHow, ExportName, INTERNAL,
+    Leaving, Level, Notice, Release, Released, Reply, Request, RequestError, RequestId, Source,
+    State, Timer,
 };
 use crate::identity::{Identity, VolumeId};
 
@@ -26,11 +27,23 @@ pub(super) struct Waiter {
 /// What a write to the store is for.
 #[derive(Debug, Clone)]
 pub(super) enum Persisting {
-    Add { name: ExportName, wait: Duration },
-    Remove { name: ExportName, how: EndHow, hard: bool },
+    Add {
+        name: ExportName,
+        wait: Duration,
+    },
+    Remove {
+        name: ExportName,
+        how: EndHow,
+        hard: bool,
+    },
     Detach,
-    Cancel { disks: BTreeSet<DiskSeq> },
-    Resolve { name: ExportName, diskseq: DiskSeq },
+    Cancel {
+        disks: BTreeSet<DiskSeq>,
+    },
+    Resolve {
+        name: ExportName,
+        diskseq: DiskSeq,
+    },
 }
 
 /// A `PrepareDetach` that is under way.
@@ -46,10 +59,14 @@ impl Correlation {
     pub(super) fn on_asked(&mut self, request: RequestId, what: Request) {
         let outcome = match what {
             Request::AddExport { definition, wait } => self.add(request, definition, wait),
-            Request::RemoveExport { name, hard, within } => self.remove(request, &name, hard, within),
-            Request::PrepareDetach { volume, hard, within } => {
-                self.prepare_detach(request, volume, hard, within)
+            Request::RemoveExport { name, hard, within } => {
+                self.remove(request, &name, hard, within)
             }
+            Request::PrepareDetach {
+                volume,
+                hard,
+                within,
+            } => self.prepare_detach(request, volume, hard, within),
             Request::CancelDetach { volume } => self.cancel_detach(request, &volume),
             Request::ResolveConflict { name, diskseq } => self.resolve(request, &name, diskseq),
         };
@@ -82,7 +99,9 @@ impl Correlation {
         let removing = self.is_being_removed(&name);
         if let Some(export) = self.exports.get_mut(&name) {
             if export.leaving.is_some() || removing {
-                return Err(RequestError::NotReady(format!("export {name} is being removed; try again")));
+                return Err(RequestError::NotReady(format!(
+                    "export {name} is being removed; try again"
+                )));
             }
             let known = &export.definition;
             if (&known.volume, known.read_only, known.share)
@@ -97,7 +116,11 @@ impl Correlation {
                 )));
             }
             let due = self.now + wait;
-            export.waiters.push(Waiter { request, created: false, due });
+            export.waiters.push(Waiter {
+                request,
+                created: false,
+                due,
+            });
             self.remind(due, Timer::Waiters(name.clone()));
             self.answer_waiters(&name);
             return Ok(());
@@ -112,7 +135,11 @@ impl Correlation {
         self.settle(&name);
         self.refuse(&name);
         self.out.push(Action::Tell(Notice::Export(name.clone())));
-        self.persist(request, Persisting::Add { name, wait }, vec![Change::PutExport(definition)]);
+        self.persist(
+            request,
+            Persisting::Add { name, wait },
+            vec![Change::PutExport(definition)],
+        );
         Ok(())
     }
 
@@ -120,8 +147,10 @@ impl Correlation {
     fn judge_definition(&self, definition: &Definition) -> Result<(), RequestError> {
         let mut names = self.exports_of(&definition.volume.candidates());
         names.extend(self.replacing.iter().cloned());
-        let mut others =
-            names.iter().filter_map(|name| self.exports.get(name)).filter(|export| !export.goes());
+        let mut others = names
+            .iter()
+            .filter_map(|name| self.exports.get(name))
+            .filter(|export| !export.goes());
         others.try_for_each(|export| judge_pair(definition, export.planned()))
     }
 
@@ -133,7 +162,9 @@ impl Correlation {
         within: Duration,
     ) -> Result<(), RequestError> {
         let export = self.exports.get(name).ok_or_else(|| {
-            RequestError::NotFound(format!("there is no export {name}; 'nbdtrack exports' lists them"))
+            RequestError::NotFound(format!(
+                "there is no export {name}; 'nbdtrack exports' lists them"
+            ))
         })?;
         if export.definition.source == Source::Config {
             return Err(RequestError::NotSupported(format!(
@@ -145,9 +176,21 @@ impl Correlation {
                 "export {name} is being added or removed; try again"
             )));
         }
-        let how = if hard { EndHow::Cut { within } } else { EndHow::Drain { within } };
+        let how = if hard {
+            EndHow::Cut { within }
+        } else {
+            EndHow::Drain { within }
+        };
         let changes = vec![Change::DeleteExport(name.clone())];
-        self.persist(request, Persisting::Remove { name: name.clone(), how, hard }, changes);
+        self.persist(
+            request,
+            Persisting::Remove {
+                name: name.clone(),
+                how,
+                hard,
+            },
+            changes,
+        );
         // It opens nothing and promises nothing any more; who is served is, until the removal is stored.
         self.settle(name);
         Ok(())
@@ -194,10 +237,17 @@ impl Correlation {
             self.reply(request, Ok(Reply::Done));
             return Ok(());
         }
-        let how = if hard { EndHow::Cut { within } } else { EndHow::Drain { within } };
+        let how = if hard {
+            EndHow::Cut { within }
+        } else {
+            EndHow::Drain { within }
+        };
         let names = self.exports_of(&candidates);
         for name in &names {
-            if let Some(export) = self.exports.get_mut(name).filter(|export| export.binding.held().is_some())
+            if let Some(export) = self
+                .exports
+                .get_mut(name)
+                .filter(|export| export.binding.held().is_some())
             {
                 export.ending = how;
             }
@@ -206,17 +256,31 @@ impl Correlation {
         let changes: Vec<Change> = attached
             .iter()
             .map(|diskseq| {
-                Change::PutRelease(Release { volume: volume.clone(), diskseq: *diskseq, boot: boot.clone() })
+                Change::PutRelease(Release {
+                    volume: volume.clone(),
+                    diskseq: *diskseq,
+                    boot: boot.clone(),
+                })
             })
             .collect();
         for diskseq in attached {
             self.release(diskseq, volume.clone());
         }
         // A caller that asks again must not take the silence of an empty disk for success.
-        let lost = disks.iter().find_map(|diskseq| self.released.get(diskseq)?.unflushed.clone());
-        let failure =
-            lost.map(|what| RequestError::Failed(format!("closed, but not everything is durable: {what}")));
-        self.detaches.insert(request, Detach { disks, persisted: changes.is_empty(), failure });
+        let lost = disks
+            .iter()
+            .find_map(|diskseq| self.released.get(diskseq)?.unflushed.clone());
+        let failure = lost.map(|what| {
+            RequestError::Failed(format!("closed, but not everything is durable: {what}"))
+        });
+        self.detaches.insert(
+            request,
+            Detach {
+                disks,
+                persisted: changes.is_empty(),
+                failure,
+            },
+        );
         self.remind(self.now + within + REPORT_SLACK, Timer::Detach(request));
         if !changes.is_empty() {
             self.persist(request, Persisting::Detach, changes);
@@ -237,9 +301,15 @@ impl Correlation {
     }
 
     /// Errs when neither an export nor a disk knows of this volume.
-    fn known(&self, volume: &VolumeId, candidates: &BTreeSet<Identity>) -> Result<(), RequestError> {
+    fn known(
+        &self,
+        volume: &VolumeId,
+        candidates: &BTreeSet<Identity>,
+    ) -> Result<(), RequestError> {
         if self.exports_of(candidates).is_empty() && self.disks.presenting(candidates).is_empty() {
-            return Err(RequestError::NotFound(format!("no export and no attached disk is volume {volume}")));
+            return Err(RequestError::NotFound(format!(
+                "no export and no attached disk is volume {volume}"
+            )));
         }
         Ok(())
     }
@@ -248,8 +318,19 @@ impl Correlation {
         let due = self.now + self.settings.detach_grace;
         let before = self.released.remove(&diskseq);
         let unflushed = before.and_then(|before| before.unflushed);
-        let remark = unflushed.as_ref().map(|what| format!(", but {what}")).unwrap_or_default();
-        self.released.insert(diskseq, Released { volume, remark, unflushed, due });
+        let remark = unflushed
+            .as_ref()
+            .map(|what| format!(", but {what}"))
+            .unwrap_or_default();
+        self.released.insert(
+            diskseq,
+            Released {
+                volume,
+                remark,
+                unflushed,
+                due,
+            },
+        );
         self.remind(due, Timer::Grace(diskseq));
         self.log_disk(diskseq, "released", "prepared for detach".to_owned());
     }
@@ -269,7 +350,11 @@ impl Correlation {
             self.reply(request, Ok(Reply::Done));
             return Ok(());
         }
-        if self.detaches.values().any(|detach| !detach.disks.is_disjoint(&disks)) {
+        if self
+            .detaches
+            .values()
+            .any(|detach| !detach.disks.is_disjoint(&disks))
+        {
             return Err(RequestError::NotReady(format!(
                 "{volume} is being prepared for detach; try again when that is answered"
             )));
@@ -277,7 +362,10 @@ impl Correlation {
         let boot = self.settings.boot.clone();
         let changes = disks
             .iter()
-            .map(|diskseq| Change::DeleteRelease { diskseq: *diskseq, boot: boot.clone() })
+            .map(|diskseq| Change::DeleteRelease {
+                diskseq: *diskseq,
+                boot: boot.clone(),
+            })
             .collect();
         self.persist(request, Persisting::Cancel { disks }, changes);
         Ok(())
@@ -291,7 +379,14 @@ impl Correlation {
     ) -> Result<(), RequestError> {
         if self.judge_resolution(name, diskseq)? {
             let changes = vec![Change::DeleteConflict(name.clone())];
-            self.persist(request, Persisting::Resolve { name: name.clone(), diskseq }, changes);
+            self.persist(
+                request,
+                Persisting::Resolve {
+                    name: name.clone(),
+                    diskseq,
+                },
+                changes,
+            );
         } else {
             self.reply(request, Ok(Reply::Done));
         }
@@ -329,12 +424,17 @@ impl Correlation {
             }
             return;
         };
-        let failed = |error: &String| RequestError::Failed(format!("the store could not keep it: {error}"));
+        let failed =
+            |error: &String| RequestError::Failed(format!("the store could not keep it: {error}"));
         match (purpose, result) {
             (Persisting::Add { name, wait }, Ok(())) => self.added(request, &name, wait),
             (Persisting::Add { name, .. }, Err(error)) => {
                 // It may have been adopted by the configuration, which keeps it.
-                if self.exports.get(&name).is_some_and(|export| !export.durable) {
+                if self
+                    .exports
+                    .get(&name)
+                    .is_some_and(|export| !export.durable)
+                {
                     self.forget(&name, &failed(&error));
                 }
                 self.reply(request, Err(failed(&error)));
@@ -345,14 +445,20 @@ impl Correlation {
                     return;
                 };
                 if export.planned().source == Source::Config {
-                    let error =
-                        format!("export {name} stands in the configuration file now: take it out there");
+                    let error = format!(
+                        "export {name} stands in the configuration file now: take it out there"
+                    );
                     self.reply(request, Err(RequestError::NotSupported(error)));
                     self.settle(&name);
                     self.answer_waiters(&name);
                     return;
                 }
-                export.leaving = Some(Leaving { request: Some(request), how, hard, replacement: None });
+                export.leaving = Some(Leaving {
+                    request: Some(request),
+                    how,
+                    hard,
+                    replacement: None,
+                });
                 self.settle(&name);
                 self.finish_leaving(&name);
             }
@@ -360,7 +466,10 @@ impl Correlation {
             (Persisting::Resolve { name, diskseq }, Ok(())) => {
                 // The machine may have changed while the store was writing.
                 let outcome = self.judge_resolution(&name, diskseq);
-                match (&outcome, self.exports.get(&name).and_then(|export| export.conflict)) {
+                match (
+                    &outcome,
+                    self.exports.get(&name).and_then(|export| export.conflict),
+                ) {
                     (Ok(_), Some(_)) => self.end_conflict(&name),
                     // It was taken out of the store, and is none the less.
                     (Err(_), Some(first)) => self.keep_conflict(&name, first),
@@ -391,11 +500,18 @@ impl Correlation {
     fn added(&mut self, request: RequestId, name: &ExportName, wait: Duration) {
         let due = self.now + wait;
         let Some(export) = self.exports.get_mut(name) else {
-            self.reply(request, Err(RequestError::NotFound(format!("export {name} was removed"))));
+            self.reply(
+                request,
+                Err(RequestError::NotFound(format!("export {name} was removed"))),
+            );
             return;
         };
         export.durable = true;
-        export.waiters.push(Waiter { request, created: true, due });
+        export.waiters.push(Waiter {
+            request,
+            created: true,
+            due,
+        });
         self.remind(due, Timer::Waiters(name.clone()));
         self.inherit_conflict(name);
         self.settle(name);
@@ -405,9 +521,16 @@ impl Correlation {
     fn cancelled(&mut self, request: RequestId, disks: &BTreeSet<DiskSeq>) {
         for diskseq in disks {
             self.released.remove(diskseq);
-            self.log_disk(*diskseq, "taken back", "the detach was cancelled".to_owned());
-            let names =
-                self.disks.get(*diskseq).map(|disk| self.exports_of(&disk.identities)).unwrap_or_default();
+            self.log_disk(
+                *diskseq,
+                "taken back",
+                "the detach was cancelled".to_owned(),
+            );
+            let names = self
+                .disks
+                .get(*diskseq)
+                .map(|disk| self.exports_of(&disk.identities))
+                .unwrap_or_default();
             for name in names {
                 self.settle(&name);
             }
@@ -419,21 +542,34 @@ impl Correlation {
     pub(super) fn answer_waiters(&mut self, name: &ExportName) {
         let now = self.now;
         let removing = self.is_being_removed(name);
-        let Some(export) = self.exports.get_mut(name) else { return };
+        let Some(export) = self.exports.get_mut(name) else {
+            return;
+        };
         let serving = export.binding.state() == State::Serving && !removing;
-        let (done, waiting): (Vec<Waiter>, Vec<Waiter>) =
-            std::mem::take(&mut export.waiters).into_iter().partition(|waiter| serving || waiter.due <= now);
+        let (done, waiting): (Vec<Waiter>, Vec<Waiter>) = std::mem::take(&mut export.waiters)
+            .into_iter()
+            .partition(|waiter| serving || waiter.due <= now);
         export.waiters = waiting;
-        let kept = if export.durable { "is kept, but not served" } else { "is not stored yet" };
+        let kept = if export.durable {
+            "is kept, but not served"
+        } else {
+            "is not stored yet"
+        };
         let reason = format!("export {name} {kept}: {}", export.binding.reason());
         let refusal = match &export.binding {
             Binding::Ambiguous { .. } => RequestError::Ambiguous(reason),
-            Binding::Failed { failure: Failure::Busy, .. } => RequestError::DeviceBusy(reason),
+            Binding::Failed {
+                failure: Failure::Busy,
+                ..
+            } => RequestError::DeviceBusy(reason),
             _ => RequestError::NotReady(reason),
         };
         for waiter in done {
             let reply = if serving {
-                Ok(Reply::Added { name: name.clone(), created: waiter.created })
+                Ok(Reply::Added {
+                    name: name.clone(),
+                    created: waiter.created,
+                })
             } else {
                 Err(refusal.clone())
             };
@@ -443,12 +579,22 @@ impl Correlation {
 
     /// Takes an export out once nothing of it is held, or defines it anew.
     pub(super) fn finish_leaving(&mut self, name: &ExportName) {
-        let Some(export) = self.exports.get_mut(name) else { return };
+        let Some(export) = self.exports.get_mut(name) else {
+            return;
+        };
         if export.leaving.is_none() || export.binding.held().is_some() {
             return;
         }
-        let Some(leaving) = export.leaving.take() else { return };
-        let orphaned = matches!(export.binding, Binding::Failed { failure: Failure::Orphan, .. });
+        let Some(leaving) = export.leaving.take() else {
+            return;
+        };
+        let orphaned = matches!(
+            export.binding,
+            Binding::Failed {
+                failure: Failure::Orphan,
+                ..
+            }
+        );
         let generation = export.generation;
         let waiters = std::mem::take(&mut export.waiters);
         match leaving.replacement {
@@ -460,7 +606,8 @@ impl Correlation {
                 if same {
                     self.keep_waiters(name, waiters);
                 } else {
-                    let changed = RequestError::NotReady(format!("the definition of export {name} changed"));
+                    let changed =
+                        RequestError::NotReady(format!("the definition of export {name} changed"));
                     for waiter in waiters {
                         self.reply(waiter.request, Err(changed.clone()));
                     }
@@ -489,18 +636,28 @@ impl Correlation {
 
     fn forget(&mut self, name: &ExportName, reason: &RequestError) {
         self.drop_conflict(name);
-        let Some(export) = self.remove_export(name) else { return };
+        let Some(export) = self.remove_export(name) else {
+            return;
+        };
         for waiter in export.waiters {
             self.reply(waiter.request, Err(reason.clone()));
         }
-        self.out.push(Action::Forget { export: name.clone() });
+        self.out.push(Action::Forget {
+            export: name.clone(),
+        });
         self.out.push(Action::Tell(Notice::Export(name.clone())));
     }
 
     pub(super) fn fail_detaches(&mut self, diskseq: DiskSeq, timed_out: bool, what: &str) {
-        for detach in self.detaches.values_mut().filter(|detach| detach.disks.contains(&diskseq)) {
+        for detach in self
+            .detaches
+            .values_mut()
+            .filter(|detach| detach.disks.contains(&diskseq))
+        {
             detach.failure.get_or_insert(if timed_out {
-                RequestError::TimedOut(format!("the disk with diskseq {diskseq} is still held: {what}"))
+                RequestError::TimedOut(format!(
+                    "the disk with diskseq {diskseq} is still held: {what}"
+                ))
             } else {
                 RequestError::Failed(format!("closed, but not everything is durable: {what}"))
             });
@@ -514,13 +671,18 @@ impl Correlation {
             .iter()
             .filter(|(_, detach)| {
                 let timed_out = matches!(detach.failure, Some(RequestError::TimedOut(_)));
-                let closed = detach.disks.iter().all(|diskseq| !self.holds.is_held(*diskseq));
+                let closed = detach
+                    .disks
+                    .iter()
+                    .all(|diskseq| !self.holds.is_held(*diskseq));
                 timed_out || (closed && detach.persisted)
             })
             .map(|(request, _)| *request)
             .collect();
         for request in over {
-            let Some(detach) = self.detaches.remove(&request) else { continue };
+            let Some(detach) = self.detaches.remove(&request) else {
+                continue;
+            };
             let reply = match detach.failure {
                 Some(error) => Err(error),
                 None => Ok(Reply::Done),
@@ -530,7 +692,9 @@ impl Correlation {
     }
 
     pub(super) fn on_detach_due(&mut self, request: RequestId) {
-        let Some(detach) = self.detaches.get_mut(&request) else { return };
+        let Some(detach) = self.detaches.get_mut(&request) else {
+            return;
+        };
         let held: Vec<String> = detach
             .disks
             .iter()
@@ -547,14 +711,22 @@ impl Correlation {
     pub(super) fn on_grace_over(&mut self, diskseq: DiskSeq) {
         let now = self.now;
         // A timer of an earlier release of the same disk comes too early.
-        let Some(released) = self.released.get_mut(&diskseq).filter(|released| released.due <= now) else {
+        let Some(released) = self
+            .released
+            .get_mut(&diskseq)
+            .filter(|released| released.due <= now)
+        else {
             return;
         };
         let minutes = self.settings.detach_grace.as_secs() / 60;
-        released.remark =
-            format!("{} more than {minutes} minutes ago and is still attached", released.remark);
+        released.remark = format!(
+            "{} more than {minutes} minutes ago and is still attached",
+            released.remark
+        );
         let volume = released.volume.to_string();
-        let Some(disk) = self.disks.get(diskseq) else { return };
+        let Some(disk) = self.disks.get(diskseq) else {
+            return;
+        };
         self.out.push(Action::Log(Decision {
             level: Level::Warn,
             what: "still attached",
@@ -595,7 +767,11 @@ pub(super) fn judge_pair(definition: &Definition, other: &Definition) -> Result<
         return Ok(());
     }
     let candidates = definition.volume.candidates();
-    let Some(common) = candidates.intersection(&other.volume.candidates()).next().cloned() else {
+    let Some(common) = candidates
+        .intersection(&other.volume.candidates())
+        .next()
+        .cloned()
+    else {
         return Ok(());
     };
     if other.volume != definition.volume {

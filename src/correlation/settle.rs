@@ -6,8 +6,9 @@ use std::time::Duration;
 use super::binding::{Binding, Context, Cue, Failure, Order, Want};
 use super::holds::Blocking;
 use super::{
-    Action, Change, Conflict, Correlation, Decision, DiskSeq, EndHow, Export, ExportName, Generation,
-    INTERNAL, LeaseEnd, Level, Notice, OpenDisk, OpenRefusal, OpenedDisk, RefusalKind, State, Ticket, Timer,
+    Action, Change, Conflict, Correlation, Decision, DiskSeq, EndHow, Export, ExportName,
+    Generation, INTERNAL, LeaseEnd, Level, Notice, OpenDisk, OpenRefusal, OpenedDisk, RefusalKind,
+    State, Ticket, Timer,
 };
 
 /// A failed open is tried again after this, doubled each time up to the maximum: nothing tells us when whoever
@@ -37,7 +38,9 @@ impl Correlation {
     pub(super) fn claimants(&self, export: &Export) -> Claimants {
         let mut claimants = Claimants::default();
         for diskseq in self.disks.presenting(&export.candidates) {
-            let Some(disk) = self.disks.get(diskseq) else { continue };
+            let Some(disk) = self.disks.get(diskseq) else {
+                continue;
+            };
             let group = if self.released.contains_key(&diskseq) {
                 &mut claimants.released
             } else if disk.facts.leaving {
@@ -55,7 +58,9 @@ impl Correlation {
     /// Invariant 2, kept durably: a conflict begins when a second disk claims the volume, and ends by itself only
     /// when the disk that was there first is alone again.
     fn judge_conflict(&mut self, name: &ExportName) {
-        let Some(export) = self.exports.get(name) else { return };
+        let Some(export) = self.exports.get(name) else {
+            return;
+        };
         if !self.surveyed || !export.durable {
             return;
         }
@@ -65,22 +70,35 @@ impl Correlation {
                 let first = export
                     .binding
                     .diskseq()
-                    .filter(|bound| active.contains(bound) && export.binding.state() != State::Failed)
+                    .filter(|bound| {
+                        active.contains(bound) && export.binding.state() != State::Failed
+                    })
                     .or_else(|| self.first_of_volume(export));
                 self.begin_conflict(name, first, active);
             }
-            Some(Some(first)) if active.len() == 1 && active.contains(&first) => self.end_conflict(name),
+            Some(Some(first)) if active.len() == 1 && active.contains(&first) => {
+                self.end_conflict(name)
+            }
             None | Some(_) => {}
         }
     }
 
     /// Whom another export of the same volume served before the conflict.
     fn first_of_volume(&self, export: &Export) -> Option<DiskSeq> {
-        self.exports_of(&export.candidates).iter().find_map(|name| self.exports.get(name)?.conflict?)
+        self.exports_of(&export.candidates)
+            .iter()
+            .find_map(|name| self.exports.get(name)?.conflict?)
     }
 
-    fn begin_conflict(&mut self, name: &ExportName, first: Option<DiskSeq>, disks: BTreeSet<DiskSeq>) {
-        let Some(export) = self.exports.get_mut(name) else { return };
+    fn begin_conflict(
+        &mut self,
+        name: &ExportName,
+        first: Option<DiskSeq>,
+        disks: BTreeSet<DiskSeq>,
+    ) {
+        let Some(export) = self.exports.get_mut(name) else {
+            return;
+        };
         export.conflict = Some(first);
         let id = disks
             .first()
@@ -89,14 +107,25 @@ impl Correlation {
             .map(ToString::to_string)
             .unwrap_or_default();
         self.keep_conflict(name, first);
-        self.out.push(Action::Tell(Notice::IdentityConflict { id, disks: disks.into_iter().collect() }));
+        self.out.push(Action::Tell(Notice::IdentityConflict {
+            id,
+            disks: disks.into_iter().collect(),
+        }));
     }
 
     /// An export that comes to a volume whose claimant waits to be confirmed waits with the others.
     pub(super) fn inherit_conflict(&mut self, name: &ExportName) {
-        let Some(export) = self.exports.get(name).filter(|export| export.conflict.is_none()) else { return };
-        let first =
-            self.exports_of(&export.candidates).iter().find_map(|other| self.exports.get(other)?.conflict);
+        let Some(export) = self
+            .exports
+            .get(name)
+            .filter(|export| export.conflict.is_none())
+        else {
+            return;
+        };
+        let first = self
+            .exports_of(&export.candidates)
+            .iter()
+            .find_map(|other| self.exports.get(other)?.conflict);
         let Some(first) = first else { return };
         if let Some(export) = self.exports.get_mut(name) {
             export.conflict = Some(first);
@@ -105,28 +134,48 @@ impl Correlation {
     }
 
     pub(super) fn keep_conflict(&mut self, name: &ExportName, first: Option<DiskSeq>) {
-        let conflict = Conflict { export: name.clone(), first, boot: self.settings.boot.clone() };
-        self.out.push(Action::Persist { request: INTERNAL, changes: vec![Change::PutConflict(conflict)] });
+        let conflict = Conflict {
+            export: name.clone(),
+            first,
+            boot: self.settings.boot.clone(),
+        };
+        self.out.push(Action::Persist {
+            request: INTERNAL,
+            changes: vec![Change::PutConflict(conflict)],
+        });
     }
 
     /// The export goes, or its volume is another one.
     pub(super) fn drop_conflict(&mut self, name: &ExportName) {
-        if self.exports.get(name).is_some_and(|export| export.conflict.is_some()) {
+        if self
+            .exports
+            .get(name)
+            .is_some_and(|export| export.conflict.is_some())
+        {
             self.end_conflict(name);
         }
     }
 
     pub(super) fn end_conflict(&mut self, name: &ExportName) {
-        let Some(export) = self.exports.get_mut(name) else { return };
+        let Some(export) = self.exports.get_mut(name) else {
+            return;
+        };
         export.conflict = None;
         let changes = vec![Change::DeleteConflict(name.clone())];
-        self.out.push(Action::Persist { request: INTERNAL, changes });
+        self.out.push(Action::Persist {
+            request: INTERNAL,
+            changes,
+        });
     }
 
     /// Where the facts say that the export belongs.
     fn want(&self, name: &ExportName) -> Option<Want> {
         let export = self.exports.get(name)?;
-        let nothing = |reason: &str| Some(Want::Nothing { reason: reason.to_owned() });
+        let nothing = |reason: &str| {
+            Some(Want::Nothing {
+                reason: reason.to_owned(),
+            })
+        };
         if self.stopping {
             return nothing("the daemon is stopping");
         }
@@ -199,12 +248,18 @@ impl Correlation {
             return None;
         }
         let name = &export.definition.name;
-        self.exports_of(&export.candidates).into_iter().filter(|other| other != name).find_map(|other| {
-            let writer = self.exports.get(&other)?;
-            let writes = writer.binding.held().is_some_and(|held| !held.read_only);
-            let share = export.definition.share && writer.definition.share;
-            (writes && !share).then_some(Blocking { diskseq, export: other })
-        })
+        self.exports_of(&export.candidates)
+            .into_iter()
+            .filter(|other| other != name)
+            .find_map(|other| {
+                let writer = self.exports.get(&other)?;
+                let writes = writer.binding.held().is_some_and(|held| !held.read_only);
+                let share = export.definition.share && writer.definition.share;
+                (writes && !share).then_some(Blocking {
+                    diskseq,
+                    export: other,
+                })
+            })
     }
 
     /// Invariant 1: the size was agreed in the handshake. A disk that shrank ends its sessions, for NBD has no
@@ -212,7 +267,10 @@ impl Correlation {
     fn want_kept(&self, held: super::binding::Held) -> Want {
         match self.disks.get(held.diskseq) {
             Some(disk) if disk.facts.size < held.size => Want::Nothing {
-                reason: format!("{} shrank from {} to {} bytes", disk.facts.node, held.size, disk.facts.size),
+                reason: format!(
+                    "{} shrank from {} to {} bytes",
+                    disk.facts.node, held.size, disk.facts.size
+                ),
             },
             Some(_) | None => Want::Disk(held.diskseq),
         }
@@ -221,8 +279,11 @@ impl Correlation {
     fn want_without_claimant(&self, export: &Export, claimants: &Claimants) -> Want {
         let volume = &export.definition.volume;
         if let Some(&diskseq) = claimants.released.last() {
-            let remark =
-                self.released.get(&diskseq).map(|released| released.remark.as_str()).unwrap_or_default();
+            let remark = self
+                .released
+                .get(&diskseq)
+                .map(|released| released.remark.as_str())
+                .unwrap_or_default();
             return Want::Released {
                 diskseq,
                 reason: format!(
@@ -233,9 +294,20 @@ impl Correlation {
             };
         }
         let reason = if let Some(&diskseq) = claimants.leaving.first() {
-            format!("{} (diskseq {diskseq}) was asked to leave by its owner", self.node_of(diskseq))
-        } else if let Some(disk) = claimants.members.first().and_then(|member| self.disks.get(*member)) {
-            format!("{} is a member of {}", disk.facts.node, disk.facts.holders.join(", "))
+            format!(
+                "{} (diskseq {diskseq}) was asked to leave by its owner",
+                self.node_of(diskseq)
+            )
+        } else if let Some(disk) = claimants
+            .members
+            .first()
+            .and_then(|member| self.disks.get(*member))
+        {
+            format!(
+                "{} is a member of {}",
+                disk.facts.node,
+                disk.facts.holders.join(", ")
+            )
         } else {
             format!("no attached disk presents the identity of {volume}")
         };
@@ -248,8 +320,10 @@ impl Correlation {
             .kept()
             .map(|held| held.diskseq)
             .filter(|bound| active.contains(bound) && export.conflict == Some(Some(*bound)));
-        let disks: Vec<String> =
-            active.iter().map(|diskseq| format!("{} (diskseq {diskseq})", self.node_of(*diskseq))).collect();
+        let disks: Vec<String> = active
+            .iter()
+            .map(|diskseq| format!("{} (diskseq {diskseq})", self.node_of(*diskseq)))
+            .collect();
         Want::Ambiguous {
             keep,
             reason: format!(
@@ -269,7 +343,9 @@ impl Correlation {
             })
         });
         match &export.leaving {
-            _ if !claims => EndHow::Cut { within: self.settings.cut_within },
+            _ if !claims => EndHow::Cut {
+                within: self.settings.cut_within,
+            },
             // Whoever wants it hardest has it.
             Some(leaving) => match export.ending {
                 cut @ EndHow::Cut { .. } => cut,
@@ -280,7 +356,9 @@ impl Correlation {
     }
 
     fn cue(&mut self, name: &ExportName, cue: Cue) {
-        let Some(export) = self.exports.get(name) else { return };
+        let Some(export) = self.exports.get(name) else {
+            return;
+        };
         let wanted = match &cue {
             Cue::Want(Want::Disk(diskseq))
             | Cue::RetryDue(Want::Disk(diskseq))
@@ -289,7 +367,9 @@ impl Correlation {
         };
         let fresh = Ticket(self.last_ticket.0 + 1);
         let context = Context {
-            ticket: wanted.filter(|diskseq| !self.holds.is_opening(*diskseq)).map(|_| fresh),
+            ticket: wanted
+                .filter(|diskseq| !self.holds.is_opening(*diskseq))
+                .map(|_| fresh),
             generation: Generation(export.generation.0 + 1),
             ending: self.ending(export),
         };
@@ -302,11 +382,17 @@ impl Correlation {
     }
 
     fn perform(&mut self, name: &ExportName, order: Order) {
-        let Some(export) = self.exports.get_mut(name) else { return };
+        let Some(export) = self.exports.get_mut(name) else {
+            return;
+        };
         match order {
             Order::Open { diskseq, ticket } => {
-                let Some(disk) = self.disks.get(diskseq) else { return };
-                let Some(identity) = disk.identities.intersection(&export.candidates).next() else { return };
+                let Some(disk) = self.disks.get(diskseq) else {
+                    return;
+                };
+                let Some(identity) = disk.identities.intersection(&export.candidates).next() else {
+                    return;
+                };
                 self.last_ticket = ticket;
                 self.tickets.insert(ticket, (diskseq, Some(name.clone())));
                 self.holds.open(diskseq, &disk.identities, ticket);
@@ -329,9 +415,13 @@ impl Correlation {
             Order::Serve { ticket, held } => {
                 export.generation = held.generation;
                 export.attempts = 0;
-                let identities =
-                    self.disks.get(held.diskseq).map(|disk| disk.identities.clone()).unwrap_or_default();
-                self.holds.lease(held.diskseq, &identities, name.clone(), held.generation);
+                let identities = self
+                    .disks
+                    .get(held.diskseq)
+                    .map(|disk| disk.identities.clone())
+                    .unwrap_or_default();
+                self.holds
+                    .lease(held.diskseq, &identities, name.clone(), held.generation);
                 self.out.push(Action::Serve {
                     export: name.clone(),
                     ticket,
@@ -340,10 +430,17 @@ impl Correlation {
                 });
             }
             Order::Unseal { generation } => {
-                self.out.push(Action::Unseal { export: name.clone(), generation });
+                self.out.push(Action::Unseal {
+                    export: name.clone(),
+                    generation,
+                });
             }
             Order::End { generation, how } => {
-                self.out.push(Action::EndLease { export: name.clone(), generation, how });
+                self.out.push(Action::EndLease {
+                    export: name.clone(),
+                    generation,
+                    how,
+                });
             }
         }
     }
@@ -351,16 +448,25 @@ impl Correlation {
     /// Takes over the outcome of a step and tells of it.
     fn bind(&mut self, name: &ExportName, before: &Binding, after: Binding) {
         let now = self.now;
-        let Some(export) = self.exports.get_mut(name) else { return };
+        let Some(export) = self.exports.get_mut(name) else {
+            return;
+        };
         let (old, new) = (before.state(), after.state());
         if *before == after {
             return;
         }
         export.binding = after;
         export.due = match &export.binding {
-            Binding::Opening { ticket: Some(_), .. } => Some(now + self.settings.open_within),
-            Binding::Failed { failure: Failure::Open | Failure::Busy, .. } => {
-                let delay = RETRY_FIRST.saturating_mul(1 << export.attempts.min(16)).min(RETRY_MAX);
+            Binding::Opening {
+                ticket: Some(_), ..
+            } => Some(now + self.settings.open_within),
+            Binding::Failed {
+                failure: Failure::Open | Failure::Busy,
+                ..
+            } => {
+                let delay = RETRY_FIRST
+                    .saturating_mul(1 << export.attempts.min(16))
+                    .min(RETRY_MAX);
                 export.attempts = export.attempts.saturating_add(1);
                 Some(now + delay)
             }
@@ -377,13 +483,20 @@ impl Correlation {
         self.out.push(Action::Tell(Notice::Export(name.clone())));
         if old != new {
             let (old, new) = (old.name(), new.name());
-            self.out.push(Action::Tell(Notice::ExportState { export: name.clone(), old, new, reason }));
+            self.out.push(Action::Tell(Notice::ExportState {
+                export: name.clone(),
+                old,
+                new,
+                reason,
+            }));
         }
         self.tell_bound(before, name);
         if let Some(export) = self.exports.get_mut(name)
             && export.binding.held().is_none()
         {
-            export.ending = EndHow::Drain { within: self.settings.drain_within };
+            export.ending = EndHow::Drain {
+                within: self.settings.drain_within,
+            };
         }
         self.answer_waiters(name);
         self.finish_leaving(name);
@@ -391,32 +504,51 @@ impl Correlation {
 
     /// The disks that the export was and is on list it as theirs.
     fn tell_bound(&mut self, before: &Binding, name: &ExportName) {
-        let after = self.exports.get(name).and_then(|export| export.binding.held());
-        let disks: BTreeSet<DiskSeq> =
-            before.held().into_iter().chain(after).map(|held| held.diskseq).collect();
+        let after = self
+            .exports
+            .get(name)
+            .and_then(|export| export.binding.held());
+        let disks: BTreeSet<DiskSeq> = before
+            .held()
+            .into_iter()
+            .chain(after)
+            .map(|held| held.diskseq)
+            .collect();
         for diskseq in disks {
             self.out.push(Action::Tell(Notice::Disk(diskseq)));
         }
     }
 
     pub(super) fn refuse(&mut self, name: &ExportName) {
-        let Some(export) = self.exports.get(name) else { return };
+        let Some(export) = self.exports.get(name) else {
+            return;
+        };
         let kind = match export.binding.state() {
             _ if self.stopping => RefusalKind::ShuttingDown,
-            State::Absent | State::Opening | State::Released | State::Failed => RefusalKind::NotAvailable,
+            State::Absent | State::Opening | State::Released | State::Failed => {
+                RefusalKind::NotAvailable
+            }
             State::Ambiguous => RefusalKind::Policy,
             State::Draining | State::Serving => RefusalKind::ShuttingDown,
         };
         let reason = export.binding.reason().to_owned();
-        self.out.push(Action::Refuse { export: name.clone(), kind, reason });
+        self.out.push(Action::Refuse {
+            export: name.clone(),
+            kind,
+            reason,
+        });
     }
 
     fn log_export(&mut self, name: &ExportName, old: State, new: State, reason: &str) {
-        let Some(export) = self.exports.get(name) else { return };
+        let Some(export) = self.exports.get(name) else {
+            return;
+        };
         let diskseq = export.binding.diskseq();
         let level = match new {
             State::Ambiguous | State::Failed => Level::Warn,
-            State::Absent | State::Serving | State::Draining | State::Released if old != new => Level::Info,
+            State::Absent | State::Serving | State::Draining | State::Released if old != new => {
+                Level::Info
+            }
             State::Absent | State::Opening | State::Serving | State::Draining | State::Released => {
                 Level::Debug
             }
@@ -426,19 +558,30 @@ impl Correlation {
             what: new.name(),
             export: Some(name.clone()),
             volume: export.definition.volume.to_string(),
-            node: diskseq.map(|diskseq| self.node_of(diskseq)).unwrap_or_default(),
+            node: diskseq
+                .map(|diskseq| self.node_of(diskseq))
+                .unwrap_or_default(),
             diskseq: diskseq.map_or(0, |diskseq| diskseq.0),
             generation: export.generation.0,
-            reason: if reason.is_empty() { format!("was {}", old.name()) } else { reason.to_owned() },
+            reason: if reason.is_empty() {
+                format!("was {}", old.name())
+            } else {
+                reason.to_owned()
+            },
         }));
     }
 
     fn node_of(&self, diskseq: DiskSeq) -> String {
-        self.disks.get(diskseq).map(|disk| disk.facts.node.to_string()).unwrap_or_default()
+        self.disks
+            .get(diskseq)
+            .map(|disk| disk.facts.node.to_string())
+            .unwrap_or_default()
     }
 
     pub(super) fn on_opened(&mut self, ticket: Ticket, result: Result<OpenedDisk, OpenRefusal>) {
-        let Some((diskseq, owner)) = self.tickets.get(&ticket).cloned() else { return };
+        let Some((diskseq, owner)) = self.tickets.get(&ticket).cloned() else {
+            return;
+        };
         let waiting = owner.filter(|name| {
             self.exports.get(name).is_some_and(|export| {
                 matches!(&export.binding, Binding::Opening { ticket: Some(current), .. } if *current == ticket)
@@ -448,7 +591,13 @@ impl Correlation {
             (Some(name), Ok(opened)) => {
                 self.mark_busy(diskseq, String::new());
                 self.believe_size(diskseq, opened.size);
-                self.cue(&name, Cue::Opened { size: opened.size, read_only: opened.read_only });
+                self.cue(
+                    &name,
+                    Cue::Opened {
+                        size: opened.size,
+                        read_only: opened.read_only,
+                    },
+                );
                 self.close_ticket(ticket);
             }
             (Some(name), Err(refusal)) => {
@@ -464,8 +613,9 @@ impl Correlation {
                     self.mark_busy(diskseq, reason.clone());
                 }
                 if matches!(refusal, OpenRefusal::Changed(_)) {
-                    self.out
-                        .push(Action::Survey { reason: "an opened disk was not the one that was announced" });
+                    self.out.push(Action::Survey {
+                        reason: "an opened disk was not the one that was announced",
+                    });
                 }
                 self.cue(&name, Cue::OpenRefused { failure, reason });
             }
@@ -480,7 +630,9 @@ impl Correlation {
     }
 
     pub(super) fn on_dropped(&mut self, ticket: Ticket) {
-        let Some((diskseq, _)) = self.tickets.get(&ticket).cloned() else { return };
+        let Some((diskseq, _)) = self.tickets.get(&ticket).cloned() else {
+            return;
+        };
         self.close_ticket(ticket);
         self.settle_waiting_for(diskseq);
     }
@@ -494,11 +646,18 @@ impl Correlation {
     /// What was read twice on the opened device is truer than what was read in passing before: else a stale size
     /// would be taken for a disk that shrank, again after each open.
     fn believe_size(&mut self, diskseq: DiskSeq, size: u64) {
-        let Some(disk) = self.disks.get_mut(diskseq) else { return };
+        let Some(disk) = self.disks.get_mut(diskseq) else {
+            return;
+        };
         let (id, old) = (disk.id(), std::mem::replace(&mut disk.facts.size, size));
         if old != size {
             self.out.push(Action::Tell(Notice::Disk(diskseq)));
-            self.out.push(Action::Tell(Notice::Resized { diskseq, id, old, new: size }));
+            self.out.push(Action::Tell(Notice::Resized {
+                diskseq,
+                id,
+                old,
+                new: size,
+            }));
         }
     }
 
@@ -513,30 +672,46 @@ impl Correlation {
 
     /// An open of this disk was answered: whoever waited to open it may.
     fn settle_waiting_for(&mut self, diskseq: DiskSeq) {
-        let Some(disk) = self.disks.get(diskseq) else { return };
+        let Some(disk) = self.disks.get(diskseq) else {
+            return;
+        };
         for name in self.exports_of(&disk.identities) {
             self.settle(&name);
         }
     }
 
-    pub(super) fn on_lease_ended(&mut self, name: &ExportName, generation: Generation, end: LeaseEnd) {
-        let bound = self.exports.get(name).and_then(|export| match &export.binding {
-            Binding::Draining { held, .. } if held.generation == generation => Some(*held),
-            _ => None,
-        });
-        let held = self.exports.get(name).and_then(|export| export.binding.held());
+    pub(super) fn on_lease_ended(
+        &mut self,
+        name: &ExportName,
+        generation: Generation,
+        end: LeaseEnd,
+    ) {
+        let bound = self
+            .exports
+            .get(name)
+            .and_then(|export| match &export.binding {
+                Binding::Draining { held, .. } if held.generation == generation => Some(*held),
+                _ => None,
+            });
+        let held = self
+            .exports
+            .get(name)
+            .and_then(|export| export.binding.held());
         if bound.is_none() && held.is_some_and(|held| held.generation == generation) {
             // An answer to nothing: this lease was not ended. Believing it would leave the door open on no disk.
             return;
         }
-        let Some(diskseq) = self.holds.disk_of(name, generation) else { return };
+        let Some(diskseq) = self.holds.disk_of(name, generation) else {
+            return;
+        };
         match end {
             LeaseEnd::TimedOut { in_flight, holding } => {
                 let holding = format!("{in_flight} requests in flight: {holding}");
                 self.holds.orphan(name, generation, holding.clone());
                 self.fail_detaches(diskseq, true, &holding);
                 if bound.is_some() {
-                    let reason = format!("the disk with diskseq {diskseq} has not given up {holding}");
+                    let reason =
+                        format!("the disk with diskseq {diskseq} has not given up {holding}");
                     self.cue(name, Cue::TimedOut { reason });
                 }
             }
@@ -567,7 +742,9 @@ impl Correlation {
     }
 
     pub(super) fn on_export_due(&mut self, name: &ExportName) {
-        let Some(export) = self.exports.get(name) else { return };
+        let Some(export) = self.exports.get(name) else {
+            return;
+        };
         if export.due.is_none_or(|due| due > self.now) {
             return;
         }
@@ -595,7 +772,9 @@ impl Correlation {
     /// The retry could not be made because an earlier open has not been answered: look again later.
     fn wait_again(&mut self, name: &ExportName, before: Option<&Binding>) {
         let due = self.now + RETRY_MAX;
-        let Some(export) = self.exports.get_mut(name) else { return };
+        let Some(export) = self.exports.get_mut(name) else {
+            return;
+        };
         if before == Some(&export.binding) {
             export.due = Some(due);
             self.remind(due, Timer::Export(name.clone()));

@@ -19,59 +19,147 @@ fn text(of: &str) -> String {
 
 /// Every shape of binding; the disk is A.
 fn bindings() -> Vec<Binding> {
-    let held = Held { diskseq: A, generation: Generation(4), size: 100, read_only: false };
-    let failed = |failure| Binding::Failed { diskseq: Some(A), failure, reason: text("old") };
+    let held = Held {
+        diskseq: A,
+        generation: Generation(4),
+        size: 100,
+        read_only: false,
+    };
+    let failed = |failure| Binding::Failed {
+        diskseq: Some(A),
+        failure,
+        reason: text("old"),
+    };
     vec![
-        Binding::Absent { reason: text("old") },
-        Binding::Opening { diskseq: A, ticket: Some(Ticket(7)) },
-        Binding::Opening { diskseq: A, ticket: None },
+        Binding::Absent {
+            reason: text("old"),
+        },
+        Binding::Opening {
+            diskseq: A,
+            ticket: Some(Ticket(7)),
+        },
+        Binding::Opening {
+            diskseq: A,
+            ticket: None,
+        },
         Binding::Serving(held),
-        Binding::Draining { held, cut: false, reason: text("old") },
-        Binding::Draining { held, cut: true, reason: text("old") },
-        Binding::Released { diskseq: A, reason: text("old") },
-        Binding::Ambiguous { held: Some(held), reason: text("old") },
-        Binding::Ambiguous { held: None, reason: text("old") },
+        Binding::Draining {
+            held,
+            cut: false,
+            reason: text("old"),
+        },
+        Binding::Draining {
+            held,
+            cut: true,
+            reason: text("old"),
+        },
+        Binding::Released {
+            diskseq: A,
+            reason: text("old"),
+        },
+        Binding::Ambiguous {
+            held: Some(held),
+            reason: text("old"),
+        },
+        Binding::Ambiguous {
+            held: None,
+            reason: text("old"),
+        },
         failed(Failure::Open),
         failed(Failure::Busy),
         failed(Failure::Orphan),
-        Binding::Failed { diskseq: None, failure: Failure::Orphan, reason: text("old") },
+        Binding::Failed {
+            diskseq: None,
+            failure: Failure::Orphan,
+            reason: text("old"),
+        },
     ]
 }
 
 fn wants() -> Vec<Want> {
     vec![
-        Want::Nothing { reason: text("new") },
+        Want::Nothing {
+            reason: text("new"),
+        },
         Want::Disk(A),
         Want::Disk(B),
-        Want::Released { diskseq: A, reason: text("new") },
-        Want::Ambiguous { keep: Some(A), reason: text("new") },
-        Want::Ambiguous { keep: Some(B), reason: text("new") },
-        Want::Ambiguous { keep: None, reason: text("new") },
-        Want::Blocked { failure: Failure::Orphan, reason: text("new") },
+        Want::Released {
+            diskseq: A,
+            reason: text("new"),
+        },
+        Want::Ambiguous {
+            keep: Some(A),
+            reason: text("new"),
+        },
+        Want::Ambiguous {
+            keep: Some(B),
+            reason: text("new"),
+        },
+        Want::Ambiguous {
+            keep: None,
+            reason: text("new"),
+        },
+        Want::Blocked {
+            failure: Failure::Orphan,
+            reason: text("new"),
+        },
     ]
 }
 
 fn cues() -> Vec<Cue> {
     let mut cues: Vec<Cue> = wants().into_iter().map(Cue::Want).collect();
-    cues.push(Cue::Opened { size: 100, read_only: false });
-    cues.push(Cue::OpenRefused { failure: Failure::Open, reason: text("new") });
-    cues.push(Cue::OpenRefused { failure: Failure::Busy, reason: text("new") });
-    cues.push(Cue::OpenExpired { reason: text("new") });
+    cues.push(Cue::Opened {
+        size: 100,
+        read_only: false,
+    });
+    cues.push(Cue::OpenRefused {
+        failure: Failure::Open,
+        reason: text("new"),
+    });
+    cues.push(Cue::OpenRefused {
+        failure: Failure::Busy,
+        reason: text("new"),
+    });
+    cues.push(Cue::OpenExpired {
+        reason: text("new"),
+    });
     cues.extend(wants().into_iter().map(Cue::RetryDue));
     cues.extend(wants().into_iter().map(Cue::Closed));
-    cues.push(Cue::TimedOut { reason: text("new") });
+    cues.push(Cue::TimedOut {
+        reason: text("new"),
+    });
     cues
 }
 
 /// What differs in the context, by name: a free ticket and time, no ticket, no time.
 fn contexts() -> [(&'static str, Context); 3] {
-    let drain = EndHow::Drain { within: Duration::from_secs(30) };
-    let cut = EndHow::Cut { within: Duration::from_secs(5) };
-    let context = Context { ticket: Some(Ticket(8)), generation: Generation(5), ending: drain };
+    let drain = EndHow::Drain {
+        within: Duration::from_secs(30),
+    };
+    let cut = EndHow::Cut {
+        within: Duration::from_secs(5),
+    };
+    let context = Context {
+        ticket: Some(Ticket(8)),
+        generation: Generation(5),
+        ending: drain,
+    };
     [
         ("", context),
-        (" [an open of the disk is outstanding]", Context { ticket: None, ..context }),
-        (" [to be cut]", Context { ending: cut, ..context }),
+        (
+            " [an open of the disk is outstanding]",
+            Context {
+                ticket: None,
+                ..context
+            },
+        ),
+        (
+            " [to be cut]",
+            Context {
+                ending: cut,
+                ..context
+            },
+        ),
     ]
 }
 
@@ -99,7 +187,10 @@ fn every_binding_answers_every_cue_as_pinned() {
         }
     }
     if found != PINNED {
-        let place = concat!(env!("CARGO_MANIFEST_DIR"), "/src/correlation/transitions.txt");
+        let place = concat!(
+            env!("CARGO_MANIFEST_DIR"),
+            "/src/correlation/transitions.txt"
+        );
         if std::env::var_os("BLESS").is_some() {
             std::fs::write(place, &found).expect("the source tree can be written");
             return;
@@ -127,19 +218,38 @@ fn no_pair_opens_or_serves_beside_a_lease() {
             for (_, context) in contexts() {
                 let (after, orders) = binding.clone().step(cue.clone(), context);
                 let what = format!("{binding:?} on {cue:?} gives {after:?} and {orders:?}");
-                let opens = orders.iter().filter(|order| matches!(order, Order::Open { .. })).count();
-                let serves = orders.iter().filter(|order| matches!(order, Order::Serve { .. })).count();
-                let ends = orders.iter().filter(|order| matches!(order, Order::End { .. })).count();
+                let opens = orders
+                    .iter()
+                    .filter(|order| matches!(order, Order::Open { .. }))
+                    .count();
+                let serves = orders
+                    .iter()
+                    .filter(|order| matches!(order, Order::Serve { .. }))
+                    .count();
+                let ends = orders
+                    .iter()
+                    .filter(|order| matches!(order, Order::End { .. }))
+                    .count();
                 assert!(opens + serves + ends <= 1, "{what}");
                 // A lease comes only by Serve, and goes only by Closed or TimedOut, after End.
                 let (held, held_after) = (binding.held(), after.held());
                 let closes = matches!(cue, Cue::Closed(_) | Cue::TimedOut { .. });
-                assert_eq!(held.is_none() && held_after.is_some(), serves == 1, "{what}");
+                assert_eq!(
+                    held.is_none() && held_after.is_some(),
+                    serves == 1,
+                    "{what}"
+                );
                 assert!(held.is_none() || held_after == held || closes, "{what}");
                 assert!(opens == 0 || held_after.is_none(), "{what}");
                 assert_eq!(
                     opens == 1,
-                    matches!(after, Binding::Opening { ticket: Some(Ticket(8)), .. }),
+                    matches!(
+                        after,
+                        Binding::Opening {
+                            ticket: Some(Ticket(8)),
+                            ..
+                        }
+                    ),
                     "{what}"
                 );
                 let ending = |binding: &Binding| matches!(binding, Binding::Draining { .. });
@@ -156,22 +266,45 @@ fn disk(diskseq: DiskSeq) -> &'static str {
 fn show_binding(binding: &Binding) -> String {
     match binding {
         Binding::Absent { .. } => text("Absent"),
-        Binding::Opening { diskseq, ticket: Some(ticket) } => {
+        Binding::Opening {
+            diskseq,
+            ticket: Some(ticket),
+        } => {
             format!("Opening {} (ticket {})", disk(*diskseq), ticket.0)
         }
-        Binding::Opening { diskseq, ticket: None } => {
+        Binding::Opening {
+            diskseq,
+            ticket: None,
+        } => {
             format!("Opening {} (behind another open)", disk(*diskseq))
         }
         Binding::Serving(held) => {
-            format!("Serving {} (generation {})", disk(held.diskseq), held.generation.0)
+            format!(
+                "Serving {} (generation {})",
+                disk(held.diskseq),
+                held.generation.0
+            )
         }
-        Binding::Draining { held, cut: false, .. } => format!("Draining {}", disk(held.diskseq)),
-        Binding::Draining { held, cut: true, .. } => format!("Draining {} (cut)", disk(held.diskseq)),
+        Binding::Draining {
+            held, cut: false, ..
+        } => format!("Draining {}", disk(held.diskseq)),
+        Binding::Draining {
+            held, cut: true, ..
+        } => format!("Draining {} (cut)", disk(held.diskseq)),
         Binding::Released { diskseq, .. } => format!("Released {}", disk(*diskseq)),
-        Binding::Ambiguous { held: Some(held), .. } => format!("Ambiguous (holds {})", disk(held.diskseq)),
+        Binding::Ambiguous {
+            held: Some(held), ..
+        } => format!("Ambiguous (holds {})", disk(held.diskseq)),
         Binding::Ambiguous { held: None, .. } => text("Ambiguous"),
-        Binding::Failed { diskseq, failure, .. } => {
-            format!("Failed {failure:?}{}", diskseq.map(|d| format!(" on {}", disk(d))).unwrap_or_default())
+        Binding::Failed {
+            diskseq, failure, ..
+        } => {
+            format!(
+                "Failed {failure:?}{}",
+                diskseq
+                    .map(|d| format!(" on {}", disk(d)))
+                    .unwrap_or_default()
+            )
         }
     }
 }
@@ -181,7 +314,9 @@ fn show_want(want: &Want) -> String {
         Want::Nothing { .. } => text("nothing"),
         Want::Disk(diskseq) => format!("disk {}", disk(*diskseq)),
         Want::Released { diskseq, .. } => format!("released {}", disk(*diskseq)),
-        Want::Ambiguous { keep: Some(keep), .. } => format!("ambiguous, keep {}", disk(*keep)),
+        Want::Ambiguous {
+            keep: Some(keep), ..
+        } => format!("ambiguous, keep {}", disk(*keep)),
         Want::Ambiguous { keep: None, .. } => text("ambiguous"),
         Want::Blocked { .. } => text("blocked"),
     }
@@ -206,19 +341,38 @@ fn show_outcome(before: &Binding, after: &Binding, orders: &[Order]) -> String {
     let orders: Vec<String> = orders
         .iter()
         .map(|order| match order {
-            Order::Open { diskseq, ticket } => format!("open {} (ticket {})", disk(*diskseq), ticket.0),
+            Order::Open { diskseq, ticket } => {
+                format!("open {} (ticket {})", disk(*diskseq), ticket.0)
+            }
             Order::Cancel { ticket } => format!("cancel ticket {}", ticket.0),
             Order::Serve { ticket, held } => {
-                format!("serve ticket {} as generation {}", ticket.0, held.generation.0)
+                format!(
+                    "serve ticket {} as generation {}",
+                    ticket.0, held.generation.0
+                )
             }
             Order::Unseal { generation } => format!("unseal generation {}", generation.0),
-            Order::End { generation, how: EndHow::Drain { .. } } => {
+            Order::End {
+                generation,
+                how: EndHow::Drain { .. },
+            } => {
                 format!("drain generation {}", generation.0)
             }
-            Order::End { generation, how: EndHow::Cut { .. } } => format!("cut generation {}", generation.0),
+            Order::End {
+                generation,
+                how: EndHow::Cut { .. },
+            } => format!("cut generation {}", generation.0),
         })
         .collect();
-    let told = if before.reason() == after.reason() { "" } else { ", new reason" };
-    let orders = if orders.is_empty() { String::new() } else { format!("; {}", orders.join(", ")) };
+    let told = if before.reason() == after.reason() {
+        ""
+    } else {
+        ", new reason"
+    };
+    let orders = if orders.is_empty() {
+        String::new()
+    } else {
+        format!("; {}", orders.join(", "))
+    };
     format!("{}{told}{orders}", show_binding(after))
 }

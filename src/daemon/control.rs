@@ -11,7 +11,8 @@ use super::sockets::Sockets;
 use super::{Options, perform, reload};
 use crate::config::IdentityRules;
 use crate::correlation::{
-    Change, Correlation, Event, ExportName, Notice, OpenRefusal, OpenedDisk, Request, RequestError, RequestId, Ticket,
+    Change, Correlation, Event, ExportName, Notice, OpenRefusal, OpenedDisk, Request, RequestError,
+    RequestId, Ticket,
 };
 use crate::dbus::{Answer, Call, Command, Filter, Publication, Publisher};
 use crate::image::Image;
@@ -92,14 +93,23 @@ impl Control {
         drain_within: Duration,
         rules: IdentityRules,
     ) -> Control {
-        let Edges { door, publisher, observer, store } = edges;
+        let Edges {
+            door,
+            publisher,
+            observer,
+            store,
+        } = edges;
         let (reports, report_receiver) = mpsc::unbounded_channel();
         let (writes, write_receiver) = mpsc::channel(WRITES_MAX);
         tokio::spawn(keep_store(store, write_receiver, reports.clone()));
         let clients = Arc::new(ClientChanges::default());
         let changed = Arc::clone(&clients);
         door.on_clients_changed(Box::new(move |name, _count| {
-            changed.names.lock().unwrap_or_else(PoisonError::into_inner).insert(name.clone());
+            changed
+                .names
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .insert(name.clone());
             changed.some.notify_one();
         }));
         Control {
@@ -137,13 +147,22 @@ impl Control {
         mut commands: mpsc::Receiver<Command>,
         options: &Options,
     ) {
-        let mut reports = self.report_receiver.take().expect("run is called once, by serve");
-        let Signals { mut term, mut interrupt, mut hangup } = Signals::new();
+        let mut reports = self
+            .report_receiver
+            .take()
+            .expect("run is called once, by serve");
+        let Signals {
+            mut term,
+            mut interrupt,
+            mut hangup,
+        } = Signals::new();
         let clients = Arc::clone(&self.clients);
         let mut stop_by: Option<tokio::time::Instant> = None;
         loop {
-            let due =
-                self.correlation.deadline().map(|due| tokio::time::Instant::from_std(self.started + due));
+            let due = self
+                .correlation
+                .deadline()
+                .map(|due| tokio::time::Instant::from_std(self.started + due));
             // Each branch is cancel-safe: channels and Notify lose nothing, signals and timers come again.
             // Answers go first: they end what earlier events began.
             tokio::select! {
@@ -188,8 +207,11 @@ impl Control {
         self.apply(event);
         if surveyed {
             self.open_to_clients();
-            let done =
-                self.rescans.drain(..).map(|asker| Publication::Reply(asker, Ok(Answer::Done))).collect();
+            let done = self
+                .rescans
+                .drain(..)
+                .map(|asker| Publication::Reply(asker, Ok(Answer::Done)))
+                .collect();
             self.publisher.offer(done);
         }
     }
@@ -199,7 +221,10 @@ impl Control {
             Report::Happened(event) => self.apply(event),
             Report::Opened { ticket, result } => {
                 let result = result.map(|image| {
-                    let opened = OpenedDisk { size: image.size(), read_only: image.read_only() };
+                    let opened = OpenedDisk {
+                        size: image.size(),
+                        read_only: image.read_only(),
+                    };
                     self.opened.insert(ticket, image);
                     opened
                 });
@@ -228,9 +253,14 @@ impl Control {
             Call::Request(what) => {
                 self.last_request = RequestId(self.last_request.0 + 1);
                 self.asked.insert(self.last_request, reply);
-                self.apply(Event::Asked { request: self.last_request, what });
+                self.apply(Event::Asked {
+                    request: self.last_request,
+                    what,
+                });
             }
-            Call::ResolveVolume(filter) => self.answer(reply, Ok(Answer::Volumes(self.resolve(&filter)))),
+            Call::ResolveVolume(filter) => {
+                self.answer(reply, Ok(Answer::Volumes(self.resolve(&filter))))
+            }
             Call::Rescan => {
                 self.rescans.push(reply);
                 self.observer.survey("a caller asked for it");
@@ -240,20 +270,33 @@ impl Control {
     }
 
     fn answer(&self, asker: Asker, answer: Result<Answer, RequestError>) {
-        self.publisher.offer(vec![Publication::Reply(asker, answer)]);
+        self.publisher
+            .offer(vec![Publication::Reply(asker, answer)]);
     }
 
     fn resolve(&self, filter: &Filter) -> Vec<crate::correlation::DiskSeq> {
-        let of_volume = filter.volume.as_ref().map(|volume| self.correlation.disks_of(volume));
+        let of_volume = filter
+            .volume
+            .as_ref()
+            .map(|volume| self.correlation.disks_of(volume));
         self.correlation
             .diskseqs()
-            .filter(|diskseq| of_volume.as_ref().is_none_or(|disks| disks.contains(diskseq)))
-            .filter(|diskseq| self.correlation.disk(*diskseq).is_some_and(|disk| {
-                filter.serial.as_ref().is_none_or(|serial| disk.serial == *serial)
-                    && filter.wwid.as_ref().is_none_or(|wwid| disk.wwid == *wwid)
-                    && filter.node.as_ref().is_none_or(|node| disk.node.0 == *node)
-                    && filter.diskseq.is_none_or(|wanted| wanted == *diskseq)
-            }))
+            .filter(|diskseq| {
+                of_volume
+                    .as_ref()
+                    .is_none_or(|disks| disks.contains(diskseq))
+            })
+            .filter(|diskseq| {
+                self.correlation.disk(*diskseq).is_some_and(|disk| {
+                    filter
+                        .serial
+                        .as_ref()
+                        .is_none_or(|serial| disk.serial == *serial)
+                        && filter.wwid.as_ref().is_none_or(|wwid| disk.wwid == *wwid)
+                        && filter.node.as_ref().is_none_or(|node| disk.node.0 == *node)
+                        && filter.diskseq.is_none_or(|wanted| wanted == *diskseq)
+                })
+            })
             .collect()
     }
 
@@ -283,7 +326,9 @@ impl Control {
 
     /// After the first survey it is known which volume is where.
     fn open_to_clients(&mut self) {
-        let Some(sockets) = self.sockets.take() else { return };
+        let Some(sockets) = self.sockets.take() else {
+            return;
+        };
         for listener in sockets.tcp {
             if let Err(error) = self.door.listen_tcp(listener) {
                 tracing::error!(%error, "cannot accept TCP clients");
@@ -295,7 +340,11 @@ impl Control {
             tracing::error!(%error, "cannot accept clients on the Unix socket");
         }
         let exports = self.correlation.export_names().count();
-        tracing::info!(exports, disks = self.correlation.diskseqs().count(), "ready");
+        tracing::info!(
+            exports,
+            disks = self.correlation.diskseqs().count(),
+            "ready"
+        );
         perform::notify(&[
             sd_notify::NotifyState::Ready,
             sd_notify::NotifyState::Status(&format!("Following the volumes of {exports} exports")),
@@ -322,7 +371,13 @@ impl Control {
     }
 
     fn publish_clients(&mut self) {
-        let changed = std::mem::take(&mut *self.clients.names.lock().unwrap_or_else(PoisonError::into_inner));
+        let changed = std::mem::take(
+            &mut *self
+                .clients
+                .names
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner),
+        );
         let notices: Vec<Notice> = changed.into_iter().map(Notice::Export).collect();
         self.publish(notices, Vec::new());
     }
@@ -337,8 +392,9 @@ struct Signals {
 
 impl Signals {
     fn new() -> Signals {
-        let listen =
-            |kind| signal(kind).expect("the runtime has its signal driver, and these kinds can be caught");
+        let listen = |kind| {
+            signal(kind).expect("the runtime has its signal driver, and these kinds can be caught")
+        };
         Signals {
             term: listen(SignalKind::terminate()),
             interrupt: listen(SignalKind::interrupt()),
@@ -363,9 +419,16 @@ async fn sleep_until(due: Option<tokio::time::Instant>) {
 
 /// Writes to the store one after the other, in the order in which the middle ordered them: a deletion that
 /// overtook the addition before it would leave the export in the store.
-async fn keep_store(store: Store, mut writes: mpsc::Receiver<Write>, reports: mpsc::UnboundedSender<Report>) {
+async fn keep_store(
+    store: Store,
+    mut writes: mpsc::Receiver<Write>,
+    reports: mpsc::UnboundedSender<Report>,
+) {
     while let Some(Write { request, changes }) = writes.recv().await {
-        let result = store.apply(&changes).await.map_err(|error| error.to_string());
+        let result = store
+            .apply(&changes)
+            .await
+            .map_err(|error| error.to_string());
         // The loop is gone only when the daemon stops.
         let _stopped = reports.send(Report::Happened(Event::Persisted { request, result }));
     }

@@ -24,10 +24,24 @@ pub(super) fn start() {
 
 /// Logs one decision of the middle with its facts as fields.
 pub(super) fn decision(decision: &Decision) {
-    let Decision { level, what, export, volume, node, diskseq, generation, reason } = decision;
-    let export = export.as_ref().map(|name| name.as_str()).unwrap_or_default();
+    let Decision {
+        level,
+        what,
+        export,
+        volume,
+        node,
+        diskseq,
+        generation,
+        reason,
+    } = decision;
+    let export = export
+        .as_ref()
+        .map(|name| name.as_str())
+        .unwrap_or_default();
     match level {
-        Level::Debug => tracing::debug!(export, volume, node, diskseq, generation, reason, "{what}"),
+        Level::Debug => {
+            tracing::debug!(export, volume, node, diskseq, generation, reason, "{what}")
+        }
         Level::Info => tracing::info!(export, volume, node, diskseq, generation, reason, "{what}"),
         Level::Warn => tracing::warn!(export, volume, node, diskseq, generation, reason, "{what}"),
     }

@@ -10,10 +10,11 @@ mod small_world;
 mod world;
 
 use std::cell::Cell;
+use std::collections::BTreeSet;
 use std::time::Instant;
 
-use schedule::{draw, run, shrink};
-use world::Broken;
+use schedule::{draw, run, shrink, take};
+use world::{Broken, World};
 
 const SCHEDULES: u64 = 100_000;
 /// Work for two cores.
@@ -128,3 +129,83 @@ fn what_is_broken_on_purpose_is_caught() {
     }
     assert!(missed.is_empty(), "not caught within {limit} schedules: {missed:?}");
 }
+
+/// A simulation that never comes to a place proves nothing about it.
+#[test]
+fn the_schedules_reach_every_state_and_every_answer() {
+    quiet();
+    let mut reached = BTreeSet::new();
+    for seed in 0..4_000 {
+        let schedule = draw(seed);
+        let mut world = World::new(Broken::Nothing, &schedule.disks, &schedule.exports);
+        world.reached = Some(std::mem::take(&mut reached));
+        for step in &schedule.steps {
+            take(&mut world, *step);
+        }
+        reached = world.reached.unwrap_or_default();
+    }
+    let lines: Vec<String> = reached.iter().cloned().collect();
+    println!("{}", lines.join("\n"));
+    for wanted in EXPECTED {
+        assert!(reached.contains(*wanted), "never reached: {wanted}");
+    }
+}
+
+/// Changes of state and answers that the schedules have to come by.
+const EXPECTED: &[&str] = &[
+    "Absent to Ambiguous",
+    "Absent to Failed",
+    "Absent to Opening",
+    "Absent to Released",
+    "Ambiguous to Absent",
+    "Ambiguous to Draining",
+    "Ambiguous to Failed",
+    "Ambiguous to Opening",
+    "Ambiguous to Released",
+    "Ambiguous to Serving",
+    "Draining to Absent",
+    "Draining to Ambiguous",
+    "Draining to Failed",
+    "Draining to Opening",
+    "Draining to Released",
+    "Failed to Absent",
+    "Failed to Ambiguous",
+    "Failed to Opening",
+    "Failed to Released",
+    "Opening to Absent",
+    "Opening to Ambiguous",
+    "Opening to Failed",
+    "Opening to Released",
+    "Opening to Serving",
+    "Released to Absent",
+    "Released to Ambiguous",
+    "Released to Opening",
+    "Serving to Ambiguous",
+    "Serving to Draining",
+    "add: Err AlreadyExists",
+    "add: Err Ambiguous",
+    "add: Err Failed",
+    "add: Err InUse",
+    "add: Err NotFound",
+    "add: Err NotReady",
+    "add: Ok Added ",
+    "cancel: Err Failed",
+    "cancel: Err NotFound",
+    "cancel: Err NotReady",
+    "cancel: Ok Done",
+    "detach: Err Failed",
+    "detach: Err NotFound",
+    "detach: Err NotReady",
+    "detach: Err TimedOut",
+    "detach: Ok Done",
+    "remove: Err Failed",
+    "remove: Err NotFound",
+    "remove: Err NotReady",
+    "remove: Err NotSupported",
+    "remove: Ok Done",
+    "resolve: Err Ambiguous",
+    "resolve: Err Failed",
+    "resolve: Err IdentityMismatch",
+    "resolve: Err NotFound",
+    "resolve: Ok Done",
+];

@@ -128,7 +128,7 @@ pub fn draw(seed: u64) -> Schedule {
         .filter(|(index, (_, _, may_be_off))| !*may_be_off || off >> index & 1 == 0)
         .flat_map(|(_, (kind, weight, _))| std::iter::repeat_n(*kind, usize::from(*weight)))
         .collect();
-    let steps = (0..20 + random.below(100))
+    let steps = (0..30 + random.below(150))
         .map(|_| {
             let index = usize::try_from(random.next() >> 40).expect("24 bits") % kinds.len();
             Step { kind: kinds[index], a: random.byte(), b: random.byte(), c: random.byte() }

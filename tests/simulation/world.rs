@@ -10,8 +10,9 @@ use std::time::Duration;
 
 use nbdtrack::correlation::{
     Action, BootId, Change, Conflict, Correlation, Definition, DeviceNode, DeviceNumber, DiskFacts, DiskSeq,
-    EndHow, Event, ExportName, Generation, INTERNAL, LeaseEnd, Mark, OpenDisk, OpenRefusal, OpenedDisk,
-    Reading, Release, Remembered, Reply, Request, RequestError, RequestId, Settings, Source, State, Ticket,
+    EndHow, Event, ExportName, Generation, INTERNAL, LeaseEnd, Mark, Notice, OpenDisk, OpenRefusal,
+    OpenedDisk, Reading, Release, Remembered, Reply, Request, RequestError, RequestId, Settings, Source,
+    State, Ticket,
 };
 use nbdtrack::identity::{Identity, Scheme, VolumeId};
 
@@ -106,6 +107,18 @@ enum Pending {
     },
 }
 
+impl Pending {
+    fn kind(&self) -> &'static str {
+        match self {
+            Pending::Add { .. } => "add",
+            Pending::Remove { .. } => "remove",
+            Pending::Detach { .. } => "detach",
+            Pending::Cancel => "cancel",
+            Pending::Resolve { .. } => "resolve",
+        }
+    }
+}
+
 #[derive(Clone, Debug, Default)]
 pub struct Store {
     pub exports: BTreeMap<ExportName, Definition>,
@@ -156,6 +169,8 @@ pub struct World {
     pub replies: Vec<Result<Reply, RequestError>>,
     pub violation: Option<String>,
     pub log: Option<Vec<String>>,
+    /// Which changes of state and which answers were seen.
+    pub reached: Option<BTreeSet<String>>,
     pub applied: u64,
 }
 
@@ -230,6 +245,7 @@ impl World {
             replies: Vec::new(),
             violation: None,
             log: None,
+            reached: None,
             applied: 0,
         };
         for definition in exports {
@@ -781,6 +797,9 @@ impl World {
             Action::Persist { request, changes } => self.persist(request, changes),
             Action::Reply { request, reply } => self.reply(request, reply),
             Action::Survey { .. } => self.survey_wanted = true,
+            Action::Tell(Notice::ExportState { old, new, .. }) => {
+                self.reached.iter_mut().for_each(|reached| _ = reached.insert(format!("{old} to {new}")));
+            }
             Action::Tell(_) | Action::Log(_) => {}
         }
     }
@@ -906,6 +925,14 @@ impl World {
 
     fn reply(&mut self, request: RequestId, reply: Result<Reply, RequestError>) {
         self.replies.push(reply.clone());
+<<<<<<< HEAD
+=======
+        if let Some(reached) = &mut self.reached {
+            let answer = format!("{reply:?}");
+            let short = answer.split(['(', '{']).take(2).collect::<Vec<_>>().join(" ").replace(')', "");
+            reached.insert(format!("{}: {short}", self.pending.get(&request).map_or("?", Pending::kind)));
+        }
+>>>>>>> sim
         let Some(pending) = self.pending.remove(&request) else {
             return self.fail(format!("{request:?} is answered twice, or was never asked"));
         };
