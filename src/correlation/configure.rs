@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::requests::{Waiter, judge_pair};
+use super::membership::{Waiter, judge_pair};
 use super::{
     Action, Change, Correlation, Decision, Definition, EndHow, ExportName, Generation, INTERNAL,
     Leaving, Level, Notice, Source, Timer,

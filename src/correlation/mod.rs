@@ -10,12 +10,17 @@
 //! events, where a task of its own would read as a line of awaits. What it gives: one owner, no
 //! lock, and a simulation that drives a million schedules through the same code that ships.
 
+mod answers;
 mod binding;
 mod check;
 mod configure;
+mod conflicts;
+mod detach;
 mod disks;
+mod enact;
 mod facts;
 mod holds;
+mod membership;
 mod messages;
 mod observe;
 mod requests;
@@ -34,9 +39,11 @@ pub use view::*;
 
 use crate::identity::Identity;
 use binding::Binding;
+use detach::Detach;
 use disks::Disks;
 use holds::Holds;
-use requests::{Detach, Persisting, Waiter};
+use membership::Waiter;
+use requests::Persisting;
 
 /// Nobody waits for the answer to this request.
 pub const INTERNAL: RequestId = RequestId(0);

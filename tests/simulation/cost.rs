@@ -4,16 +4,22 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use nbdtrack::correlation::{
-    Action, BootId, Correlation, Definition, DeviceNode, DeviceNumber, DiskFacts, DiskSeq, Event, ExportName,
-    Mark, OpenedDisk, Reading, Remembered, Settings, Source,
+    Action, BootId, Correlation, Definition, DeviceNode, DeviceNumber, DiskFacts, DiskSeq, Event,
+    ExportName, Mark, OpenedDisk, Reading, Remembered, Settings, Source,
 };
 use nbdtrack::identity::{Identity, Scheme, VolumeId};
 
 fn facts(index: u32, diskseq: u64) -> DiskFacts {
-    let identity = Identity { scheme: Scheme::Loop, value: format!("/v{index}") };
+    let identity = Identity {
+        scheme: Scheme::Loop,
+        value: format!("/v{index}"),
+    };
     DiskFacts {
         node: DeviceNode(format!("/dev/x{index}")),
-        number: DeviceNumber { major: 7, minor: index },
+        number: DeviceNumber {
+            major: 7,
+            minor: index,
+        },
         diskseq: DiskSeq(diskseq),
         size: 1000,
         read_only: false,
@@ -35,15 +41,36 @@ fn serving(count: u32) -> Correlation {
         share: false,
         source: Source::Dbus,
     });
-    let remembered = Remembered { exports: exports.collect(), ..Remembered::default() };
+    let remembered = Remembered {
+        exports: exports.collect(),
+        ..Remembered::default()
+    };
     let mut middle = Correlation::new(Settings::new(BootId("boot".to_owned())), remembered);
     middle.start();
-    let disks = (0..count).map(|index| facts(index, u64::from(index) + 1)).collect();
-    let actions = middle.apply(Duration::ZERO, Event::Surveyed { mark: Mark(1), disks, routine: false });
+    let disks = (0..count)
+        .map(|index| facts(index, u64::from(index) + 1))
+        .collect();
+    let actions = middle.apply(
+        Duration::ZERO,
+        Event::Surveyed {
+            mark: Mark(1),
+            disks,
+            routine: false,
+        },
+    );
     for action in actions {
         if let Action::OpenDisk(order) = action {
-            let result = Ok(OpenedDisk { size: 1000, read_only: false });
-            middle.apply(Duration::ZERO, Event::DiskOpened { ticket: order.ticket, result });
+            let result = Ok(OpenedDisk {
+                size: 1000,
+                read_only: false,
+            });
+            middle.apply(
+                Duration::ZERO,
+                Event::DiskOpened {
+                    ticket: order.ticket,
+                    result,
+                },
+            );
         }
     }
     middle
@@ -64,19 +91,54 @@ fn round(count: u32) -> (Vec<usize>, Duration) {
             shape.push(actions.len());
             actions
         };
-        let number = DeviceNumber { major: 7, minor: index };
-        let gone = step(&mut middle, Event::DiskGone { mark: Mark(mark), number, diskseq: None });
+        let number = DeviceNumber {
+            major: 7,
+            minor: index,
+        };
+        let gone = step(
+            &mut middle,
+            Event::DiskGone {
+                mark: Mark(mark),
+                number,
+                diskseq: None,
+            },
+        );
         for action in gone {
-            if let Action::EndLease { export, generation, .. } = action {
+            if let Action::EndLease {
+                export, generation, ..
+            } = action
+            {
                 let end = nbdtrack::correlation::LeaseEnd::Closed;
-                step(&mut middle, Event::LeaseEnded { export, generation, end });
+                step(
+                    &mut middle,
+                    Event::LeaseEnded {
+                        export,
+                        generation,
+                        end,
+                    },
+                );
             }
         }
-        let seen = step(&mut middle, Event::DiskSeen { mark: Mark(mark + 1), facts: facts(index, seq) });
+        let seen = step(
+            &mut middle,
+            Event::DiskSeen {
+                mark: Mark(mark + 1),
+                facts: facts(index, seq),
+            },
+        );
         for action in seen {
             if let Action::OpenDisk(order) = action {
-                let result = Ok(OpenedDisk { size: 1000, read_only: false });
-                step(&mut middle, Event::DiskOpened { ticket: order.ticket, result });
+                let result = Ok(OpenedDisk {
+                    size: 1000,
+                    read_only: false,
+                });
+                step(
+                    &mut middle,
+                    Event::DiskOpened {
+                        ticket: order.ticket,
+                        result,
+                    },
+                );
             }
         }
         shapes.insert(shape);

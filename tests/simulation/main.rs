@@ -46,8 +46,11 @@ fn number_from(variable: &str) -> Option<u64> {
 fn report(seed: u64, broken: Broken) -> String {
     let shortest = shrink(draw(seed), broken);
     let (violation, _, log) = run(&shortest, broken, true);
-    let steps: Vec<String> =
-        shortest.steps.iter().map(|s| format!("  {:?} {} {} {}", s.kind, s.a, s.b, s.c)).collect();
+    let steps: Vec<String> = shortest
+        .steps
+        .iter()
+        .map(|s| format!("  {:?} {} {} {}", s.kind, s.a, s.b, s.c))
+        .collect();
     format!(
         "seed {seed}: {}\n{} steps, disks {:?}, exports {:?}:\n{}\nwhat happened:\n{}\n",
         violation.unwrap_or_default(),
@@ -79,7 +82,9 @@ fn first_failure(broken: Broken, count: u64) -> (Option<u64>, u64) {
         })
         .collect();
     for worker in workers {
-        let (seed, steps) = worker.join().expect("a worker catches what its schedules throw");
+        let (seed, steps) = worker
+            .join()
+            .expect("a worker catches what its schedules throw");
         first = first.into_iter().chain(seed).min();
         applied += steps;
     }
@@ -102,14 +107,19 @@ fn every_schedule_keeps_every_promise() {
         QUIET.set(false);
         panic!("{}", report(seed, Broken::Nothing));
     }
-    println!("{count} schedules, {applied} events, {:.1} s", began.elapsed().as_secs_f64());
+    println!(
+        "{count} schedules, {applied} events, {:.1} s",
+        began.elapsed().as_secs_f64()
+    );
 }
 
 /// Each promise is broken on purpose, and the simulation has to notice.
 #[test]
 fn what_is_broken_on_purpose_is_caught() {
     quiet();
-    let limit = number_from("SIMULATION_SCHEDULES").unwrap_or(SCHEDULES).max(20_000);
+    let limit = number_from("SIMULATION_SCHEDULES")
+        .unwrap_or(SCHEDULES)
+        .max(20_000);
     let mut missed = Vec::new();
     for broken in [
         Broken::PathsForIdentity,
@@ -127,7 +137,10 @@ fn what_is_broken_on_purpose_is_caught() {
             None => missed.push(broken),
         }
     }
-    assert!(missed.is_empty(), "not caught within {limit} schedules: {missed:?}");
+    assert!(
+        missed.is_empty(),
+        "not caught within {limit} schedules: {missed:?}"
+    );
 }
 
 /// A simulation that never comes to a place proves nothing about it.

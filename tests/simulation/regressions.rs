@@ -13,7 +13,10 @@ fn serving() -> World {
     let mut world = World::new(
         Broken::Nothing,
         &[(0, 0)],
-        &[definition(0, 0, 0, Source::Dbus), definition(1, 1, 0, Source::Dbus)],
+        &[
+            definition(0, 0, 0, Source::Dbus),
+            definition(1, 1, 0, Source::Dbus),
+        ],
     );
     world.settle_all();
     assert_eq!(state(&world, 0), Some(State::Serving));
@@ -31,15 +34,26 @@ fn deliver_all(world: &mut World) {
 }
 
 fn prepare_detach(index: u8, hard: bool) -> Request {
-    Request::PrepareDetach { volume: volume(index), hard, within: WITHIN }
+    Request::PrepareDetach {
+        volume: volume(index),
+        hard,
+        within: WITHIN,
+    }
 }
 
 fn add(index: u8, volume: u8) -> Request {
-    Request::AddExport { definition: definition(index, volume, 0, Source::Dbus), wait: Duration::ZERO }
+    Request::AddExport {
+        definition: definition(index, volume, 0, Source::Dbus),
+        wait: Duration::ZERO,
+    }
 }
 
 fn remove(index: u8, hard: bool) -> Request {
-    Request::RemoveExport { name: name(index), hard, within: WITHIN }
+    Request::RemoveExport {
+        name: name(index),
+        hard,
+        within: WITHIN,
+    }
 }
 
 fn ends_well(mut world: World) {
@@ -86,7 +100,10 @@ fn a_new_export_waits_with_the_others_of_its_volume() {
     world.settle_all();
     world.detach(0, true);
     world.settle_all();
-    world.ask(Request::AddExport { definition: definition(2, 0, 1, Source::Dbus), wait: Duration::ZERO });
+    world.ask(Request::AddExport {
+        definition: definition(2, 0, 1, Source::Dbus),
+        wait: Duration::ZERO,
+    });
     world.settle_all();
     assert_eq!(state(&world, 2), Some(State::Ambiguous));
     ends_well(world);
@@ -102,7 +119,10 @@ fn a_member_of_an_array_does_not_stand_in_the_way_of_a_confirmation() {
     world.alter(0, 1);
     world.settle_all();
     assert_eq!(state(&world, 0), Some(State::Ambiguous));
-    world.ask(Request::ResolveConflict { name: name(0), diskseq: DiskSeq(2) });
+    world.ask(Request::ResolveConflict {
+        name: name(0),
+        diskseq: DiskSeq(2),
+    });
     world.settle_all();
     assert_eq!(state(&world, 0), Some(State::Serving));
     ends_well(world);
@@ -111,10 +131,19 @@ fn a_member_of_an_array_does_not_stand_in_the_way_of_a_confirmation() {
 /// The caller of a detach was told "safe" by a daemon that had not looked yet, and opened the disk right after.
 #[test]
 fn before_the_first_survey_nothing_is_safe_to_detach() {
-    let mut world = World::new(Broken::Nothing, &[(0, 0)], &[definition(0, 0, 0, Source::Dbus)]);
+    let mut world = World::new(
+        Broken::Nothing,
+        &[(0, 0)],
+        &[definition(0, 0, 0, Source::Dbus)],
+    );
     world.ask(prepare_detach(0, false));
     world.ask(Request::CancelDetach { volume: volume(0) });
-    assert!(world.replies.iter().all(|reply| matches!(reply, Err(RequestError::NotReady(_)))));
+    assert!(
+        world
+            .replies
+            .iter()
+            .all(|reply| matches!(reply, Err(RequestError::NotReady(_))))
+    );
     assert_eq!(world.replies.len(), 2);
     ends_well(world);
 }
@@ -128,7 +157,10 @@ fn a_cancel_that_is_being_stored_is_not_crossed_by_a_detach() {
     world.settle_all();
     world.ask(Request::CancelDetach { volume: volume(0) });
     world.ask(prepare_detach(0, false));
-    assert!(matches!(world.replies.last(), Some(Err(RequestError::NotReady(_)))));
+    assert!(matches!(
+        world.replies.last(),
+        Some(Err(RequestError::NotReady(_)))
+    ));
     ends_well(world);
 }
 
@@ -149,7 +181,11 @@ fn facts_from_before_a_survey_make_no_phantom() {
 /// which was cut and opened again without an end.
 #[test]
 fn a_size_that_no_event_told_does_not_cut_the_export_again_and_again() {
-    let mut world = World::new(Broken::Nothing, &[(0, 0)], &[definition(0, 0, 0, Source::Dbus)]);
+    let mut world = World::new(
+        Broken::Nothing,
+        &[(0, 0)],
+        &[definition(0, 0, 0, Source::Dbus)],
+    );
     world.survey(0, false);
     world.alter(0, 208);
     world.deliver(0);
@@ -188,7 +224,10 @@ fn an_orphan_is_not_taken_for_the_lease_of_its_namesake() {
     assert_eq!(state(&world, 0), Some(State::Serving));
     assert_eq!(world.middle.orphans(), 1);
     world.settle_all();
-    assert_eq!((state(&world, 0), world.middle.orphans()), (Some(State::Serving), 0));
+    assert_eq!(
+        (state(&world, 0), world.middle.orphans()),
+        (Some(State::Serving), 0)
+    );
     ends_well(world);
 }
 
@@ -200,7 +239,10 @@ fn a_disk_that_became_another_volume_is_opened_after_it_was_let_go() {
     world.write(0);
     world.change_identity(0, 1);
     deliver_all(&mut world);
-    assert_eq!((state(&world, 0), state(&world, 1)), (Some(State::Draining), Some(State::Absent)));
+    assert_eq!(
+        (state(&world, 0), state(&world, 1)),
+        (Some(State::Draining), Some(State::Absent))
+    );
     assert!(world.opens.is_empty());
     world.settle_all();
     assert_eq!(state(&world, 1), Some(State::Serving));
@@ -217,15 +259,24 @@ fn the_failed_flush_of_an_orphan_is_told_to_who_detaches() {
     world.answer(0);
     world.end_lease(0, false);
     world.answer(0);
-    assert!(matches!(world.replies.last(), Some(Err(RequestError::TimedOut(_)))));
+    assert!(matches!(
+        world.replies.last(),
+        Some(Err(RequestError::TimedOut(_)))
+    ));
     world.ask(prepare_detach(0, true));
     world.finish_write(0);
     world.end_lease(0, true);
     world.settle_all();
-    assert!(matches!(world.replies.last(), Some(Err(RequestError::Failed(_)))));
+    assert!(matches!(
+        world.replies.last(),
+        Some(Err(RequestError::Failed(_)))
+    ));
     world.ask(prepare_detach(0, true));
     world.settle_all();
-    assert!(matches!(world.replies.last(), Some(Err(RequestError::Failed(_)))));
+    assert!(matches!(
+        world.replies.last(),
+        Some(Err(RequestError::Failed(_)))
+    ));
     ends_well(world);
 }
 
@@ -251,19 +302,34 @@ fn a_changed_definition_is_judged_beside_the_others() {
     world.configure(vec![definition(2, 2, 0, Source::Config)]);
     world.configure(vec![definition(2, 0, 0, Source::Config)]);
     world.settle_all();
-    assert_eq!(world.middle.export(&name(2)).map(|view| view.volume_id), Some(volume(2).to_string()));
+    assert_eq!(
+        world.middle.export(&name(2)).map(|view| view.volume_id),
+        Some(volume(2).to_string())
+    );
     ends_well(world);
 }
 
 #[test]
 fn exports_that_exchange_their_volumes_do_not_collide() {
     let mut world = World::new(Broken::Nothing, &[(0, 0), (1, 1)], &[]);
-    world.configure(vec![definition(0, 0, 0, Source::Config), definition(1, 1, 0, Source::Config)]);
+    world.configure(vec![
+        definition(0, 0, 0, Source::Config),
+        definition(1, 1, 0, Source::Config),
+    ]);
     world.settle_all();
-    world.configure(vec![definition(0, 1, 0, Source::Config), definition(1, 0, 0, Source::Config)]);
+    world.configure(vec![
+        definition(0, 1, 0, Source::Config),
+        definition(1, 0, 0, Source::Config),
+    ]);
     world.settle_all();
-    assert_eq!(world.middle.export(&name(0)).and_then(|view| view.disk), Some(DiskSeq(2)));
-    assert_eq!(world.middle.export(&name(1)).and_then(|view| view.disk), Some(DiskSeq(1)));
+    assert_eq!(
+        world.middle.export(&name(0)).and_then(|view| view.disk),
+        Some(DiskSeq(2))
+    );
+    assert_eq!(
+        world.middle.export(&name(1)).and_then(|view| view.disk),
+        Some(DiskSeq(1))
+    );
     ends_well(world);
 }
 
@@ -287,9 +353,15 @@ fn a_removal_that_is_being_stored_is_not_crossed_by_another() {
     let mut world = serving();
     world.ask(remove(0, false));
     world.ask(remove(0, false));
-    assert!(matches!(world.replies.last(), Some(Err(RequestError::NotReady(_)))));
+    assert!(matches!(
+        world.replies.last(),
+        Some(Err(RequestError::NotReady(_)))
+    ));
     world.ask(add(0, 0));
-    assert!(matches!(world.replies.last(), Some(Err(RequestError::NotReady(_)))));
+    assert!(matches!(
+        world.replies.last(),
+        Some(Err(RequestError::NotReady(_)))
+    ));
     world.settle_all();
     assert_eq!(world.replies.last(), Some(&Ok(Reply::Done)));
     ends_well(world);

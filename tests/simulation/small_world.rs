@@ -81,16 +81,26 @@ fn make(world: &mut World, what: Move) {
         Move::FinishWrite(index) => world.finish_write(index),
         Move::EndLease(index) => {
             // Counted among those that end.
-            let ending =
-                world.leases.values().take(usize::from(index)).filter(|l| l.ending.is_some()).count();
+            let ending = world
+                .leases
+                .values()
+                .take(usize::from(index))
+                .filter(|l| l.ending.is_some())
+                .count();
             world.end_lease(u8::try_from(ending).expect("few leases"), false);
         }
         Move::Keep => world.keep(false),
         Move::PrepareDetach(index) => {
             let within = std::time::Duration::from_secs(30);
-            world.ask(Request::PrepareDetach { volume: volume(index), hard: false, within });
+            world.ask(Request::PrepareDetach {
+                volume: volume(index),
+                hard: false,
+                within,
+            });
         }
-        Move::CancelDetach(index) => world.ask(Request::CancelDetach { volume: volume(index) }),
+        Move::CancelDetach(index) => world.ask(Request::CancelDetach {
+            volume: volume(index),
+        }),
         Move::Crash => world.crash(false, 0),
     }
 }
@@ -106,7 +116,12 @@ struct Explored {
 fn explore(start: World, depth: usize) -> Explored {
     let hasher = BuildHasherDefault::<DefaultHasher>::default();
     let mut seen: HashMap<u64, usize> = HashMap::new();
-    let mut explored = Explored { states: 1, steps: 0, deepest: 0, violation: None };
+    let mut explored = Explored {
+        states: 1,
+        steps: 0,
+        deepest: 0,
+        violation: None,
+    };
     let mut edge = vec![(start, Vec::new())];
     for level in 1..=depth {
         let mut next = Vec::new();
@@ -141,13 +156,16 @@ fn one() -> Vec<Definition> {
 }
 
 fn two() -> Vec<Definition> {
-    vec![definition(0, 0, 0, Source::Dbus), definition(1, 1, 0, Source::Dbus)]
+    vec![
+        definition(0, 0, 0, Source::Dbus),
+        definition(1, 1, 0, Source::Dbus),
+    ]
 }
 
 #[test]
 fn no_reachable_state_of_a_small_world_serves_the_wrong_volume() {
-    let deeper =
-        number_from("SMALL_WORLD_DEEPER").map_or(0, |more| usize::try_from(more).expect("a small number"));
+    let deeper = number_from("SMALL_WORLD_DEEPER")
+        .map_or(0, |more| usize::try_from(more).expect("a small number"));
     // From a machine without disks before its first survey, and from one that serves what it has.
     let empty = |exports: &[Definition]| World::new(Broken::Nothing, &[], exports);
     let settled = |exports: &[Definition], disks: &[(u8, u8)]| {
@@ -158,15 +176,9 @@ fn no_reachable_state_of_a_small_world_serves_the_wrong_volume() {
     let both = [(0, 0), (1, 1)];
     let twins = [(0, 0), (1, 0)];
     for (what, start, depth) in [
-<<<<<<< HEAD
-        ("one export, nothing attached", empty(&one()), 7),
-        ("one export, served", settled(&one(), &both[..1]), 6),
-        ("two exports, nothing attached", empty(&two()), 6),
-=======
         ("one export, nothing attached", empty(&one()), 8),
         ("one export, served", settled(&one(), &both[..1]), 6),
         ("two exports, nothing attached", empty(&two()), 7),
->>>>>>> sim
         ("two exports, both served", settled(&two(), &both), 5),
         ("one export, two disks claim it", settled(&one(), &twins), 6),
     ] {
@@ -197,6 +209,9 @@ fn a_small_world_finds_what_is_broken_on_purpose() {
         }
         let explored = explore(start, 7);
         let (violation, path) = explored.violation.expect("a broken world breaks a promise");
-        println!("{broken:?}: {} states to {violation}: {path:?}", explored.states);
+        println!(
+            "{broken:?}: {} states to {violation}: {path:?}",
+            explored.states
+        );
     }
 }
