@@ -25,6 +25,7 @@ mod messages;
 mod observe;
 mod requests;
 mod settle;
+mod step;
 #[cfg(test)]
 mod transitions;
 mod view;
