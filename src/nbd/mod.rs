@@ -7,6 +7,7 @@ pub mod command;
 mod conn;
 mod crew;
 mod door;
+mod ending;
 mod execute;
 mod gate;
 pub mod handshake;

@@ -10,6 +10,7 @@ use crate::image::Extent;
 
 use super::command::{self, Command, Refused, Terms};
 use super::conn::{Charge, Conn, Full};
+use super::ending::Closing;
 use super::execute::DETACHED;
 use super::handshake::Agreed;
 use super::lease::Lease;
@@ -23,8 +24,6 @@ use super::wire::RequestHeader;
 const IN_BUFFER_BYTES: u32 = 64 << 10;
 /// Turns of one session while others wait for a thread.
 const ROUNDS: u32 = 32;
-/// Receives after the fence, for requests that had arrived before it.
-const LAST_ROUNDS: u32 = 16;
 /// All sessions together hold too much: how long until this one asks again.
 const FULL_AGAIN: Duration = Duration::from_millis(2);
 
@@ -36,7 +35,7 @@ pub(super) struct Transmission {
     carry: Vec<u8>,
     /// Since when the rest of a request is waited for.
     partial_since: Option<Instant>,
-    closing: Option<Closing>,
+    pub(super) closing: Option<Closing>,
 }
 
 /// What the next bytes are.
@@ -60,18 +59,7 @@ struct Payload {
     charge: Charge,
 }
 
-#[derive(Clone, Copy)]
-enum Closing {
-    /// The peer is done: answer, close.
-    Done,
-    /// The lease is ending: answer, say so, give the answers time to arrive, close.
-    Drained,
-    Lingering {
-        until: Instant,
-    },
-}
-
-enum Outcome {
+pub(super) enum Outcome {
     NeedsInput,
     GatherFull,
     Full(Full),
@@ -216,7 +204,12 @@ impl Transmission {
         })
     }
 
-    fn receive(&mut self, conn: &Conn, scratch: &mut Scratch, wait: bool) -> nix::Result<usize> {
+    pub(super) fn receive(
+        &mut self,
+        conn: &Conn,
+        scratch: &mut Scratch,
+        wait: bool,
+    ) -> nix::Result<usize> {
         let count = match &mut self.input {
             Input::Payload(payload) => {
                 let count = conn.receive(&mut payload.buffer[payload.filled..], wait)?;
@@ -233,77 +226,8 @@ impl Transmission {
         Ok(count)
     }
 
-    /// After the fence: requests that have arrived are answered, each with ESHUTDOWN, for no image call
-    /// can begin any more.
-    fn answer_what_arrived(&mut self, conn: &Arc<Conn>, scratch: &mut Scratch) {
-        for _ in 0..LAST_ROUNDS {
-            let outcome = self.process(conn, scratch);
-            scratch.gather.send(conn);
-            match outcome {
-                Outcome::GatherFull => continue,
-                Outcome::NeedsInput => {}
-                Outcome::Full(_) | Outcome::Disconnect | Outcome::Violation => return,
-            }
-            if conn.blocked_since().is_some()
-                || !matches!(self.receive(conn, scratch, false), Ok(1..))
-            {
-                return;
-            }
-        }
-    }
-
-    /// One step towards the end; `None` for another.
-    fn close(
-        &mut self,
-        closing: Closing,
-        conn: &Conn,
-        scratch: &mut Scratch,
-        epoch: u64,
-        hung_up: bool,
-    ) -> Option<Rest> {
-        let park = |input, room, until| {
-            Some(Rest::Park(Interest {
-                input,
-                output: false,
-                room,
-                epoch,
-                until,
-            }))
-        };
-        if conn.jobs() > 0 || conn.has_output() {
-            return if hung_up {
-                Some(Rest::End)
-            } else {
-                park(false, true, None)
-            };
-        }
-        match closing {
-            Closing::Done => Some(Rest::End),
-            Closing::Drained => {
-                conn.finish_sending();
-                self.closing = Some(Closing::Lingering {
-                    until: Instant::now() + self.lease.shared.limits.linger,
-                });
-                None
-            }
-            // Closing a socket that holds unread bytes resets it, and the peer would lose the last
-            // replies: read them away until the peer closes, too.
-            Closing::Lingering { until } => {
-                if Instant::now() >= until {
-                    return Some(Rest::End);
-                }
-                scratch.received.load(&[]);
-                match conn.receive(scratch.received.room(), false) {
-                    Ok(1..) => Some(Rest::Yield),
-                    Err(Errno::EAGAIN) => park(true, false, Some(until)),
-                    Ok(0) | Err(_) => Some(Rest::End),
-                }
-            }
-        }
-    }
-
     /// Takes every request that is there whole.
-    fn process(&mut self, conn: &Arc<Conn>, scratch: &mut Scratch) -> Outcome {
+    pub(super) fn process(&mut self, conn: &Arc<Conn>, scratch: &mut Scratch) -> Outcome {
         loop {
             if scratch.gather.is_full() {
                 return Outcome::GatherFull;
