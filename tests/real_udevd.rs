@@ -90,11 +90,13 @@ fn a_stopped_udevd_holds_up_no_export() -> Outcome<()> {
 #[test]
 fn a_udevd_whose_rules_take_three_seconds_holds_up_no_export() -> Outcome<()> {
     apart("udevd: slow rules", |ground| {
-        let scene = two_volumes(ground)?;
+        let mut scene = two_volumes(ground)?;
+        scene.stop()?;
         let slow = format!("{LIKE_DEBIAN}PROGRAM=\"/bin/sleep 3\"\n");
         let udevd = Udevd::start(ground, &scene.devices, &slow)?;
-        heard_by_the_daemon(&scene)?;
-        udevd.settle()?;
+        // A daemon that starts with udevd there listens to it from the beginning.
+        scene.start()?;
+        serving(&scene)?;
         let times = swap(&scene, true)?;
         promptly("udevd with a rule of 3 s", &times)?;
         unmoved(&scene, || udevd.settle())?;
