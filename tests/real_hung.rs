@@ -71,6 +71,13 @@ fn failed_flush_is_told_and_never_forgotten_until_the_next_generation() -> Outco
             Err(e) if e.is("Failed") && e.text.contains("flush") => tell(&format!("latched: {e}")),
             other => trouble!("expected Failed that names the flush, got {other:?}"),
         }
+        // A caller that lost the answer, or tries again, must not be told that all is well.
+        match scene.client.prepare_detach(&id(&disk)) {
+            Err(e) if e.is("Failed") && e.text.contains("flush") => {}
+            other => trouble!("asked again: expected Failed that names the flush, got {other:?}"),
+        }
+        let reason = scene.export("ill")?.get("Reason").map(|w| w.text().to_owned());
+        hold!(reason.as_ref().is_some_and(|r| r.contains("flush")), "the Reason says so: {reason:?}");
         disk.device.detach_now()?;
         let mark = scene.client.mark();
         disk.device.attach(&disk.file)?;
@@ -170,6 +177,74 @@ fn hung_disk_holds_up_nobody_else() -> Outcome<()> {
 }
 
 #[test]
+fn flush_that_fails_after_the_deadline_is_told_to_who_asks_again() -> Outcome<()> {
+    real("late failed flush", NEEDS, |ground| {
+        let (disk, mut scene) = ward(ground)?;
+        let _healer = disk.healer();
+        let mut victim = Client::open(&scene.endpoint(), "ill")?;
+        hold!(victim.write(0, &[1; 65536], false)? == Ok(()), "the page cache takes it");
+        disk.hang(ALL);
+        for _ in 0..2 {
+            let soon = Options::from([("timeout_ms", zbus::Variant::from(500u32))]);
+            match scene.client.call("PrepareDetach", &(id(&disk), soon)) {
+                Err(e) if e.is("TimedOut") => {}
+                other => trouble!("expected TimedOut, got {other:?}"),
+            }
+        }
+        disk.fail(WRITES | FLUSHES);
+        disk.hang(0);
+        until(STEP_LIMIT, "the orphan to close", || Ok((number(&scene, "orphans")? == 0).then_some(())))?;
+        match scene.client.prepare_detach(&id(&disk)) {
+            Err(e) if e.is("Failed") && e.text.contains("flush") => tell(&format!("late: {e}")),
+            other => trouble!("expected Failed that names the flush, got {other:?}"),
+        }
+        disk.heal();
+        scene.stop()
+    })
+}
+
+#[test]
+fn hard_frees_the_clients_at_once_and_blocks_the_volume_until_the_disk_answers() -> Outcome<()> {
+    real("hard", NEEDS, |ground| {
+        let (disk, mut scene) = ward(ground)?;
+        let _healer = disk.healer();
+        let mut victim = Client::open(&scene.endpoint(), "ill")?;
+        hold!(victim.write(0, &[1; 65536], false)? == Ok(()), "the page cache takes it");
+        disk.hang(ALL);
+        let began = Instant::now();
+        let freed = std::thread::spawn(move || {
+            let answer = victim.flush();
+            (format!("{answer:?}"), began.elapsed())
+        });
+        until(STEP_LIMIT, "the disk to hang", || Ok((disk.held() > 0).then_some(())))?;
+        let began = Instant::now();
+        let hard = Options::from([
+            ("hard", zbus::Variant::from(true)),
+            ("timeout_ms", zbus::Variant::from(2000u32)),
+        ]);
+        let answer = scene.client.call("PrepareDetach", &(id(&disk), hard));
+        let took = began.elapsed();
+        let (heard, after) = freed.join().unwrap_or_default();
+        tell(&format!("hard: answered {answer:?} after {took:?}; its client was freed after {after:?} with {heard}"));
+        hold!(answer.is_err(), "a disk that is held is not safe to detach");
+        hold!(after < took, "the client does not wait for the deadline");
+        hold!(number(&scene, "orphans")? == 1, "counted");
+        hold!(scene.state("ill")? == "Failed", "blocked");
+        // A new name for the same volume does not get around it.
+        scene.client.remove_export("ill", "hard")?;
+        let soon = Options::from([("wait_ms", zbus::Variant::from(500u32))]);
+        let again = scene.client.add_export_with("again", &id(&disk), soon);
+        hold!(again.is_err(), "the volume is blocked for every name: {again:?}");
+        tell(&format!("hard: another name is told {again:?}"));
+        disk.heal();
+        until(STEP_LIMIT, "the orphan to close", || Ok((number(&scene, "orphans")? == 0).then_some(())))?;
+        scene.client.cancel_detach(&id(&disk))?;
+        scene.client.reach_state("again", "Serving", STEP_LIMIT)?;
+        scene.stop()
+    })
+}
+
+#[test]
 fn stop_with_a_hung_disk_ends_within_its_deadline() -> Outcome<()> {
     real("stop while hung", NEEDS, |ground| {
         let (disk, mut scene) = ward(ground)?;
@@ -191,10 +266,17 @@ fn stop_with_a_hung_disk_ends_within_its_deadline() -> Outcome<()> {
         };
         until(Duration::from_secs(45), "the daemon to end", || Ok(gone().then_some(())))?;
         tell(&format!("stop while hung: {:?}", began.elapsed()));
+        // The next daemon does not wait for the disk; what the last one could not close stays claimed.
+        let next = scene.home.start()?;
+        scene.client.reach_state("vol-b", "Serving", STEP_LIMIT)?;
+        let ill = scene.export("ill")?;
+        tell(&format!("started again while hung: {:?} {:?}", ill.get("State"), ill.get("Reason")));
+        hold!(scene.state("ill")? != "Serving", "the old daemon's claim keeps it from being served");
         drop(healer);
         tell(&format!("stop while hung: its client heard {}", stuck.join().unwrap_or_default()));
         let status = scene.daemon()?.running.wait(STEP_LIMIT)?;
         tell(&format!("stop while hung: {status}, {:?} with the disk healed", began.elapsed()));
-        Ok(())
+        scene.client.reach_state("ill", "Serving", STEP_LIMIT)?;
+        next.stop()
     })
 }

@@ -17,6 +17,8 @@ pub(super) struct Disk {
     pub announced: bool,
     /// What the last open that met a busy device said.
     pub busy: String,
+    /// The last flush of a lease on it failed, in words; until the next lease begins. Empty when all is durable.
+    pub unflushed: String,
 }
 
 impl Disk {
@@ -149,6 +151,7 @@ impl Disks {
         let disk = Disk {
             announced: before.as_ref().is_some_and(|before| before.announced),
             busy: before.as_ref().map(|before| before.busy.clone()).unwrap_or_default(),
+            unflushed: before.as_ref().map(|before| before.unflushed.clone()).unwrap_or_default(),
             facts,
             identities,
         };

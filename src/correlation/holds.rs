@@ -62,6 +62,11 @@ impl Holds {
         }
     }
 
+    /// The disk that a lease is on, attached or not.
+    pub fn disk_of(&self, export: &ExportName, generation: Generation) -> Option<DiskSeq> {
+        self.by_lease.get(&(export.clone(), generation)).copied()
+    }
+
     /// Ends a lease's hold; returns the identities of the disk that it was on.
     pub fn close_lease(&mut self, export: &ExportName, generation: Generation) -> Option<BTreeSet<Identity>> {
         let key = (export.clone(), generation);

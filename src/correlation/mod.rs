@@ -107,7 +107,7 @@ struct Export {
 #[derive(Debug, Clone)]
 struct Released {
     volume: crate::identity::VolumeId,
-    /// The last flush failed, or its disk should have left long ago.
+    /// Its disk should have left long ago.
     remark: String,
 }
 

@@ -202,10 +202,13 @@ impl Correlation {
                 Change::PutRelease(Release { volume: volume.clone(), diskseq: *diskseq, boot: boot.clone() })
             })
             .collect();
+        // Who asks again after a flush that failed must not hear that all is well.
+        let unflushed = attached.iter().filter_map(|diskseq| self.disks.get(*diskseq)).map(|disk| &disk.unflushed);
+        let failure = unflushed.filter(|what| !what.is_empty()).map(|what| not_durable(what)).next();
         for diskseq in attached {
             self.release(diskseq, volume.clone());
         }
-        self.detaches.insert(request, Detach { disks, persisted: changes.is_empty(), failure: None });
+        self.detaches.insert(request, Detach { disks, persisted: changes.is_empty(), failure });
         self.remind(self.now + within + REPORT_SLACK, Timer::Detach(request));
         if !changes.is_empty() {
             self.persist(request, Persisting::Detach, changes);
@@ -448,7 +451,7 @@ impl Correlation {
             detach.failure.get_or_insert(if timed_out {
                 RequestError::TimedOut(format!("the disk with diskseq {diskseq} is still held: {what}"))
             } else {
-                RequestError::Failed(format!("closed, but not everything is durable: {what}"))
+                not_durable(what)
             });
         }
     }
@@ -520,6 +523,10 @@ impl Correlation {
             ),
         }));
     }
+}
+
+fn not_durable(what: &str) -> RequestError {
+    RequestError::Failed(format!("closed, but not everything is durable: {what}"))
 }
 
 impl Detach {

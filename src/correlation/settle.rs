@@ -181,10 +181,14 @@ impl Correlation {
         if let Some(&diskseq) = claimants.released.last() {
             let remark =
                 self.released.get(&diskseq).map(|released| released.remark.as_str()).unwrap_or_default();
+            let unflushed = match self.disks.get(diskseq) {
+                Some(disk) if !disk.unflushed.is_empty() => format!(", but {}", disk.unflushed),
+                Some(_) | None => String::new(),
+            };
             return Want::Released {
                 diskseq,
                 reason: format!(
-                    "{volume} on {} (diskseq {diskseq}) was prepared for detach{remark}: detach it, or take it back with \
+                    "{volume} on {} (diskseq {diskseq}) was prepared for detach{unflushed}{remark}: detach it, or take it back with \
                      'nbdtrack cancel-detach {volume}'",
                     self.node_of(diskseq),
                 ),
@@ -286,6 +290,9 @@ impl Correlation {
                 let identities =
                     self.disks.get(held.diskseq).map(|disk| disk.identities.clone()).unwrap_or_default();
                 self.holds.lease(held.diskseq, &identities, name.clone(), held.generation);
+                if let Some(disk) = self.disks.get_mut(held.diskseq) {
+                    disk.unflushed.clear();
+                }
                 self.out.push(Action::Serve {
                     export: name.clone(),
                     ticket,
@@ -477,11 +484,14 @@ impl Correlation {
                 }
             }
             LeaseEnd::Closed | LeaseEnd::ClosedUnflushed(_) => {
-                if let (LeaseEnd::ClosedUnflushed(error), Some(held)) = (&end, bound) {
+                // Of an orphan, too, whose export may have gone on or be gone.
+                if let LeaseEnd::ClosedUnflushed(error) = &end
+                    && let Some(diskseq) = self.holds.disk_of(name, generation)
+                {
                     let what = format!("the last flush of export {name} failed: {error}");
-                    self.fail_detaches(held.diskseq, false, &what);
-                    if let Some(released) = self.released.get_mut(&held.diskseq) {
-                        released.remark = format!(", but {what}");
+                    self.fail_detaches(diskseq, false, &what);
+                    if let Some(disk) = self.disks.get_mut(diskseq) {
+                        disk.unflushed = what;
                     }
                 }
                 let identities = self.holds.close_lease(name, generation).unwrap_or_default();
