@@ -361,7 +361,7 @@ impl Lease {
                 Ok(())
             };
             if let Err(error) = flushed {
-                end = LeaseEnd::ClosedUnflushed(format!("the last flush failed: {error}"));
+                end = LeaseEnd::ClosedUnflushed(error.to_string());
             } else if image.latched() {
                 end = LeaseEnd::ClosedUnflushed("an earlier flush failed".to_owned());
             }

@@ -10,6 +10,7 @@
 pub mod bus;
 pub mod client;
 pub mod daemon;
+pub mod fuse_disk;
 pub mod ground;
 pub mod loops;
 pub mod pattern;

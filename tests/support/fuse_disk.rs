@@ -1,0 +1,320 @@
+//! A disk that hangs or fails on command: a loop device over a file whose bytes this process serves through
+//! `/dev/fuse`, so that the kernel's own block layer waits and fails as it does for hardware.
+//!
+//! The file is the root of its own FUSE mount (as one may bind a file over a file). Whatever becomes of a test, the
+//! descriptor of `/dev/fuse` closes with its process, the kernel then fails every request, and nothing stays hung.
+
+use std::ffi::CString;
+use std::fs::{File, OpenOptions};
+use std::io::{Read, Write};
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use super::loops::LoopDevice;
+use super::{Doing, Outcome};
+
+/// Which requests a fault concerns; add them up.
+pub const READS: u8 = 1;
+pub const WRITES: u8 = 2;
+pub const FLUSHES: u8 = 4;
+pub const ALL: u8 = READS | WRITES | FLUSHES;
+
+/// Bytes of one WRITE at most; what we read from the kernel is this and its headers.
+const WRITE_BYTES_MAX: u32 = 128 << 10;
+const MESSAGE_BYTES_MAX: usize = WRITE_BYTES_MAX as usize + 8192;
+/// How soon the serving thread notices its end, in milliseconds.
+const TICK: u16 = 20;
+
+// linux/fuse.h
+const GETATTR: u32 = 3;
+const OPEN: u32 = 14;
+const READ: u32 = 15;
+const WRITE: u32 = 16;
+const STATFS: u32 = 17;
+const RELEASE: u32 = 18;
+const FSYNC: u32 = 20;
+const FLUSH: u32 = 25;
+const INIT: u32 = 26;
+const DESTROY: u32 = 38;
+const NO_REPLY: [u32; 3] = [2, 36, 42];
+const HEADER: usize = 40;
+
+struct Shared {
+    back: File,
+    bytes: u64,
+    hang: AtomicU8,
+    fail: AtomicU8,
+    end: AtomicBool,
+    /// Requests held so far.
+    held: AtomicU64,
+    /// Lock: requests that wait until the disk answers again; bounded by what the kernel sends at a time.
+    waiting: Mutex<Vec<Vec<u8>>>,
+}
+
+/// The disk; `device` is the loop device over it. Dropping it heals it first.
+pub struct FuseDisk {
+    pub device: LoopDevice,
+    /// What the loop device names as its backing file.
+    pub file: PathBuf,
+    /// Where the bytes really are.
+    pub back: PathBuf,
+    shared: Arc<Shared>,
+    server: Option<JoinHandle<()>>,
+}
+
+/// Heals the disk when dropped: make it after everything that could wait for the disk while it is cleaned up.
+pub struct Healer(Arc<Shared>);
+
+impl Drop for Healer {
+    fn drop(&mut self) {
+        self.0.heal();
+    }
+}
+
+impl Shared {
+    fn heal(&self) {
+        self.fail.store(0, Ordering::SeqCst);
+        self.hang.store(0, Ordering::SeqCst);
+    }
+
+    fn waiting(&self) -> std::sync::MutexGuard<'_, Vec<Vec<u8>>> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl FuseDisk {
+    pub fn make(folder: &Path, name: &str, bytes: u64) -> Outcome<FuseDisk> {
+        let back = super::loops::sparse_file(folder, &format!("{name}.back"), bytes)?;
+        let file = super::loops::sparse_file(folder, &format!("{name}.disk"), 0)?;
+        let door = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .custom_flags(libc::O_NONBLOCK)
+            .open("/dev/fuse")
+            .doing("open /dev/fuse")?;
+        let options = format!(
+            "fd={},rootmode=100000,user_id=0,group_id=0",
+            door.as_raw_fd()
+        );
+        mount(&file, &options).doing("mount a FUSE file")?;
+        let shared = Arc::new(Shared {
+            back: OpenOptions::new().read(true).write(true).open(&back)?,
+            bytes,
+            hang: AtomicU8::new(0),
+            fail: AtomicU8::new(0),
+            end: AtomicBool::new(false),
+            held: AtomicU64::new(0),
+            waiting: Mutex::default(),
+        });
+        let served = shared.clone();
+        // Thread: answers the kernel until `end`, and never waits for anything but it; joined on drop. With it goes the
+        // descriptor, and with that every request that the kernel still has.
+        let server = std::thread::spawn(move || serve(&served, &door));
+        let mut disk = FuseDisk {
+            device: LoopDevice::add()?,
+            file,
+            back,
+            shared,
+            server: Some(server),
+        };
+        disk.attach()?;
+        Ok(disk)
+    }
+
+    pub fn attach(&mut self) -> Outcome<()> {
+        self.device.attach(&self.file)
+    }
+
+    /// From now on these requests are not answered.
+    pub fn hang(&self, which: u8) {
+        self.shared.hang.store(which, Ordering::SeqCst);
+    }
+
+    /// From now on these requests answer EIO.
+    pub fn fail(&self, which: u8) {
+        self.shared.fail.store(which, Ordering::SeqCst);
+    }
+
+    /// Everything is well again; what was held is answered.
+    pub fn heal(&self) {
+        self.shared.heal();
+    }
+
+    pub fn healer(&self) -> Healer {
+        Healer(self.shared.clone())
+    }
+
+    /// Requests that were held since the beginning.
+    pub fn held(&self) -> u64 {
+        self.shared.held.load(Ordering::SeqCst)
+    }
+}
+
+impl Drop for FuseDisk {
+    fn drop(&mut self) {
+        self.heal();
+        if let Ok(super::loops::Detached::Deferred) = self.device.detach() {
+            eprintln!("{} is still open somewhere", self.device.node());
+        }
+        unmount(&self.file);
+        self.shared.end.store(true, Ordering::SeqCst);
+        if let Some(server) = self.server.take() {
+            let _ = server.join();
+        }
+    }
+}
+
+fn mount(file: &Path, options: &str) -> Outcome<()> {
+    let (file, options) = (c_string(file)?, CString::new(options)?);
+    // SAFETY: five pointers to C strings that live until the call returns.
+    let answer = unsafe {
+        libc::mount(
+            c"nbdtrack-test".as_ptr(),
+            file.as_ptr(),
+            c"fuse".as_ptr(),
+            libc::MS_NOSUID | libc::MS_NODEV,
+            options.as_ptr().cast(),
+        )
+    };
+    crate::hold!(answer == 0, "{}", std::io::Error::last_os_error());
+    Ok(())
+}
+
+fn unmount(file: &Path) {
+    if let Ok(file) = c_string(file) {
+        // SAFETY: a pointer to a C string that lives until the call returns.
+        unsafe { libc::umount2(file.as_ptr(), libc::MNT_DETACH) };
+    }
+}
+
+fn c_string(path: &Path) -> Outcome<CString> {
+    Ok(CString::new(path.as_os_str().as_bytes())?)
+}
+
+fn serve(shared: &Shared, door: &File) {
+    let mut buffer = vec![0u8; MESSAGE_BYTES_MAX];
+    while !shared.end.load(Ordering::SeqCst) {
+        let ready = std::mem::take(&mut *shared.waiting());
+        for message in ready {
+            take(shared, door, &message);
+        }
+        let mut watched = [PollFd::new(door.as_fd(), PollFlags::POLLIN)];
+        let _ = poll(&mut watched, PollTimeout::from(TICK));
+        loop {
+            let mut source = door;
+            match source.read(&mut buffer) {
+                Ok(count) => take(shared, door, &buffer[..count]),
+                // ENODEV: unmounted, and no one has it open any more.
+                Err(e) if e.raw_os_error() == Some(libc::ENODEV) => return,
+                Err(_) => break,
+            }
+        }
+    }
+}
+
+fn word(message: &[u8], at: usize) -> u32 {
+    let mut bytes = [0; 4];
+    bytes.copy_from_slice(&message[at..at + 4]);
+    u32::from_ne_bytes(bytes)
+}
+
+fn long(message: &[u8], at: usize) -> u64 {
+    let mut bytes = [0; 8];
+    bytes.copy_from_slice(&message[at..at + 8]);
+    u64::from_ne_bytes(bytes)
+}
+
+fn take(shared: &Shared, door: &File, message: &[u8]) {
+    let opcode = word(message, 4);
+    let class = match opcode {
+        READ => READS,
+        WRITE => WRITES,
+        FSYNC => FLUSHES,
+        _ => 0,
+    };
+    if shared.hang.load(Ordering::SeqCst) & class != 0 {
+        shared.held.fetch_add(1, Ordering::SeqCst);
+        return shared.waiting().push(message.to_vec());
+    }
+    if NO_REPLY.contains(&opcode) {
+        return;
+    }
+    let answer = if shared.fail.load(Ordering::SeqCst) & class != 0 {
+        Err(libc::EIO)
+    } else {
+        perform(shared, opcode, &message[HEADER..])
+    };
+    let (error, body) = match answer {
+        Ok(body) => (0, body),
+        Err(errno) => (-errno, Vec::new()),
+    };
+    let length = u32::try_from(16 + body.len()).unwrap_or(0);
+    let mut reply = length.to_ne_bytes().to_vec();
+    reply.extend_from_slice(&error.to_ne_bytes());
+    reply.extend_from_slice(&message[8..16]);
+    reply.extend_from_slice(&body);
+    let mut sink = door;
+    // ENOENT: whoever asked was interrupted.
+    let _ = sink.write(&reply);
+}
+
+fn perform(shared: &Shared, opcode: u32, body: &[u8]) -> Result<Vec<u8>, i32> {
+    let eio = |_| libc::EIO;
+    match opcode {
+        INIT => {
+            // 7.31: BIG_WRITES and no more than we know of.
+            let mut out = vec![0u8; 64];
+            out[..4].copy_from_slice(&7u32.to_ne_bytes());
+            out[4..8].copy_from_slice(&31u32.to_ne_bytes());
+            out[12..16].copy_from_slice(&(1u32 << 5).to_ne_bytes());
+            out[16..18].copy_from_slice(&64u16.to_ne_bytes());
+            out[18..20].copy_from_slice(&48u16.to_ne_bytes());
+            out[20..24].copy_from_slice(&WRITE_BYTES_MAX.to_ne_bytes());
+            out[24..28].copy_from_slice(&1u32.to_ne_bytes());
+            Ok(out)
+        }
+        GETATTR => {
+            let mut out = vec![0u8; 104];
+            out[16..24].copy_from_slice(&1u64.to_ne_bytes());
+            out[24..32].copy_from_slice(&shared.bytes.to_ne_bytes());
+            out[32..40].copy_from_slice(&(shared.bytes / 512).to_ne_bytes());
+            out[76..80].copy_from_slice(&(libc::S_IFREG | 0o600).to_ne_bytes());
+            out[80..84].copy_from_slice(&1u32.to_ne_bytes());
+            out[96..100].copy_from_slice(&4096u32.to_ne_bytes());
+            Ok(out)
+        }
+        OPEN => {
+            let mut out = vec![0u8; 16];
+            // FOPEN_DIRECT_IO: every request of the loop driver reaches us.
+            out[8..12].copy_from_slice(&1u32.to_ne_bytes());
+            Ok(out)
+        }
+        READ => {
+            let size = word(body, 16).min(1 << 20);
+            let mut out = vec![0u8; size as usize];
+            shared
+                .back
+                .read_exact_at(&mut out, long(body, 8))
+                .map_err(eio)?;
+            Ok(out)
+        }
+        WRITE => {
+            let size = word(body, 16);
+            let data = body.get(40..40 + size as usize).ok_or(libc::EIO)?;
+            shared.back.write_all_at(data, long(body, 8)).map_err(eio)?;
+            let mut out = size.to_ne_bytes().to_vec();
+            out.extend_from_slice(&[0; 4]);
+            Ok(out)
+        }
+        STATFS => Ok(vec![0; 80]),
+        FSYNC | FLUSH | RELEASE | DESTROY => Ok(Vec::new()),
+        _ => Err(libc::ENOSYS),
+    }
+}
