@@ -6,11 +6,13 @@
 
 mod support;
 
+use std::collections::BTreeSet;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use nbdtrack::correlation::Event;
+use nbdtrack::correlation::{DiskFacts, Event, Reading};
+use nbdtrack::identity::{Identity, Scheme};
 use nbdtrack::udev::{Observer, Settings, observe};
 use nix::sys::signal::Signal;
 use nix::sys::socket::{
@@ -36,6 +38,7 @@ const NEEDS: &[Need] = &[
     Need::Tool("mount"),
 ];
 const BYTES: u64 = 4 << 20;
+const KERNEL_GROUP: u32 = 1;
 /// libudev's group 2 is udevd's.
 const UDEV_GROUP: u32 = 1 << 1;
 /// A step that waited for a rule of 3 s would take longer than this; one that did not takes milliseconds.
@@ -187,8 +190,10 @@ fn an_overrun_of_udevs_socket_is_noticed_and_leads_to_a_survey() -> Outcome<()> 
         let mut seen = runtime.block_on(Seen::start(settings))?;
         udevd.running.signal(Signal::SIGSTOP)?;
         // The kernel's part of each event is taken at once, so what overruns below is udev's socket.
-        for _ in 0..300 {
-            device.poke()?;
+        for _ in 0..30 {
+            for _ in 0..10 {
+                device.poke()?;
+            }
             runtime.block_on(seen.settle());
         }
         let before = seen.observer.counters();
@@ -211,7 +216,7 @@ fn udev_messages_that_root_did_not_send_are_dropped() -> Outcome<()> {
     apart("udevd: another sender", |ground| {
         let device = attached(ground)?;
         let _udevd = Udevd::start(ground, std::slice::from_ref(&device), "")?;
-        let listener = udev_listener()?;
+        let listener = listener(UDEV_GROUP)?;
         device.poke()?;
         let message = receive(&listener)?;
         let runtime = runtime()?;
@@ -255,7 +260,7 @@ fn the_receive_buffer_holds_ten_thousand_events_of_udev() -> Outcome<()> {
                 ));
             }
             let udevd = Udevd::start(ground, std::slice::from_ref(&device), &rules)?;
-            let listener = udev_listener()?;
+            let listener = listener(UDEV_GROUP)?;
             device.poke()?;
             let booked = until(STEP_LIMIT, "an event of udev", || {
                 Ok(Some(booked_bytes(&listener)?).filter(|n| *n > 0))
@@ -270,6 +275,115 @@ fn the_receive_buffer_holds_ten_thousand_events_of_udev() -> Outcome<()> {
             }
             drop(udevd);
         }
+        Ok(())
+    })
+}
+
+#[test]
+fn the_slot_of_a_disk_that_was_there_first_is_read_and_never_taken_from_the_last_disk()
+-> Outcome<()> {
+    apart("udevd: slots", |ground| {
+        let device = attached(ground)?;
+        let rules = format!("{LIKE_DEBIAN}ENV{{ID_PATH}}=\"slot-of-the-test\"\n");
+        let udevd = Udevd::start(ground, std::slice::from_ref(&device), &rules)?;
+        device.poke()?;
+        udevd.settle()?;
+        let slot = Identity::new(Scheme::Slot, "slot-of-the-test");
+        let surveyed = || -> Outcome<BTreeSet<Identity>> {
+            let runtime = runtime()?;
+            let settings = Settings::default();
+            let seen = runtime.block_on(Seen::start(settings))?;
+            let diskseq = device.diskseq()?;
+            let mut disks = seen.first.into_iter();
+            let facts = disks.find(|facts| facts.diskseq.0 == diskseq);
+            match facts.map(|facts| facts.identities) {
+                Some(Reading::Known(identities)) => Ok(identities),
+                other => trouble!("not surveyed: {other:?}"),
+            }
+        };
+        let found = surveyed()?;
+        hold!(
+            found.contains(&slot),
+            "udev's entry was not read: {found:?}"
+        );
+
+        // The next disk of that number, of which udev has not written yet: the entry is the last disk's.
+        udevd.running.signal(Signal::SIGSTOP)?;
+        device.detach()?;
+        let gone = settled(STEP_LIMIT, || device.backing_file().is_none());
+        hold!(gone, "{} was not let go", device.node());
+        device.attach(&sparse_file(ground.path(), "next.img", BYTES)?)?;
+        let found = surveyed()?;
+        hold!(!found.contains(&slot), "the last disk's slot was taken");
+        udevd.running.signal(Signal::SIGCONT)?;
+        udevd.settle()?;
+        let found = surveyed()?;
+        hold!(
+            found.contains(&slot),
+            "udev's new entry was not read: {found:?}"
+        );
+        Ok(())
+    })
+}
+
+#[test]
+fn the_rules_keep_the_machine_off_marked_disks_and_leave_others_alone() -> Outcome<()> {
+    apart("udevd: rules", |ground| {
+        let devices = [attached(ground)?, LoopDevice::add()?];
+        devices[1].attach(&sparse_file(ground.path(), "other.img", BYTES)?)?;
+        let debian = ["60-block.rules", "60-persistent-storage.rules"];
+        let shipped = [debian.as_slice(), &["60-nbdtrack.rules"]].concat();
+        let folder = ground.file("rules.d");
+        std::fs::create_dir_all(&folder)?;
+        for name in debian {
+            let from = PathBuf::from("/usr/lib/udev/rules.d").join(name);
+            std::fs::copy(from, folder.join(name)).doing(name)?;
+        }
+        let ours = concat!(env!("CARGO_MANIFEST_DIR"), "/rules/60-nbdtrack.rules");
+        std::fs::copy(ours, folder.join("60-nbdtrack.rules"))?;
+        let mark = format!("KERNEL==\"{}\", ENV{{NBDTRACK}}=\"1\"\n", devices[0].name());
+        std::fs::write(folder.join("59-nbdtrack-local.rules"), mark)?;
+        for device in &devices {
+            succeed("mkswap", &[&device.node()], STEP_LIMIT)?;
+        }
+        let udevd = Udevd::start(ground, &devices, "")?;
+        let said = |device: &LoopDevice| {
+            let name = format!("--name={}", device.node());
+            succeed("udevadm", &["info", "--query=all", &name], STEP_LIMIT)
+        };
+        for device in &devices {
+            device.poke()?;
+        }
+        udevd.settle()?;
+        // The close of a writer, of the marked disk first.
+        let kernel = listener(KERNEL_GROUP)?;
+        for device in &devices {
+            drop(std::fs::File::options().write(true).open(device.node())?);
+        }
+        let header =
+            |device: &LoopDevice| format!("change@/devices/virtual/block/{}\0", device.name());
+        loop {
+            let message = receive(&kernel).doing("hear of the watched disk")?;
+            let of = |device: &LoopDevice| message.starts_with(header(device).as_bytes());
+            hold!(!of(&devices[0]), "a marked disk is watched");
+            if of(&devices[1]) {
+                break;
+            }
+        }
+        udevd.settle()?;
+
+        let (marked, other) = (said(&devices[0])?, said(&devices[1])?);
+        hold!(other.contains("ID_FS_TYPE=swap"), "not probed:\n{other}");
+        hold!(!other.contains("SYSTEMD_READY"), "touched:\n{other}");
+        hold!(!marked.contains("ID_FS_"), "probed:\n{marked}");
+        hold!(marked.contains("SYSTEMD_READY=0"), "ready:\n{marked}");
+        hold!(marked.contains("UDISKS_IGNORE=1"), "offered:\n{marked}");
+        hold!(marked.contains("disk/by-diskseq/"), "no links:\n{marked}");
+        let log = std::fs::read_to_string(ground.file("udevd.log"))?;
+        let complaint = log
+            .lines()
+            .find(|line| shipped.iter().any(|name| line.contains(name)));
+        hold!(complaint.is_none(), "udevd complains: {complaint:?}");
         Ok(())
     })
 }
@@ -487,17 +601,30 @@ fn runtime() -> Outcome<tokio::runtime::Runtime> {
 struct Seen {
     observer: Observer,
     events: tokio::sync::mpsc::Receiver<Event>,
+    /// What the first survey found.
+    first: Vec<DiskFacts>,
 }
 
 impl Seen {
     /// Observes, until the first survey is told.
     async fn start(settings: Settings) -> Outcome<Seen> {
-        let (sender, events) = tokio::sync::mpsc::channel(1024);
+        let (sender, mut events) = tokio::sync::mpsc::channel(1024);
         let observer = observe(settings, sender)?;
-        let mut seen = Seen { observer, events };
-        let surveyed = seen.until(|now| now.surveys > 0).await;
-        hold!(surveyed, "no first survey");
-        Ok(seen)
+        loop {
+            let event = tokio::time::timeout(STEP_LIMIT, events.recv());
+            match event.await.doing("wait for the first survey")? {
+                Some(Event::Surveyed { disks, .. }) => {
+                    let first = disks;
+                    return Ok(Seen {
+                        observer,
+                        events,
+                        first,
+                    });
+                }
+                Some(_) => {}
+                None => trouble!("the observer ended"),
+            }
+        }
     }
 
     /// Until nothing has come for a moment.
@@ -530,10 +657,10 @@ fn udev_socket() -> Outcome<OwnedFd> {
     )?)
 }
 
-fn udev_listener() -> Outcome<OwnedFd> {
+fn listener(group: u32) -> Outcome<OwnedFd> {
     let listener = udev_socket()?;
     setsockopt(&listener, sockopt::ReceiveTimeout, &TimeVal::new(20, 0))?;
-    bind(listener.as_raw_fd(), &NetlinkAddr::new(0, UDEV_GROUP))?;
+    bind(listener.as_raw_fd(), &NetlinkAddr::new(0, group))?;
     Ok(listener)
 }
 
