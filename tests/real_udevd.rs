@@ -135,41 +135,32 @@ fn our_own_closing_makes_no_loop_of_events() -> Outcome<()> {
         let udevd = Udevd::start(ground, &scene.devices, LIKE_DEBIAN)?;
         heard_by_the_daemon(&scene)?;
         udevd.settle()?;
+        let kernel = listener(KERNEL_GROUP)?;
+        setsockopt(&kernel, sockopt::RcvBufForce, &(8 << 20))?;
+        calm(&kernel, &scene.devices)?;
         let before = scene.client.stats()?;
-        const SWAPS: u64 = 5;
+        const SWAPS: usize = 5;
         for round in 0..SWAPS {
             swap(&scene, round % 2 == 0)?;
         }
-        udevd.settle()?;
-        let after = scene.client.stats()?;
-        let grown = |name: &str| number(&after, name) - number(&before, name);
-        let (events, reads) = (grown("udev_events"), grown("udev_reads"));
-        tell(&format!(
-            "{SWAPS} swaps under udevd's watch: {events} events heard, {reads} disks read"
-        ));
-        // A swap is two detaches and two attaches; each closes writers, which udevd answers with a `change`,
-        // and each event is heard from both. A loop would go into the thousands.
-        hold!(events <= SWAPS * 4 * 12, "{events} events");
-        hold!(
-            reads <= events * 2 + 200,
-            "{reads} reads of {events} events"
-        );
-
-        // Served disks are silent: nothing that we do to them makes an event.
-        let mut quiet = None;
+        // A loop would never be calm. Served disks are: nothing that we do to them makes an event.
+        let mut events = 0;
         unmoved(&scene, || {
-            let before = scene.client.stats()?;
-            std::thread::sleep(Duration::from_secs(3));
-            quiet = Some((before, scene.client.stats()?));
+            events = calm(&kernel, &scene.devices)?;
             Ok(())
         })?;
-        let Some((before, after)) = quiet else {
-            trouble!("not looked at");
-        };
+        let after = scene.client.stats()?;
         let grown = |name: &str| number(&after, name) - number(&before, name);
-        hold!(grown("udev_events") == 0, "{} events", grown("udev_events"));
-        let routine = grown("udev_surveys") * (number(&after, "disks") + 64);
-        hold!(grown("udev_reads") <= routine, "reads without an event");
+        let reads = grown("udev_reads");
+        tell(&format!(
+            "{SWAPS} swaps under udevd's watch: {events} kernel events of the two disks, {reads} disks read"
+        ));
+        // A swap is two detaches and two attaches; each closes writers, which udevd answers with a `change`.
+        hold!(events <= SWAPS * 4 * 6, "{events} events");
+        // Each event is heard twice, here also of disks that others attach meanwhile.
+        let surveyed = grown("udev_surveys") * (number(&after, "disks") + 64);
+        let bound = grown("udev_events") * 2 + surveyed;
+        hold!(reads <= bound, "{reads} reads, at most {bound}");
         Ok(())
     })
 }
@@ -197,11 +188,11 @@ fn an_overrun_of_udevs_socket_is_noticed_and_leads_to_a_survey() -> Outcome<()> 
             runtime.block_on(seen.settle());
         }
         let before = seen.observer.counters();
-        hold!(before.overruns == 0, "the kernel's socket was overrun");
         udevd.running.signal(Signal::SIGCONT)?;
         udevd.settle()?; // No one runs the runtime: 300 messages meet a buffer for a few.
-        let noticed =
-            runtime.block_on(seen.until(|now| now.overruns > 0 && now.surveys > before.surveys));
+        let noticed = runtime.block_on(
+            seen.until(|now| now.overruns > before.overruns && now.surveys > before.surveys),
+        );
         hold!(
             noticed,
             "no overrun was noticed: {:?}",
@@ -227,19 +218,21 @@ fn udev_messages_that_root_did_not_send_are_dropped() -> Outcome<()> {
         let mut seen = runtime.block_on(Seen::start(settings))?;
         runtime.block_on(seen.settle());
 
-        let before = seen.observer.counters().events;
-        send_as_nobody(&message)?;
-        hold!(
-            receive(&listener)? == message,
-            "nobody's message did arrive"
-        );
-        runtime.block_on(seen.settle());
-        let after_nobody = seen.observer.counters().events;
-        hold!(after_nobody == before, "a message of nobody's was taken");
+        // Others on this machine may attach disks meanwhile: what was refused once in ten times was refused.
+        let mut refused = false;
+        for _ in 0..10 {
+            let before = seen.observer.counters().events;
+            send_as_nobody(&message)?;
+            while receive(&listener).doing("hear of nobody's message")? != message {}
+            runtime.block_on(seen.settle());
+            refused |= seen.observer.counters().events == before;
+        }
+        hold!(refused, "a message of nobody's was taken");
 
         // The same bytes from root are taken: it was the sender that was refused.
+        let before = seen.observer.counters().events;
         send(&udev_socket()?, &message)?;
-        let taken = runtime.block_on(seen.until(|now| now.events == before + 1));
+        let taken = runtime.block_on(seen.until(|now| now.events > before));
         hold!(taken, "root's message was not taken");
         Ok(())
     })
@@ -261,11 +254,17 @@ fn the_receive_buffer_holds_ten_thousand_events_of_udev() -> Outcome<()> {
             }
             let udevd = Udevd::start(ground, std::slice::from_ref(&device), &rules)?;
             let listener = listener(UDEV_GROUP)?;
-            device.poke()?;
-            let booked = until(STEP_LIMIT, "an event of udev", || {
-                Ok(Some(booked_bytes(&listener)?).filter(|n| *n > 0))
+            // Others on this machine may attach disks meanwhile: only our event alone is a measurement.
+            let (booked, bytes) = until(STEP_LIMIT, "an event of udev", || {
+                device.poke()?;
+                let booked = until(STEP_LIMIT, "an event of udev", || {
+                    Ok(Some(booked_bytes(&listener)?).filter(|n| *n > 0))
+                })?;
+                let message = String::from_utf8_lossy(&receive(&listener)?).into_owned();
+                let ours = message.contains(&format!("\0DEVNAME={}\0", device.node()));
+                let alone = booked_bytes(&listener)? == 0;
+                Ok((ours && alone).then_some((booked, message.len())))
             })?;
-            let bytes = receive(&listener)?.len();
             tell(&format!(
                 "an event of udev with {bytes} bytes: {booked} bytes booked, {} of them in the default buffer",
                 booked_max / booked
@@ -669,6 +668,28 @@ fn receive(listener: &OwnedFd) -> Outcome<Vec<u8>> {
     let bytes = recv(listener.as_raw_fd(), &mut message, MsgFlags::empty())?;
     message.truncate(bytes);
     Ok(message)
+}
+
+/// Counts the kernel's events of these devices until there was none for 3 s.
+fn calm(kernel: &OwnedFd, devices: &[LoopDevice]) -> Outcome<usize> {
+    setsockopt(kernel, sockopt::ReceiveTimeout, &TimeVal::new(0, 100_000))?;
+    let headers: Vec<_> = devices
+        .iter()
+        .map(|device| format!("change@/devices/virtual/block/{}\0", device.name()))
+        .collect();
+    let end = Instant::now() + STEP_LIMIT;
+    let mut count = 0;
+    let mut last = Instant::now();
+    while last.elapsed() < Duration::from_secs(3) {
+        hold!(Instant::now() < end, "events go on and on: {count}");
+        // Nothing for a tenth of a second is no error here.
+        let message = receive(kernel).unwrap_or_default();
+        if headers.iter().any(|h| message.starts_with(h.as_bytes())) {
+            count += 1;
+            last = Instant::now();
+        }
+    }
+    Ok(count)
 }
 
 fn send(socket: &OwnedFd, message: &[u8]) -> Outcome<()> {
