@@ -10,6 +10,7 @@ use std::io::{self, Read};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
+use super::{node, nvme};
 use crate::correlation::{DeviceNode, DeviceNumber, DiskSeq};
 use crate::identity::{self, Attributes, Identity};
 
@@ -345,6 +346,12 @@ fn device_attributes(
             found.nvme_uuid = text(&dir.join("uuid"))?;
             found.wwid = text(&dir.join("wwid"))?;
             found.model = label(&device.join("model"))?;
+            if let Some(nsid) = found.nvme_nsid
+                && nvme::has_name(found.model.as_deref())
+            {
+                let disk = node::open(Path::new("/dev"), devname, number)?;
+                found.nvme_vendor_bytes = nvme::vendor_bytes(&disk, nsid)?;
+            }
         }
         Some(_) | None => {}
     }

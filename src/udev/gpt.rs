@@ -1,16 +1,12 @@
 //! The disk GUID of a GUID partition table, for those who opted in. Opens the disk for reading and
 //! blocks for as long as it does.
-//!
-//! The caller reads the diskseq before and after: a descriptor that was opened between two equal readings
-//! is of that disk.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io;
-use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use nix::sys::stat::{major, minor};
-
+use super::node;
 use crate::correlation::DeviceNumber;
 
 /// The header stands in the second logical block; disks have blocks of 512 or 4,096 bytes (UEFI, "GPT Header").
@@ -20,21 +16,7 @@ const GUID_OFFSET: usize = 56;
 
 /// Reads the disk GUID in the usual notation; `None` when there is no such table.
 pub fn disk_guid(dev: &Path, devname: &str, number: DeviceNumber) -> io::Result<Option<String>> {
-    let file = OpenOptions::new()
-        .read(true)
-        .custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC | libc::O_NOFOLLOW)
-        .open(dev.join(devname))?;
-    let facts = file.metadata()?;
-    let same = facts.file_type().is_block_device()
-        && u32::try_from(major(facts.rdev())).is_ok_and(|n| n == number.major)
-        && u32::try_from(minor(facts.rdev())).is_ok_and(|n| n == number.minor);
-    if !same {
-        return Err(io::Error::new(
-            io::ErrorKind::InvalidData,
-            format!("/dev/{devname} is not {number}"),
-        ));
-    }
-    in_file(&file)
+    in_file(&node::open(dev, devname, number)?)
 }
 
 fn in_file(file: &File) -> io::Result<Option<String>> {

@@ -16,8 +16,11 @@
 
 mod attributes;
 mod counters;
+mod database;
 mod gpt;
 mod kernel_socket;
+mod node;
+mod nvme;
 mod observer;
 mod reads;
 mod shared;
@@ -47,9 +50,11 @@ pub struct Settings {
     pub read_deadline: Duration,
     /// Where sysfs is; tests point it to a tree of their own.
     pub sysfs: PathBuf,
+    /// Where udev writes down what it found, for the slots of disks that were there before this process.
+    pub udev_data: PathBuf,
     /// Receive buffer of each netlink socket, in bytes as asked for (the kernel books twice that).
     /// The default holds 10,000 events: measured 832 bytes booked for a kernel event; for an event of udev
-    /// 1,280 with 290 bytes, 2,304 with up to 1,290, 4,352 with 2,290. So 43 MB of the 64 MiB booked.
+    /// 1,280 with 310 bytes, 2,304 with up to 1,310, 4,352 with 2,310. So 43 MB of the 64 MiB booked.
     pub receive_buffer_bytes: usize,
     /// Read the disk GUID of the GUID partition table (opens each disk for reading).
     pub gpt: bool,
@@ -63,6 +68,7 @@ impl Default for Settings {
             survey_every: Duration::from_secs(30),
             read_deadline: Duration::from_secs(2),
             sysfs: PathBuf::from("/sys"),
+            udev_data: PathBuf::from("/run/udev/data"),
             receive_buffer_bytes: 32 << 20,
             gpt: false,
             udev_group: true,

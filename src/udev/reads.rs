@@ -30,7 +30,11 @@ impl Watch {
         let mut read = tokio::task::spawn_blocking(move || {
             // Taken before the first byte is read: what is older than a newer observation is dropped.
             let mark = shared.mark();
-            (mark, attributes::read_disk(&settings.sysfs, number, &depth))
+            let result = attributes::read_disk(&settings.sysfs, number, &depth);
+            if let Ok(Found::Disk(disk)) = &result {
+                shared.look_up_slot(&settings.udev_data, number, disk.diskseq);
+            }
+            (mark, result)
         });
         self.tasks.spawn(async move {
             match tokio::time::timeout(deadline, &mut read).await {

@@ -13,12 +13,10 @@ use std::task::{Context, Poll};
 use futures_util::stream::Stream;
 use tokio_udev::{AsyncMonitorSocket, Event, MonitorBuilder};
 
+use super::database::ID_PATH_BYTES_MAX;
 use super::kernel_socket::size_buffer;
 use super::sys;
 use crate::correlation::{DeviceNumber, DiskSeq};
-
-/// The longest `ID_PATH` that is believed, in bytes.
-const ID_PATH_BYTES_MAX: usize = 1024;
 
 /// What udev said.
 #[derive(Debug, PartialEq, Eq)]
