@@ -35,6 +35,10 @@ const COMMANDS_MAX: usize = 256;
 /// How long the last signals may take to leave.
 const FAREWELL: std::time::Duration = std::time::Duration::from_secs(1);
 
+/// Threads for what a disk, sysfs or a file makes wait. They are made when they are needed; a hung disk keeps one or two, and
+/// an export that waits to open one keeps another for as long as an open may take (invariant 11).
+const BLOCKING_THREADS_MAX: usize = 2_048;
+
 /// What `serve` was told on the command line; each overrides the configuration file.
 #[derive(Debug, Clone, Default)]
 pub struct Options {
@@ -83,6 +87,7 @@ pub fn run(options: &Options) -> Result<(), Error> {
     log::start();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
+        .max_blocking_threads(BLOCKING_THREADS_MAX)
         .build()
         .map_err(|source| Error::Kernel {
             what: "the event loop cannot start",
