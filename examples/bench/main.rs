@@ -7,6 +7,7 @@
 #[path = "../../tests/support/mod.rs"]
 mod support;
 
+mod cached;
 mod fence;
 mod middle;
 mod scale;
@@ -75,7 +76,7 @@ fn run() -> Outcome<()> {
             "--json" => json = args.next().unwrap_or_default().into(),
             "--only" => only = args.next(),
             _ => trouble!(
-                "usage: bench [--quick] [--json PATH] [--only swaps|udevd|fence|stall|middle|scale]"
+                "usage: bench [--quick] [--json PATH] [--only swaps|udevd|cached|fence|stall|middle|scale]"
             ),
         }
     }
@@ -103,6 +104,10 @@ fn run() -> Outcome<()> {
             })?);
         }
         None => {}
+    }
+    if wanted("cached") {
+        say("PrepareDetach of a volume in the page cache");
+        rows.extend(on_ground(cached::measure)?);
     }
     if wanted("fence") {
         say("removals under streaming clients");
