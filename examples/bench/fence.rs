@@ -1,6 +1,7 @@
-//! A disk that is removed while its clients stream: from the moment the loop is handed the kernel's `remove`, until no
-//! request can reach the disk any more, and until each client has seen its connection end. In this process, with the
-//! crate's own middle and door, a disk of memory, and one thread for each client.
+//! A disk that is removed while its clients stream: from the moment the loop is handed the kernel's `remove` until the
+//! order to end the lease has returned (the lease is fenced: no request reaches the disk any more), and until each client
+//! has seen its connection end. In this process, with the crate's own middle and door, a disk of memory, and one thread for
+//! each client.
 
 use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;

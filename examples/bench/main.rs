@@ -7,6 +7,7 @@
 #[path = "../../tests/support/mod.rs"]
 mod support;
 
+mod cached;
 mod fence;
 mod middle;
 mod scale;
@@ -67,49 +68,69 @@ fn main() -> ExitCode {
 fn run() -> Outcome<()> {
     let mut quick = false;
     let mut json = PathBuf::from("target/bench.json");
+    let mut only = None;
     let mut args = std::env::args().skip(1);
     while let Some(arg) = args.next() {
-        match (arg.as_str(), args.next()) {
-            ("--quick", rest) => {
-                quick = true;
-                if rest.is_some() {
-                    trouble!("--quick comes last");
-                }
-            }
-            ("--json", Some(path)) => json = path.into(),
-            _ => trouble!("usage: bench [--json PATH] [--quick]"),
+        match arg.as_str() {
+            "--quick" => quick = true,
+            "--json" => json = args.next().unwrap_or_default().into(),
+            "--only" => only = args.next(),
+            _ => trouble!(
+                "usage: bench [--quick] [--json PATH] [--only swaps|udevd|cached|fence|stall|middle|scale]"
+            ),
         }
     }
+    let wanted = |part: &str| only.as_deref().is_none_or(|only| only == part);
     let plan = if quick { QUICK } else { FULL };
     // Before the first thread: a namespace belongs to the thread that makes it and to those it starts.
     udevd::enter_namespaces()?;
     support::catch_signals()?;
     let began = Instant::now();
+    let load = table::load();
     let mut rows = Vec::new();
     let mut notes = Vec::new();
 
-    say("swaps without udevd");
-    rows.extend(on_ground(|ground| swaps::measure(ground, plan.swaps, ""))?);
+    if wanted("swaps") {
+        say("swaps without udevd");
+        rows.extend(on_ground(|ground| swaps::measure(ground, plan.swaps, ""))?);
+    }
     match udevd::lacking() {
         Some(reason) => notes.push(format!("with udevd: not measured: {reason}")),
-        None => {
+        None if wanted("udevd") => {
             say("swaps with udevd");
             rows.extend(on_ground(|ground| {
                 let _running = udevd::start(ground)?;
                 swaps::measure(ground, plan.swaps, ", udevd running")
             })?);
         }
+        None => {}
     }
-    say("removals under streaming clients");
-    rows.extend(fence::measure(plan.cuts)?);
-    say("a bystander beside swaps, and its controls");
-    rows.extend(stall::measure(plan.stall_runs)?);
-    say("the middle with 10 to 10,000 exports and disks");
-    rows.extend(middle::measure(plan.middle_cycles)?);
-    say("a daemon with 10,000 exports");
-    rows.extend(scale::measure(plan.scale_swaps)?);
+    if wanted("cached") {
+        say("PrepareDetach of a volume in the page cache");
+        rows.extend(on_ground(cached::measure)?);
+    }
+    if wanted("fence") {
+        say("removals under streaming clients");
+        rows.extend(fence::measure(plan.cuts)?);
+    }
+    if wanted("stall") {
+        say("a bystander beside swaps, and its controls");
+        rows.extend(stall::measure(plan.stall_runs)?);
+    }
+    if wanted("middle") {
+        say("the middle with 10 to 10,000 exports and disks");
+        rows.extend(middle::measure(plan.middle_cycles)?);
+    }
+    if wanted("scale") {
+        say("a daemon with 10,000 exports");
+        rows.extend(scale::measure(plan.scale_swaps)?);
+    }
 
-    let machine = table::machine();
+    let machine = format!(
+        "{}, load before {load} and after {}, udevd only where it says so",
+        table::machine(),
+        table::load()
+    );
     table::print(&machine, &rows, &notes, began.elapsed());
     table::write(&json, &machine, &rows, &notes)?;
     Ok(())

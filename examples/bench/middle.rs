@@ -16,6 +16,8 @@ use crate::table::{Aim, Row};
 
 const SIZES: [u32; 4] = [10, 100, 1_000, 10_000];
 const BYTES: u64 = 1 << 20;
+/// What still counts as flat: ten thousand facts do not fit where ten do, in the processor's caches.
+const FLAT: f64 = 2.0;
 
 /// An export's definition and what its disk says; the volume's number is its node's.
 pub fn definition(number: u32) -> Outcome<Definition> {
@@ -66,7 +68,21 @@ pub fn configured(count: u32) -> Outcome<Correlation> {
 }
 
 pub fn measure(cycles: usize) -> Outcome<Vec<Row>> {
-    SIZES.map(|count| at(count, cycles)).into_iter().collect()
+    let mut rows = SIZES
+        .map(|count| at(count, cycles))
+        .into_iter()
+        .collect::<Outcome<Vec<_>>>()?;
+    let [fewest, .., most] = rows.as_slice() else {
+        return Ok(rows);
+    };
+    let growth = most.median() / fewest.median();
+    rows.push(Row::of(
+        "  10,000 exports and disks against 10 (flat is 1)",
+        "x",
+        vec![growth],
+        Aim::Worst(FLAT),
+    ));
+    Ok(rows)
 }
 
 fn at(count: u32, cycles: usize) -> Outcome<Row> {

@@ -19,6 +19,8 @@ use crate::{middle, on_ground, swaps};
 pub const MANY: u32 = 10_000;
 /// Starts of each kind.
 const STARTS: usize = 3;
+/// Surveys: the loop settles every export in each, once per half minute when nobody asks.
+const RESCANS: usize = 20;
 /// After this a daemon that was just started is idle.
 const CALM: Duration = Duration::from_secs(2);
 
@@ -49,6 +51,18 @@ fn in_config(ground: &Ground, swaps: usize) -> Outcome<Vec<Row>> {
     let mut rows = starts(&mut scene, "10,000 exports in the configuration")?;
     let samples = swaps::swap(&scene, swaps)?;
     rows.extend(samples.rows(", 10,000 exports"));
+    let mut rescans = Vec::new();
+    for _ in 0..RESCANS {
+        let began = Instant::now();
+        scene.client.rescan()?;
+        rescans.push(ms(began.elapsed()));
+    }
+    rows.push(Row::of(
+        "survey of the machine (Rescan), 10,000 exports",
+        "ms",
+        rescans,
+        Aim::None,
+    ));
     scene.stop()?;
     Ok(rows)
 }

@@ -1,6 +1,8 @@
 //! Two volumes that change places again and again, each with an idle client: how long PrepareDetach takes, and how
 //! long from the kernel's event of an attach until the export is served.
 
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::time::Instant;
 
 use crate::support::client::Client;
@@ -21,6 +23,8 @@ const SERVE_AIM_MS: f64 = 5.0;
 pub struct Samples {
     /// A call that changes nothing: what D-Bus itself takes.
     pub call: Vec<f64>,
+    /// What the disk itself takes: PrepareDetach makes a release durable, which is one such write at least.
+    pub sync: Vec<f64>,
     pub detach: Vec<f64>,
     /// To the D-Bus signal that says Serving.
     pub serve: Vec<f64>,
@@ -42,6 +46,11 @@ impl Samples {
             row(
                 "D-Bus call that does nothing (GetStats)",
                 self.call,
+                Aim::None,
+            ),
+            row(
+                "  control: 4 KiB written and synced beside the store",
+                self.sync,
                 Aim::None,
             ),
             row(
@@ -67,6 +76,7 @@ impl Samples {
 pub fn swap(scene: &Scene, swaps: usize) -> Outcome<Samples> {
     let mut samples = Samples::default();
     let events = Uevents::listen()?;
+    let control = File::create(scene.home.state.with_file_name("sync.control"))?;
     let mut place = [0, 1];
     for _ in 0..swaps {
         let clients = NAMES
@@ -76,6 +86,10 @@ pub fn swap(scene: &Scene, swaps: usize) -> Outcome<Samples> {
         let began = Instant::now();
         scene.client.stats()?;
         samples.call.push(ms(began.elapsed()));
+        let began = Instant::now();
+        control.write_all_at(&[0x5a; 4096], 0)?;
+        control.sync_data()?;
+        samples.sync.push(ms(began.elapsed()));
         for volume in &scene.volumes[..2] {
             let began = Instant::now();
             scene

@@ -43,6 +43,10 @@ impl Row {
         }
     }
 
+    pub fn median(&self) -> f64 {
+        self.median
+    }
+
     fn verdict(&self) -> (String, &'static str) {
         let judge = |seen: f64, aim: f64| if seen <= aim { "held" } else { "MISSED" };
         match self.aim {
@@ -69,12 +73,16 @@ pub fn machine() -> String {
         .lines()
         .find_map(|line| line.strip_prefix("model name")?.split(": ").nth(1))
         .unwrap_or("unknown processor");
-    let load = word("/proc/loadavg");
     format!(
-        "{cores} cores ({model}), Linux {}, load at the end {}",
-        word("/proc/sys/kernel/osrelease"),
-        load.split(' ').next().unwrap_or_default(),
+        "{cores} cores ({model}), Linux {}",
+        word("/proc/sys/kernel/osrelease")
     )
+}
+
+/// The machine's load over the last minute: above the number of cores, the tails below are other programs' as well.
+pub fn load() -> String {
+    let text = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    text.split(' ').next().unwrap_or_default().to_owned()
 }
 
 pub fn print(machine: &str, rows: &[Row], notes: &[String], took: Duration) {
