@@ -5,7 +5,7 @@ CARGO ?= cargo
 RELEASE := target/release
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build run compare bench bench-quick check test clean
+.PHONY: help setup build run compare bench bench-quick check test deny clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,6 +38,9 @@ check: ## Format, lints, unit tests, arrows, a short simulation: under two minut
 
 test: setup ## Everything that is a test; ends with `N passed, N failed, N skipped`
 	@scripts/test
+
+deny: ## Licences, sources and advisories of all dependencies (needs cargo-deny)
+	$(CARGO) deny check
 
 clean: ## Remove what was built
 	$(CARGO) clean
