@@ -41,9 +41,15 @@ fn disk_made_of_fuse_hangs_fails_and_heals() -> Outcome<()> {
         let (disk, mut scene) = ward(ground)?;
         let _healer = disk.healer();
         let mut client = Client::open(&scene.endpoint(), "ill")?;
-        hold!(client.write(0, &[7; 4096], true)? == Ok(()), "a healthy disk takes a write");
+        hold!(
+            client.write(0, &[7; 4096], true)? == Ok(()),
+            "a healthy disk takes a write"
+        );
         let mut byte = [0; 4096];
-        hold!(client.read(0, &mut byte)? == Ok(()) && byte == [7; 4096], "and gives it back");
+        hold!(
+            client.read(0, &mut byte)? == Ok(()) && byte == [7; 4096],
+            "and gives it back"
+        );
         let back = std::fs::read(&disk.back)?;
         hold!(back[..4096] == [7; 4096], "FUA is on the disk");
         client.leave()?;
@@ -58,15 +64,24 @@ fn failed_flush_is_told_and_never_forgotten_until_the_next_generation() -> Outco
         let _healer = disk.healer();
         let mut one = Client::open(&scene.endpoint(), "ill")?;
         let mut two = Client::open(&scene.endpoint(), "ill")?;
-        hold!(one.write(0, &[1; 4096], false)? == Ok(()), "a write into the page cache");
+        hold!(
+            one.write(0, &[1; 4096], false)? == Ok(()),
+            "a write into the page cache"
+        );
         disk.fail(FLUSHES);
         hold!(one.flush()? == Err(5), "the flush that fails is EIO");
         disk.heal();
-        hold!(one.flush()? == Err(5), "the next one, too, though the disk would say yes");
+        hold!(
+            one.flush()? == Err(5),
+            "the next one, too, though the disk would say yes"
+        );
         hold!(two.flush()? == Err(5), "and that of another connection");
         hold!(two.write(8192, &[2; 4096], true)? == Err(5), "and FUA");
         let mut three = Client::open(&scene.endpoint(), "ill")?;
-        hold!(three.flush()? == Err(5), "and that of a connection that came later");
+        hold!(
+            three.flush()? == Err(5),
+            "and that of a connection that came later"
+        );
         match scene.client.prepare_detach(&id(&disk)) {
             Err(e) if e.is("Failed") && e.text.contains("flush") => tell(&format!("latched: {e}")),
             other => trouble!("expected Failed that names the flush, got {other:?}"),
@@ -76,14 +91,25 @@ fn failed_flush_is_told_and_never_forgotten_until_the_next_generation() -> Outco
             Err(e) if e.is("Failed") && e.text.contains("flush") => {}
             other => trouble!("asked again: expected Failed that names the flush, got {other:?}"),
         }
-        let reason = scene.export("ill")?.get("Reason").map(|w| w.text().to_owned());
-        hold!(reason.as_ref().is_some_and(|r| r.contains("flush")), "the Reason says so: {reason:?}");
+        let reason = scene
+            .export("ill")?
+            .get("Reason")
+            .map(|w| w.text().to_owned());
+        hold!(
+            reason.as_ref().is_some_and(|r| r.contains("flush")),
+            "the Reason says so: {reason:?}"
+        );
         disk.device.detach_now()?;
         let mark = scene.client.mark();
         disk.device.attach(&disk.file)?;
-        scene.client.wait_state(mark, "ill", "Serving", STEP_LIMIT)?;
+        scene
+            .client
+            .wait_state(mark, "ill", "Serving", STEP_LIMIT)?;
         let mut four = Client::open(&scene.endpoint(), "ill")?;
-        hold!(four.write(0, &[3; 4096], false)? == Ok(()), "a new generation");
+        hold!(
+            four.write(0, &[3; 4096], false)? == Ok(()),
+            "a new generation"
+        );
         hold!(four.flush()? == Ok(()), "begins anew");
         scene.stop()
     })
@@ -96,9 +122,14 @@ fn write_back_that_fails_is_found_by_the_flush() -> Outcome<()> {
         let _healer = disk.healer();
         let mut one = Client::open(&scene.endpoint(), "ill")?;
         disk.fail(WRITES);
-        hold!(one.write(0, &[1; 65536], false)? == Ok(()), "the page cache takes it");
+        hold!(
+            one.write(0, &[1; 65536], false)? == Ok(()),
+            "the page cache takes it"
+        );
         match scene.client.prepare_detach(&id(&disk)) {
-            Err(e) if e.is("Failed") && e.text.contains("flush") => tell(&format!("write-back: {e}")),
+            Err(e) if e.is("Failed") && e.text.contains("flush") => {
+                tell(&format!("write-back: {e}"))
+            }
             other => trouble!("expected Failed that names the flush, got {other:?}"),
         }
         disk.heal();
@@ -114,25 +145,41 @@ fn hung_disk_holds_up_nobody_else() -> Outcome<()> {
         let bystander = Stream::start(&scene.endpoint(), "vol-b", "vol-b", Pace::BYSTANDER, 0)?;
         bystander.wait_for(300)?;
         let mut victim = Client::open(&scene.endpoint(), "ill")?;
-        hold!(victim.write(0, &[1; 65536], false)? == Ok(()), "the page cache takes it");
+        hold!(
+            victim.write(0, &[1; 65536], false)? == Ok(()),
+            "the page cache takes it"
+        );
         disk.hang(ALL);
         let stuck = std::thread::spawn(move || {
             let answer = victim.flush();
             format!("{answer:?}")
         });
-        until(STEP_LIMIT, "the disk to hang", || Ok((disk.held() > 0).then_some(())))?;
+        until(STEP_LIMIT, "the disk to hang", || {
+            Ok((disk.held() > 0).then_some(()))
+        })?;
 
         let began = Instant::now();
         let soon = Options::from([("timeout_ms", zbus::Variant::from(1000u32))]);
         let answer = scene.client.call("PrepareDetach", &(id(&disk), soon));
         let took = began.elapsed();
         match answer {
-            Err(e) if e.is("TimedOut") && e.text.contains("FLUSH") => tell(&format!("hung: {e} after {took:?}")),
-            other => trouble!("expected TimedOut that names what holds it, got {other:?} after {took:?}"),
+            Err(e) if e.is("TimedOut") && e.text.contains("FLUSH") => {
+                tell(&format!("hung: {e} after {took:?}"))
+            }
+            other => {
+                trouble!("expected TimedOut that names what holds it, got {other:?} after {took:?}")
+            }
         }
-        hold!(took < Duration::from_secs(2), "at its deadline, not after {took:?}");
+        hold!(
+            took < Duration::from_secs(2),
+            "at its deadline, not after {took:?}"
+        );
         tell(&format!("hung: {:?}", scene.export("ill")?));
-        hold!(number(&scene, "orphans")? == 1, "the orphan is counted: {:?}", scene.client.stats()?);
+        hold!(
+            number(&scene, "orphans")? == 1,
+            "the orphan is counted: {:?}",
+            scene.client.stats()?
+        );
         hold!(scene.state("ill")? == "Failed", "the volume is blocked");
 
         // Everyone else.
@@ -157,16 +204,30 @@ fn hung_disk_holds_up_nobody_else() -> Outcome<()> {
             began.elapsed()
         ));
         drop(bystander);
-        let bystander = Stream::start(&scene.endpoint(), "vol-b", "vol-b", Pace::BYSTANDER, 1_000_000)?;
+        let bystander = Stream::start(
+            &scene.endpoint(),
+            "vol-b",
+            "vol-b",
+            Pace::BYSTANDER,
+            1_000_000,
+        )?;
         bystander.wait_for(1000)?;
         let report = bystander.finish()?;
         hold!(report.broken.is_none(), "{:?}", report.broken);
-        tell(&format!("hung: bystander's longest stall {:?}", report.longest_stall));
+        tell(&format!(
+            "hung: bystander's longest stall {:?}",
+            report.longest_stall
+        ));
 
         // The disk answers: the orphan closes, the volume is to be had again.
         disk.heal();
-        until(STEP_LIMIT, "the orphan to close", || Ok((number(&scene, "orphans")? == 0).then_some(())))?;
-        tell(&format!("hung: the client of the hung disk heard {}", stuck.join().unwrap_or_default()));
+        until(STEP_LIMIT, "the orphan to close", || {
+            Ok((number(&scene, "orphans")? == 0).then_some(()))
+        })?;
+        tell(&format!(
+            "hung: the client of the hung disk heard {}",
+            stuck.join().unwrap_or_default()
+        ));
         tell(&format!("healed: {:?}", scene.export("ill")?));
         if scene.state("ill")? != "Serving" {
             scene.client.cancel_detach(&id(&disk))?;
@@ -182,7 +243,10 @@ fn flush_that_fails_after_the_deadline_is_told_to_who_asks_again() -> Outcome<()
         let (disk, mut scene) = ward(ground)?;
         let _healer = disk.healer();
         let mut victim = Client::open(&scene.endpoint(), "ill")?;
-        hold!(victim.write(0, &[1; 65536], false)? == Ok(()), "the page cache takes it");
+        hold!(
+            victim.write(0, &[1; 65536], false)? == Ok(()),
+            "the page cache takes it"
+        );
         disk.hang(ALL);
         for _ in 0..2 {
             let soon = Options::from([("timeout_ms", zbus::Variant::from(500u32))]);
@@ -193,7 +257,9 @@ fn flush_that_fails_after_the_deadline_is_told_to_who_asks_again() -> Outcome<()
         }
         disk.fail(WRITES | FLUSHES);
         disk.hang(0);
-        until(STEP_LIMIT, "the orphan to close", || Ok((number(&scene, "orphans")? == 0).then_some(())))?;
+        until(STEP_LIMIT, "the orphan to close", || {
+            Ok((number(&scene, "orphans")? == 0).then_some(()))
+        })?;
         match scene.client.prepare_detach(&id(&disk)) {
             Err(e) if e.is("Failed") && e.text.contains("flush") => tell(&format!("late: {e}")),
             other => trouble!("expected Failed that names the flush, got {other:?}"),
@@ -209,14 +275,19 @@ fn hard_frees_the_clients_at_once_and_blocks_the_volume_until_the_disk_answers()
         let (disk, mut scene) = ward(ground)?;
         let _healer = disk.healer();
         let mut victim = Client::open(&scene.endpoint(), "ill")?;
-        hold!(victim.write(0, &[1; 65536], false)? == Ok(()), "the page cache takes it");
+        hold!(
+            victim.write(0, &[1; 65536], false)? == Ok(()),
+            "the page cache takes it"
+        );
         disk.hang(ALL);
         let began = Instant::now();
         let freed = std::thread::spawn(move || {
             let answer = victim.flush();
             (format!("{answer:?}"), began.elapsed())
         });
-        until(STEP_LIMIT, "the disk to hang", || Ok((disk.held() > 0).then_some(())))?;
+        until(STEP_LIMIT, "the disk to hang", || {
+            Ok((disk.held() > 0).then_some(()))
+        })?;
         let began = Instant::now();
         let hard = Options::from([
             ("hard", zbus::Variant::from(true)),
@@ -225,7 +296,9 @@ fn hard_frees_the_clients_at_once_and_blocks_the_volume_until_the_disk_answers()
         let answer = scene.client.call("PrepareDetach", &(id(&disk), hard));
         let took = began.elapsed();
         let (heard, after) = freed.join().unwrap_or_default();
-        tell(&format!("hard: answered {answer:?} after {took:?}; its client was freed after {after:?} with {heard}"));
+        tell(&format!(
+            "hard: answered {answer:?} after {took:?}; its client was freed after {after:?} with {heard}"
+        ));
         hold!(answer.is_err(), "a disk that is held is not safe to detach");
         hold!(after < took, "the client does not wait for the deadline");
         hold!(number(&scene, "orphans")? == 1, "counted");
@@ -234,10 +307,15 @@ fn hard_frees_the_clients_at_once_and_blocks_the_volume_until_the_disk_answers()
         scene.client.remove_export("ill", "hard")?;
         let soon = Options::from([("wait_ms", zbus::Variant::from(500u32))]);
         let again = scene.client.add_export_with("again", &id(&disk), soon);
-        hold!(again.is_err(), "the volume is blocked for every name: {again:?}");
+        hold!(
+            again.is_err(),
+            "the volume is blocked for every name: {again:?}"
+        );
         tell(&format!("hard: another name is told {again:?}"));
         disk.heal();
-        until(STEP_LIMIT, "the orphan to close", || Ok((number(&scene, "orphans")? == 0).then_some(())))?;
+        until(STEP_LIMIT, "the orphan to close", || {
+            Ok((number(&scene, "orphans")? == 0).then_some(()))
+        })?;
         scene.client.cancel_detach(&id(&disk))?;
         scene.client.reach_state("again", "Serving", STEP_LIMIT)?;
         scene.stop()
@@ -250,10 +328,15 @@ fn stop_with_a_hung_disk_ends_within_its_deadline() -> Outcome<()> {
         let (disk, mut scene) = ward(ground)?;
         let healer = disk.healer();
         let mut victim = Client::open(&scene.endpoint(), "ill")?;
-        hold!(victim.write(0, &[1; 65536], false)? == Ok(()), "the page cache takes it");
+        hold!(
+            victim.write(0, &[1; 65536], false)? == Ok(()),
+            "the page cache takes it"
+        );
         disk.hang(ALL);
         let stuck = std::thread::spawn(move || format!("{:?}", victim.flush()));
-        until(STEP_LIMIT, "the disk to hang", || Ok((disk.held() > 0).then_some(())))?;
+        until(STEP_LIMIT, "the disk to hang", || {
+            Ok((disk.held() > 0).then_some(()))
+        })?;
         let began = Instant::now();
         let daemon = scene.daemon()?;
         daemon.running.signal(nix::sys::signal::Signal::SIGTERM)?;
@@ -264,18 +347,33 @@ fn stop_with_a_hung_disk_ends_within_its_deadline() -> Outcome<()> {
             let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
             stat.is_empty() || stat.contains(") Z ")
         };
-        until(Duration::from_secs(45), "the daemon to end", || Ok(gone().then_some(())))?;
+        until(Duration::from_secs(45), "the daemon to end", || {
+            Ok(gone().then_some(()))
+        })?;
         tell(&format!("stop while hung: {:?}", began.elapsed()));
         // The next daemon does not wait for the disk; what the last one could not close stays claimed.
         let next = scene.home.start()?;
         scene.client.reach_state("vol-b", "Serving", STEP_LIMIT)?;
         let ill = scene.export("ill")?;
-        tell(&format!("started again while hung: {:?} {:?}", ill.get("State"), ill.get("Reason")));
-        hold!(scene.state("ill")? != "Serving", "the old daemon's claim keeps it from being served");
+        tell(&format!(
+            "started again while hung: {:?} {:?}",
+            ill.get("State"),
+            ill.get("Reason")
+        ));
+        hold!(
+            scene.state("ill")? != "Serving",
+            "the old daemon's claim keeps it from being served"
+        );
         drop(healer);
-        tell(&format!("stop while hung: its client heard {}", stuck.join().unwrap_or_default()));
+        tell(&format!(
+            "stop while hung: its client heard {}",
+            stuck.join().unwrap_or_default()
+        ));
         let status = scene.daemon()?.running.wait(STEP_LIMIT)?;
-        tell(&format!("stop while hung: {status}, {:?} with the disk healed", began.elapsed()));
+        tell(&format!(
+            "stop while hung: {status}, {:?} with the disk healed",
+            began.elapsed()
+        ));
         scene.client.reach_state("ill", "Serving", STEP_LIMIT)?;
         next.stop()
     })

@@ -13,6 +13,7 @@ mod sockets;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
+use tokio::signal::unix::SignalKind;
 use tokio::sync::mpsc;
 
 use crate::config::{self, Config};
@@ -66,6 +67,9 @@ pub enum Error {
     Udev(#[from] udev::UdevError),
     #[error("{what}: {source}")]
     Kernel { what: &'static str, source: std::io::Error },
+    /// A part of the daemon that ends only with it has ended.
+    #[error("{0} ended by itself, which is a fault of this program: please report the log lines before this one")]
+    Lost(&'static str),
 }
 
 /// Runs the daemon in the foreground until SIGTERM or SIGINT.
@@ -118,6 +122,8 @@ fn configure(options: &Options) -> Result<Config, Error> {
 }
 
 async fn serve(options: &Options) -> Result<(), Error> {
+    // From now on a SIGHUP asks for a reload, and does not end a daemon that is starting.
+    let hangup = control::listen(SignalKind::hangup());
     let config = configure(options)?;
     let bus = match &config.server.bus {
         config::Bus::System => Bus::System,
@@ -156,10 +162,10 @@ async fn serve(options: &Options) -> Result<(), Error> {
     let mut control = Control::new(correlation, edges, drain_within, config.identity);
     control.start(sockets);
     control.apply(Event::Configured { exports: config.exports });
-    control.run(events, commands, options).await;
+    let ended = control.run(events, commands, hangup, options).await;
     // Whoever listens hears of the end, if the bus takes it.
     control.publisher.flush(FAREWELL).await;
-    Ok(())
+    ended
 }
 
 /// Each client and each disk is a descriptor; the soft limit is made for programs that use `select`.

@@ -99,7 +99,10 @@ impl FuseDisk {
             .custom_flags(libc::O_NONBLOCK)
             .open("/dev/fuse")
             .doing("open /dev/fuse")?;
-        let options = format!("fd={},rootmode=100000,user_id=0,group_id=0", door.as_raw_fd());
+        let options = format!(
+            "fd={},rootmode=100000,user_id=0,group_id=0",
+            door.as_raw_fd()
+        );
         mount(&file, &options).doing("mount a FUSE file")?;
         let shared = Arc::new(Shared {
             back: OpenOptions::new().read(true).write(true).open(&back)?,
@@ -296,7 +299,10 @@ fn perform(shared: &Shared, opcode: u32, body: &[u8]) -> Result<Vec<u8>, i32> {
         READ => {
             let size = word(body, 16).min(1 << 20);
             let mut out = vec![0u8; size as usize];
-            shared.back.read_exact_at(&mut out, long(body, 8)).map_err(eio)?;
+            shared
+                .back
+                .read_exact_at(&mut out, long(body, 8))
+                .map_err(eio)?;
             Ok(out)
         }
         WRITE => {
