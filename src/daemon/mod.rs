@@ -30,8 +30,8 @@ pub use sockets::ListenError;
 /// Events from udev that may wait for the loop. Past it the observer waits, and the kernel's socket buffer after it.
 const EVENTS_MAX: usize = 1_024;
 
-/// D-Bus calls that may wait for the loop. Past it callers are told that the daemon is busy.
-const COMMANDS_MAX: usize = 256;
+/// D-Bus calls that may wait for the loop: as many as the D-Bus room lets in at one time.
+const COMMANDS_MAX: usize = dbus::CALLS_MAX;
 
 /// How long the last signals may take to leave.
 const FAREWELL: std::time::Duration = std::time::Duration::from_secs(1);
