@@ -25,6 +25,14 @@ compare: ## The same swap under Debian's nbd-server and under nbdtrack, byte for
 	$(CARGO) build --release --locked --bin nbdtrack --example compare
 	$(RELEASE)/examples/compare
 
+bench: setup ## What it costs on this machine: one table, and target/bench.json (at most 5 minutes)
+	$(CARGO) build --release --locked --bin nbdtrack --example bench
+	$(RELEASE)/examples/bench
+
+bench-quick: setup ## The same with fewer swaps: at most a minute
+	$(CARGO) build --release --locked --bin nbdtrack --example bench
+	$(RELEASE)/examples/bench --quick
+
 check: ## Format, lints, unit tests, arrows, a short simulation: under two minutes when built
 	@scripts/check
 

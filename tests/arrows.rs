@@ -150,7 +150,24 @@ fn sources() -> Vec<(PathBuf, String)> {
         }
     }
     assert!(found.len() > 5, "the sources are found");
+    let for_tests: BTreeSet<PathBuf> = found
+        .iter()
+        .flat_map(|(path, text)| test_files(path, text))
+        .collect();
+    found.retain(|(path, _)| !for_tests.contains(path));
     found
+}
+
+/// The files that `text` takes in for tests only: `#[cfg(test)] mod name;`.
+fn test_files(path: &Path, text: &str) -> Vec<PathBuf> {
+    let lines: Vec<&str> = text.lines().map(str::trim).collect();
+    let folder = path.parent().unwrap_or(Path::new(""));
+    lines
+        .windows(2)
+        .filter(|pair| pair[0] == "#[cfg(test)]")
+        .filter_map(|pair| pair[1].strip_prefix("mod ")?.strip_suffix(';'))
+        .map(|name| folder.join(format!("{name}.rs")))
+        .collect()
 }
 
 fn room_of(path: &Path) -> String {

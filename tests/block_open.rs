@@ -288,3 +288,71 @@ fn a_thousand_opens_leave_no_descriptor() {
     }
     assert_eq!(descriptors_of(&disk.node()), 0);
 }
+
+#[test]
+fn a_disk_that_we_are_just_closing_is_opened_again_and_not_busy() {
+    // One export let go of the last image of a disk while another one began to open it: O_EXCL refused it,
+    // and the export stood on Failed for a while although no one else had the disk.
+    let dir = tempfile::tempdir().unwrap();
+    let file = backing_file(dir.path(), "a", 16 << 20);
+    let disk = Loop::make(236);
+    let order = order(&disk, disk.attach(&file), &file);
+    let claims = Claims::default();
+    let dirty = vec![3; 8 << 20];
+    for round in 0..30 {
+        let block = try_open(&order, &claims).unwrap();
+        let at = Extent::checked(0, 8 << 20, block.size()).unwrap();
+        // The last close writes this out, which takes a while.
+        block.write(at, &dirty, false).unwrap();
+        std::thread::scope(|scope| {
+            scope.spawn(|| drop(block));
+            std::thread::sleep(Duration::from_micros(100 * round));
+            let again = try_open(&order, &claims);
+            assert!(again.is_ok(), "round {round}: {}", error(again));
+        });
+    }
+    assert_eq!(descriptors_of(&disk.node()), 0);
+}
+
+#[test]
+fn behind_an_open_that_hangs_no_thread_waits_past_its_deadline_and_no_other_disk_at_all() {
+    let dir = tempfile::tempdir().unwrap();
+    let (a, b) = (
+        backing_file(dir.path(), "a", 1 << 20),
+        backing_file(dir.path(), "b", 1 << 20),
+    );
+    let (hung, well) = (Loop::make(204), Loop::make(208));
+    let within = Duration::from_millis(200);
+    let hung_order = OpenDisk {
+        within,
+        ..order(&hung, hung.attach(&a), &a)
+    };
+    let well_order = order(&well, well.attach(&b), &b);
+    let claims = Claims::default();
+    let (answer, asked) = std::sync::mpsc::channel::<()>();
+    let asked = std::sync::Mutex::new(asked);
+    let silent = |number| {
+        let _ended = asked.lock().unwrap().recv();
+        identities(number)
+    };
+    std::thread::scope(|scope| {
+        let first = scope.spawn(|| open(&hung_order, &silent, &claims).map(|block| block.size()));
+        std::thread::sleep(Duration::from_millis(50));
+        for _ in 0..100 {
+            let began = Instant::now();
+            let refused = error(try_open(&hung_order, &claims));
+            assert!(matches!(refused, OpenError::Hangs { .. }), "{refused}");
+            assert!(began.elapsed() < within + Duration::from_millis(200));
+            assert!(try_open(&well_order, &claims).is_ok());
+        }
+        let began = Instant::now();
+        assert!(try_open(&hung_order, &claims).is_err());
+        assert!(
+            began.elapsed() < within / 2,
+            "an open that is late already is not waited for"
+        );
+        answer.send(()).unwrap();
+        assert_eq!(first.join().unwrap().unwrap(), 1 << 20);
+        assert!(try_open(&hung_order, &claims).is_ok(), "it has answered");
+    });
+}

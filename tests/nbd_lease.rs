@@ -366,6 +366,81 @@ fn a_hung_disk_leaves_other_exports_their_threads() {
     assert_eq!(told.recv_timeout(PATIENCE), Ok(LeaseEnd::Closed));
 }
 
+/// Sessions that read and write as fast as they can, while their lease ends again and again.
+#[test]
+fn under_load_no_image_call_outlives_its_lease_and_every_reply_is_whole() {
+    let server = Server::new();
+    assert_eq!(
+        server.end(DRAIN).recv_timeout(PATIENCE),
+        Ok(LeaseEnd::Closed)
+    );
+    for generation in 2..42 {
+        let image = Memory::new(MIB);
+        image.cold.store(generation % 3 == 0, Ordering::SeqCst);
+        server
+            .door
+            .serve(&name("vol"), Generation(generation), image.clone(), false);
+        let clients: Vec<Client> = (0..4).map(|_| server.go()).collect();
+        let busy: Vec<_> = clients
+            .into_iter()
+            .map(|client| std::thread::spawn(|| hammer(client)))
+            .collect();
+        until("under load", || image.bytes.read().unwrap()[0] == 7);
+        let (tell, told) = channel();
+        let (report, seen) = (Mutex::new(tell), image.clone());
+        let report = Box::new(move |end| {
+            let inside = seen.inside.load(Ordering::SeqCst);
+            report.lock().unwrap().send((end, inside)).unwrap();
+        });
+        let how = if generation % 2 == 0 { DRAIN } else { CUT };
+        server
+            .door
+            .end_lease(&name("vol"), Generation(generation), how, report);
+        assert_eq!(told.recv_timeout(PATIENCE), Ok((LeaseEnd::Closed, 0)));
+        let after = image.calls.load(Ordering::SeqCst);
+        for client in busy {
+            client.join().unwrap();
+        }
+        assert_eq!(
+            image.calls.load(Ordering::SeqCst),
+            after,
+            "a call after the report"
+        );
+    }
+    assert_eq!(server.door.stats().panics, 0);
+}
+
+/// Eight requests at a time until the connection ends; every reply that comes is one of ours.
+fn hammer(mut client: Client) {
+    use std::io::{Read, Write};
+    loop {
+        let mut batch = Vec::new();
+        for cookie in 0..4 {
+            batch.extend(request(cmd::READ, 0, cookie, 4096, 4096));
+            batch.extend(request(cmd::WRITE, 0, 10 + cookie, 0, 512));
+            batch.extend([7; 512]);
+        }
+        if client.socket.write_all(&batch).is_err() {
+            return;
+        }
+        for _ in 0..8 {
+            let mut head = [0; 16];
+            if client.socket.read_exact(&mut head).is_err() {
+                return;
+            }
+            assert_eq!(
+                head[..4],
+                nbdtrack::nbd::wire::SIMPLE_REPLY_MAGIC.to_be_bytes()
+            );
+            let (error, cookie) = (be32(&head[4..]), be64(&head[8..]));
+            assert!(error == 0 || error == ESHUTDOWN);
+            if error == 0 && cookie < 4 && client.socket.read_exact(&mut [0; 4096]).is_err() {
+                return;
+            }
+        }
+    }
+}
+
 #[test]
 fn ending_a_lease_does_not_wait_whatever_its_sessions_do() {
     let server = Server::new();

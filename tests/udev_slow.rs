@@ -189,3 +189,66 @@ async fn a_full_queue_makes_the_observer_wait_and_loses_nothing() {
         assert_eq!(survey(&mut events).await.len(), 200);
     }
 }
+
+#[tokio::test]
+async fn two_hundred_disks_that_hang_leave_the_blocking_pool_to_everyone_else() {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::sync::{Arc, Condvar, Mutex};
+
+    // The runtime's pool has 512 threads. Reads that hang take 143 at most (128, and what was in flight when there
+    // were 127), reads in flight 16, a listing 1.
+    const LEFT: usize = 512 - 143 - 16 - 1;
+    let tree = Tree::new();
+    let hung: Vec<_> = (0..200)
+        .map(|n| {
+            let serial = tree
+                .add(&format!("vd{n}"), &format!("253:{n}"), n + 1)
+                .join("serial");
+            nix::unistd::mkfifo(&serial, nix::sys::stat::Mode::S_IRWXU).unwrap();
+            serial
+        })
+        .collect();
+    let (sender, mut events) = mpsc::channel(16);
+    let observer = observe(settings(&tree), sender).unwrap();
+    let disks = survey(&mut events).await;
+    assert_eq!(disks.len(), 200, "each is told, without its identity");
+    assert!(
+        disks
+            .iter()
+            .all(|d| matches!(&d.identities, Reading::Unknown(_)))
+    );
+    assert!(observer.counters().late_reads >= 128);
+
+    let started = Arc::new(AtomicUsize::new(0));
+    let gate = Arc::new((Mutex::new(false), Condvar::new()));
+    let others: Vec<_> = (0..LEFT)
+        .map(|_| {
+            let (started, gate) = (Arc::clone(&started), Arc::clone(&gate));
+            tokio::task::spawn_blocking(move || {
+                started.fetch_add(1, Ordering::SeqCst);
+                let mut open = gate.0.lock().unwrap();
+                while !*open {
+                    open = gate.1.wait(open).unwrap();
+                }
+            })
+        })
+        .collect();
+    let all = timeout(Duration::from_secs(10), async {
+        while started.load(Ordering::SeqCst) < LEFT {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    });
+    let all = all.await;
+    *gate.0.lock().unwrap() = true;
+    gate.1.notify_all();
+    for other in others {
+        other.await.unwrap();
+    }
+    // Whoever waits in an open gets his writer, so that the runtime can end.
+    for serial in &hung {
+        let writer = fs::File::options().read(true).write(true).open(serial);
+        fs::remove_file(serial).unwrap();
+        writer.unwrap().write_all(b"late").unwrap();
+    }
+    assert!(all.is_ok(), "only {started:?} of {LEFT} were started");
+}

@@ -1,3 +1,5 @@
+//! What `config` promises, by example.
+
 use std::fmt::Write as _;
 use std::time::Instant;
 

@@ -8,9 +8,12 @@ impl Correlation {
     pub fn check(&self) -> Result<(), String> {
         self.disks.check()?;
         for (name, export) in &self.exports {
-            let Some(held) = export.binding.held() else { continue };
+            let Some(held) = export.binding.held() else {
+                continue;
+            };
             let present = self.disks.get(held.diskseq);
-            let claims = present.is_some_and(|disk| !disk.identities.is_disjoint(&export.candidates));
+            let claims =
+                present.is_some_and(|disk| !disk.identities.is_disjoint(&export.candidates));
             let ending = matches!(export.binding, Binding::Draining { .. });
             // Invariant 1: a lease is bound to a disk that is there and says that it is the volume, or is being ended.
             if !claims && !ending {
@@ -27,21 +30,34 @@ impl Correlation {
                     .into_iter()
                     .filter(|diskseq| !self.released.contains_key(diskseq))
                     .filter(|diskseq| {
-                        self.disks.get(*diskseq).is_some_and(|disk| !disk.facts.leaving && !disk.is_member())
+                        self.disks
+                            .get(*diskseq)
+                            .is_some_and(|disk| !disk.facts.leaving && !disk.is_member())
                     })
                     .count();
                 if active != 1 && !self.stopping {
-                    return Err(format!("export {name} serves while {active} disks claim its volume"));
+                    return Err(format!(
+                        "export {name} serves while {active} disks claim its volume"
+                    ));
                 }
                 if self.released.contains_key(&held.diskseq) {
-                    return Err(format!("export {name} serves diskseq {} that was released", held.diskseq));
+                    return Err(format!(
+                        "export {name} serves diskseq {} that was released",
+                        held.diskseq
+                    ));
                 }
             }
             if !self.holds.is_held(held.diskseq) {
-                return Err(format!("export {name} holds diskseq {} and nothing counts it", held.diskseq));
+                return Err(format!(
+                    "export {name} holds diskseq {} and nothing counts it",
+                    held.diskseq
+                ));
             }
             // Invariant 6: what this export holds is the only lease of its volume on a disk that is not going.
-            if let (false, Some(blocking)) = (ending, self.holds.blocking(&export.candidates, held.diskseq)) {
+            if let (false, Some(blocking)) = (
+                ending,
+                self.holds.blocking(&export.candidates, held.diskseq),
+            ) {
                 return Err(format!(
                     "export {name} is on diskseq {} while {} is on {}",
                     held.diskseq, blocking.export, blocking.diskseq
@@ -49,20 +65,35 @@ impl Correlation {
             }
             // Invariant 5.
             if !export.durable {
-                return Err(format!("export {name} holds a disk before its definition is stored"));
+                return Err(format!(
+                    "export {name} holds a disk before its definition is stored"
+                ));
             }
-            if !present.is_some() && matches!(export.binding, Binding::Draining { cut: false, .. }) {
-                return Err(format!("export {name} drains a disk that has left, where it should be cut"));
+            if present.is_none() && matches!(export.binding, Binding::Draining { cut: false, .. }) {
+                return Err(format!(
+                    "export {name} drains a disk that has left, where it should be cut"
+                ));
             }
         }
         for (ticket, (diskseq, _)) in &self.tickets {
             if !self.holds.is_opening(*diskseq) {
-                return Err(format!("the open {} of diskseq {diskseq} is not counted", ticket.0));
+                return Err(format!(
+                    "the open {} of diskseq {diskseq} is not counted",
+                    ticket.0
+                ));
             }
         }
         for (request, detach) in &self.detaches {
-            if !self.timers.iter().any(|(_, timer)| *timer == super::Timer::Detach(*request)) {
-                return Err(format!("nothing ends the detach {} ({} disks)", request.0, detach.disks()));
+            if !self
+                .timers
+                .iter()
+                .any(|(_, timer)| *timer == super::Timer::Detach(*request))
+            {
+                return Err(format!(
+                    "nothing ends the detach {} ({} disks)",
+                    request.0,
+                    detach.disks()
+                ));
             }
         }
         Ok(())

@@ -2,72 +2,205 @@
 
 use std::collections::BTreeMap;
 
-use super::requests::Waiter;
+use super::membership::{Waiter, judge_pair};
 use super::{
-    Action, Correlation, Decision, Definition, EndHow, ExportName, Generation, Leaving, Level, Notice,
-    Source, Timer,
+    Action, Change, Correlation, Decision, Definition, EndHow, ExportName, Generation, INTERNAL,
+    Leaving, Level, Notice, Source, Timer,
 };
+use crate::identity::Identity;
 
 impl Correlation {
     /// Applies the difference: what did not change notices nothing.
     pub(super) fn on_configured(&mut self, exports: Vec<Definition>) {
-        let wanted: BTreeMap<ExportName, Definition> =
-            exports.into_iter().map(|definition| (definition.name.clone(), definition)).collect();
+        let wanted: BTreeMap<ExportName, Definition> = exports
+            .into_iter()
+            .map(|definition| (definition.name.clone(), definition))
+            .collect();
         let gone: Vec<ExportName> = self
             .exports
             .iter()
             .filter(|(name, export)| {
-                export.definition.source == Source::Config && !wanted.contains_key(*name)
+                export.planned().source == Source::Config && !wanted.contains_key(*name)
             })
             .map(|(name, _)| name.clone())
             .collect();
         for name in gone {
             self.leave(&name, None);
         }
+        let refused = self.judge_all(&wanted);
         for (name, definition) in wanted {
-            match self.exports.get(&name).map(|export| export.definition.clone()) {
-                Some(known) if known == definition => {}
-                Some(known) if known.source == Source::Config => self.leave(&name, Some(definition)),
-                Some(known) if (Definition { source: Source::Config, ..known.clone() }) == definition => {
-                    if let Some(export) = self.exports.get_mut(&name) {
-                        export.definition.source = Source::Config;
-                        self.out.push(Action::Tell(Notice::Export(name)));
-                    }
+            if let Some(reason) = refused.get(&name) {
+                self.refuse_definition(&definition, reason);
+                continue;
+            }
+            match self
+                .exports
+                .get(&name)
+                .map(|export| (export.planned().clone(), export.goes()))
+            {
+                Some((known, false)) if known == definition => {}
+                Some((known, false)) if known.source == Source::Dbus => self.adopt(&name),
+                // It changes; or it is on its way out, and comes back as this.
+                Some(_) => self.leave(&name, Some(definition)),
+                None => {
+                    self.insert_export(definition, true);
+                    self.inherit_conflict(&name);
+                    self.refuse(&name);
+                    self.settle(&name);
+                    self.out.push(Action::Tell(Notice::Export(name)));
                 }
-                Some(known) => self.refuse_definition(&definition, &format!(
-                    "an export of this name was added over D-Bus with volume {}; remove it with 'nbdtrack remove {name}', \
-                     then reload",
-                    known.volume
-                )),
-                None => match self.judge_definition(&definition) {
-                    Ok(()) => {
-                        self.insert_export(definition, true);
-                        self.refuse(&name);
-                        self.settle(&name);
-                        self.out.push(Action::Tell(Notice::Export(name)));
-                    }
-                    Err(error) => self.refuse_definition(&definition, &error.to_string()),
-                },
             }
         }
     }
 
+    /// Which of these definitions cannot stand, and why. Exports that exchange their volumes do not collide; one that is
+    /// refused keeps the definition that it has, which may refuse another one in turn.
+    fn judge_all(&self, wanted: &BTreeMap<ExportName, Definition>) -> BTreeMap<ExportName, String> {
+        let mut refused: BTreeMap<ExportName, String> = wanted
+            .values()
+            .filter_map(|definition| {
+                Some((definition.name.clone(), self.judge_source(definition)?))
+            })
+            .collect();
+        loop {
+            let standing =
+                |name: &ExportName| wanted.get(name).filter(|_| !refused.contains_key(name));
+            let mut planned: BTreeMap<Identity, Vec<&Definition>> = BTreeMap::new();
+            let known = self
+                .exports
+                .iter()
+                .filter(|(name, export)| standing(name).is_none() && !export.goes());
+            for definition in known
+                .map(|(_, export)| export.planned())
+                .chain(wanted.keys().filter_map(standing))
+            {
+                for candidate in definition.volume.candidates() {
+                    planned.entry(candidate).or_default().push(definition);
+                }
+            }
+            let judge = |definition: &Definition| {
+                definition
+                    .volume
+                    .candidates()
+                    .iter()
+                    .filter_map(|c| planned.get(c))
+                    .flatten()
+                    .find_map(|other| {
+                        // Of two that are both new, the first by name stands.
+                        let yields =
+                            standing(&other.name).is_none() || other.name < definition.name;
+                        judge_pair(definition, other)
+                            .err()
+                            .filter(|_| yields || self.stands(other))
+                    })
+            };
+            let more: Vec<(ExportName, String)> = wanted
+                .keys()
+                .filter_map(standing)
+                .filter(|definition| !self.stands(definition))
+                .filter_map(|definition| {
+                    Some((definition.name.clone(), judge(definition)?.to_string()))
+                })
+                .collect();
+            if more.is_empty() {
+                return refused;
+            }
+            refused.extend(more);
+        }
+    }
+
+    /// The export has this definition already.
+    fn stands(&self, definition: &Definition) -> bool {
+        self.exports.get(&definition.name).is_some_and(|export| {
+            !export.goes()
+                && Definition {
+                    source: Source::Config,
+                    ..export.planned().clone()
+                } == *definition
+        })
+    }
+
+    /// Refuses to define over the configuration what was added over D-Bus otherwise.
+    fn judge_source(&self, definition: &Definition) -> Option<String> {
+        let name = &definition.name;
+        let export = self.exports.get(name)?;
+        let known = export.planned();
+        (known.source == Source::Dbus && !export.goes() && !self.stands(definition)).then(|| {
+            format!(
+                "an export of this name was added over D-Bus with volume {}; remove it with 'nbdtrack remove {name}', \
+                 then reload",
+                known.volume
+            )
+        })
+    }
+
+    /// An export that was added over D-Bus stands in the configuration now, which keeps it from here on.
+    fn adopt(&mut self, name: &ExportName) {
+        let Some(export) = self.exports.get_mut(name) else {
+            return;
+        };
+        export.definition.source = Source::Config;
+        export.durable = true;
+        // Else it would be there again after it was taken out of the file.
+        let changes = vec![Change::DeleteExport(name.clone())];
+        self.out.push(Action::Persist {
+            request: INTERNAL,
+            changes,
+        });
+        self.out.push(Action::Tell(Notice::Export(name.clone())));
+        self.settle(name);
+        self.answer_waiters(name);
+    }
+
     /// Ends the export's lease; then it goes, or is defined anew.
     fn leave(&mut self, name: &ExportName, replacement: Option<Definition>) {
-        let how = EndHow::Drain { within: self.settings.drain_within };
+        let how = EndHow::Drain {
+            within: self.settings.drain_within,
+        };
+        if replacement.is_some() {
+            self.replacing.insert(name.clone());
+        } else {
+            self.replacing.remove(name);
+        }
         if let Some(export) = self.exports.get_mut(name) {
-            export.leaving = Some(Leaving { request: None, how, hard: false, replacement });
+            match &mut export.leaving {
+                // It leaves already, and whoever asked for that still waits for an answer.
+                Some(leaving) => leaving.replacement = replacement,
+                None => {
+                    export.leaving = Some(Leaving {
+                        request: None,
+                        how,
+                        hard: false,
+                        replacement,
+                    })
+                }
+            }
         }
         self.settle(name);
         self.finish_leaving(name);
     }
 
-    pub(super) fn redefine(&mut self, name: &ExportName, definition: Definition, generation: Generation) {
-        self.remove_export(name);
+    pub(super) fn redefine(
+        &mut self,
+        name: &ExportName,
+        definition: Definition,
+        generation: Generation,
+    ) {
+        let same_volume = self
+            .exports
+            .get(name)
+            .is_some_and(|export| export.definition.volume == definition.volume);
+        if !same_volume {
+            self.drop_conflict(name);
+        }
+        let before = self.remove_export(name);
         self.insert_export(definition, true);
         if let Some(export) = self.exports.get_mut(name) {
             export.generation = generation;
+            // The same volume is as doubtful under its new definition as it was.
+            export.conflict = before.and_then(|before| before.conflict);
         }
+        self.inherit_conflict(name);
         self.refuse(name);
         self.settle(name);
         self.out.push(Action::Tell(Notice::Export(name.clone())));

@@ -17,19 +17,22 @@ pub(super) struct Disk {
     pub announced: bool,
     /// What the last open that met a busy device said.
     pub busy: String,
-    /// The last flush of a lease on it failed, in words; until the next lease begins. Empty when all is durable.
-    pub unflushed: String,
 }
 
 impl Disk {
     /// `scheme:value` by precedence, or empty.
     pub fn id(&self) -> String {
-        identity::primary(&self.identities).map(ToString::to_string).unwrap_or_default()
+        identity::primary(&self.identities)
+            .map(ToString::to_string)
+            .unwrap_or_default()
     }
 
     /// Members of a multipath or md device are never candidates; what is built on them may be.
     pub fn is_member(&self) -> bool {
-        self.facts.holders.iter().any(|holder| holder.starts_with("md") || holder.contains("mpath"))
+        self.facts
+            .holders
+            .iter()
+            .any(|holder| holder.starts_with("md") || holder.contains("mpath"))
     }
 }
 
@@ -48,6 +51,8 @@ pub(super) struct Disks {
     by_identity: BTreeMap<Identity, BTreeSet<DiskSeq>>,
     /// The newest observation of each device number. Pruned by each survey.
     touched: BTreeMap<DeviceNumber, Mark>,
+    /// The newest survey, which observed every device number.
+    surveyed_at: Mark,
 }
 
 impl Disks {
@@ -65,7 +70,12 @@ impl Disks {
 
     /// The disks that present one of these identities.
     pub fn presenting(&self, candidates: &BTreeSet<Identity>) -> BTreeSet<DiskSeq> {
-        candidates.iter().filter_map(|c| self.by_identity.get(c)).flatten().copied().collect()
+        candidates
+            .iter()
+            .filter_map(|c| self.by_identity.get(c))
+            .flatten()
+            .copied()
+            .collect()
     }
 
     /// True while another attached disk has the same name by precedence.
@@ -87,24 +97,32 @@ impl Disks {
         {
             changes.extend(self.remove(tenant));
         }
-        // A disk under another number: one diskseq is one disk, so it was renumbered; that has no right to keep its lease.
-        if let Some(known) = self.disks.get(&facts.diskseq)
-            && known.facts.number != facts.number
+        // A disk under another number: one diskseq is one disk, so it is the same, released as it was, and what is open
+        // of it was proven by that diskseq. The next open compares the number.
+        if let Some(known) = self.disks.get(&facts.diskseq).map(|disk| disk.facts.number)
+            && known != facts.number
         {
-            changes.extend(self.remove(facts.diskseq));
+            self.by_number.remove(&known);
         }
         changes.extend(self.put(facts));
         changes
     }
 
-    pub fn gone(&mut self, mark: Mark, number: DeviceNumber, diskseq: Option<DiskSeq>) -> Vec<DiskChange> {
+    pub fn gone(
+        &mut self,
+        mark: Mark,
+        number: DeviceNumber,
+        diskseq: Option<DiskSeq>,
+    ) -> Vec<DiskChange> {
         if self.is_stale(number, mark) {
             return Vec::new();
         }
-        self.touched.insert(number, mark);
         match (self.by_number.get(&number).copied(), diskseq) {
-            // The number already belongs to a later disk: this tells of the one before it.
-            (Some(tenant), Some(told)) if tenant > told => Vec::new(),
+            // The number already belongs to a later disk: this tells of the one before it, and nothing of the later one.
+            (Some(tenant), Some(told)) if tenant > told => return Vec::new(),
+            _ => self.touched.insert(number, mark),
+        };
+        match (self.by_number.get(&number).copied(), diskseq) {
             (Some(tenant), _) => self.remove(tenant).into_iter().collect(),
             (None, _) => Vec::new(),
         }
@@ -112,27 +130,38 @@ impl Disks {
 
     /// Makes the model equal to the machine (invariant 4), but for what was observed after `mark`.
     pub fn surveyed(&mut self, mark: Mark, disks: Vec<DiskFacts>) -> Vec<DiskChange> {
-        let present: BTreeSet<(DeviceNumber, DiskSeq)> =
-            disks.iter().map(|facts| (facts.number, facts.diskseq)).collect();
+        if self.surveyed_at > mark {
+            return Vec::new();
+        }
+        self.surveyed_at = mark;
+        let present: BTreeSet<DiskSeq> = disks.iter().map(|facts| facts.diskseq).collect();
         let missing: Vec<DiskSeq> = self
             .disks
             .values()
-            .filter(|disk| !present.contains(&(disk.facts.number, disk.facts.diskseq)))
+            .filter(|disk| !present.contains(&disk.facts.diskseq))
             .filter(|disk| !self.is_stale(disk.facts.number, mark))
             .map(|disk| disk.facts.diskseq)
             .collect();
-        let mut changes: Vec<DiskChange> =
-            missing.into_iter().filter_map(|diskseq| self.remove(diskseq)).collect();
+        let mut changes: Vec<DiskChange> = missing
+            .into_iter()
+            .filter_map(|diskseq| self.remove(diskseq))
+            .collect();
         for facts in disks {
             changes.extend(self.seen(mark, facts));
         }
         let by_number = &self.by_number;
-        self.touched.retain(|number, touched| *touched > mark || by_number.contains_key(number));
+        // What is older than this survey is stale by `surveyed_at` alone.
+        self.touched
+            .retain(|number, touched| *touched > mark || by_number.contains_key(number));
         changes
     }
 
     fn is_stale(&self, number: DeviceNumber, mark: Mark) -> bool {
-        self.touched.get(&number).is_some_and(|touched| *touched > mark)
+        self.surveyed_at > mark
+            || self
+                .touched
+                .get(&number)
+                .is_some_and(|touched| *touched > mark)
     }
 
     fn put(&mut self, facts: DiskFacts) -> Option<DiskChange> {
@@ -145,20 +174,30 @@ impl Disks {
         };
         self.unindex(diskseq);
         for identity in &identities {
-            self.by_identity.entry(identity.clone()).or_default().insert(diskseq);
+            self.by_identity
+                .entry(identity.clone())
+                .or_default()
+                .insert(diskseq);
         }
         self.by_number.insert(facts.number, diskseq);
         let disk = Disk {
             announced: before.as_ref().is_some_and(|before| before.announced),
-            busy: before.as_ref().map(|before| before.busy.clone()).unwrap_or_default(),
-            unflushed: before.as_ref().map(|before| before.unflushed.clone()).unwrap_or_default(),
+            busy: before
+                .as_ref()
+                .map(|before| before.busy.clone())
+                .unwrap_or_default(),
             facts,
             identities,
         };
         let change = match before {
             None => Some(DiskChange::Came(diskseq)),
-            Some(before) if before.facts == disk.facts && before.identities == disk.identities => None,
-            Some(before) => Some(DiskChange::Changed { diskseq, before: Box::new(before) }),
+            Some(before) if before.facts == disk.facts && before.identities == disk.identities => {
+                None
+            }
+            Some(before) => Some(DiskChange::Changed {
+                diskseq,
+                before: Box::new(before),
+            }),
         };
         self.disks.insert(diskseq, disk);
         change
@@ -174,7 +213,9 @@ impl Disks {
     }
 
     fn unindex(&mut self, diskseq: DiskSeq) {
-        let Some(disk) = self.disks.get(&diskseq) else { return };
+        let Some(disk) = self.disks.get(&diskseq) else {
+            return;
+        };
         for identity in &disk.identities {
             if let Some(sharers) = self.by_identity.get_mut(identity) {
                 sharers.remove(&diskseq);
@@ -189,10 +230,17 @@ impl Disks {
     pub fn check(&self) -> Result<(), String> {
         for (diskseq, disk) in &self.disks {
             if self.by_number.get(&disk.facts.number) != Some(diskseq) {
-                return Err(format!("disk {diskseq} is not found by its number {}", disk.facts.number));
+                return Err(format!(
+                    "disk {diskseq} is not found by its number {}",
+                    disk.facts.number
+                ));
             }
             for identity in &disk.identities {
-                if !self.by_identity.get(identity).is_some_and(|sharers| sharers.contains(diskseq)) {
+                if !self
+                    .by_identity
+                    .get(identity)
+                    .is_some_and(|sharers| sharers.contains(diskseq))
+                {
                     return Err(format!("disk {diskseq} is not found by {identity}"));
                 }
             }

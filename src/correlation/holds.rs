@@ -15,6 +15,8 @@ struct HeldDisk {
     tickets: BTreeSet<Ticket>,
     /// With what an orphan is held by.
     leases: BTreeMap<(ExportName, Generation), Option<String>>,
+    /// As which identities the disk was leased: it can present others later.
+    leased_as: BTreeMap<(ExportName, Generation), BTreeSet<Identity>>,
 }
 
 #[derive(Debug, Clone, Default)]
@@ -51,7 +53,10 @@ impl Holds {
         generation: Generation,
     ) {
         self.by_lease.insert((export.clone(), generation), diskseq);
-        self.disk(diskseq, identities).leases.insert((export, generation), None);
+        let held = self.disk(diskseq, identities);
+        held.leased_as
+            .insert((export.clone(), generation), identities.clone());
+        held.leases.insert((export, generation), None);
     }
 
     /// The open is answered, and its descriptor closed or passed on to a lease.
@@ -62,17 +67,17 @@ impl Holds {
         }
     }
 
-    /// The disk that a lease is on, attached or not.
-    pub fn disk_of(&self, export: &ExportName, generation: Generation) -> Option<DiskSeq> {
-        self.by_lease.get(&(export.clone(), generation)).copied()
-    }
-
     /// Ends a lease's hold; returns the identities of the disk that it was on.
-    pub fn close_lease(&mut self, export: &ExportName, generation: Generation) -> Option<BTreeSet<Identity>> {
+    pub fn close_lease(
+        &mut self,
+        export: &ExportName,
+        generation: Generation,
+    ) -> Option<BTreeSet<Identity>> {
         let key = (export.clone(), generation);
         let diskseq = self.by_lease.remove(&key)?;
         let held = self.disks.get_mut(&diskseq)?;
         held.leases.remove(&key);
+        held.leased_as.remove(&key);
         let identities = held.identities.clone();
         self.sweep(diskseq);
         Some(identities)
@@ -80,14 +85,36 @@ impl Holds {
 
     pub fn orphan(&mut self, export: &ExportName, generation: Generation, holding: String) {
         let key = (export.clone(), generation);
-        let Some(held) = self.by_lease.get(&key).and_then(|diskseq| self.disks.get_mut(diskseq)) else {
+        let Some(held) = self
+            .by_lease
+            .get(&key)
+            .and_then(|diskseq| self.disks.get_mut(diskseq))
+        else {
             return;
         };
         held.leases.insert(key, Some(holding));
     }
 
+    /// The disk that a lease is on.
+    pub fn disk_of(&self, export: &ExportName, generation: Generation) -> Option<DiskSeq> {
+        self.by_lease.get(&(export.clone(), generation)).copied()
+    }
+
+    /// The newest lease of an export of this name that is still held.
+    pub fn newest(&self, export: &ExportName) -> Generation {
+        let all = (export.clone(), Generation(0))..=(export.clone(), Generation(u64::MAX));
+        self.by_lease
+            .range(all)
+            .next_back()
+            .map_or(Generation(0), |((_, generation), _)| *generation)
+    }
+
     pub fn orphans(&self) -> usize {
-        self.disks.values().flat_map(|held| held.leases.values()).filter(|orphan| orphan.is_some()).count()
+        self.disks
+            .values()
+            .flat_map(|held| held.leases.values())
+            .filter(|orphan| orphan.is_some())
+            .count()
     }
 
     pub fn is_held(&self, diskseq: DiskSeq) -> bool {
@@ -100,40 +127,80 @@ impl Holds {
 
     /// At most one open is outstanding for a disk.
     pub fn is_opening(&self, diskseq: DiskSeq) -> bool {
-        self.disks.get(&diskseq).is_some_and(|held| !held.tickets.is_empty())
+        self.disks
+            .get(&diskseq)
+            .is_some_and(|held| !held.tickets.is_empty())
     }
 
     /// The disks of this volume that are still held, attached or not.
     pub fn of(&self, candidates: &BTreeSet<Identity>) -> BTreeSet<DiskSeq> {
-        candidates.iter().filter_map(|c| self.by_identity.get(c)).flatten().copied().collect()
+        candidates
+            .iter()
+            .filter_map(|c| self.by_identity.get(c))
+            .flatten()
+            .copied()
+            .collect()
     }
 
-    /// Invariant 6: a lease of this volume on a disk other than `wanted`.
+    /// Invariant 6: a lease of this volume on a disk other than `wanted`, or one on `wanted` from when that
+    /// was another volume, whose late writes would land on this one.
     pub fn blocking(&self, candidates: &BTreeSet<Identity>, wanted: DiskSeq) -> Option<Blocking> {
-        self.of(candidates).into_iter().filter(|diskseq| *diskseq != wanted).find_map(|diskseq| {
-            let (export, _) = self.disks.get(&diskseq)?.leases.keys().next()?;
-            Some(Blocking { diskseq, export: export.clone() })
-        })
+        let foreign = self.disks.get(&wanted).and_then(|held| {
+            held.leased_as
+                .iter()
+                .find(|(_, identities)| identities.is_disjoint(candidates))
+        });
+        if let Some(((export, _), _)) = foreign {
+            return Some(Blocking {
+                diskseq: wanted,
+                export: export.clone(),
+            });
+        }
+        self.of(candidates)
+            .into_iter()
+            .filter(|diskseq| *diskseq != wanted)
+            .find_map(|diskseq| {
+                let (export, _) = self.disks.get(&diskseq)?.leases.keys().next()?;
+                Some(Blocking {
+                    diskseq,
+                    export: export.clone(),
+                })
+            })
     }
 
     /// Invariant 6: an orphan of this volume, on whatever disk.
     pub fn orphan_of(&self, candidates: &BTreeSet<Identity>) -> Option<(DiskSeq, Orphan)> {
         self.of(candidates).into_iter().find_map(|diskseq| {
-            self.disks.get(&diskseq)?.leases.iter().find_map(|((export, _), holding)| {
-                let orphan = Orphan { export: export.clone(), holding: holding.clone()? };
-                Some((diskseq, orphan))
-            })
+            self.disks
+                .get(&diskseq)?
+                .leases
+                .iter()
+                .find_map(|((export, _), holding)| {
+                    let orphan = Orphan {
+                        export: export.clone(),
+                        holding: holding.clone()?,
+                    };
+                    Some((diskseq, orphan))
+                })
         })
     }
 
     /// What holds the disk, in words.
     pub fn describe(&self, diskseq: DiskSeq) -> String {
-        let Some(held) = self.disks.get(&diskseq) else { return "nothing".to_owned() };
-        let leases = held.leases.iter().map(|((export, generation), orphan)| match orphan {
-            Some(holding) => format!("export {export} generation {}: {holding}", generation.0),
-            None => format!("export {export} generation {}", generation.0),
-        });
-        let opens = held.tickets.iter().map(|_| "an open that the disk has not answered".to_owned());
+        let Some(held) = self.disks.get(&diskseq) else {
+            return "nothing".to_owned();
+        };
+        let leases = held
+            .leases
+            .iter()
+            .map(|((export, generation), orphan)| match orphan {
+                Some(holding) => format!("export {export} generation {}: {holding}", generation.0),
+                None => format!("export {export} generation {}", generation.0),
+            });
+        let opens = held
+            .tickets
+            .iter()
+            .map(|_| "an open that the disk has not answered".to_owned());
         leases.chain(opens).collect::<Vec<_>>().join("; ")
     }
 
@@ -141,17 +208,26 @@ impl Holds {
         let held = self.disks.entry(diskseq).or_default();
         for identity in identities {
             if held.identities.insert(identity.clone()) {
-                self.by_identity.entry(identity.clone()).or_default().insert(diskseq);
+                self.by_identity
+                    .entry(identity.clone())
+                    .or_default()
+                    .insert(diskseq);
             }
         }
         held
     }
 
     fn sweep(&mut self, diskseq: DiskSeq) {
-        if !self.disks.get(&diskseq).is_some_and(|held| held.tickets.is_empty() && held.leases.is_empty()) {
+        if !self
+            .disks
+            .get(&diskseq)
+            .is_some_and(|held| held.tickets.is_empty() && held.leases.is_empty())
+        {
             return;
         }
-        let Some(held) = self.disks.remove(&diskseq) else { return };
+        let Some(held) = self.disks.remove(&diskseq) else {
+            return;
+        };
         for identity in held.identities {
             if let Some(disks) = self.by_identity.get_mut(&identity) {
                 disks.remove(&diskseq);

@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
-use super::facts::{Change, Definition, DeviceNode, DeviceNumber, DiskFacts, DiskSeq, ExportName, Mark};
+use super::facts::{
+    Change, Definition, DeviceNode, DeviceNumber, DiskFacts, DiskSeq, ExportName, Mark,
+};
 use crate::identity::{Identity, VolumeId};
 
 /// Which open an answer belongs to. An answer with an old ticket is ignored.
@@ -23,18 +25,36 @@ pub enum Event {
     /// Facts of one disk, whose reading began at `mark`.
     DiskSeen { mark: Mark, facts: DiskFacts },
     /// The kernel removed the device, or it holds no disk now. `diskseq` may be missing.
-    DiskGone { mark: Mark, number: DeviceNumber, diskseq: Option<DiskSeq> },
+    DiskGone {
+        mark: Mark,
+        number: DeviceNumber,
+        diskseq: Option<DiskSeq>,
+    },
     /// Everything that is attached, complete; its reading began at `mark`. `routine` when no doubt led to
     /// it: then it must not find anything that no event told.
-    Surveyed { mark: Mark, disks: Vec<DiskFacts>, routine: bool },
+    Surveyed {
+        mark: Mark,
+        disks: Vec<DiskFacts>,
+        routine: bool,
+    },
     /// Answer to `Action::OpenDisk`.
-    DiskOpened { ticket: Ticket, result: Result<OpenedDisk, OpenRefusal> },
+    DiskOpened {
+        ticket: Ticket,
+        result: Result<OpenedDisk, OpenRefusal>,
+    },
     /// Answer to `Action::DropOpened`: the descriptor is closed.
     Dropped { ticket: Ticket },
     /// Answer to `Action::EndLease`, once or, after `TimedOut`, twice.
-    LeaseEnded { export: ExportName, generation: Generation, end: LeaseEnd },
+    LeaseEnded {
+        export: ExportName,
+        generation: Generation,
+        end: LeaseEnd,
+    },
     /// Answer to `Action::Persist`.
-    Persisted { request: RequestId, result: Result<(), String> },
+    Persisted {
+        request: RequestId,
+        result: Result<(), String>,
+    },
     /// A caller asks.
     Asked { request: RequestId, what: Request },
     /// The definitions in the configuration files, complete.

@@ -3,7 +3,8 @@
 use super::binding::{Binding, Failure};
 use super::disks::{Disk, DiskChange};
 use super::{
-    Action, Change, Correlation, Decision, DiskFacts, DiskSeq, INTERNAL, Level, Mark, Notice, Reading, Timer,
+    Action, Change, Correlation, Decision, DiskFacts, DiskSeq, INTERNAL, Level, Mark, Notice,
+    Reading, Timer,
 };
 
 /// Volumes whose last node is remembered; past it the first by name are forgotten, which costs a signal `VolumeRenamed`.
@@ -63,14 +64,20 @@ impl Correlation {
 
     /// Tells of a disk once its identity is known: before that no one could say which it is.
     fn announce(&mut self, diskseq: DiskSeq) {
-        let Some(disk) = self.disks.get_mut(diskseq) else { return };
+        let Some(disk) = self.disks.get_mut(diskseq) else {
+            return;
+        };
         if disk.announced || !matches!(disk.facts.identities, Reading::Known(_)) {
             return;
         }
         disk.announced = true;
         let (id, node) = (disk.id(), disk.facts.node.clone());
         self.out.push(Action::Tell(Notice::Disk(diskseq)));
-        self.out.push(Action::Tell(Notice::Attached { diskseq, id: id.clone(), node: node.clone() }));
+        self.out.push(Action::Tell(Notice::Attached {
+            diskseq,
+            id: id.clone(),
+            node: node.clone(),
+        }));
         self.log_disk(diskseq, "attached", String::new());
         if id.is_empty() {
             return;
@@ -78,7 +85,12 @@ impl Correlation {
         if let Some(old) = self.last_nodes.insert(id.clone(), node.clone())
             && old != node
         {
-            self.out.push(Action::Tell(Notice::Renamed { diskseq, id, old, new: node }));
+            self.out.push(Action::Tell(Notice::Renamed {
+                diskseq,
+                id,
+                old,
+                new: node,
+            }));
         }
         if self.last_nodes.len() > LAST_NODES_MAX {
             self.last_nodes.pop_first();
@@ -86,10 +98,17 @@ impl Correlation {
     }
 
     fn tell_resized(&mut self, diskseq: DiskSeq, before: &Disk) {
-        let Some(disk) = self.disks.get(diskseq) else { return };
+        let Some(disk) = self.disks.get(diskseq) else {
+            return;
+        };
         if disk.announced && disk.facts.size != before.facts.size {
             let (old, new) = (before.facts.size, disk.facts.size);
-            self.out.push(Action::Tell(Notice::Resized { diskseq, id: disk.id(), old, new }));
+            self.out.push(Action::Tell(Notice::Resized {
+                diskseq,
+                id: disk.id(),
+                old,
+                new,
+            }));
             self.log_disk(diskseq, "resized", format!("from {old} to {new} bytes"));
         }
     }
@@ -97,7 +116,9 @@ impl Correlation {
     fn tell_disk(&mut self, diskseq: DiskSeq) {
         self.out.push(Action::Tell(Notice::Disk(diskseq)));
         // A twin changes how the other one is named.
-        let Some(disk) = self.disks.get(diskseq) else { return };
+        let Some(disk) = self.disks.get(diskseq) else {
+            return;
+        };
         for twin in self.disks.presenting(&disk.identities) {
             if twin != diskseq {
                 self.out.push(Action::Tell(Notice::Disk(twin)));
@@ -111,7 +132,10 @@ impl Correlation {
         if self.released.remove(&diskseq).is_some() {
             let boot = self.settings.boot.clone();
             let changes = vec![Change::DeleteRelease { diskseq, boot }];
-            self.out.push(Action::Persist { request: INTERNAL, changes });
+            self.out.push(Action::Persist {
+                request: INTERNAL,
+                changes,
+            });
         }
         for name in self.exports_of(&disk.identities) {
             self.settle(&name);
@@ -128,7 +152,8 @@ impl Correlation {
                 generation: 0,
                 reason: String::new(),
             }));
-            self.out.push(Action::Tell(Notice::Detached { diskseq, id, node }));
+            self.out
+                .push(Action::Tell(Notice::Detached { diskseq, id, node }));
         }
         self.out.push(Action::Tell(Notice::Disk(diskseq)));
         for twin in self.disks.presenting(&disk.identities) {
@@ -138,7 +163,9 @@ impl Correlation {
 
     /// Settles every export that this disk concerns, or did.
     fn settle_disk(&mut self, diskseq: DiskSeq, before: Option<&Disk>) {
-        let Some(disk) = self.disks.get(diskseq) else { return };
+        let Some(disk) = self.disks.get(diskseq) else {
+            return;
+        };
         let mut names = self.exports_of(&disk.identities);
         if let Some(before) = before {
             names.extend(self.exports_of(&before.identities));
@@ -150,11 +177,18 @@ impl Correlation {
 
     /// Other facts, so a failed open of this disk may go otherwise now.
     fn retry_failed(&mut self, diskseq: DiskSeq) {
-        let Some(disk) = self.disks.get(diskseq) else { return };
+        let Some(disk) = self.disks.get(diskseq) else {
+            return;
+        };
         for name in self.exports_of(&disk.identities) {
-            let Some(export) = self.exports.get_mut(&name) else { continue };
-            if let Binding::Failed { diskseq: Some(failed), failure: Failure::Open | Failure::Busy, .. } =
-                export.binding
+            let Some(export) = self.exports.get_mut(&name) else {
+                continue;
+            };
+            if let Binding::Failed {
+                diskseq: Some(failed),
+                failure: Failure::Open | Failure::Busy,
+                ..
+            } = export.binding
                 && failed == diskseq
             {
                 export.attempts = 0;
@@ -170,14 +204,22 @@ impl Correlation {
             if release.boot == self.settings.boot && self.disks.get(release.diskseq).is_some() {
                 self.release(release.diskseq, release.volume);
             } else {
-                let changes = vec![Change::DeleteRelease { diskseq: release.diskseq, boot: release.boot }];
-                self.out.push(Action::Persist { request: INTERNAL, changes });
+                let changes = vec![Change::DeleteRelease {
+                    diskseq: release.diskseq,
+                    boot: release.boot,
+                }];
+                self.out.push(Action::Persist {
+                    request: INTERNAL,
+                    changes,
+                });
             }
         }
     }
 
     pub(super) fn log_disk(&mut self, diskseq: DiskSeq, what: &'static str, reason: String) {
-        let Some(disk) = self.disks.get(diskseq) else { return };
+        let Some(disk) = self.disks.get(diskseq) else {
+            return;
+        };
         self.out.push(Action::Log(Decision {
             level: Level::Info,
             what,

@@ -14,7 +14,10 @@ impl Correlation {
 
     /// The attached disks that present an identity of this volume.
     pub fn disks_of(&self, volume: &VolumeId) -> Vec<DiskSeq> {
-        self.disks.presenting(&volume.candidates()).into_iter().collect()
+        self.disks
+            .presenting(&volume.candidates())
+            .into_iter()
+            .collect()
     }
 
     /// `None` when there is no such export.
@@ -22,7 +25,9 @@ impl Correlation {
         let export = self.exports.get(name)?;
         let disk = export.binding.diskseq();
         let held = export.binding.held();
-        let facts = disk.and_then(|diskseq| self.disks.get(diskseq)).map(|disk| &disk.facts);
+        let facts = disk
+            .and_then(|diskseq| self.disks.get(diskseq))
+            .map(|disk| &disk.facts);
         Some(ExportView {
             name: name.clone(),
             state: export.binding.state(),
@@ -50,8 +55,11 @@ impl Correlation {
                     .is_some_and(|held| held.diskseq == diskseq)
             })
             .collect();
-        let in_use =
-            if disk.facts.holders.is_empty() { disk.busy.clone() } else { disk.facts.holders.join(", ") };
+        let in_use = if disk.facts.holders.is_empty() {
+            disk.busy.clone()
+        } else {
+            disk.facts.holders.join(", ")
+        };
         Some(DiskView {
             id: disk.id(),
             twin: self.disks.has_twin(disk),

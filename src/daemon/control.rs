@@ -12,7 +12,8 @@ use super::sockets::Sockets;
 use super::{Error, Options, perform, reload};
 use crate::config::IdentityRules;
 use crate::correlation::{
-    Change, Correlation, Event, ExportName, Mark, Notice, OpenRefusal, OpenedDisk, Request, RequestError, RequestId, Ticket,
+    Change, Correlation, Event, ExportName, Mark, Notice, OpenRefusal, OpenedDisk, Request,
+    RequestError, RequestId, Ticket,
 };
 use crate::dbus::{Answer, Call, Command, Filter, Publication, Publisher};
 use crate::image::Image;
@@ -99,14 +100,23 @@ impl Control {
         drain_within: Duration,
         rules: IdentityRules,
     ) -> Control {
-        let Edges { door, publisher, observer, store } = edges;
+        let Edges {
+            door,
+            publisher,
+            observer,
+            store,
+        } = edges;
         let (reports, report_receiver) = mpsc::unbounded_channel();
         let (writes, write_receiver) = mpsc::channel(WRITES_MAX);
         let keeper = tokio::spawn(keep_store(store, write_receiver, reports.clone()));
         let clients = Arc::new(ClientChanges::default());
         let changed = Arc::clone(&clients);
         door.on_clients_changed(Box::new(move |name, _count| {
-            changed.names.lock().unwrap_or_else(PoisonError::into_inner).insert(name.clone());
+            changed
+                .names
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .insert(name.clone());
             changed.some.notify_one();
         }));
         Control {
@@ -147,15 +157,23 @@ impl Control {
         mut hangup: Signal,
         options: &Options,
     ) -> Result<(), Error> {
-        let mut reports = self.report_receiver.take().expect("run is called once, by serve");
+        let mut reports = self
+            .report_receiver
+            .take()
+            .expect("run is called once, by serve");
         let mut keeper = self.keeper.take().expect("run is called once, by serve");
-        let (mut term, mut interrupt) = (listen(SignalKind::terminate()), listen(SignalKind::interrupt()));
+        let (mut term, mut interrupt) = (
+            listen(SignalKind::terminate()),
+            listen(SignalKind::interrupt()),
+        );
         let mut lost = None;
         let clients = Arc::clone(&self.clients);
         let mut stop_by: Option<tokio::time::Instant> = None;
         loop {
-            let due =
-                self.correlation.deadline().map(|due| tokio::time::Instant::from_std(self.started + due));
+            let due = self
+                .correlation
+                .deadline()
+                .map(|due| tokio::time::Instant::from_std(self.started + due));
             // Each branch is cancel-safe: channels and Notify lose nothing, signals and timers come again.
             // Answers go first: they end what earlier events began.
             tokio::select! {
@@ -199,7 +217,9 @@ impl Control {
             if let Some(what) = lost
                 && stop_by.is_none()
             {
-                tracing::error!("{what} ended by itself, which is a fault of this program: stopping");
+                tracing::error!(
+                    "{what} ended by itself, which is a fault of this program: stopping"
+                );
                 stop_by = Some(self.begin_stop());
             }
             if self.stopping && self.correlation.is_idle() {
@@ -211,7 +231,10 @@ impl Control {
             // With its last sender the store's task ends, after what it has in hand. A thread that a hung disk holds keeps
             // this process's descriptors open, so the file is closed here and not left to the end of the process.
             (self.writes, _) = mpsc::channel(1);
-            if tokio::time::timeout(STORE_CLOSES_WITHIN, keeper).await.is_err() {
+            if tokio::time::timeout(STORE_CLOSES_WITHIN, keeper)
+                .await
+                .is_err()
+            {
                 tracing::warn!("the store did not close in time; the next start tidies up");
             }
         }
@@ -235,12 +258,16 @@ impl Control {
         self.apply(event);
         let Some(began) = surveyed else { return };
         self.open_to_clients();
-        let (done, waiting) =
-            std::mem::take(&mut self.rescans).into_iter().partition(|(asked, _)| *asked < began);
+        let (done, waiting) = std::mem::take(&mut self.rescans)
+            .into_iter()
+            .partition(|(asked, _)| *asked < began);
         self.rescans = waiting;
         let done: Vec<(Mark, Asker)> = done;
-        self.publisher
-            .offer(done.into_iter().map(|(_, asker)| Publication::Reply(asker, Ok(Answer::Done))).collect());
+        self.publisher.offer(
+            done.into_iter()
+                .map(|(_, asker)| Publication::Reply(asker, Ok(Answer::Done)))
+                .collect(),
+        );
     }
 
     fn on_report(&mut self, report: Report) {
@@ -248,7 +275,10 @@ impl Control {
             Report::Happened(event) => self.apply(event),
             Report::Opened { ticket, result } => {
                 let result = result.map(|image| {
-                    let opened = OpenedDisk { size: image.size(), read_only: image.read_only() };
+                    let opened = OpenedDisk {
+                        size: image.size(),
+                        read_only: image.read_only(),
+                    };
                     self.opened.insert(ticket, image);
                     opened
                 });
@@ -271,7 +301,10 @@ impl Control {
         let Command { call, reply, .. } = command;
         match call {
             Call::Request(_) | Call::Rescan if self.stopping => {
-                self.answer(reply, Err(RequestError::NotReady("the daemon is stopping".to_owned())));
+                self.answer(
+                    reply,
+                    Err(RequestError::NotReady("the daemon is stopping".to_owned())),
+                );
             }
             Call::Request(Request::AddExport { definition, .. })
                 if let Err(reason) = self.rules.permit(&definition.volume) =>
@@ -281,9 +314,14 @@ impl Control {
             Call::Request(what) => {
                 self.last_request = RequestId(self.last_request.0 + 1);
                 self.asked.insert(self.last_request, reply);
-                self.apply(Event::Asked { request: self.last_request, what });
+                self.apply(Event::Asked {
+                    request: self.last_request,
+                    what,
+                });
             }
-            Call::ResolveVolume(filter) => self.answer(reply, Ok(Answer::Volumes(self.resolve(&filter)))),
+            Call::ResolveVolume(filter) => {
+                self.answer(reply, Ok(Answer::Volumes(self.resolve(&filter))))
+            }
             Call::Rescan => {
                 // Those whose callers have given up are not kept.
                 self.rescans.retain(|(_, asker)| !asker.is_closed());
@@ -295,20 +333,33 @@ impl Control {
     }
 
     fn answer(&self, asker: Asker, answer: Result<Answer, RequestError>) {
-        self.publisher.offer(vec![Publication::Reply(asker, answer)]);
+        self.publisher
+            .offer(vec![Publication::Reply(asker, answer)]);
     }
 
     fn resolve(&self, filter: &Filter) -> Vec<crate::correlation::DiskSeq> {
-        let of_volume = filter.volume.as_ref().map(|volume| self.correlation.disks_of(volume));
+        let of_volume = filter
+            .volume
+            .as_ref()
+            .map(|volume| self.correlation.disks_of(volume));
         self.correlation
             .diskseqs()
-            .filter(|diskseq| of_volume.as_ref().is_none_or(|disks| disks.contains(diskseq)))
-            .filter(|diskseq| self.correlation.disk(*diskseq).is_some_and(|disk| {
-                filter.serial.as_ref().is_none_or(|serial| disk.serial == *serial)
-                    && filter.wwid.as_ref().is_none_or(|wwid| disk.wwid == *wwid)
-                    && filter.node.as_ref().is_none_or(|node| disk.node.0 == *node)
-                    && filter.diskseq.is_none_or(|wanted| wanted == *diskseq)
-            }))
+            .filter(|diskseq| {
+                of_volume
+                    .as_ref()
+                    .is_none_or(|disks| disks.contains(diskseq))
+            })
+            .filter(|diskseq| {
+                self.correlation.disk(*diskseq).is_some_and(|disk| {
+                    filter
+                        .serial
+                        .as_ref()
+                        .is_none_or(|serial| disk.serial == *serial)
+                        && filter.wwid.as_ref().is_none_or(|wwid| disk.wwid == *wwid)
+                        && filter.node.as_ref().is_none_or(|node| disk.node.0 == *node)
+                        && filter.diskseq.is_none_or(|wanted| wanted == *diskseq)
+                })
+            })
             .collect()
     }
 
@@ -338,7 +389,9 @@ impl Control {
 
     /// After the first survey it is known which volume is where.
     fn open_to_clients(&mut self) {
-        let Some(sockets) = self.sockets.take() else { return };
+        let Some(sockets) = self.sockets.take() else {
+            return;
+        };
         for listener in sockets.tcp {
             if let Err(error) = self.door.listen_tcp(listener) {
                 tracing::error!(%error, "cannot accept TCP clients");
@@ -350,7 +403,11 @@ impl Control {
             tracing::error!(%error, "cannot accept clients on the Unix socket");
         }
         let exports = self.correlation.export_names().count();
-        tracing::info!(exports, disks = self.correlation.diskseqs().count(), "ready");
+        tracing::info!(
+            exports,
+            disks = self.correlation.diskseqs().count(),
+            "ready"
+        );
         perform::notify(&[
             sd_notify::NotifyState::Ready,
             sd_notify::NotifyState::Status(&format!("Following the volumes of {exports} exports")),
@@ -384,7 +441,13 @@ impl Control {
     }
 
     fn publish_clients(&mut self) {
-        let changed = std::mem::take(&mut *self.clients.names.lock().unwrap_or_else(PoisonError::into_inner));
+        let changed = std::mem::take(
+            &mut *self
+                .clients
+                .names
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner),
+        );
         let notices: Vec<Notice> = changed.into_iter().map(Notice::Export).collect();
         self.publish(notices, Vec::new());
     }
@@ -419,9 +482,16 @@ async fn sleep_until(due: Option<tokio::time::Instant>) {
 
 /// Writes to the store one after the other, in the order in which the middle ordered them: a deletion that
 /// overtook the addition before it would leave the export in the store.
-async fn keep_store(store: Store, mut writes: mpsc::Receiver<Write>, reports: mpsc::UnboundedSender<Report>) {
+async fn keep_store(
+    store: Store,
+    mut writes: mpsc::Receiver<Write>,
+    reports: mpsc::UnboundedSender<Report>,
+) {
     while let Some(Write { request, changes }) = writes.recv().await {
-        let result = store.apply(&changes).await.map_err(|error| error.to_string());
+        let result = store
+            .apply(&changes)
+            .await
+            .map_err(|error| error.to_string());
         // The loop is gone only when the daemon stops.
         let _stopped = reports.send(Report::Happened(Event::Persisted { request, result }));
     }

@@ -12,7 +12,10 @@ pub(super) fn start() {
     let lines = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|set| set.is_empty()))
+        .with_ansi(
+            std::io::stderr().is_terminal()
+                && std::env::var_os("NO_COLOR").is_none_or(|set| set.is_empty()),
+        )
         .with_target(false);
     // The journal has its own clock. A second start in one process (a test) keeps the first log.
     let _already_started = if std::env::var_os("JOURNAL_STREAM").is_some() {
@@ -24,10 +27,24 @@ pub(super) fn start() {
 
 /// Logs one decision of the middle with its facts as fields.
 pub(super) fn decision(decision: &Decision) {
-    let Decision { level, what, export, volume, node, diskseq, generation, reason } = decision;
-    let export = export.as_ref().map(|name| name.as_str()).unwrap_or_default();
+    let Decision {
+        level,
+        what,
+        export,
+        volume,
+        node,
+        diskseq,
+        generation,
+        reason,
+    } = decision;
+    let export = export
+        .as_ref()
+        .map(|name| name.as_str())
+        .unwrap_or_default();
     match level {
-        Level::Debug => tracing::debug!(export, volume, node, diskseq, generation, reason, "{what}"),
+        Level::Debug => {
+            tracing::debug!(export, volume, node, diskseq, generation, reason, "{what}")
+        }
         Level::Info => tracing::info!(export, volume, node, diskseq, generation, reason, "{what}"),
         Level::Warn => tracing::warn!(export, volume, node, diskseq, generation, reason, "{what}"),
     }

@@ -56,7 +56,11 @@ pub enum Error {
     #[error("{}", .0.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"))]
     Config(Vec<config::Problem>),
     #[error("{what}: {text:?} is not valid: {reason}")]
-    Option { what: &'static str, text: String, reason: String },
+    Option {
+        what: &'static str,
+        text: String,
+        reason: String,
+    },
     #[error(transparent)]
     Store(#[from] StoreError),
     #[error(transparent)]
@@ -66,9 +70,14 @@ pub enum Error {
     #[error(transparent)]
     Udev(#[from] udev::UdevError),
     #[error("{what}: {source}")]
-    Kernel { what: &'static str, source: std::io::Error },
+    Kernel {
+        what: &'static str,
+        source: std::io::Error,
+    },
     /// A part of the daemon that ends only with it has ended.
-    #[error("{0} ended by itself, which is a fault of this program: please report the log lines before this one")]
+    #[error(
+        "{0} ended by itself, which is a fault of this program: please report the log lines before this one"
+    )]
     Lost(&'static str),
 }
 
@@ -81,7 +90,10 @@ pub fn run(options: &Options) -> Result<(), Error> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
-        .map_err(|source| Error::Kernel { what: "the event loop cannot start", source })?;
+        .map_err(|source| Error::Kernel {
+            what: "the event loop cannot start",
+            source,
+        })?;
     let outcome = runtime.block_on(serve(options));
     // A hung disk can hold a thread of the blocking pool for ever; a stop does not wait for it.
     runtime.shutdown_background();
@@ -133,15 +145,20 @@ async fn serve(options: &Options) -> Result<(), Error> {
     raise_descriptor_limit();
     let store = Store::open(&config.server.state).await?;
     let remembered = store.load().await?;
-    let boot =
-        udev::boot_id().map_err(|source| Error::Kernel { what: "the boot id cannot be read", source })?;
+    let boot = udev::boot_id().map_err(|source| Error::Kernel {
+        what: "the boot id cannot be read",
+        source,
+    })?;
     // Bound before anything is opened, so that a port in use is told at once; accepted from after the first survey.
     let sockets = sockets::bind(&config.server.listen, config.server.socket.as_deref())?;
     let limits = Limits {
         connections: usize::try_from(config.server.max_connections).unwrap_or(usize::MAX),
-        ..Limits::default() };
-    let door =
-        Door::new(limits).map_err(|source| Error::Kernel { what: "the NBD server cannot start", source })?;
+        ..Limits::default()
+    };
+    let door = Door::new(limits).map_err(|source| Error::Kernel {
+        what: "the NBD server cannot start",
+        source,
+    })?;
 
     let mut settings = Settings::new(boot);
     settings.detach_grace = config.server.detach_grace;
@@ -158,10 +175,17 @@ async fn serve(options: &Options) -> Result<(), Error> {
     };
     let observer = udev::observe(watched, event_sender)?;
 
-    let edges = Edges { door, publisher, observer, store };
+    let edges = Edges {
+        door,
+        publisher,
+        observer,
+        store,
+    };
     let mut control = Control::new(correlation, edges, drain_within, config.identity);
     control.start(sockets);
-    control.apply(Event::Configured { exports: config.exports });
+    control.apply(Event::Configured {
+        exports: config.exports,
+    });
     let ended = control.run(events, commands, hangup, options).await;
     // Whoever listens hears of the end, if the bus takes it.
     control.publisher.flush(FAREWELL).await;

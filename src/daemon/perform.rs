@@ -21,23 +21,43 @@ impl Control {
             match action {
                 Action::OpenDisk(order) => self.open_disk(order),
                 Action::DropOpened { ticket } => self.drop_opened(ticket),
-                Action::Serve { export, ticket, generation, read_only } => {
-                    let image =
-                        self.opened.remove(&ticket).expect("the middle serves a ticket once, after its open");
+                Action::Serve {
+                    export,
+                    ticket,
+                    generation,
+                    read_only,
+                } => {
+                    let image = self
+                        .opened
+                        .remove(&ticket)
+                        .expect("the middle serves a ticket once, after its open");
                     self.door.serve(&export, generation, image, read_only);
                 }
-                Action::Refuse { export, kind, reason } => self.door.refuse(&export, kind, &reason),
+                Action::Refuse {
+                    export,
+                    kind,
+                    reason,
+                } => self.door.refuse(&export, kind, &reason),
                 Action::Unseal { export, generation } => self.door.unseal(&export, generation),
                 Action::Forget { export } => self.door.forget(&export),
-                Action::EndLease { export, generation, how } => {
+                Action::EndLease {
+                    export,
+                    generation,
+                    how,
+                } => {
                     let reports = self.reports.clone();
                     let name = export.clone();
                     let report = move |end| {
-                        let event = Event::LeaseEnded { export: name.clone(), generation, end };
+                        let event = Event::LeaseEnded {
+                            export: name.clone(),
+                            generation,
+                            end,
+                        };
                         // The loop is gone only when the daemon stops.
                         let _stopped = reports.send(Report::Happened(event));
                     };
-                    self.door.end_lease(&export, generation, how, Box::new(report));
+                    self.door
+                        .end_lease(&export, generation, how, Box::new(report));
                 }
                 Action::Persist { request, changes } => self.persist(request, changes),
                 Action::Reply { request, reply } => replies.push((request, reply)),
@@ -62,7 +82,10 @@ impl Control {
                 .map(|image| Arc::new(image) as Arc<dyn Image>)
                 .map_err(Into::into);
             // The loop is gone only when the daemon stops; then the disk is closed by this drop.
-            let _stopped = reports.send(Report::Opened { ticket: order.ticket, result });
+            let _stopped = reports.send(Report::Opened {
+                ticket: order.ticket,
+                result,
+            });
         });
     }
 
@@ -79,13 +102,19 @@ impl Control {
     fn persist(&self, request: RequestId, changes: Vec<crate::correlation::Change>) {
         if self.writes.try_send(Write { request, changes }).is_err() {
             let result = Err("too many writes are waiting for the store".to_owned());
-            let _stopped = self.reports.send(Report::Happened(Event::Persisted { request, result }));
+            let _stopped = self
+                .reports
+                .send(Report::Happened(Event::Persisted { request, result }));
         }
     }
 
     /// Brings the objects up to date, then tells of what happened, then answers: whoever hears of a change
     /// or is answered can see it.
-    pub fn publish(&mut self, notices: Vec<Notice>, replies: Vec<(RequestId, Result<Reply, RequestError>)>) {
+    pub fn publish(
+        &mut self,
+        notices: Vec<Notice>,
+        replies: Vec<(RequestId, Result<Reply, RequestError>)>,
+    ) {
         let mut exports = BTreeSet::new();
         let mut disks = BTreeSet::new();
         let mut signals = Vec::new();
@@ -100,12 +129,17 @@ impl Control {
                 signal => signals.push(Publication::Signal(signal)),
             }
         }
-        let mut batch: Vec<Publication> = disks.into_iter().map(|diskseq| self.disk(diskseq)).collect();
+        let mut batch: Vec<Publication> = disks
+            .into_iter()
+            .map(|diskseq| self.disk(diskseq))
+            .collect();
         batch.extend(exports.into_iter().map(|name| self.export(name)));
         batch.extend(signals);
         for (request, reply) in replies {
             // A caller that has gone has taken its receiver along, which costs nothing.
-            let Some(asker) = self.asked.remove(&request) else { continue };
+            let Some(asker) = self.asked.remove(&request) else {
+                continue;
+            };
             let answer = reply.map(|reply| match reply {
                 Reply::Done => Answer::Done,
                 Reply::Added { name, created } => Answer::Added { name, created },
@@ -119,7 +153,10 @@ impl Control {
 
     fn export(&self, name: ExportName) -> Publication {
         match self.correlation.export(&name) {
-            Some(view) => Publication::Export { clients: self.door.clients(&name), view },
+            Some(view) => Publication::Export {
+                clients: self.door.clients(&name),
+                view,
+            },
             None => Publication::ExportGone(name),
         }
     }

@@ -21,9 +21,15 @@ pub enum ListenError {
         "{address}: {source}; another program listens there (an nbd-server?): stop it, or give another address \
          with --listen"
     )]
-    InUse { address: SocketAddr, source: io::Error },
+    InUse {
+        address: SocketAddr,
+        source: io::Error,
+    },
     #[error("{address}: cannot listen: {source}")]
-    Tcp { address: SocketAddr, source: io::Error },
+    Tcp {
+        address: SocketAddr,
+        source: io::Error,
+    },
     #[error("{}: another program answers on this socket: stop it, or give another path with --socket", .0.display())]
     SocketInUse(PathBuf),
     #[error("{}: is there already and is no socket: remove it, or give another path with --socket", .0.display())]
@@ -38,15 +44,25 @@ pub(super) struct Sockets {
     pub unix: Option<UnixListener>,
 }
 
-pub(super) fn bind(addresses: &[SocketAddr], socket: Option<&Path>) -> Result<Sockets, ListenError> {
-    let tcp = addresses.iter().map(|address| bind_tcp(*address)).collect::<Result<_, _>>()?;
+pub(super) fn bind(
+    addresses: &[SocketAddr],
+    socket: Option<&Path>,
+) -> Result<Sockets, ListenError> {
+    let tcp = addresses
+        .iter()
+        .map(|address| bind_tcp(*address))
+        .collect::<Result<_, _>>()?;
     let unix = socket.map(bind_unix).transpose()?;
     Ok(Sockets { tcp, unix })
 }
 
 fn bind_tcp(address: SocketAddr) -> Result<TcpListener, ListenError> {
     let listen = || -> io::Result<TcpListener> {
-        let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+        let socket = Socket::new(
+            Domain::for_address(address),
+            Type::STREAM,
+            Some(Protocol::TCP),
+        )?;
         socket.set_reuse_address(true)?;
         if address.is_ipv6() {
             // "[::]" and "0.0.0.0" can then both be listed.
@@ -63,11 +79,18 @@ fn bind_tcp(address: SocketAddr) -> Result<TcpListener, ListenError> {
 }
 
 fn bind_unix(path: &Path) -> Result<UnixListener, ListenError> {
-    let unix = |source| ListenError::Unix { path: path.to_owned(), source };
+    let unix = |source| ListenError::Unix {
+        path: path.to_owned(),
+        source,
+    };
     match std::fs::symlink_metadata(path) {
-        Ok(found) if !found.file_type().is_socket() => return Err(ListenError::NotASocket(path.to_owned())),
+        Ok(found) if !found.file_type().is_socket() => {
+            return Err(ListenError::NotASocket(path.to_owned()));
+        }
         // Left behind by a daemon that was killed, unless someone answers.
-        Ok(_) if UnixStream::connect(path).is_ok() => return Err(ListenError::SocketInUse(path.to_owned())),
+        Ok(_) if UnixStream::connect(path).is_ok() => {
+            return Err(ListenError::SocketInUse(path.to_owned()));
+        }
         Ok(_) => std::fs::remove_file(path).map_err(unix)?,
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         Err(error) => return Err(unix(error)),

@@ -1,3 +1,5 @@
+//! What `identity` promises, by example.
+
 use std::collections::BTreeSet;
 
 use proptest::prelude::*;

@@ -3,13 +3,17 @@
 //! A name can come to mean another disk between any two calls, a descriptor cannot. So: a descriptor of the
 //! node that does not open the disk (`O_PATH`), its device number, the real open through that descriptor,
 //! and then everything that was promised is asked of the opened disk.
+//!
+//! A disk that hangs keeps one thread here, in its open or in its last close. Others who want it wait for that no
+//! longer than they were told to, and behind an open that is late not at all; other disks never wait (invariant 11).
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::time::{Duration, Instant};
 
 use nix::sys::stat::{major, minor};
 
@@ -21,6 +25,8 @@ use crate::identity::Identity;
 /// How often the size is read before two readings in a row have to be the same. After a node is used
 /// again the kernel can show the last disk's size for a moment.
 const SIZE_READINGS: usize = 5;
+/// No order waits longer than this for another open or a close of its disk.
+const WAIT_MAX: Duration = Duration::from_secs(60);
 
 /// Why a disk was not opened.
 #[derive(Debug, thiserror::Error)]
@@ -57,6 +63,9 @@ pub enum OpenError {
     /// Someone else has it.
     #[error("{node}: in use: {by}")]
     Busy { node: DeviceNode, by: String },
+    /// An earlier open of this disk hangs.
+    #[error("{node}: the disk has not answered an earlier open")]
+    Hangs { node: DeviceNode },
     /// The kernel refused.
     #[error("{node}: {source}")]
     Kernel {
@@ -77,6 +86,7 @@ impl From<OpenError> for OpenRefusal {
             | OpenError::OtherIdentity { .. }
             | OpenError::NoSize { .. } => OpenRefusal::Changed(text),
             OpenError::Busy { .. } => OpenRefusal::Busy(text),
+            OpenError::Hangs { .. } => OpenRefusal::TimedOut(text),
             OpenError::Kernel { .. } => OpenRefusal::Kernel(text),
         }
     }
@@ -88,13 +98,30 @@ pub type ReadIdentities<'a> = &'a dyn Fn(DeviceNumber) -> io::Result<(DiskSeq, B
 /// The disks that this process has open: each one once, shared by its exports.
 #[derive(Default)]
 pub struct Claims {
-    /// Lock order: `disks` before a `Place`, and never held while waiting for one. Entries go with the
+    /// Lock order: `disks` before the `state` of a [`Place`]; never held while waiting. Entries go with the
     /// next open after their disk was closed, so there are no more than disks open or being opened.
     disks: Mutex<BTreeMap<DiskSeq, Arc<Place>>>,
 }
 
-/// Held for as long as one open of this disk takes: a second one waits for it, and no other disk's does.
-type Place = Mutex<Weak<Claim>>;
+/// One disk of this process: opened by one caller at a time, and never before the last descriptor of it is
+/// closed, which O_EXCL would otherwise refuse as if a stranger had it.
+#[derive(Default)]
+struct Place {
+    /// Held for a few instructions, never across a system call.
+    state: Mutex<State>,
+    /// A turn or a close has ended. Waiters are opens of this one disk, each until its own deadline; notified
+    /// when a [`Turn`] or a [`Claim`] is dropped.
+    ended: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    /// By when the open that has its turn was to be done.
+    opening: Option<Instant>,
+    /// Whether descriptors are open, also those of a claim that is just being dropped.
+    held: bool,
+    claim: Weak<Claim>,
+}
 
 /// One disk, held with `O_EXCL` until the last image of it is dropped.
 pub struct Claim {
@@ -106,6 +133,18 @@ pub struct Claim {
     writable: OnceLock<File>,
     /// Shared by all images of the disk: a write-back error of one is an error of all (invariant 9).
     pub durable: Durable,
+    /// The last field, so that it is dropped when the descriptors above are closed.
+    _closed: Closed,
+}
+
+/// Says, when it is dropped, that the descriptors of a claim are closed.
+struct Closed(Arc<Place>);
+
+impl Drop for Closed {
+    fn drop(&mut self) {
+        lock(&self.0.state).held = false;
+        self.0.ended.notify_all();
+    }
 }
 
 impl Claim {
@@ -123,7 +162,8 @@ pub struct Opened {
     pub read_only: bool,
 }
 
-/// Opens the disk of `order`, or shares the claim on it.
+/// Opens the disk of `order`, or shares the claim on it. Waits, no longer than the order allows, for another
+/// open of the same disk and for our own close of it.
 ///
 /// # Errors
 /// [`OpenError`]: whatever is not exactly as ordered is refused, and nothing stays open.
@@ -133,13 +173,13 @@ pub fn open(
     claims: &Claims,
 ) -> Result<Opened, OpenError> {
     let place = claims.place(order.diskseq);
-    let mut held = lock(&place);
-    let (claim, read_only) = match held.upgrade() {
+    let turn = Turn::take(&place, order)?;
+    let (claim, read_only) = match turn.claim(order)? {
         Some(claim) => share(order, claim)?,
-        None => claim_new(order)?,
+        None => claim_new(order, &place)?,
     };
     let size = verify(order, claim.file(), identities)?;
-    *held = Arc::downgrade(&claim);
+    lock(&place.state).claim = Arc::downgrade(&claim);
     Ok(Opened {
         claim,
         size,
@@ -150,13 +190,71 @@ pub fn open(
 impl Claims {
     fn place(&self, diskseq: DiskSeq) -> Arc<Place> {
         let mut disks = lock(&self.disks);
-        // A place that only this map knows, whose disk is closed, is not needed. One that is locked is known to
-        // its opener, too.
-        disks.retain(|_, place| {
-            Arc::strong_count(place) > 1
-                || place.try_lock().is_ok_and(|held| held.strong_count() > 0)
-        });
+        // A place that only this map knows has no claim and no open: both hold on to it.
+        disks.retain(|_, place| Arc::strong_count(place) > 1);
         Arc::clone(disks.entry(diskseq).or_default())
+    }
+}
+
+/// The one open of a disk that is under way.
+struct Turn<'a> {
+    place: &'a Place,
+    deadline: Instant,
+}
+
+impl Turn<'_> {
+    fn take<'a>(place: &'a Place, order: &OpenDisk) -> Result<Turn<'a>, OpenError> {
+        let deadline = Instant::now() + order.within.min(WAIT_MAX);
+        let mut state = lock(&place.state);
+        while let Some(other) = state.opening {
+            // Invariant 11: behind an open that is late no other thread waits.
+            let until = other.min(deadline);
+            state = place.wait(state, until).ok_or_else(|| OpenError::Hangs {
+                node: order.node.clone(),
+            })?;
+        }
+        state.opening = Some(deadline);
+        Ok(Turn { place, deadline })
+    }
+
+    /// The claim on the disk; `None` when there is none, and no descriptor of an earlier one.
+    fn claim(&self, order: &OpenDisk) -> Result<Option<Arc<Claim>>, OpenError> {
+        let mut state = lock(&self.place.state);
+        loop {
+            if let Some(claim) = state.claim.upgrade() {
+                return Ok(Some(claim));
+            }
+            if !state.held {
+                return Ok(None);
+            }
+            state = self
+                .place
+                .wait(state, self.deadline)
+                .ok_or_else(|| OpenError::Busy {
+                    node: order.node.clone(),
+                    by: "nbdtrack, whose last close of it has not ended".to_owned(),
+                })?;
+        }
+    }
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        lock(&self.place.state).opening = None;
+        self.place.ended.notify_all();
+    }
+}
+
+impl Place {
+    /// Waits for a change; `None` when the time is over.
+    fn wait<'a>(
+        &self,
+        state: MutexGuard<'a, State>,
+        until: Instant,
+    ) -> Option<MutexGuard<'a, State>> {
+        let left = until.checked_duration_since(Instant::now())?;
+        let waited = self.ended.wait_timeout(state, left);
+        Some(waited.unwrap_or_else(PoisonError::into_inner).0)
     }
 }
 
@@ -165,7 +263,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn claim_new(order: &OpenDisk) -> Result<(Arc<Claim>, bool), OpenError> {
+/// Opens the disk that no one of this process has open; the caller has the turn.
+fn claim_new(order: &OpenDisk, place: &Arc<Place>) -> Result<(Arc<Claim>, bool), OpenError> {
     let node = node(order)?;
     let (held, read_only) = match reopen(&node, order.write, libc::O_EXCL) {
         Ok(file) => (file, false),
@@ -180,12 +279,14 @@ fn claim_new(order: &OpenDisk) -> Result<(Arc<Claim>, bool), OpenError> {
         Err(e) => return Err(refused(order, e)),
     };
     let read_only = read_only || sys::read_only(&held).map_err(|e| refused(order, e))?;
+    lock(&place.state).held = true;
     let claim = Claim {
         number: order.number,
         held,
         held_writable: order.write && !read_only,
         writable: OnceLock::new(),
         durable: Durable::default(),
+        _closed: Closed(Arc::clone(place)),
     };
     Ok((Arc::new(claim), read_only || !order.write))
 }
@@ -197,7 +298,7 @@ fn share(order: &OpenDisk, claim: Arc<Claim>) -> Result<(Arc<Claim>, bool), Open
         // Without O_EXCL: the claim has it, and the kernel refuses a second one even to its owner.
         let file = reopen(&node(order)?, true, 0).map_err(|e| refused(order, e))?;
         same_disk(order, &file)?;
-        // The place is locked: no one else can have set it.
+        // The caller has the turn: no one else can have set it.
         let _ = claim.writable.set(file);
     }
     Ok((claim, read_only || !order.write))

@@ -247,7 +247,8 @@ impl Door {
             .map_or(0, |export| export.clients.load(Ordering::Acquire))
     }
 
-    /// Sets who is told when the number of an export's sessions changes. It must not block.
+    /// Sets who is told when the number of an export's sessions changes. It must not block. Calls come from several threads, so
+    /// the last number told may not be the newest: `clients` is.
     pub fn on_clients_changed(&self, watcher: ClientsWatcher) {
         let mut slot = self
             .shared()

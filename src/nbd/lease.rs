@@ -8,7 +8,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, RwLock, RwLockReadGuard};
 use std::time::{Duration, Instant};
 
@@ -18,50 +18,14 @@ use crate::image::Image;
 use super::conn::{Conn, lock};
 use super::crew::Task;
 use super::door::Shared;
+use super::gate::Gate;
 use super::handshake::Facts;
 use super::stats::add;
 use super::work::Job;
 
-/// Told how a lease ended: once, or `TimedOut` and then once more.
+/// Told how a lease ended: once, or `TimedOut` and then once more. Runs in a thread of the door: it sends a message
+/// and neither waits nor calls the door.
 pub type Report = Box<dyn Fn(LeaseEnd) + Send + Sync>;
-
-/// One word that holds the fence and the count of image calls, so that "not fenced" and "one more"
-/// are one atomic step: a call that began before the fence is in the count that the fence
-/// returns, and after the fence none begins. There is no third case, whatever the schedule.
-#[derive(Debug, Default)]
-struct Gate(AtomicU64);
-
-const FENCED: u64 = 1 << 63;
-
-impl Gate {
-    fn enter(&self) -> bool {
-        let entered = self
-            .0
-            .fetch_update(Ordering::AcqRel, Ordering::Acquire, |word| {
-                (word & FENCED == 0).then_some(word + 1)
-            });
-        entered.is_ok()
-    }
-
-    /// True for the one call that leaves last after the fence.
-    fn leave(&self) -> bool {
-        let before = self.0.fetch_sub(1, Ordering::AcqRel);
-        debug_assert!(before & !FENCED > 0, "left a gate that was not entered");
-        before == FENCED | 1
-    }
-
-    fn fence(&self) {
-        self.0.fetch_or(FENCED, Ordering::AcqRel);
-    }
-
-    fn fenced(&self) -> bool {
-        self.0.load(Ordering::Acquire) & FENCED != 0
-    }
-
-    fn count(&self) -> u64 {
-        self.0.load(Ordering::Acquire) & !FENCED
-    }
-}
 
 /// What a call that may wait is, for the words of a `TimedOut`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -397,7 +361,7 @@ impl Lease {
                 Ok(())
             };
             if let Err(error) = flushed {
-                end = LeaseEnd::ClosedUnflushed(format!("the last flush failed: {error}"));
+                end = LeaseEnd::ClosedUnflushed(error.to_string());
             } else if image.latched() {
                 end = LeaseEnd::ClosedUnflushed("an earlier flush failed".to_owned());
             }
@@ -467,76 +431,5 @@ pub(super) fn wire_error(
         Some(libc::EPERM | libc::EACCES | libc::EROFS) => NbdError::Perm,
         Some(libc::EOPNOTSUPP) if fast_zero => NbdError::NotSup,
         _ => NbdError::Io,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-    enum Step {
-        Enter(usize),
-        Leave(usize),
-        Fence,
-    }
-
-    /// All interleavings of the given sequences. Each step is one atomic operation on one word, so these
-    /// are all the behaviours that there are.
-    fn interleavings(threads: &[Vec<Step>]) -> Vec<Vec<Step>> {
-        if threads.iter().all(Vec::is_empty) {
-            return vec![Vec::new()];
-        }
-        let mut all = Vec::new();
-        for at in 0..threads.len() {
-            let mut rest = threads.to_vec();
-            if rest[at].is_empty() {
-                continue;
-            }
-            let first = rest[at].remove(0);
-            for tail in interleavings(&rest) {
-                all.push(std::iter::once(first).chain(tail).collect());
-            }
-        }
-        all
-    }
-
-    #[test]
-    fn in_every_interleaving_no_call_begins_after_the_fence_and_one_sees_it_empty() {
-        let calls = |id| {
-            vec![
-                Step::Enter(id),
-                Step::Leave(id),
-                Step::Enter(id),
-                Step::Leave(id),
-            ]
-        };
-        let schedules = interleavings(&[calls(0), calls(1), calls(2), vec![Step::Fence]]);
-        assert_eq!(schedules.len(), 450_450);
-        for schedule in schedules {
-            let gate = Gate::default();
-            let (mut inside, mut fenced, mut closers) = ([false; 3], false, 0);
-            for step in &schedule {
-                match *step {
-                    Step::Enter(id) => {
-                        inside[id] = gate.enter();
-                        assert_eq!(inside[id], !fenced);
-                    }
-                    Step::Leave(id) if inside[id] => {
-                        inside[id] = false;
-                        closers += u32::from(gate.leave());
-                    }
-                    Step::Leave(_) => {}
-                    Step::Fence => {
-                        gate.fence();
-                        fenced = true;
-                        // What `on_end` does.
-                        closers += u32::from(gate.count() == 0);
-                    }
-                }
-            }
-            assert_eq!(closers, 1, "{schedule:?}");
-            assert_eq!(gate.count(), 0);
-        }
     }
 }

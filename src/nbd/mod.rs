@@ -1,12 +1,15 @@
 //! The embedded NBD server. EDGE: `wire`, `command` and `handshake` are pure; the others do.
 //!
-//! A connection flows `listener → poller → session → transmission → command → lease → image → conn`;
+//! A connection flows `listener → poller → session → transmission → command → execute → lease → image → conn`;
 //! `door` is what the daemon calls. Two kinds of thread (`crew`) and one that waits for all of them (`poller`).
 
 pub mod command;
 mod conn;
 mod crew;
 mod door;
+mod ending;
+mod execute;
+mod gate;
 pub mod handshake;
 mod lease;
 mod limits;

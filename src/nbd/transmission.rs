@@ -1,49 +1,41 @@
 //! The transmission phase of one session: receives, checks, answers from memory, hands over what would
 //! wait. Its lease never changes (invariant 1).
-//!
-//! Writes without FUA are done in the session's own thread: into the page cache they take microseconds,
-//! and a hand-over costs more than that. A hung disk then holds that thread; `inline_writes_per_lease`
-//! bounds how many, further writes of the same export go to the disk crew, and the session crew grows by
-//! need, so other exports find a thread.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 
-use crate::image::{Extent, NoWait};
+use crate::image::Extent;
 
 use super::command::{self, Command, Refused, Terms};
 use super::conn::{Charge, Conn, Full};
+use super::ending::Closing;
+use super::execute::DETACHED;
 use super::handshake::Agreed;
-use super::lease::{Kind, Lease, wire_error};
-use super::reply::{Gather, KEEP_BYTES, Scratch};
+use super::lease::Lease;
+use super::reply::{KEEP_BYTES, Scratch};
 use super::session::{Interest, Rest};
 use super::stats::add;
-use super::wire::{self, NbdError, RequestHeader};
-use super::work::Job;
+use super::wire::RequestHeader;
 
 /// A write of up to this many bytes is taken out of the receive buffer; longer ones are received
 /// straight into a buffer of their own.
 const IN_BUFFER_BYTES: u32 = 64 << 10;
-/// A reply of more bytes than this counts as held payload.
-const LARGE_BYTES: usize = 256 << 10;
 /// Turns of one session while others wait for a thread.
 const ROUNDS: u32 = 32;
-/// Receives after the fence, for requests that had arrived before it.
-const LAST_ROUNDS: u32 = 16;
 /// All sessions together hold too much: how long until this one asks again.
 const FULL_AGAIN: Duration = Duration::from_millis(2);
 
 pub(super) struct Transmission {
     pub(super) lease: Arc<Lease>,
-    terms: Terms,
+    pub(super) terms: Terms,
     input: Input,
     /// Bytes that arrived and were not taken when the session was parked.
     carry: Vec<u8>,
     /// Since when the rest of a request is waited for.
     partial_since: Option<Instant>,
-    closing: Option<Closing>,
+    pub(super) closing: Option<Closing>,
 }
 
 /// What the next bytes are.
@@ -67,18 +59,7 @@ struct Payload {
     charge: Charge,
 }
 
-#[derive(Clone, Copy)]
-enum Closing {
-    /// The peer is done: answer, close.
-    Done,
-    /// The lease is ending: answer, say so, give the answers time to arrive, close.
-    Drained,
-    Lingering {
-        until: Instant,
-    },
-}
-
-enum Outcome {
+pub(super) enum Outcome {
     NeedsInput,
     GatherFull,
     Full(Full),
@@ -223,7 +204,12 @@ impl Transmission {
         })
     }
 
-    fn receive(&mut self, conn: &Conn, scratch: &mut Scratch, wait: bool) -> nix::Result<usize> {
+    pub(super) fn receive(
+        &mut self,
+        conn: &Conn,
+        scratch: &mut Scratch,
+        wait: bool,
+    ) -> nix::Result<usize> {
         let count = match &mut self.input {
             Input::Payload(payload) => {
                 let count = conn.receive(&mut payload.buffer[payload.filled..], wait)?;
@@ -240,77 +226,8 @@ impl Transmission {
         Ok(count)
     }
 
-    /// After the fence: requests that have arrived are answered, each with ESHUTDOWN, for no image call
-    /// can begin any more.
-    fn answer_what_arrived(&mut self, conn: &Arc<Conn>, scratch: &mut Scratch) {
-        for _ in 0..LAST_ROUNDS {
-            let outcome = self.process(conn, scratch);
-            scratch.gather.send(conn);
-            match outcome {
-                Outcome::GatherFull => continue,
-                Outcome::NeedsInput => {}
-                Outcome::Full(_) | Outcome::Disconnect | Outcome::Violation => return,
-            }
-            if conn.blocked_since().is_some()
-                || !matches!(self.receive(conn, scratch, false), Ok(1..))
-            {
-                return;
-            }
-        }
-    }
-
-    /// One step towards the end; `None` for another.
-    fn close(
-        &mut self,
-        closing: Closing,
-        conn: &Conn,
-        scratch: &mut Scratch,
-        epoch: u64,
-        hung_up: bool,
-    ) -> Option<Rest> {
-        let park = |input, room, until| {
-            Some(Rest::Park(Interest {
-                input,
-                output: false,
-                room,
-                epoch,
-                until,
-            }))
-        };
-        if conn.jobs() > 0 || conn.has_output() {
-            return if hung_up {
-                Some(Rest::End)
-            } else {
-                park(false, true, None)
-            };
-        }
-        match closing {
-            Closing::Done => Some(Rest::End),
-            Closing::Drained => {
-                conn.finish_sending();
-                self.closing = Some(Closing::Lingering {
-                    until: Instant::now() + self.lease.shared.limits.linger,
-                });
-                None
-            }
-            // Closing a socket that holds unread bytes resets it, and the peer would lose the last
-            // replies: read them away until the peer closes, too.
-            Closing::Lingering { until } => {
-                if Instant::now() >= until {
-                    return Some(Rest::End);
-                }
-                scratch.received.load(&[]);
-                match conn.receive(scratch.received.room(), false) {
-                    Ok(1..) => Some(Rest::Yield),
-                    Err(Errno::EAGAIN) => park(true, false, Some(until)),
-                    Ok(0) | Err(_) => Some(Rest::End),
-                }
-            }
-        }
-    }
-
     /// Takes every request that is there whole.
-    fn process(&mut self, conn: &Arc<Conn>, scratch: &mut Scratch) -> Outcome {
+    pub(super) fn process(&mut self, conn: &Arc<Conn>, scratch: &mut Scratch) -> Outcome {
         loop {
             if scratch.gather.is_full() {
                 return Outcome::GatherFull;
@@ -465,109 +382,4 @@ impl Transmission {
         }
         Ok(())
     }
-
-    /// From memory at once, or by the disk crew.
-    fn read(
-        &self,
-        conn: &Arc<Conn>,
-        gather: &mut Gather,
-        cookie: u64,
-        at: Extent,
-    ) -> Result<(), Full> {
-        let (structured, len) = (self.terms.structured, at.len() as usize);
-        let mut charge = None;
-        if len > LARGE_BYTES {
-            charge = Some(conn.account.charge(len)?);
-        }
-        let Some(pass) = self.lease.begin(None) else {
-            self.refuse(gather, cookie, DETACHED);
-            return Ok(());
-        };
-        let header = wire::read_header_bytes(structured);
-        let (head, data) = gather.room(header + len).split_at_mut(header);
-        match pass.image().read_nowait(at, data) {
-            Ok(NoWait::Done) => {
-                wire::put_read_header(head, structured, cookie, at.offset(), at.len());
-                gather.commit(header + len, charge);
-                add(&self.lease.shared.counters.reads_inline, 1);
-            }
-            Ok(NoWait::WouldWait) => {
-                drop(pass);
-                let charge = match charge {
-                    Some(charge) => charge,
-                    None => conn.account.charge(len)?,
-                };
-                self.hand_over(conn, cookie, Command::Read(at), Vec::new(), Some(charge));
-            }
-            Err(error) => {
-                drop(pass);
-                self.failed(gather, cookie, &error);
-            }
-        }
-        Ok(())
-    }
-
-    /// False when the write has to be handed over.
-    fn write_inline(&self, gather: &mut Gather, cookie: u64, at: Extent, data: &[u8]) -> bool {
-        let counters = &self.lease.shared.counters;
-        let Some(_right) = self.lease.inline_write() else {
-            return false;
-        };
-        let Some(pass) = self.lease.begin(Some(Kind::Write)) else {
-            self.refuse(gather, cookie, DETACHED);
-            return true;
-        };
-        add(&counters.writes, 1);
-        add(&counters.bytes_written, data.len() as u64);
-        let result = pass.image().write(at, data, false);
-        drop(pass);
-        match result {
-            Ok(()) => gather.done(false, cookie),
-            Err(error) => self.failed(gather, cookie, &error),
-        }
-        true
-    }
-
-    fn hand_over(
-        &self,
-        conn: &Arc<Conn>,
-        cookie: u64,
-        command: Command,
-        payload: Vec<u8>,
-        charge: Option<Charge>,
-    ) {
-        if !payload.is_empty() {
-            add(&self.lease.shared.counters.writes, 1);
-            add(
-                &self.lease.shared.counters.bytes_written,
-                payload.len() as u64,
-            );
-        }
-        let job = Job::new(
-            conn,
-            self.terms.structured,
-            cookie,
-            command,
-            payload,
-            charge,
-        );
-        self.lease.hand_over(job);
-    }
-
-    fn failed(&self, gather: &mut Gather, cookie: u64, error: &std::io::Error) {
-        let wired = wire_error(error, self.lease.fenced(), false);
-        tracing::debug!(export = %self.lease.export, %error, "a request failed");
-        add(&self.lease.shared.counters.requests_failed, 1);
-        gather.error(self.terms.structured, cookie, wired, &error.to_string());
-    }
-
-    fn refuse(&self, gather: &mut Gather, cookie: u64, refused: Refused) {
-        add(&self.lease.shared.counters.requests_failed, 1);
-        gather.error(self.terms.structured, cookie, refused.error, refused.why);
-    }
 }
-
-const DETACHED: Refused = Refused {
-    error: NbdError::Shutdown,
-    why: "the export is being detached",
-};

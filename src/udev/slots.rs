@@ -11,8 +11,10 @@ use crate::correlation::DeviceNumber;
 /// Reads in flight. Few, because sysfs reads take microseconds; more than one, because a slow disk must not
 /// hold up the others (each gives its place back at its deadline).
 const READS_MAX: usize = 16;
-/// Disks that hang. Each holds a thread of the blocking pool (512); past this, no other disk is asked
-/// until one of them answers, so that opens and closes find threads.
+/// Disks that hang, each with a thread of the blocking pool; past this, no other disk is asked until one of them
+/// answers. What was in flight when the last place went may hang, too: so 143 threads hang, 16 read and 1 lists,
+/// and 352 of the pool's 512 are never this room's (invariant 11). A disk that hangs holds one more for an
+/// open or a close (see `image::claim`): a hundred such disks hold 217 in all, and leave 295.
 const HUNG_MAX: usize = 128;
 
 /// Who wants a disk read. An event's reading is told by itself, a survey's with its survey.

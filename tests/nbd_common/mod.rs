@@ -28,6 +28,8 @@ pub struct Memory {
     pub latched: AtomicBool,
     pub flushes: AtomicU32,
     pub inside: AtomicU32,
+    /// Calls that began.
+    pub calls: AtomicU32,
     held: Mutex<Vec<&'static str>>,
     changed: Condvar,
     pub dropped: Arc<AtomicBool>,
@@ -47,6 +49,7 @@ impl Memory {
             latched: AtomicBool::new(false),
             flushes: AtomicU32::new(0),
             inside: AtomicU32::new(0),
+            calls: AtomicU32::new(0),
             held: Mutex::default(),
             changed: Condvar::new(),
             dropped: Arc::default(),
@@ -68,6 +71,7 @@ impl Memory {
     }
 
     fn pass(&self, kind: &'static str) {
+        self.calls.fetch_add(1, Ordering::SeqCst);
         self.inside.fetch_add(1, Ordering::SeqCst);
         let mut held = self.held.lock().unwrap();
         while held.contains(&kind) {
@@ -120,6 +124,7 @@ impl Image for Memory {
         Ok(())
     }
     fn read_nowait(&self, at: Extent, buf: &mut [u8]) -> io::Result<NoWait> {
+        self.calls.fetch_add(1, Ordering::SeqCst);
         if self.cold.load(Ordering::SeqCst) {
             return Ok(NoWait::WouldWait);
         }

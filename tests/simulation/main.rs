@@ -3,14 +3,18 @@
 //! `SIMULATION_SCHEDULES` sets how many schedules are run (default 100,000; `make check` runs fewer), and
 //! `SIMULATION_SEED` runs one seed and prints all that happened.
 
+mod cost;
+mod regressions;
 mod schedule;
+mod small_world;
 mod world;
 
 use std::cell::Cell;
+use std::collections::BTreeSet;
 use std::time::Instant;
 
-use schedule::{draw, run, shrink};
-use world::Broken;
+use schedule::{draw, run, shrink, take};
+use world::{Broken, World};
 
 const SCHEDULES: u64 = 100_000;
 /// Work for two cores.
@@ -42,8 +46,11 @@ fn number_from(variable: &str) -> Option<u64> {
 fn report(seed: u64, broken: Broken) -> String {
     let shortest = shrink(draw(seed), broken);
     let (violation, _, log) = run(&shortest, broken, true);
-    let steps: Vec<String> =
-        shortest.steps.iter().map(|s| format!("  {:?} {} {} {}", s.kind, s.a, s.b, s.c)).collect();
+    let steps: Vec<String> = shortest
+        .steps
+        .iter()
+        .map(|s| format!("  {:?} {} {} {}", s.kind, s.a, s.b, s.c))
+        .collect();
     format!(
         "seed {seed}: {}\n{} steps, disks {:?}, exports {:?}:\n{}\nwhat happened:\n{}\n",
         violation.unwrap_or_default(),
@@ -75,7 +82,9 @@ fn first_failure(broken: Broken, count: u64) -> (Option<u64>, u64) {
         })
         .collect();
     for worker in workers {
-        let (seed, steps) = worker.join().expect("a worker catches what its schedules throw");
+        let (seed, steps) = worker
+            .join()
+            .expect("a worker catches what its schedules throw");
         first = first.into_iter().chain(seed).min();
         applied += steps;
     }
@@ -98,5 +107,118 @@ fn every_schedule_keeps_every_promise() {
         QUIET.set(false);
         panic!("{}", report(seed, Broken::Nothing));
     }
-    println!("{count} schedules, {applied} events, {:.1} s", began.elapsed().as_secs_f64());
+    println!(
+        "{count} schedules, {applied} events, {:.1} s",
+        began.elapsed().as_secs_f64()
+    );
 }
+
+/// Each promise is broken on purpose, and the simulation has to notice.
+#[test]
+fn what_is_broken_on_purpose_is_caught() {
+    quiet();
+    let limit = number_from("SIMULATION_SCHEDULES")
+        .unwrap_or(SCHEDULES)
+        .max(20_000);
+    let mut missed = Vec::new();
+    for broken in [
+        Broken::PathsForIdentity,
+        Broken::NoDiskseqAtOpen,
+        Broken::OpenBeforeDrained,
+        Broken::ConflictForgotten,
+        Broken::ReleaseForgotten,
+        Broken::MarksAtDelivery,
+        Broken::SealIgnored,
+        Broken::NoSurveyAfterLoss,
+    ] {
+        let caught = (0..limit).find_map(|seed| Some((seed, run(&draw(seed), broken, false).0?)));
+        match caught {
+            Some((seed, what)) => println!("{broken:?}: caught by schedule {}: {what}", seed + 1),
+            None => missed.push(broken),
+        }
+    }
+    assert!(
+        missed.is_empty(),
+        "not caught within {limit} schedules: {missed:?}"
+    );
+}
+
+/// A simulation that never comes to a place proves nothing about it.
+#[test]
+fn the_schedules_reach_every_state_and_every_answer() {
+    quiet();
+    let mut reached = BTreeSet::new();
+    for seed in 0..4_000 {
+        let schedule = draw(seed);
+        let mut world = World::new(Broken::Nothing, &schedule.disks, &schedule.exports);
+        world.reached = Some(std::mem::take(&mut reached));
+        for step in &schedule.steps {
+            take(&mut world, *step);
+        }
+        reached = world.reached.unwrap_or_default();
+    }
+    let lines: Vec<String> = reached.iter().cloned().collect();
+    println!("{}", lines.join("\n"));
+    for wanted in EXPECTED {
+        assert!(reached.contains(*wanted), "never reached: {wanted}");
+    }
+}
+
+/// Changes of state and answers that the schedules have to come by.
+const EXPECTED: &[&str] = &[
+    "Absent to Ambiguous",
+    "Absent to Failed",
+    "Absent to Opening",
+    "Absent to Released",
+    "Ambiguous to Absent",
+    "Ambiguous to Draining",
+    "Ambiguous to Failed",
+    "Ambiguous to Opening",
+    "Ambiguous to Released",
+    "Ambiguous to Serving",
+    "Draining to Absent",
+    "Draining to Ambiguous",
+    "Draining to Failed",
+    "Draining to Opening",
+    "Draining to Released",
+    "Failed to Absent",
+    "Failed to Ambiguous",
+    "Failed to Opening",
+    "Failed to Released",
+    "Opening to Absent",
+    "Opening to Ambiguous",
+    "Opening to Failed",
+    "Opening to Released",
+    "Opening to Serving",
+    "Released to Absent",
+    "Released to Ambiguous",
+    "Released to Opening",
+    "Serving to Ambiguous",
+    "Serving to Draining",
+    "add: Err AlreadyExists",
+    "add: Err Ambiguous",
+    "add: Err Failed",
+    "add: Err InUse",
+    "add: Err NotFound",
+    "add: Err NotReady",
+    "add: Ok Added ",
+    "cancel: Err Failed",
+    "cancel: Err NotFound",
+    "cancel: Err NotReady",
+    "cancel: Ok Done",
+    "detach: Err Failed",
+    "detach: Err NotFound",
+    "detach: Err NotReady",
+    "detach: Err TimedOut",
+    "detach: Ok Done",
+    "remove: Err Failed",
+    "remove: Err NotFound",
+    "remove: Err NotReady",
+    "remove: Err NotSupported",
+    "remove: Ok Done",
+    "resolve: Err Ambiguous",
+    "resolve: Err Failed",
+    "resolve: Err IdentityMismatch",
+    "resolve: Err NotFound",
+    "resolve: Ok Done",
+];

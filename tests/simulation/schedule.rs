@@ -114,8 +114,13 @@ pub struct Schedule {
 /// The same seed gives the same schedule.
 pub fn draw(seed: u64) -> Schedule {
     let mut random = Random(seed);
-    let disks = (0..random.below(3)).map(|slot| (slot, random.below(VOLUMES))).collect();
-    let mut exports = vec![definition(0, 0, 0, Source::Dbus), definition(1, 1, 0, Source::Dbus)];
+    let disks = (0..random.below(3))
+        .map(|slot| (slot, random.below(VOLUMES)))
+        .collect();
+    let mut exports = vec![
+        definition(0, 0, 0, Source::Dbus),
+        definition(1, 1, 0, Source::Dbus),
+    ];
     if random.below(3) == 0 {
         exports[0].share = true;
         exports.push(definition(2, 0, 2 | random.below(2), Source::Dbus));
@@ -128,13 +133,22 @@ pub fn draw(seed: u64) -> Schedule {
         .filter(|(index, (_, _, may_be_off))| !*may_be_off || off >> index & 1 == 0)
         .flat_map(|(_, (kind, weight, _))| std::iter::repeat_n(*kind, usize::from(*weight)))
         .collect();
-    let steps = (0..20 + random.below(100))
+    let steps = (0..30 + random.below(150))
         .map(|_| {
             let index = usize::try_from(random.next() >> 40).expect("24 bits") % kinds.len();
-            Step { kind: kinds[index], a: random.byte(), b: random.byte(), c: random.byte() }
+            Step {
+                kind: kinds[index],
+                a: random.byte(),
+                b: random.byte(),
+                c: random.byte(),
+            }
         })
         .collect();
-    Schedule { disks, exports, steps }
+    Schedule {
+        disks,
+        exports,
+        steps,
+    }
 }
 
 /// Runs a schedule and then lets the world come to rest; what was broken first, if anything.
@@ -157,11 +171,16 @@ pub fn run(schedule: &Schedule, broken: Broken, log: bool) -> (Option<String>, u
         if world.violation.is_none() {
             world.rest();
         }
-        kept.lock().expect("not poisoned").append(world.log.as_mut().unwrap_or(&mut Vec::new()));
+        kept.lock()
+            .expect("not poisoned")
+            .append(world.log.as_mut().unwrap_or(&mut Vec::new()));
         (world.violation.take(), world.applied)
     }));
     let (violation, applied) = outcome.unwrap_or_else(|panic| {
-        let what = panic.downcast_ref::<String>().cloned().unwrap_or_else(|| "it panicked".to_owned());
+        let what = panic
+            .downcast_ref::<String>()
+            .cloned()
+            .unwrap_or_else(|| "it panicked".to_owned());
         (Some(what), 0)
     });
     let lines = std::mem::take(&mut *lines.lock().expect("not poisoned"));
@@ -176,7 +195,8 @@ pub fn take(world: &mut World, step: Step) {
         Kind::Detach => world.detach(slot, b & 7 != 0),
         Kind::Swap => {
             let other = b % SLOTS;
-            let volumes = [slot, other].map(|s| world.slots[usize::from(s)].as_ref().map(|disk| disk.volume));
+            let volumes =
+                [slot, other].map(|s| world.slots[usize::from(s)].as_ref().map(|disk| disk.volume));
             world.detach(slot, true);
             world.detach(other, true);
             for (place, volume) in [(other, volumes[0]), (slot, volumes[1])] {
@@ -203,33 +223,57 @@ pub fn take(world: &mut World, step: Step) {
         Kind::KeepFails => world.keep(true),
         Kind::Add => {
             let wait = Duration::from_millis(u64::from(c) * 100);
-            world.ask(Request::AddExport { definition: definition(a, b, c, Source::Dbus), wait });
+            world.ask(Request::AddExport {
+                definition: definition(a, b, c, Source::Dbus),
+                wait,
+            });
         }
         Kind::Remove => {
             let within = Duration::from_secs(u64::from(c & 31));
-            world.ask(Request::RemoveExport { name: name(a), hard: b & 1 == 1, within });
+            world.ask(Request::RemoveExport {
+                name: name(a),
+                hard: b & 1 == 1,
+                within,
+            });
         }
         Kind::PrepareDetach => {
             let within = Duration::from_secs(u64::from(c & 31));
-            world.ask(Request::PrepareDetach { volume: volume(a % VOLUMES), hard: b & 1 == 1, within });
+            world.ask(Request::PrepareDetach {
+                volume: volume(a % VOLUMES),
+                hard: b & 1 == 1,
+                within,
+            });
         }
-        Kind::CancelDetach => world.ask(Request::CancelDetach { volume: volume(a % VOLUMES) }),
+        Kind::CancelDetach => world.ask(Request::CancelDetach {
+            volume: volume(a % VOLUMES),
+        }),
         Kind::Resolve => {
-            let claimants =
-                world.middle.export(&name(a)).map(|view| view.volume_id).and_then(|volume_id| {
+            let claimants = world
+                .middle
+                .export(&name(a))
+                .map(|view| view.volume_id)
+                .and_then(|volume_id| {
                     let index = (0..VOLUMES).find(|v| volume(*v).to_string() == volume_id)?;
                     let disks = world.middle.disks_of(&volume(index));
                     disks.get(usize::from(b) % disks.len().max(1)).copied()
                 });
             let diskseq = claimants.unwrap_or(DiskSeq(u64::from(b & 7)));
-            world.ask(Request::ResolveConflict { name: name(a), diskseq });
+            world.ask(Request::ResolveConflict {
+                name: name(a),
+                diskseq,
+            });
         }
         Kind::Configure => {
             let mut definitions = Vec::new();
             for index in 0..NAMES {
                 if a >> index & 1 == 1 {
                     let flags = (c >> (2 * index)) & 3;
-                    definitions.push(definition(index, b >> (2 * index) & 3, flags, Source::Config));
+                    definitions.push(definition(
+                        index,
+                        b >> (2 * index) & 3,
+                        flags,
+                        Source::Config,
+                    ));
                 }
             }
             world.configure(definitions);
@@ -257,7 +301,9 @@ pub fn shrink(mut schedule: Schedule, broken: Broken) -> Schedule {
         let mut shorter = false;
         while at < schedule.steps.len() {
             let mut tried = schedule.clone();
-            tried.steps.drain(at..(at + chunk).min(schedule.steps.len()));
+            tried
+                .steps
+                .drain(at..(at + chunk).min(schedule.steps.len()));
             if fails(&tried) {
                 schedule = tried;
                 shorter = true;

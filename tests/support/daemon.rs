@@ -33,7 +33,7 @@ pub struct Home {
     pub bus: String,
     /// `host:port`s, beside the Unix socket.
     pub listen: Vec<String>,
-    /// `RUST_LOG`.
+    /// `NBDTRACK_LOG`.
     pub filter: String,
 }
 
@@ -80,7 +80,7 @@ impl Home {
         for address in &self.listen {
             command.arg("--listen").arg(address);
         }
-        command.env("RUST_LOG", &self.filter);
+        command.env("NBDTRACK_LOG", &self.filter);
         command
     }
 

@@ -13,7 +13,9 @@ use crate::trouble;
 
 // linux/loop.h
 const LOOP_CLR_FD: libc::c_ulong = 0x4C01;
+const LOOP_CHANGE_FD: libc::c_ulong = 0x4C06;
 const LOOP_CONFIGURE: libc::c_ulong = 0x4C0A;
+const LO_FLAGS_READ_ONLY: u32 = 1;
 const LOOP_CTL_ADD: libc::c_ulong = 0x4C80;
 const LOOP_CTL_REMOVE: libc::c_ulong = 0x4C81;
 
@@ -138,15 +140,34 @@ impl LoopDevice {
 
     /// Attaches `backing`; the kernel sends a `change` event with a new diskseq.
     pub fn attach(&self, backing: &Path) -> Outcome<()> {
+        self.configure(backing, false)
+    }
+
+    /// As [`Self::attach`], as a read-only disk.
+    pub fn attach_read_only(&self, backing: &Path) -> Outcome<()> {
+        self.configure(backing, true)
+    }
+
+    /// Puts another file of the same size behind a read-only device that may be open: the one way to exchange a
+    /// disk under an open descriptor without hardware.
+    pub fn change_backing(&self, backing: &Path) -> Outcome<()> {
+        let file = File::open(backing).doing(format!("open {}", backing.display()))?;
+        let device = File::open(self.node()).doing(format!("open {}", self.node()))?;
+        let number = u64::try_from(file.as_raw_fd())?;
+        ioctl(&device, LOOP_CHANGE_FD, number).doing(format!("exchange {}", self.node()))
+    }
+
+    fn configure(&self, backing: &Path, read_only: bool) -> Outcome<()> {
         let file = OpenOptions::new()
             .read(true)
-            .write(true)
+            .write(!read_only)
             .open(backing)
             .doing(format!("open {}", backing.display()))?;
         let device = self.open()?;
         // SAFETY: both structs are plain integers and byte arrays, for which all zeroes is a value.
         let mut config: LoopConfig = unsafe { std::mem::zeroed() };
         config.fd = u32::try_from(file.as_raw_fd())?;
+        config.info.flags = if read_only { LO_FLAGS_READ_ONLY } else { 0 };
         // SAFETY: LOOP_CONFIGURE reads one loop_config, which lives until the call returns.
         let answer = unsafe {
             libc::ioctl(

@@ -1,0 +1,133 @@
+//! `make bench`: what the main job costs on this machine, beside what it may cost.
+//!
+//! Measures and prints one table, writes the same numbers as JSON, and says "missed" where an aim is missed. Decides
+//! nothing else: it exits 0 when every measurement could be made. Everything happens in mount and network namespaces of
+//! its own, so that the udevd it starts reaches nobody else.
+
+#[path = "../../tests/support/mod.rs"]
+mod support;
+
+mod fence;
+mod middle;
+mod scale;
+mod stall;
+mod swaps;
+mod table;
+mod udevd;
+
+use std::io::IsTerminal;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Instant;
+
+use support::Outcome;
+use support::ground::Ground;
+use table::Row;
+
+/// How often each thing is done.
+#[derive(Debug, Clone, Copy)]
+pub struct Plan {
+    /// Swaps of the two latencies, each without and with udevd.
+    pub swaps: usize,
+    /// Removals per number of clients.
+    pub cuts: usize,
+    /// Bystander runs of [`stall::SWAPS`] swaps, each beside its controls.
+    pub stall_runs: usize,
+    /// Disks that come and go in the middle, for each size.
+    pub middle_cycles: usize,
+    /// Swaps in a daemon with [`scale::MANY`] exports.
+    pub scale_swaps: usize,
+}
+
+const FULL: Plan = Plan {
+    swaps: 200,
+    cuts: 200,
+    stall_runs: 3,
+    middle_cycles: 20_000,
+    scale_swaps: 200,
+};
+const QUICK: Plan = Plan {
+    swaps: 30,
+    cuts: 30,
+    stall_runs: 1,
+    middle_cycles: 4_000,
+    scale_swaps: 20,
+};
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            println!("FAILED: {e}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Outcome<()> {
+    let mut quick = false;
+    let mut json = PathBuf::from("target/bench.json");
+    let mut args = std::env::args().skip(1);
+    while let Some(arg) = args.next() {
+        match (arg.as_str(), args.next()) {
+            ("--quick", rest) => {
+                quick = true;
+                if rest.is_some() {
+                    trouble!("--quick comes last");
+                }
+            }
+            ("--json", Some(path)) => json = path.into(),
+            _ => trouble!("usage: bench [--json PATH] [--quick]"),
+        }
+    }
+    let plan = if quick { QUICK } else { FULL };
+    // Before the first thread: a namespace belongs to the thread that makes it and to those it starts.
+    udevd::enter_namespaces()?;
+    support::catch_signals()?;
+    let began = Instant::now();
+    let mut rows = Vec::new();
+    let mut notes = Vec::new();
+
+    say("swaps without udevd");
+    rows.extend(on_ground(|ground| swaps::measure(ground, plan.swaps, ""))?);
+    match udevd::lacking() {
+        Some(reason) => notes.push(format!("with udevd: not measured: {reason}")),
+        None => {
+            say("swaps with udevd");
+            rows.extend(on_ground(|ground| {
+                let _running = udevd::start(ground)?;
+                swaps::measure(ground, plan.swaps, ", udevd running")
+            })?);
+        }
+    }
+    say("removals under streaming clients");
+    rows.extend(fence::measure(plan.cuts)?);
+    say("a bystander beside swaps, and its controls");
+    rows.extend(stall::measure(plan.stall_runs)?);
+    say("the middle with 10 to 10,000 exports and disks");
+    rows.extend(middle::measure(plan.middle_cycles)?);
+    say("a daemon with 10,000 exports");
+    rows.extend(scale::measure(plan.scale_swaps)?);
+
+    let machine = table::machine();
+    table::print(&machine, &rows, &notes, began.elapsed());
+    table::write(&json, &machine, &rows, &notes)?;
+    Ok(())
+}
+
+/// A folder of its own for one measurement; the logs are printed when it fails.
+pub fn on_ground(measure: impl FnOnce(&Ground) -> Outcome<Vec<Row>>) -> Outcome<Vec<Row>> {
+    let ground = Ground::take()?;
+    let outcome = measure(&ground);
+    if outcome.is_err() && !support::interrupted() {
+        ground.print_logs();
+    }
+    outcome
+}
+
+/// Progress, for a person who waits.
+fn say(what: &str) {
+    if std::io::stdout().is_terminal() {
+        println!("  measuring {what}");
+    }
+}

@@ -1,0 +1,213 @@
+//! What the edges answer: an open, a close, the end of a lease, a timer.
+
+use super::binding::{Binding, Cue, Failure};
+use super::enact::RETRY_MAX;
+use super::{
+    Action, Correlation, DiskSeq, ExportName, Generation, LeaseEnd, Notice, OpenRefusal,
+    OpenedDisk, Ticket, Timer,
+};
+
+impl Correlation {
+    pub(super) fn on_opened(&mut self, ticket: Ticket, result: Result<OpenedDisk, OpenRefusal>) {
+        let Some((diskseq, owner)) = self.tickets.get(&ticket).cloned() else {
+            return;
+        };
+        let waiting = owner.filter(|name| {
+            self.exports.get(name).is_some_and(|export| {
+                matches!(&export.binding, Binding::Opening { ticket: Some(current), .. } if *current == ticket)
+            })
+        });
+        match (waiting, result) {
+            (Some(name), Ok(opened)) => {
+                self.mark_busy(diskseq, String::new());
+                self.believe_size(diskseq, opened.size);
+                self.cue(
+                    &name,
+                    Cue::Opened {
+                        size: opened.size,
+                        read_only: opened.read_only,
+                    },
+                );
+                self.close_ticket(ticket);
+            }
+            (Some(name), Err(refusal)) => {
+                self.close_ticket(ticket);
+                let reason = refusal.to_string();
+                let failure = match refusal {
+                    OpenRefusal::Busy(_) => Failure::Busy,
+                    OpenRefusal::Changed(_) | OpenRefusal::TimedOut(_) | OpenRefusal::Kernel(_) => {
+                        Failure::Open
+                    }
+                };
+                if failure == Failure::Busy {
+                    self.mark_busy(diskseq, reason.clone());
+                }
+                if matches!(refusal, OpenRefusal::Changed(_)) {
+                    self.out.push(Action::Survey {
+                        reason: "an opened disk was not the one that was announced",
+                    });
+                }
+                self.cue(&name, Cue::OpenRefused { failure, reason });
+            }
+            // Nobody wants it any more; it stays a hold until it is closed.
+            (None, Ok(_)) => {
+                self.out.push(Action::DropOpened { ticket });
+                return;
+            }
+            (None, Err(_)) => self.close_ticket(ticket),
+        }
+        self.settle_waiting_for(diskseq);
+    }
+
+    pub(super) fn on_dropped(&mut self, ticket: Ticket) {
+        let Some((diskseq, _)) = self.tickets.get(&ticket).cloned() else {
+            return;
+        };
+        self.close_ticket(ticket);
+        self.settle_waiting_for(diskseq);
+    }
+
+    pub(super) fn close_ticket(&mut self, ticket: Ticket) {
+        if let Some((diskseq, _)) = self.tickets.remove(&ticket) {
+            self.holds.close_ticket(diskseq, ticket);
+        }
+    }
+
+    /// What was read twice on the opened device is truer than what was read in passing before: else a stale size
+    /// would be taken for a disk that shrank, again after each open.
+    fn believe_size(&mut self, diskseq: DiskSeq, size: u64) {
+        let Some(disk) = self.disks.get_mut(diskseq) else {
+            return;
+        };
+        let (id, old) = (disk.id(), std::mem::replace(&mut disk.facts.size, size));
+        if old != size {
+            self.out.push(Action::Tell(Notice::Disk(diskseq)));
+            self.out.push(Action::Tell(Notice::Resized {
+                diskseq,
+                id,
+                old,
+                new: size,
+            }));
+        }
+    }
+
+    fn mark_busy(&mut self, diskseq: DiskSeq, busy: String) {
+        if let Some(disk) = self.disks.get_mut(diskseq)
+            && disk.busy != busy
+        {
+            disk.busy = busy;
+            self.out.push(Action::Tell(Notice::Disk(diskseq)));
+        }
+    }
+
+    /// An open of this disk was answered: whoever waited to open it may.
+    fn settle_waiting_for(&mut self, diskseq: DiskSeq) {
+        let Some(disk) = self.disks.get(diskseq) else {
+            return;
+        };
+        for name in self.exports_of(&disk.identities) {
+            self.settle(&name);
+        }
+    }
+
+    pub(super) fn on_lease_ended(
+        &mut self,
+        name: &ExportName,
+        generation: Generation,
+        end: LeaseEnd,
+    ) {
+        let bound = self
+            .exports
+            .get(name)
+            .and_then(|export| match &export.binding {
+                Binding::Draining { held, .. } if held.generation == generation => Some(*held),
+                _ => None,
+            });
+        let held = self
+            .exports
+            .get(name)
+            .and_then(|export| export.binding.held());
+        if bound.is_none() && held.is_some_and(|held| held.generation == generation) {
+            // An answer to nothing: this lease was not ended. Believing it would leave the door open on no disk.
+            return;
+        }
+        let Some(diskseq) = self.holds.disk_of(name, generation) else {
+            return;
+        };
+        match end {
+            LeaseEnd::TimedOut { in_flight, holding } => {
+                let holding = format!("{in_flight} requests in flight: {holding}");
+                self.holds.orphan(name, generation, holding.clone());
+                self.fail_detaches(diskseq, true, &holding);
+                if bound.is_some() {
+                    let reason =
+                        format!("the disk with diskseq {diskseq} has not given up {holding}");
+                    self.cue(name, Cue::TimedOut { reason });
+                }
+            }
+            LeaseEnd::Closed | LeaseEnd::ClosedUnflushed(_) => {
+                // Also the flush of an orphan, whose export may be gone.
+                if let LeaseEnd::ClosedUnflushed(error) = &end {
+                    let what = format!("the last flush of export {name} failed: {error}");
+                    self.fail_detaches(diskseq, false, &what);
+                    if let Some(released) = self.released.get_mut(&diskseq) {
+                        released.remark = format!(", but {what}");
+                        released.unflushed = Some(what);
+                    }
+                }
+                let identities = self.holds.close_lease(name, generation).unwrap_or_default();
+                if bound.is_some() {
+                    self.judge_conflict(name);
+                    if let Some(want) = self.want(name) {
+                        self.cue(name, Cue::Closed(want));
+                    }
+                }
+                for other in self.exports_of(&identities) {
+                    self.settle(&other);
+                }
+                // The disk may be another volume by now, whose exports waited for this one to let go.
+                self.settle_waiting_for(diskseq);
+            }
+        }
+    }
+
+    pub(super) fn on_export_due(&mut self, name: &ExportName) {
+        let Some(export) = self.exports.get(name) else {
+            return;
+        };
+        if export.due.is_none_or(|due| due > self.now) {
+            return;
+        }
+        match &export.binding {
+            Binding::Opening { diskseq, .. } => {
+                let reason = format!(
+                    "{} (diskseq {diskseq}) did not open within {} s",
+                    self.node_of(*diskseq),
+                    self.settings.open_within.as_secs()
+                );
+                self.cue(name, Cue::OpenExpired { reason });
+            }
+            Binding::Failed { .. } => {
+                let want = self.want(name);
+                if let Some(want) = want {
+                    let before = self.exports.get(name).map(|export| export.binding.clone());
+                    self.cue(name, Cue::RetryDue(want));
+                    self.wait_again(name, before.as_ref());
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// The retry could not be made because an earlier open has not been answered: look again later.
+    fn wait_again(&mut self, name: &ExportName, before: Option<&Binding>) {
+        let due = self.now + RETRY_MAX;
+        let Some(export) = self.exports.get_mut(name) else {
+            return;
+        };
+        if before == Some(&export.binding) {
+            export.due = Some(due);
+            self.remind(due, Timer::Export(name.clone()));
+        }
+    }
+}

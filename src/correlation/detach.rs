@@ -1,0 +1,299 @@
+//! `PrepareDetach` and its way back: giving a volume's disk up, durably, and telling when that is safe.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use super::requests::Persisting;
+use super::{
+    Action, Change, Correlation, Decision, DiskSeq, EndHow, Level, Release, Released, Reply,
+    RequestError, RequestId, Timer,
+};
+use crate::identity::VolumeId;
+
+/// A drain or cut reports by itself at its deadline; the caller is answered at the latest this much later.
+const REPORT_SLACK: Duration = Duration::from_secs(1);
+
+/// A `PrepareDetach` that is under way.
+#[derive(Debug, Clone)]
+pub(super) struct Detach {
+    disks: BTreeSet<DiskSeq>,
+    pub persisted: bool,
+    /// A flush failed, or the release could not be stored.
+    pub failure: Option<RequestError>,
+}
+
+impl Correlation {
+    pub(super) fn prepare_detach(
+        &mut self,
+        request: RequestId,
+        volume: VolumeId,
+        hard: bool,
+        within: Duration,
+    ) -> Result<(), RequestError> {
+        self.ready_to_detach()?;
+        let candidates = volume.candidates();
+        let attached = self.disks.presenting(&candidates);
+        let taken_back = self
+            .persisting
+            .values()
+            .any(|purpose| matches!(purpose, Persisting::Cancel { disks } if !disks.is_disjoint(&attached)));
+        if taken_back {
+            return Err(RequestError::NotReady(format!(
+                "an earlier detach of {volume} is being cancelled; try again when that is answered"
+            )));
+        }
+        let mut disks = self.holds.of(&candidates);
+        disks.extend(&attached);
+        if disks.is_empty() {
+            // Nothing is attached and nothing is held: it is safe, and a caller who lost the first reply hears so again.
+            self.known(&volume, &candidates)?;
+            self.reply(request, Ok(Reply::Done));
+            return Ok(());
+        }
+        let how = if hard {
+            EndHow::Cut { within }
+        } else {
+            EndHow::Drain { within }
+        };
+        let names = self.exports_of(&candidates);
+        for name in &names {
+            if let Some(export) = self
+                .exports
+                .get_mut(name)
+                .filter(|export| export.binding.held().is_some())
+            {
+                export.ending = how;
+            }
+        }
+        let boot = self.settings.boot.clone();
+        let changes: Vec<Change> = attached
+            .iter()
+            .map(|diskseq| {
+                Change::PutRelease(Release {
+                    volume: volume.clone(),
+                    diskseq: *diskseq,
+                    boot: boot.clone(),
+                })
+            })
+            .collect();
+        for diskseq in attached {
+            self.release(diskseq, volume.clone());
+        }
+        // A caller that asks again must not take the silence of an empty disk for success.
+        let lost = disks
+            .iter()
+            .find_map(|diskseq| self.released.get(diskseq)?.unflushed.clone());
+        let failure = lost.map(|what| {
+            RequestError::Failed(format!("closed, but not everything is durable: {what}"))
+        });
+        self.detaches.insert(
+            request,
+            Detach {
+                disks,
+                persisted: changes.is_empty(),
+                failure,
+            },
+        );
+        self.remind(self.now + within + REPORT_SLACK, Timer::Detach(request));
+        if !changes.is_empty() {
+            self.persist(request, Persisting::Detach, changes);
+        }
+        for name in names {
+            self.settle(&name);
+        }
+        Ok(())
+    }
+
+    /// "Nothing is attached" can be told only of a machine that was surveyed.
+    fn ready_to_detach(&self) -> Result<(), RequestError> {
+        if self.surveyed {
+            return Ok(());
+        }
+        let reason = "the disks of this machine have not been surveyed yet; try again";
+        Err(RequestError::NotReady(reason.to_owned()))
+    }
+
+    pub(super) fn release(&mut self, diskseq: DiskSeq, volume: VolumeId) {
+        let due = self.now + self.settings.detach_grace;
+        let before = self.released.remove(&diskseq);
+        let unflushed = before.and_then(|before| before.unflushed);
+        let remark = unflushed
+            .as_ref()
+            .map(|what| format!(", but {what}"))
+            .unwrap_or_default();
+        self.released.insert(
+            diskseq,
+            Released {
+                volume,
+                remark,
+                unflushed,
+                due,
+            },
+        );
+        self.remind(due, Timer::Grace(diskseq));
+        self.log_disk(diskseq, "released", "prepared for detach".to_owned());
+    }
+
+    pub(super) fn cancel_detach(
+        &mut self,
+        request: RequestId,
+        volume: &VolumeId,
+    ) -> Result<(), RequestError> {
+        self.ready_to_detach()?;
+        let candidates = volume.candidates();
+        let attached = self.disks.presenting(&candidates);
+        let disks: BTreeSet<DiskSeq> = self
+            .released
+            .iter()
+            .filter(|(diskseq, released)| released.volume == *volume || attached.contains(diskseq))
+            .map(|(diskseq, _)| *diskseq)
+            .collect();
+        if disks.is_empty() {
+            self.known(volume, &candidates)?;
+            self.reply(request, Ok(Reply::Done));
+            return Ok(());
+        }
+        if self
+            .detaches
+            .values()
+            .any(|detach| !detach.disks.is_disjoint(&disks))
+        {
+            return Err(RequestError::NotReady(format!(
+                "{volume} is being prepared for detach; try again when that is answered"
+            )));
+        }
+        let boot = self.settings.boot.clone();
+        let changes = disks
+            .iter()
+            .map(|diskseq| Change::DeleteRelease {
+                diskseq: *diskseq,
+                boot: boot.clone(),
+            })
+            .collect();
+        self.persist(request, Persisting::Cancel { disks }, changes);
+        Ok(())
+    }
+
+    pub(super) fn cancelled(&mut self, request: RequestId, disks: &BTreeSet<DiskSeq>) {
+        for diskseq in disks {
+            self.released.remove(diskseq);
+            self.log_disk(
+                *diskseq,
+                "taken back",
+                "the detach was cancelled".to_owned(),
+            );
+            let names = self
+                .disks
+                .get(*diskseq)
+                .map(|disk| self.exports_of(&disk.identities))
+                .unwrap_or_default();
+            for name in names {
+                self.settle(&name);
+            }
+        }
+        self.reply(request, Ok(Reply::Done));
+    }
+
+    pub(super) fn fail_detaches(&mut self, diskseq: DiskSeq, timed_out: bool, what: &str) {
+        for detach in self
+            .detaches
+            .values_mut()
+            .filter(|detach| detach.disks.contains(&diskseq))
+        {
+            detach.failure.get_or_insert(if timed_out {
+                RequestError::TimedOut(format!(
+                    "the disk with diskseq {diskseq} is still held: {what}"
+                ))
+            } else {
+                RequestError::Failed(format!("closed, but not everything is durable: {what}"))
+            });
+        }
+    }
+
+    /// Answers every `PrepareDetach` whose disks are closed, or that cannot succeed any more.
+    pub(super) fn answer_detaches(&mut self) {
+        let over: Vec<RequestId> = self
+            .detaches
+            .iter()
+            .filter(|(_, detach)| {
+                let timed_out = matches!(detach.failure, Some(RequestError::TimedOut(_)));
+                let closed = detach
+                    .disks
+                    .iter()
+                    .all(|diskseq| !self.holds.is_held(*diskseq));
+                timed_out || (closed && detach.persisted)
+            })
+            .map(|(request, _)| *request)
+            .collect();
+        for request in over {
+            let Some(detach) = self.detaches.remove(&request) else {
+                continue;
+            };
+            let reply = match detach.failure {
+                Some(error) => Err(error),
+                None => Ok(Reply::Done),
+            };
+            self.reply(request, reply);
+        }
+    }
+
+    pub(super) fn on_detach_due(&mut self, request: RequestId) {
+        let Some(detach) = self.detaches.get_mut(&request) else {
+            return;
+        };
+        let held: Vec<String> = detach
+            .disks
+            .iter()
+            .filter(|diskseq| self.holds.is_held(**diskseq))
+            .map(|diskseq| self.holds.describe(*diskseq))
+            .collect();
+        detach.failure = Some(RequestError::TimedOut(if held.is_empty() {
+            "closed, but the store has not kept the release in time".to_owned()
+        } else {
+            format!("still held: {}", held.join("; "))
+        }));
+    }
+
+    pub(super) fn on_grace_over(&mut self, diskseq: DiskSeq) {
+        let now = self.now;
+        // A timer of an earlier release of the same disk comes too early.
+        let Some(released) = self
+            .released
+            .get_mut(&diskseq)
+            .filter(|released| released.due <= now)
+        else {
+            return;
+        };
+        let minutes = self.settings.detach_grace.as_secs() / 60;
+        released.remark = format!(
+            "{} more than {minutes} minutes ago and is still attached",
+            released.remark
+        );
+        let volume = released.volume.to_string();
+        let Some(disk) = self.disks.get(diskseq) else {
+            return;
+        };
+        self.out.push(Action::Log(Decision {
+            level: Level::Warn,
+            what: "still attached",
+            export: None,
+            volume: volume.clone(),
+            node: disk.facts.node.to_string(),
+            diskseq: diskseq.0,
+            generation: 0,
+            reason: format!(
+                "prepared for detach more than {minutes} minutes ago and still attached: detach it, or take it back with \
+                 'nbdtrack cancel-detach {volume}'"
+            ),
+        }));
+        for name in self.exports_of(&disk.identities) {
+            self.settle(&name);
+        }
+    }
+}
+
+impl Detach {
+    pub(super) fn disks(&self) -> usize {
+        self.disks.len()
+    }
+}

@@ -1,0 +1,240 @@
+//! Carries out one step of an export's machine: its orders become actions, and its new state is told.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use super::binding::{Binding, Context, Cue, Failure, Order, Want};
+use super::{
+    Action, Correlation, Decision, DiskSeq, EndHow, ExportName, Generation, Level, Notice,
+    OpenDisk, RefusalKind, State, Ticket, Timer,
+};
+
+/// A failed open is tried again after this, doubled each time up to the maximum: nothing tells us when whoever
+/// holds a disk lets it go.
+const RETRY_FIRST: Duration = Duration::from_millis(200);
+pub(super) const RETRY_MAX: Duration = Duration::from_secs(30);
+
+impl Correlation {
+    pub(super) fn cue(&mut self, name: &ExportName, cue: Cue) {
+        let Some(export) = self.exports.get(name) else {
+            return;
+        };
+        let wanted = match &cue {
+            Cue::Want(Want::Disk(diskseq))
+            | Cue::RetryDue(Want::Disk(diskseq))
+            | Cue::Closed(Want::Disk(diskseq)) => Some(*diskseq),
+            _ => None,
+        };
+        let fresh = Ticket(self.last_ticket.0 + 1);
+        let context = Context {
+            ticket: wanted
+                .filter(|diskseq| !self.holds.is_opening(*diskseq))
+                .map(|_| fresh),
+            generation: Generation(export.generation.0 + 1),
+            ending: self.ending(export),
+        };
+        let before = export.binding.clone();
+        let (after, orders) = before.clone().step(cue, context);
+        for order in orders {
+            self.perform(name, order);
+        }
+        self.bind(name, &before, after);
+    }
+
+    fn perform(&mut self, name: &ExportName, order: Order) {
+        let Some(export) = self.exports.get_mut(name) else {
+            return;
+        };
+        match order {
+            Order::Open { diskseq, ticket } => {
+                let Some(disk) = self.disks.get(diskseq) else {
+                    return;
+                };
+                let Some(identity) = disk.identities.intersection(&export.candidates).next() else {
+                    return;
+                };
+                self.last_ticket = ticket;
+                self.tickets.insert(ticket, (diskseq, Some(name.clone())));
+                self.holds.open(diskseq, &disk.identities, ticket);
+                self.out.push(Action::OpenDisk(OpenDisk {
+                    ticket,
+                    export: name.clone(),
+                    node: disk.facts.node.clone(),
+                    number: disk.facts.number,
+                    diskseq,
+                    identity: identity.clone(),
+                    write: !export.definition.read_only && !disk.facts.read_only,
+                    within: self.settings.open_within,
+                }));
+            }
+            Order::Cancel { ticket } => {
+                if let Some((_, owner)) = self.tickets.get_mut(&ticket) {
+                    *owner = None;
+                }
+            }
+            Order::Serve { ticket, held } => {
+                export.generation = held.generation;
+                export.attempts = 0;
+                let identities = self
+                    .disks
+                    .get(held.diskseq)
+                    .map(|disk| disk.identities.clone())
+                    .unwrap_or_default();
+                self.holds
+                    .lease(held.diskseq, &identities, name.clone(), held.generation);
+                self.out.push(Action::Serve {
+                    export: name.clone(),
+                    ticket,
+                    generation: held.generation,
+                    read_only: held.read_only,
+                });
+            }
+            Order::Unseal { generation } => {
+                self.out.push(Action::Unseal {
+                    export: name.clone(),
+                    generation,
+                });
+            }
+            Order::End { generation, how } => {
+                self.out.push(Action::EndLease {
+                    export: name.clone(),
+                    generation,
+                    how,
+                });
+            }
+        }
+    }
+
+    /// Takes over the outcome of a step and tells of it.
+    fn bind(&mut self, name: &ExportName, before: &Binding, after: Binding) {
+        let now = self.now;
+        let Some(export) = self.exports.get_mut(name) else {
+            return;
+        };
+        let (old, new) = (before.state(), after.state());
+        if *before == after {
+            return;
+        }
+        export.binding = after;
+        export.due = match &export.binding {
+            Binding::Opening {
+                ticket: Some(_), ..
+            } => Some(now + self.settings.open_within),
+            Binding::Failed {
+                failure: Failure::Open | Failure::Busy,
+                ..
+            } => {
+                let delay = RETRY_FIRST
+                    .saturating_mul(1 << export.attempts.min(16))
+                    .min(RETRY_MAX);
+                export.attempts = export.attempts.saturating_add(1);
+                Some(now + delay)
+            }
+            _ => None,
+        };
+        if let Some(due) = export.due {
+            self.timers.insert((due, Timer::Export(name.clone())));
+        }
+        let reason = export.binding.reason().to_owned();
+        self.log_export(name, old, new, &reason);
+        if new != State::Serving {
+            self.refuse(name);
+        }
+        self.out.push(Action::Tell(Notice::Export(name.clone())));
+        if old != new {
+            let (old, new) = (old.name(), new.name());
+            self.out.push(Action::Tell(Notice::ExportState {
+                export: name.clone(),
+                old,
+                new,
+                reason,
+            }));
+        }
+        self.tell_bound(before, name);
+        if let Some(export) = self.exports.get_mut(name)
+            && export.binding.held().is_none()
+        {
+            export.ending = EndHow::Drain {
+                within: self.settings.drain_within,
+            };
+        }
+        self.answer_waiters(name);
+        self.finish_leaving(name);
+    }
+
+    /// The disks that the export was and is on list it as theirs.
+    fn tell_bound(&mut self, before: &Binding, name: &ExportName) {
+        let after = self
+            .exports
+            .get(name)
+            .and_then(|export| export.binding.held());
+        let disks: BTreeSet<DiskSeq> = before
+            .held()
+            .into_iter()
+            .chain(after)
+            .map(|held| held.diskseq)
+            .collect();
+        for diskseq in disks {
+            self.out.push(Action::Tell(Notice::Disk(diskseq)));
+        }
+    }
+
+    pub(super) fn refuse(&mut self, name: &ExportName) {
+        let Some(export) = self.exports.get(name) else {
+            return;
+        };
+        let kind = match export.binding.state() {
+            _ if self.stopping => RefusalKind::ShuttingDown,
+            State::Absent | State::Opening | State::Released | State::Failed => {
+                RefusalKind::NotAvailable
+            }
+            State::Ambiguous => RefusalKind::Policy,
+            State::Draining | State::Serving => RefusalKind::ShuttingDown,
+        };
+        let reason = export.binding.reason().to_owned();
+        self.out.push(Action::Refuse {
+            export: name.clone(),
+            kind,
+            reason,
+        });
+    }
+
+    fn log_export(&mut self, name: &ExportName, old: State, new: State, reason: &str) {
+        let Some(export) = self.exports.get(name) else {
+            return;
+        };
+        let diskseq = export.binding.diskseq();
+        let level = match new {
+            State::Ambiguous | State::Failed => Level::Warn,
+            State::Absent | State::Serving | State::Draining | State::Released if old != new => {
+                Level::Info
+            }
+            State::Absent | State::Opening | State::Serving | State::Draining | State::Released => {
+                Level::Debug
+            }
+        };
+        self.out.push(Action::Log(Decision {
+            level,
+            what: new.name(),
+            export: Some(name.clone()),
+            volume: export.definition.volume.to_string(),
+            node: diskseq
+                .map(|diskseq| self.node_of(diskseq))
+                .unwrap_or_default(),
+            diskseq: diskseq.map_or(0, |diskseq| diskseq.0),
+            generation: export.generation.0,
+            reason: if reason.is_empty() {
+                format!("was {}", old.name())
+            } else {
+                reason.to_owned()
+            },
+        }));
+    }
+
+    pub(super) fn node_of(&self, diskseq: DiskSeq) -> String {
+        self.disks
+            .get(diskseq)
+            .map(|disk| disk.facts.node.to_string())
+            .unwrap_or_default()
+    }
+}

@@ -1,0 +1,304 @@
+//! Exports that come and go at run time, and those who wait for them to serve.
+
+use std::time::Duration;
+
+use super::binding::{Binding, Failure};
+use super::requests::Persisting;
+use super::{
+    Action, Change, Correlation, Definition, EndHow, ExportName, Notice, Reply, RequestError,
+    RequestId, Source, State, Timer,
+};
+
+/// A caller of `AddExport` that waits for the export to serve.
+#[derive(Debug, Clone)]
+pub(super) struct Waiter {
+    pub request: RequestId,
+    pub created: bool,
+    pub due: Duration,
+}
+
+impl Correlation {
+    pub(super) fn add(
+        &mut self,
+        request: RequestId,
+        definition: Definition,
+        wait: Duration,
+    ) -> Result<(), RequestError> {
+        if self.stopping {
+            return Err(RequestError::NotReady("the daemon is stopping".to_owned()));
+        }
+        let name = definition.name.clone();
+        let removing = self.is_being_removed(&name);
+        if let Some(export) = self.exports.get_mut(&name) {
+            if export.leaving.is_some() || removing {
+                return Err(RequestError::NotReady(format!(
+                    "export {name} is being removed; try again"
+                )));
+            }
+            let known = &export.definition;
+            if (&known.volume, known.read_only, known.share)
+                != (&definition.volume, definition.read_only, definition.share)
+            {
+                return Err(RequestError::AlreadyExists(format!(
+                    "export {name} exists already with another definition: volume {}, read_only {}, share {}, from {}",
+                    known.volume,
+                    known.read_only,
+                    known.share,
+                    known.source.name(),
+                )));
+            }
+            let due = self.now + wait;
+            export.waiters.push(Waiter {
+                request,
+                created: false,
+                due,
+            });
+            self.remind(due, Timer::Waiters(name.clone()));
+            self.answer_waiters(&name);
+            return Ok(());
+        }
+        if removing || self.is_being_added(&name) {
+            return Err(RequestError::NotReady(format!(
+                "an export {name} is being added or removed; try again"
+            )));
+        }
+        self.judge_definition(&definition)?;
+        self.insert_export(definition.clone(), false);
+        self.settle(&name);
+        self.refuse(&name);
+        self.out.push(Action::Tell(Notice::Export(name.clone())));
+        self.persist(
+            request,
+            Persisting::Add { name, wait },
+            vec![Change::PutExport(definition)],
+        );
+        Ok(())
+    }
+
+    /// Refuses a definition that cannot stand beside those that are there, or are about to be.
+    fn judge_definition(&self, definition: &Definition) -> Result<(), RequestError> {
+        let mut names = self.exports_of(&definition.volume.candidates());
+        names.extend(self.replacing.iter().cloned());
+        let mut others = names
+            .iter()
+            .filter_map(|name| self.exports.get(name))
+            .filter(|export| !export.goes());
+        others.try_for_each(|export| judge_pair(definition, export.planned()))
+    }
+
+    pub(super) fn added(&mut self, request: RequestId, name: &ExportName, wait: Duration) {
+        let due = self.now + wait;
+        let Some(export) = self.exports.get_mut(name) else {
+            self.reply(
+                request,
+                Err(RequestError::NotFound(format!("export {name} was removed"))),
+            );
+            return;
+        };
+        export.durable = true;
+        export.waiters.push(Waiter {
+            request,
+            created: true,
+            due,
+        });
+        self.remind(due, Timer::Waiters(name.clone()));
+        self.inherit_conflict(name);
+        self.settle(name);
+        self.answer_waiters(name);
+    }
+
+    /// Answers those who wait for the export to serve: when it does, or when their time is over.
+    pub(super) fn answer_waiters(&mut self, name: &ExportName) {
+        let now = self.now;
+        let removing = self.is_being_removed(name);
+        let Some(export) = self.exports.get_mut(name) else {
+            return;
+        };
+        let serving = export.binding.state() == State::Serving && !removing;
+        let (done, waiting): (Vec<Waiter>, Vec<Waiter>) = std::mem::take(&mut export.waiters)
+            .into_iter()
+            .partition(|waiter| serving || waiter.due <= now);
+        export.waiters = waiting;
+        let kept = if export.durable {
+            "is kept, but not served"
+        } else {
+            "is not stored yet"
+        };
+        let reason = format!("export {name} {kept}: {}", export.binding.reason());
+        let refusal = match &export.binding {
+            Binding::Ambiguous { .. } => RequestError::Ambiguous(reason),
+            Binding::Failed {
+                failure: Failure::Busy,
+                ..
+            } => RequestError::DeviceBusy(reason),
+            _ => RequestError::NotReady(reason),
+        };
+        for waiter in done {
+            let reply = if serving {
+                Ok(Reply::Added {
+                    name: name.clone(),
+                    created: waiter.created,
+                })
+            } else {
+                Err(refusal.clone())
+            };
+            self.reply(waiter.request, reply);
+        }
+    }
+
+    pub(super) fn remove(
+        &mut self,
+        request: RequestId,
+        name: &ExportName,
+        hard: bool,
+        within: Duration,
+    ) -> Result<(), RequestError> {
+        let export = self.exports.get(name).ok_or_else(|| {
+            RequestError::NotFound(format!(
+                "there is no export {name}; 'nbdtrack exports' lists them"
+            ))
+        })?;
+        if export.definition.source == Source::Config {
+            return Err(RequestError::NotSupported(format!(
+                "export {name} stands in the configuration file: take it out there"
+            )));
+        }
+        if !export.durable || export.leaving.is_some() || self.is_being_removed(name) {
+            return Err(RequestError::NotReady(format!(
+                "export {name} is being added or removed; try again"
+            )));
+        }
+        let how = if hard {
+            EndHow::Cut { within }
+        } else {
+            EndHow::Drain { within }
+        };
+        let changes = vec![Change::DeleteExport(name.clone())];
+        self.persist(
+            request,
+            Persisting::Remove {
+                name: name.clone(),
+                how,
+                hard,
+            },
+            changes,
+        );
+        // It opens nothing and promises nothing any more; who is served is, until the removal is stored.
+        self.settle(name);
+        Ok(())
+    }
+
+    /// A definition of this name is being stored (its export may have gone since).
+    fn is_being_added(&self, name: &ExportName) -> bool {
+        self.persisting
+            .values()
+            .any(|purpose| matches!(purpose, Persisting::Add { name: added, .. } if added == name))
+    }
+
+    /// Its removal is being stored.
+    pub(super) fn is_being_removed(&self, name: &ExportName) -> bool {
+        self.persisting
+            .values()
+            .any(|purpose| matches!(purpose, Persisting::Remove { name: removed, .. } if removed == name))
+    }
+
+    /// Takes an export out once nothing of it is held, or defines it anew.
+    pub(super) fn finish_leaving(&mut self, name: &ExportName) {
+        let Some(export) = self.exports.get_mut(name) else {
+            return;
+        };
+        if export.leaving.is_none() || export.binding.held().is_some() {
+            return;
+        }
+        let Some(leaving) = export.leaving.take() else {
+            return;
+        };
+        let orphaned = matches!(
+            export.binding,
+            Binding::Failed {
+                failure: Failure::Orphan,
+                ..
+            }
+        );
+        let generation = export.generation;
+        let waiters = std::mem::take(&mut export.waiters);
+        match leaving.replacement {
+            Some(definition) => {
+                let known = &export.definition;
+                let same = (&known.volume, known.read_only, known.share)
+                    == (&definition.volume, definition.read_only, definition.share);
+                self.redefine(name, definition, generation);
+                if same {
+                    self.keep_waiters(name, waiters);
+                } else {
+                    let changed =
+                        RequestError::NotReady(format!("the definition of export {name} changed"));
+                    for waiter in waiters {
+                        self.reply(waiter.request, Err(changed.clone()));
+                    }
+                }
+            }
+            None => {
+                let reason = RequestError::NotFound(format!("export {name} was removed"));
+                for waiter in waiters {
+                    self.reply(waiter.request, Err(reason.clone()));
+                }
+                self.forget(name, &reason);
+            }
+        }
+        let reply = if orphaned && !leaving.hard {
+            Err(RequestError::TimedOut(format!(
+                "export {name} is removed and its clients are gone, but its disk has not given up their requests; the \
+                 volume stays blocked until it does"
+            )))
+        } else {
+            Ok(Reply::Done)
+        };
+        if let Some(request) = leaving.request {
+            self.reply(request, reply);
+        }
+    }
+
+    pub(super) fn forget(&mut self, name: &ExportName, reason: &RequestError) {
+        self.drop_conflict(name);
+        let Some(export) = self.remove_export(name) else {
+            return;
+        };
+        for waiter in export.waiters {
+            self.reply(waiter.request, Err(reason.clone()));
+        }
+        self.out.push(Action::Forget {
+            export: name.clone(),
+        });
+        self.out.push(Action::Tell(Notice::Export(name.clone())));
+    }
+}
+
+/// Refuses a definition that could be taken for the other's volume, or that would write where the other writes.
+pub(super) fn judge_pair(definition: &Definition, other: &Definition) -> Result<(), RequestError> {
+    if other.name == definition.name {
+        return Ok(());
+    }
+    let candidates = definition.volume.candidates();
+    let Some(common) = candidates
+        .intersection(&other.volume.candidates())
+        .next()
+        .cloned()
+    else {
+        return Ok(());
+    };
+    if other.volume != definition.volume {
+        return Err(RequestError::InvalidConfig(format!(
+            "export {}: volume {} could be the disk of export {} ({}): both would look for {common}",
+            definition.name, definition.volume, other.name, other.volume,
+        )));
+    }
+    let both_write = !(definition.read_only || other.read_only);
+    if both_write && !(definition.share && other.share) {
+        return Err(RequestError::InUse(format!(
+            "export {}: volume {} is already written to by export {}; make one of them read-only, or say 'share' on both",
+            definition.name, definition.volume, other.name,
+        )));
+    }
+    Ok(())
+}

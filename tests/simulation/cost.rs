@@ -1,0 +1,165 @@
+//! What one event costs does not grow with the number of exports and disks.
+
+use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
+
+use nbdtrack::correlation::{
+    Action, BootId, Correlation, Definition, DeviceNode, DeviceNumber, DiskFacts, DiskSeq, Event,
+    ExportName, Mark, OpenedDisk, Reading, Remembered, Settings, Source,
+};
+use nbdtrack::identity::{Identity, Scheme, VolumeId};
+
+fn facts(index: u32, diskseq: u64) -> DiskFacts {
+    let identity = Identity {
+        scheme: Scheme::Loop,
+        value: format!("/v{index}"),
+    };
+    DiskFacts {
+        node: DeviceNode(format!("/dev/x{index}")),
+        number: DeviceNumber {
+            major: 7,
+            minor: index,
+        },
+        diskseq: DiskSeq(diskseq),
+        size: 1000,
+        read_only: false,
+        identities: Reading::Known([identity].into()),
+        serial: String::new(),
+        wwid: String::new(),
+        model: String::new(),
+        holders: Vec::new(),
+        leaving: false,
+    }
+}
+
+/// A model in which `count` exports serve as many disks.
+fn serving(count: u32) -> Correlation {
+    let exports = (0..count).map(|index| Definition {
+        name: ExportName::parse(&format!("e{index}")).expect("a valid name"),
+        volume: VolumeId::parse(&format!("loop:/v{index}")).expect("a valid volume"),
+        read_only: false,
+        share: false,
+        source: Source::Dbus,
+    });
+    let remembered = Remembered {
+        exports: exports.collect(),
+        ..Remembered::default()
+    };
+    let mut middle = Correlation::new(Settings::new(BootId("boot".to_owned())), remembered);
+    middle.start();
+    let disks = (0..count)
+        .map(|index| facts(index, u64::from(index) + 1))
+        .collect();
+    let actions = middle.apply(
+        Duration::ZERO,
+        Event::Surveyed {
+            mark: Mark(1),
+            disks,
+            routine: false,
+        },
+    );
+    for action in actions {
+        if let Action::OpenDisk(order) = action {
+            let result = Ok(OpenedDisk {
+                size: 1000,
+                read_only: false,
+            });
+            middle.apply(
+                Duration::ZERO,
+                Event::DiskOpened {
+                    ticket: order.ticket,
+                    result,
+                },
+            );
+        }
+    }
+    middle
+}
+
+/// The actions of each event of one disk's way out and back, and the mean time of an event.
+fn round(count: u32) -> (Vec<usize>, Duration) {
+    const ROUNDS: u32 = 50;
+    let mut middle = serving(count);
+    let (mut mark, mut seq) = (2, u64::from(count) + 1);
+    let mut shapes = BTreeSet::new();
+    let began = Instant::now();
+    for round in 0..ROUNDS {
+        let index = round % count;
+        let mut shape = Vec::new();
+        let mut step = |middle: &mut Correlation, event: Event| {
+            let actions = middle.apply(Duration::ZERO, event);
+            shape.push(actions.len());
+            actions
+        };
+        let number = DeviceNumber {
+            major: 7,
+            minor: index,
+        };
+        let gone = step(
+            &mut middle,
+            Event::DiskGone {
+                mark: Mark(mark),
+                number,
+                diskseq: None,
+            },
+        );
+        for action in gone {
+            if let Action::EndLease {
+                export, generation, ..
+            } = action
+            {
+                let end = nbdtrack::correlation::LeaseEnd::Closed;
+                step(
+                    &mut middle,
+                    Event::LeaseEnded {
+                        export,
+                        generation,
+                        end,
+                    },
+                );
+            }
+        }
+        let seen = step(
+            &mut middle,
+            Event::DiskSeen {
+                mark: Mark(mark + 1),
+                facts: facts(index, seq),
+            },
+        );
+        for action in seen {
+            if let Action::OpenDisk(order) = action {
+                let result = Ok(OpenedDisk {
+                    size: 1000,
+                    read_only: false,
+                });
+                step(
+                    &mut middle,
+                    Event::DiskOpened {
+                        ticket: order.ticket,
+                        result,
+                    },
+                );
+            }
+        }
+        shapes.insert(shape);
+        mark += 2;
+        seq += 1;
+    }
+    let took = began.elapsed() / (4 * ROUNDS);
+    assert_eq!(middle.check(), Ok(()));
+    assert_eq!(shapes.len(), 1, "every disk's way is the same: {shapes:?}");
+    (shapes.into_iter().next().unwrap_or_default(), took)
+}
+
+#[test]
+fn an_event_costs_the_same_beside_ten_and_ten_thousand_exports() {
+    let (few, _) = round(10);
+    assert_eq!(few.len(), 4, "gone, closed, seen, opened");
+    for count in [10, 100, 1_000, 10_000] {
+        let (actions, time) = round(count);
+        println!(
+            "{count} exports and disks: actions {actions:?}, {time:?} an event (a debug build below 200 checks)"
+        );
+        assert_eq!(actions, few);
+    }
+}

@@ -1,0 +1,368 @@
+//! What the simulation found, each told as a short schedule of its own.
+
+use std::time::Duration;
+
+use nbdtrack::correlation::{DiskSeq, Reply, Request, RequestError, Source, State};
+
+use crate::world::{Broken, World, definition, name, volume};
+
+const WITHIN: Duration = Duration::from_secs(30);
+
+/// Export e0 serves volume 0 on `/dev/x0`, and e1 waits for volume 1.
+fn serving() -> World {
+    let mut world = World::new(
+        Broken::Nothing,
+        &[(0, 0)],
+        &[
+            definition(0, 0, 0, Source::Dbus),
+            definition(1, 1, 0, Source::Dbus),
+        ],
+    );
+    world.settle_all();
+    assert_eq!(state(&world, 0), Some(State::Serving));
+    world
+}
+
+fn state(world: &World, index: u8) -> Option<State> {
+    world.middle.export(&name(index)).map(|view| view.state)
+}
+
+fn deliver_all(world: &mut World) {
+    while !world.observations.is_empty() {
+        world.deliver(0);
+    }
+}
+
+fn prepare_detach(index: u8, hard: bool) -> Request {
+    Request::PrepareDetach {
+        volume: volume(index),
+        hard,
+        within: WITHIN,
+    }
+}
+
+fn add(index: u8, volume: u8) -> Request {
+    Request::AddExport {
+        definition: definition(index, volume, 0, Source::Dbus),
+        wait: Duration::ZERO,
+    }
+}
+
+fn remove(index: u8, hard: bool) -> Request {
+    Request::RemoveExport {
+        name: name(index),
+        hard,
+        within: WITHIN,
+    }
+}
+
+fn ends_well(mut world: World) {
+    world.rest();
+    assert_eq!(world.violation, None);
+}
+
+/// The conflicts of the store were given only to exports of the store: one of the configuration, which is read later,
+/// served the survivor after a restart.
+#[test]
+fn a_conflict_of_a_configured_export_survives_a_restart() {
+    let mut world = World::new(Broken::Nothing, &[(0, 0)], &[]);
+    world.configure(vec![definition(0, 0, 0, Source::Config)]);
+    world.settle_all();
+    world.attach(1, 0, true);
+    world.settle_all();
+    world.detach(0, true);
+    world.settle_all();
+    world.crash(false, 0);
+    world.settle_all();
+    assert_eq!(state(&world, 0), Some(State::Ambiguous));
+    ends_well(world);
+}
+
+/// A new definition of the same volume began without its conflict.
+#[test]
+fn a_conflict_survives_a_new_definition_of_the_same_volume() {
+    let mut world = World::new(Broken::Nothing, &[(0, 0), (1, 0)], &[]);
+    world.configure(vec![definition(0, 0, 0, Source::Config)]);
+    world.settle_all();
+    world.detach(0, true);
+    world.settle_all();
+    world.configure(vec![definition(0, 0, 1, Source::Config)]);
+    world.settle_all();
+    assert_eq!(state(&world, 0), Some(State::Ambiguous));
+    ends_well(world);
+}
+
+/// An export that was added to a volume in conflict served the survivor that the others refused.
+#[test]
+fn a_new_export_waits_with_the_others_of_its_volume() {
+    let mut world = serving();
+    world.attach(1, 0, true);
+    world.settle_all();
+    world.detach(0, true);
+    world.settle_all();
+    world.ask(Request::AddExport {
+        definition: definition(2, 0, 1, Source::Dbus),
+        wait: Duration::ZERO,
+    });
+    world.settle_all();
+    assert_eq!(state(&world, 2), Some(State::Ambiguous));
+    ends_well(world);
+}
+
+/// Disks that were given up, or are members of something else, counted as claimants: the one that was left could
+/// never be confirmed.
+#[test]
+fn a_member_of_an_array_does_not_stand_in_the_way_of_a_confirmation() {
+    let mut world = serving();
+    world.attach(1, 0, true);
+    world.settle_all();
+    world.alter(0, 1);
+    world.settle_all();
+    assert_eq!(state(&world, 0), Some(State::Ambiguous));
+    world.ask(Request::ResolveConflict {
+        name: name(0),
+        diskseq: DiskSeq(2),
+    });
+    world.settle_all();
+    assert_eq!(state(&world, 0), Some(State::Serving));
+    ends_well(world);
+}
+
+/// The caller of a detach was told "safe" by a daemon that had not looked yet, and opened the disk right after.
+#[test]
+fn before_the_first_survey_nothing_is_safe_to_detach() {
+    let mut world = World::new(
+        Broken::Nothing,
+        &[(0, 0)],
+        &[definition(0, 0, 0, Source::Dbus)],
+    );
+    world.ask(prepare_detach(0, false));
+    world.ask(Request::CancelDetach { volume: volume(0) });
+    assert!(
+        world
+            .replies
+            .iter()
+            .all(|reply| matches!(reply, Err(RequestError::NotReady(_))))
+    );
+    assert_eq!(world.replies.len(), 2);
+    ends_well(world);
+}
+
+/// A detach that was asked for while the cancellation of an earlier one was being stored was answered, and then the
+/// cancellation took effect.
+#[test]
+fn a_cancel_that_is_being_stored_is_not_crossed_by_a_detach() {
+    let mut world = serving();
+    world.ask(prepare_detach(0, false));
+    world.settle_all();
+    world.ask(Request::CancelDetach { volume: volume(0) });
+    world.ask(prepare_detach(0, false));
+    assert!(matches!(
+        world.replies.last(),
+        Some(Err(RequestError::NotReady(_)))
+    ));
+    ends_well(world);
+}
+
+/// A survey forgot how old the facts of a number without a disk were, so facts read before it brought the disk back.
+#[test]
+fn facts_from_before_a_survey_make_no_phantom() {
+    let mut world = serving();
+    world.attach(1, 1, true);
+    world.detach(1, true);
+    world.survey(0, false);
+    world.deliver(2);
+    world.deliver(0);
+    assert_eq!(world.middle.disks_of(&volume(1)), []);
+    ends_well(world);
+}
+
+/// The disk grew and no event told: the opened device's size against the older facts looked like a disk that shrank,
+/// which was cut and opened again without an end.
+#[test]
+fn a_size_that_no_event_told_does_not_cut_the_export_again_and_again() {
+    let mut world = World::new(
+        Broken::Nothing,
+        &[(0, 0)],
+        &[definition(0, 0, 0, Source::Dbus)],
+    );
+    world.survey(0, false);
+    world.alter(0, 208);
+    world.deliver(0);
+    world.alter(0, 5 + 7 * 29);
+    assert!(world.observations.is_empty());
+    world.open(0, 0);
+    world.answer(0);
+    assert_eq!(state(&world, 0), Some(State::Serving));
+    assert!(world.leases.values().all(|lease| lease.ending.is_none()));
+    ends_well(world);
+}
+
+/// The generations of an export that was added again began at 1 again: the late end of its namesake's orphan was taken
+/// for the end of its own lease.
+#[test]
+fn an_orphan_is_not_taken_for_the_lease_of_its_namesake() {
+    let mut world = serving();
+    world.write(0);
+    world.ask(remove(0, true));
+    world.keep(false);
+    world.answer(0);
+    world.end_lease(0, false);
+    world.answer(0);
+    assert_eq!(world.middle.orphans(), 1);
+    world.ask(remove(1, true));
+    world.keep(false);
+    world.answer(0);
+    world.attach(1, 1, true);
+    deliver_all(&mut world);
+    world.ask(add(0, 1));
+    for _ in 0..3 {
+        world.keep(false);
+        world.open(0, 0);
+        world.answer(0);
+    }
+    assert_eq!(state(&world, 0), Some(State::Serving));
+    assert_eq!(world.middle.orphans(), 1);
+    world.settle_all();
+    assert_eq!(
+        (state(&world, 0), world.middle.orphans()),
+        (Some(State::Serving), 0)
+    );
+    ends_well(world);
+}
+
+/// A disk turned from volume 0 into volume 1 while writes to volume 0 were in flight, and was opened as volume 1 before
+/// they had ended.
+#[test]
+fn a_disk_that_became_another_volume_is_opened_after_it_was_let_go() {
+    let mut world = serving();
+    world.write(0);
+    world.change_identity(0, 1);
+    deliver_all(&mut world);
+    assert_eq!(
+        (state(&world, 0), state(&world, 1)),
+        (Some(State::Draining), Some(State::Absent))
+    );
+    assert!(world.opens.is_empty());
+    world.settle_all();
+    assert_eq!(state(&world, 1), Some(State::Serving));
+    ends_well(world);
+}
+
+/// The flush of an orphan failed when it was closed at last; the detach that had waited for it said that all was well.
+#[test]
+fn the_failed_flush_of_an_orphan_is_told_to_who_detaches() {
+    let mut world = serving();
+    world.write(0);
+    world.ask(prepare_detach(0, true));
+    world.keep(false);
+    world.answer(0);
+    world.end_lease(0, false);
+    world.answer(0);
+    assert!(matches!(
+        world.replies.last(),
+        Some(Err(RequestError::TimedOut(_)))
+    ));
+    world.ask(prepare_detach(0, true));
+    world.finish_write(0);
+    world.end_lease(0, true);
+    world.settle_all();
+    assert!(matches!(
+        world.replies.last(),
+        Some(Err(RequestError::Failed(_)))
+    ));
+    world.ask(prepare_detach(0, true));
+    world.settle_all();
+    assert!(matches!(
+        world.replies.last(),
+        Some(Err(RequestError::Failed(_)))
+    ));
+    ends_well(world);
+}
+
+/// Taken out of the file and put back while its clients were still being drained, the export vanished.
+#[test]
+fn a_definition_that_comes_back_while_it_leaves_stays() {
+    let mut world = World::new(Broken::Nothing, &[(0, 0)], &[]);
+    let file = vec![definition(0, 0, 0, Source::Config)];
+    world.configure(file.clone());
+    world.settle_all();
+    world.write(0);
+    world.configure(Vec::new());
+    world.configure(file);
+    world.settle_all();
+    assert_eq!(state(&world, 0), Some(State::Serving));
+    ends_well(world);
+}
+
+/// The definition that replaces another was not judged: two exports wrote to one volume.
+#[test]
+fn a_changed_definition_is_judged_beside_the_others() {
+    let mut world = serving();
+    world.configure(vec![definition(2, 2, 0, Source::Config)]);
+    world.configure(vec![definition(2, 0, 0, Source::Config)]);
+    world.settle_all();
+    assert_eq!(
+        world.middle.export(&name(2)).map(|view| view.volume_id),
+        Some(volume(2).to_string())
+    );
+    ends_well(world);
+}
+
+#[test]
+fn exports_that_exchange_their_volumes_do_not_collide() {
+    let mut world = World::new(Broken::Nothing, &[(0, 0), (1, 1)], &[]);
+    world.configure(vec![
+        definition(0, 0, 0, Source::Config),
+        definition(1, 1, 0, Source::Config),
+    ]);
+    world.settle_all();
+    world.configure(vec![
+        definition(0, 1, 0, Source::Config),
+        definition(1, 0, 0, Source::Config),
+    ]);
+    world.settle_all();
+    assert_eq!(
+        world.middle.export(&name(0)).and_then(|view| view.disk),
+        Some(DiskSeq(2))
+    );
+    assert_eq!(
+        world.middle.export(&name(1)).and_then(|view| view.disk),
+        Some(DiskSeq(1))
+    );
+    ends_well(world);
+}
+
+/// An export that the configuration took over stayed in the store, and was there again after it had left the file.
+#[test]
+fn an_adopted_export_leaves_the_store() {
+    let mut world = serving();
+    world.configure(vec![definition(0, 0, 0, Source::Config)]);
+    world.settle_all();
+    world.configure(Vec::new());
+    world.settle_all();
+    world.crash(false, 0);
+    world.settle_all();
+    assert_eq!(state(&world, 0), None);
+    ends_well(world);
+}
+
+/// The second of two removals took away the export that had been added again in between.
+#[test]
+fn a_removal_that_is_being_stored_is_not_crossed_by_another() {
+    let mut world = serving();
+    world.ask(remove(0, false));
+    world.ask(remove(0, false));
+    assert!(matches!(
+        world.replies.last(),
+        Some(Err(RequestError::NotReady(_)))
+    ));
+    world.ask(add(0, 0));
+    assert!(matches!(
+        world.replies.last(),
+        Some(Err(RequestError::NotReady(_)))
+    ));
+    world.settle_all();
+    assert_eq!(world.replies.last(), Some(&Ok(Reply::Done)));
+    ends_well(world);
+}
