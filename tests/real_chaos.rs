@@ -162,7 +162,7 @@ impl Chaos {
 
     /// Collects streams that ended, and starts one where there is none and the export takes clients.
     fn keep_streaming(&mut self) -> Outcome<()> {
-        for volume in 0..NAMES.len() {
+        for (volume, name) in NAMES.into_iter().enumerate() {
             if self.streams.get(&volume).is_some_and(Stream::is_over) {
                 self.collect(volume)?;
             }
@@ -171,7 +171,6 @@ impl Chaos {
             }
             self.started += 1;
             let first = self.started * STREAM_SPAN;
-            let name = NAMES[volume];
             // Refused while its volume is away: then there is none.
             if let Ok(stream) = Stream::start(&self.scene.endpoint(), name, name, PACE, first) {
                 self.streams.insert(volume, stream);

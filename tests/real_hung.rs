@@ -344,21 +344,35 @@ fn crowd_of_clients_of_a_hung_disk_takes_no_thread_from_the_others() -> Outcome<
             }
             crowd.push(client);
         }
-        until(STEP_LIMIT, "the disk to hang", || Ok((disk.held() > 0).then_some(())))?;
+        until(STEP_LIMIT, "the disk to hang", || {
+            Ok((disk.held() > 0).then_some(()))
+        })?;
         std::thread::sleep(Duration::from_millis(500));
         let mut slowest = Duration::ZERO;
         for _ in 0..20 {
             let began = Instant::now();
             let mut other = Client::open(&scene.endpoint(), "vol-b")?;
-            hold!(other.read(8 << 20, &mut [0; 4096])? == Ok(()), "a read of the other export");
-            hold!(other.write(9 << 20, &[1; 512], true)? == Ok(()), "and a durable write");
+            hold!(
+                other.read(8 << 20, &mut [0; 4096])? == Ok(()),
+                "a read of the other export"
+            );
+            hold!(
+                other.write(9 << 20, &[1; 512], true)? == Ok(()),
+                "and a durable write"
+            );
             slowest = slowest.max(began.elapsed());
             other.leave()?;
         }
-        hold!(slowest < PROMPT, "a new client of another export waited {slowest:?}");
+        hold!(
+            slowest < PROMPT,
+            "a new client of another export waited {slowest:?}"
+        );
         let began = Instant::now();
         let answer = scene.client.remove_export("ill", "hard");
-        tell(&format!("hung crowd: hard removal answered {answer:?} after {:?}", began.elapsed()));
+        tell(&format!(
+            "hung crowd: hard removal answered {answer:?} after {:?}",
+            began.elapsed()
+        ));
         let report = bystander.finish()?;
         hold!(report.broken.is_none(), "{:?}", report.broken);
         let threads = scene.daemon()?.holdings()?.threads;
@@ -368,7 +382,9 @@ fn crowd_of_clients_of_a_hung_disk_takes_no_thread_from_the_others() -> Outcome<
             report.longest_stall
         ));
         disk.heal();
-        until(STEP_LIMIT, "the orphan to close", || Ok((number(&scene, "orphans")? == 0).then_some(())))?;
+        until(STEP_LIMIT, "the orphan to close", || {
+            Ok((number(&scene, "orphans")? == 0).then_some(()))
+        })?;
         drop(crowd);
         scene.stop()
     })

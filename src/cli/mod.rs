@@ -285,7 +285,11 @@ impl Failure {
         };
         let said = self.to_string();
         // The daemon knows more than we do: what it says to do next is enough.
-        if said.contains("'nbdtrack ") { said } else { said + next }
+        if said.contains("'nbdtrack ") {
+            said
+        } else {
+            said + next
+        }
     }
 }
 

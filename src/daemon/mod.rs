@@ -4,6 +4,7 @@
 //! not by the bus, not by a client (invariant 11). What takes time is handed to a thread or a task that
 //! answers with an event.
 
+mod asked;
 mod control;
 mod log;
 mod perform;
