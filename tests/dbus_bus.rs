@@ -473,7 +473,7 @@ fn more_calls_than_there_are_places_are_told_to_try_again() {
     block_on(async {
         let (_publisher, mut queue, client) = start(&bus).await;
         let body = ("loop:/x", BTreeMap::<&str, Variant<'_>>::new());
-        let waiting: Vec<_> = (0..200)
+        let waiting: Vec<_> = (0..700)
             .map(|_| {
                 let (client, body) = (client.clone(), body.clone());
                 tokio::spawn(
@@ -488,7 +488,7 @@ fn more_calls_than_there_are_places_are_told_to_try_again() {
         {
             held.push(command);
         }
-        assert!(held.len() <= 128, "{} in flight", held.len());
+        assert!(held.len() <= 512, "{} in flight", held.len());
         let answered = held.len();
         for command in held {
             command.reply.send(Ok(Answer::Done)).unwrap();
@@ -504,7 +504,7 @@ fn more_calls_than_there_are_places_are_told_to_try_again() {
                 }
             }
         }
-        assert_eq!(answered + refused, 200);
+        assert_eq!(answered + refused, 700);
     });
 }
 

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use nbd_common::*;
 use nbdtrack::correlation::{EndHow, Generation, LeaseEnd};
 use nbdtrack::nbd::Limits;
-use nbdtrack::nbd::wire::{cmd, cmd_flag};
+use nbdtrack::nbd::wire::{cmd, cmd_flag, option};
 
 const EIO: u32 = 5;
 const ESHUTDOWN: u32 = 108;
@@ -479,4 +479,39 @@ fn the_last_door_dropped_ends_its_connections() {
         client.closed();
     }
     until("the image is let go", || Arc::strong_count(&image) == 1);
+}
+
+#[test]
+fn many_hung_disks_leave_threads_to_the_others() {
+    let limits = Limits {
+        session_threads: 16,
+        disk_threads: 32,
+        disk_threads_per_lease: 16,
+        inline_writes_per_lease: 4,
+        ..Limits::default()
+    };
+    let server = Server::with(limits, Memory::new(MIB));
+    let mut crowd = Vec::new();
+    let hung = Memory::new(MIB);
+    hung.hold("flush");
+    hung.hold("write");
+    for number in 0..8 {
+        let export = format!("hung-{number}");
+        server
+            .door
+            .serve(&name(&export), Generation(1), hung.clone(), false);
+        for _ in 0..10 {
+            let mut client = server.talk();
+            client.option(option::GO, &choice(export.as_bytes(), &[]));
+            client.request(cmd::FLUSH, 0, 1, 0, 0);
+            client.request(cmd::WRITE, 0, 2, 0, 512);
+            client.put(&[1; 512]);
+            crowd.push(client);
+        }
+    }
+    hung.wait_inside(20);
+    let mut client = server.go();
+    assert_eq!(client.ask(cmd::WRITE, 0, 0, 512), 0);
+    assert_eq!(client.ask(cmd::FLUSH, 0, 0, 0), 0);
+    hung.let_go();
 }

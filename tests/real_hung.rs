@@ -3,10 +3,11 @@
 
 mod support;
 
+use std::io::Write;
 use std::time::{Duration, Instant};
 
 use support::bus::Options;
-use support::client::Client;
+use support::client::{CMD_READ, CMD_WRITE, Client, request};
 use support::fuse_disk::{ALL, FLUSHES, FuseDisk, WRITES};
 use support::ground::{Ground, Need, real, tell};
 use support::scene::{STEP_LIMIT, Scene};
@@ -318,6 +319,73 @@ fn hard_frees_the_clients_at_once_and_blocks_the_volume_until_the_disk_answers()
         })?;
         scene.client.cancel_detach(&id(&disk))?;
         scene.client.reach_state("again", "Serving", STEP_LIMIT)?;
+        scene.stop()
+    })
+}
+
+#[test]
+fn crowd_of_clients_of_a_hung_disk_takes_no_thread_from_the_others() -> Outcome<()> {
+    real("hung crowd", NEEDS, |ground| {
+        let (disk, mut scene) = ward(ground)?;
+        let _healer = disk.healer();
+        let bystander = Stream::start(&scene.endpoint(), "vol-b", "vol-b", Pace::BYSTANDER, 0)?;
+        bystander.wait_for(300)?;
+        disk.hang(ALL);
+        let mut crowd = Vec::new();
+        for who in 0..300u64 {
+            let client = Client::open(&scene.endpoint(), "ill")?;
+            // Part of a page that is in no cache: the kernel reads it first, inside the write.
+            for round in 0..10u64 {
+                let offset = (who * 10 + round) * 4096 + 100;
+                let mut message = request(CMD_WRITE, 0, round, offset, 512).to_vec();
+                message.extend_from_slice(&[9; 512]);
+                message.extend_from_slice(&request(CMD_READ, 0, 100 + round, offset, 512));
+                (&client.socket).write_all(&message)?;
+            }
+            crowd.push(client);
+        }
+        until(STEP_LIMIT, "the disk to hang", || {
+            Ok((disk.held() > 0).then_some(()))
+        })?;
+        std::thread::sleep(Duration::from_millis(500));
+        let mut slowest = Duration::ZERO;
+        for _ in 0..20 {
+            let began = Instant::now();
+            let mut other = Client::open(&scene.endpoint(), "vol-b")?;
+            hold!(
+                other.read(8 << 20, &mut [0; 4096])? == Ok(()),
+                "a read of the other export"
+            );
+            hold!(
+                other.write(9 << 20, &[1; 512], true)? == Ok(()),
+                "and a durable write"
+            );
+            slowest = slowest.max(began.elapsed());
+            other.leave()?;
+        }
+        hold!(
+            slowest < PROMPT,
+            "a new client of another export waited {slowest:?}"
+        );
+        let began = Instant::now();
+        let answer = scene.client.remove_export("ill", "hard");
+        tell(&format!(
+            "hung crowd: hard removal answered {answer:?} after {:?}",
+            began.elapsed()
+        ));
+        let report = bystander.finish()?;
+        hold!(report.broken.is_none(), "{:?}", report.broken);
+        let threads = scene.daemon()?.holdings()?.threads;
+        tell(&format!(
+            "hung crowd: 300 clients, 6,000 requests, {threads} threads; connect, read, FUA elsewhere {slowest:?} at most; \
+             bystander's longest stall {:?}",
+            report.longest_stall
+        ));
+        disk.heal();
+        until(STEP_LIMIT, "the orphan to close", || {
+            Ok((number(&scene, "orphans")? == 0).then_some(()))
+        })?;
+        drop(crowd);
         scene.stop()
     })
 }

@@ -147,7 +147,8 @@ struct PrepareDetach {
 #[derive(Debug, thiserror::Error)]
 enum Failure {
     #[error(
-        "no daemon on {bus}: {reason}; start it with 'systemctl start nbdtrack' or 'nbdtrack serve --config PATH'"
+        "no daemon on {}: {reason}; start it with 'systemctl start nbdtrack' or 'nbdtrack serve --config PATH'",
+        place(bus)
     )]
     NoDaemon { bus: Bus, reason: String },
     #[error("{0}")]
@@ -159,7 +160,7 @@ enum Failure {
     #[error("{0}")]
     Usage(&'static str),
     /// Everything was printed already.
-    #[error("the configuration has {0} problems")]
+    #[error("the configuration has {}", if *.0 == 1 { "a problem".to_owned() } else { format!("{} problems", .0) })]
     Config(usize),
     #[error("standard output: {0}")]
     Output(#[from] std::io::Error),
@@ -214,6 +215,14 @@ fn run(cli: Cli) -> Result<(), Failure> {
         .enable_all()
         .build()?;
     runtime.block_on(commands::run(&bus, command, json))
+}
+
+/// Where a daemon was looked for, in words.
+fn place(bus: &Bus) -> String {
+    match bus {
+        Bus::System => "the system bus".to_owned(),
+        Bus::None | Bus::Address(_) => bus.to_string(),
+    }
 }
 
 fn seconds(text: &str) -> Result<Duration, String> {
@@ -274,7 +283,13 @@ impl Failure {
             },
             _ => "",
         };
-        format!("{self}{next}")
+        let said = self.to_string();
+        // The daemon knows more than we do: what it says to do next is enough.
+        if said.contains("'nbdtrack ") {
+            said
+        } else {
+            said + next
+        }
     }
 }
 

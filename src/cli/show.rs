@@ -215,6 +215,8 @@ fn text(properties: &Properties, name: &str) -> String {
 fn bytes(properties: &Properties, look: Look) -> String {
     let number = text(properties, "Size");
     match number.parse() {
+        // Not known: the disk is not there.
+        Ok(0) if look.terminal => String::new(),
         Ok(bytes) if look.terminal => size(bytes),
         _ => number,
     }

@@ -1,20 +1,21 @@
 //! The loop and what it owns.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{Notify, mpsc, oneshot};
+use tokio::task::JoinHandle;
 
 use super::sockets::Sockets;
-use super::{Options, perform, reload};
+use super::{Error, Options, perform, reload};
 use crate::config::IdentityRules;
 use crate::correlation::{
-    Change, Correlation, Event, ExportName, Notice, OpenRefusal, OpenedDisk, Request, RequestError,
+    Change, Correlation, Event, ExportName, Mark, Notice, OpenRefusal, OpenedDisk, RequestError,
     RequestId, Ticket,
 };
-use crate::dbus::{Answer, Call, Command, Filter, Publication, Publisher};
+use crate::dbus::{Answer, Command, Publication, Publisher};
 use crate::image::Image;
 use crate::image::block::Claims;
 use crate::mapping::Store;
@@ -23,6 +24,9 @@ use crate::udev::Observer;
 
 /// A stop waits this much longer than the drain that it orders, for the last closes.
 const STOP_SLACK: Duration = Duration::from_secs(8);
+
+/// For the store to close its file.
+const STORE_CLOSES_WITHIN: Duration = Duration::from_secs(5);
 
 /// Writes that may wait for the store. Past it a request is refused, for its caller could not be answered in time.
 const WRITES_MAX: usize = 1_024;
@@ -62,21 +66,24 @@ pub(super) struct Control {
     pub claims: Arc<Claims>,
     started: Instant,
     drain_within: Duration,
-    rules: IdentityRules,
+    pub(super) rules: IdentityRules,
     /// Opened and not served yet.
     pub opened: HashMap<Ticket, Arc<dyn Image>>,
     /// Callers that wait for a reply.
     pub asked: HashMap<RequestId, Asker>,
-    last_request: RequestId,
-    rescans: Vec<Asker>,
+    pub(super) last_request: RequestId,
+    /// Callers of `Rescan`, each answered by a survey that began after it asked.
+    pub(super) rescans: Vec<(Mark, Asker)>,
     /// Unbounded by type, bounded by what can be outstanding: one message for each open, lease and write. The loop never
     /// waits for it, and it never makes a disk's thread wait for the loop.
     pub reports: mpsc::UnboundedSender<Report>,
     report_receiver: Option<mpsc::UnboundedReceiver<Report>>,
     pub writes: mpsc::Sender<Write>,
+    keeper: Option<JoinHandle<()>>,
+    reload: Reload,
     clients: Arc<ClientChanges>,
     sockets: Option<Sockets>,
-    stopping: bool,
+    pub(super) stopping: bool,
 }
 
 /// Exports whose number of clients changed since the loop last looked; a set, so bounded by the exports.
@@ -101,7 +108,7 @@ impl Control {
         } = edges;
         let (reports, report_receiver) = mpsc::unbounded_channel();
         let (writes, write_receiver) = mpsc::channel(WRITES_MAX);
-        tokio::spawn(keep_store(store, write_receiver, reports.clone()));
+        let keeper = tokio::spawn(keep_store(store, write_receiver, reports.clone()));
         let clients = Arc::new(ClientChanges::default());
         let changed = Arc::clone(&clients);
         door.on_clients_changed(Box::new(move |name, _count| {
@@ -128,6 +135,8 @@ impl Control {
             reports,
             report_receiver: Some(report_receiver),
             writes,
+            keeper: Some(keeper),
+            reload: Reload::Idle,
             clients,
             sockets: None,
             stopping: false,
@@ -145,17 +154,19 @@ impl Control {
         &mut self,
         mut events: mpsc::Receiver<Event>,
         mut commands: mpsc::Receiver<Command>,
+        mut hangup: Signal,
         options: &Options,
-    ) {
+    ) -> Result<(), Error> {
         let mut reports = self
             .report_receiver
             .take()
             .expect("run is called once, by serve");
-        let Signals {
-            mut term,
-            mut interrupt,
-            mut hangup,
-        } = Signals::new();
+        let mut keeper = self.keeper.take().expect("run is called once, by serve");
+        let (mut term, mut interrupt) = (
+            listen(SignalKind::terminate()),
+            listen(SignalKind::interrupt()),
+        );
+        let mut lost = None;
         let clients = Arc::clone(&self.clients);
         let mut stop_by: Option<tokio::time::Instant> = None;
         loop {
@@ -167,32 +178,69 @@ impl Control {
             // Answers go first: they end what earlier events began.
             tokio::select! {
                 biased;
-                Some(report) = reports.recv() => self.on_report(report),
+                Some(report) = reports.recv() => {
+                    let reloaded = matches!(report, Report::Reloaded(_));
+                    self.on_report(report);
+                    if reloaded && std::mem::replace(&mut self.reload, Reload::Idle) == Reload::Again {
+                        self.begin_reload(options);
+                    }
+                }
                 stop = stop_signal(&mut term, &mut interrupt) => match stop_by {
                     None => {
                         tracing::info!(signal = stop, "stopping: draining every export");
-                        self.begin_stop();
-                        stop_by = Some(tokio::time::Instant::now() + self.drain_within + STOP_SLACK);
+                        stop_by = Some(self.begin_stop());
                     }
                     Some(_) => {
                         tracing::warn!(signal = stop, "stopping at once: asked twice");
-                        return;
+                        break;
                     }
                 },
-                Some(event) = events.recv() => self.on_event(event),
+                event = events.recv(), if lost.is_none() => match event {
+                    Some(event) => self.on_event(event),
+                    None => lost = Some("the watch of the machine's events"),
+                },
                 () = sleep_until(due) => self.apply(Event::TimePassed),
-                Some(command) = commands.recv(), if !self.stopping => self.on_command(command),
+                command = commands.recv(), if lost.is_none() => match command {
+                    Some(command) => self.on_command(command),
+                    None => lost = Some("the D-Bus service"),
+                },
+                _ = &mut keeper, if lost.is_none() => lost = Some("the store's task"),
                 _ = hangup.recv() => self.begin_reload(options),
                 () = clients.some.notified() => self.publish_clients(),
                 () = sleep_until(stop_by) => {
                     tracing::warn!("stopping: the time to drain is over and some disks have not answered");
-                    return;
+                    break;
                 }
+            }
+            // A daemon that is deaf, or that can keep nothing, would serve on and be wrong one day: it ends in order and
+            // its service manager starts it anew.
+            if let Some(what) = lost
+                && stop_by.is_none()
+            {
+                tracing::error!(
+                    "{what} ended by itself, which is a fault of this program: stopping"
+                );
+                stop_by = Some(self.begin_stop());
             }
             if self.stopping && self.correlation.is_idle() {
                 tracing::info!("stopped: everything is flushed and closed");
-                return;
+                break;
             }
+        }
+        if !keeper.is_finished() {
+            // With its last sender the store's task ends, after what it has in hand. A thread that a hung disk holds keeps
+            // this process's descriptors open, so the file is closed here and not left to the end of the process.
+            (self.writes, _) = mpsc::channel(1);
+            if tokio::time::timeout(STORE_CLOSES_WITHIN, keeper)
+                .await
+                .is_err()
+            {
+                tracing::warn!("the store did not close in time; the next start tidies up");
+            }
+        }
+        match lost {
+            Some(what) => Err(Error::Lost(what)),
+            None => Ok(()),
         }
     }
 
@@ -203,17 +251,23 @@ impl Control {
     }
 
     fn on_event(&mut self, event: Event) {
-        let surveyed = matches!(event, Event::Surveyed { .. });
+        let surveyed = match &event {
+            Event::Surveyed { mark, .. } => Some(*mark),
+            _ => None,
+        };
         self.apply(event);
-        if surveyed {
-            self.open_to_clients();
-            let done = self
-                .rescans
-                .drain(..)
-                .map(|asker| Publication::Reply(asker, Ok(Answer::Done)))
-                .collect();
-            self.publisher.offer(done);
-        }
+        let Some(began) = surveyed else { return };
+        self.open_to_clients();
+        let (done, waiting) = std::mem::take(&mut self.rescans)
+            .into_iter()
+            .partition(|(asked, _)| *asked < began);
+        self.rescans = waiting;
+        let done: Vec<(Mark, Asker)> = done;
+        self.publisher.offer(
+            done.into_iter()
+                .map(|(_, asker)| Publication::Reply(asker, Ok(Answer::Done)))
+                .collect(),
+        );
     }
 
     fn on_report(&mut self, report: Report) {
@@ -230,6 +284,7 @@ impl Control {
                 });
                 self.apply(Event::DiskOpened { ticket, result });
             }
+            Report::Reloaded(_) if self.stopping => {}
             Report::Reloaded(Ok(exports)) => {
                 tracing::info!(exports = exports.len(), "configuration read again");
                 self.apply(Event::Configured { exports });
@@ -240,88 +295,6 @@ impl Control {
                 }
             }
         }
-    }
-
-    fn on_command(&mut self, command: Command) {
-        let Command { call, reply, .. } = command;
-        match call {
-            Call::Request(Request::AddExport { definition, .. })
-                if let Err(reason) = self.rules.permit(&definition.volume) =>
-            {
-                self.answer(reply, Err(RequestError::InvalidArgument(reason)));
-            }
-            Call::Request(what) => {
-                self.last_request = RequestId(self.last_request.0 + 1);
-                self.asked.insert(self.last_request, reply);
-                self.apply(Event::Asked {
-                    request: self.last_request,
-                    what,
-                });
-            }
-            Call::ResolveVolume(filter) => {
-                self.answer(reply, Ok(Answer::Volumes(self.resolve(&filter))))
-            }
-            Call::Rescan => {
-                self.rescans.push(reply);
-                self.observer.survey("a caller asked for it");
-            }
-            Call::Stats => self.answer(reply, Ok(Answer::Stats(self.stats()))),
-        }
-    }
-
-    fn answer(&self, asker: Asker, answer: Result<Answer, RequestError>) {
-        self.publisher
-            .offer(vec![Publication::Reply(asker, answer)]);
-    }
-
-    fn resolve(&self, filter: &Filter) -> Vec<crate::correlation::DiskSeq> {
-        let of_volume = filter
-            .volume
-            .as_ref()
-            .map(|volume| self.correlation.disks_of(volume));
-        self.correlation
-            .diskseqs()
-            .filter(|diskseq| {
-                of_volume
-                    .as_ref()
-                    .is_none_or(|disks| disks.contains(diskseq))
-            })
-            .filter(|diskseq| {
-                self.correlation.disk(*diskseq).is_some_and(|disk| {
-                    filter
-                        .serial
-                        .as_ref()
-                        .is_none_or(|serial| disk.serial == *serial)
-                        && filter.wwid.as_ref().is_none_or(|wwid| disk.wwid == *wwid)
-                        && filter.node.as_ref().is_none_or(|node| disk.node.0 == *node)
-                        && filter.diskseq.is_none_or(|wanted| wanted == *diskseq)
-                })
-            })
-            .collect()
-    }
-
-    fn stats(&self) -> BTreeMap<String, u64> {
-        let count = |n: usize| u64::try_from(n).unwrap_or(u64::MAX);
-        let seen = self.observer.counters();
-        let served = serde_json::to_value(self.door.stats()).unwrap_or_default();
-        let mut stats: BTreeMap<String, u64> = serde_json::from_value(served).unwrap_or_default();
-        stats.extend(
-            [
-                ("exports", count(self.correlation.export_names().count())),
-                ("disks", count(self.correlation.diskseqs().count())),
-                ("orphans", count(self.correlation.orphans())),
-                ("udev_events", seen.events),
-                ("udev_dropped_foreign", seen.dropped_foreign),
-                ("udev_malformed", seen.malformed),
-                ("udev_overruns", seen.overruns),
-                ("udev_surveys", seen.surveys),
-                ("udev_reads", seen.reads),
-                ("udev_late_reads", seen.late_reads),
-                ("udev_failed_reads", seen.failed_reads),
-            ]
-            .map(|(name, value)| (name.to_owned(), value)),
-        );
-        stats
     }
 
     /// After the first survey it is known which volume is where.
@@ -351,18 +324,25 @@ impl Control {
         ]);
     }
 
-    fn begin_stop(&mut self) {
+    /// Begins to drain; gives the time at which the stop is over, drained or not.
+    fn begin_stop(&mut self) -> tokio::time::Instant {
         self.stopping = true;
         perform::notify(&[sd_notify::NotifyState::Stopping]);
         self.door.shutdown();
         self.apply(Event::Stopping);
+        tokio::time::Instant::now() + self.drain_within + STOP_SLACK
     }
 
-    fn begin_reload(&self, options: &Options) {
+    fn begin_reload(&mut self, options: &Options) {
         let Some(path) = options.config.clone() else {
             tracing::warn!("asked to reload, but started without --config: nothing to read");
             return;
         };
+        if self.reload != Reload::Idle {
+            self.reload = Reload::Again;
+            return;
+        }
+        self.reload = Reload::Reading;
         let reports = self.reports.clone();
         tokio::task::spawn_blocking(move || {
             // The loop is gone only when the daemon stops.
@@ -383,24 +363,17 @@ impl Control {
     }
 }
 
-/// The signals that the daemon obeys.
-struct Signals {
-    term: Signal,
-    interrupt: Signal,
-    hangup: Signal,
+/// Whether the files are being read. Only one reading goes on at a time: of two, the older could be applied last.
+#[derive(Debug, PartialEq, Eq)]
+enum Reload {
+    Idle,
+    Reading,
+    /// Asked for again since the reading began.
+    Again,
 }
 
-impl Signals {
-    fn new() -> Signals {
-        let listen = |kind| {
-            signal(kind).expect("the runtime has its signal driver, and these kinds can be caught")
-        };
-        Signals {
-            term: listen(SignalKind::terminate()),
-            interrupt: listen(SignalKind::interrupt()),
-            hangup: listen(SignalKind::hangup()),
-        }
-    }
+pub(super) fn listen(kind: SignalKind) -> Signal {
+    signal(kind).expect("the runtime has its signal driver, and these kinds can be caught")
 }
 
 async fn stop_signal(term: &mut Signal, interrupt: &mut Signal) -> &'static str {
@@ -431,5 +404,8 @@ async fn keep_store(
             .map_err(|error| error.to_string());
         // The loop is gone only when the daemon stops.
         let _stopped = reports.send(Report::Happened(Event::Persisted { request, result }));
+    }
+    if let Err(error) = store.close().await {
+        tracing::warn!(%error, "the store did not close; the next start tidies up");
     }
 }

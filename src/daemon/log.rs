@@ -12,7 +12,10 @@ pub(super) fn start() {
     let lines = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none())
+        .with_ansi(
+            std::io::stderr().is_terminal()
+                && std::env::var_os("NO_COLOR").is_none_or(|set| set.is_empty()),
+        )
         .with_target(false);
     // The journal has its own clock. A second start in one process (a test) keeps the first log.
     let _already_started = if std::env::var_os("JOURNAL_STREAM").is_some() {

@@ -4,6 +4,7 @@
 //! not by the bus, not by a client (invariant 11). What takes time is handed to a thread or a task that
 //! answers with an event.
 
+mod asked;
 mod control;
 mod log;
 mod perform;
@@ -13,6 +14,7 @@ mod sockets;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
+use tokio::signal::unix::SignalKind;
 use tokio::sync::mpsc;
 
 use crate::config::{self, Config};
@@ -29,8 +31,8 @@ pub use sockets::ListenError;
 /// Events from udev that may wait for the loop. Past it the observer waits, and the kernel's socket buffer after it.
 const EVENTS_MAX: usize = 1_024;
 
-/// D-Bus calls that may wait for the loop. Past it callers are told that the daemon is busy.
-const COMMANDS_MAX: usize = 256;
+/// D-Bus calls that may wait for the loop: as many as the D-Bus room lets in at one time.
+const COMMANDS_MAX: usize = dbus::CALLS_MAX;
 
 /// How long the last signals may take to leave.
 const FAREWELL: std::time::Duration = std::time::Duration::from_secs(1);
@@ -77,6 +79,11 @@ pub enum Error {
         what: &'static str,
         source: std::io::Error,
     },
+    /// A part of the daemon that ends only with it has ended.
+    #[error(
+        "{0} ended by itself, which is a fault of this program: please report the log lines before this one"
+    )]
+    Lost(&'static str),
 }
 
 /// Runs the daemon in the foreground until SIGTERM or SIGINT.
@@ -133,6 +140,8 @@ fn configure(options: &Options) -> Result<Config, Error> {
 }
 
 async fn serve(options: &Options) -> Result<(), Error> {
+    // From now on a SIGHUP asks for a reload, and does not end a daemon that is starting.
+    let hangup = control::listen(SignalKind::hangup());
     let config = configure(options)?;
     let bus = match &config.server.bus {
         config::Bus::System => Bus::System,
@@ -183,10 +192,10 @@ async fn serve(options: &Options) -> Result<(), Error> {
     control.apply(Event::Configured {
         exports: config.exports,
     });
-    control.run(events, commands, options).await;
+    let ended = control.run(events, commands, hangup, options).await;
     // Whoever listens hears of the end, if the bus takes it.
     control.publisher.flush(FAREWELL).await;
-    Ok(())
+    ended
 }
 
 /// Each client and each disk is a descriptor; the soft limit is made for programs that use `select`.

@@ -61,7 +61,10 @@ impl Control {
                 }
                 Action::Persist { request, changes } => self.persist(request, changes),
                 Action::Reply { request, reply } => replies.push((request, reply)),
-                Action::Survey { reason } => self.observer.survey(reason),
+                Action::Survey { reason } => {
+                    // Any later survey will do.
+                    let _asked = self.observer.survey(reason);
+                }
                 Action::Tell(notice) => notices.push(notice),
                 Action::Log(decision) => log::decision(&decision),
             }

@@ -11,11 +11,18 @@ use super::{Answer, Call, Caller, Command};
 use crate::correlation::{Request, RequestError};
 
 /// Calls that change something and wait for their answer at one time. A hung disk keeps its `PrepareDetach` for up to
-/// ten minutes; this many of them are enough for any orchestrator and cost some 100 KiB.
-pub const CHANGING_MAX: usize = 128;
+/// ten minutes; this many of them are enough for any orchestrator and cost some 500 KiB.
+pub const CHANGING_MAX: usize = 512;
+
+/// Additions, which wait for their disk by the caller's wish. Apart from the others: exports of disks that do not come
+/// must not lock out a detach.
+pub const ADDING_MAX: usize = 512;
 
 /// Calls that only ask the loop. Apart from the others, so that readers never lock out who may change.
-pub const READING_MAX: usize = 32;
+pub const READING_MAX: usize = 256;
+
+/// All calls that may wait for the loop.
+pub const CALLS_MAX: usize = CHANGING_MAX + ADDING_MAX + READING_MAX;
 
 /// What a call gets on top of the time that it asked for: the loop, the store and the last closing.
 const MARGIN: Duration = Duration::from_secs(15);
@@ -31,6 +38,8 @@ pub struct Calls {
     commands: mpsc::Sender<Command>,
     /// [`CHANGING_MAX`]; when used up, `NotReady`.
     changing: Arc<Semaphore>,
+    /// [`ADDING_MAX`]; when used up, `NotReady`.
+    adding: Arc<Semaphore>,
     /// [`READING_MAX`]; when used up, `NotReady`.
     reading: Arc<Semaphore>,
     refused: AtomicU64,
@@ -41,6 +50,7 @@ impl Calls {
         Calls {
             commands,
             changing: Arc::new(Semaphore::new(CHANGING_MAX)),
+            adding: Arc::new(Semaphore::new(ADDING_MAX)),
             reading: Arc::new(Semaphore::new(READING_MAX)),
             refused: AtomicU64::new(0),
         }
@@ -52,6 +62,7 @@ impl Calls {
     /// `NotReady` when too many calls wait already.
     pub fn admit(&self, call: &Call) -> Result<OwnedSemaphorePermit, RequestError> {
         let places = match call {
+            Call::Request(Request::AddExport { .. }) => &self.adding,
             Call::Request(_) | Call::Rescan => &self.changing,
             Call::ResolveVolume(_) | Call::Stats => &self.reading,
         };
@@ -113,4 +124,38 @@ fn time_for(call: &Call) -> Duration {
         | Call::Stats => ASKING,
     };
     asked.saturating_add(MARGIN)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::correlation::{Definition, ExportName, Source};
+    use crate::identity::VolumeId;
+
+    #[test]
+    fn additions_that_wait_lock_out_no_detach() {
+        let (commands, _queue) = mpsc::channel(1);
+        let calls = Calls::new(commands);
+        let volume = VolumeId::parse("loop:/x").unwrap();
+        let add = Call::Request(Request::AddExport {
+            definition: Definition {
+                name: ExportName::parse("x").unwrap(),
+                volume: volume.clone(),
+                read_only: false,
+                share: false,
+                source: Source::Dbus,
+            },
+            wait: Duration::from_secs(600),
+        });
+        let places: Vec<_> = std::iter::from_fn(|| calls.admit(&add).ok()).collect();
+        assert_eq!(places.len(), ADDING_MAX);
+        let detach = Call::Request(Request::PrepareDetach {
+            volume,
+            hard: false,
+            within: Duration::ZERO,
+        });
+        assert!(calls.admit(&detach).is_ok());
+        assert!(calls.admit(&Call::Stats).is_ok());
+        assert_eq!(calls.refused(), 1);
+    }
 }

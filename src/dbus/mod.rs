@@ -38,6 +38,7 @@ use std::collections::BTreeMap;
 
 use tokio::sync::{mpsc, oneshot};
 
+pub use call::CALLS_MAX;
 pub use error::BusError;
 pub use publish::Publisher;
 

@@ -72,6 +72,11 @@ impl<T: Task> Crew<T> {
         }
     }
 
+    /// True while half of the threads that there can be are taken.
+    pub(super) fn is_crowded(&self) -> bool {
+        self.count.pending.load(Ordering::Relaxed) >= self.threads_max / 2
+    }
+
     /// True while tasks wait for a thread.
     pub(super) fn has_backlog(&self) -> bool {
         !self.queue.is_empty()

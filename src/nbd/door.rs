@@ -42,6 +42,8 @@ pub(super) struct Shared {
     pub(super) poller: Arc<Poller>,
     pub(super) disks: Crew<DiskTask>,
     pub(super) stopping: AtomicBool,
+    /// Session threads of all leases that are inside a write.
+    pub(super) inline_writes: AtomicU32,
     /// Held for a few map operations, never over a call of an image or a report.
     exports: Mutex<BTreeMap<ExportName, Export>>,
     /// Written once at start; the watcher must not block, it runs in session threads.
@@ -89,6 +91,7 @@ impl Door {
             poller: Arc::new(Poller::new(sessions, counters.clone())?),
             disks: Crew::new("nbd-disk", limits.disk_threads, counters),
             stopping: AtomicBool::new(false),
+            inline_writes: AtomicU32::new(0),
             exports: Mutex::default(),
             watcher: RwLock::default(),
         });

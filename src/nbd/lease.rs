@@ -117,11 +117,15 @@ impl Drop for Pass<'_> {
 }
 
 /// The right to write in the session's own thread.
-pub(super) struct InlineWrite<'a>(&'a AtomicU32);
+pub(super) struct InlineWrite<'a> {
+    one: &'a AtomicU32,
+    all: &'a AtomicU32,
+}
 
 impl Drop for InlineWrite<'_> {
     fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Release);
+        self.one.fetch_sub(1, Ordering::Release);
+        self.all.fetch_sub(1, Ordering::Release);
     }
 }
 
@@ -179,14 +183,18 @@ impl Lease {
     }
 
     pub(super) fn inline_write(&self) -> Option<InlineWrite<'_>> {
+        let below = |max: u32| move |n: u32| (n < max).then_some(n + 1);
+        let (one, all) = (&self.inline_writes, &self.shared.inline_writes);
+        // Half of the session threads never wait for a disk, however many disks hang.
+        let max_all = u32::try_from(self.shared.limits.session_threads / 2).unwrap_or(u32::MAX);
+        let (acquire, relaxed) = (Ordering::Acquire, Ordering::Relaxed);
+        all.fetch_update(acquire, relaxed, below(max_all)).ok()?;
         let max = self.shared.limits.inline_writes_per_lease;
-        let count = &self.inline_writes;
-        count
-            .fetch_update(Ordering::Acquire, Ordering::Relaxed, |n| {
-                (n < max).then_some(n + 1)
-            })
-            .ok()
-            .map(|_| InlineWrite(count))
+        if one.fetch_update(acquire, relaxed, below(max)).is_err() {
+            all.fetch_sub(1, Ordering::Release);
+            return None;
+        }
+        Some(InlineWrite { one, all })
     }
 
     pub(super) fn fenced(&self) -> bool {
@@ -220,7 +228,13 @@ impl Lease {
         add(&self.shared.counters.handed_over, 1);
         let mut work = lock(&self.work);
         work.jobs.push_back(job);
-        if work.threads < self.shared.limits.disk_threads_per_lease {
+        // While many threads are taken, one each, so that many hung disks leave threads to as many others.
+        let max = if self.shared.disks.is_crowded() {
+            1
+        } else {
+            self.shared.limits.disk_threads_per_lease
+        };
+        if work.threads < max {
             work.threads += 1;
             drop(work);
             self.shared.disks.submit(DiskTask::Work(self.clone()));

@@ -37,10 +37,11 @@ pub struct Limits {
     pub session_threads: usize,
     /// Threads that wait for disks.
     pub disk_threads: usize,
-    /// Disk threads of one lease, so that 32 hung disks leave the others some.
+    /// Disk threads of one lease while less than half of all are taken; then one for each further lease, so that
+    /// hundreds of hung disks (one controller) leave the others some.
     pub disk_threads_per_lease: u32,
-    /// Session threads of one lease that may be inside a write at once; further writes go to disk threads. 64
-    /// disks can hang in writes before session threads run out.
+    /// Session threads of one lease that may be inside a write at once; further writes go to disk threads. Of all
+    /// leases together half of the session threads may.
     pub inline_writes_per_lease: u32,
 }
 
@@ -60,7 +61,7 @@ impl Default for Limits {
             linger: Duration::from_secs(1),
             idle: Duration::from_millis(5),
             session_threads: 256,
-            disk_threads: 512,
+            disk_threads: 1024,
             disk_threads_per_lease: 16,
             inline_writes_per_lease: 4,
         }

@@ -12,7 +12,7 @@ use super::kernel_socket::KernelSocket;
 use super::shared::{Shared, lock};
 use super::watch::Watch;
 use super::{Settings, UdevError, attributes};
-use crate::correlation::{DeviceNumber, DiskSeq, Event};
+use crate::correlation::{DeviceNumber, DiskSeq, Event, Mark};
 use crate::identity::{self, Identity};
 
 /// Subscribes to the machine's events, starts the first survey, and goes on until the observer is dropped.
@@ -48,10 +48,13 @@ pub struct Observer {
 }
 
 impl Observer {
-    /// Asks for a survey; `Event::Surveyed` follows, whose reading begins after this call.
-    pub fn survey(&self, reason: &'static str) {
+    /// Asks for a survey; an `Event::Surveyed` follows whose mark is greater than the one given back. One with a
+    /// smaller mark began to read before this call, and may not know what its caller knows.
+    pub fn survey(&self, reason: &'static str) -> Mark {
+        let asked = self.shared.mark();
         *lock(&self.shared.wanted) = Some(reason);
         self.shared.asked.notify_one();
+        asked
     }
 
     pub fn counters(&self) -> Counters {

@@ -227,6 +227,13 @@ impl Stream {
         self.progress.load(Ordering::Relaxed)
     }
 
+    /// Whether it ended by itself: the server let it go, or said no.
+    pub fn is_over(&self) -> bool {
+        self.receiver
+            .as_ref()
+            .is_none_or(std::thread::JoinHandle::is_finished)
+    }
+
     /// Waits until `n` more replies have come.
     pub fn wait_for(&self, n: u64) -> Outcome<()> {
         let goal = self.progress() + n;

@@ -1,0 +1,338 @@
+//! Callers on the live daemon's bus: with nonsense, in crowds, and gone before the answer.
+
+mod support;
+
+use std::time::{Duration, Instant};
+
+use support::Outcome;
+use support::bus::{Client, Options, ROOT, SERVICE};
+use support::ground::{Need, real, tell};
+use support::scene::Scene;
+use zbus::Variant;
+
+const NEEDS: &[Need] = &[Need::Loop, Need::Bus];
+const BYTES: u64 = 4 << 20;
+const METHODS: [&str; 8] = [
+    "AddExport",
+    "RemoveExport",
+    "PrepareDetach",
+    "CancelDetach",
+    "ResolveConflict",
+    "ResolveVolume",
+    "Rescan",
+    "GetStats",
+];
+
+fn refused(
+    client: &Client,
+    method: &str,
+    what: &str,
+    body: &(impl serde::Serialize + zbus::DynamicType),
+) -> Outcome<()> {
+    match client.call(method, body) {
+        Err(e) if e.is("InvalidArgument") && !e.text.is_empty() && e.text.len() < 1024 => Ok(()),
+        other => {
+            trouble!("{method} with {what}: expected InvalidArgument in few words, got {other:?}")
+        }
+    }
+}
+
+#[test]
+fn nonsense_is_refused_by_name_on_every_method() -> Outcome<()> {
+    real("bus nonsense", NEEDS, |ground| {
+        let mut scene = Scene::serving(ground, &["vol-a"], BYTES)?;
+        let client = &scene.client;
+        let megabyte = "x".repeat(1 << 20);
+        let many: Options = ["a", "b", "c"]
+            .into_iter()
+            .map(|key| (key, Variant::from(megabyte.as_str())))
+            .collect();
+        for method in METHODS {
+            refused(client, method, "three numbers", &(1u32, 2u32, 3u32))?;
+            refused(client, method, "a megabyte", &(megabyte.as_str(),))?;
+            refused(
+                client,
+                method,
+                "a megabyte in each of three options",
+                &(many.clone(),),
+            )
+            .or_else(|_| {
+                refused(
+                    client,
+                    method,
+                    "a megabyte in each of three options",
+                    &("vol-a", many.clone()),
+                )
+            })
+            .or_else(|_| {
+                refused(
+                    client,
+                    method,
+                    "a megabyte in each of three options",
+                    &("vol-a", 1u64, many.clone()),
+                )
+            })?;
+        }
+        for method in ["AddExport", "RemoveExport", "PrepareDetach", "CancelDetach"] {
+            refused(client, method, "an empty name", &("", Options::new()))?;
+            refused(
+                client,
+                method,
+                "a name of a megabyte",
+                &(megabyte.as_str(), Options::new()),
+            )?;
+            refused(
+                client,
+                method,
+                "a control character",
+                &("a\u{1}b", Options::new()),
+            )?;
+        }
+        refused(
+            client,
+            "ResolveConflict",
+            "an empty name",
+            &("", 1u64, Options::new()),
+        )?;
+        refused(
+            client,
+            "ResolveConflict",
+            "no disk",
+            &("vol-a", 0u64, Options::new()),
+        )?;
+        for (key, value) in [
+            ("wait_ms", Variant::from(u32::MAX)),
+            ("wait_ms", Variant::from(-1i32)),
+            ("wait_ms", Variant::from("soon")),
+            ("read_only", Variant::from(1u32)),
+            ("volume", Variant::from(7u64)),
+            ("volume", Variant::from("")),
+            ("volume", Variant::from(":")),
+            ("volume", Variant::from("loop:")),
+            ("volume", Variant::from("loop:relative")),
+        ] {
+            let options = Options::from([("volume", Variant::from("loop:/x")), (key, value)]);
+            refused(client, "AddExport", key, &("new", options))?;
+        }
+        hold!(
+            scene.client.export("new")?.is_none(),
+            "nothing was added by any of it"
+        );
+        hold!(scene.state("vol-a")? == "Serving", "and it still serves");
+        scene.stop()
+    })
+}
+
+#[test]
+fn crowd_of_callers_is_answered_or_told_to_come_back() -> Outcome<()> {
+    real("bus crowd", NEEDS, |ground| {
+        let mut scene = Scene::serving(ground, &["vol-a"], BYTES)?;
+        let id = scene.volumes[0].id();
+        let address = scene.bus.address.as_str();
+        let began = Instant::now();
+        // Threads: 20 connections with 10 callers each; joined here.
+        let outcome: Vec<Outcome<(u64, u64, Duration)>> = std::thread::scope(|scope| {
+            let crowds: Vec<_> = (0..20)
+                .map(|_| {
+                    let id = id.as_str();
+                    scope.spawn(move || -> Outcome<(u64, u64, Duration)> {
+                        let client = Client::connect_to(address)?;
+                        let callers = std::thread::scope(|scope| {
+                            let callers: Vec<_> = (0..10)
+                                .map(|_| scope.spawn(|| caller(&client, id)))
+                                .collect();
+                            callers
+                                .into_iter()
+                                .map(|caller| caller.join().ok())
+                                .collect::<Vec<_>>()
+                        });
+                        let mut all = (0, 0, Duration::ZERO);
+                        for caller in callers {
+                            let Some(one) = caller else {
+                                trouble!("a caller panicked")
+                            };
+                            let one = one?;
+                            all = (all.0 + one.0, all.1 + one.1, all.2.max(one.2));
+                        }
+                        Ok(all)
+                    })
+                })
+                .collect();
+            crowds
+                .into_iter()
+                .filter_map(|crowd| crowd.join().ok())
+                .collect()
+        });
+        let mut all = (0, 0, Duration::ZERO);
+        for one in outcome {
+            let one = one?;
+            all = (all.0 + one.0, all.1 + one.1, all.2.max(one.2));
+        }
+        hold!(
+            all.0 + all.1 == 200 * 20,
+            "every call was answered: {all:?}"
+        );
+        tell(&format!(
+            "200 callers: {} calls done and {} told to come back in {:?}, slowest {:?}",
+            all.0,
+            all.1,
+            began.elapsed(),
+            all.2
+        ));
+        hold!(scene.state("vol-a")? == "Serving", "and it still serves");
+        scene.stop()
+    })
+}
+
+/// Twenty calls; counts those that were done and those that were told `NotReady`.
+fn caller(client: &Client, id: &str) -> Outcome<(u64, u64, Duration)> {
+    let (mut done, mut busy, mut slowest) = (0, 0, Duration::ZERO);
+    for round in 0..20 {
+        let began = Instant::now();
+        let answer = match round % 4 {
+            0 => client.stats().map(drop),
+            1 => client.rescan(),
+            2 => client.add_export("vol-a", id).map(drop),
+            _ => client.cancel_detach(id),
+        };
+        slowest = slowest.max(began.elapsed());
+        match answer {
+            Ok(()) => done += 1,
+            Err(e) if e.is("NotReady") => busy += 1,
+            Err(e) => trouble!("round {round}: {e}"),
+        }
+    }
+    Ok((done, busy, slowest))
+}
+
+#[test]
+fn callers_that_leave_before_the_answer_leave_nothing_behind() -> Outcome<()> {
+    real("bus leavers", NEEDS, |ground| {
+        let mut scene = Scene::serving(ground, &["vol-a"], BYTES)?;
+        let id = scene.volumes[0].id();
+        let address = scene.bus.address.clone();
+        let leave = |connections: u32| -> Outcome<()> {
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()?;
+            runtime.block_on(async {
+                for _ in 0..connections {
+                    let connection = zbus::connection::Builder::address(address.as_str())
+                        .build()
+                        .await?;
+                    for round in 0..10 {
+                        let member = [
+                            "Rescan",
+                            "GetStats",
+                            "AddExport",
+                            "CancelDetach",
+                            "PrepareDetach",
+                        ][round % 5];
+                        let message = zbus::Message::method_call(ROOT, member)
+                            .destination(SERVICE)
+                            .interface("org.nbdtrack1.Manager");
+                        let message = match member {
+                            "Rescan" | "GetStats" => message.build(&(Options::new(),))?,
+                            "AddExport" => {
+                                let options =
+                                    Options::from([("volume", Variant::from(id.as_str()))]);
+                                message.build(&("vol-a", options))?
+                            }
+                            "CancelDetach" => message.build(&(id.as_str(), Options::new()))?,
+                            _ => message.build(&("loop:/nowhere", Options::new()))?,
+                        };
+                        connection.send(&message).await?;
+                    }
+                    drop(connection);
+                }
+                Ok::<_, zbus::Error>(())
+            })?;
+            Ok(())
+        };
+        // What is kept for good is there after the first hundred.
+        leave(100)?;
+        scene.client.rescan()?;
+        let before = scene.daemon()?.holdings()?;
+        let began = Instant::now();
+        leave(1000)?;
+        let took = began.elapsed();
+        support::until(Duration::from_secs(60), "an answer", || {
+            Ok(scene.client.rescan().is_ok().then_some(()))
+        })?;
+        let after = scene.daemon()?.holdings()?;
+        tell(&format!(
+            "10,000 calls without a caller in {took:?}: {before:?} before, {after:?} after"
+        ));
+        hold!(
+            after.descriptors <= before.descriptors,
+            "no descriptor is left"
+        );
+        hold!(
+            after.resident_kib < before.resident_kib + 4096,
+            "memory is flat"
+        );
+        hold!(scene.state("vol-a")? == "Serving", "and it still serves");
+        scene.stop()
+    })
+}
+
+#[test]
+fn thousand_exports_are_added_while_others_are_removed() -> Outcome<()> {
+    real("bus thousand", NEEDS, |ground| {
+        let mut scene = Scene::serving(ground, &["vol-a"], BYTES)?;
+        let address = scene.bus.address.as_str();
+        let began = Instant::now();
+        let outcomes: Vec<Outcome<()>> = std::thread::scope(|scope| {
+            let workers: Vec<_> = (0..10)
+                .map(|worker| {
+                    scope.spawn(move || -> Outcome<()> {
+                        let client = Client::connect_to(address)?;
+                        for index in 0..100 {
+                            let name = format!("many-{worker}-{index}");
+                            let options = Options::from([("wait_ms", Variant::from(0u32))]);
+                            match client.add_export_with(
+                                &name,
+                                &format!("loop:/nowhere/{name}"),
+                                options,
+                            ) {
+                                Err(e) if e.is("NotReady") => {}
+                                other => trouble!("{name}: expected NotReady, got {other:?}"),
+                            }
+                            if index % 2 == 1 {
+                                client.remove_export(
+                                    &format!("many-{worker}-{}", index - 1),
+                                    "soft",
+                                )?;
+                            }
+                        }
+                        Ok(())
+                    })
+                })
+                .collect();
+            workers
+                .into_iter()
+                .filter_map(|worker| worker.join().ok())
+                .collect()
+        });
+        for outcome in outcomes {
+            outcome?;
+        }
+        let took = began.elapsed();
+        hold!(
+            scene.client.objects("Export")?.len() == 501,
+            "500 and vol-a are left"
+        );
+        scene.kill()?;
+        let began = Instant::now();
+        scene.start()?;
+        hold!(
+            scene.client.objects("Export")?.len() == 501,
+            "also after kill -9"
+        );
+        tell(&format!(
+            "1,000 added and 500 removed by 10 callers in {took:?}; started again in {:?}",
+            began.elapsed()
+        ));
+        scene.stop()
+    })
+}
