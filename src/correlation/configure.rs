@@ -172,6 +172,7 @@ impl Correlation {
                         how,
                         hard: false,
                         replacement,
+                        unflushed: None,
                     })
                 }
             }

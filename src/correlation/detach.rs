@@ -131,7 +131,12 @@ impl Correlation {
             },
         );
         self.remind(due, Timer::Grace(diskseq));
-        self.log_disk(diskseq, "released", "prepared for detach".to_owned());
+        self.log_disk(
+            diskseq,
+            Level::Info,
+            "released",
+            "prepared for detach".to_owned(),
+        );
     }
 
     pub(super) fn cancel_detach(
@@ -179,6 +184,7 @@ impl Correlation {
             self.released.remove(diskseq);
             self.log_disk(
                 *diskseq,
+                Level::Info,
                 "taken back",
                 "the detach was cancelled".to_owned(),
             );

@@ -246,7 +246,11 @@ impl Correlation {
                 self.forget(name, &reason);
             }
         }
-        let reply = if orphaned && !leaving.hard {
+        let reply = if let Some(what) = leaving.unflushed {
+            Err(RequestError::Failed(format!(
+                "export {name} is removed, but not everything is durable: {what}"
+            )))
+        } else if orphaned && !leaving.hard {
             Err(RequestError::TimedOut(format!(
                 "export {name} is removed and its clients are gone, but its disk has not given up their requests; the \
                  volume stays blocked until it does"

@@ -95,6 +95,8 @@ struct Leaving {
     /// The caller wanted the clients gone at any price, so an orphan is no failure.
     hard: bool,
     replacement: Option<Definition>,
+    /// The last flush failed, in words.
+    unflushed: Option<String>,
 }
 
 #[derive(Debug, Clone)]

@@ -78,7 +78,7 @@ impl Correlation {
             id: id.clone(),
             node: node.clone(),
         }));
-        self.log_disk(diskseq, "attached", String::new());
+        self.log_disk(diskseq, Level::Info, "attached", String::new());
         if id.is_empty() {
             return;
         }
@@ -109,7 +109,12 @@ impl Correlation {
                 old,
                 new,
             }));
-            self.log_disk(diskseq, "resized", format!("from {old} to {new} bytes"));
+            self.log_disk(
+                diskseq,
+                Level::Info,
+                "resized",
+                format!("from {old} to {new} bytes"),
+            );
         }
     }
 
@@ -216,16 +221,25 @@ impl Correlation {
         }
     }
 
-    pub(super) fn log_disk(&mut self, diskseq: DiskSeq, what: &'static str, reason: String) {
-        let Some(disk) = self.disks.get(diskseq) else {
-            return;
-        };
+    /// One line about a disk, which may have left already.
+    pub(super) fn log_disk(
+        &mut self,
+        diskseq: DiskSeq,
+        level: Level,
+        what: &'static str,
+        reason: String,
+    ) {
+        let disk = self.disks.get(diskseq);
+        let volume = disk.map(Disk::id).unwrap_or_default();
+        let node = disk
+            .map(|disk| disk.facts.node.to_string())
+            .unwrap_or_default();
         self.out.push(Action::Log(Decision {
-            level: Level::Info,
+            level,
             what,
             export: None,
-            volume: disk.id(),
-            node: disk.facts.node.to_string(),
+            volume,
+            node,
             diskseq: diskseq.0,
             generation: 0,
             reason,

@@ -111,6 +111,7 @@ impl Correlation {
                     how,
                     hard,
                     replacement: None,
+                    unflushed: None,
                 });
                 self.settle(&name);
                 self.finish_leaving(&name);

@@ -195,6 +195,11 @@ async fn serve(options: &Options) -> Result<(), Error> {
     let ended = control.run(events, commands, hangup, options).await;
     // Whoever listens hears of the end, if the bus takes it.
     control.publisher.flush(FAREWELL).await;
+    if let Some(socket) = &config.server.socket
+        && let Err(error) = std::fs::remove_file(socket)
+    {
+        tracing::debug!(socket = %socket.display(), %error, "the socket was not there to be removed");
+    }
     ended
 }
 

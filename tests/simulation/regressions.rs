@@ -280,6 +280,23 @@ fn the_failed_flush_of_an_orphan_is_told_to_who_detaches() {
     ends_well(world);
 }
 
+/// A soft removal whose last flush failed was answered Done, and nothing was told.
+#[test]
+fn the_failed_flush_of_a_removal_is_told() {
+    let mut world = serving();
+    world.ask(remove(0, false));
+    world.keep(false);
+    world.answer(0);
+    world.end_lease(0, true);
+    world.settle_all();
+    let reply = world.replies.last();
+    assert!(
+        matches!(reply, Some(Err(RequestError::Failed(_)))),
+        "{reply:?}"
+    );
+    ends_well(world);
+}
+
 /// Taken out of the file and put back while its clients were still being drained, the export vanished.
 #[test]
 fn a_definition_that_comes_back_while_it_leaves_stays() {
