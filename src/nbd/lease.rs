@@ -8,7 +8,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, RwLock, RwLockReadGuard};
 use std::time::{Duration, Instant};
 
@@ -43,7 +43,9 @@ const KINDS: [&str; 6] = ["READ", "WRITE", "FLUSH", "TRIM", "WRITE_ZEROES", "CAC
 pub(super) struct Lease {
     pub(super) export: ExportName,
     pub(super) generation: Generation,
-    pub(super) facts: Facts,
+    facts: Facts,
+    /// Bytes, as the next client is told; only grows. Each session keeps what it agreed to.
+    size: AtomicU64,
     pub(super) shared: Arc<Shared>,
     gate: Gate,
     /// `None` once closed. Read for the length of an image call (under a [`Pass`]), written by the closer
@@ -150,6 +152,7 @@ impl Lease {
         Arc::new(Lease {
             export,
             generation,
+            size: AtomicU64::new(facts.size),
             facts,
             shared,
             gate: Gate::default(),
@@ -195,6 +198,27 @@ impl Lease {
             return None;
         }
         Some(InlineWrite { one, all })
+    }
+
+    /// What a client that comes now agrees to.
+    pub(super) fn facts(&self) -> Facts {
+        Facts {
+            size: self.size.load(Ordering::Acquire),
+            ..self.facts
+        }
+    }
+
+    /// The disk grew: who comes from now on may use all of it.
+    pub(super) fn grow(self: &Arc<Lease>) {
+        let Some(pass) = self.begin(None) else { return };
+        match pass.image().grow() {
+            Ok(size) => {
+                self.size.fetch_max(size, Ordering::AcqRel);
+            }
+            Err(error) => {
+                tracing::warn!(export = %self.export, %error, "the new size of the disk cannot be read");
+            }
+        }
     }
 
     pub(super) fn fenced(&self) -> bool {
