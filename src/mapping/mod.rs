@@ -29,7 +29,7 @@ use state::StateLock;
 
 /// The store's file in the state directory.
 pub const DATABASE_FILE: &str = "nbdtrack.db";
-/// Longer than any healthy disk takes for two fsyncs, shorter than a D-Bus caller waits (25 s).
+/// Longer than any healthy disk takes for two fsyncs, shorter than D-Bus libraries wait for an answer by default (25 s).
 pub const APPLY_WITHIN: Duration = Duration::from_secs(5);
 /// How long SQLite waits for someone else's lock (an operator's shell): less than the deadline around it.
 pub const BUSY_WITHIN: Duration = Duration::from_secs(4);
