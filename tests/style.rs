@@ -1,7 +1,11 @@
 //! Holds what a reader should find in each file of `src/`: a first line that says what it is for, a size that fits in the
 //! head, no unfinished place, no sleeping, and names that say something.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
+
+mod sources;
+
+use sources::sources;
 
 /// Lines of a file without its tests. About 400 is where to look for the seam; this is where to cut.
 const LINES_MAX: usize = 450;
@@ -106,24 +110,4 @@ fn type_names(text: &str) -> impl Iterator<Item = &str> {
 fn without_tests(text: &str) -> &str {
     let end = text.find("#[cfg(test)]\nmod ").unwrap_or(text.len());
     &text[..end]
-}
-
-fn sources() -> Vec<(PathBuf, String)> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
-    let mut found = Vec::new();
-    let mut folders = vec![root.clone()];
-    while let Some(folder) = folders.pop() {
-        for entry in std::fs::read_dir(&folder).expect("src can be read") {
-            let path = entry.expect("src can be read").path();
-            if path.is_dir() {
-                folders.push(path);
-            } else if path.extension().is_some_and(|e| e == "rs") {
-                let text = std::fs::read_to_string(&path).expect("sources are text");
-                let below = path.strip_prefix(&root).expect("it was found there");
-                found.push((below.to_owned(), text));
-            }
-        }
-    }
-    assert!(found.len() > 5, "the sources are found");
-    found
 }

@@ -86,7 +86,7 @@ enum Command {
 
 #[derive(Debug, Args)]
 struct Serve {
-    /// The configuration: a file, or the folder with nbdtrack.toml in it
+    /// The configuration: a file, or the folder with nbdtrack.toml in it; without it the defaults hold
     #[arg(long, value_name = "PATH")]
     config: Option<PathBuf>,
     /// Listen on this address instead of the configured ones; may be repeated
@@ -278,7 +278,9 @@ impl Failure {
                 }
                 RequestError::NotReady(_) => "; 'nbdtrack status' shows what it waits for",
                 RequestError::InUse(_) => "; let both exports share it, or make one read-only",
-                RequestError::TimedOut(_) => "; try again with a longer --timeout, or with --hard",
+                RequestError::TimedOut(_) => {
+                    "; ask again, with a longer --timeout or --hard where the command has them"
+                }
                 _ => "",
             },
             _ => "",

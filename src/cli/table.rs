@@ -1,4 +1,5 @@
-//! Lays out rows: aligned under a header on a terminal, plain and separated by tabs in a pipe. PURE.
+//! Lays out rows: aligned under a header on a terminal, plain and separated by tabs in a pipe. PURE but for
+//! [`Look::of_stdout`].
 
 /// Where the table goes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -8,15 +8,15 @@ use std::path::{Path, PathBuf};
 use super::SourceFile;
 
 /// The file in a folder that is given as the configuration.
-pub const MAIN_FILE: &str = "nbdtrack.toml";
+const MAIN_FILE: &str = "nbdtrack.toml";
 /// The folder beside the main file whose `*.toml` are read after it.
-pub const CONF_D: &str = "conf.d";
+const CONF_D: &str = "conf.d";
 /// Bytes of one file: 10,000 exports of some 150 bytes fit, a disk image given by mistake does not.
 pub const FILE_BYTES_MAX: u64 = 4 << 20;
 /// Files in `conf.d`: one for each of 10,000 exports, which is what the daemon is measured with.
-pub const FILES_MAX: usize = 10_000;
+const FILES_MAX: usize = 10_000;
 /// Bytes of all files, which are in memory at once.
-pub const TOTAL_BYTES_MAX: u64 = 64 << 20;
+const TOTAL_BYTES_MAX: u64 = 64 << 20;
 
 /// Why the configuration could not be read.
 #[derive(Debug, thiserror::Error)]
@@ -25,7 +25,9 @@ pub enum ReadError {
         "{0}: there is no such file; give one with --config, or a folder with {MAIN_FILE} in it"
     )]
     Missing(PathBuf),
-    #[error("{0}: there is no {MAIN_FILE} in this folder")]
+    #[error(
+        "{0}: there is no {MAIN_FILE} in this folder; make one, or give another place with --config"
+    )]
     FolderWithoutFile(PathBuf),
     #[error("{0}: not a regular file")]
     NotAFile(PathBuf),

@@ -23,7 +23,7 @@ mod place;
 mod table;
 
 use document::{Document, FoundExport};
-pub use files::{CONF_D, FILE_BYTES_MAX, FILES_MAX, MAIN_FILE, ReadError, TOTAL_BYTES_MAX, read};
+pub use files::{FILE_BYTES_MAX, ReadError, read};
 pub use place::Problem;
 
 /// One file of the configuration, read.
@@ -232,7 +232,7 @@ fn check_collisions(found: &[FoundExport<'_>], problems: &mut Vec<Problem>) {
 }
 
 /// Each export costs memory and a place in every survey; measured for 10,000, allowed for some more.
-pub const EXPORTS_MAX: usize = 65_536;
+const EXPORTS_MAX: usize = 65_536;
 
 #[cfg(test)]
 mod tests;

@@ -1,4 +1,4 @@
-//! What callers ask of the loop: a change goes to the middle, a question is answered at once.
+//! What callers ask of the loop over D-Bus: a change goes to the middle, a question is answered at once, a survey is ordered.
 
 use std::collections::BTreeMap;
 

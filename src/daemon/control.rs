@@ -67,17 +67,18 @@ pub(super) struct Control {
     started: Instant,
     drain_within: Duration,
     pub(super) rules: IdentityRules,
-    /// Opened and not served yet.
+    /// Opened and not served yet: at most one for each outstanding open.
     pub opened: HashMap<Ticket, Arc<dyn Image>>,
-    /// Callers that wait for a reply.
+    /// Callers that wait for a reply: at most the calls that D-Bus lets in, and those who gave up until the middle answers.
     pub asked: HashMap<RequestId, Asker>,
     pub(super) last_request: RequestId,
-    /// Callers of `Rescan`, each answered by a survey that began after it asked.
+    /// Callers of `Rescan`, each answered by a survey that began after it asked; at most the calls that D-Bus lets in.
     pub(super) rescans: Vec<(Mark, Asker)>,
-    /// Unbounded by type, bounded by what can be outstanding: one message for each open, lease and write. The loop never
-    /// waits for it, and it never makes a disk's thread wait for the loop.
+    /// Unbounded by type, bounded by what can be outstanding: one message for each open, lease, write and reload. The loop
+    /// never waits for it, and it never makes a disk's thread wait for the loop. Ends with the loop.
     pub reports: mpsc::UnboundedSender<Report>,
     report_receiver: Option<mpsc::UnboundedReceiver<Report>>,
+    /// [`WRITES_MAX`]; when full the request is refused. `keep_store` ends when this is dropped.
     pub writes: mpsc::Sender<Write>,
     keeper: Option<JoinHandle<()>>,
     reload: Reload,

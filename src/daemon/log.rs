@@ -8,7 +8,9 @@ use crate::correlation::{Decision, Level};
 
 /// Starts logging. `NBDTRACK_LOG` selects levels as `tracing_subscriber::EnvFilter` reads them; INFO without it.
 pub(super) fn start() {
-    let filter = EnvFilter::try_from_env("NBDTRACK_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    let wanted =
+        std::env::var_os("NBDTRACK_LOG").map(|wanted| wanted.to_string_lossy().into_owned());
+    let (filter, refused) = filter(wanted.as_deref());
     let lines = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
@@ -23,6 +25,21 @@ pub(super) fn start() {
     } else {
         lines.try_init()
     };
+    if let Some(reason) = refused {
+        tracing::warn!(
+            reason,
+            "NBDTRACK_LOG is not understood, logging from info on: write error, warn, info, debug or trace"
+        );
+    }
+}
+
+/// What `wanted` selects; with what no one can read, INFO and why.
+fn filter(wanted: Option<&str>) -> (EnvFilter, Option<String>) {
+    match wanted.map(EnvFilter::try_new) {
+        Some(Ok(filter)) => (filter, None),
+        Some(Err(error)) => (EnvFilter::new("info"), Some(error.to_string())),
+        None => (EnvFilter::new("info"), None),
+    }
 }
 
 /// Logs one decision of the middle with its facts as fields.
@@ -47,5 +64,21 @@ pub(super) fn decision(decision: &Decision) {
         }
         Level::Info => tracing::info!(export, volume, node, diskseq, generation, reason, "{what}"),
         Level::Warn => tracing::warn!(export, volume, node, diskseq, generation, reason, "{what}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_level_that_no_one_can_read_is_told_and_does_not_end_the_log() {
+        let (info, told) = filter(Some("nbdtrack=loud"));
+        assert_eq!(info.to_string(), "info");
+        assert!(told.is_some());
+        for (wanted, level) in [(None, "info"), (Some("debug"), "debug")] {
+            let (filter, told) = filter(wanted);
+            assert_eq!((filter.to_string().as_str(), told), (level, None));
+        }
     }
 }

@@ -3,10 +3,10 @@
 use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
-use socket2::{Domain, Protocol, Socket, Type};
+use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
 /// Connections that may wait to be accepted, as nbd-server's clients come in bursts after a failover.
 const BACKLOG: i32 = 1_024;
@@ -30,7 +30,7 @@ pub enum ListenError {
         address: SocketAddr,
         source: io::Error,
     },
-    #[error("{}: another program answers on this socket: stop it, or give another path with --socket", .0.display())]
+    #[error("{}: another program has this socket: stop it, or give another path with --socket", .0.display())]
     SocketInUse(PathBuf),
     #[error("{}: is there already and is no socket: remove it, or give another path with --socket", .0.display())]
     NotASocket(PathBuf),
@@ -87,15 +87,57 @@ fn bind_unix(path: &Path) -> Result<UnixListener, ListenError> {
         Ok(found) if !found.file_type().is_socket() => {
             return Err(ListenError::NotASocket(path.to_owned()));
         }
-        // Left behind by a daemon that was killed, unless someone answers.
-        Ok(_) if UnixStream::connect(path).is_ok() => {
-            return Err(ListenError::SocketInUse(path.to_owned()));
-        }
-        Ok(_) => std::fs::remove_file(path).map_err(unix)?,
+        // Left behind by a daemon that was killed.
+        Ok(_) if is_abandoned(path).map_err(unix)? => std::fs::remove_file(path).map_err(unix)?,
+        Ok(_) => return Err(ListenError::SocketInUse(path.to_owned())),
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         Err(error) => return Err(unix(error)),
     }
     let listener = UnixListener::bind(path).map_err(unix)?;
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(SOCKET_MODE)).map_err(unix)?;
     Ok(listener)
+}
+
+/// Whether no one listens on the socket at `path`: only ECONNREFUSED says so (connect(2)). A full backlog is EAGAIN, as
+/// nothing is waited for; a socket of another type is EPROTOTYPE, and someone's.
+fn is_abandoned(path: &Path) -> io::Result<bool> {
+    let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
+    socket.set_nonblocking(true)?;
+    let answer = socket.connect(&SockAddr::unix(path)?);
+    Ok(answer.is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::net::UnixDatagram;
+
+    #[test]
+    fn a_socket_that_a_killed_daemon_left_is_taken_over() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("nbd.sock");
+        drop(UnixListener::bind(&path).unwrap());
+        assert!(bind_unix(&path).is_ok());
+    }
+
+    /// A path given by mistake, as /run/systemd/notify: it refuses a stream, and was taken for abandoned.
+    #[test]
+    fn a_socket_that_someone_has_is_never_removed() {
+        let folder = tempfile::tempdir().unwrap();
+        let datagrams = folder.path().join("notify");
+        let _other = UnixDatagram::bind(&datagrams).unwrap();
+        let full = folder.path().join("full");
+        let listener = Socket::new(Domain::UNIX, Type::STREAM, None).unwrap();
+        listener.bind(&SockAddr::unix(&full).unwrap()).unwrap();
+        listener.listen(0).unwrap();
+        let _waiting = std::os::unix::net::UnixStream::connect(&full).unwrap();
+        for path in [datagrams, full] {
+            let refused = bind_unix(&path);
+            assert!(
+                matches!(refused, Err(ListenError::SocketInUse(_))),
+                "{path:?}"
+            );
+            assert!(path.exists());
+        }
+    }
 }

@@ -112,7 +112,8 @@ fn stopping() -> RequestError {
     RequestError::Failed("the daemon is stopping".to_owned())
 }
 
-fn time_for(call: &Call) -> Duration {
+/// How long the loop gets for `call`.
+pub(super) fn time_for(call: &Call) -> Duration {
     let asked = match call {
         Call::Request(Request::AddExport { wait, .. }) => *wait,
         Call::Request(

@@ -17,10 +17,14 @@ use super::manager::{MANAGER, TIMEOUT_MS, WAIT_MS};
 use super::{BUS_NAME, Bus, connect, export, introspect, paths, volume};
 use crate::correlation::RequestError;
 
-/// For the bus and for calls that name no time of their own.
-const WITHIN: Duration = Duration::from_secs(45);
+/// For the bus and for calls that name no time of their own; more than the daemon takes for those, so that its own answer wins.
+const WITHIN: Duration = Duration::from_secs(50);
 /// Added to the time that a call names; a little more than the daemon adds, so that its own answer wins.
 const MARGIN: Duration = Duration::from_secs(20);
+/// To reach the bus.
+const CONNECT_WITHIN: Duration = Duration::from_secs(10);
+/// zbus's own limit for an answer: past the longest that the daemon lets a call name (`manager::WAIT_MS_MAX`) and the margin.
+const ANSWER_MAX: Duration = Duration::from_secs(700);
 
 /// Why a call did not do what was asked.
 #[derive(Debug, thiserror::Error)]
@@ -73,8 +77,8 @@ impl Client {
     /// # Errors
     /// [`ClientError::NoDaemon`] when there is no bus, or no one owns the name.
     pub async fn connect(bus: &Bus) -> Result<Client, ClientError> {
-        let opening = connect::open(bus, Duration::from_secs(700));
-        let connection = match timeout(Duration::from_secs(10), opening).await {
+        let opening = connect::open(bus, ANSWER_MAX);
+        let connection = match timeout(CONNECT_WITHIN, opening).await {
             Ok(Ok(connection)) => connection,
             Ok(Err(error)) => return Err(ClientError::NoDaemon(error.to_string())),
             Err(_) => return Err(ClientError::NoDaemon("the bus does not answer".to_owned())),
@@ -322,7 +326,7 @@ fn limit(
     // What does not fit is refused by the daemon, which names the largest.
     let milliseconds = u32::try_from(asked.as_millis()).unwrap_or(u32::MAX);
     options.insert(key, Variant::new(milliseconds));
-    Duration::from_millis(milliseconds.into()).min(WITHIN * 20) + MARGIN
+    Duration::from_millis(milliseconds.into()).min(ANSWER_MAX) + MARGIN
 }
 
 fn read<T>(answer: &Message) -> Result<T, ClientError>
@@ -362,6 +366,30 @@ impl ClientError {
             ClientError::Denied(_) => "NotAuthorized",
             ClientError::TimedOut(_) => "TimedOut",
             ClientError::Bus(_) => "Failed",
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::correlation::Request;
+    use crate::dbus::Call;
+    use crate::dbus::call::time_for;
+    use crate::identity::VolumeId;
+
+    #[test]
+    fn the_daemons_own_answer_always_comes_before_our_deadline() {
+        assert!(WITHIN > time_for(&Call::Rescan));
+        for asked in [None, Some(Duration::ZERO), Some(Duration::from_secs(600))] {
+            let within = limit(&mut Options::new(), "timeout_ms", asked, TIMEOUT_MS);
+            let otherwise = Duration::from_millis(TIMEOUT_MS.into());
+            let theirs = time_for(&Call::Request(Request::PrepareDetach {
+                volume: VolumeId::parse("loop:/x").unwrap(),
+                hard: false,
+                within: asked.unwrap_or(otherwise),
+            }));
+            assert!(theirs < within && within < ANSWER_MAX, "{asked:?}");
         }
     }
 }

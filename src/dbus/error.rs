@@ -12,7 +12,7 @@ pub enum BusError {
     #[error("{text}: not a bus: {reason}; write system, none or an address like unix:path=/run/x")]
     Address { text: String, reason: String },
     /// No bus answers there.
-    #[error("{bus}: cannot connect: {reason}")]
+    #[error("{bus}: cannot connect: {reason}; is the bus running? --bus none serves without one")]
     Connect { bus: String, reason: String },
     /// Someone else has the name.
     #[error("{bus}: the name {name} is taken by {owner}; is another nbdtrack running?")]

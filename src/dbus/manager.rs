@@ -9,10 +9,10 @@ use zbus::{Message, OwnedVariant, Variant};
 use super::introspect::{Interface, Method, Signal};
 use super::{Call, Filter};
 use crate::correlation::{Definition, DiskSeq, ExportName, Request, RequestError, Source};
-use crate::identity::VolumeId;
+use crate::identity::{VOLUME_ID_BYTES_MAX, VolumeId};
 
-/// The longest argument that names something, in bytes.
-pub const ARGUMENT_BYTES_MAX: usize = 4096;
+/// The longest argument that names something, in bytes: a volume is the longest.
+const ARGUMENT_BYTES_MAX: usize = VOLUME_ID_BYTES_MAX;
 /// The longest time that a caller may ask for.
 pub const WAIT_MS_MAX: u32 = 600_000;
 /// How long `AddExport` waits for the export to serve unless told.
@@ -382,6 +382,14 @@ mod tests {
     }
 
     #[test]
+    fn the_longest_path_that_linux_has_names_a_volume() {
+        let volume = format!("loop:/{}", "x".repeat(4094));
+        let body = ("a", options([("volume", Variant::new(volume.clone()))]));
+        assert!(with("AddExport", &body).is_ok());
+        assert!(with("CancelDetach", &(volume.as_str(), options([]))).is_ok());
+    }
+
+    #[test]
     fn refusals_name_the_option() {
         let v = || ("volume", Variant::new("loop:/x"));
         let cases: Vec<(Result<Call, RequestError>, &str)> = vec![
@@ -442,9 +450,9 @@ mod tests {
             (
                 with(
                     "PrepareDetach",
-                    &(format!("loop:/{}", "x".repeat(4096)), options([])),
+                    &(format!("loop:/{}", "x".repeat(4112)), options([])),
                 ),
-                "InvalidArgument: volume: at most 4096 bytes",
+                "InvalidArgument: volume: at most 4112 bytes",
             ),
             (
                 with(

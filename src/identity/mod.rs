@@ -26,7 +26,7 @@ mod volume;
 mod vpd;
 mod worthless;
 
-pub use profile::{OptIn, profile_names};
+pub use profile::OptIn;
 pub use read::identities;
 pub use volume::{Collision, VOLUME_ID_BYTES_MAX, VolumeId, VolumeIdError, collisions};
 

@@ -41,7 +41,7 @@ pub(super) struct Profile {
 }
 
 /// The names of all profiles, as they are shown to people.
-pub fn profile_names() -> impl Iterator<Item = &'static str> {
+pub(super) fn profile_names() -> impl Iterator<Item = &'static str> {
     PROFILES.iter().map(|profile| profile.name)
 }
 

@@ -131,7 +131,7 @@ fn what_is_no_id_is_refused_with_an_example() {
 
 #[test]
 fn every_profile_takes_its_own_example() {
-    for name in profile_names() {
+    for name in super::profile::profile_names() {
         let Err(VolumeIdError::Malformed { example, .. }) =
             VolumeId::parse(&format!("{name}:\u{7f}"))
         else {

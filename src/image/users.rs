@@ -65,7 +65,7 @@ fn names(dir: &Path) -> Vec<String> {
 fn table(path: &str) -> String {
     use std::io::Read;
     let mut text = String::new();
-    // An unreadable table names no one.
+    // A table that cannot be read, or not to its end, names whom it has named.
     let _ = fs::File::open(path).and_then(|f| f.take(TABLE_BYTES_MAX).read_to_string(&mut text));
     text
 }

@@ -28,13 +28,13 @@ mod state;
 use state::StateLock;
 
 /// The store's file in the state directory.
-pub const DATABASE_FILE: &str = "nbdtrack.db";
-/// Longer than any healthy disk takes for two fsyncs, shorter than a D-Bus caller waits (25 s).
-pub const APPLY_WITHIN: Duration = Duration::from_secs(5);
+const DATABASE_FILE: &str = "nbdtrack.db";
+/// Longer than any healthy disk takes for two fsyncs, shorter than D-Bus libraries wait for an answer by default (25 s).
+const APPLY_WITHIN: Duration = Duration::from_secs(5);
 /// How long SQLite waits for someone else's lock (an operator's shell): less than the deadline around it.
-pub const BUSY_WITHIN: Duration = Duration::from_secs(4);
+const BUSY_WITHIN: Duration = Duration::from_secs(4);
 /// Reading and checking all of a file with 10,000 exports takes well under a second.
-pub const OPEN_WITHIN: Duration = Duration::from_secs(30);
+const OPEN_WITHIN: Duration = Duration::from_secs(30);
 
 /// The durable memory of one daemon. One process holds it at a time.
 #[derive(Debug)]

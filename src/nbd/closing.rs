@@ -91,7 +91,7 @@ impl Lease {
             conn.kill();
             self.shared.poller.resume_session(conn.token);
         }
-        let mut told = Vec::new();
+        let mut told = false;
         let mut ending = lock(&self.ending);
         if ending.closed.is_some() {
             return;
@@ -106,9 +106,9 @@ impl Lease {
             add(&self.shared.counters.leases_timed_out, 1);
             // Under the lock, so that TimedOut cannot come after Closed; reports only send.
             (waiting.report)(end.clone());
-            told.push(());
+            told = true;
         }
-        if !told.is_empty() {
+        if told {
             tracing::warn!(export = %self.export, generation = self.generation.0, ?end, "the disk has not let go");
         }
     }

@@ -191,6 +191,7 @@ impl Conn {
     /// Ends the connection both ways at once; whoever waits on the socket returns. Never waits.
     pub(super) fn kill(&self) {
         self.dead.store(true, Ordering::Release);
+        // Fails only when the peer has ended the connection already.
         let _ = shutdown(self.socket.as_raw_fd(), Shutdown::Both);
         let mut out = lock(&self.out);
         out.chunks.clear();
@@ -200,6 +201,7 @@ impl Conn {
 
     /// Says that no more will be sent.
     pub(super) fn finish_sending(&self) {
+        // Fails only when the peer has ended the connection already: the next receive says so.
         let _ = shutdown(self.socket.as_raw_fd(), Shutdown::Write);
     }
 

@@ -5,8 +5,8 @@ use std::time::Duration;
 /// Every bound of the door. The defaults are the product's; tests shrink them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
-    /// Connections at once, silent ones included. Each costs a descriptor; 4,096 leaves room under the
-    /// usual limit of the unit (16,384) for the disks of as many exports. One more is closed at accept.
+    /// Connections at once, silent ones included. Each costs a descriptor, of which the unit allows 65,536. One
+    /// more is closed at accept. The daemon sets it from `max_connections`.
     pub connections: usize,
     /// Payload of one READ or WRITE, in bytes: proto.md "Size constraints" asks servers for at least 2^25.
     pub request_bytes: u32,

@@ -29,7 +29,7 @@ pub(super) struct Poller {
     epoll: Epoll,
     /// Ends a wait: a command came, or a deadline that is earlier than all others.
     wake: EventFd,
-    /// Unbounded by itself; one entry a call of the control loop, taken at once.
+    /// Unbounded by itself; one entry a call of the control loop, taken at once. Ends with `Quit`.
     commands: Sender<Command>,
     inbox: Receiver<Command>,
     /// Parked sessions and deadlines. Taken after a connection's `out`, never before it; held for a
@@ -42,7 +42,9 @@ pub(super) struct Poller {
 
 #[derive(Default)]
 struct Table {
+    /// By token; at most one a connection.
     parked: HashMap<u64, Slot>,
+    /// At most one a parked session, one a listener and one an order to end a lease.
     timers: BTreeMap<(Instant, u64), Due>,
     quit: bool,
 }
@@ -134,6 +136,7 @@ impl Poller {
             let mut flags = EpollFlags::EPOLLONESHOT;
             flags.set(EpollFlags::EPOLLIN, interest.input);
             flags.set(EpollFlags::EPOLLOUT, interest.output);
+            // Cannot fail: `enter` added the descriptor, which is open for as long as `conn` lives (epoll_ctl(2)).
             let _ = self
                 .epoll
                 .modify(conn.fd(), &mut EpollEvent::new(flags, token));
@@ -256,11 +259,13 @@ pub(super) fn run(shared: &Arc<Shared>) {
         }
         let count = match poller.epoll.wait(&mut events, timeout(next)) {
             Ok(count) => count,
+            // A signal (EINTR): nothing else can be wrong with a set of our own (epoll_wait(2)).
             Err(_) => continue,
         };
         for event in &events[..count] {
             let token = event.data();
             if token == WAKE_TOKEN {
+                // Fails only when there is nothing to read: then it was rung and read before.
                 let _ = poller.wake.read();
             } else if let Some(listener) = listeners.get(&token) {
                 if let Err(error) = poller.accept(shared, listener) {
@@ -305,6 +310,7 @@ pub(super) fn run(shared: &Arc<Shared>) {
 }
 
 fn arm(poller: &Poller, listener: &Listener, flags: EpollFlags) {
+    // Cannot fail: `listeners` holds only what was added, with its descriptor (epoll_ctl(2)).
     let _ = poller
         .epoll
         .modify(listener, &mut EpollEvent::new(flags, listener.token));

@@ -83,7 +83,7 @@ pub enum UdevError {
     #[error("cannot listen to the kernel's device events: {0}")]
     KernelSocket(#[source] io::Error),
     /// There is no sysfs to read.
-    #[error("{path}: {source}")]
+    #[error("{path}: {source}; is sysfs mounted?")]
     NoSysfs {
         path: PathBuf,
         #[source]

@@ -13,8 +13,7 @@ use crate::correlation::DeviceNumber;
 const READS_MAX: usize = 16;
 /// Disks that hang, each with a thread of the blocking pool; past this, no other disk is asked until one of them
 /// answers. What was in flight when the last place went may hang, too: so 143 threads hang, 16 read and 1 lists,
-/// and 352 of the pool's 512 are never this room's (invariant 11). A disk that hangs holds one more for an
-/// open or a close (see `image::claim`): a hundred such disks hold 217 in all, and leave 295.
+/// and all others of the pool (`daemon`) are never this room's (invariant 11).
 const HUNG_MAX: usize = 128;
 
 /// Who wants a disk read. An event's reading is told by itself, a survey's with its survey.

@@ -26,39 +26,16 @@ impl PrivateBus {
         let policy = std::fs::read_to_string(format!("{root}/dbus/org.nbdtrack1.conf")).unwrap();
         let policy = policy.replace("group=\"nbdtrack\"", &format!("group=\"{group}\""));
         std::fs::write(folder.path().join("org.nbdtrack1.conf"), policy).unwrap();
-        // As system.conf has it, with none of a machine's own files.
-        let config = format!(
-            r#"<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-BUS Bus Configuration 1.0//EN"
- "http://www.freedesktop.org/standards/dbus/1.0/busconfig.dtd">
-<busconfig>
-  <type>system</type>
-  <listen>unix:path={0}/bus</listen>
-  <auth>EXTERNAL</auth>
-  <policy context="default">
-    <allow user="*"/>
-    <deny own="*"/>
-    <deny send_type="method_call"/>
-    <allow send_type="signal"/>
-    <allow send_requested_reply="true" send_type="method_return"/>
-    <allow send_requested_reply="true" send_type="error"/>
-    <allow receive_type="method_call"/>
-    <allow receive_type="method_return"/>
-    <allow receive_type="error"/>
-    <allow receive_type="signal"/>
-    <allow send_destination="org.freedesktop.DBus" send_interface="org.freedesktop.DBus"/>
-    <allow send_destination="org.freedesktop.DBus" send_interface="org.freedesktop.DBus.Peer"/>
-  </policy>
-  <include>{0}/org.nbdtrack1.conf</include>
-  <limit name="max_replies_per_connection">1000</limit>
-</busconfig>"#,
-            folder.path().display()
-        );
+        let here = folder.path().display().to_string();
+        let config = include_str!("system.conf")
+            .replace("SOCKET", &format!("{here}/bus"))
+            .replace("POLICY", &format!("{here}/org.nbdtrack1.conf"));
         std::fs::write(folder.path().join("bus.conf"), config).unwrap();
         // Other users connect through this folder.
         let open = std::os::unix::fs::PermissionsExt::from_mode(0o755);
         std::fs::set_permissions(folder.path(), open).unwrap();
         let daemon = start(folder.path());
-        let address = format!("unix:path={}/bus", folder.path().display());
+        let address = format!("unix:path={here}/bus");
         PrivateBus {
             address,
             folder,

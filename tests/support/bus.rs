@@ -4,7 +4,7 @@
 //! [`Client::mark`], acts, and then waits for a signal after the mark. Nothing is missed and nothing is polled.
 
 use std::collections::{BTreeMap, HashMap};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Stdio;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -55,51 +55,12 @@ impl Bus {
     }
 }
 
-/// The policy file that is shipped; absent while it is not written.
-fn policy() -> Option<PathBuf> {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("dbus/org.nbdtrack1.conf");
-    path.exists().then_some(path)
-}
-
-/// As the system bus: nobody may own a name or call a method unless a policy lets them.
+/// As the system bus, with the policy that is shipped.
 fn bus_config(socket: &Path) -> String {
-    let rules = match policy() {
-        Some(path) => format!(
-            r#"<policy context="default">
-    <allow user="*"/>
-    <deny own="*"/>
-    <deny send_type="method_call"/>
-    <allow send_type="signal"/>
-    <allow send_requested_reply="true" send_type="method_return"/>
-    <allow send_requested_reply="true" send_type="error"/>
-    <allow receive_type="method_call"/>
-    <allow receive_type="method_return"/>
-    <allow receive_type="error"/>
-    <allow receive_type="signal"/>
-    <allow send_destination="org.freedesktop.DBus"/>
-  </policy>
-  <include>{}</include>"#,
-            path.display()
-        ),
-        None => r#"<policy context="default">
-    <allow user="*"/>
-    <allow own="*"/>
-    <allow send_destination="*" eavesdrop="false"/>
-    <allow receive_sender="*"/>
-  </policy>"#
-            .to_owned(),
-    };
-    format!(
-        r#"<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Configuration 1.0//EN"
- "http://www.freedesktop.org/standards/dbus/1.0/busconfig.dtd">
-<busconfig>
-  <listen>unix:path={}</listen>
-  <auth>EXTERNAL</auth>
-  {rules}
-</busconfig>
-"#,
-        socket.display()
-    )
+    let policy = concat!(env!("CARGO_MANIFEST_DIR"), "/dbus/org.nbdtrack1.conf");
+    include_str!("../bus/system.conf")
+        .replace("SOCKET", &socket.display().to_string())
+        .replace("POLICY", policy)
 }
 
 /// One argument of a signal or one property, as far as tests look at them.
