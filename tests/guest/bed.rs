@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use super::ledger::Ledger;
-use super::machine::{Bus, Machine, Plug, Shape, Slots};
+use super::machine::{Bus, Machine, Plug, Slots};
 use crate::support::client::{Client, Endpoint, Go, knock};
 use crate::support::pattern::{self, Tally};
 use crate::support::stream::{BLOCK, Report};
@@ -75,10 +75,6 @@ impl Bed {
             folder: folder.to_owned(),
             sequence: 1,
         }
-    }
-
-    pub fn shape(&self) -> Shape {
-        self.machine.shape
     }
 
     pub fn endpoint(&self) -> Endpoint {
@@ -217,6 +213,25 @@ impl Bed {
             Some(plug) => self.machine.unplug(&mut self.slots, plug),
             None => trouble!("{} is not plugged", self.volumes[index].name),
         }
+    }
+
+    /// As [`Self::unplug`] for several: all are asked for before the first is waited for.
+    pub fn unplug_all(&mut self, indexes: &[usize]) -> Outcome<()> {
+        for index in indexes {
+            if let Some(plug) = &mut self.volumes[*index].plug {
+                self.machine.ask_unplug(plug)?;
+            }
+        }
+        for index in indexes {
+            self.unplug(*index)?;
+        }
+        Ok(())
+    }
+
+    /// The device node of an export.
+    pub fn node(&self, index: usize) -> Outcome<String> {
+        let found = self.export(index)?;
+        Ok(found["device_node"].as_str().unwrap_or_default().to_owned())
     }
 
     /// `PrepareDetach` through the CLI.

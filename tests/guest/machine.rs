@@ -419,6 +419,8 @@ pub struct Plug {
     /// The root port of a q35 that it sits in.
     port: Option<String>,
     blocks: String,
+    /// Since which mark of QMP it is asked to go.
+    asked: Option<usize>,
 }
 
 /// Where a disk is plugged in.
@@ -488,18 +490,30 @@ impl Machine {
             id,
             port,
             blocks: node,
+            asked: None,
         })
+    }
+
+    /// Asks for the end of a disk, once; [`Self::unplug`] sees to it.
+    pub fn ask_unplug(&mut self, plug: &mut Plug) -> Outcome<()> {
+        plug.asked = Some(self.qmp.mark());
+        self.qmp
+            .ask("device_del", json!({ "id": plug.id }))
+            .map(drop)
     }
 
     /// Unplugs a disk and waits until QEMU has let it go.
     pub fn unplug(&mut self, slots: &mut Slots, plug: Plug) -> Outcome<()> {
-        let mark = self.qmp.mark();
+        let mark = plug.asked.unwrap_or_else(|| self.qmp.mark());
         let id = json!({ "id": plug.id });
         let mut tries = 0;
+        let mut said = Ok(Value::Null);
         loop {
-            tries += 1;
             // A second request while the first is under way is refused; the event is what counts.
-            let said = self.qmp.try_ask("device_del", &id)?;
+            if tries > 0 || plug.asked.is_none() {
+                said = self.qmp.try_ask("device_del", &id)?;
+            }
+            tries += 1;
             let limit = Duration::from_secs(8);
             let gone = self.qmp.wait_event(mark, "DEVICE_DELETED", limit, |data| {
                 data["device"] == plug.id.as_str()

@@ -26,4 +26,7 @@ macro_rules! scenario {
 }
 use scenario;
 
+mod daemon;
+mod moves;
 mod swap;
+mod twins;
