@@ -127,6 +127,8 @@ pub struct Correlation {
     released: BTreeMap<DiskSeq, Released>,
     /// As the store gave them, until the first survey.
     remembered_releases: Vec<Release>,
+    /// Of exports that are not defined yet: those of the configuration come after the start.
+    remembered_conflicts: BTreeMap<ExportName, Option<DiskSeq>>,
     detaches: BTreeMap<RequestId, Detach>,
     persisting: BTreeMap<RequestId, Persisting>,
     timers: BTreeSet<(Duration, Timer)>,
@@ -149,6 +151,7 @@ impl Correlation {
             tickets: BTreeMap::new(),
             released: BTreeMap::new(),
             remembered_releases: remembered.releases,
+            remembered_conflicts: BTreeMap::new(),
             detaches: BTreeMap::new(),
             persisting: BTreeMap::new(),
             timers: BTreeSet::new(),
@@ -157,14 +160,14 @@ impl Correlation {
             stopping: false,
             out: Vec::new(),
         };
+        for conflict in remembered.conflicts {
+            // A diskseq means nothing in another boot: no one is the first then.
+            let same_boot = conflict.boot == correlation.settings.boot;
+            let first = conflict.first.filter(|_| same_boot);
+            correlation.remembered_conflicts.insert(conflict.export, first);
+        }
         for definition in remembered.exports {
             correlation.insert_export(definition, true);
-        }
-        for conflict in remembered.conflicts {
-            let same_boot = conflict.boot == correlation.settings.boot;
-            if let Some(export) = correlation.exports.get_mut(&conflict.export) {
-                export.conflict = Some(conflict.first.filter(|_| same_boot));
-            }
         }
         correlation
     }
@@ -260,7 +263,7 @@ impl Correlation {
             durable,
             binding: Binding::Absent { reason: String::new() },
             generation: Generation(0),
-            conflict: None,
+            conflict: self.remembered_conflicts.remove(&definition.name),
             leaving: None,
             waiters: Vec::new(),
             ending: EndHow::Drain { within: self.settings.drain_within },

@@ -1,5 +1,6 @@
 //! A guest with volumes, the daemon in it, clients outside, and the judge: what every scenario stands on.
 
+use std::collections::{BTreeSet, VecDeque};
 use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -16,7 +17,7 @@ use crate::support::{Doing, Outcome, process, until};
 use crate::{hold, trouble};
 
 /// How long one step may take in an emulated guest on a busy machine.
-pub const STEP: Duration = Duration::from_secs(90);
+pub const STEP: Duration = Duration::from_secs(40);
 /// Bytes of a volume that a scenario needs no other size of.
 pub const BYTES: u64 = 8 << 20;
 const UNIT: &str = "nbdtrack.service";
@@ -50,6 +51,9 @@ pub struct Row {
 /// One plug: times since `device_add` was sent, as the host saw them.
 #[derive(Debug, Clone, Copy)]
 pub struct Serving {
+    began: Instant,
+    /// The mark among the lines of `udevadm monitor`.
+    from: usize,
     pub kernel: Option<Duration>,
     pub udev: Option<Duration>,
     pub serving: Duration,
@@ -178,6 +182,19 @@ impl Bed {
         Ok(())
     }
 
+    /// Gives a plugged disk another size; what is new in it is zeroes.
+    pub fn resize(&mut self, index: usize, bytes: u64) -> Outcome<()> {
+        let volume = &mut self.volumes[index];
+        let Some(plug) = &volume.plug else {
+            trouble!("{} is not plugged", volume.name);
+        };
+        let arguments = json!({ "node-name": plug.blocks, "size": bytes });
+        self.machine.qmp.ask("block_resize", arguments)?;
+        volume.bytes = bytes;
+        volume.ledger.resize(bytes);
+        Ok(())
+    }
+
     /// Plugs a volume and waits until its name is given and udev has made its links; for when no daemon tells.
     pub fn plug_and_settle(&mut self, index: usize) -> Outcome<()> {
         self.plug(index)?;
@@ -190,6 +207,11 @@ impl Bed {
             .as_str()
             .unwrap_or_default()
             .to_owned();
+        if let Some(wwn) = self.volumes[index].properties["wwn"].as_u64() {
+            // The links of such a disk do not have its serial.
+            let link = format!("/dev/disk/by-id/wwn-0x{wwn:016x}");
+            return self.guest_until(&link, &format!("test -e {link}"));
+        }
         if serial.is_empty() {
             return self.machine.agent.run("udevadm settle").map(drop);
         }
@@ -207,25 +229,37 @@ impl Bed {
         })
     }
 
-    /// Unplugs a volume's disk and waits until QEMU has let it go.
+    /// Unplugs a volume's disk and waits until it is gone from QEMU and from the guest.
     pub fn unplug(&mut self, index: usize) -> Outcome<()> {
-        match self.volumes[index].plug.take() {
-            Some(plug) => self.machine.unplug(&mut self.slots, plug),
-            None => trouble!("{} is not plugged", self.volumes[index].name),
-        }
+        self.unplug_all(&[index])
     }
 
     /// As [`Self::unplug`] for several: all are asked for before the first is waited for.
     pub fn unplug_all(&mut self, indexes: &[usize]) -> Outcome<()> {
+        let mark = self.machine.udev.mark();
+        let mut plugs = Vec::new();
         for index in indexes {
-            if let Some(plug) = &mut self.volumes[*index].plug {
-                self.machine.ask_unplug(plug)?;
-            }
+            let Some(mut plug) = self.volumes[*index].plug.take() else {
+                trouble!("{} is not plugged", self.volumes[*index].name);
+            };
+            self.machine.ask_unplug(&mut plug)?;
+            plugs.push(plug);
         }
-        for index in indexes {
-            self.unplug(*index)?;
+        for plug in plugs {
+            self.machine.unplug(&mut self.slots, plug)?;
         }
-        Ok(())
+        // QEMU forgets a SCSI disk before the guest's kernel has: plugged again at once, it would be there twice.
+        let mut left = indexes.len();
+        self.machine
+            .udev
+            .wait(mark, STEP, "the kernel's `remove`", |line| {
+                let mut words = line.text.split_whitespace();
+                let kernel = words.next()?.starts_with("KERNEL[");
+                if kernel && words.next()? == "remove" {
+                    left -= 1;
+                }
+                (left == 0).then_some(())
+            })
     }
 
     /// The device node of an export.
@@ -251,19 +285,36 @@ impl Bed {
         self.wait_state(bus, index, "Serving")
             .doing(format!("after a plug of {}", self.volumes[index].name))?;
         let serving = began.elapsed();
-        let first = |source: &str| {
-            let lines = self.machine.udev.since(udev);
-            lines
-                .iter()
-                .find(|l| l.text.starts_with(source) && l.text.contains(" add "))
-                .map(|l| l.at.saturating_duration_since(began))
-        };
         self.row.serving.push(Serving {
-            kernel: first("KERNEL["),
-            udev: first("UDEV "),
+            began,
+            from: udev,
+            kernel: None,
+            udev: None,
             serving,
         });
         Ok(())
+    }
+
+    /// Finds each plug's own events, also those of udev that came after the export was served.
+    fn find_events(&mut self) {
+        for plug in &mut self.row.serving {
+            let lines = self.machine.udev.since(plug.from);
+            // `KERNEL[1.2] add /devices/…/block/vdb (block)` and `UDEV  [1.3] add …` of the same path.
+            let Some(kernel) = lines.iter().find(|line| {
+                line.text.starts_with("KERNEL[")
+                    && line.text.split_whitespace().nth(1) == Some("add")
+            }) else {
+                continue;
+            };
+            let path = kernel.text.split_whitespace().nth(2);
+            let udev = lines.iter().find(|line| {
+                line.text.starts_with("UDEV")
+                    && line.at > kernel.at
+                    && line.text.split_whitespace().nth(3) == path
+            });
+            plug.kernel = Some(kernel.at.saturating_duration_since(plug.began));
+            plug.udev = udev.map(|line| line.at.saturating_duration_since(plug.began));
+        }
     }
 
     /// Waits for the signal that an export came into a state, after `mark` on the bus.
@@ -410,6 +461,7 @@ impl Bed {
 
     /// Reads every backing file, after the guest has written all that it holds and was stopped.
     pub fn judge(&mut self) -> Outcome<Vec<Tally>> {
+        self.find_events();
         // A disk that hangs or fails keeps sync waiting; what it did not write is not on any other volume either.
         let sync = self.machine.agent.begin("sync", &[])?;
         let limit = Duration::from_secs(10);
@@ -427,12 +479,14 @@ impl Bed {
 
     /// Traces the guest's kernel: block devices' uevents, and the daemon's shutdown(2) of its clients' sockets.
     pub fn trace_fences(&self) -> Outcome<()> {
-        // enum kobject_action: 1 is KOBJ_REMOVE. The tracer's clock is CLOCK_MONOTONIC.
+        // kobject_uevent_env itself is not traceable in Debian's kernel. block_uevent is what it calls for a disk just
+        // before it sends; the first one after device_del of the disk is the `remove`. Both take a struct device, whose
+        // first member is its kobject, whose first member is the name. The clock is CLOCK_MONOTONIC.
         self.machine.agent.run(
-            "mount -t tracefs tracefs /sys/kernel/tracing 2>/dev/null; cd /sys/kernel/tracing && echo mono >trace_clock && \
-             echo 'p:bed_uevent kobject_uevent_env act=%si:u32 name=+0(+0(%di)):string' >kprobe_events && \
-             echo 'act == 1' >events/kprobes/bed_uevent/filter && echo 1 >events/kprobes/bed_uevent/enable && \
-             echo 1 >events/syscalls/sys_enter_shutdown/enable && echo >trace && echo 1 >tracing_on",
+            "cd /sys/kernel/tracing && echo mono >trace_clock && \
+             echo 'p:bed_del device_del name=+0(+0(%di)):string' >kprobe_events && \
+             echo 'p:bed_uevent block_uevent name=+0(+0(%di)):string' >>kprobe_events && \
+             echo 1 >events/kprobes/enable && echo 1 >events/syscalls/sys_enter_shutdown/enable && echo 1 >tracing_on",
         )?;
         Ok(())
     }
@@ -444,16 +498,22 @@ impl Bed {
             .machine
             .agent
             .run("cd /sys/kernel/tracing && cat trace && echo >trace")?;
-        let mut removed: Option<u64> = None;
+        let mut going: BTreeSet<&str> = BTreeSet::new();
+        // In their order; a disk without a session has no fence, and is forgotten at the next event that is no `remove`.
+        let mut removed: VecDeque<u64> = VecDeque::new();
         for line in text.lines() {
             let Some(at) = trace_us(line) else { continue };
-            if line.contains("bed_uevent:") {
-                let disk = ["name=\"vd", "name=\"sd", "name=\"nvme"];
-                if disk.iter().any(|d| line.contains(d)) {
-                    removed = Some(at);
+            let name = line.rsplit("name=").next().unwrap_or_default();
+            if line.contains("bed_del:") {
+                going.insert(name);
+            } else if line.contains("bed_uevent:") {
+                if going.remove(name) {
+                    removed.push_back(at);
+                } else {
+                    removed.clear();
                 }
             } else if line.contains("sys_shutdown(")
-                && let Some(removed) = removed.take()
+                && let Some(removed) = removed.pop_front()
             {
                 self.row.fence_us.push(at.saturating_sub(removed));
             }

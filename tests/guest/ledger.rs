@@ -28,6 +28,16 @@ impl Ledger {
         Ledger(vec![span; blocks])
     }
 
+    /// The volume has another size; new blocks have no promise, and are to be written before they are judged.
+    pub fn resize(&mut self, bytes: u64) {
+        let blocks = usize::try_from(bytes.div_ceil(BLOCK as u64)).unwrap_or(0);
+        let none = Span {
+            promised: 0,
+            sent: 0,
+        };
+        self.0.resize(blocks, none);
+    }
+
     pub fn blocks(&self) -> usize {
         self.0.len()
     }

@@ -418,7 +418,7 @@ pub struct Plug {
     pub id: String,
     /// The root port of a q35 that it sits in.
     port: Option<String>,
-    blocks: String,
+    pub blocks: String,
     /// Since which mark of QMP it is asked to go.
     asked: Option<usize>,
 }

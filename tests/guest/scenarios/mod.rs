@@ -27,6 +27,8 @@ macro_rules! scenario {
 use scenario;
 
 mod daemon;
+mod identities;
 mod moves;
 mod swap;
+mod trouble;
 mod twins;
