@@ -19,8 +19,6 @@ pub struct Ran {
     pub code: u32,
     pub stdout: String,
     pub stderr: String,
-    /// When it ended, on the guest's CLOCK_MONOTONIC, in nanoseconds.
-    pub ended_ns: u64,
 }
 
 #[derive(Default)]
@@ -133,13 +131,12 @@ fn bring(desk: &Desk, change: impl FnOnce(&mut Replies)) {
 fn read_reply(socket: &mut UnixStream) -> Outcome<(u32, Ran)> {
     /// More than this is not a reply but a broken stream.
     const TEXT_BYTES_MAX: u32 = 64 << 20;
-    let mut head = [0u8; 32];
+    let mut head = [0u8; 16];
     socket.read_exact(&mut head)?;
     let word = |at: usize| -> Outcome<u32> { Ok(u32::from_be_bytes(head[at..at + 4].try_into()?)) };
-    let long = |at: usize| -> Outcome<u64> { Ok(u64::from_be_bytes(head[at..at + 8].try_into()?)) };
     let (id, status) = (word(0)?, word(4)?);
     let mut texts = [String::new(), String::new()];
-    for (text, len) in texts.iter_mut().zip([word(24)?, word(28)?]) {
+    for (text, len) in texts.iter_mut().zip([word(8)?, word(12)?]) {
         hold!(len <= TEXT_BYTES_MAX, "a reply of {len} bytes");
         let mut bytes = vec![0; usize::try_from(len)?];
         socket.read_exact(&mut bytes)?;
@@ -151,14 +148,12 @@ fn read_reply(socket: &mut UnixStream) -> Outcome<(u32, Ran)> {
         0 => (status >> 8) & 0xff,
         signal => 128 + signal,
     };
-    let ended_ns = long(16)?;
     Ok((
         id,
         Ran {
             code,
             stdout,
             stderr,
-            ended_ns,
         },
     ))
 }

@@ -69,9 +69,11 @@ pub fn staged(
     // One guest at a time: the lock goes with the process that holds it.
     turn.lock()?;
     let image = image()?;
-    let logs = target
-        .join("logs")
-        .join(format!("{}-{}", name.replace(' ', "-"), shape.name()));
+    let folder: String = format!("{name} {}", shape.name())
+        .chars()
+        .map(|c| if c.is_ascii_alphanumeric() { c } else { '-' })
+        .collect();
+    let logs = target.join("logs").join(folder);
     let _ = std::fs::remove_dir_all(&logs);
     std::fs::create_dir_all(&logs)?;
     let volumes = tempfile::Builder::new().prefix("nbdt-volumes-").tempdir()?;

@@ -2,7 +2,6 @@
 
 use std::time::Duration;
 
-use super::scenario;
 use crate::bed::{Bed, STEP};
 use crate::hold;
 use crate::machine::Shape;

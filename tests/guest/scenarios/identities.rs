@@ -4,7 +4,6 @@ use std::path::Path;
 
 use serde_json::json;
 
-use super::scenario;
 use crate::bed::{Bed, STEP, signal};
 use crate::hold;
 use crate::machine::{Bus, Shape};

@@ -24,7 +24,6 @@ macro_rules! scenario {
         }
     };
 }
-use scenario;
 
 mod daemon;
 mod identities;

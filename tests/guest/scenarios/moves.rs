@@ -2,7 +2,6 @@
 
 use std::time::Instant;
 
-use super::scenario;
 use crate::bed::Bed;
 use crate::hold;
 use crate::machine::Shape;
@@ -34,7 +33,7 @@ fn five_rotated_disks_keep_their_exports(shape: Shape) -> Outcome<()> {
             bed.add(name)?;
         }
         bed.serve_all()?;
-        let before: Vec<_> = (0..5).map(|i| Ok(bed.node(i)?)).collect::<Outcome<_>>()?;
+        let before: Vec<_> = (0..5).map(|i| bed.node(i)).collect::<Outcome<_>>()?;
         for index in 0..5 {
             bed.write(index, index)?;
             bed.unplug(index)?;

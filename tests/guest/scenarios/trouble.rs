@@ -4,7 +4,6 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use super::scenario;
 use crate::bed::Bed;
 use crate::hold;
 use crate::machine::{PC_SLOTS, Q35_PORTS, Shape};

@@ -1,6 +1,5 @@
 //! Two disks that say they are the same volume.
 
-use super::scenario;
 use crate::bed::{Bed, STEP, signal};
 use crate::hold;
 use crate::machine::Shape;
