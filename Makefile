@@ -5,7 +5,11 @@ CARGO ?= cargo
 RELEASE := target/release
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build run compare bench bench-quick check test deny clean
+.PHONY: help setup build run compare bench bench-quick check test test-guest soak-guest install deny clean
+
+# Where `make install` puts things; below DESTDIR, for a package or a guest's root.
+DESTDIR ?=
+PREFIX ?= /usr
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,6 +45,25 @@ test: setup ## Everything that is a test; ends with `N passed, N failed, N skipp
 
 deny: ## Licences, sources and advisories of all dependencies (needs cargo-deny)
 	$(CARGO) deny check
+
+test-guest: setup ## Real hot-plug in a QEMU guest; one scenario with SCENARIO=swap
+	@scripts/guest-test "$(SCENARIO)"
+
+soak-guest: setup ## N fast swaps with changing seeds in a QEMU guest (N=1000)
+	@NBDTRACK_GUEST_SWAPS=$(or $(N),1000) scripts/guest-test hundred
+
+install: ## Install the built binary and all that ships with it, below DESTDIR
+	install -D -m 755 -s $(RELEASE)/nbdtrack $(DESTDIR)$(PREFIX)/bin/nbdtrack
+	install -D -m 644 systemd/nbdtrack.service $(DESTDIR)$(PREFIX)/lib/systemd/system/nbdtrack.service
+	install -D -m 644 systemd/nbdtrack.sysusers $(DESTDIR)$(PREFIX)/lib/sysusers.d/nbdtrack.conf
+	install -D -m 644 systemd/nbdtrack.tmpfiles $(DESTDIR)$(PREFIX)/lib/tmpfiles.d/nbdtrack.conf
+	install -D -m 644 dbus/org.nbdtrack1.conf $(DESTDIR)$(PREFIX)/share/dbus-1/system.d/org.nbdtrack1.conf
+	install -D -m 644 dbus/org.nbdtrack1.service $(DESTDIR)$(PREFIX)/share/dbus-1/system-services/org.nbdtrack1.service
+	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/dbus-1/interfaces dbus/org.nbdtrack1.Manager.xml dbus/org.nbdtrack1.Volume.xml dbus/org.nbdtrack1.Export.xml
+	install -D -m 644 rules/60-nbdtrack.rules $(DESTDIR)$(PREFIX)/lib/udev/rules.d/60-nbdtrack.rules
+	install -D -m 644 man/nbdtrack.1 $(DESTDIR)$(PREFIX)/share/man/man1/nbdtrack.1
+	install -D -m 644 man/nbdtrack.toml.5 $(DESTDIR)$(PREFIX)/share/man/man5/nbdtrack.toml.5
+	install -d -m 755 $(DESTDIR)/etc/nbdtrack
 
 clean: ## Remove what was built
 	$(CARGO) clean

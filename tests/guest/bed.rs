@@ -1,0 +1,561 @@
+//! A guest with volumes, the daemon in it, clients outside, and the judge: what every scenario stands on.
+
+use std::collections::{BTreeSet, VecDeque};
+use std::fs::File;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use super::ledger::Ledger;
+use super::machine::{Bus, Machine, Plug, Slots};
+use crate::support::client::{Client, Endpoint, Go, knock};
+use crate::support::pattern::{self, Tally};
+use crate::support::stream::{BLOCK, Report};
+use crate::support::{Doing, Outcome, process, until};
+use crate::{hold, trouble};
+
+/// How long one step may take in an emulated guest on a busy machine.
+pub const STEP: Duration = Duration::from_secs(40);
+/// Bytes of a volume that a scenario needs no other size of.
+pub const BYTES: u64 = 8 << 20;
+const UNIT: &str = "nbdtrack.service";
+
+/// A volume: its backing file on the host, and how a disk of it looks.
+pub struct Volume {
+    pub name: String,
+    pub image: PathBuf,
+    pub bytes: u64,
+    pub bus: Bus,
+    /// What the daemon is told, `profile:id`.
+    pub id: String,
+    /// QEMU's properties of the disk: serial, wwn.
+    pub properties: Value,
+    /// Layers between the disk and the file, for errors and delays: a description that wraps the file's.
+    pub layer: Option<fn(Value) -> Value>,
+    pub plug: Option<Plug>,
+    pub ledger: Ledger,
+}
+
+/// What a scenario measured, for the table.
+#[derive(Default)]
+pub struct Row {
+    /// How often it did what its name says.
+    pub count: u64,
+    pub fence_us: Vec<u64>,
+    pub serving: Vec<Serving>,
+    pub notes: Vec<String>,
+}
+
+/// One plug: times since `device_add` was sent, as the host saw them.
+#[derive(Debug, Clone, Copy)]
+pub struct Serving {
+    began: Instant,
+    /// The mark among the lines of `udevadm monitor`.
+    from: usize,
+    pub kernel: Option<Duration>,
+    pub udev: Option<Duration>,
+    pub serving: Duration,
+}
+
+pub struct Bed {
+    pub machine: Machine,
+    pub slots: Slots,
+    pub volumes: Vec<Volume>,
+    pub row: Row,
+    pub folder: PathBuf,
+    sequence: u64,
+}
+
+impl Bed {
+    pub fn new(machine: Machine, folder: &Path) -> Bed {
+        let slots = Slots::of(machine.shape);
+        Bed {
+            machine,
+            slots,
+            volumes: Vec::new(),
+            row: Row::default(),
+            folder: folder.to_owned(),
+            sequence: 1,
+        }
+    }
+
+    pub fn endpoint(&self) -> Endpoint {
+        Endpoint::Tcp(self.machine.nbd)
+    }
+
+    /// Adds a volume of CloudStack's kind on virtio-blk: its serial is the UUID's first 20 digits.
+    pub fn add(&mut self, name: &str) -> Outcome<usize> {
+        let number = self.volumes.len() + 1;
+        let uuid = format!("5f0c2a1e-7b1d-4c55-{number:04x}-0d2a6d0f8a11");
+        let serial: String = uuid.chars().filter(|c| *c != '-').take(20).collect();
+        self.add_as(
+            name,
+            Bus::VirtioBlk,
+            &format!("cloudstack:{uuid}"),
+            json!({ "serial": serial }),
+        )
+    }
+
+    /// As [`Self::add`], on SCSI: a `device_del` takes it away without asking.
+    pub fn add_scsi(&mut self, name: &str) -> Outcome<usize> {
+        let index = self.add(name)?;
+        self.volumes[index].bus = Bus::Scsi;
+        Ok(index)
+    }
+
+    /// Adds a volume with any identity.
+    pub fn add_as(&mut self, name: &str, bus: Bus, id: &str, properties: Value) -> Outcome<usize> {
+        let image = self.folder.join(format!("{name}.img"));
+        pattern::write_file(&image, name, BYTES, 1)?;
+        self.volumes.push(Volume {
+            name: name.to_owned(),
+            image,
+            bytes: BYTES,
+            bus,
+            id: id.to_owned(),
+            properties,
+            layer: None,
+            plug: None,
+            ledger: Ledger::stamped(BYTES, 1),
+        });
+        Ok(self.volumes.len() - 1)
+    }
+
+    /// Writes the configuration: an export for each of these volumes.
+    pub fn configure(&mut self, volumes: &[usize]) -> Outcome<()> {
+        let mut text =
+            "[server]\nlisten = [\"0.0.0.0:10809\"]\nsocket = \"/run/nbdtrack/nbd.sock\"\n"
+                .to_owned();
+        for index in volumes {
+            let Volume { name, id, .. } = &self.volumes[*index];
+            text.push_str(&format!("\n[[export]]\nname = {name:?}\nvolume = {id:?}\n"));
+        }
+        self.machine
+            .agent
+            .put("/etc/nbdtrack/nbdtrack.toml", &text)?;
+        self.machine.agent.run("nbdtrack check").map(drop)
+    }
+
+    pub fn start_daemon(&mut self) -> Outcome<()> {
+        let said = self.machine.agent.attempt(&format!(
+            "systemctl start {UNIT} || {{ journalctl -u {UNIT} --no-pager; false; }}"
+        ))?;
+        hold!(
+            said.code == 0,
+            "the daemon did not start: {}{}",
+            said.stdout,
+            said.stderr
+        );
+        Ok(())
+    }
+
+    /// Plugs all volumes in their order, starts the daemon with an export for each, waits until all are served.
+    pub fn serve_all(&mut self) -> Outcome<()> {
+        let all: Vec<usize> = (0..self.volumes.len()).collect();
+        self.configure(&all)?;
+        for index in &all {
+            self.plug_and_settle(*index)?;
+        }
+        self.start_daemon()?;
+        for index in all {
+            self.reach(index, "Serving")?;
+        }
+        Ok(())
+    }
+
+    /// Plugs a volume's disk; does not wait for the guest.
+    pub fn plug(&mut self, index: usize) -> Outcome<()> {
+        let volume = &self.volumes[index];
+        assert!(volume.plug.is_none(), "one disk for each volume");
+        let file = json!({ "driver": "file", "filename": volume.image, "locking": "off" });
+        let mut blocks = json!({ "driver": "raw", "file": file });
+        if let Some(layer) = volume.layer {
+            blocks = layer(blocks);
+        }
+        let properties = volume.properties.clone();
+        let plug = self
+            .machine
+            .plug(&mut self.slots, volume.bus, blocks, &properties)?;
+        self.volumes[index].plug = Some(plug);
+        Ok(())
+    }
+
+    /// Gives a plugged disk another size; what is new in it is zeroes.
+    pub fn resize(&mut self, index: usize, bytes: u64) -> Outcome<()> {
+        let volume = &mut self.volumes[index];
+        let Some(plug) = &volume.plug else {
+            trouble!("{} is not plugged", volume.name);
+        };
+        let arguments = json!({ "node-name": plug.blocks, "size": bytes });
+        self.machine.qmp.ask("block_resize", arguments)?;
+        volume.bytes = bytes;
+        volume.ledger.resize(bytes);
+        Ok(())
+    }
+
+    /// Plugs a volume and waits until its name is given and udev has made its links; for when no daemon tells.
+    pub fn plug_and_settle(&mut self, index: usize) -> Outcome<()> {
+        self.plug(index)?;
+        self.wait_udev(index)
+    }
+
+    /// Waits until udev has told of a volume's disk: then its name is given and its links are made.
+    fn wait_udev(&mut self, index: usize) -> Outcome<()> {
+        let serial = self.volumes[index].properties["serial"]
+            .as_str()
+            .unwrap_or_default()
+            .to_owned();
+        if let Some(wwn) = self.volumes[index].properties["wwn"].as_u64() {
+            // The links of such a disk do not have its serial.
+            let link = format!("/dev/disk/by-id/wwn-0x{wwn:016x}");
+            return self.guest_until(&link, &format!("test -e {link}"));
+        }
+        if serial.is_empty() {
+            return self.machine.agent.run("udevadm settle").map(drop);
+        }
+        let link = format!("*{}", &serial[..serial.len().min(20)]);
+        self.guest_until(
+            &format!("a link to {serial}"),
+            &format!("ls /dev/disk/by-id/{link}"),
+        )
+    }
+
+    /// Repeats a command in the guest until it succeeds.
+    pub fn guest_until(&self, what: &str, command: &str) -> Outcome<()> {
+        until(STEP, what, || {
+            Ok((self.machine.agent.attempt(command)?.code == 0).then_some(()))
+        })
+    }
+
+    /// Unplugs a volume's disk and waits until it is gone from QEMU and from the guest.
+    pub fn unplug(&mut self, index: usize) -> Outcome<()> {
+        self.unplug_all(&[index])
+    }
+
+    /// As [`Self::unplug`] for several: all are asked for before the first is waited for.
+    pub fn unplug_all(&mut self, indexes: &[usize]) -> Outcome<()> {
+        let mark = self.machine.udev.mark();
+        let mut plugs = Vec::new();
+        for index in indexes {
+            let Some(mut plug) = self.volumes[*index].plug.take() else {
+                trouble!("{} is not plugged", self.volumes[*index].name);
+            };
+            self.machine.ask_unplug(&mut plug)?;
+            plugs.push(plug);
+        }
+        for plug in plugs {
+            self.machine.unplug(&mut self.slots, plug)?;
+        }
+        // QEMU forgets a SCSI disk before the guest's kernel has: plugged again at once, it would be there twice.
+        let mut left = indexes.len();
+        self.machine
+            .udev
+            .wait(mark, STEP, "the kernel's `remove`", |line| {
+                let mut words = line.text.split_whitespace();
+                let kernel = words.next()?.starts_with("KERNEL[");
+                if kernel && words.next()? == "remove" {
+                    left -= 1;
+                }
+                (left == 0).then_some(())
+            })
+    }
+
+    /// The device node of an export.
+    pub fn node(&self, index: usize) -> Outcome<String> {
+        let found = self.export(index)?;
+        Ok(found["device_node"].as_str().unwrap_or_default().to_owned())
+    }
+
+    /// `PrepareDetach` through the CLI.
+    pub fn prepare_detach(&self, index: usize) -> Outcome<()> {
+        let id = &self.volumes[index].id;
+        self.machine
+            .agent
+            .run(&format!("nbdtrack prepare-detach {id}"))
+            .map(drop)
+    }
+
+    /// Plugs a volume and waits until its export serves it; the times go into the table.
+    pub fn attach(&mut self, index: usize) -> Outcome<()> {
+        let (bus, udev) = (self.machine.bus.mark(), self.machine.udev.mark());
+        let began = Instant::now();
+        self.plug(index)?;
+        self.wait_state(bus, index, "Serving")
+            .doing(format!("after a plug of {}", self.volumes[index].name))?;
+        let serving = began.elapsed();
+        self.row.serving.push(Serving {
+            began,
+            from: udev,
+            kernel: None,
+            udev: None,
+            serving,
+        });
+        Ok(())
+    }
+
+    /// Finds each plug's own events, also those of udev that came after the export was served.
+    fn find_events(&mut self) {
+        for plug in &mut self.row.serving {
+            let lines = self.machine.udev.since(plug.from);
+            // `KERNEL[1.2] add /devices/…/block/vdb (block)` and `UDEV  [1.3] add …` of the same path.
+            let Some(kernel) = lines.iter().find(|line| {
+                line.text.starts_with("KERNEL[")
+                    && line.text.split_whitespace().nth(1) == Some("add")
+            }) else {
+                continue;
+            };
+            let path = kernel.text.split_whitespace().nth(2);
+            let udev = lines.iter().find(|line| {
+                line.text.starts_with("UDEV")
+                    && line.at > kernel.at
+                    && line.text.split_whitespace().nth(3) == path
+            });
+            plug.kernel = Some(kernel.at.saturating_duration_since(plug.began));
+            plug.udev = udev.map(|line| line.at.saturating_duration_since(plug.began));
+        }
+    }
+
+    /// Waits for the signal that an export came into a state, after `mark` on the bus.
+    pub fn wait_state(&self, mark: usize, index: usize, state: &str) -> Outcome<()> {
+        let name = &self.volumes[index].name;
+        let what = format!("{name} to be {state}");
+        self.machine.bus.wait(mark, STEP, what, |line| {
+            let data = signal(&line.text, "ExportStateChanged")?;
+            (data[1] == name.as_str() && data[3] == state).then_some(())
+        })
+    }
+
+    /// Waits until an export is in a state, from before or by a signal.
+    pub fn reach(&self, index: usize, state: &str) -> Outcome<()> {
+        let mark = self.machine.bus.mark();
+        if self.export(index)?["state"] == state {
+            return Ok(());
+        }
+        self.wait_state(mark, index, state).or_else(|e| {
+            let found = self.export(index)?;
+            if found["state"] == state {
+                return Ok(());
+            }
+            trouble!("{e}; it is {found}")
+        })
+    }
+
+    /// One export's properties.
+    pub fn export(&self, index: usize) -> Outcome<Value> {
+        let name = &self.volumes[index].name;
+        let text = self.machine.agent.run("nbdtrack --json exports")?;
+        let list: Value = serde_json::from_str(&text).doing("nbdtrack --json exports")?;
+        let found = list
+            .as_array()
+            .into_iter()
+            .flatten()
+            .find(|export| export["name"] == name.as_str());
+        match found {
+            Some(export) => Ok(export.clone()),
+            None => trouble!("no export {name} in {text}"),
+        }
+    }
+
+    /// Expects that a client gets no way to an export, and gives the server's words.
+    pub fn refused(&self, index: usize) -> Outcome<String> {
+        let name = &self.volumes[index].name;
+        match knock(&self.endpoint(), name)? {
+            Go::Refused { text, .. } if !text.is_empty() => Ok(text),
+            Go::Refused { kind, .. } => {
+                trouble!("{name} was refused with {kind:#x}, but not told why")
+            }
+            Go::Agreed { .. } => trouble!("{name} was served"),
+        }
+    }
+
+    /// The next sequence number of a write.
+    pub fn sequence(&mut self) -> u64 {
+        self.sequence += 1;
+        self.sequence
+    }
+
+    /// Sequence numbers up to here are used.
+    pub fn skip_to(&mut self, sequence: u64) {
+        self.sequence = self.sequence.max(sequence);
+    }
+
+    /// Writes one block durably through the export, over a connection of its own.
+    pub fn write(&mut self, index: usize, block: usize) -> Outcome<()> {
+        let mut client = Client::open(&self.endpoint(), &self.volumes[index].name)?;
+        let said = self.write_on(&mut client, index, block)?;
+        hold!(
+            said.is_ok(),
+            "a write to {}: {said:?}",
+            self.volumes[index].name
+        );
+        client.leave()
+    }
+
+    /// As [`Self::write`], on a connection that is there; the server's error is a value.
+    pub fn write_on(
+        &mut self,
+        client: &mut Client,
+        index: usize,
+        block: usize,
+    ) -> Outcome<Result<(), u32>> {
+        let sequence = self.sequence();
+        let volume = &mut self.volumes[index];
+        let offset = (block * BLOCK) as u64;
+        let mut data = vec![0; BLOCK];
+        pattern::stamp(&mut data, &volume.name, offset, sequence);
+        volume.ledger.sent(block, sequence);
+        let said = client.write(offset, &data, true)?;
+        if said.is_ok() {
+            volume.ledger.durable(block, sequence);
+        }
+        Ok(said)
+    }
+
+    /// Fills a volume through its export with nbdcopy.
+    pub fn fill(&mut self, index: usize) -> Outcome<()> {
+        let sequence = self.sequence();
+        let file = self.folder.join("fill.pattern");
+        let volume = &mut self.volumes[index];
+        pattern::write_file(&file, &volume.name, volume.bytes, sequence)?;
+        for block in 0..volume.ledger.blocks() {
+            volume.ledger.sent(block, sequence);
+        }
+        let uri = Endpoint::Tcp(self.machine.nbd).uri(&volume.name);
+        let args = ["--flush", &file.to_string_lossy(), &uri];
+        process::succeed("nbdcopy", &args, Duration::from_secs(120))?;
+        for block in 0..volume.ledger.blocks() {
+            volume.ledger.durable(block, sequence);
+        }
+        Ok(())
+    }
+
+    /// Reads a whole volume through its export with nbdcopy, and compares every byte.
+    pub fn compare(&self, index: usize) -> Outcome<()> {
+        let volume = &self.volumes[index];
+        let file = self.folder.join("copy");
+        let uri = self.endpoint().uri(&volume.name);
+        let args = [uri.as_str(), &file.to_string_lossy()];
+        process::succeed("nbdcopy", &args, Duration::from_secs(120))?;
+        let tally = volume.ledger.judge(&file, &volume.name, volume.bytes)?;
+        std::fs::remove_file(&file)?;
+        hold!(
+            tally.all_right(),
+            "{} through its export: {tally}",
+            volume.name
+        );
+        Ok(())
+    }
+
+    /// Adds what a stream on a volume was promised.
+    pub fn account(&mut self, index: usize, report: &Report) -> Outcome<()> {
+        self.volumes[index].ledger.add(report);
+        let last = report.blocks.iter().map(|b| b.sent).max().unwrap_or(0);
+        self.skip_to(last);
+        if let Some(wrong) = &report.wrong_read {
+            trouble!("{} read {wrong}", self.volumes[index].name);
+        }
+        Ok(())
+    }
+
+    /// Reads every backing file, after the guest has written all that it holds and was stopped.
+    pub fn judge(&mut self) -> Outcome<Vec<Tally>> {
+        self.find_events();
+        // A disk that hangs or fails keeps sync waiting; what it did not write is not on any other volume either.
+        let sync = self.machine.agent.begin("sync", &[])?;
+        let limit = Duration::from_secs(10);
+        if self.machine.agent.finish(sync, "sync", limit).is_err() {
+            self.row.notes.push("sync hung".to_owned());
+        }
+        self.machine.stop()?;
+        let judged = self.volumes.iter().map(|v| {
+            v.ledger
+                .judge(&v.image, &v.name, v.bytes)
+                .doing(format!("judge {}", v.name))
+        });
+        judged.collect()
+    }
+
+    /// Traces the guest's kernel: block devices' uevents, and the daemon's shutdown(2) of its clients' sockets.
+    pub fn trace_fences(&self) -> Outcome<()> {
+        // kobject_uevent_env itself is not traceable in Debian's kernel. block_uevent is what it calls for a disk just
+        // before it sends; the first one after device_del of the disk is the `remove`. Both take a struct device, whose
+        // first member is its kobject, whose first member is the name. The clock is CLOCK_MONOTONIC.
+        self.machine.agent.run(
+            "cd /sys/kernel/tracing && echo mono >trace_clock && \
+             echo 'p:bed_del device_del name=+0(+0(%di)):string' >kprobe_events && \
+             echo 'p:bed_uevent block_uevent name=+0(+0(%di)):string' >>kprobe_events && \
+             echo 1 >events/kprobes/enable && echo 1 >events/syscalls/sys_enter_shutdown/enable && echo 1 >tracing_on",
+        )?;
+        Ok(())
+    }
+
+    /// Takes the fences since the last call: from the kernel's `remove` of a disk to the first socket that was shut
+    /// down after it, in microseconds of the guest's clock.
+    pub fn take_fences(&mut self) -> Outcome<()> {
+        let text = self
+            .machine
+            .agent
+            .run("cd /sys/kernel/tracing && cat trace && echo >trace")?;
+        let mut going: BTreeSet<&str> = BTreeSet::new();
+        // In their order; a disk without a session has no fence, and is forgotten at the next event that is no `remove`.
+        let mut removed: VecDeque<u64> = VecDeque::new();
+        for line in text.lines() {
+            let Some(at) = trace_us(line) else { continue };
+            let name = line.rsplit("name=").next().unwrap_or_default();
+            if line.contains("bed_del:") {
+                going.insert(name);
+            } else if line.contains("bed_uevent:") {
+                if going.remove(name) {
+                    removed.push_back(at);
+                } else {
+                    removed.clear();
+                }
+            } else if line.contains("sys_shutdown(")
+                && let Some(removed) = removed.pop_front()
+            {
+                self.row.fence_us.push(at.saturating_sub(removed));
+            }
+        }
+        Ok(())
+    }
+
+    /// Leaves what the guest knows in the folder of logs.
+    pub fn keep_journal(&self, logs: &Path) -> Outcome<()> {
+        for (name, command) in [
+            ("journal.log", "journalctl -b -o short-monotonic --no-pager"),
+            (
+                "state.log",
+                "nbdtrack exports; nbdtrack volumes; lsblk; ls -l /dev/disk/by-id; ps aux; cat /etc/nbdtrack/nbdtrack.toml",
+            ),
+        ] {
+            let ran = self.machine.agent.attempt(command)?;
+            let mut file = File::create(logs.join(name))?;
+            file.write_all(ran.stdout.as_bytes())?;
+            file.write_all(ran.stderr.as_bytes())?;
+        }
+        Ok(())
+    }
+}
+
+/// The arguments of one of the daemon's signals, if the line is that.
+pub fn signal(line: &str, member: &str) -> Option<Vec<Value>> {
+    if !line.contains(member) {
+        return None;
+    }
+    let message: Value = serde_json::from_str(line).ok()?;
+    if message["member"] != member {
+        return None;
+    }
+    message["payload"]["data"].as_array().cloned()
+}
+
+/// The time of a line of trace: `comm-pid [cpu] flags seconds.micros: event`.
+fn trace_us(line: &str) -> Option<u64> {
+    let word = line
+        .split_whitespace()
+        .find(|w| w.ends_with(':') && w.contains('.') && w.as_bytes()[0].is_ascii_digit())?;
+    let (s, us) = word.trim_end_matches(':').split_once('.')?;
+    Some(s.parse::<u64>().ok()? * 1_000_000 + us.parse::<u64>().ok()?)
+}

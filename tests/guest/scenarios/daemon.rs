@@ -1,0 +1,159 @@
+//! What happens to the daemon, to udevd and to the guest while disks move.
+
+use std::time::Duration;
+
+use crate::bed::{Bed, STEP};
+use crate::hold;
+use crate::machine::Shape;
+use crate::stage::scenario;
+use crate::support::{Outcome, until};
+
+scenario!(
+    killed,
+    daemon_killed_between_events_serves_what_is_there_now
+);
+scenario!(
+    late,
+    daemon_started_after_everything_moved_serves_what_is_there_now
+);
+scenario!(reboot, reboot_between_detach_and_attach_changes_nothing);
+scenario!(udevd_stopped, swap_without_udevd_is_followed);
+scenario!(udevd_slow, swap_under_a_rule_of_three_seconds_is_followed);
+scenario!(udevd_restarted, swap_over_a_restart_of_udevd_is_followed);
+
+fn two(bed: &mut Bed) -> Outcome<(usize, usize)> {
+    let (a, b) = (bed.add("vol-a")?, bed.add("vol-b")?);
+    bed.serve_all()?;
+    bed.write(a, 1)?;
+    bed.write(b, 1)?;
+    Ok((a, b))
+}
+
+/// Both are served, each byte through its export is its own, and writes go home.
+fn check(bed: &mut Bed, a: usize, b: usize) -> Outcome<()> {
+    for index in [a, b] {
+        bed.reach(index, "Serving")?;
+        bed.compare(index)?;
+        bed.write(index, 9)?;
+    }
+    bed.row.count += 1;
+    Ok(())
+}
+
+fn daemon_killed_between_events_serves_what_is_there_now(shape: Shape) -> Outcome<()> {
+    scenario("kill -9 between events", shape, |bed| {
+        let (a, b) = two(bed)?;
+        let kill = "systemctl kill --signal=KILL nbdtrack";
+        // The unit starts it again after a second; the kill falls at another place each time.
+        for place in 0..4 {
+            if place == 0 {
+                bed.machine.agent.run(kill)?;
+            }
+            bed.unplug(a)?;
+            if place == 1 {
+                bed.machine.agent.run(kill)?;
+            }
+            bed.unplug(b)?;
+            if place == 2 {
+                bed.machine.agent.run(kill)?;
+            }
+            bed.plug_and_settle(b)?;
+            if place == 3 {
+                bed.machine.agent.run(kill)?;
+            }
+            bed.plug_and_settle(a)?;
+            bed.guest_until("the daemon to be back", "nbdtrack status")?;
+            check(bed, a, b)?;
+        }
+        Ok(())
+    })
+}
+
+fn daemon_started_after_everything_moved_serves_what_is_there_now(shape: Shape) -> Outcome<()> {
+    scenario("started late", shape, |bed| {
+        let (a, b) = two(bed)?;
+        bed.machine.agent.run("systemctl stop nbdtrack")?;
+        bed.unplug_all(&[a, b])?;
+        bed.plug_and_settle(b)?;
+        bed.plug_and_settle(a)?;
+        bed.start_daemon()?;
+        check(bed, a, b)
+    })
+}
+
+fn reboot_between_detach_and_attach_changes_nothing(shape: Shape) -> Outcome<()> {
+    scenario("reboot", shape, |bed| {
+        let (a, b) = two(bed)?;
+        let agent = &bed.machine.agent;
+        agent.run("systemctl enable nbdtrack && sync")?;
+        let id = "cat /proc/sys/kernel/random/boot_id";
+        let before = agent.run(id)?;
+        bed.prepare_detach(a)?;
+        bed.unplug(a)?;
+        bed.unplug(b)?;
+        let agent = &bed.machine.agent;
+        // Its answer may be lost with the guest.
+        let _ = agent.begin("systemctl reboot", &[])?;
+        until(4 * STEP, "the guest to be back", || {
+            let asked = agent.begin(id, &[])?;
+            match agent.finish(asked, id, Duration::from_secs(5)) {
+                Ok(ran) => Ok((ran.code == 0 && ran.stdout != before).then_some(())),
+                Err(_) => Ok(None),
+            }
+        })?;
+        bed.guest_until("the daemon to be back", "nbdtrack status")?;
+        bed.plug_and_settle(b)?;
+        bed.plug_and_settle(a)?;
+        check(bed, a, b)
+    })
+}
+
+const UDEVD: &str =
+    "systemd-udevd.service systemd-udevd-control.socket systemd-udevd-kernel.socket";
+
+fn swap(bed: &mut Bed, a: usize, b: usize) -> Outcome<()> {
+    bed.unplug_all(&[a, b])?;
+    bed.attach(b)?;
+    bed.attach(a)
+}
+
+fn swap_without_udevd_is_followed(shape: Shape) -> Outcome<()> {
+    scenario("udevd stopped", shape, |bed| {
+        let (a, b) = two(bed)?;
+        bed.machine.agent.run(&format!("systemctl stop {UDEVD}"))?;
+        swap(bed, a, b)?;
+        check(bed, a, b)
+    })
+}
+
+fn swap_under_a_rule_of_three_seconds_is_followed(shape: Shape) -> Outcome<()> {
+    scenario("udevd slow", shape, |bed| {
+        let (a, b) = two(bed)?;
+        bed.machine.agent.put(
+            "/etc/udev/rules.d/10-slow.rules",
+            "SUBSYSTEM==\"block\", PROGRAM=\"/bin/sleep 3\"\n",
+        )?;
+        bed.machine.agent.run("udevadm control --reload")?;
+        swap(bed, a, b)?;
+        check(bed, a, b)?;
+        // Again, while the slow events of the first swap are still on their way.
+        swap(bed, a, b)?;
+        check(bed, a, b)?;
+        bed.machine.agent.run("udevadm settle --timeout=60")?;
+        check(bed, a, b)
+    })
+}
+
+fn swap_over_a_restart_of_udevd_is_followed(shape: Shape) -> Outcome<()> {
+    scenario("udevd restarted", shape, |bed| {
+        let (a, b) = two(bed)?;
+        bed.unplug_all(&[a, b])?;
+        let restart = format!("systemctl restart {UDEVD}");
+        let restarting = bed.machine.agent.begin(&restart, &[])?;
+        bed.attach(b)?;
+        let ran = bed.machine.agent.finish(restarting, &restart, STEP)?;
+        hold!(ran.code == 0, "{restart}: {}", ran.stderr);
+        bed.attach(a)?;
+        check(bed, a, b)
+    })
+}

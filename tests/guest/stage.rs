@@ -1,0 +1,228 @@
+//! Runs one scenario: image, turn, machine, logs, verdict, and its line in the table of results.
+
+use std::fmt::Write as _;
+use std::fs::{File, OpenOptions};
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+use super::bed::{Bed, Row};
+use super::machine::{Machine, Shape};
+use crate::support::ground::{skip, tell};
+use crate::support::pattern::Tally;
+use crate::support::process::{self, installed};
+use crate::support::{Doing, Outcome};
+use crate::{hold, trouble};
+
+/// How the machine of a scenario comes to life.
+pub enum Start<'a> {
+    /// A copy of the template.
+    Resumed,
+    /// Booted with further devices, which QEMU cannot migrate.
+    Booted(&'a dyn Fn(&Path) -> Outcome<Vec<String>>),
+}
+
+/// What the judge should find.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Verdict {
+    /// Every byte where it belongs.
+    NoWrongByte,
+    /// The control: the stock server has to be found out.
+    WrongBytes,
+}
+
+/// Runs a scenario on a resumed machine; not one byte may be wrong.
+pub fn scenario(
+    name: &str,
+    shape: Shape,
+    body: impl FnOnce(&mut Bed) -> Outcome<()>,
+) -> Outcome<()> {
+    staged(name, shape, &Start::Resumed, Verdict::NoWrongByte, body)
+}
+
+pub fn staged(
+    name: &str,
+    shape: Shape,
+    start: &Start<'_>,
+    verdict: Verdict,
+    body: impl FnOnce(&mut Bed) -> Outcome<()>,
+) -> Outcome<()> {
+    let title = format!("{name} ({})", shape.name());
+    if !nix::unistd::geteuid().is_root() {
+        return skip(&title, "not root");
+    }
+    for program in ["qemu-system-x86_64", "debootstrap", "qemu-img", "nbdcopy"] {
+        if !installed(program) {
+            return skip(
+                &title,
+                &format!("{program} is not installed; see scripts/guest-setup"),
+            );
+        }
+    }
+    let target = target();
+    let turn = OpenOptions::new()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(target.join("turn.lock"))?;
+    // One guest at a time: the lock goes with the process that holds it.
+    turn.lock()?;
+    let image = image()?;
+    let folder: String = format!("{name} {}", shape.name())
+        .chars()
+        .map(|c| if c.is_ascii_alphanumeric() { c } else { '-' })
+        .collect();
+    let logs = target.join("logs").join(folder);
+    let _ = std::fs::remove_dir_all(&logs);
+    std::fs::create_dir_all(&logs)?;
+    let volumes = tempfile::Builder::new().prefix("nbdt-volumes-").tempdir()?;
+    let machine = match start {
+        Start::Resumed => Machine::resume(&image, shape, &logs)?,
+        Start::Booted(extra) => Machine::boot(&image, shape, &logs, &extra(volumes.path())?)?,
+    };
+    let ready = machine.ready_in;
+    let mut bed = Bed::new(machine, volumes.path());
+    let began = Instant::now();
+    let outcome = body(&mut bed);
+    if outcome.is_err() {
+        // The scenario's own error is what counts.
+        let _ = bed.keep_journal(&logs);
+    }
+    // The bytes are judged also when something else failed: they matter most.
+    let judged = bed.judge();
+    let took = began.elapsed();
+    let Bed {
+        machine,
+        row,
+        volumes: names,
+        ..
+    } = bed;
+    let ended = machine.quit();
+    let wrong: u64 = judged.iter().flatten().map(wrong_bytes).sum();
+    let mut text = outcome.err().map(|e| e.0).unwrap_or_default();
+    match &judged {
+        Err(e) => text.push_str(&format!("\nthe judge: {e}")),
+        Ok(tallies) => {
+            for (volume, tally) in names.iter().zip(tallies) {
+                if !tally.all_right() && verdict == Verdict::NoWrongByte {
+                    let _ = write!(text, "\n{}: {tally}", volume.name);
+                }
+            }
+            if verdict == Verdict::WrongBytes && !tallies.iter().any(|t| t.of_others() > 0) {
+                text.push_str("\nthe control wrote nothing to a wrong volume: the bed is broken");
+            }
+        }
+    }
+    let line = line(name, shape, &row, wrong, ready, took, text.is_empty());
+    tell(&format!("guest {line}"));
+    let mut results = OpenOptions::new()
+        .create(true)
+        .append(true)
+        .open(target.join("results"))?;
+    writeln!(results, "{line}")?;
+    if text.is_empty() {
+        ended?;
+        std::fs::remove_dir_all(&logs)?;
+        return Ok(());
+    }
+    trouble!("{title}: {text}\nthe guest's logs: {}", logs.display())
+}
+
+/// Bytes that are not what they should be.
+fn wrong_bytes(tally: &Tally) -> u64 {
+    tally.of_others() + tally.zero + tally.misplaced + tally.foreign + tally.missing
+}
+
+fn line(
+    name: &str,
+    shape: Shape,
+    row: &Row,
+    wrong: u64,
+    ready: Duration,
+    took: Duration,
+    passed: bool,
+) -> String {
+    let mut out = format!(
+        "{name}|{}|{}|{} times|{wrong} wrong bytes",
+        shape.name(),
+        if passed { "ok" } else { "FAILED" },
+        row.count.max(1)
+    );
+    let mut fences = row.fence_us.clone();
+    fences.sort_unstable();
+    match fences.as_slice() {
+        [] => out.push_str("|fence -"),
+        all => {
+            let _ = write!(
+                out,
+                "|fence {:.2} ms median, {:.2} p99 ({} samples)",
+                *part(all, 50) as f64 / 1e3,
+                *part(all, 99) as f64 / 1e3,
+                all.len()
+            );
+        }
+    }
+    let mut plugs: Vec<_> = row.serving.clone();
+    plugs.sort_unstable_by_key(|p| p.serving);
+    match plugs.as_slice() {
+        [] => out.push_str("|plug -"),
+        all => {
+            let ms = |d: Option<Duration>| d.map_or("-".to_owned(), |d| d.as_millis().to_string());
+            let middle = part(all, 50);
+            let _ = write!(
+                out,
+                "|plug to serving {} ms median (kernel {}, udev {}), {} p99",
+                middle.serving.as_millis(),
+                ms(middle.kernel),
+                ms(middle.udev),
+                part(all, 99).serving.as_millis()
+            );
+        }
+    }
+    let _ = write!(
+        out,
+        "|{:.1}+{:.1} s|{}",
+        ready.as_secs_f32(),
+        took.as_secs_f32(),
+        row.notes.join("; ")
+    );
+    out
+}
+
+/// The value that `percent` of a sorted list do not exceed.
+fn part<T>(sorted: &[T], percent: usize) -> &T {
+    let at = (sorted.len() * percent).div_ceil(100).max(1) - 1;
+    &sorted[at.min(sorted.len() - 1)]
+}
+
+fn target() -> PathBuf {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/guest");
+    let _ = std::fs::create_dir_all(&folder);
+    folder
+}
+
+/// The guest's image, made once for this run.
+fn image() -> Outcome<PathBuf> {
+    static MADE: OnceLock<PathBuf> = OnceLock::new();
+    if let Some(path) = MADE.get() {
+        return Ok(path.clone());
+    }
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let script = root.join("scripts/guest-image");
+    let binary = root.join("target/release/nbdtrack");
+    hold!(
+        binary.exists(),
+        "{} is missing: build it with `make build`",
+        binary.display()
+    );
+    let said = process::succeed(
+        &script.to_string_lossy(),
+        &[] as &[&str],
+        Duration::from_secs(900),
+    )?;
+    let path = PathBuf::from(said.trim());
+    hold!(path.join("done").exists(), "no image in {said:?}");
+    File::open(path.join("root.img")).doing("open the guest's disk")?;
+    Ok(MADE.get_or_init(|| path).clone())
+}
