@@ -125,7 +125,7 @@ struct Remove {
     /// Cut its clients off rather than drain them
     #[arg(long)]
     hard: bool,
-    /// How long the drain may take [default: 30]
+    /// How long the drain may take [default: 30, or 5 with --hard]
     #[arg(long, value_name = "SECONDS", value_parser = seconds)]
     timeout: Option<Duration>,
 }
@@ -138,7 +138,7 @@ struct PrepareDetach {
     /// Cut its clients off rather than drain them
     #[arg(long)]
     hard: bool,
-    /// How long the drain may take [default: 30]
+    /// How long the drain may take [default: 30, or 5 with --hard]
     #[arg(long, value_name = "SECONDS", value_parser = seconds)]
     timeout: Option<Duration>,
 }

@@ -19,6 +19,8 @@ pub const WAIT_MS_MAX: u32 = 600_000;
 pub const WAIT_MS: u32 = 10_000;
 /// How long a drain may take unless told.
 pub const TIMEOUT_MS: u32 = 30_000;
+/// How long a cut waits for the disk unless told, before the caller hears that it has not answered: the clients are gone at once.
+pub const CUT_TIMEOUT_MS: u32 = 5_000;
 /// More options than any method has.
 const OPTIONS_MAX: usize = 32;
 
@@ -182,8 +184,6 @@ fn add_export(name: &str, mut options: Options) -> Result<Call, RequestError> {
 fn remove_export(name: &str, mut options: Options) -> Result<Call, RequestError> {
     let name = export_name(name)?;
     let mode = options.text("mode")?;
-    let within = options.milliseconds("timeout_ms", TIMEOUT_MS)?;
-    options.end()?;
     let hard = match mode.as_deref() {
         None | Some("soft") => false,
         Some("hard") => true,
@@ -199,13 +199,21 @@ fn remove_export(name: &str, mut options: Options) -> Result<Call, RequestError>
             )));
         }
     };
+    let within = within(&mut options, hard)?;
+    options.end()?;
     Ok(Call::Request(Request::RemoveExport { name, hard, within }))
+}
+
+/// The caller's deadline for a drain, or for a cut.
+fn within(options: &mut Options, hard: bool) -> Result<Duration, RequestError> {
+    let otherwise = if hard { CUT_TIMEOUT_MS } else { TIMEOUT_MS };
+    options.milliseconds("timeout_ms", otherwise)
 }
 
 fn prepare_detach(volume: &str, mut options: Options) -> Result<Call, RequestError> {
     let volume = volume_id("volume", volume)?;
     let hard = options.truth("hard")?.unwrap_or(false);
-    let within = options.milliseconds("timeout_ms", TIMEOUT_MS)?;
+    let within = within(&mut options, hard)?;
     options.end()?;
     Ok(Call::Request(Request::PrepareDetach {
         volume,
