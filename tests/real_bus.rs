@@ -251,7 +251,9 @@ fn callers_that_leave_before_the_answer_leave_nothing_behind() -> Outcome<()> {
         };
         // What is kept for good is there after the first hundred.
         leave(100)?;
-        scene.client.rescan()?;
+        support::until(Duration::from_secs(60), "an answer", || {
+            Ok(scene.client.rescan().is_ok().then_some(()))
+        })?;
         let before = scene.daemon()?.holdings()?;
         let began = Instant::now();
         leave(1000)?;

@@ -186,6 +186,7 @@ fn answer(action: Action) -> Option<Event> {
         Action::Serve { .. }
         | Action::Refuse { .. }
         | Action::Unseal { .. }
+        | Action::Grow { .. }
         | Action::Forget { .. }
         | Action::Reply { .. }
         | Action::Survey { .. }

@@ -179,6 +179,33 @@ impl Correlation {
         }
     }
 
+    /// A disk that grew is offered whole to who comes next; its sessions keep what they agreed to (invariant 1).
+    pub(super) fn grow(&mut self, name: &ExportName) {
+        let Some(export) = self.exports.get_mut(name) else {
+            return;
+        };
+        let (Binding::Serving(held)
+        | Binding::Ambiguous {
+            held: Some(held), ..
+        }) = &mut export.binding
+        else {
+            return;
+        };
+        let Some(disk) = self.disks.get(held.diskseq) else {
+            return;
+        };
+        if disk.facts.size <= held.size {
+            return;
+        }
+        held.size = disk.facts.size;
+        let generation = held.generation;
+        self.out.push(Action::Grow {
+            export: name.clone(),
+            generation,
+        });
+        self.out.push(Action::Tell(Notice::Export(name.clone())));
+    }
+
     pub(super) fn refuse(&mut self, name: &ExportName) {
         let Some(export) = self.exports.get(name) else {
             return;

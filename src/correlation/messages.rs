@@ -148,6 +148,11 @@ pub enum Action {
         export: ExportName,
         generation: Generation,
     },
+    /// The disk grew: new clients may use all of it.
+    Grow {
+        export: ExportName,
+        generation: Generation,
+    },
     /// Take the name out of LIST.
     Forget {
         export: ExportName,

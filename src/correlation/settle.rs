@@ -23,6 +23,7 @@ impl Correlation {
         if let Some(want) = self.want(name) {
             self.cue(name, Cue::Want(want));
         }
+        self.grow(name);
     }
 
     pub(super) fn claimants(&self, export: &Export) -> Claimants {

@@ -39,6 +39,7 @@ impl Control {
                     reason,
                 } => self.door.refuse(&export, kind, &reason),
                 Action::Unseal { export, generation } => self.door.unseal(&export, generation),
+                Action::Grow { export, generation } => self.door.grow(&export, generation),
                 Action::Forget { export } => self.door.forget(&export),
                 Action::EndLease {
                     export,

@@ -11,6 +11,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use nix::fcntl::{FallocateFlags, PosixFadviseAdvice, fallocate, posix_fadvise};
 
@@ -33,7 +34,8 @@ static ZEROES: [u8; 256 << 10] = [0; 256 << 10];
 /// One opened disk. Dropping the last of its images closes it, which can block.
 pub struct Block {
     claim: Arc<Claim>,
-    size: u64,
+    /// Only grows.
+    size: AtomicU64,
     read_only: bool,
     sizes: BlockSizes,
     logical_block: u64,
@@ -59,7 +61,7 @@ pub fn open(
     let physical = sys::physical_block(file).map_err(kernel)?;
     let optimal = sys::optimal_io(file).map_err(kernel)?;
     Ok(Block {
-        size: opened.size,
+        size: AtomicU64::new(opened.size),
         read_only: opened.read_only,
         sizes: block_sizes(physical, optimal),
         logical_block: u64::from(logical_block.max(1)),
@@ -72,7 +74,7 @@ impl Block {
     /// What the middle is told of the opened disk.
     pub fn opened(&self) -> OpenedDisk {
         OpenedDisk {
-            size: self.size,
+            size: self.size(),
             read_only: self.read_only,
         }
     }
@@ -95,7 +97,7 @@ impl Block {
     }
 
     fn write_out(&self, at: Extent, buf: &[u8]) -> io::Result<()> {
-        debug_assert!(at.offset() + u64::from(at.len()) <= self.size);
+        debug_assert!(at.offset() + u64::from(at.len()) <= self.size());
         self.file()
             .write_all_at(buf, at.offset())
             .map_err(inside_the_size)
@@ -168,7 +170,12 @@ impl Block {
 
 impl Image for Block {
     fn size(&self) -> u64 {
-        self.size
+        self.size.load(Ordering::Acquire)
+    }
+
+    fn grow(&self) -> io::Result<u64> {
+        let found = sys::size(self.file())?;
+        Ok(self.size.fetch_max(found, Ordering::AcqRel).max(found))
     }
 
     fn read_only(&self) -> bool {

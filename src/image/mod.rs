@@ -69,8 +69,12 @@ pub enum NoWait {
 /// Errors are the kernel's; an implementation turns a short answer, or ENOSPC/EINVAL inside its own size
 /// (how a vanished disk answers), into EIO, and answers EIO to every durable call once one has failed (invariant 9).
 pub trait Image: Send + Sync {
-    /// Size in bytes; constant for the life of this image.
+    /// Size in bytes; never smaller than it was before.
     fn size(&self) -> u64;
+    /// Takes over the size of a disk that grew, and tells it. Reads memory of the kernel only.
+    fn grow(&self) -> io::Result<u64> {
+        Ok(self.size())
+    }
     fn read_only(&self) -> bool;
     fn block_sizes(&self) -> BlockSizes;
     /// Fills `buf`, whose length is `at.len()`.

@@ -193,6 +193,17 @@ impl Door {
         }
     }
 
+    /// Offers a disk that grew in its new size to new clients; those that are there keep what they agreed to.
+    pub fn grow(&self, name: &ExportName, generation: Generation) {
+        let lease = {
+            let exports = lock(&self.shared().exports);
+            exports.get(name).and_then(|export| export.lease.clone())
+        };
+        if let Some(lease) = lease.filter(|lease| lease.generation == generation) {
+            lease.grow();
+        }
+    }
+
     /// Takes `name` out of LIST; to new clients it is unknown.
     pub fn forget(&self, name: &ExportName) {
         let mut exports = lock(&self.shared().exports);

@@ -8,13 +8,13 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, RwLock, RwLockReadGuard};
-use std::time::{Duration, Instant};
 
-use crate::correlation::{EndHow, ExportName, Generation, LeaseEnd};
+use crate::correlation::{ExportName, Generation, LeaseEnd};
 use crate::image::Image;
 
+use super::closing::Ending;
 use super::conn::{Conn, lock};
 use super::crew::Task;
 use super::door::Shared;
@@ -38,53 +38,40 @@ pub(super) enum Kind {
     Cache,
 }
 
-const KINDS: [&str; 6] = ["READ", "WRITE", "FLUSH", "TRIM", "WRITE_ZEROES", "CACHE"];
+pub(super) const KINDS: [&str; 6] = ["READ", "WRITE", "FLUSH", "TRIM", "WRITE_ZEROES", "CACHE"];
 
 pub(super) struct Lease {
     pub(super) export: ExportName,
     pub(super) generation: Generation,
     pub(super) facts: Facts,
+    /// Bytes, as the next client is told; only grows. Each session keeps what it agreed to.
+    size: AtomicU64,
     pub(super) shared: Arc<Shared>,
-    gate: Gate,
+    pub(super) gate: Gate,
     /// `None` once closed. Read for the length of an image call (under a [`Pass`]), written by the closer
     /// when the gate is fenced and empty: the writer finds no reader and never waits.
-    image: RwLock<Option<Arc<dyn Image>>>,
-    holding: [AtomicU32; KINDS.len()],
+    pub(super) image: RwLock<Option<Arc<dyn Image>>>,
+    pub(super) holding: [AtomicU32; KINDS.len()],
     inline_writes: AtomicU32,
-    members: Mutex<Members>,
+    pub(super) members: Mutex<Members>,
     /// Why: requests of all sessions, started by at most `disk_threads_per_lease` threads, so that one hung
     /// disk leaves threads to the others. Bounded by `in_flight_requests` of each session.
-    work: Mutex<Work>,
-    ending: Mutex<Ending>,
+    pub(super) work: Mutex<Work>,
+    pub(super) ending: Mutex<Ending>,
     /// Sessions of all leases of this export.
     clients: Arc<AtomicU32>,
 }
 
 #[derive(Default)]
-struct Members {
-    closed: bool,
-    conns: HashMap<u64, Arc<Conn>>,
+pub(super) struct Members {
+    pub(super) closed: bool,
+    pub(super) conns: HashMap<u64, Arc<Conn>>,
 }
 
 #[derive(Default)]
-struct Work {
-    jobs: VecDeque<Job>,
+pub(super) struct Work {
+    pub(super) jobs: VecDeque<Job>,
     threads: u32,
-}
-
-#[derive(Default)]
-struct Ending {
-    flush: bool,
-    cut: bool,
-    closing: bool,
-    closed: Option<LeaseEnd>,
-    waiting: Vec<Waiting>,
-}
-
-struct Waiting {
-    report: Report,
-    deadline: Instant,
-    timed_out: bool,
 }
 
 /// The right to be inside one image call. While one lives, the image is not closed.
@@ -150,6 +137,7 @@ impl Lease {
         Arc::new(Lease {
             export,
             generation,
+            size: AtomicU64::new(facts.size),
             facts,
             shared,
             gate: Gate::default(),
@@ -197,6 +185,27 @@ impl Lease {
         Some(InlineWrite { one, all })
     }
 
+    /// What a client that comes now agrees to.
+    pub(super) fn facts(&self) -> Facts {
+        Facts {
+            size: self.size.load(Ordering::Acquire),
+            ..self.facts
+        }
+    }
+
+    /// The disk grew: who comes from now on may use all of it.
+    pub(super) fn grow(self: &Arc<Lease>) {
+        let Some(pass) = self.begin(None) else { return };
+        match pass.image().grow() {
+            Ok(size) => {
+                self.size.fetch_max(size, Ordering::AcqRel);
+            }
+            Err(error) => {
+                tracing::warn!(export = %self.export, %error, "the new size of the disk cannot be read");
+            }
+        }
+    }
+
     pub(super) fn fenced(&self) -> bool {
         self.gate.fenced()
     }
@@ -239,156 +248,6 @@ impl Lease {
             drop(work);
             self.shared.disks.submit(DiskTask::Work(self.clone()));
         }
-    }
-
-    /// Fences at once, and leaves the rest to the poller: microseconds, whatever the sessions do. Again
-    /// with `Cut` cuts a drain short.
-    pub(super) fn end(self: &Arc<Lease>, how: EndHow, report: Option<Report>) {
-        let (cut, within) = match how {
-            EndHow::Drain { within } => (false, within),
-            EndHow::Cut { within } => (true, within),
-        };
-        // Far enough for any deadline that a person means; an Instant cannot hold all Durations.
-        let deadline = Instant::now() + within.min(Duration::from_secs(86_400 * 365));
-        let mut ending = lock(&self.ending);
-        if !self.fenced() {
-            ending.flush = !cut;
-        }
-        ending.cut |= cut;
-        let closed = ending.closed.clone();
-        if closed.is_none() {
-            ending.waiting.extend(report.map(|report| Waiting {
-                report,
-                deadline,
-                timed_out: false,
-            }));
-            self.gate.fence();
-            drop(ending);
-            self.shared.poller.lease_ends(self.clone(), deadline);
-        } else if let (Some(end), Some(report)) = (closed, report) {
-            drop(ending);
-            report(end);
-        }
-        let counters = &self.shared.counters;
-        add(
-            if cut {
-                &counters.leases_cut
-            } else {
-                &counters.leases_drained
-            },
-            1,
-        );
-    }
-
-    /// The poller's part of an end: sessions and requests that have not begun.
-    pub(super) fn on_end(self: &Arc<Lease>) {
-        let cut = lock(&self.ending).cut;
-        let conns = self.close_members();
-        for conn in &conns {
-            if cut {
-                conn.kill();
-            }
-            self.shared.poller.resume_session(conn.token);
-        }
-        let jobs = std::mem::take(&mut lock(&self.work).jobs);
-        for job in jobs {
-            job.refuse();
-        }
-        if self.gate.count() == 0 {
-            self.begin_closing();
-        }
-    }
-
-    /// A deadline of `end` has come: what is still there is cut, and who waits is told.
-    pub(super) fn on_deadline(self: &Arc<Lease>, now: Instant) {
-        for conn in self.close_members() {
-            conn.kill();
-            self.shared.poller.resume_session(conn.token);
-        }
-        let mut told = false;
-        let mut ending = lock(&self.ending);
-        if ending.closed.is_some() {
-            return;
-        }
-        let end = LeaseEnd::TimedOut {
-            in_flight: u32::try_from(self.gate.count()).unwrap_or(u32::MAX),
-            holding: self.holding_words(ending.closing),
-        };
-        let late = ending.waiting.iter_mut();
-        for waiting in late.filter(|waiting| !waiting.timed_out && waiting.deadline <= now) {
-            waiting.timed_out = true;
-            add(&self.shared.counters.leases_timed_out, 1);
-            // Under the lock, so that TimedOut cannot come after Closed; reports only send.
-            (waiting.report)(end.clone());
-            told = true;
-        }
-        if told {
-            tracing::warn!(export = %self.export, generation = self.generation.0, ?end, "the disk has not let go");
-        }
-    }
-
-    fn holding_words(&self, closing: bool) -> String {
-        if closing {
-            return "the disk's own flush and close".to_owned();
-        }
-        let counts = self
-            .holding
-            .iter()
-            .map(|count| count.load(Ordering::Relaxed));
-        let words: Vec<String> = counts
-            .zip(KINDS)
-            .filter(|(count, _)| *count > 0)
-            .map(|(count, kind)| format!("{count} {kind}"))
-            .collect();
-        words.join(", ")
-    }
-
-    fn close_members(&self) -> Vec<Arc<Conn>> {
-        let mut members = lock(&self.members);
-        members.closed = true;
-        members.conns.values().cloned().collect()
-    }
-
-    /// Once, when the gate is fenced and empty. Closing can wait for the disk, so a disk thread does it.
-    fn begin_closing(self: &Arc<Lease>) {
-        let mut ending = lock(&self.ending);
-        if std::mem::replace(&mut ending.closing, true) {
-            return;
-        }
-        drop(ending);
-        self.shared.disks.submit(DiskTask::Close(self.clone()));
-    }
-
-    fn close(&self) {
-        let flush = lock(&self.ending).flush;
-        let taken = self
-            .image
-            .write()
-            .unwrap_or_else(std::sync::PoisonError::into_inner)
-            .take();
-        let mut end = LeaseEnd::Closed;
-        if let Some(image) = taken {
-            // The lease's own last call: no session's call can begin or be inside (invariant 9).
-            let flushed = if flush && !self.facts.read_only {
-                image.flush()
-            } else {
-                Ok(())
-            };
-            if let Err(error) = flushed {
-                end = LeaseEnd::ClosedUnflushed(error.to_string());
-            } else if image.latched() {
-                end = LeaseEnd::ClosedUnflushed("an earlier flush failed".to_owned());
-            }
-            drop(image);
-        }
-        let mut ending = lock(&self.ending);
-        ending.closed = Some(end.clone());
-        let waiting = std::mem::take(&mut ending.waiting);
-        for waiting in waiting {
-            (waiting.report)(end.clone());
-        }
-        drop(ending);
-        self.shared.lease_closed(self);
     }
 
     /// Takes jobs until there are none, or others wait for a thread.

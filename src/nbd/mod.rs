@@ -3,7 +3,8 @@
 //! A connection flows `listener → poller → session → transmission → command → execute → lease → image → conn`;
 //! `door` is what the daemon calls. Two kinds of thread (`crew`) and one that waits for all of them (`poller`).
 
-pub mod command;
+pub mod closing;
+mod command;
 mod conn;
 mod crew;
 mod door;

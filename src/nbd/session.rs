@@ -336,9 +336,9 @@ impl Handshake {
                             reason: format!("export {} is being detached", found.export),
                         }),
                         Ok(found) => {
-                            let facts = found.facts;
+                            let facts = found.facts();
                             if choose.binds() {
-                                lease = Some(found);
+                                lease = Some((found, facts));
                             }
                             Ok(facts)
                         }
@@ -351,11 +351,11 @@ impl Handshake {
                 }
                 Next::Transmission(agreed) => {
                     conn.send(out, None);
-                    let Some(lease) = lease else {
+                    let Some((lease, facts)) = lease else {
                         return Ok(Took::End);
                     };
                     let carry = std::mem::take(&mut self.buffer);
-                    return Err(Box::new(Transmission::new(lease, agreed, carry)));
+                    return Err(Box::new(Transmission::new(lease, facts, agreed, carry)));
                 }
                 Next::Closed(reason) => {
                     conn.send(out, None);

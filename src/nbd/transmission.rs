@@ -12,7 +12,7 @@ use super::command::{self, Command, Refused, Terms};
 use super::conn::{Charge, Conn, Full};
 use super::ending::Closing;
 use super::execute::DETACHED;
-use super::handshake::Agreed;
+use super::handshake::{Agreed, Facts};
 use super::lease::Lease;
 use super::reply::{KEEP_BYTES, Scratch};
 use super::session::{Interest, Rest};
@@ -68,8 +68,12 @@ pub(super) enum Outcome {
 }
 
 impl Transmission {
-    pub(super) fn new(lease: Arc<Lease>, agreed: Agreed, carry: Vec<u8>) -> Transmission {
-        let facts = &lease.facts;
+    pub(super) fn new(
+        lease: Arc<Lease>,
+        facts: Facts,
+        agreed: Agreed,
+        carry: Vec<u8>,
+    ) -> Transmission {
         let terms = Terms {
             size: facts.size,
             read_only: facts.read_only,

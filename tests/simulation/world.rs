@@ -911,6 +911,12 @@ impl World {
                     _ => self.fail(format!("{export} is unsealed without a lease")),
                 }
             }
+            Action::Grow { export, generation } => {
+                let lease = self.leases.get(&(export.clone(), generation));
+                if lease.is_none_or(|lease| lease.ending.is_some()) {
+                    self.fail(format!("{export} grows without a lease"));
+                }
+            }
             Action::Forget { export } => {
                 if self
                     .lease_of(&export)

@@ -16,6 +16,7 @@ const LOOP_CLR_FD: libc::c_ulong = 0x4C01;
 const LOOP_CHANGE_FD: libc::c_ulong = 0x4C06;
 const LOOP_CONFIGURE: libc::c_ulong = 0x4C0A;
 const LO_FLAGS_READ_ONLY: u32 = 1;
+const LOOP_SET_CAPACITY: libc::c_ulong = 0x4C07;
 const LOOP_CTL_ADD: libc::c_ulong = 0x4C80;
 const LOOP_CTL_REMOVE: libc::c_ulong = 0x4C81;
 
@@ -204,6 +205,12 @@ impl LoopDevice {
                 trouble!("{} is still open somewhere: detach deferred", self.node())
             }
         }
+    }
+
+    /// Takes over the size of the backing file; the kernel sends a `change` event with RESIZE=1.
+    pub fn resize(&self) -> Outcome<()> {
+        let device = self.open()?;
+        ioctl(&device, LOOP_SET_CAPACITY, 0).doing(format!("resize {}", self.node()))
     }
 
     pub fn backing_file(&self) -> Option<PathBuf> {
