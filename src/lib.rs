@@ -13,7 +13,7 @@
 //! | [`udev`] | EDGE: the kernel's and udev's events, and the survey | `correlation`, `identity` |
 //! | [`mapping`] | EDGE: what is durable: exports made at run time, releases, conflicts | `correlation`, `identity` |
 //! | [`image`] | EDGE: one opened disk: read, write, flush, zero, discard | `correlation`, `identity` |
-//! | [`nbd`] | EDGE: clients; its `wire` and `handshake` are pure | `image`, `correlation` |
+//! | [`nbd`] | EDGE: clients; its `wire`, `command` and `handshake` are pure | `image`, `correlation` |
 //! | [`dbus`] | EDGE: the objects on the bus, and the client that the command line uses | `correlation`, `identity` |
 //! | [`daemon`] | the loop, the only place where the edges meet | all of the above |
 //! | [`cli`] | the command line | `daemon`, `dbus`, `config` |

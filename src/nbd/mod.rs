@@ -3,7 +3,7 @@
 //! A connection flows `listener → poller → session → transmission → command → execute → lease → image → conn`;
 //! `door` is what the daemon calls. Two kinds of thread (`crew`) and one that waits for all of them (`poller`).
 
-pub mod closing;
+mod closing;
 mod command;
 mod conn;
 mod crew;
