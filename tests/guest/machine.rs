@@ -528,7 +528,11 @@ impl Machine {
         }
         let blocks = json!({ "node-name": plug.blocks });
         self.qmp.ask("blockdev-del", blocks)?;
-        slots.free_ports.extend(plug.port);
+        // To the far end: a guest that is still busy with a port's eject can eject the next disk of that port too
+        // (seen on q35: DEVICE_DELETED of a disk that had just been plugged).
+        if let Some(port) = plug.port {
+            slots.free_ports.insert(0, port);
+        }
         Ok(())
     }
 }
