@@ -491,6 +491,13 @@ impl Bed {
         Ok(())
     }
 
+    /// Says whether the pulls from here on are to be measured: a disk whose session was drained before has no fence.
+    pub fn measure(&self, measured: bool) -> Outcome<()> {
+        let word = if measured { "on" } else { "off" };
+        let command = format!("echo bed_measure={word} >/sys/kernel/tracing/trace_marker");
+        self.machine.agent.run(&command).map(drop)
+    }
+
     /// Takes the fences since the last call: from the kernel's `remove` of a disk to the first socket that was shut
     /// down after it, in microseconds of the guest's clock.
     pub fn take_fences(&mut self) -> Outcome<()> {
@@ -501,13 +508,17 @@ impl Bed {
         let mut going: BTreeSet<&str> = BTreeSet::new();
         // In their order; a disk without a session has no fence, and is forgotten at the next event that is no `remove`.
         let mut removed: VecDeque<u64> = VecDeque::new();
+        let mut measured = true;
         for line in text.lines() {
             let Some(at) = trace_us(line) else { continue };
             let name = line.rsplit("name=").next().unwrap_or_default();
-            if line.contains("bed_del:") {
+            if let Some((_, word)) = line.split_once("bed_measure=") {
+                measured = word == "on";
+                removed.clear();
+            } else if line.contains("bed_del:") {
                 going.insert(name);
             } else if line.contains("bed_uevent:") {
-                if going.remove(name) {
+                if going.remove(name) && measured {
                     removed.push_back(at);
                 } else {
                     removed.clear();

@@ -145,8 +145,10 @@ fn fast_swaps_by_all_methods_move_no_byte(shape: Shape) -> Outcome<()> {
                 hold!(said.is_ok(), "round {round}: {said:?}");
                 clients.push(client);
             }
-            for index in pair {
-                if dice.below(3) == 0 {
+            let prepared = [dice.below(3) == 0, dice.below(3) == 0];
+            bed.measure(prepared == [false, false])?;
+            for (index, prepared) in pair.into_iter().zip(prepared) {
+                if prepared {
                     bed.prepare_detach(index)?;
                     told[2] += 1;
                 } else {
