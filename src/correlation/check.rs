@@ -7,7 +7,8 @@ impl Correlation {
     /// Says which invariant does not hold.
     pub fn check(&self) -> Result<(), String> {
         self.disks.check()?;
-        for (name, export) in &self.exports {
+        self.holds.check()?;
+        for (name, export) in self.exports.iter() {
             let Some(held) = export.binding.held() else {
                 continue;
             };

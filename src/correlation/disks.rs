@@ -3,8 +3,10 @@
 //! Decides which of two observations is newer, and nothing about exports.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use super::facts::{DeviceNumber, DiskFacts, DiskSeq, Mark, Reading};
+use super::index::Index;
 use crate::identity::{self, Identity};
 
 /// One attached disk.
@@ -12,7 +14,7 @@ use crate::identity::{self, Identity};
 pub(super) struct Disk {
     pub facts: DiskFacts,
     /// What is known of its identity, also while a newer reading is outstanding.
-    pub identities: BTreeSet<Identity>,
+    pub identities: Arc<BTreeSet<Identity>>,
     /// Its identity has been read at least once, so subscribers were told of it.
     pub announced: bool,
     /// What the last open that met a busy device said.
@@ -46,9 +48,10 @@ pub(super) enum DiskChange {
 
 #[derive(Debug, Clone, Default)]
 pub(super) struct Disks {
-    disks: BTreeMap<DiskSeq, Disk>,
-    by_number: BTreeMap<DeviceNumber, DiskSeq>,
-    by_identity: BTreeMap<Identity, BTreeSet<DiskSeq>>,
+    /// Boxed: a disk that comes or goes moves its neighbours in the map.
+    disks: BTreeMap<DiskSeq, Box<Disk>>,
+    by_number: Index<DeviceNumber, DiskSeq>,
+    by_identity: Index<Identity, BTreeSet<DiskSeq>>,
     /// The newest observation of each device number. Pruned by each survey.
     touched: BTreeMap<DeviceNumber, Mark>,
     /// The newest survey, which observed every device number.
@@ -57,15 +60,17 @@ pub(super) struct Disks {
 
 impl Disks {
     pub fn get(&self, diskseq: DiskSeq) -> Option<&Disk> {
-        self.disks.get(&diskseq)
+        self.disks.get(&diskseq).map(Box::as_ref)
     }
 
     pub fn get_mut(&mut self, diskseq: DiskSeq) -> Option<&mut Disk> {
-        self.disks.get_mut(&diskseq)
+        self.disks.get_mut(&diskseq).map(Box::as_mut)
     }
 
     pub fn iter(&self) -> impl Iterator<Item = (DiskSeq, &Disk)> {
-        self.disks.iter().map(|(diskseq, disk)| (*diskseq, disk))
+        self.disks
+            .iter()
+            .map(|(diskseq, disk)| (*diskseq, disk.as_ref()))
     }
 
     /// The disks that present one of these identities.
@@ -168,15 +173,14 @@ impl Disks {
         let diskseq = facts.diskseq;
         let before = self.disks.get(&diskseq).cloned();
         let identities = match (&facts.identities, &before) {
-            (Reading::Known(identities), _) => identities.clone(),
+            (Reading::Known(identities), _) => Arc::new(identities.clone()),
             (Reading::Unknown(_), Some(before)) => before.identities.clone(),
-            (Reading::Unknown(_), None) => BTreeSet::new(),
+            (Reading::Unknown(_), None) => Arc::default(),
         };
         self.unindex(diskseq);
-        for identity in &identities {
+        for identity in identities.iter() {
             self.by_identity
-                .entry(identity.clone())
-                .or_default()
+                .or_default(identity.clone())
                 .insert(diskseq);
         }
         self.by_number.insert(facts.number, diskseq);
@@ -194,12 +198,9 @@ impl Disks {
             Some(before) if before.facts == disk.facts && before.identities == disk.identities => {
                 None
             }
-            Some(before) => Some(DiskChange::Changed {
-                diskseq,
-                before: Box::new(before),
-            }),
+            Some(before) => Some(DiskChange::Changed { diskseq, before }),
         };
-        self.disks.insert(diskseq, disk);
+        self.disks.insert(diskseq, Box::new(disk));
         change
     }
 
@@ -209,14 +210,14 @@ impl Disks {
         if self.by_number.get(&disk.facts.number) == Some(&diskseq) {
             self.by_number.remove(&disk.facts.number);
         }
-        Some(DiskChange::Left(Box::new(disk)))
+        Some(DiskChange::Left(disk))
     }
 
     fn unindex(&mut self, diskseq: DiskSeq) {
         let Some(disk) = self.disks.get(&diskseq) else {
             return;
         };
-        for identity in &disk.identities {
+        for identity in disk.identities.iter() {
             if let Some(sharers) = self.by_identity.get_mut(identity) {
                 sharers.remove(&diskseq);
                 if sharers.is_empty() {
@@ -235,7 +236,7 @@ impl Disks {
                     disk.facts.number
                 ));
             }
-            for identity in &disk.identities {
+            for identity in disk.identities.iter() {
                 if !self
                     .by_identity
                     .get(identity)
@@ -245,9 +246,25 @@ impl Disks {
                 }
             }
         }
-        let indexed: usize = self.by_identity.values().map(BTreeSet::len).sum();
-        let presented: usize = self.disks.values().map(|disk| disk.identities.len()).sum();
-        if self.by_number.len() != self.disks.len() || indexed != presented {
+        let presented: BTreeSet<&Identity> = self
+            .disks
+            .values()
+            .flat_map(|disk| disk.identities.iter())
+            .collect();
+        let stale = presented
+            .iter()
+            .filter_map(|identity| Some((identity, self.by_identity.get(*identity)?)))
+            .any(|(identity, sharers)| {
+                sharers.iter().any(|diskseq| {
+                    self.disks
+                        .get(diskseq)
+                        .is_none_or(|disk| !disk.identities.contains(*identity))
+                })
+            });
+        if self.by_number.len() != self.disks.len()
+            || self.by_identity.len() != presented.len()
+            || stale
+        {
             return Err("an index names a disk that is gone".to_owned());
         }
         Ok(())

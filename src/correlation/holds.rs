@@ -4,8 +4,10 @@
 //! invariant 6 is decided by.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use super::facts::{DiskSeq, ExportName};
+use super::index::Index;
 use super::messages::{Generation, Ticket};
 use crate::identity::Identity;
 
@@ -13,17 +15,24 @@ use crate::identity::Identity;
 struct HeldDisk {
     identities: BTreeSet<Identity>,
     tickets: BTreeSet<Ticket>,
-    /// With what an orphan is held by.
-    leases: BTreeMap<(ExportName, Generation), Option<String>>,
+    leases: BTreeMap<(ExportName, Generation), Lease>,
+}
+
+#[derive(Debug, Clone)]
+struct Lease {
     /// As which identities the disk was leased: it can present others later.
-    leased_as: BTreeMap<(ExportName, Generation), BTreeSet<Identity>>,
+    identities: Arc<BTreeSet<Identity>>,
+    /// What holds an orphan.
+    orphan: Option<String>,
 }
 
 #[derive(Debug, Clone, Default)]
 pub(super) struct Holds {
     disks: BTreeMap<DiskSeq, HeldDisk>,
-    by_identity: BTreeMap<Identity, BTreeSet<DiskSeq>>,
-    by_lease: BTreeMap<(ExportName, Generation), DiskSeq>,
+    by_identity: Index<Identity, BTreeSet<DiskSeq>>,
+    by_lease: Index<ExportName, BTreeMap<Generation, DiskSeq>>,
+    /// How many leases are orphans: mostly none, and then no one has to look for them.
+    orphans: usize,
 }
 
 /// A lease that keeps a volume from being opened on another disk.
@@ -48,15 +57,20 @@ impl Holds {
     pub fn lease(
         &mut self,
         diskseq: DiskSeq,
-        identities: &BTreeSet<Identity>,
+        identities: &Arc<BTreeSet<Identity>>,
         export: ExportName,
         generation: Generation,
     ) {
-        self.by_lease.insert((export.clone(), generation), diskseq);
-        let held = self.disk(diskseq, identities);
-        held.leased_as
-            .insert((export.clone(), generation), identities.clone());
-        held.leases.insert((export, generation), None);
+        self.by_lease
+            .or_default(export.clone())
+            .insert(generation, diskseq);
+        let lease = Lease {
+            identities: identities.clone(),
+            orphan: None,
+        };
+        self.disk(diskseq, identities)
+            .leases
+            .insert((export, generation), lease);
     }
 
     /// The open is answered, and its descriptor closed or passed on to a lease.
@@ -73,48 +87,46 @@ impl Holds {
         export: &ExportName,
         generation: Generation,
     ) -> Option<BTreeSet<Identity>> {
-        let key = (export.clone(), generation);
-        let diskseq = self.by_lease.remove(&key)?;
+        let leases = self.by_lease.get_mut(export)?;
+        let diskseq = leases.remove(&generation)?;
+        if leases.is_empty() {
+            self.by_lease.remove(export);
+        }
         let held = self.disks.get_mut(&diskseq)?;
-        held.leases.remove(&key);
-        held.leased_as.remove(&key);
+        let lease = held.leases.remove(&(export.clone(), generation));
+        let orphaned = lease.is_some_and(|lease| lease.orphan.is_some());
+        self.orphans -= usize::from(orphaned);
         let identities = held.identities.clone();
         self.sweep(diskseq);
         Some(identities)
     }
 
     pub fn orphan(&mut self, export: &ExportName, generation: Generation, holding: String) {
-        let key = (export.clone(), generation);
-        let Some(held) = self
-            .by_lease
-            .get(&key)
-            .and_then(|diskseq| self.disks.get_mut(diskseq))
-        else {
-            return;
-        };
-        held.leases.insert(key, Some(holding));
+        if let Some(diskseq) = self.disk_of(export, generation)
+            && let Some(held) = self.disks.get_mut(&diskseq)
+            && let Some(lease) = held.leases.get_mut(&(export.clone(), generation))
+        {
+            let first = lease.orphan.replace(holding).is_none();
+            self.orphans += usize::from(first);
+        }
     }
 
     /// The disk that a lease is on.
     pub fn disk_of(&self, export: &ExportName, generation: Generation) -> Option<DiskSeq> {
-        self.by_lease.get(&(export.clone(), generation)).copied()
+        self.by_lease.get(export)?.get(&generation).copied()
     }
 
     /// The newest lease of an export of this name that is still held.
     pub fn newest(&self, export: &ExportName) -> Generation {
-        let all = (export.clone(), Generation(0))..=(export.clone(), Generation(u64::MAX));
         self.by_lease
-            .range(all)
-            .next_back()
-            .map_or(Generation(0), |((_, generation), _)| *generation)
+            .get(export)
+            .and_then(|leases| leases.keys().next_back())
+            .copied()
+            .unwrap_or_default()
     }
 
     pub fn orphans(&self) -> usize {
-        self.disks
-            .values()
-            .flat_map(|held| held.leases.values())
-            .filter(|orphan| orphan.is_some())
-            .count()
+        self.orphans
     }
 
     pub fn is_held(&self, diskseq: DiskSeq) -> bool {
@@ -146,9 +158,9 @@ impl Holds {
     /// was another volume, whose late writes would land on this one.
     pub fn blocking(&self, candidates: &BTreeSet<Identity>, wanted: DiskSeq) -> Option<Blocking> {
         let foreign = self.disks.get(&wanted).and_then(|held| {
-            held.leased_as
+            held.leases
                 .iter()
-                .find(|(_, identities)| identities.is_disjoint(candidates))
+                .find(|(_, lease)| lease.identities.is_disjoint(candidates))
         });
         if let Some(((export, _), _)) = foreign {
             return Some(Blocking {
@@ -170,15 +182,18 @@ impl Holds {
 
     /// Invariant 6: an orphan of this volume, on whatever disk.
     pub fn orphan_of(&self, candidates: &BTreeSet<Identity>) -> Option<(DiskSeq, Orphan)> {
+        if self.orphans == 0 {
+            return None;
+        }
         self.of(candidates).into_iter().find_map(|diskseq| {
             self.disks
                 .get(&diskseq)?
                 .leases
                 .iter()
-                .find_map(|((export, _), holding)| {
+                .find_map(|((export, _), lease)| {
                     let orphan = Orphan {
                         export: export.clone(),
-                        holding: holding.clone()?,
+                        holding: lease.orphan.clone()?,
                     };
                     Some((diskseq, orphan))
                 })
@@ -193,7 +208,7 @@ impl Holds {
         let leases = held
             .leases
             .iter()
-            .map(|((export, generation), orphan)| match orphan {
+            .map(|((export, generation), lease)| match &lease.orphan {
                 Some(holding) => format!("export {export} generation {}: {holding}", generation.0),
                 None => format!("export {export} generation {}", generation.0),
             });
@@ -204,13 +219,26 @@ impl Holds {
         leases.chain(opens).collect::<Vec<_>>().join("; ")
     }
 
+    /// The count of orphans says what the leases say.
+    pub fn check(&self) -> Result<(), String> {
+        let leases = self.disks.values().flat_map(|held| held.leases.values());
+        let orphans = leases.filter(|lease| lease.orphan.is_some()).count();
+        if orphans == self.orphans {
+            Ok(())
+        } else {
+            Err(format!(
+                "{} orphans are counted, of {orphans}",
+                self.orphans
+            ))
+        }
+    }
+
     fn disk(&mut self, diskseq: DiskSeq, identities: &BTreeSet<Identity>) -> &mut HeldDisk {
         let held = self.disks.entry(diskseq).or_default();
         for identity in identities {
             if held.identities.insert(identity.clone()) {
                 self.by_identity
-                    .entry(identity.clone())
-                    .or_default()
+                    .or_default(identity.clone())
                     .insert(diskseq);
             }
         }

@@ -20,6 +20,7 @@ mod disks;
 mod enact;
 mod facts;
 mod holds;
+mod index;
 mod membership;
 mod messages;
 mod observe;
@@ -43,6 +44,7 @@ use binding::Binding;
 use detach::Detach;
 use disks::Disks;
 use holds::Holds;
+use index::{Index, Ordered};
 use membership::Waiter;
 use requests::Persisting;
 
@@ -155,8 +157,8 @@ pub struct Correlation {
     disks: Disks,
     /// False until the first survey: what is not known to be the only claimant is not served.
     surveyed: bool,
-    exports: BTreeMap<ExportName, Export>,
-    by_candidate: BTreeMap<Identity, BTreeSet<ExportName>>,
+    exports: Ordered<ExportName, Export>,
+    by_candidate: Index<Identity, BTreeSet<ExportName>>,
     /// Exports that wait for their lease to end and then are defined anew.
     replacing: BTreeSet<ExportName>,
     holds: Holds,
@@ -170,7 +172,7 @@ pub struct Correlation {
     detaches: BTreeMap<RequestId, Detach>,
     persisting: BTreeMap<RequestId, Persisting>,
     timers: BTreeSet<(Duration, Timer)>,
-    last_nodes: BTreeMap<String, DeviceNode>,
+    last_nodes: Index<String, DeviceNode>,
     last_ticket: Ticket,
     stopping: bool,
     out: Vec<Action>,
@@ -183,8 +185,8 @@ impl Correlation {
             now: Duration::ZERO,
             disks: Disks::default(),
             surveyed: false,
-            exports: BTreeMap::new(),
-            by_candidate: BTreeMap::new(),
+            exports: Ordered::default(),
+            by_candidate: Index::default(),
             replacing: BTreeSet::new(),
             holds: Holds::default(),
             tickets: BTreeMap::new(),
@@ -194,7 +196,7 @@ impl Correlation {
             detaches: BTreeMap::new(),
             persisting: BTreeMap::new(),
             timers: BTreeSet::new(),
-            last_nodes: BTreeMap::new(),
+            last_nodes: Index::default(),
             last_ticket: Ticket(0),
             stopping: false,
             out: Vec::new(),
@@ -323,8 +325,7 @@ impl Correlation {
         let candidates = definition.volume.candidates();
         for candidate in &candidates {
             self.by_candidate
-                .entry(candidate.clone())
-                .or_default()
+                .or_default(candidate.clone())
                 .insert(definition.name.clone());
         }
         let export = Export {

@@ -2,12 +2,13 @@
 
 use super::binding::{Binding, Failure};
 use super::disks::{Disk, DiskChange};
+use super::index::Index;
 use super::{
     Action, Change, Correlation, Decision, DiskFacts, DiskSeq, INTERNAL, Level, Mark, Notice,
     Reading, Timer,
 };
 
-/// Volumes whose last node is remembered; past it the first by name are forgotten, which costs a signal `VolumeRenamed`.
+/// Volumes whose last node is remembered; past it all are forgotten, which costs signals `VolumeRenamed`.
 const LAST_NODES_MAX: usize = 65_536;
 
 impl Correlation {
@@ -82,6 +83,9 @@ impl Correlation {
         if id.is_empty() {
             return;
         }
+        if self.last_nodes.len() >= LAST_NODES_MAX {
+            self.last_nodes = Index::default();
+        }
         if let Some(old) = self.last_nodes.insert(id.clone(), node.clone())
             && old != node
         {
@@ -91,9 +95,6 @@ impl Correlation {
                 old,
                 new: node,
             }));
-        }
-        if self.last_nodes.len() > LAST_NODES_MAX {
-            self.last_nodes.pop_first();
         }
     }
 
