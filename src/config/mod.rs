@@ -14,7 +14,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use crate::correlation::Definition;
+use crate::correlation::{Definition, EXPORTS_MAX};
 use crate::identity::{OptIn, VolumeId, collisions};
 
 mod document;
@@ -230,9 +230,6 @@ fn check_collisions(found: &[FoundExport<'_>], problems: &mut Vec<Problem>) {
         )));
     }
 }
-
-/// Each export costs memory and a place in every survey; measured for 10,000, allowed for some more.
-const EXPORTS_MAX: usize = 65_536;
 
 #[cfg(test)]
 mod tests;

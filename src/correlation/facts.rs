@@ -8,6 +8,10 @@ use crate::identity::{Identity, VolumeId};
 /// The longest export name, in bytes (NBD proto.md, "Values": strings SHOULD NOT exceed 4096 bytes).
 pub const EXPORT_NAME_BYTES_MAX: usize = 4096;
 
+/// All exports together, of the configuration and of callers: some ten times what one machine can have disks for, and
+/// bounded because each costs memory and a line in LIST (invariant 10).
+pub const EXPORTS_MAX: usize = 65_536;
+
 /// A valid export name: 1 to 4,096 bytes of UTF-8 without control characters.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ExportName(std::sync::Arc<str>);

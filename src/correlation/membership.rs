@@ -5,8 +5,8 @@ use std::time::Duration;
 use super::binding::{Binding, Failure};
 use super::requests::Persisting;
 use super::{
-    Action, Change, Correlation, Definition, EndHow, ExportName, Notice, Reply, RequestError,
-    RequestId, Source, State, Timer,
+    Action, Change, Correlation, Definition, EXPORTS_MAX, EndHow, ExportName, Notice, Reply,
+    RequestError, RequestId, Source, State, Timer,
 };
 
 /// A caller of `AddExport` that waits for the export to serve.
@@ -60,6 +60,11 @@ impl Correlation {
         if removing || self.is_being_added(&name) {
             return Err(RequestError::NotReady(format!(
                 "an export {name} is being added or removed; try again"
+            )));
+        }
+        if self.exports.len() >= EXPORTS_MAX {
+            return Err(RequestError::Failed(format!(
+                "there are {EXPORTS_MAX} exports already: remove some first"
             )));
         }
         self.judge_definition(&definition)?;

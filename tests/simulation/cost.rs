@@ -4,8 +4,9 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use nbdtrack::correlation::{
-    Action, BootId, Correlation, Definition, DeviceNode, DeviceNumber, DiskFacts, DiskSeq, Event,
-    ExportName, Mark, OpenedDisk, Reading, Remembered, Settings, Source,
+    Action, BootId, Correlation, Definition, DeviceNode, DeviceNumber, DiskFacts, DiskSeq,
+    EXPORTS_MAX, Event, ExportName, Mark, OpenedDisk, Reading, Remembered, Request, RequestError,
+    RequestId, Settings, Source,
 };
 use nbdtrack::identity::{Identity, Scheme, VolumeId};
 
@@ -162,4 +163,39 @@ fn an_event_costs_the_same_beside_ten_and_ten_thousand_exports() {
         );
         assert_eq!(actions, few);
     }
+}
+
+#[test]
+fn exports_have_a_limit_over_configuration_and_callers_together() {
+    let mut middle = Correlation::new(
+        Settings::new(BootId("boot".to_owned())),
+        Remembered::default(),
+    );
+    let definition = |index: usize, source| Definition {
+        name: ExportName::parse(&format!("e{index}")).expect("a valid name"),
+        volume: VolumeId::parse(&format!("loop:/e{index}")).expect("a valid volume"),
+        read_only: false,
+        share: false,
+        source,
+    };
+    let exports = (0..EXPORTS_MAX)
+        .map(|index| definition(index, Source::Config))
+        .collect();
+    middle.apply(Duration::ZERO, Event::Configured { exports });
+    let what = Request::AddExport {
+        definition: definition(EXPORTS_MAX, Source::Dbus),
+        wait: Duration::ZERO,
+    };
+    let request = RequestId(1);
+    let actions = middle.apply(Duration::ZERO, Event::Asked { request, what });
+    let refused = actions.iter().any(|action| {
+        matches!(
+            action,
+            Action::Reply {
+                reply: Err(RequestError::Failed(_)),
+                ..
+            }
+        )
+    });
+    assert!(refused, "{actions:?}");
 }
