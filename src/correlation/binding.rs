@@ -19,6 +19,8 @@ pub(super) struct Held {
 pub(super) enum Failure {
     Open,
     Busy,
+    /// Another export writes to the disk.
+    InUse,
     Orphan,
 }
 

@@ -55,7 +55,11 @@ impl Correlation {
         } else {
             EndHow::Drain { within }
         };
-        let names = self.exports_of(&candidates);
+        // Also the exports that know one of these disks by another identity.
+        let mut names = self.exports_of(&candidates);
+        for disk in disks.iter().filter_map(|diskseq| self.disks.get(*diskseq)) {
+            names.extend(self.exports_of(&disk.identities));
+        }
         for name in &names {
             if let Some(export) = self
                 .exports

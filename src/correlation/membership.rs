@@ -136,6 +136,10 @@ impl Correlation {
                 failure: Failure::Busy,
                 ..
             } => RequestError::DeviceBusy(reason),
+            Binding::Failed {
+                failure: Failure::InUse,
+                ..
+            } => RequestError::InUse(reason),
             _ => RequestError::NotReady(reason),
         };
         for waiter in done {

@@ -3,7 +3,6 @@
 use std::collections::BTreeSet;
 
 use super::binding::{Cue, Failure, Want};
-use super::holds::Blocking;
 use super::{Correlation, DiskSeq, EndHow, Export, ExportName};
 
 /// The attached disks that present a volume's identity, by what speaks for or against them.
@@ -107,37 +106,58 @@ impl Correlation {
         if let Some(held) = export.binding.kept().filter(|held| held.diskseq == only) {
             return Some(self.want_kept(held));
         }
-        let blocking = self.holds.blocking(&export.candidates, only);
-        match blocking.or_else(|| self.other_writer(export, only)) {
-            Some(blocking) => Some(Want::Nothing {
+        if let Some(blocking) = self.holds.blocking(&export.candidates, only) {
+            return Some(Want::Nothing {
                 reason: format!(
                     "export {} is still being closed on the disk with diskseq {}",
                     blocking.export, blocking.diskseq,
                 ),
-            }),
-            None => Some(Want::Disk(only)),
+            });
         }
+        Some(match self.other_writer(export, only) {
+            Some(writer) => self.want_beside(export, writer, only),
+            None => Want::Disk(only),
+        })
     }
 
-    /// An export that is to become another one, or to go, and still writes to this disk: two writers that do not
-    /// share never meet.
-    fn other_writer(&self, export: &Export, diskseq: DiskSeq) -> Option<Blocking> {
+    /// An export that writes to this volume or to this very disk, under whatever name it knows it: two writers
+    /// that do not share never meet.
+    fn other_writer(&self, export: &Export, diskseq: DiskSeq) -> Option<&Export> {
         if export.definition.read_only {
             return None;
         }
-        let name = &export.definition.name;
-        self.exports_of(&export.candidates)
-            .into_iter()
-            .filter(|other| other != name)
-            .find_map(|other| {
-                let writer = self.exports.get(&other)?;
-                let writes = writer.binding.held().is_some_and(|held| !held.read_only);
-                let share = export.definition.share && writer.definition.share;
-                (writes && !share).then_some(Blocking {
-                    diskseq,
-                    export: other,
-                })
-            })
+        let disk = self.disks.get(diskseq)?;
+        let mut others = self.exports_of(&export.candidates);
+        others.extend(self.exports_of(&disk.identities));
+        others.remove(&export.definition.name);
+        others.iter().find_map(|other| {
+            let writer = self.exports.get(other)?;
+            let held = writer.binding.held().filter(|held| !held.read_only)?;
+            let meets =
+                held.diskseq == diskseq || !writer.candidates.is_disjoint(&export.candidates);
+            let share = export.definition.share && writer.definition.share;
+            (meets && !share).then_some(writer)
+        })
+    }
+
+    fn want_beside(&self, export: &Export, writer: &Export, diskseq: DiskSeq) -> Want {
+        let (name, volume) = (&writer.definition.name, &writer.definition.volume);
+        let going = writer.leaving.is_some() || writer.binding.kept().is_none();
+        if going || self.is_being_removed(name) || *volume == export.definition.volume {
+            return Want::Nothing {
+                reason: format!(
+                    "export {name} is still being closed on the disk with diskseq {diskseq}"
+                ),
+            };
+        }
+        Want::Blocked {
+            failure: Failure::InUse,
+            reason: format!(
+                "{} (diskseq {diskseq}) is already written to by export {name}, which knows it as {volume}; make one of \
+                 them read-only, or say 'share' on both",
+                self.node_of(diskseq),
+            ),
+        }
     }
 
     /// Invariant 1: the size was agreed in the handshake. A disk that shrank ends its sessions, for NBD has no
