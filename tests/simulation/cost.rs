@@ -158,9 +158,9 @@ fn an_event_costs_the_same_beside_ten_and_ten_thousand_exports() {
     assert_eq!(few.len(), 4, "gone, closed, seen, opened");
     for count in [10, 100, 1_000, 10_000] {
         let (actions, time) = round(count);
-        println!(
+        crate::tell(&format!(
             "{count} exports and disks: actions {actions:?}, {time:?} an event (a debug build below 200 checks)"
-        );
+        ));
         assert_eq!(actions, few);
     }
 }

@@ -187,12 +187,12 @@ fn no_reachable_state_of_a_small_world_serves_the_wrong_volume() {
         let explored = explore(start, depth);
         assert_eq!(explored.violation, None);
         assert_eq!(explored.deepest, depth);
-        println!(
+        crate::tell(&format!(
             "{what}: {} states, {} steps, all interleavings of {depth} moves, {:.1} s",
             explored.states,
             explored.steps,
             began.elapsed().as_secs_f64()
-        );
+        ));
     }
 }
 
@@ -209,9 +209,9 @@ fn a_small_world_finds_what_is_broken_on_purpose() {
         }
         let explored = explore(start, 7);
         let (violation, path) = explored.violation.expect("a broken world breaks a promise");
-        println!(
+        crate::tell(&format!(
             "{broken:?}: {} states to {violation}: {path:?}",
             explored.states
-        );
+        ));
     }
 }
