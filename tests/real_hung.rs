@@ -347,6 +347,7 @@ fn crowd_of_clients_of_a_hung_disk_takes_no_thread_from_the_others() -> Outcome<
         until(STEP_LIMIT, "the disk to hang", || {
             Ok((disk.held() > 0).then_some(()))
         })?;
+        // Half a second of the crowd's requests, for the threads that they could take.
         std::thread::sleep(Duration::from_millis(500));
         let mut slowest = Duration::ZERO;
         for _ in 0..20 {

@@ -1,8 +1,7 @@
 //! The only place where the edges and the middle meet: `next event → apply → perform`.
 //!
-//! One task of one thread owns the [`Correlation`](crate::correlation::Correlation) and is never made to wait: not by a disk, not by the store,
-//! not by the bus, not by a client (invariant 11). What takes time is handed to a thread or a task that
-//! answers with an event.
+//! One task of one thread owns the [`Correlation`] and is never made to wait: not by a disk, not by the store, not by
+//! the bus, not by a client (invariant 11). What takes time is handed to a thread or a task that answers with an event.
 
 mod asked;
 mod control;
