@@ -1,6 +1,8 @@
 //! Promise: a disk that does not answer holds up nothing, is not asked twice, and is told when it does answer.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
+mod kernel;
+
 use std::fs;
 use std::io::Write;
 use std::os::unix::fs::symlink;
@@ -251,4 +253,44 @@ async fn two_hundred_disks_that_hang_leave_the_blocking_pool_to_everyone_else() 
         writer.unwrap().write_all(b"late").unwrap();
     }
     assert!(all.is_ok(), "only {started:?} of {LEFT} were started");
+}
+
+/// A volume left one name and came back under another. The reading of the new disk was told before the kernel's `remove` of the old
+/// one, which still waited in the socket: the volume was taken for a twin of itself, and its export waited for a person.
+#[tokio::test]
+async fn what_left_before_a_disk_was_read_is_told_before_it() {
+    for round in 0..12 {
+        let tree = Tree::new();
+        let pipe = tree.add("vdb", "253:16", 2).join("serial");
+        nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let (sender, mut events) = mpsc::channel(64);
+        let device = kernel::Loop::make(232);
+        let leaver = device.number();
+        let _observer = observe(settings(&tree), sender).unwrap();
+        survey(&mut events).await;
+        while timeout(Duration::from_millis(100), events.recv())
+            .await
+            .is_ok()
+        {}
+
+        // Nothing is awaited here, so the observer stands still: the removal waits in its socket, and then the reading ends.
+        drop(device);
+        let answer = fs::File::options().write(true).open(&pipe);
+        answer.unwrap().write_all(b"back").unwrap();
+        std::thread::sleep(Duration::from_millis(20));
+
+        let mut gone = false;
+        loop {
+            let event = timeout(Duration::from_secs(5), events.recv()).await;
+            match event.expect("within 5 s").unwrap() {
+                Event::DiskGone { number, .. } => gone |= number == leaver,
+                Event::DiskSeen { facts, .. } if facts.serial == "back" => break,
+                _ => {}
+            }
+        }
+        assert!(
+            gone,
+            "round {round}: the removal was told after the reading"
+        );
+    }
 }

@@ -38,6 +38,8 @@ const STOPPED_FOR: Duration = Duration::from_secs(2);
 const TICK: Duration = Duration::from_secs(1);
 /// Messages taken before the other work of this task has a turn.
 const MESSAGES_PER_TURN: usize = 512;
+/// Turns of messages that go before one reading, together more than the socket's buffer holds.
+const CATCH_UP_TURNS: usize = 64;
 /// How long a complete survey waits for events that were already on their way.
 const HOLD: Duration = Duration::from_secs(1);
 /// Before a disk that was exchanged under the reader is read again.
@@ -157,7 +159,10 @@ impl Watch {
                 },
                 told = udev_next(self.udev.as_mut()) => { self.on_udev(told); Ok(()) }
                 Some(done) = self.tasks.join_next() => match done {
-                    Ok(done) => self.on_done(done).await,
+                    Ok(done) => match self.catch_up().await {
+                        Ok(()) => self.on_done(done).await,
+                        stopped => stopped,
+                    },
                     // Only a read can panic, and that comes as `Broken`.
                     Err(_) => Ok(()),
                 },
@@ -206,6 +211,17 @@ impl Watch {
             }
         }
         Ok(false)
+    }
+
+    /// What the kernel told before a disk was read is told before what was found there. A reading sees the machine as it is
+    /// now, while a `remove` may still wait in the socket: a volume that is back under another name would be a twin of itself.
+    async fn catch_up(&mut self) -> Result<(), Stopped> {
+        for _ in 0..CATCH_UP_TURNS {
+            if self.take_kernel_events().await? {
+                break;
+            }
+        }
+        Ok(())
     }
 
     async fn on_hint(&mut self, hint: Hint) -> Result<(), Stopped> {
