@@ -76,19 +76,17 @@ impl KernelSocket {
     /// The socket is broken.
     pub fn receive(&mut self) -> io::Result<Received> {
         let buffer = &mut self.buffer;
+        let mut asked = false;
         let taken = self.fd.try_io(tokio::io::Interest::READABLE, |fd| {
-            let mut slices = [IoSliceMut::new(&mut buffer[..])];
-            let message = nixsock::recvmsg::<NetlinkAddr>(
-                fd.as_raw_fd(),
-                &mut slices,
-                None,
-                MsgFlags::MSG_DONTWAIT,
-            )?;
-            // A netlink sender cannot choose its port id, and only the kernel's is 0 (netlink(7)).
-            let from_kernel = message.address.is_some_and(|from| from.pid() == 0);
-            let whole = !message.flags.contains(MsgFlags::MSG_TRUNC);
-            Ok((message.bytes, from_kernel, whole))
+            asked = true;
+            take(fd, &mut buffer[..])
         });
+        // The runtime may not know yet that something came: it looks at its sockets only between its tasks.
+        let taken = if asked {
+            taken
+        } else {
+            take(self.fd.get_ref(), &mut buffer[..])
+        };
         match taken {
             Ok((_, false, _)) => Ok(Received::Foreign),
             Ok((_, true, false)) => Ok(Received::Malformed),
@@ -103,6 +101,21 @@ impl KernelSocket {
             Err(e) => Err(e),
         }
     }
+}
+
+/// One message: its length in bytes, whether the kernel sent it, and whether it is whole.
+fn take(socket: &impl AsRawFd, buffer: &mut [u8]) -> io::Result<(usize, bool, bool)> {
+    let mut slices = [IoSliceMut::new(buffer)];
+    let message = nixsock::recvmsg::<NetlinkAddr>(
+        socket.as_raw_fd(),
+        &mut slices,
+        None,
+        MsgFlags::MSG_DONTWAIT,
+    )?;
+    // A netlink sender cannot choose its port id, and only the kernel's is 0 (netlink(7)).
+    let from_kernel = message.address.is_some_and(|from| from.pid() == 0);
+    let whole = !message.flags.contains(MsgFlags::MSG_TRUNC);
+    Ok((message.bytes, from_kernel, whole))
 }
 
 /// Makes the receive buffer of `socket` as large as asked for, or as large as the right to do so allows.
