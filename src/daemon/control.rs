@@ -9,6 +9,7 @@ use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::task::JoinHandle;
 
 use super::sockets::Sockets;
+use super::trail::Trail;
 use super::{Error, Options, perform, reload};
 use crate::config::IdentityRules;
 use crate::correlation::{
@@ -18,7 +19,7 @@ use crate::correlation::{
 use crate::dbus::{Answer, Command, Publication, Publisher};
 use crate::image::Image;
 use crate::image::block::Claims;
-use crate::mapping::Store;
+use crate::mapping::{History, Store};
 use crate::nbd::Door;
 use crate::udev::Observer;
 
@@ -56,6 +57,7 @@ pub(super) struct Edges {
     pub publisher: Publisher,
     pub observer: Observer,
     pub store: Store,
+    pub history: History,
 }
 
 pub(super) struct Control {
@@ -64,6 +66,7 @@ pub(super) struct Control {
     pub publisher: Publisher,
     pub observer: Observer,
     pub claims: Arc<Claims>,
+    pub(super) trail: Trail,
     started: Instant,
     drain_within: Duration,
     pub(super) rules: IdentityRules,
@@ -106,6 +109,7 @@ impl Control {
             publisher,
             observer,
             store,
+            history,
         } = edges;
         let (reports, report_receiver) = mpsc::unbounded_channel();
         let (writes, write_receiver) = mpsc::channel(WRITES_MAX);
@@ -120,7 +124,9 @@ impl Control {
                 .insert(name.clone());
             changed.some.notify_one();
         }));
+        let trail = Trail::new(history, &door);
         Control {
+            trail,
             correlation,
             door,
             publisher,

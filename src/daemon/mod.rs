@@ -9,6 +9,7 @@ mod log;
 mod perform;
 mod reload;
 mod sockets;
+mod trail;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -20,7 +21,7 @@ use crate::config::{self, Config};
 use crate::correlation::{Correlation, Event, Settings};
 use crate::dbus::{self, Bus};
 use crate::identity::OptIn;
-use crate::mapping::{Store, StoreError};
+use crate::mapping::{Bounds, History, Store, StoreError};
 use crate::nbd::{Door, Limits};
 use crate::udev;
 use control::{Control, Edges};
@@ -180,11 +181,13 @@ async fn serve(options: &Options) -> Result<(), Error> {
     };
     let observer = udev::observe(watched, event_sender)?;
 
+    let (history, history_task) = History::keep(&config.server.state, Bounds::default());
     let edges = Edges {
         door,
         publisher,
         observer,
         store,
+        history,
     };
     let mut control = Control::new(correlation, edges, drain_within, config.identity);
     control.start(sockets);
@@ -194,6 +197,7 @@ async fn serve(options: &Options) -> Result<(), Error> {
     let ended = control.run(events, commands, hangup, options).await;
     // Whoever listens hears of the end, if the bus takes it.
     control.publisher.flush(FAREWELL).await;
+    history_task.end().await;
     if let Some(socket) = &config.server.socket
         && let Err(error) = std::fs::remove_file(socket)
     {
