@@ -266,6 +266,7 @@ impl Image for Blank {
     fn can_discard(&self) -> bool {
         true
     }
+    fn latch(&self) {}
     fn latched(&self) -> bool {
         false
     }

@@ -6,17 +6,26 @@
 //! - **Zeroes and discards** go by `fallocate` and `BLKDISCARD`, both of which drop the range from the page cache
 //!   under the lock that keeps readers out (kernel `block/fops.c`, `block/ioctl.c`): a later read sees
 //!   the disk. They want whole logical blocks; what is not is written as zeroes, or, for a discard, left.
+//! - **Fast zeroes.** `PUNCH_HOLE` is a zeroing that the device does by itself, without a fallback
+//!   (`BLKDEV_ZERO_NOFALLBACK`); `ZERO_RANGE` keeps the range allocated and may write pages of zeroes
+//!   (`BLKDEV_ZERO_NOUNMAP`), so it is not known to be fast. Both drop dirty pages *before* the device is asked
+//!   (`blkdev_fallocate`): a punch that is then refused has lost acknowledged writes. So whether the device can is known
+//!   beforehand, from its queue, and a refusal all the same ends in zeroes, never in an error that
+//!   promises that nothing happened.
+//! - **Allocation** is known of loop devices, from their file (see `backing`). Other devices cannot be asked and are
+//!   allocated.
 
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use nix::fcntl::{FallocateFlags, PosixFadviseAdvice, fallocate, posix_fadvise};
 
+use super::backing::Backing;
 use super::claim::{self, Claim};
-use super::{BlockSizes, Extent, Image, NoWait, ZeroFlags, sys};
+use super::{Allocation, BlockSizes, Extent, Image, NoWait, Span, ZeroFlags, sys};
 use crate::correlation::{OpenDisk, OpenedDisk};
 
 pub use super::claim::{Claims, OpenError, ReadIdentities};
@@ -29,6 +38,8 @@ const PAGE_BYTES: u32 = 4096;
 /// A disk's wish for larger requests is followed up to here.
 const PREFERRED_BYTES_MAX: u32 = 1 << 20;
 /// Zeroes that are written out go in pieces of this size.
+/// One question for allocation covers at most this much, in bytes: what is dirty in it is written to the backing file first.
+const ALLOCATION_BYTES_MAX: u64 = 1 << 30;
 static ZEROES: [u8; 256 << 10] = [0; 256 << 10];
 
 /// One opened disk. Dropping the last of its images closes it, which can block.
@@ -40,6 +51,11 @@ pub struct Block {
     sizes: BlockSizes,
     logical_block: u64,
     can_discard: bool,
+    rotational: bool,
+    /// The device zeroes ranges by itself. Cleared by the first refusal.
+    zeroes_itself: AtomicBool,
+    /// Of a loop device; looked for at the first question.
+    backing: OnceLock<Option<Backing>>,
 }
 
 /// Opens the disk of `order` without a race (invariant 3), or shares the claim that this process has on it. Blocks.
@@ -65,7 +81,10 @@ pub fn open(
         read_only: opened.read_only,
         sizes: block_sizes(physical, optimal),
         logical_block: u64::from(logical_block.max(1)),
-        can_discard: can_discard(&opened.claim),
+        can_discard: queue_limit(&opened.claim, "discard_max_bytes") > 0,
+        rotational: queue_limit(&opened.claim, "rotational") > 0,
+        zeroes_itself: AtomicBool::new(queue_limit(&opened.claim, "write_zeroes_max_bytes") > 0),
+        backing: OnceLock::new(),
         claim: opened.claim,
     })
 }
@@ -90,10 +109,12 @@ impl Block {
         Ok(())
     }
 
-    /// Whether the range is whole logical blocks.
-    fn aligned(&self, at: Extent) -> bool {
-        at.offset().is_multiple_of(self.logical_block)
-            && u64::from(at.len()).is_multiple_of(self.logical_block)
+    /// The whole logical blocks of the range, from and to.
+    fn whole_blocks(&self, at: Extent) -> Option<(u64, u64)> {
+        let end = at.offset() + u64::from(at.len());
+        let from = at.offset().next_multiple_of(self.logical_block);
+        let to = end - end % self.logical_block;
+        (from < to).then_some((from, to))
     }
 
     fn write_out(&self, at: Extent, buf: &[u8]) -> io::Result<()> {
@@ -103,9 +124,7 @@ impl Block {
             .map_err(inside_the_size)
     }
 
-    fn write_zeroes(&self, at: Extent) -> io::Result<()> {
-        let end = at.offset() + u64::from(at.len());
-        let mut offset = at.offset();
+    fn write_zeroes(&self, mut offset: u64, end: u64) -> io::Result<()> {
         while offset < end {
             let piece = usize::try_from(end - offset).map_or(ZEROES.len(), |n| n.min(ZEROES.len()));
             self.file()
@@ -116,14 +135,14 @@ impl Block {
         Ok(())
     }
 
-    fn fallocate(&self, how: FallocateFlags, at: Extent) -> io::Result<()> {
+    fn fallocate(&self, how: FallocateFlags, from: u64, to: u64) -> io::Result<()> {
         let range = |n: u64| libc::off_t::try_from(n).map_err(io::Error::other);
         loop {
             let done = fallocate(
                 self.file(),
                 how | FallocateFlags::FALLOC_FL_KEEP_SIZE,
-                range(at.offset())?,
-                range(u64::from(at.len()))?,
+                range(from)?,
+                range(to - from)?,
             );
             match done {
                 Err(nix::errno::Errno::EINTR) => {}
@@ -133,27 +152,27 @@ impl Block {
     }
 
     fn zero_out(&self, at: Extent, flags: ZeroFlags) -> io::Result<()> {
-        if self.aligned(at) {
-            // On a block device a punched hole reads as zeroes, and is refused where the device
-            // cannot do it by itself; so it is the only way that is known to be fast.
-            if !flags.no_hole {
-                match self.fallocate(FallocateFlags::FALLOC_FL_PUNCH_HOLE, at) {
-                    Err(e) if is_unsupported(&e) => {}
-                    done => return done.map_err(inside_the_size),
-                }
-            }
-            // Keeps the range allocated; the kernel writes zeroes where the device cannot.
-            if !flags.fast {
-                match self.fallocate(FallocateFlags::FALLOC_FL_ZERO_RANGE, at) {
-                    Err(e) if is_unsupported(&e) => {}
-                    done => return done.map_err(inside_the_size),
-                }
+        let (offset, end) = (at.offset(), at.offset() + u64::from(at.len()));
+        let Some((from, to)) = self.whole_blocks(at) else {
+            return self.write_zeroes(offset, end);
+        };
+        self.write_zeroes(offset, from)?;
+        self.zero_blocks(from, to, flags)?;
+        self.write_zeroes(to, end)
+    }
+
+    fn zero_blocks(&self, from: u64, to: u64, flags: ZeroFlags) -> io::Result<()> {
+        if !flags.no_hole && self.zeroes_itself.load(Ordering::Relaxed) {
+            match self.fallocate(FallocateFlags::FALLOC_FL_PUNCH_HOLE, from, to) {
+                Err(e) if e.raw_os_error() == Some(libc::EBUSY) => {}
+                Err(e) if is_unsupported(&e) => self.zeroes_itself.store(false, Ordering::Relaxed),
+                done => return done.map_err(inside_the_size),
             }
         }
-        if flags.fast {
-            return Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP));
+        match self.fallocate(FallocateFlags::FALLOC_FL_ZERO_RANGE, from, to) {
+            Err(e) if is_unsupported(&e) => self.write_zeroes(from, to),
+            done => done.map_err(inside_the_size),
         }
-        self.write_zeroes(at)
     }
 
     /// Ends a call that was to be durable: syncs, or latches when the call itself failed.
@@ -223,26 +242,58 @@ impl Image for Block {
         if flags.fua && self.latched() {
             return Err(io::Error::from_raw_os_error(libc::EIO));
         }
+        let span = Span::checked(at.offset(), at.len().into(), self.size());
+        if flags.fast && !span.is_some_and(|span| self.zeroes_fast(span, flags)) {
+            // Nothing was written, so nothing is lost.
+            return Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP));
+        }
         let done = self.zero_out(at, flags);
-        // A refusal to be fast has written nothing, so it has lost nothing.
-        let refused = done
-            .as_ref()
-            .is_err_and(|e| flags.fast && is_unsupported(e));
-        if flags.fua && !refused {
+        if flags.fua {
             return self.make_durable(done);
         }
         done
     }
 
+    fn zeroes_fast(&self, at: Span, flags: ZeroFlags) -> bool {
+        !flags.no_hole
+            && self.zeroes_itself.load(Ordering::Relaxed)
+            && (at.offset() | at.len()).is_multiple_of(self.logical_block)
+    }
+
+    fn allocation(&self, at: Span, stretches_max: usize) -> io::Result<Vec<Allocation>> {
+        let backing = self
+            .backing
+            .get_or_init(|| Backing::find(self.file(), self.claim.number));
+        if let Some(backing) = backing {
+            let at = at.at_most(ALLOCATION_BYTES_MAX);
+            // A write that was acknowledged may still be in the device's page cache only, over a hole of the file.
+            if let Err(e) = sys::write_back(self.file(), at.offset(), at.len()) {
+                // The kernel has now told this error once (invariant 9).
+                self.latch();
+                return Err(inside_the_size(e));
+            }
+            if let Some(known) = backing.allocation(self.file(), at, stretches_max)? {
+                return Ok(known);
+            }
+        }
+        Ok(vec![Allocation {
+            bytes: at.len(),
+            hole: false,
+        }])
+    }
+
+    fn rotational(&self) -> bool {
+        self.rotational
+    }
+
     fn discard(&self, at: Extent, fua: bool) -> io::Result<()> {
         self.writable()?;
         // A hint: blocks that are only partly in the range are left alone.
-        let start = at.offset().next_multiple_of(self.logical_block);
-        let end = at.offset() + u64::from(at.len());
-        let end = end - end % self.logical_block;
         let mut done = Ok(());
-        if self.can_discard && start < end {
-            done = match sys::discard(self.file(), start, end - start) {
+        if self.can_discard
+            && let Some((from, to)) = self.whole_blocks(at)
+        {
+            done = match sys::discard(self.file(), from, to - from) {
                 Err(e) if is_unsupported(&e) => Ok(()),
                 done => done.map_err(inside_the_size),
             };
@@ -263,6 +314,10 @@ impl Image for Block {
 
     fn can_discard(&self) -> bool {
         self.can_discard && !self.read_only
+    }
+
+    fn latch(&self) {
+        self.claim.durable.latch();
     }
 
     fn latched(&self) -> bool {
@@ -308,12 +363,11 @@ fn block_sizes(physical: u32, optimal: u32) -> BlockSizes {
     }
 }
 
-fn can_discard(claim: &Claim) -> bool {
-    let path = format!("/sys/dev/block/{}/queue/discard_max_bytes", claim.number);
-    std::fs::read_to_string(path)
-        .ok()
-        .and_then(|text| text.trim().parse::<u64>().ok())
-        .is_some_and(|bytes| bytes > 0)
+/// A number of the disk's queue in sysfs (kernel `Documentation/ABI/stable/sysfs-block`); 0 when it isn't there.
+fn queue_limit(claim: &Claim, name: &str) -> u64 {
+    let path = format!("/sys/dev/block/{}/queue/{name}", claim.number);
+    let text = std::fs::read_to_string(path).unwrap_or_default();
+    text.trim().parse().unwrap_or(0)
 }
 
 #[cfg(test)]
