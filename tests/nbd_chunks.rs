@@ -558,6 +558,22 @@ fn fast_zeroes_are_refused_at_once_where_they_are_not_even_beside_a_hung_disk() 
 }
 
 #[test]
+fn a_read_that_fails_is_one_error_chunk_with_text_and_offset_and_no_data() {
+    let server = sparse();
+    server.image.cold.store(true, Ordering::SeqCst);
+    for headers in BOTH {
+        let (mut talk, _) = go(&server, headers);
+        server.image.fail_reads.store(true, Ordering::SeqCst);
+        let asked = talk.put(cmd::READ, 0, 4096, 65536);
+        let (error, said, offset) = talk.error(&asked);
+        assert_eq!((error, offset), (EIO, Some(4096)));
+        assert!(!said.is_empty());
+        server.image.fail_reads.store(false, Ordering::SeqCst);
+        talk.still_reads();
+    }
+}
+
+#[test]
 fn info_and_go_tell_the_same_and_the_name_when_asked() {
     let server = Server::new();
     let mut client = server.talk();
