@@ -30,7 +30,7 @@ use crate::correlation::{OpenDisk, OpenedDisk};
 
 pub use super::claim::{Claims, OpenError, ReadIdentities};
 
-/// The largest request that the server takes, in bytes (proto.md "Block size constraints" names 32 MiB
+/// The largest request that the server takes, in bytes (proto.md "Size constraints" names 32 MiB
 /// as what clients may always rely on).
 const REQUEST_BYTES_MAX: u32 = 32 << 20;
 /// A page: smaller requests are read and written through the page cache as a whole one.

@@ -316,3 +316,29 @@ pub(super) fn wire_error(error: &io::Error, fenced: bool) -> super::wire::NbdErr
         _ => NbdError::Io,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::wire::NbdError;
+    use super::*;
+
+    #[test]
+    fn errors_of_the_kernel_become_those_of_the_protocol() {
+        for (errno, wired) in [
+            (libc::ENOSPC, NbdError::NoSpc),
+            (libc::EDQUOT, NbdError::NoSpc),
+            (libc::EFBIG, NbdError::NoSpc),
+            (libc::EPERM, NbdError::Perm),
+            (libc::EROFS, NbdError::Perm),
+            // Neither of a fast zero (refused before the disk is asked) nor of a lack of memory is there to be told.
+            (libc::EOPNOTSUPP, NbdError::Io),
+            (libc::ENOMEM, NbdError::Io),
+            (libc::EINVAL, NbdError::Io),
+            (libc::EIO, NbdError::Io),
+        ] {
+            let error = io::Error::from_raw_os_error(errno);
+            assert_eq!(wire_error(&error, false), wired, "{errno}");
+            assert_eq!(wire_error(&error, true), NbdError::Shutdown);
+        }
+    }
+}
