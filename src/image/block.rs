@@ -1,4 +1,4 @@
-//! A block device as an image, over the page cache. EDGE: does I/O on one opened disk, decides nothing.
+//! The bytes of a disk or a plain file as an image, over the page cache. EDGE: does I/O on what is open, decides nothing.
 //!
 //! - **Durable writes** are a write and a grouped `fdatasync` rather than `pwritev2(RWF_DSYNC)`: concurrent FUA
 //!   writes share one flush of the device, and there is one place where a write-back error can show
@@ -15,11 +15,14 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use nix::fcntl::{FallocateFlags, PosixFadviseAdvice, fallocate, posix_fadvise};
 
-use super::claim::{self, Claim};
+use super::claim::{self, Claim, Opened, Subject};
+use super::disk::Disk;
+use super::medium::Medium;
 use super::{BlockSizes, Extent, Image, NoWait, ZeroFlags, sys};
 use crate::correlation::{OpenDisk, OpenedDisk};
 
-pub use super::claim::{Claims, OpenError, ReadIdentities};
+pub use super::claim::{Claims, OpenError};
+pub use super::disk::ReadIdentities;
 
 /// The largest request that the server takes, in bytes (proto.md "Block size constraints" names 32 MiB
 /// as what clients may always rely on).
@@ -51,26 +54,34 @@ pub fn open(
     identities: ReadIdentities<'_>,
     claims: &Claims,
 ) -> Result<Block, OpenError> {
-    let opened = claim::open(order, identities, claims)?;
-    let file = opened.claim.file();
-    let kernel = |source| OpenError::Kernel {
-        node: order.node.clone(),
-        source,
-    };
-    let logical_block = sys::logical_block(file).map_err(kernel)?;
-    let physical = sys::physical_block(file).map_err(kernel)?;
-    let optimal = sys::optimal_io(file).map_err(kernel)?;
-    Ok(Block {
-        size: AtomicU64::new(opened.size),
-        read_only: opened.read_only,
-        sizes: block_sizes(physical, optimal),
-        logical_block: u64::from(logical_block.max(1)),
-        can_discard: can_discard(&opened.claim),
-        claim: opened.claim,
-    })
+    let subject = Disk { order, identities };
+    let opened = claim::open(order, &subject, claims)?;
+    Block::new(opened).map_err(|error| subject.refused(error))
 }
 
 impl Block {
+    /// Asks what is open for what its I/O has to keep to.
+    pub(super) fn new(opened: Opened) -> io::Result<Block> {
+        let Opened {
+            claim,
+            size,
+            read_only,
+        } = opened;
+        let (medium, file) = (claim.medium, claim.file());
+        Ok(Block {
+            size: AtomicU64::new(size),
+            read_only,
+            sizes: block_sizes(medium.likes(file)?),
+            logical_block: u64::from(medium.unit(file)?.max(1)),
+            can_discard: can_discard(&claim),
+            claim,
+        })
+    }
+
+    fn inside_the_size(&self, error: io::Error) -> io::Error {
+        inside_the_size(self.claim.medium, error)
+    }
+
     /// What the middle is told of the opened disk.
     pub fn opened(&self) -> OpenedDisk {
         OpenedDisk {
@@ -100,7 +111,7 @@ impl Block {
         debug_assert!(at.offset() + u64::from(at.len()) <= self.size());
         self.file()
             .write_all_at(buf, at.offset())
-            .map_err(inside_the_size)
+            .map_err(|e| self.inside_the_size(e))
     }
 
     fn write_zeroes(&self, at: Extent) -> io::Result<()> {
@@ -110,20 +121,24 @@ impl Block {
             let piece = usize::try_from(end - offset).map_or(ZEROES.len(), |n| n.min(ZEROES.len()));
             self.file()
                 .write_all_at(&ZEROES[..piece], offset)
-                .map_err(inside_the_size)?;
+                .map_err(|e| self.inside_the_size(e))?;
             offset += piece as u64;
         }
         Ok(())
     }
 
     fn fallocate(&self, how: FallocateFlags, at: Extent) -> io::Result<()> {
+        self.fallocate_range(how, at.offset(), u64::from(at.len()))
+    }
+
+    fn fallocate_range(&self, how: FallocateFlags, offset: u64, len: u64) -> io::Result<()> {
         let range = |n: u64| libc::off_t::try_from(n).map_err(io::Error::other);
         loop {
             let done = fallocate(
                 self.file(),
                 how | FallocateFlags::FALLOC_FL_KEEP_SIZE,
-                range(at.offset())?,
-                range(u64::from(at.len()))?,
+                range(offset)?,
+                range(len)?,
             );
             match done {
                 Err(nix::errno::Errno::EINTR) => {}
@@ -134,19 +149,17 @@ impl Block {
 
     fn zero_out(&self, at: Extent, flags: ZeroFlags) -> io::Result<()> {
         if self.aligned(at) {
-            // On a block device a punched hole reads as zeroes, and is refused where the device
-            // cannot do it by itself; so it is the only way that is known to be fast.
-            if !flags.no_hole {
-                match self.fallocate(FallocateFlags::FALLOC_FL_PUNCH_HOLE, at) {
-                    Err(e) if is_unsupported(&e) => {}
-                    done => return done.map_err(inside_the_size),
+            // A punched hole reads as zeroes; a zeroed range stays allocated.
+            for (how, keeps) in [
+                (FallocateFlags::FALLOC_FL_PUNCH_HOLE, false),
+                (FallocateFlags::FALLOC_FL_ZERO_RANGE, true),
+            ] {
+                if flags.no_hole && !keeps || flags.fast && !self.claim.medium.is_fast(how) {
+                    continue;
                 }
-            }
-            // Keeps the range allocated; the kernel writes zeroes where the device cannot.
-            if !flags.fast {
-                match self.fallocate(FallocateFlags::FALLOC_FL_ZERO_RANGE, at) {
+                match self.fallocate(how, at) {
                     Err(e) if is_unsupported(&e) => {}
-                    done => return done.map_err(inside_the_size),
+                    done => return done.map_err(|e| self.inside_the_size(e)),
                 }
             }
         }
@@ -156,10 +169,19 @@ impl Block {
         self.write_zeroes(at)
     }
 
+    fn discard_whole(&self, offset: u64, len: u64) -> io::Result<()> {
+        match self.claim.medium {
+            Medium::Disk => sys::discard(self.file(), offset, len),
+            Medium::File => self.fallocate_range(FallocateFlags::FALLOC_FL_PUNCH_HOLE, offset, len),
+        }
+    }
+
     /// Ends a call that was to be durable: syncs, or latches when the call itself failed.
     fn make_durable(&self, done: io::Result<()>) -> io::Result<()> {
         match done {
             Ok(()) => self.flush(),
+            // No room: nothing was taken that could be lost, and what was acknowledged before is not in doubt.
+            Err(e) if is_full(&e) => Err(e),
             Err(e) => {
                 self.claim.durable.latch();
                 Err(e)
@@ -174,7 +196,7 @@ impl Image for Block {
     }
 
     fn grow(&self) -> io::Result<u64> {
-        let found = sys::size(self.file())?;
+        let found = self.claim.medium.size(self.file())?;
         Ok(self.size.fetch_max(found, Ordering::AcqRel).max(found))
     }
 
@@ -190,7 +212,7 @@ impl Image for Block {
         debug_assert_eq!(u32::try_from(buf.len()), Ok(at.len()));
         self.file()
             .read_exact_at(buf, at.offset())
-            .map_err(inside_the_size)
+            .map_err(|e| self.inside_the_size(e))
     }
 
     fn read_nowait(&self, at: Extent, buf: &mut [u8]) -> io::Result<NoWait> {
@@ -242,9 +264,9 @@ impl Image for Block {
         let end = end - end % self.logical_block;
         let mut done = Ok(());
         if self.can_discard && start < end {
-            done = match sys::discard(self.file(), start, end - start) {
+            done = match self.discard_whole(start, end - start) {
                 Err(e) if is_unsupported(&e) => Ok(()),
-                done => done.map_err(inside_the_size),
+                done => done.map_err(|e| self.inside_the_size(e)),
             };
         }
         if fua { self.make_durable(done) } else { done }
@@ -258,7 +280,7 @@ impl Image for Block {
             range(u64::from(at.len()))?,
             PosixFadviseAdvice::POSIX_FADV_WILLNEED,
         )
-        .map_err(|e| inside_the_size(e.into()))
+        .map_err(|e| self.inside_the_size(e.into()))
     }
 
     fn can_discard(&self) -> bool {
@@ -271,19 +293,17 @@ impl Image for Block {
 }
 
 /// A range that was checked cannot be out of range: what says so is a disk that is gone or has shrunk. The
-/// client gets EIO, never ENOSPC inside the size that was agreed.
-fn inside_the_size(e: io::Error) -> io::Error {
-    let eio = match e.raw_os_error() {
-        Some(libc::EINVAL | libc::ENOSPC | libc::ENXIO | libc::ENODEV | libc::ENOMEDIUM) => true,
-        Some(_) => false,
-        // Nothing or less than all was read or written.
-        None => true,
-    };
-    if eio {
+/// client gets EIO, never ENOSPC inside the size that was agreed, unless a file's own file system is full.
+fn inside_the_size(medium: Medium, e: io::Error) -> io::Error {
+    if medium.is_gone(&e) {
         io::Error::from_raw_os_error(libc::EIO)
     } else {
         e
     }
+}
+
+fn is_full(e: &io::Error) -> bool {
+    matches!(e.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT))
 }
 
 /// This way is closed, another may be open. EBUSY: pages of the range are in use, so that the page cache could
@@ -295,8 +315,8 @@ fn is_unsupported(e: &io::Error) -> bool {
     )
 }
 
-fn block_sizes(physical: u32, optimal: u32) -> BlockSizes {
-    let preferred = [physical, optimal]
+fn block_sizes(likes: [u32; 2]) -> BlockSizes {
+    let preferred = likes
         .into_iter()
         .filter(|n| n.is_power_of_two() && *n <= PREFERRED_BYTES_MAX)
         .fold(PAGE_BYTES, u32::max);
@@ -309,6 +329,10 @@ fn block_sizes(physical: u32, optimal: u32) -> BlockSizes {
 }
 
 fn can_discard(claim: &Claim) -> bool {
+    if claim.medium == Medium::File {
+        // A file system that cannot punch holes says so, and the hint is left.
+        return true;
+    }
     let path = format!("/sys/dev/block/{}/queue/discard_max_bytes", claim.number);
     std::fs::read_to_string(path)
         .ok()
@@ -323,18 +347,21 @@ mod tests {
     #[test]
     fn an_answer_of_a_vanished_disk_is_eio() {
         for errno in [libc::EINVAL, libc::ENOSPC, libc::ENXIO, libc::ENODEV] {
-            let e = inside_the_size(io::Error::from_raw_os_error(errno));
+            let e = inside_the_size(Medium::Disk, io::Error::from_raw_os_error(errno));
             assert_eq!(e.raw_os_error(), Some(libc::EIO));
         }
-        let short = inside_the_size(io::ErrorKind::UnexpectedEof.into());
+        let short = inside_the_size(Medium::Disk, io::ErrorKind::UnexpectedEof.into());
         assert_eq!(short.raw_os_error(), Some(libc::EIO));
-        let none = inside_the_size(io::Error::from_raw_os_error(libc::ENOMEM));
+        let none = inside_the_size(Medium::Disk, io::Error::from_raw_os_error(libc::ENOMEM));
         assert_eq!(none.raw_os_error(), Some(libc::ENOMEM));
+        // A file that has no room is still there.
+        let full = inside_the_size(Medium::File, io::Error::from_raw_os_error(libc::ENOSPC));
+        assert_eq!(full.raw_os_error(), Some(libc::ENOSPC));
     }
 
     #[test]
     fn sizes_that_a_disk_wishes_for_are_followed_within_bounds() {
-        let preferred = |physical, optimal| block_sizes(physical, optimal).preferred;
+        let preferred = |physical, optimal| block_sizes([physical, optimal]).preferred;
         assert_eq!(preferred(512, 0), 4096);
         assert_eq!(preferred(16384, 0), 16384);
         assert_eq!(preferred(4096, 1 << 20), 1 << 20);

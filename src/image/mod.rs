@@ -4,9 +4,13 @@
 
 use std::io;
 
+pub mod beneath;
 pub mod block;
 mod claim;
+mod disk;
 mod durable;
+mod medium;
+pub mod raw;
 mod sys;
 mod users;
 
