@@ -268,6 +268,7 @@ impl Image for Blank {
     fn can_discard(&self) -> bool {
         true
     }
+    fn latch(&self) {}
     fn latched(&self) -> bool {
         false
     }

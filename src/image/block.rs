@@ -1,4 +1,5 @@
-//! The bytes of a disk or a plain file as an image, over the page cache. EDGE: does I/O on what is open, decides nothing.
+//! The bytes of a disk or a plain file as an image, over the page cache. EDGE: does I/O on what is open, decides nothing. What
+//! differs between the two stands in `medium`; what follows is of disks, where it says so.
 //!
 //! - **Durable writes** are a write and a grouped `fdatasync` rather than `pwritev2(RWF_DSYNC)`: concurrent FUA
 //!   writes share one flush of the device, and there is one place where a write-back error can show
@@ -6,31 +7,42 @@
 //! - **Zeroes and discards** go by `fallocate` and `BLKDISCARD`, both of which drop the range from the page cache
 //!   under the lock that keeps readers out (kernel `block/fops.c`, `block/ioctl.c`): a later read sees
 //!   the disk. They want whole logical blocks; what is not is written as zeroes, or, for a discard, left.
+//! - **Fast zeroes.** `PUNCH_HOLE` is a zeroing that the device does by itself, without a fallback
+//!   (`BLKDEV_ZERO_NOFALLBACK`); `ZERO_RANGE` keeps the range allocated and may write pages of zeroes
+//!   (`BLKDEV_ZERO_NOUNMAP`), so it is not known to be fast. Both drop dirty pages *before* the device is asked
+//!   (`blkdev_fallocate`): a punch that is then refused has lost acknowledged writes. So whether the device can is known
+//!   beforehand, from its queue, and a refusal all the same ends in zeroes, never in an error that
+//!   promises that nothing happened.
+//! - **Allocation** is known of plain files, and of loop devices from their file (see `backing`). Other devices cannot be
+//!   asked and are allocated.
 
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use nix::fcntl::{FallocateFlags, PosixFadviseAdvice, fallocate, posix_fadvise};
 
+use super::backing::Backing;
 use super::claim::{self, Claim, Opened, Subject};
 use super::disk::Disk;
 use super::medium::Medium;
-use super::{BlockSizes, Extent, Image, NoWait, ZeroFlags, sys};
+use super::{Allocation, BlockSizes, Extent, Image, NoWait, Span, ZeroFlags, allocation, sys};
 use crate::correlation::{OpenDisk, OpenedDisk};
 
 pub use super::claim::{Claims, OpenError};
 pub use super::disk::ReadIdentities;
 
-/// The largest request that the server takes, in bytes (proto.md "Block size constraints" names 32 MiB
+/// The largest request that the server takes, in bytes (proto.md "Size constraints" names 32 MiB
 /// as what clients may always rely on).
 const REQUEST_BYTES_MAX: u32 = 32 << 20;
 /// A page: smaller requests are read and written through the page cache as a whole one.
 const PAGE_BYTES: u32 = 4096;
 /// A disk's wish for larger requests is followed up to here.
 const PREFERRED_BYTES_MAX: u32 = 1 << 20;
+/// One question for allocation covers at most this much, in bytes: what is dirty in it is written to the backing file first.
+const ALLOCATION_BYTES_MAX: u64 = 1 << 30;
 /// Zeroes that are written out go in pieces of this size.
 static ZEROES: [u8; 256 << 10] = [0; 256 << 10];
 
@@ -43,6 +55,11 @@ pub struct Block {
     sizes: BlockSizes,
     logical_block: u64,
     can_discard: bool,
+    rotational: bool,
+    /// The device zeroes ranges by itself. Cleared by the first refusal.
+    zeroes_itself: AtomicBool,
+    /// Of a loop device; looked for at the first question.
+    backing: OnceLock<Option<Backing>>,
 }
 
 /// Opens the disk of `order` without a race (invariant 3), or shares the claim that this process has on it. Blocks.
@@ -68,12 +85,16 @@ impl Block {
             read_only,
         } = opened;
         let (medium, file) = (claim.medium, claim.file());
+        let can = medium.can(claim.number);
         Ok(Block {
             size: AtomicU64::new(size),
             read_only,
             sizes: block_sizes(medium.likes(file)?),
             logical_block: u64::from(medium.unit(file)?.max(1)),
-            can_discard: can_discard(&claim),
+            can_discard: can.discard,
+            rotational: can.turn,
+            zeroes_itself: AtomicBool::new(can.zero),
+            backing: OnceLock::new(),
             claim,
         })
     }
@@ -101,10 +122,12 @@ impl Block {
         Ok(())
     }
 
-    /// Whether the range is whole logical blocks.
-    fn aligned(&self, at: Extent) -> bool {
-        at.offset().is_multiple_of(self.logical_block)
-            && u64::from(at.len()).is_multiple_of(self.logical_block)
+    /// The whole logical blocks of the range, from and to.
+    fn whole_blocks(&self, at: Extent) -> Option<(u64, u64)> {
+        let end = at.offset() + u64::from(at.len());
+        let from = at.offset().next_multiple_of(self.logical_block);
+        let to = end - end % self.logical_block;
+        (from < to).then_some((from, to))
     }
 
     fn write_out(&self, at: Extent, buf: &[u8]) -> io::Result<()> {
@@ -114,9 +137,7 @@ impl Block {
             .map_err(|e| self.inside_the_size(e))
     }
 
-    fn write_zeroes(&self, at: Extent) -> io::Result<()> {
-        let end = at.offset() + u64::from(at.len());
-        let mut offset = at.offset();
+    fn write_zeroes(&self, mut offset: u64, end: u64) -> io::Result<()> {
         while offset < end {
             let piece = usize::try_from(end - offset).map_or(ZEROES.len(), |n| n.min(ZEROES.len()));
             self.file()
@@ -127,18 +148,14 @@ impl Block {
         Ok(())
     }
 
-    fn fallocate(&self, how: FallocateFlags, at: Extent) -> io::Result<()> {
-        self.fallocate_range(how, at.offset(), u64::from(at.len()))
-    }
-
-    fn fallocate_range(&self, how: FallocateFlags, offset: u64, len: u64) -> io::Result<()> {
+    fn fallocate(&self, how: FallocateFlags, from: u64, to: u64) -> io::Result<()> {
         let range = |n: u64| libc::off_t::try_from(n).map_err(io::Error::other);
         loop {
             let done = fallocate(
                 self.file(),
                 how | FallocateFlags::FALLOC_FL_KEEP_SIZE,
-                range(offset)?,
-                range(len)?,
+                range(from)?,
+                range(to - from)?,
             );
             match done {
                 Err(nix::errno::Errno::EINTR) => {}
@@ -148,31 +165,33 @@ impl Block {
     }
 
     fn zero_out(&self, at: Extent, flags: ZeroFlags) -> io::Result<()> {
-        if self.aligned(at) {
-            // A punched hole reads as zeroes; a zeroed range stays allocated.
-            for (how, keeps) in [
-                (FallocateFlags::FALLOC_FL_PUNCH_HOLE, false),
-                (FallocateFlags::FALLOC_FL_ZERO_RANGE, true),
-            ] {
-                if flags.no_hole && !keeps || flags.fast && !self.claim.medium.is_fast(how) {
-                    continue;
-                }
-                match self.fallocate(how, at) {
-                    Err(e) if is_unsupported(&e) => {}
-                    done => return done.map_err(|e| self.inside_the_size(e)),
-                }
-            }
-        }
-        if flags.fast {
-            return Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP));
-        }
-        self.write_zeroes(at)
+        let (offset, end) = (at.offset(), at.offset() + u64::from(at.len()));
+        let Some((from, to)) = self.whole_blocks(at) else {
+            return self.write_zeroes(offset, end);
+        };
+        self.write_zeroes(offset, from)?;
+        self.zero_blocks(from, to, flags)?;
+        self.write_zeroes(to, end)
     }
 
-    fn discard_whole(&self, offset: u64, len: u64) -> io::Result<()> {
+    fn zero_blocks(&self, from: u64, to: u64, flags: ZeroFlags) -> io::Result<()> {
+        if !flags.no_hole && self.zeroes_itself.load(Ordering::Relaxed) {
+            match self.fallocate(FallocateFlags::FALLOC_FL_PUNCH_HOLE, from, to) {
+                Err(e) if e.raw_os_error() == Some(libc::EBUSY) => {}
+                Err(e) if is_unsupported(&e) => self.zeroes_itself.store(false, Ordering::Relaxed),
+                done => return done.map_err(|e| self.inside_the_size(e)),
+            }
+        }
+        match self.fallocate(FallocateFlags::FALLOC_FL_ZERO_RANGE, from, to) {
+            Err(e) if is_unsupported(&e) => self.write_zeroes(from, to),
+            done => done.map_err(|e| self.inside_the_size(e)),
+        }
+    }
+
+    fn discard_blocks(&self, from: u64, to: u64) -> io::Result<()> {
         match self.claim.medium {
-            Medium::Disk => sys::discard(self.file(), offset, len),
-            Medium::File => self.fallocate_range(FallocateFlags::FALLOC_FL_PUNCH_HOLE, offset, len),
+            Medium::Disk => sys::discard(self.file(), from, to - from),
+            Medium::File => self.fallocate(FallocateFlags::FALLOC_FL_PUNCH_HOLE, from, to),
         }
     }
 
@@ -245,26 +264,62 @@ impl Image for Block {
         if flags.fua && self.latched() {
             return Err(io::Error::from_raw_os_error(libc::EIO));
         }
+        let span = Span::checked(at.offset(), at.len().into(), self.size());
+        if flags.fast && !span.is_some_and(|span| self.zeroes_fast(span, flags)) {
+            // Nothing was written, so nothing is lost.
+            return Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP));
+        }
         let done = self.zero_out(at, flags);
-        // A refusal to be fast has written nothing, so it has lost nothing.
-        let refused = done
-            .as_ref()
-            .is_err_and(|e| flags.fast && is_unsupported(e));
-        if flags.fua && !refused {
+        if flags.fua {
             return self.make_durable(done);
         }
         done
     }
 
+    fn zeroes_fast(&self, at: Span, flags: ZeroFlags) -> bool {
+        !flags.no_hole
+            && self.zeroes_itself.load(Ordering::Relaxed)
+            && (at.offset() | at.len()).is_multiple_of(self.logical_block)
+    }
+
+    fn allocation(&self, at: Span, stretches_max: usize) -> io::Result<Vec<Allocation>> {
+        if self.claim.medium == Medium::File {
+            let known = allocation::of_file(self.file(), 0, at, stretches_max);
+            return known.map_err(|e| self.inside_the_size(e));
+        }
+        let backing = self
+            .backing
+            .get_or_init(|| Backing::find(self.file(), self.claim.number));
+        if let Some(backing) = backing {
+            let at = at.at_most(ALLOCATION_BYTES_MAX);
+            // A write that was acknowledged may still be in the device's page cache only, over a hole of the file.
+            if let Err(e) = sys::write_back(self.file(), at.offset(), at.len()) {
+                // The kernel has now told this error once (invariant 9).
+                self.latch();
+                return Err(self.inside_the_size(e));
+            }
+            if let Some(known) = backing.allocation(self.file(), at, stretches_max)? {
+                return Ok(known);
+            }
+        }
+        Ok(vec![Allocation {
+            bytes: at.len(),
+            hole: false,
+        }])
+    }
+
+    fn rotational(&self) -> bool {
+        self.rotational
+    }
+
     fn discard(&self, at: Extent, fua: bool) -> io::Result<()> {
         self.writable()?;
         // A hint: blocks that are only partly in the range are left alone.
-        let start = at.offset().next_multiple_of(self.logical_block);
-        let end = at.offset() + u64::from(at.len());
-        let end = end - end % self.logical_block;
         let mut done = Ok(());
-        if self.can_discard && start < end {
-            done = match self.discard_whole(start, end - start) {
+        if self.can_discard
+            && let Some((from, to)) = self.whole_blocks(at)
+        {
+            done = match self.discard_blocks(from, to) {
                 Err(e) if is_unsupported(&e) => Ok(()),
                 done => done.map_err(|e| self.inside_the_size(e)),
             };
@@ -285,6 +340,10 @@ impl Image for Block {
 
     fn can_discard(&self) -> bool {
         self.can_discard && !self.read_only
+    }
+
+    fn latch(&self) {
+        self.claim.durable.latch();
     }
 
     fn latched(&self) -> bool {
@@ -326,18 +385,6 @@ fn block_sizes(likes: [u32; 2]) -> BlockSizes {
         preferred,
         max: REQUEST_BYTES_MAX,
     }
-}
-
-fn can_discard(claim: &Claim) -> bool {
-    if claim.medium == Medium::File {
-        // A file system that cannot punch holes says so, and the hint is left.
-        return true;
-    }
-    let path = format!("/sys/dev/block/{}/queue/discard_max_bytes", claim.number);
-    std::fs::read_to_string(path)
-        .ok()
-        .and_then(|text| text.trim().parse::<u64>().ok())
-        .is_some_and(|bytes| bytes > 0)
 }
 
 #[cfg(test)]

@@ -3,15 +3,23 @@
 use std::fs::File;
 use std::io;
 
-use nix::fcntl::FallocateFlags;
-
 use super::sys;
+use crate::correlation::DeviceNumber;
 
 /// What an image's bytes are on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Medium {
     Disk,
     File,
+}
+
+/// What a medium does by itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Can {
+    pub zero: bool,
+    pub discard: bool,
+    /// It has a head to move.
+    pub turn: bool,
 }
 
 impl Medium {
@@ -65,12 +73,21 @@ impl Medium {
         }
     }
 
-    /// Whether zeroing by `how` costs no writing of zeroes. On a block device only a punched hole is refused where the device
-    /// cannot do it by itself; a file system marks blocks as unwritten or says that it cannot.
-    pub fn is_fast(self, how: FallocateFlags) -> bool {
+    /// What it can do by itself, without bytes being written out.
+    pub fn can(self, number: DeviceNumber) -> Can {
+        let limit = |name: &str| queue_limit(number, name) > 0;
         match self {
-            Medium::Disk => how.contains(FallocateFlags::FALLOC_FL_PUNCH_HOLE),
-            Medium::File => true,
+            Medium::Disk => Can {
+                zero: limit("write_zeroes_max_bytes"),
+                discard: limit("discard_max_bytes"),
+                turn: limit("rotational"),
+            },
+            // A file system that cannot punch holes says so, and has then lost nothing.
+            Medium::File => Can {
+                zero: true,
+                discard: true,
+                turn: false,
+            },
         }
     }
 
@@ -85,4 +102,11 @@ impl Medium {
             None => true,
         }
     }
+}
+
+/// A number of the disk's queue in sysfs (kernel `Documentation/ABI/stable/sysfs-block`); 0 when it isn't there.
+fn queue_limit(number: DeviceNumber, name: &str) -> u64 {
+    let path = format!("/sys/dev/block/{number}/queue/{name}");
+    let text = std::fs::read_to_string(path).unwrap_or_default();
+    text.trim().parse().unwrap_or(0)
 }

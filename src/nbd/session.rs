@@ -328,6 +328,13 @@ impl Handshake {
                     conn.send(std::mem::take(&mut out), charge.ok());
                     next
                 }
+                Next::Contexts(contexts) => {
+                    let verdict = shared.look_up(contexts.name()).map(|_| ());
+                    if verdict.is_err() {
+                        add(&shared.counters.exports_refused, 1);
+                    }
+                    contexts.answer(verdict, &mut out)
+                }
                 Next::Choose(choose) => {
                     let found = shared.look_up(choose.name());
                     let verdict = match found {

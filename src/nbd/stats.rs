@@ -45,6 +45,8 @@ counters! {
     trims,
     zeroes,
     caches,
+    /// BLOCK_STATUS.
+    statuses,
     bytes_read,
     bytes_written,
     /// Reads answered from memory in the session's own thread.
