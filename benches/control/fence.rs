@@ -136,6 +136,8 @@ impl Rig {
                     }),
                     Action::Reply { .. }
                     | Action::Survey { .. }
+                    | Action::WatchFile { .. }
+                    | Action::UnwatchFile { .. }
                     | Action::Tell(_)
                     | Action::Log(_) => {}
                 }

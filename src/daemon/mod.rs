@@ -8,10 +8,12 @@ mod control;
 mod log;
 mod perform;
 mod reload;
+mod rescan;
 mod sockets;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use tokio::signal::unix::SignalKind;
 use tokio::sync::mpsc;
@@ -19,7 +21,9 @@ use tokio::sync::mpsc;
 use crate::config::{self, Config};
 use crate::correlation::{Correlation, Event, Settings};
 use crate::dbus::{self, Bus};
+use crate::files;
 use crate::identity::OptIn;
+use crate::image::beneath::Roots;
 use crate::mapping::{Store, StoreError};
 use crate::nbd::{Door, Limits};
 use crate::udev;
@@ -179,19 +183,27 @@ async fn serve(options: &Options) -> Result<(), Error> {
         ..udev::Settings::default()
     };
     let observer = udev::observe(watched, event_sender)?;
+    let roots = Arc::new(Roots::new(config.identity.file_roots.clone()));
+    let (file_sender, files) = mpsc::channel(EVENTS_MAX);
+    let file_observer = files::observe(
+        Arc::clone(&roots),
+        config.server.survey_interval,
+        file_sender,
+    );
 
     let edges = Edges {
         door,
         publisher,
         observer,
+        files: file_observer,
         store,
     };
-    let mut control = Control::new(correlation, edges, drain_within, config.identity);
+    let mut control = Control::new(correlation, edges, drain_within, config.identity, roots);
     control.start(sockets);
     control.apply(Event::Configured {
         exports: config.exports,
     });
-    let ended = control.run(events, commands, hangup, options).await;
+    let ended = control.run(events, files, commands, hangup, options).await;
     // Whoever listens hears of the end, if the bus takes it.
     control.publisher.flush(FAREWELL).await;
     if let Some(socket) = &config.server.socket

@@ -1,4 +1,5 @@
-//! A block device as an image, over the page cache. EDGE: does I/O on one opened disk, decides nothing.
+//! The bytes of a disk or a plain file as an image, over the page cache. EDGE: does I/O on what is open, decides nothing. What
+//! differs between the two stands in `medium`; what follows is of disks, where it says so.
 //!
 //! - **Durable writes** are a write and a grouped `fdatasync` rather than `pwritev2(RWF_DSYNC)`: concurrent FUA
 //!   writes share one flush of the device, and there is one place where a write-back error can show
@@ -12,8 +13,8 @@
 //!   (`blkdev_fallocate`): a punch that is then refused has lost acknowledged writes. So whether the device can is known
 //!   beforehand, from its queue, and a refusal all the same ends in zeroes, never in an error that
 //!   promises that nothing happened.
-//! - **Allocation** is known of loop devices, from their file (see `backing`). Other devices cannot be asked and are
-//!   allocated.
+//! - **Allocation** is known of plain files, and of loop devices from their file (see `backing`). Other devices cannot be
+//!   asked and are allocated.
 
 use std::fs::File;
 use std::io;
@@ -24,11 +25,14 @@ use std::sync::{Arc, OnceLock};
 use nix::fcntl::{FallocateFlags, PosixFadviseAdvice, fallocate, posix_fadvise};
 
 use super::backing::Backing;
-use super::claim::{self, Claim};
-use super::{Allocation, BlockSizes, Extent, Image, NoWait, Span, ZeroFlags, sys};
+use super::claim::{self, Claim, Opened, Subject};
+use super::disk::Disk;
+use super::medium::Medium;
+use super::{Allocation, BlockSizes, Extent, Image, NoWait, Span, ZeroFlags, allocation, sys};
 use crate::correlation::{OpenDisk, OpenedDisk};
 
-pub use super::claim::{Claims, OpenError, ReadIdentities};
+pub use super::claim::{Claims, OpenError};
+pub use super::disk::ReadIdentities;
 
 /// The largest request that the server takes, in bytes (proto.md "Size constraints" names 32 MiB
 /// as what clients may always rely on).
@@ -37,9 +41,9 @@ const REQUEST_BYTES_MAX: u32 = 32 << 20;
 const PAGE_BYTES: u32 = 4096;
 /// A disk's wish for larger requests is followed up to here.
 const PREFERRED_BYTES_MAX: u32 = 1 << 20;
-/// Zeroes that are written out go in pieces of this size.
 /// One question for allocation covers at most this much, in bytes: what is dirty in it is written to the backing file first.
 const ALLOCATION_BYTES_MAX: u64 = 1 << 30;
+/// Zeroes that are written out go in pieces of this size.
 static ZEROES: [u8; 256 << 10] = [0; 256 << 10];
 
 /// One opened disk. Dropping the last of its images closes it, which can block.
@@ -67,29 +71,38 @@ pub fn open(
     identities: ReadIdentities<'_>,
     claims: &Claims,
 ) -> Result<Block, OpenError> {
-    let opened = claim::open(order, identities, claims)?;
-    let file = opened.claim.file();
-    let kernel = |source| OpenError::Kernel {
-        node: order.node.clone(),
-        source,
-    };
-    let logical_block = sys::logical_block(file).map_err(kernel)?;
-    let physical = sys::physical_block(file).map_err(kernel)?;
-    let optimal = sys::optimal_io(file).map_err(kernel)?;
-    Ok(Block {
-        size: AtomicU64::new(opened.size),
-        read_only: opened.read_only,
-        sizes: block_sizes(physical, optimal),
-        logical_block: u64::from(logical_block.max(1)),
-        can_discard: queue_limit(&opened.claim, "discard_max_bytes") > 0,
-        rotational: queue_limit(&opened.claim, "rotational") > 0,
-        zeroes_itself: AtomicBool::new(queue_limit(&opened.claim, "write_zeroes_max_bytes") > 0),
-        backing: OnceLock::new(),
-        claim: opened.claim,
-    })
+    let subject = Disk { order, identities };
+    let opened = claim::open(order, &subject, claims)?;
+    Block::new(opened).map_err(|error| subject.refused(error))
 }
 
 impl Block {
+    /// Asks what is open for what its I/O has to keep to.
+    pub(super) fn new(opened: Opened) -> io::Result<Block> {
+        let Opened {
+            claim,
+            size,
+            read_only,
+        } = opened;
+        let (medium, file) = (claim.medium, claim.file());
+        let can = medium.can(claim.number);
+        Ok(Block {
+            size: AtomicU64::new(size),
+            read_only,
+            sizes: block_sizes(medium.likes(file)?),
+            logical_block: u64::from(medium.unit(file)?.max(1)),
+            can_discard: can.discard,
+            rotational: can.turn,
+            zeroes_itself: AtomicBool::new(can.zero),
+            backing: OnceLock::new(),
+            claim,
+        })
+    }
+
+    fn inside_the_size(&self, error: io::Error) -> io::Error {
+        inside_the_size(self.claim.medium, error)
+    }
+
     /// What the middle is told of the opened disk.
     pub fn opened(&self) -> OpenedDisk {
         OpenedDisk {
@@ -121,7 +134,7 @@ impl Block {
         debug_assert!(at.offset() + u64::from(at.len()) <= self.size());
         self.file()
             .write_all_at(buf, at.offset())
-            .map_err(inside_the_size)
+            .map_err(|e| self.inside_the_size(e))
     }
 
     fn write_zeroes(&self, mut offset: u64, end: u64) -> io::Result<()> {
@@ -129,7 +142,7 @@ impl Block {
             let piece = usize::try_from(end - offset).map_or(ZEROES.len(), |n| n.min(ZEROES.len()));
             self.file()
                 .write_all_at(&ZEROES[..piece], offset)
-                .map_err(inside_the_size)?;
+                .map_err(|e| self.inside_the_size(e))?;
             offset += piece as u64;
         }
         Ok(())
@@ -166,12 +179,19 @@ impl Block {
             match self.fallocate(FallocateFlags::FALLOC_FL_PUNCH_HOLE, from, to) {
                 Err(e) if e.raw_os_error() == Some(libc::EBUSY) => {}
                 Err(e) if is_unsupported(&e) => self.zeroes_itself.store(false, Ordering::Relaxed),
-                done => return done.map_err(inside_the_size),
+                done => return done.map_err(|e| self.inside_the_size(e)),
             }
         }
         match self.fallocate(FallocateFlags::FALLOC_FL_ZERO_RANGE, from, to) {
             Err(e) if is_unsupported(&e) => self.write_zeroes(from, to),
-            done => done.map_err(inside_the_size),
+            done => done.map_err(|e| self.inside_the_size(e)),
+        }
+    }
+
+    fn discard_blocks(&self, from: u64, to: u64) -> io::Result<()> {
+        match self.claim.medium {
+            Medium::Disk => sys::discard(self.file(), from, to - from),
+            Medium::File => self.fallocate(FallocateFlags::FALLOC_FL_PUNCH_HOLE, from, to),
         }
     }
 
@@ -179,6 +199,8 @@ impl Block {
     fn make_durable(&self, done: io::Result<()>) -> io::Result<()> {
         match done {
             Ok(()) => self.flush(),
+            // No room: nothing was taken that could be lost, and what was acknowledged before is not in doubt.
+            Err(e) if is_full(&e) => Err(e),
             Err(e) => {
                 self.claim.durable.latch();
                 Err(e)
@@ -193,7 +215,7 @@ impl Image for Block {
     }
 
     fn grow(&self) -> io::Result<u64> {
-        let found = sys::size(self.file())?;
+        let found = self.claim.medium.size(self.file())?;
         Ok(self.size.fetch_max(found, Ordering::AcqRel).max(found))
     }
 
@@ -209,7 +231,7 @@ impl Image for Block {
         debug_assert_eq!(u32::try_from(buf.len()), Ok(at.len()));
         self.file()
             .read_exact_at(buf, at.offset())
-            .map_err(inside_the_size)
+            .map_err(|e| self.inside_the_size(e))
     }
 
     fn read_nowait(&self, at: Extent, buf: &mut [u8]) -> io::Result<NoWait> {
@@ -261,6 +283,10 @@ impl Image for Block {
     }
 
     fn allocation(&self, at: Span, stretches_max: usize) -> io::Result<Vec<Allocation>> {
+        if self.claim.medium == Medium::File {
+            let known = allocation::of_file(self.file(), 0, at, stretches_max);
+            return known.map_err(|e| self.inside_the_size(e));
+        }
         let backing = self
             .backing
             .get_or_init(|| Backing::find(self.file(), self.claim.number));
@@ -270,7 +296,7 @@ impl Image for Block {
             if let Err(e) = sys::write_back(self.file(), at.offset(), at.len()) {
                 // The kernel has now told this error once (invariant 9).
                 self.latch();
-                return Err(inside_the_size(e));
+                return Err(self.inside_the_size(e));
             }
             if let Some(known) = backing.allocation(self.file(), at, stretches_max)? {
                 return Ok(known);
@@ -293,9 +319,9 @@ impl Image for Block {
         if self.can_discard
             && let Some((from, to)) = self.whole_blocks(at)
         {
-            done = match sys::discard(self.file(), from, to - from) {
+            done = match self.discard_blocks(from, to) {
                 Err(e) if is_unsupported(&e) => Ok(()),
-                done => done.map_err(inside_the_size),
+                done => done.map_err(|e| self.inside_the_size(e)),
             };
         }
         if fua { self.make_durable(done) } else { done }
@@ -309,7 +335,7 @@ impl Image for Block {
             range(u64::from(at.len()))?,
             PosixFadviseAdvice::POSIX_FADV_WILLNEED,
         )
-        .map_err(|e| inside_the_size(e.into()))
+        .map_err(|e| self.inside_the_size(e.into()))
     }
 
     fn can_discard(&self) -> bool {
@@ -326,19 +352,17 @@ impl Image for Block {
 }
 
 /// A range that was checked cannot be out of range: what says so is a disk that is gone or has shrunk. The
-/// client gets EIO, never ENOSPC inside the size that was agreed.
-fn inside_the_size(e: io::Error) -> io::Error {
-    let eio = match e.raw_os_error() {
-        Some(libc::EINVAL | libc::ENOSPC | libc::ENXIO | libc::ENODEV | libc::ENOMEDIUM) => true,
-        Some(_) => false,
-        // Nothing or less than all was read or written.
-        None => true,
-    };
-    if eio {
+/// client gets EIO, never ENOSPC inside the size that was agreed, unless a file's own file system is full.
+fn inside_the_size(medium: Medium, e: io::Error) -> io::Error {
+    if medium.is_gone(&e) {
         io::Error::from_raw_os_error(libc::EIO)
     } else {
         e
     }
+}
+
+fn is_full(e: &io::Error) -> bool {
+    matches!(e.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT))
 }
 
 /// This way is closed, another may be open. EBUSY: pages of the range are in use, so that the page cache could
@@ -350,8 +374,8 @@ fn is_unsupported(e: &io::Error) -> bool {
     )
 }
 
-fn block_sizes(physical: u32, optimal: u32) -> BlockSizes {
-    let preferred = [physical, optimal]
+fn block_sizes(likes: [u32; 2]) -> BlockSizes {
+    let preferred = likes
         .into_iter()
         .filter(|n| n.is_power_of_two() && *n <= PREFERRED_BYTES_MAX)
         .fold(PAGE_BYTES, u32::max);
@@ -363,13 +387,6 @@ fn block_sizes(physical: u32, optimal: u32) -> BlockSizes {
     }
 }
 
-/// A number of the disk's queue in sysfs (kernel `Documentation/ABI/stable/sysfs-block`); 0 when it isn't there.
-fn queue_limit(claim: &Claim, name: &str) -> u64 {
-    let path = format!("/sys/dev/block/{}/queue/{name}", claim.number);
-    let text = std::fs::read_to_string(path).unwrap_or_default();
-    text.trim().parse().unwrap_or(0)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -377,18 +394,21 @@ mod tests {
     #[test]
     fn an_answer_of_a_vanished_disk_is_eio() {
         for errno in [libc::EINVAL, libc::ENOSPC, libc::ENXIO, libc::ENODEV] {
-            let e = inside_the_size(io::Error::from_raw_os_error(errno));
+            let e = inside_the_size(Medium::Disk, io::Error::from_raw_os_error(errno));
             assert_eq!(e.raw_os_error(), Some(libc::EIO));
         }
-        let short = inside_the_size(io::ErrorKind::UnexpectedEof.into());
+        let short = inside_the_size(Medium::Disk, io::ErrorKind::UnexpectedEof.into());
         assert_eq!(short.raw_os_error(), Some(libc::EIO));
-        let none = inside_the_size(io::Error::from_raw_os_error(libc::ENOMEM));
+        let none = inside_the_size(Medium::Disk, io::Error::from_raw_os_error(libc::ENOMEM));
         assert_eq!(none.raw_os_error(), Some(libc::ENOMEM));
+        // A file that has no room is still there.
+        let full = inside_the_size(Medium::File, io::Error::from_raw_os_error(libc::ENOSPC));
+        assert_eq!(full.raw_os_error(), Some(libc::ENOSPC));
     }
 
     #[test]
     fn sizes_that_a_disk_wishes_for_are_followed_within_bounds() {
-        let preferred = |physical, optimal| block_sizes(physical, optimal).preferred;
+        let preferred = |physical, optimal| block_sizes([physical, optimal]).preferred;
         assert_eq!(preferred(512, 0), 4096);
         assert_eq!(preferred(16384, 0), 16384);
         assert_eq!(preferred(4096, 1 << 20), 1 << 20);

@@ -6,9 +6,13 @@ use std::io;
 
 pub mod allocation;
 mod backing;
+pub mod beneath;
 pub mod block;
 mod claim;
+mod disk;
 mod durable;
+mod medium;
+pub mod raw;
 mod sys;
 mod users;
 
