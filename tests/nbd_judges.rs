@@ -348,6 +348,7 @@ fn fio_verifies_what_it_wrote_over_several_connections() -> Outcome<()> {
             "--iodepth=16",
             "--verify=crc32c",
             "--do_verify=1",
+            "--verify_state_save=0",
             "--verify_fatal=1",
             "--output-format=json",
         ];
