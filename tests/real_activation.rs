@@ -98,10 +98,16 @@ fn refused(ground: &Ground, home: &Home, passed: &OwnedFd) -> Outcome<String> {
     shell.args(serve(home, SocketAddr::from(([127, 0, 0, 1], 0))));
     shell.current_dir(ground.path());
     let fd = passed.as_raw_fd();
-    // SAFETY: dup2 is async-signal-safe, and nothing else happens between fork and exec.
+    // SAFETY: dup2 and fcntl are async-signal-safe, and nothing else happens between fork and exec.
     unsafe {
         shell.pre_exec(move || {
-            if libc::dup2(fd, 3) < 0 {
+            // Where it is number 3 already, dup2 would leave it closed on exec.
+            let done = if fd == 3 {
+                libc::fcntl(fd, libc::F_SETFD, 0)
+            } else {
+                libc::dup2(fd, 3)
+            };
+            if done < 0 {
                 return Err(std::io::Error::last_os_error());
             }
             Ok(())
