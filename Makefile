@@ -62,6 +62,7 @@ soak-guest: setup ## N fast swaps with changing seeds in a QEMU guest (N=1000)
 install: ## Install the built binary and all that ships with it, below DESTDIR
 	install -D -m 755 -s $(RELEASE)/nbdtrack $(DESTDIR)$(PREFIX)/bin/nbdtrack
 	install -D -m 644 systemd/nbdtrack.service $(DESTDIR)$(PREFIX)/lib/systemd/system/nbdtrack.service
+	install -D -m 644 systemd/nbdtrack.socket $(DESTDIR)$(PREFIX)/lib/systemd/system/nbdtrack.socket
 	install -D -m 644 systemd/nbdtrack.sysusers $(DESTDIR)$(PREFIX)/lib/sysusers.d/nbdtrack.conf
 	install -D -m 644 systemd/nbdtrack.tmpfiles $(DESTDIR)$(PREFIX)/lib/tmpfiles.d/nbdtrack.conf
 	install -D -m 644 dbus/org.nbdtrack1.conf $(DESTDIR)$(PREFIX)/share/dbus-1/system.d/org.nbdtrack1.conf

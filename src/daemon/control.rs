@@ -316,10 +316,10 @@ impl Control {
                 tracing::error!(%error, "cannot accept TCP clients");
             }
         }
-        if let Some(listener) = sockets.unix
-            && let Err(error) = self.door.listen_unix(listener)
-        {
-            tracing::error!(%error, "cannot accept clients on the Unix socket");
+        for listener in sockets.unix {
+            if let Err(error) = self.door.listen_unix(listener) {
+                tracing::error!(%error, "cannot accept clients on the Unix socket");
+            }
         }
         let exports = self.correlation.export_names().count();
         tracing::info!(
