@@ -19,6 +19,7 @@ use crate::identity::{OptIn, VolumeId, collisions};
 
 mod document;
 mod files;
+pub mod nbd_server;
 mod place;
 mod table;
 
