@@ -11,6 +11,7 @@
 //! | [`correlation`] | PURE: disks, exports, their states; `apply(now, event) → actions` | `identity` |
 //! | [`config`] | PURE parsing of `nbdtrack.toml` and `conf.d`, and the reading of files beside it | `correlation`, `identity` |
 //! | [`udev`] | EDGE: the kernel's and udev's events, and the survey | `correlation`, `identity` |
+//! | [`files`] | EDGE: what stands under the paths of exports that are files | `image`, `correlation`, `identity` |
 //! | [`mapping`] | EDGE: what is durable: exports made at run time, releases, conflicts | `correlation`, `identity` |
 //! | [`image`] | EDGE: one opened disk: read, write, flush, zero, discard | `correlation`, `identity` |
 //! | [`nbd`] | EDGE: clients; its `wire`, `command` and `handshake` are pure | `image`, `correlation` |
@@ -18,7 +19,7 @@
 //! | [`daemon`] | the loop, the only place where the edges meet | all of the above |
 //! | [`cli`] | the command line | `daemon`, `dbus`, `config` |
 //!
-//! Arrows go one way: `main → cli → daemon → {dbus, udev, mapping, config, nbd → image} → correlation → identity`.
+//! Arrows go one way: `main → cli → daemon → {dbus, udev, mapping, config, {nbd, files} → image} → correlation → identity`.
 //! `tests/arrows.rs` reads the `use` lines and holds them.
 //!
 //! # Invariants
@@ -51,6 +52,7 @@ pub mod config;
 pub mod correlation;
 pub mod daemon;
 pub mod dbus;
+pub mod files;
 pub mod identity;
 pub mod image;
 pub mod mapping;

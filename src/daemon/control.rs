@@ -8,16 +8,19 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::task::JoinHandle;
 
+use super::rescan::Rescan;
 use super::sockets::Sockets;
 use super::trail::Trail;
 use super::{Error, Options, perform, reload};
 use crate::config::IdentityRules;
 use crate::correlation::{
-    Change, Correlation, Event, ExportName, Mark, Notice, OpenRefusal, OpenedDisk, RequestError,
+    Change, Correlation, Event, ExportName, Notice, OpenRefusal, OpenedDisk, RequestError,
     RequestId, Ticket,
 };
-use crate::dbus::{Answer, Command, Publication, Publisher};
+use crate::dbus::{Answer, Command, Publisher};
+use crate::files;
 use crate::image::Image;
+use crate::image::beneath::Roots;
 use crate::image::block::Claims;
 use crate::mapping::{History, Store};
 use crate::nbd::Door;
@@ -56,6 +59,7 @@ pub(super) struct Edges {
     pub door: Door,
     pub publisher: Publisher,
     pub observer: Observer,
+    pub files: files::Observer,
     pub store: Store,
     pub history: History,
 }
@@ -65,6 +69,8 @@ pub(super) struct Control {
     pub door: Door,
     pub publisher: Publisher,
     pub observer: Observer,
+    pub files: files::Observer,
+    pub roots: Arc<Roots>,
     pub claims: Arc<Claims>,
     pub(super) trail: Trail,
     started: Instant,
@@ -75,8 +81,9 @@ pub(super) struct Control {
     /// Callers that wait for a reply: at most the calls that D-Bus lets in, and those who gave up until the middle answers.
     pub asked: HashMap<RequestId, Asker>,
     pub(super) last_request: RequestId,
-    /// Callers of `Rescan`, each answered by a survey that began after it asked; at most the calls that D-Bus lets in.
-    pub(super) rescans: Vec<(Mark, Asker)>,
+    /// Callers of `Rescan`, each answered by a survey and a look at the files that began after it asked; at most the calls
+    /// that D-Bus lets in.
+    pub(super) rescans: Vec<Rescan>,
     /// Unbounded by type, bounded by what can be outstanding: one message for each open, lease, write and reload. The loop
     /// never waits for it, and it never makes a disk's thread wait for the loop. Ends with the loop.
     pub reports: mpsc::UnboundedSender<Report>,
@@ -103,11 +110,13 @@ impl Control {
         edges: Edges,
         drain_within: Duration,
         rules: IdentityRules,
+        roots: Arc<Roots>,
     ) -> Control {
         let Edges {
             door,
             publisher,
             observer,
+            files,
             store,
             history,
         } = edges;
@@ -131,6 +140,8 @@ impl Control {
             door,
             publisher,
             observer,
+            files,
+            roots,
             claims: Arc::new(Claims::default()),
             started: Instant::now(),
             drain_within,
@@ -160,6 +171,7 @@ impl Control {
     pub async fn run(
         &mut self,
         mut events: mpsc::Receiver<Event>,
+        mut files: mpsc::Receiver<files::Told>,
         mut commands: mpsc::Receiver<Command>,
         mut hangup: Signal,
         options: &Options,
@@ -205,6 +217,10 @@ impl Control {
                 event = events.recv(), if lost.is_none() => match event {
                     Some(event) => self.on_event(event),
                     None => lost = Some("the watch of the machine's events"),
+                },
+                told = files.recv(), if lost.is_none() => match told {
+                    Some(told) => self.on_file(told),
+                    None => lost = Some("the watch of files"),
                 },
                 () = sleep_until(due) => self.apply(Event::TimePassed),
                 command = commands.recv(), if lost.is_none() => match command {
@@ -265,16 +281,7 @@ impl Control {
         self.apply(event);
         let Some(began) = surveyed else { return };
         self.open_to_clients();
-        let (done, waiting) = std::mem::take(&mut self.rescans)
-            .into_iter()
-            .partition(|(asked, _)| *asked < began);
-        self.rescans = waiting;
-        let done: Vec<(Mark, Asker)> = done;
-        self.publisher.offer(
-            done.into_iter()
-                .map(|(_, asker)| Publication::Reply(asker, Ok(Answer::Done)))
-                .collect(),
-        );
+        self.on_survey(began);
     }
 
     fn on_report(&mut self, report: Report) {
@@ -295,6 +302,7 @@ impl Control {
             Report::Reloaded(Ok(exports)) => {
                 tracing::info!(exports = exports.len(), "configuration read again");
                 self.apply(Event::Configured { exports });
+                let _asked = self.files.check();
             }
             Report::Reloaded(Err(problems)) => {
                 for problem in problems {
@@ -314,10 +322,10 @@ impl Control {
                 tracing::error!(%error, "cannot accept TCP clients");
             }
         }
-        if let Some(listener) = sockets.unix
-            && let Err(error) = self.door.listen_unix(listener)
-        {
-            tracing::error!(%error, "cannot accept clients on the Unix socket");
+        for listener in sockets.unix {
+            if let Err(error) = self.door.listen_unix(listener) {
+                tracing::error!(%error, "cannot accept clients on the Unix socket");
+            }
         }
         let exports = self.correlation.export_names().count();
         tracing::info!(
