@@ -6,11 +6,12 @@ RELEASE := target/release
 BENCH := $(CARGO) bench --locked --bench
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build run compare bench bench-quick bench-control bench-control-quick check test test-guest soak-guest install deny clean
+.PHONY: help setup build run compare bench bench-quick bench-control bench-control-quick check test test-guest soak-guest deb test-deb install deny clean
 
 # Where `make install` puts things; below DESTDIR, for a package or a guest's root.
 DESTDIR ?=
 PREFIX ?= /usr
+BINARY ?= $(RELEASE)/nbdtrack
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -59,8 +60,15 @@ test-guest: setup ## Real hot-plug in a QEMU guest; one scenario with SCENARIO=s
 soak-guest: setup ## N fast swaps with changing seeds in a QEMU guest (N=1000)
 	@NBDTRACK_GUEST_SWAPS=$(or $(N),1000) scripts/guest-test hundred
 
+deb: setup ## Make target/nbdtrack_VERSION_ARCH.deb, and have lintian judge it
+	$(CARGO) build --release --locked --bin nbdtrack
+	@scripts/deb
+
+test-deb: deb ## Install, upgrade, remove and purge the package in a fresh Debian
+	@scripts/package-test
+
 install: ## Install the built binary and all that ships with it, below DESTDIR
-	install -D -m 755 -s $(RELEASE)/nbdtrack $(DESTDIR)$(PREFIX)/bin/nbdtrack
+	install -D -m 755 -s $(BINARY) $(DESTDIR)$(PREFIX)/bin/nbdtrack
 	install -D -m 644 systemd/nbdtrack.service $(DESTDIR)$(PREFIX)/lib/systemd/system/nbdtrack.service
 	install -D -m 644 systemd/nbdtrack.socket $(DESTDIR)$(PREFIX)/lib/systemd/system/nbdtrack.socket
 	install -D -m 644 systemd/nbdtrack.sysusers $(DESTDIR)$(PREFIX)/lib/sysusers.d/nbdtrack.conf

@@ -123,6 +123,7 @@ fn without_a_daemon_every_command_says_so_in_one_line() {
                 &["rescan"],
                 &["watch"],
                 &["explain", "a"],
+                &["metrics"],
                 &["history"],
             ] {
                 let (code, out, err) = nbdtrack(address, arguments).await;

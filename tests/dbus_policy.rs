@@ -10,7 +10,7 @@ use bus::{PrivateBus, block_on};
 use nbdtrack::dbus::{Answer, Bus, serve};
 use tokio::sync::mpsc;
 
-const CALLS: [(&str, &str, &[&str], bool); 16] = [
+const CALLS: [(&str, &str, &[&str], bool); 18] = [
     ("org.freedesktop.DBus.Peer", "Ping", &[], true),
     (
         "org.freedesktop.DBus.Introspectable",
@@ -50,6 +50,13 @@ const CALLS: [(&str, &str, &[&str], bool); 16] = [
         true,
     ),
     ("org.nbdtrack1.Manager", "GetHistory", &["a{sv}", "0"], true),
+    (
+        "org.nbdtrack1.Manager",
+        "GetExportStats",
+        &["a{sv}", "0"],
+        true,
+    ),
+    ("org.nbdtrack1.Manager", "GetMetrics", &["a{sv}", "0"], true),
     (
         "org.nbdtrack1.Manager",
         "AddExport",

@@ -28,7 +28,7 @@ pub fn check(path: &Path, json: bool) -> Result<(), Failure> {
 }
 
 /// Reads and parses: one line for each problem.
-fn problems(path: &Path) -> Vec<String> {
+pub fn problems(path: &Path) -> Vec<String> {
     match config::read(path) {
         Ok(files) => match config::parse(&files) {
             Ok(_) => Vec::new(),

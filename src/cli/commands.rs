@@ -7,13 +7,18 @@ use serde_json::json;
 use zbus::Variant;
 
 use super::show::{self, print, print_json};
-use super::{Add, Command, Explain, Failure, PrepareDetach, explain, history, watch};
+use super::{
+    Add, Command, Explain, Failure, PrepareDetach, doctor, explain, history, metrics, top, watch,
+};
 use crate::dbus::Bus;
 use crate::dbus::client::{Client, ClientError, Options};
 
 /// Connects, and runs one command.
 pub async fn run(bus: &Bus, command: Command, as_json: bool) -> Result<(), Failure> {
     let failed = |error| failure(bus, error);
+    if let Command::Doctor { config } = &command {
+        return doctor::doctor(bus, config, as_json).await;
+    }
     let client = Client::connect(bus).await.map_err(failed)?;
     match command {
         Command::Status => {
@@ -63,9 +68,11 @@ pub async fn run(bus: &Bus, command: Command, as_json: bool) -> Result<(), Failu
             explain::explain(&explanation.map_err(failed)?, as_json)?;
         }
         Command::History(asked) => history::history(&client, &asked, as_json).await?,
-        Command::Watch => watch::watch(&client, as_json).await?,
+        Command::Watch(asked) => watch::watch(&client, &asked, as_json).await?,
+        Command::Top(asked) => top::top(&client, &asked).await?,
+        Command::Metrics(asked) => metrics::metrics(bus, client, &asked).await?,
         // Carried out without a daemon, before this.
-        Command::Serve(_) | Command::Check { .. } => {}
+        Command::Doctor { .. } | Command::Serve(_) | Command::Check { .. } => {}
     }
     Ok(())
 }

@@ -5,10 +5,13 @@
 
 mod check;
 mod commands;
+mod doctor;
 mod explain;
 mod history;
+mod metrics;
 mod show;
 mod table;
+mod top;
 mod watch;
 
 use std::path::PathBuf;
@@ -81,7 +84,17 @@ enum Command {
     /// Show what happened: disks, exports, clients, and who called what
     History(History),
     /// Print what happens, as it happens, until interrupted
-    Watch,
+    Watch(Watch),
+    /// Show what the exports carry, anew each second, on a whole terminal
+    Top(Top),
+    /// Print what is measured as OpenMetrics, or serve it to Prometheus
+    Metrics(Metrics),
+    /// Look for what keeps the daemon from serving, and say how to mend it
+    Doctor {
+        /// The file, or the folder with nbdtrack.toml in it
+        #[arg(long, value_name = "PATH", default_value = "/etc/nbdtrack")]
+        config: PathBuf,
+    },
     /// Check the configuration and tell everything that is wrong with it
     Check {
         /// The file, or the folder with nbdtrack.toml in it
@@ -160,6 +173,42 @@ struct PrepareDetach {
 }
 
 #[derive(Debug, Args)]
+struct Watch {
+    /// Only what is told of this export
+    #[arg(long, value_name = "NAME")]
+    export: Option<String>,
+    /// Only what is told of this disk, SCHEME:VALUE as `nbdtrack volumes` has it
+    #[arg(long, value_name = "ID")]
+    volume: Option<String>,
+    /// Only changes to this state
+    #[arg(long, value_name = "STATE")]
+    state: Option<String>,
+    /// Only this signal; may be repeated
+    #[arg(long, value_name = "SIGNAL")]
+    signal: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+struct Top {
+    /// Ask the daemon this often
+    #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = interval)]
+    interval: Duration,
+}
+
+#[derive(Debug, Args)]
+struct Metrics {
+    /// Write them to this file, whole or not at all, for node_exporter's textfile collector
+    #[arg(long, value_name = "PATH")]
+    textfile: Option<PathBuf>,
+    /// Serve them over HTTP on this loopback address until interrupted
+    #[arg(long, value_name = "ADDRESS:PORT", conflicts_with = "textfile")]
+    listen: Option<std::net::SocketAddr>,
+    /// Serve them over HTTP on this Unix socket until interrupted
+    #[arg(long, value_name = "PATH", conflicts_with_all = ["textfile", "listen"])]
+    socket: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
 struct Explain {
     /// The export
     #[arg(required_unless_present = "disk")]
@@ -209,6 +258,9 @@ enum Failure {
     /// Everything was printed already.
     #[error("the configuration has {}", if *.0 == 1 { "a problem".to_owned() } else { format!("{} problems", .0) })]
     Config(usize),
+    /// Everything was printed already.
+    #[error("{} of what was looked at {} the daemon from serving as it should", .0, if *.0 == 1 { "keeps" } else { "keep" })]
+    Unwell(usize),
     #[error("standard output: {0}")]
     Output(#[from] std::io::Error),
 }
@@ -272,6 +324,13 @@ fn place(bus: &Bus) -> String {
     }
 }
 
+fn interval(text: &str) -> Result<Duration, String> {
+    match seconds(text) {
+        Ok(interval) if interval >= Duration::from_millis(200) => Ok(interval),
+        _ => Err("has to be from 0.2 to 600 seconds".to_owned()),
+    }
+}
+
 fn seconds(text: &str) -> Result<Duration, String> {
     let number: f64 = text
         .parse()
@@ -295,7 +354,11 @@ impl Failure {
                 ClientError::Denied(_) => 5,
                 ClientError::Refused(_) | ClientError::Bus(_) => 1,
             },
-            Failure::Bus(_) | Failure::Daemon(_) | Failure::Config(_) | Failure::Output(_) => 1,
+            Failure::Bus(_)
+            | Failure::Daemon(_)
+            | Failure::Config(_)
+            | Failure::Unwell(_)
+            | Failure::Output(_) => 1,
         }
     }
 
@@ -308,7 +371,9 @@ impl Failure {
                 "InvalidArgument"
             }
             Failure::Config(_) => "InvalidConfig",
-            Failure::Bus(_) | Failure::Daemon(_) | Failure::Output(_) => "Failed",
+            Failure::Bus(_) | Failure::Daemon(_) | Failure::Unwell(_) | Failure::Output(_) => {
+                "Failed"
+            }
         }
     }
 

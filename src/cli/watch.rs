@@ -2,13 +2,13 @@
 
 use serde_json::{Map, Value, json};
 
-use super::Failure;
 use super::show::{plain, print, to_json};
 use super::table::printable;
+use super::{Failure, Watch};
 use crate::dbus::client::{Client, ClientError, Told};
 
 /// Prints signals until interrupted or until the daemon goes away.
-pub async fn watch(client: &Client, as_json: bool) -> Result<(), Failure> {
+pub async fn watch(client: &Client, asked: &Watch, as_json: bool) -> Result<(), Failure> {
     let mut watch = client.watch().await.map_err(Failure::Client)?;
     loop {
         let told = tokio::select! {
@@ -16,13 +16,28 @@ pub async fn watch(client: &Client, as_json: bool) -> Result<(), Failure> {
             _ = tokio::signal::ctrl_c() => return Ok(()),
         };
         match told {
-            Some(told) => print(&line(&told, as_json))?,
+            Some(told) if wanted(&told, asked) => print(&line(&told, as_json))?,
+            Some(_) => {}
             None => {
                 let reason = "the daemon went away".to_owned();
                 return Err(Failure::Client(ClientError::NoDaemon(reason)));
             }
         }
     }
+}
+
+/// Whether each filter that was given lets it through.
+fn wanted(told: &Told, asked: &Watch) -> bool {
+    let is = |names: &[&str], text: &str| {
+        told.arguments
+            .iter()
+            .any(|(name, value)| names.contains(name) && plain(value) == text)
+    };
+    let signal = |name: &String| told.signal.eq_ignore_ascii_case(name);
+    (asked.signal.is_empty() || asked.signal.iter().any(signal))
+        && asked.export.as_ref().is_none_or(|name| is(&["name"], name))
+        && asked.volume.as_ref().is_none_or(|id| is(&["id"], id))
+        && asked.state.as_ref().is_none_or(|state| is(&["new"], state))
 }
 
 fn line(told: &Told, as_json: bool) -> String {
@@ -42,4 +57,40 @@ fn line(told: &Told, as_json: bool) -> String {
     }
     line.push('\n');
     line
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use zbus::{OwnedVariant, Variant};
+
+    fn told() -> Told {
+        let text = |text: &'static str| OwnedVariant::try_from(Variant::new(text)).unwrap();
+        Told {
+            signal: "ExportStateChanged",
+            arguments: vec![
+                ("name", text("vm")),
+                ("old", text("Absent")),
+                ("new", text("Serving")),
+            ],
+        }
+    }
+
+    #[test]
+    fn every_filter_has_to_let_a_line_through() {
+        let asked = |export: Option<&str>, state: Option<&str>, signal: &[&str]| Watch {
+            export: export.map(str::to_owned),
+            volume: None,
+            state: state.map(str::to_owned),
+            signal: signal.iter().map(|name| (*name).to_owned()).collect(),
+        };
+        assert!(wanted(&told(), &asked(None, None, &[])));
+        assert!(wanted(
+            &told(),
+            &asked(Some("vm"), Some("Serving"), &["exportstatechanged"])
+        ));
+        assert!(!wanted(&told(), &asked(Some("other"), None, &[])));
+        assert!(!wanted(&told(), &asked(Some("vm"), Some("Absent"), &[])));
+        assert!(!wanted(&told(), &asked(None, None, &["VolumeAttached"])));
+    }
 }

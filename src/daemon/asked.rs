@@ -40,6 +40,10 @@ impl Control {
             }
             Call::Rescan => self.rescan(reply),
             Call::Stats => self.answer(reply, Ok(Answer::Stats(self.stats()))),
+            Call::Measures => {
+                self.answer(reply, Ok(Answer::Measures(self.measures())));
+            }
+            Call::Metrics => self.answer(reply, Ok(Answer::Metrics(self.metrics()))),
             Call::Explain(subject) => self.explain(&subject, reply),
             Call::History(inquiry) => self.answer_from_history(inquiry, reply),
         }
@@ -76,7 +80,7 @@ impl Control {
             .collect()
     }
 
-    fn stats(&self) -> BTreeMap<String, u64> {
+    pub(super) fn stats(&self) -> BTreeMap<String, u64> {
         let count = |n: usize| u64::try_from(n).unwrap_or(u64::MAX);
         let seen = self.observer.counters();
         let served = serde_json::to_value(self.door.stats()).unwrap_or_default();

@@ -8,6 +8,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::task::JoinHandle;
 
+use super::metrics::ServingTimes;
 use super::rescan::Rescan;
 use super::sockets::Sockets;
 use super::trail::Trail;
@@ -73,6 +74,7 @@ pub(super) struct Control {
     pub roots: Arc<Roots>,
     pub claims: Arc<Claims>,
     pub(super) trail: Trail,
+    pub(super) serving: ServingTimes,
     started: Instant,
     drain_within: Duration,
     pub(super) rules: IdentityRules,
@@ -136,6 +138,7 @@ impl Control {
         let trail = Trail::new(history, &door);
         Control {
             trail,
+            serving: ServingTimes::default(),
             correlation,
             door,
             publisher,
@@ -274,6 +277,8 @@ impl Control {
     }
 
     fn on_event(&mut self, event: Event) {
+        self.serving
+            .on_event(&event, |diskseq| self.correlation.disk(diskseq).is_some());
         let surveyed = match &event {
             Event::Surveyed { mark, .. } => Some(*mark),
             _ => None,

@@ -7,6 +7,7 @@ mod activation;
 mod asked;
 mod control;
 mod log;
+mod metrics;
 mod perform;
 mod reload;
 mod rescan;

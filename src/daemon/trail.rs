@@ -85,8 +85,12 @@ impl Trail {
 }
 
 impl Control {
-    pub(super) fn note_notices(&self, notices: &[Notice]) {
+    pub(super) fn note_notices(&mut self, notices: &[Notice]) {
         for notice in notices {
+            self.serving.on_notice(notice, || match notice {
+                Notice::ExportState { export, .. } => self.correlation.export(export)?.disk,
+                _ => None,
+            });
             if let Some(record) = self.correlation.record(notice, now_us()) {
                 self.trail.history.note(record);
             }

@@ -64,9 +64,12 @@ impl Calls {
         let places = match call {
             Call::Request(Request::AddExport { .. }) => &self.adding,
             Call::Request(_) | Call::Rescan => &self.changing,
-            Call::ResolveVolume(_) | Call::Stats | Call::Explain(_) | Call::History(_) => {
-                &self.reading
-            }
+            Call::ResolveVolume(_)
+            | Call::Stats
+            | Call::Explain(_)
+            | Call::History(_)
+            | Call::Measures
+            | Call::Metrics => &self.reading,
         };
         places.clone().try_acquire_owned().map_err(|_| self.busy())
     }
@@ -126,7 +129,9 @@ pub(super) fn time_for(call: &Call) -> Duration {
         | Call::ResolveVolume(_)
         | Call::Stats
         | Call::Explain(_)
-        | Call::History(_) => ASKING,
+        | Call::History(_)
+        | Call::Measures
+        | Call::Metrics => ASKING,
     };
     asked.saturating_add(MARGIN)
 }

@@ -1,15 +1,21 @@
 //! The client's side of the members that ask why and what was.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use zbus::Variant;
 
 use super::client::{Client, ClientError, Options, Properties, read};
-use super::inquiries::{EXPLAIN_DISK, EXPLAIN_EXPORT, GET_HISTORY, RECORDS_MAX};
+use super::inquiries::{
+    EXPLAIN_DISK, EXPLAIN_EXPORT, GET_EXPORT_STATS, GET_HISTORY, GET_METRICS, RECORDS_MAX,
+};
 use crate::correlation::Inquiry;
 
 /// More than the daemon takes for these, so that its own answer wins.
 const WITHIN: Duration = Duration::from_secs(50);
+
+/// Counters by export and name.
+pub type ExportStats = BTreeMap<String, BTreeMap<String, u64>>;
 
 impl Client {
     /// Asks why an export is where it is.
@@ -29,6 +35,28 @@ impl Client {
     pub async fn explain_disk(&self, disk: &str) -> Result<Properties, ClientError> {
         let body = (disk, Options::new());
         let answer = self.manager(EXPLAIN_DISK.name, &body, WITHIN).await?;
+        read(&answer)
+    }
+
+    /// Asks what each export carried, by export and counter.
+    ///
+    /// # Errors
+    /// As every call of the client: [`ClientError`].
+    pub async fn export_stats(&self) -> Result<ExportStats, ClientError> {
+        let answer = self
+            .manager(GET_EXPORT_STATS.name, &Options::new(), WITHIN)
+            .await?;
+        read(&answer)
+    }
+
+    /// Asks for everything that is measured, as OpenMetrics text.
+    ///
+    /// # Errors
+    /// As every call of the client: [`ClientError`].
+    pub async fn metrics(&self) -> Result<String, ClientError> {
+        let answer = self
+            .manager(GET_METRICS.name, &Options::new(), WITHIN)
+            .await?;
         read(&answer)
     }
 

@@ -33,6 +33,17 @@ pub const GET_HISTORY: Method = Method {
     gives: &[("records", "aa{sv}")],
 };
 
+pub const GET_EXPORT_STATS: Method = Method {
+    name: "GetExportStats",
+    takes: &[("options", "a{sv}")],
+    gives: &[("stats", "a{sa{st}}")],
+};
+pub const GET_METRICS: Method = Method {
+    name: "GetMetrics",
+    takes: &[("options", "a{sv}")],
+    gives: &[("openmetrics", "s")],
+};
+
 /// Reads the call out of a message of one of the methods above.
 ///
 /// # Errors
@@ -44,6 +55,15 @@ pub fn parse(method: &str, message: &Message) -> Result<Call, RequestError> {
     if method == GET_HISTORY.name {
         let options: BTreeMap<String, OwnedVariant> = body.deserialize().map_err(unreadable)?;
         return history(Options::take(options)?);
+    }
+    if method == GET_EXPORT_STATS.name || method == GET_METRICS.name {
+        let options: BTreeMap<String, OwnedVariant> = body.deserialize().map_err(unreadable)?;
+        Options::take(options)?.end()?;
+        return Ok(if method == GET_METRICS.name {
+            Call::Metrics
+        } else {
+            Call::Measures
+        });
     }
     let (named, options): (&str, BTreeMap<String, OwnedVariant>) =
         body.deserialize().map_err(unreadable)?;

@@ -77,6 +77,8 @@ pub const MANAGER: Interface = Interface {
         inquiries::EXPLAIN_EXPORT,
         inquiries::EXPLAIN_DISK,
         inquiries::GET_HISTORY,
+        inquiries::GET_EXPORT_STATS,
+        inquiries::GET_METRICS,
     ],
     signals: &[
         Signal {
@@ -152,7 +154,9 @@ pub fn parse(method: &str, message: &Message) -> Result<Call, RequestError> {
                 Call::Stats
             })
         }
-        "ExplainExport" | "ExplainDisk" | "GetHistory" => inquiries::parse(method, message),
+        "ExplainExport" | "ExplainDisk" | "GetHistory" | "GetExportStats" | "GetMetrics" => {
+            inquiries::parse(method, message)
+        }
         other => Err(RequestError::NotSupported(format!(
             "{other} does not exist"
         ))),

@@ -41,6 +41,7 @@ use std::collections::BTreeMap;
 use tokio::sync::{mpsc, oneshot};
 
 pub use call::CALLS_MAX;
+pub use client_inquiries::ExportStats;
 pub use error::BusError;
 pub use inquiries::RECORDS_MAX;
 pub use publish::Publisher;
@@ -122,6 +123,10 @@ pub enum Call {
     /// Survey now; answered when it is done.
     Rescan,
     Stats,
+    /// What each export carried.
+    Measures,
+    /// Everything that is measured, as text.
+    Metrics,
     /// Why it is where it is.
     Explain(Subject),
     /// What the trail remembers.
@@ -163,6 +168,10 @@ pub enum Answer {
         remark: String,
     },
     Records(Vec<Record>),
+    /// Counters by export and name.
+    Measures(BTreeMap<String, BTreeMap<&'static str, u64>>),
+    /// OpenMetrics text.
+    Metrics(String),
 }
 
 /// One thing to make visible, in the order of the offers.

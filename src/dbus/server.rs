@@ -302,6 +302,8 @@ impl Server {
                 message,
                 &inquiries::explained(&explanation, &events, &remark),
             ),
+            Answer::Measures(measures) => response(message, &measures),
+            Answer::Metrics(text) => response(message, &text),
             Answer::Records(records) => response(message, &inquiries::records(&records)),
         }
     }

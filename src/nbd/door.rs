@@ -20,6 +20,7 @@ use super::handshake::Refusal;
 use super::lease::{DiskTask, Lease, Report};
 use super::limits::Limits;
 use super::listener::Listener;
+use super::meter::{Measured, Meter};
 use super::poller::{self, Poller};
 use super::stats::{Counters, Stats, add, sub};
 use super::witness::{ClientWitness, Witness};
@@ -62,6 +63,7 @@ struct Export {
     /// Taken out of LIST; kept while leases are ending.
     forgotten: bool,
     clients: Arc<AtomicU32>,
+    meter: Arc<Meter>,
 }
 
 impl Export {
@@ -75,6 +77,7 @@ impl Export {
             ending: Vec::new(),
             forgotten: false,
             clients: Arc::default(),
+            meter: Arc::default(),
         }
     }
 }
@@ -155,12 +158,14 @@ impl Door {
         let mut exports = lock(&shared.exports);
         let export = exports.entry(name.clone()).or_insert_with(Export::new);
         let clients = export.clients.clone();
+        let meter = export.meter.clone();
         let lease = Lease::new(
             name.clone(),
             generation,
             image,
             read_only,
             clients,
+            meter,
             shared.clone(),
         );
         export.refusal = None;
@@ -278,6 +283,19 @@ impl Door {
     /// Sets who is told of each client that comes, leaves or is turned away. It must not block.
     pub fn on_client_seen(&self, witness: ClientWitness) {
         self.shared().witness.set(witness);
+    }
+
+    /// What each export carried, by [`super::Operation::ALL`]; for at most `max` exports, in the order of their names.
+    pub fn measured(&self, max: usize) -> Vec<(ExportName, [Measured; 3])> {
+        let meters: Vec<(ExportName, Arc<Meter>)> = lock(&self.shared().exports)
+            .iter()
+            .take(max)
+            .map(|(name, export)| (name.clone(), export.meter.clone()))
+            .collect();
+        meters
+            .into_iter()
+            .map(|(name, meter)| (name, meter.measured()))
+            .collect()
     }
 
     pub fn stats(&self) -> Stats {

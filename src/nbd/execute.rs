@@ -12,6 +12,7 @@ use crate::image::{Extent, NoWait, Span, ZeroFlags};
 use super::command::{Command, Refused};
 use super::conn::{Charge, Conn, Full};
 use super::lease::{Kind, wire_error};
+use super::meter::Operation;
 use super::reply::Gather;
 use super::stats::add;
 use super::transmission::Transmission;
@@ -49,6 +50,7 @@ impl Transmission {
             self.refuse(gather, to, DETACHED);
             return Ok(());
         };
+        let began = self.tally.begin();
         let header = wire::read_header_bytes(to.headers);
         let (head, data) = gather.room(header + len).split_at_mut(header);
         match pass.image().read_nowait(at, data) {
@@ -56,6 +58,8 @@ impl Transmission {
                 wire::put_read_header(head, to, at.len());
                 gather.commit(header + len, charge);
                 add(&self.lease.shared.counters.reads_inline, 1);
+                self.tally
+                    .done(&self.lease.meter, Operation::Read, len as u64, began);
             }
             Ok(NoWait::WouldWait) => {
                 drop(pass);
@@ -67,6 +71,7 @@ impl Transmission {
             }
             Err(error) => {
                 drop(pass);
+                self.tally.failed(Operation::Read);
                 self.failed(gather, to, &error);
             }
         }
@@ -91,11 +96,23 @@ impl Transmission {
         };
         add(&counters.writes, 1);
         add(&counters.bytes_written, data.len() as u64);
+        let began = self.tally.begin();
         let result = pass.image().write(at, data, false);
         drop(pass);
         match result {
-            Ok(()) => gather.done(to, false),
-            Err(error) => self.failed(gather, to, &error),
+            Ok(()) => {
+                gather.done(to, false);
+                self.tally.done(
+                    &self.lease.meter,
+                    Operation::Write,
+                    data.len() as u64,
+                    began,
+                );
+            }
+            Err(error) => {
+                self.tally.failed(Operation::Write);
+                self.failed(gather, to, &error);
+            }
         }
         true
     }

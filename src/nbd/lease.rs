@@ -20,6 +20,7 @@ use super::crew::Task;
 use super::door::Shared;
 use super::gate::Gate;
 use super::handshake::Facts;
+use super::meter::Meter;
 use super::stats::add;
 use super::witness::{Client, Seen};
 use super::work::Job;
@@ -70,6 +71,7 @@ pub(super) struct Lease {
     pub(super) ending: Mutex<Ending>,
     /// Sessions of all leases of this export.
     clients: Arc<AtomicU32>,
+    pub(super) meter: Arc<Meter>,
 }
 
 #[derive(Default)]
@@ -133,6 +135,7 @@ impl Lease {
         image: Arc<dyn Image>,
         read_only: bool,
         clients: Arc<AtomicU32>,
+        meter: Arc<Meter>,
         shared: Arc<Shared>,
     ) -> Arc<Lease> {
         let mut blocks = image.block_sizes();
@@ -159,6 +162,7 @@ impl Lease {
             work: Mutex::default(),
             ending: Mutex::default(),
             clients,
+            meter,
         })
     }
 

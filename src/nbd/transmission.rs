@@ -14,6 +14,7 @@ use super::ending::Closing;
 use super::execute::DETACHED;
 use super::handshake::{Agreed, Facts};
 use super::lease::Lease;
+use super::meter::Tally;
 use super::reply::{KEEP_BYTES, Scratch};
 use super::session::{Interest, Rest};
 use super::stats::add;
@@ -35,6 +36,7 @@ pub(super) struct Transmission {
     carry: Vec<u8>,
     /// Since when the rest of a request is waited for.
     partial_since: Option<Instant>,
+    pub(super) tally: Tally,
     pub(super) closing: Option<Closing>,
 }
 
@@ -89,6 +91,7 @@ impl Transmission {
             input: Input::Header,
             carry,
             partial_since: None,
+            tally: Tally::default(),
             closing: None,
         }
     }
@@ -131,6 +134,7 @@ impl Transmission {
             }
             let outcome = self.process(conn, scratch);
             scratch.gather.send(conn);
+            self.tally.tell(&lease.meter);
             match outcome {
                 Outcome::GatherFull => {}
                 Outcome::Disconnect => self.closing = Some(Closing::Done),

@@ -3,12 +3,14 @@
 
 use std::io;
 use std::sync::Arc;
+use std::time::Instant;
 
 use crate::image::{Image, Span};
 
 use super::command::Command;
 use super::conn::{Charge, Conn};
 use super::lease::{Kind, Lease, wire_error};
+use super::meter::Operation;
 use super::stats::add;
 use super::wire::{self, NbdError, ReplyTo};
 
@@ -30,6 +32,10 @@ pub(super) struct Job {
     /// Of a write.
     payload: Vec<u8>,
     charge: Option<Charge>,
+    /// When it was handed over: its latency includes the wait for a thread.
+    began: Instant,
+    operation: Operation,
+    bytes: u64,
 }
 
 impl Job {
@@ -41,7 +47,15 @@ impl Job {
         charge: Option<Charge>,
     ) -> Job {
         conn.job_begins();
+        let (operation, bytes) = match &command {
+            Command::Read(at) => (Operation::Read, at.len().into()),
+            Command::Write { at, .. } => (Operation::Write, at.len().into()),
+            _ => (Operation::Other, 0),
+        };
         Job {
+            began: Instant::now(),
+            operation,
+            bytes,
             conn: conn.clone(),
             answered: false,
             to,
@@ -73,6 +87,13 @@ impl Job {
         };
         let step = self.step(pass.image());
         drop(pass);
+        if !matches!(step, Ok(Step::Rest(_))) {
+            let failed = step.is_err();
+            let bytes = if failed { 0 } else { self.bytes };
+            lease
+                .meter
+                .ended(self.operation, bytes, failed, self.began.elapsed());
+        }
         match step {
             Ok(Step::Rest(command)) => {
                 self.command = command;
