@@ -8,7 +8,7 @@ mod sources;
 
 use sources::sources;
 
-/// Each room and the rooms it may use. `main → cli → daemon → {dbus, udev, mapping, config, nbd → image} → correlation →
+/// Each room and the rooms it may use. `main → cli → daemon → {dbus, claim → udev, mapping, config, nbd → image} → correlation →
 /// identity`, and `config → identity`.
 const ARROWS: &[(&str, &[&str])] = &[
     ("main", &["cli"]),
@@ -16,13 +16,21 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("lib", &[]),
     (
         "cli",
-        &["daemon", "dbus", "config", "correlation", "identity"],
+        &[
+            "daemon",
+            "dbus",
+            "config",
+            "claim",
+            "correlation",
+            "identity",
+        ],
     ),
     (
         "daemon",
         &[
             "dbus",
             "udev",
+            "claim",
             "mapping",
             "config",
             "nbd",
@@ -32,6 +40,7 @@ const ARROWS: &[(&str, &[&str])] = &[
         ],
     ),
     ("dbus", &["correlation", "identity"]),
+    ("claim", &["udev", "correlation", "identity"]),
     ("udev", &["correlation", "identity"]),
     ("mapping", &["correlation", "identity"]),
     ("config", &["correlation", "identity"]),
@@ -45,6 +54,8 @@ const ARROWS: &[(&str, &[&str])] = &[
 const PURE: &[&str] = &[
     "identity",
     "correlation",
+    "claim/list",
+    "claim/spec",
     "config/document",
     "config/place",
     "config/table",

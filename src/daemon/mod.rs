@@ -4,6 +4,7 @@
 //! the bus, not by a client (invariant 11). What takes time is handed to a thread or a task that answers with an event.
 
 mod asked;
+mod claims;
 mod control;
 mod log;
 mod perform;
@@ -187,6 +188,7 @@ async fn serve(options: &Options) -> Result<(), Error> {
         store,
     };
     let mut control = Control::new(correlation, edges, drain_within, config.identity);
+    control.claims_file.rule(config.claim);
     control.start(sockets);
     control.apply(Event::Configured {
         exports: config.exports,
