@@ -53,7 +53,7 @@ pub async fn run(bus: &Bus, command: Command, as_json: bool) -> Result<(), Failu
         }
         Command::Watch => watch::watch(&client, as_json).await?,
         // Carried out without a daemon, before this.
-        Command::Serve(_) | Command::Check { .. } => {}
+        Command::Serve(_) | Command::Check { .. } | Command::UdevClaim { .. } => {}
     }
     Ok(())
 }

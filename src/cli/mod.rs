@@ -9,12 +9,14 @@ mod show;
 mod table;
 mod watch;
 
+use std::io::Write as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::claim;
 use crate::correlation::RequestError;
 use crate::daemon;
 use crate::dbus::client::ClientError;
@@ -76,6 +78,12 @@ enum Command {
     Rescan,
     /// Print what happens, as it happens, until interrupted
     Watch,
+    /// Answer udev's rules whether a disk is left to nbdtrack; needs no daemon
+    UdevClaim {
+        /// The disk's device number, MAJOR:MINOR
+        #[arg(value_name = "MAJOR:MINOR")]
+        device: String,
+    },
     /// Check the configuration and tell everything that is wrong with it
     Check {
         /// The file, or the folder with nbdtrack.toml in it
@@ -172,6 +180,8 @@ enum Failure {
     /// Everything was printed already.
     #[error("the configuration has {}", if *.0 == 1 { "a problem".to_owned() } else { format!("{} problems", .0) })]
     Config(usize),
+    #[error("{0}; nothing is claimed")]
+    Claim(String),
     #[error("standard output: {0}")]
     Output(#[from] std::io::Error),
 }
@@ -211,6 +221,12 @@ fn run(cli: Cli) -> Result<(), Failure> {
                 bus: cli.bus,
             };
             return Ok(daemon::run(&options)?);
+        }
+        Command::UdevClaim { device } => {
+            // udev hands the device's properties over in the environment (udev(7), IMPORT{program}).
+            let id_path = std::env::var("ID_PATH").ok();
+            let said = claim::answer(&device, id_path.as_deref()).map_err(Failure::Claim)?;
+            return Ok(std::io::stdout().write_all(said.as_bytes())?);
         }
         Command::Check { config } => return check::check(&config, json),
         command => command,
@@ -258,7 +274,11 @@ impl Failure {
                 ClientError::Denied(_) => 5,
                 ClientError::Refused(_) | ClientError::Bus(_) => 1,
             },
-            Failure::Bus(_) | Failure::Daemon(_) | Failure::Config(_) | Failure::Output(_) => 1,
+            Failure::Bus(_)
+            | Failure::Daemon(_)
+            | Failure::Config(_)
+            | Failure::Claim(_)
+            | Failure::Output(_) => 1,
         }
     }
 
@@ -269,7 +289,9 @@ impl Failure {
             Failure::NoDaemon { .. } => "NoDaemon",
             Failure::Usage(_) | Failure::Bus(BusError::Address { .. }) => "InvalidArgument",
             Failure::Config(_) => "InvalidConfig",
-            Failure::Bus(_) | Failure::Daemon(_) | Failure::Output(_) => "Failed",
+            Failure::Bus(_) | Failure::Daemon(_) | Failure::Claim(_) | Failure::Output(_) => {
+                "Failed"
+            }
         }
     }
 

@@ -8,6 +8,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::task::JoinHandle;
 
+use super::claims::ClaimsFile;
 use super::rescan::Rescan;
 use super::sockets::Sockets;
 use super::{Error, Options, perform, reload};
@@ -42,7 +43,9 @@ pub(super) enum Report {
         result: Result<Arc<dyn Image>, OpenRefusal>,
     },
     /// The files were read again, or say why not.
-    Reloaded(Result<Vec<crate::correlation::Definition>, Vec<String>>),
+    Reloaded(Result<reload::Read, Vec<String>>),
+    /// The list of claims was written, or says why not.
+    ClaimsWritten(std::io::Result<()>),
 }
 
 /// One write to the store.
@@ -70,6 +73,7 @@ pub(super) struct Control {
     pub files: files::Observer,
     pub roots: Arc<Roots>,
     pub claims: Arc<Claims>,
+    pub(super) claims_file: ClaimsFile,
     started: Instant,
     drain_within: Duration,
     pub(super) rules: IdentityRules,
@@ -137,6 +141,7 @@ impl Control {
             files,
             roots,
             claims: Arc::new(Claims::default()),
+            claims_file: ClaimsFile::default(),
             started: Instant::now(),
             drain_within,
             rules,
@@ -293,10 +298,17 @@ impl Control {
                 self.apply(Event::DiskOpened { ticket, result });
             }
             Report::Reloaded(_) if self.stopping => {}
-            Report::Reloaded(Ok(exports)) => {
-                tracing::info!(exports = exports.len(), "configuration read again");
-                self.apply(Event::Configured { exports });
+            Report::Reloaded(Ok(read)) => {
+                tracing::info!(exports = read.exports.len(), "configuration read again");
+                self.claims_file.rule(read.claim);
+                self.apply(Event::Configured {
+                    exports: read.exports,
+                });
                 let _asked = self.files.check();
+            }
+            Report::ClaimsWritten(result) => {
+                self.claims_file.written(result);
+                self.keep_claims();
             }
             Report::Reloaded(Err(problems)) => {
                 for problem in problems {
@@ -355,7 +367,7 @@ impl Control {
         let reports = self.reports.clone();
         tokio::task::spawn_blocking(move || {
             // The loop is gone only when the daemon stops.
-            let _stopped = reports.send(Report::Reloaded(reload::read_exports(&path)));
+            let _stopped = reports.send(Report::Reloaded(reload::read_again(&path)));
         });
     }
 
