@@ -5,7 +5,7 @@ CARGO ?= cargo
 RELEASE := target/release
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build run compare bench bench-quick check test test-guest soak-guest install deny clean
+.PHONY: help setup build run compare bench bench-quick check test fuzz test-guest soak-guest install deny clean
 
 # Where `make install` puts things; below DESTDIR, for a package or a guest's root.
 DESTDIR ?=
@@ -42,6 +42,9 @@ check: ## Format, lints, unit tests, arrows, a short simulation: under two minut
 
 test: setup ## Everything that is a test; ends with `N passed, N failed, N skipped`
 	@scripts/test
+
+fuzz: ## libFuzzer on every target, SECONDS each (60); one with TARGET=session
+	@scripts/fuzz $(or $(SECONDS),60) $(TARGET)
 
 deny: ## Licences, sources and advisories of all dependencies (needs cargo-deny)
 	$(CARGO) deny check
