@@ -50,6 +50,9 @@ check: ## Format, lints, unit tests, arrows, a short simulation: under two minut
 test: setup ## Everything that is a test; ends with `N passed, N failed, N skipped`
 	@scripts/test
 
+fuzz: ## libFuzzer on every target, SECONDS each (60); one with TARGET=session
+	@scripts/fuzz $(or $(SECONDS),60) $(TARGET)
+
 deny: ## Licences, sources and advisories of all dependencies (needs cargo-deny)
 	$(CARGO) deny check
 
