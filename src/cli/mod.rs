@@ -5,6 +5,8 @@
 
 mod check;
 mod commands;
+mod explain;
+mod history;
 mod show;
 mod table;
 mod watch;
@@ -76,6 +78,10 @@ enum Command {
     },
     /// Look at the attached disks anew
     Rescan,
+    /// Say why an export is where it is, or what a disk is to the daemon
+    Explain(Explain),
+    /// Show what happened: disks, exports, clients, and who called what
+    History(History),
     /// Print what happens, as it happens, until interrupted
     Watch,
     /// Answer udev's rules whether a disk is left to nbdtrack; needs no daemon
@@ -161,6 +167,34 @@ struct PrepareDetach {
     timeout: Option<Duration>,
 }
 
+#[derive(Debug, Args)]
+struct Explain {
+    /// The export
+    #[arg(required_unless_present = "disk")]
+    export: Option<String>,
+    /// Explain this disk: its node, device number or diskseq
+    #[arg(long, value_name = "DISK", conflicts_with = "export")]
+    disk: Option<String>,
+}
+
+#[derive(Debug, Args)]
+struct History {
+    /// Only what concerns this export
+    export: Option<String>,
+    /// Only what concerns this volume, or also this one beside an export: as told, or SCHEME:VALUE of a disk
+    #[arg(long, value_name = "VOLUME")]
+    volume: Option<String>,
+    /// Everything since then: 2h, 7d, 2026-11-25, 2026-11-25T04:00
+    #[arg(long, value_name = "WHEN")]
+    since: Option<String>,
+    /// The newest so many [default: 50; all with --since]
+    #[arg(short = 'n', long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    lines: Option<u32>,
+    /// Print CSV
+    #[arg(long, conflicts_with = "json")]
+    csv: bool,
+}
+
 /// Why a command ended without doing what it was asked.
 #[derive(Debug, thiserror::Error)]
 enum Failure {
@@ -177,6 +211,9 @@ enum Failure {
     Daemon(#[from] daemon::Error),
     #[error("{0}")]
     Usage(&'static str),
+    /// What an argument says cannot be understood.
+    #[error("{0}")]
+    Argument(String),
     /// Everything was printed already.
     #[error("the configuration has {}", if *.0 == 1 { "a problem".to_owned() } else { format!("{} problems", .0) })]
     Config(usize),
@@ -265,7 +302,7 @@ impl Failure {
     /// The exit code; the list stands in `--help` and in the man page.
     fn code(&self) -> u8 {
         match self {
-            Failure::Usage(_) | Failure::Bus(BusError::Address { .. }) => 2,
+            Failure::Usage(_) | Failure::Argument(_) | Failure::Bus(BusError::Address { .. }) => 2,
             Failure::NoDaemon { .. } => 3,
             Failure::Client(error) => match error {
                 ClientError::NoDaemon(_) => 3,
@@ -287,7 +324,9 @@ impl Failure {
         match self {
             Failure::Client(error) => error.name(),
             Failure::NoDaemon { .. } => "NoDaemon",
-            Failure::Usage(_) | Failure::Bus(BusError::Address { .. }) => "InvalidArgument",
+            Failure::Usage(_) | Failure::Argument(_) | Failure::Bus(BusError::Address { .. }) => {
+                "InvalidArgument"
+            }
             Failure::Config(_) => "InvalidConfig",
             Failure::Bus(_) | Failure::Daemon(_) | Failure::Claim(_) | Failure::Output(_) => {
                 "Failed"

@@ -18,12 +18,14 @@ mod conflicts;
 mod detach;
 mod disks;
 mod enact;
+mod explain;
 mod facts;
 mod holds;
 mod index;
 mod membership;
 mod messages;
 mod observe;
+mod record;
 mod requests;
 mod settle;
 mod step;
@@ -35,8 +37,10 @@ mod views;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
+pub use explain::{Candidate, Explanation};
 pub use facts::*;
 pub use messages::*;
+pub use record::*;
 pub use view::*;
 
 use crate::identity::Identity;

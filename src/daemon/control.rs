@@ -11,6 +11,7 @@ use tokio::task::JoinHandle;
 use super::claims::ClaimsFile;
 use super::rescan::Rescan;
 use super::sockets::Sockets;
+use super::trail::Trail;
 use super::{Error, Options, perform, reload};
 use crate::config::IdentityRules;
 use crate::correlation::{
@@ -22,7 +23,7 @@ use crate::files;
 use crate::image::Image;
 use crate::image::beneath::Roots;
 use crate::image::block::Claims;
-use crate::mapping::Store;
+use crate::mapping::{History, Store};
 use crate::nbd::Door;
 use crate::udev::Observer;
 
@@ -63,6 +64,7 @@ pub(super) struct Edges {
     pub observer: Observer,
     pub files: files::Observer,
     pub store: Store,
+    pub history: History,
 }
 
 pub(super) struct Control {
@@ -74,6 +76,7 @@ pub(super) struct Control {
     pub roots: Arc<Roots>,
     pub claims: Arc<Claims>,
     pub(super) claims_file: ClaimsFile,
+    pub(super) trail: Trail,
     started: Instant,
     drain_within: Duration,
     pub(super) rules: IdentityRules,
@@ -119,6 +122,7 @@ impl Control {
             observer,
             files,
             store,
+            history,
         } = edges;
         let (reports, report_receiver) = mpsc::unbounded_channel();
         let (writes, write_receiver) = mpsc::channel(WRITES_MAX);
@@ -133,7 +137,9 @@ impl Control {
                 .insert(name.clone());
             changed.some.notify_one();
         }));
+        let trail = Trail::new(history, &door);
         Control {
+            trail,
             correlation,
             door,
             publisher,

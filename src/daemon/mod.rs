@@ -12,6 +12,7 @@ mod perform;
 mod reload;
 mod rescan;
 mod sockets;
+mod trail;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -26,7 +27,7 @@ use crate::dbus::{self, Bus};
 use crate::files;
 use crate::identity::OptIn;
 use crate::image::beneath::Roots;
-use crate::mapping::{Store, StoreError};
+use crate::mapping::{Bounds, History, Store, StoreError};
 use crate::nbd::{Door, Limits};
 use crate::udev;
 use control::{Control, Edges};
@@ -203,12 +204,14 @@ async fn serve(options: &Options, passed: Option<Sockets>) -> Result<(), Error> 
         file_sender,
     );
 
+    let (history, history_task) = History::keep(&config.server.state, Bounds::default());
     let edges = Edges {
         door,
         publisher,
         observer,
         files: file_observer,
         store,
+        history,
     };
     let mut control = Control::new(correlation, edges, drain_within, config.identity, roots);
     control.claims_file.rule(config.claim);
@@ -219,6 +222,7 @@ async fn serve(options: &Options, passed: Option<Sockets>) -> Result<(), Error> 
     let ended = control.run(events, files, commands, hangup, options).await;
     // Whoever listens hears of the end, if the bus takes it.
     control.publisher.flush(FAREWELL).await;
+    history_task.end().await;
     if let Some(socket) = own_socket
         && let Err(error) = std::fs::remove_file(socket)
     {

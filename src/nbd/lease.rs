@@ -21,6 +21,7 @@ use super::door::Shared;
 use super::gate::Gate;
 use super::handshake::Facts;
 use super::stats::add;
+use super::witness::{Client, Seen};
 use super::work::Job;
 
 /// Told how a lease ended: once, or `TimedOut` and then once more. Runs in a thread of the door: it sends a message
@@ -232,6 +233,7 @@ impl Lease {
         drop(members);
         let clients = self.clients.fetch_add(1, Ordering::AcqRel) + 1;
         self.shared.clients_changed(&self.export, clients);
+        self.tell(conn, Seen::Came);
         true
     }
 
@@ -239,7 +241,17 @@ impl Lease {
         if lock(&self.members).conns.remove(&conn.token).is_some() {
             let clients = self.clients.fetch_sub(1, Ordering::AcqRel) - 1;
             self.shared.clients_changed(&self.export, clients);
+            self.tell(conn, Seen::Left);
         }
+    }
+
+    fn tell(&self, conn: &Conn, seen: Seen) {
+        self.shared.witness.tell(Client {
+            export: self.export.as_str(),
+            seen,
+            reason: "",
+            peer: &conn.peer,
+        });
     }
 
     /// Gives a request to the disk crew.

@@ -18,6 +18,7 @@ use super::reply::Scratch;
 use super::stats::add;
 use super::transmission::Transmission;
 use super::wire::{Headers, OptionHeader};
+use super::witness::{Client, Seen};
 
 pub(super) struct Session {
     pub(super) conn: Arc<Conn>,
@@ -351,8 +352,17 @@ impl Handshake {
                         }
                         Err(refusal) => Err(refusal),
                     };
-                    if verdict.is_err() {
+                    if let Err(refusal) = &verdict {
                         add(&shared.counters.exports_refused, 1);
+                        // INFO is a question, and no client.
+                        if choose.binds() {
+                            shared.witness.tell(Client {
+                                export: choose.name(),
+                                seen: Seen::Refused,
+                                reason: &refusal.reason,
+                                peer: &conn.peer,
+                            });
+                        }
                     }
                     choose.answer(verdict, &mut out)
                 }
