@@ -6,7 +6,7 @@ RELEASE := target/release
 BENCH := $(CARGO) bench --locked --bench
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build run compare bench bench-quick bench-control bench-control-quick check test test-guest soak-guest deb test-deb install deny clean
+.PHONY: help setup build run compare bench bench-quick bench-control bench-control-quick check test test-guest soak-guest fuzz deb test-deb install uninstall deny clean
 
 # Where `make install` puts things; below DESTDIR, for a package or a guest's root.
 DESTDIR ?=
@@ -51,6 +51,9 @@ check: ## Format, lints, unit tests, arrows, a short simulation: under two minut
 test: setup ## Everything that is a test; ends with `N passed, N failed, N skipped`
 	@scripts/test
 
+fuzz: ## libFuzzer on every target, SECONDS each (60); one with TARGET=session
+	@scripts/fuzz $(or $(SECONDS),60) $(TARGET)
+
 deny: ## Licences, sources and advisories of all dependencies (needs cargo-deny)
 	$(CARGO) deny check
 
@@ -77,9 +80,24 @@ install: ## Install the built binary and all that ships with it, below DESTDIR
 	install -D -m 644 dbus/org.nbdtrack1.service $(DESTDIR)$(PREFIX)/share/dbus-1/system-services/org.nbdtrack1.service
 	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/dbus-1/interfaces dbus/org.nbdtrack1.Manager.xml dbus/org.nbdtrack1.Volume.xml dbus/org.nbdtrack1.Export.xml
 	install -D -m 644 rules/60-nbdtrack.rules $(DESTDIR)$(PREFIX)/lib/udev/rules.d/60-nbdtrack.rules
+	install -D -m 644 rules/multipath.conf $(DESTDIR)/etc/multipath/conf.d/nbdtrack.conf
+	install -D -m 644 examples/appliance.toml $(DESTDIR)$(PREFIX)/share/doc/nbdtrack/appliance.toml
 	install -D -m 644 man/nbdtrack.1 $(DESTDIR)$(PREFIX)/share/man/man1/nbdtrack.1
 	install -D -m 644 man/nbdtrack.toml.5 $(DESTDIR)$(PREFIX)/share/man/man5/nbdtrack.toml.5
 	install -d -m 755 $(DESTDIR)/etc/nbdtrack
+
+uninstall: ## Remove what install put below DESTDIR; configuration and state stay
+	rm -f $(DESTDIR)$(PREFIX)/bin/nbdtrack
+	rm -f $(DESTDIR)$(PREFIX)/lib/systemd/system/nbdtrack.service
+	rm -f $(DESTDIR)$(PREFIX)/lib/sysusers.d/nbdtrack.conf $(DESTDIR)$(PREFIX)/lib/tmpfiles.d/nbdtrack.conf
+	rm -f $(DESTDIR)$(PREFIX)/share/dbus-1/system.d/org.nbdtrack1.conf
+	rm -f $(DESTDIR)$(PREFIX)/share/dbus-1/system-services/org.nbdtrack1.service
+	rm -f $(addprefix $(DESTDIR)$(PREFIX)/share/dbus-1/interfaces/org.nbdtrack1.,Manager.xml Volume.xml Export.xml)
+	rm -f $(DESTDIR)$(PREFIX)/lib/udev/rules.d/60-nbdtrack.rules $(DESTDIR)/etc/multipath/conf.d/nbdtrack.conf
+	rm -f $(DESTDIR)$(PREFIX)/share/man/man1/nbdtrack.1 $(DESTDIR)$(PREFIX)/share/man/man5/nbdtrack.toml.5
+	rm -rf $(DESTDIR)$(PREFIX)/share/doc/nbdtrack
+	rmdir --ignore-fail-on-non-empty $(DESTDIR)/etc/nbdtrack $(DESTDIR)/etc/multipath/conf.d $(DESTDIR)/etc/multipath 2>/dev/null || true
+	[ -n "$(DESTDIR)" ] || rm -f /run/nbdtrack/claims
 
 clean: ## Remove what was built
 	$(CARGO) clean

@@ -259,6 +259,37 @@ fn watch_prints_a_line_for_each_signal_and_ends_with_the_daemon() {
 }
 
 #[test]
+fn completion_tells_live_exports_and_volumes_and_is_silent_without_a_daemon() {
+    let bus = PrivateBus::open();
+    block_on(async {
+        let complete = |address: String, words: &'static [&'static str]| async move {
+            let done = tokio::task::spawn_blocking(move || {
+                let mut command = Command::new(env!("CARGO_BIN_EXE_nbdtrack"));
+                command.env("COMPLETE", "bash").env("_CLAP_IFS", "\n");
+                command.env("_CLAP_COMPLETE_INDEX", (words.len() + 2).to_string());
+                command
+                    .args(["--", "nbdtrack", "--bus", &address])
+                    .args(words);
+                command.output().unwrap()
+            });
+            let done = done.await.unwrap();
+            (
+                String::from_utf8(done.stdout).unwrap(),
+                String::from_utf8(done.stderr).unwrap(),
+            )
+        };
+        let publisher = daemon(&bus).await;
+        let (out, _) = complete(bus.address.clone(), &["remove", ""]).await;
+        assert!(out.lines().any(|line| line == "vm"), "{out}");
+        let (out, _) = complete(bus.address.clone(), &["prepare-detach", ""]).await;
+        assert!(out.lines().any(|line| line == "loop:/b"), "{out}");
+        drop(publisher);
+        let (out, err) = complete("unix:path=/nonexistent/bus".to_owned(), &["remove", ""]).await;
+        assert!(err.is_empty() && !out.contains("vm"), "{out}{err}");
+    });
+}
+
+#[test]
 fn a_pipe_that_closes_early_is_no_failure() {
     let bus = PrivateBus::open();
     block_on(async {

@@ -429,11 +429,11 @@ fn bad_calls_are_refused_by_name_and_the_daemon_goes_on() {
             error_name(call(&client, ROOT, MANAGER, "AddExport", &("b", options)).await);
         assert_eq!(name, ours);
         assert!(text.contains("colour"), "{text}");
-        let options = BTreeMap::from([("path", Variant::new("/x"))]);
+        let options = BTreeMap::from([("mode", Variant::new("hide"))]);
         let (name, text) =
-            error_name(call(&client, ROOT, MANAGER, "AddExport", &("b", options)).await);
+            error_name(call(&client, ROOT, MANAGER, "RemoveExport", &("b", options)).await);
         assert_eq!(name, "org.nbdtrack1.Error.NotSupported");
-        assert!(text.contains("files are not served yet"));
+        assert!(text.contains("hide"), "{text}");
         let (name, _) = error_name(call(&client, ROOT, MANAGER, "Explode", &()).await);
         assert_eq!(name, "org.freedesktop.DBus.Error.UnknownMethod");
         let (name, _) = error_name(

@@ -126,7 +126,8 @@ fn history_tells_of_disks_switches_clients_and_callers_over_a_restart() -> Outco
         scene.client.reach_state("vol-a", "Serving", STEP_LIMIT)?;
         let all = records(&scene, &["--since", "1h"])?;
         let uid = nix::unistd::getuid().as_raw();
-        let checks: [(&str, &dyn Fn(&Value) -> bool); 8] = [
+        type Check<'a> = (&'a str, &'a dyn Fn(&Value) -> bool);
+        let checks: [Check<'_>; 8] = [
             ("first binding", &|r| is(r, "served", "export", "vol-a")),
             ("switch", &|r| is(r, "switched", "export", "vol-a")),
             ("detach of the disk", &|r| is(r, "detached", "volume", &id)),

@@ -72,7 +72,10 @@ pub async fn run(bus: &Bus, command: Command, as_json: bool) -> Result<(), Failu
         Command::Top(asked) => top::top(&client, &asked).await?,
         Command::Metrics(asked) => metrics::metrics(bus, client, &asked).await?,
         // Carried out without a daemon, before this.
-        Command::Doctor { .. } | Command::Serve(_) | Command::Check { .. } => {}
+        Command::Doctor { .. }
+        | Command::Serve(_)
+        | Command::Check { .. }
+        | Command::UdevClaim { .. } => {}
     }
     Ok(())
 }

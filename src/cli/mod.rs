@@ -5,8 +5,10 @@
 
 mod check;
 mod commands;
+mod complete;
 mod doctor;
 mod explain;
+mod failure;
 mod history;
 mod metrics;
 mod show;
@@ -14,16 +16,19 @@ mod table;
 mod top;
 mod watch;
 
+use std::io::Write as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory, Parser, Subcommand};
+use clap_complete::ArgValueCandidates;
 
-use crate::correlation::RequestError;
+use crate::claim;
 use crate::daemon;
-use crate::dbus::client::ClientError;
-use crate::dbus::{Bus, BusError};
+use crate::dbus::Bus;
+
+use failure::Failure;
 
 const EXIT_CODES: &str = "Exit codes:
   0  done
@@ -66,15 +71,16 @@ enum Command {
     /// Serve a volume again that prepare-detach gave up
     CancelDetach {
         /// The volume, PROFILE:ID
-        #[arg(value_name = "PROFILE:ID")]
+        #[arg(value_name = "PROFILE:ID", add = ArgValueCandidates::new(complete::volumes))]
         volume: String,
     },
     /// Say which disk is the volume of an export that several disks claimed
     Resolve {
         /// The export
+        #[arg(add = ArgValueCandidates::new(complete::exports))]
         name: String,
         /// The disk, by the DISKSEQ of `nbdtrack volumes`
-        #[arg(long, value_name = "N")]
+        #[arg(long, value_name = "N", add = ArgValueCandidates::new(complete::diskseqs))]
         diskseq: u64,
     },
     /// Look at the attached disks anew
@@ -94,6 +100,12 @@ enum Command {
         /// The file, or the folder with nbdtrack.toml in it
         #[arg(long, value_name = "PATH", default_value = "/etc/nbdtrack")]
         config: PathBuf,
+    },
+    /// Answer udev's rules whether a disk is left to nbdtrack; needs no daemon
+    UdevClaim {
+        /// The disk's device number, MAJOR:MINOR
+        #[arg(value_name = "MAJOR:MINOR")]
+        device: String,
     },
     /// Check the configuration and tell everything that is wrong with it
     Check {
@@ -150,6 +162,7 @@ struct What {
 #[derive(Debug, Args)]
 struct Remove {
     /// The export
+    #[arg(add = ArgValueCandidates::new(complete::exports))]
     name: String,
     /// Cut its clients off rather than drain them
     #[arg(long)]
@@ -162,7 +175,7 @@ struct Remove {
 #[derive(Debug, Args)]
 struct PrepareDetach {
     /// The volume
-    #[arg(value_name = "PROFILE:ID")]
+    #[arg(value_name = "PROFILE:ID", add = ArgValueCandidates::new(complete::volumes))]
     volume: String,
     /// Cut its clients off rather than drain them
     #[arg(long)]
@@ -175,7 +188,7 @@ struct PrepareDetach {
 #[derive(Debug, Args)]
 struct Watch {
     /// Only what is told of this export
-    #[arg(long, value_name = "NAME")]
+    #[arg(long, value_name = "NAME", add = ArgValueCandidates::new(complete::exports))]
     export: Option<String>,
     /// Only what is told of this disk, SCHEME:VALUE as `nbdtrack volumes` has it
     #[arg(long, value_name = "ID")]
@@ -211,16 +224,17 @@ struct Metrics {
 #[derive(Debug, Args)]
 struct Explain {
     /// The export
-    #[arg(required_unless_present = "disk")]
+    #[arg(required_unless_present = "disk", add = ArgValueCandidates::new(complete::exports))]
     export: Option<String>,
     /// Explain this disk: its node, device number or diskseq
-    #[arg(long, value_name = "DISK", conflicts_with = "export")]
+    #[arg(long, value_name = "DISK", conflicts_with = "export", add = ArgValueCandidates::new(complete::disks))]
     disk: Option<String>,
 }
 
 #[derive(Debug, Args)]
 struct History {
     /// Only what concerns this export
+    #[arg(add = ArgValueCandidates::new(complete::exports))]
     export: Option<String>,
     /// Only what concerns this volume, or also this one beside an export: as told, or SCHEME:VALUE of a disk
     #[arg(long, value_name = "VOLUME")]
@@ -236,38 +250,11 @@ struct History {
     csv: bool,
 }
 
-/// Why a command ended without doing what it was asked.
-#[derive(Debug, thiserror::Error)]
-enum Failure {
-    #[error(
-        "no daemon on {}: {reason}; start it with 'systemctl start nbdtrack' or 'nbdtrack serve --config PATH'",
-        place(bus)
-    )]
-    NoDaemon { bus: Bus, reason: String },
-    #[error("{0}")]
-    Client(ClientError),
-    #[error("{0}")]
-    Bus(#[from] BusError),
-    #[error("{0}")]
-    Daemon(#[from] daemon::Error),
-    #[error("{0}")]
-    Usage(&'static str),
-    /// What an argument says cannot be understood.
-    #[error("{0}")]
-    Argument(String),
-    /// Everything was printed already.
-    #[error("the configuration has {}", if *.0 == 1 { "a problem".to_owned() } else { format!("{} problems", .0) })]
-    Config(usize),
-    /// Everything was printed already.
-    #[error("{} of what was looked at {} the daemon from serving as it should", .0, if *.0 == 1 { "keeps" } else { "keep" })]
-    Unwell(usize),
-    #[error("standard output: {0}")]
-    Output(#[from] std::io::Error),
-}
-
 /// Runs the command that the command line asks for.
 pub fn main() -> ExitCode {
     // Rust ignores SIGPIPE; `nbdtrack exports | head` is to end quietly, which `Output` below sees to.
+    // A shell that asks for completions gets them and nothing else.
+    clap_complete::CompleteEnv::with_factory(Cli::command).complete();
     let cli = Cli::parse();
     let json = cli.json;
     match run(cli) {
@@ -301,6 +288,12 @@ fn run(cli: Cli) -> Result<(), Failure> {
             };
             return Ok(daemon::run(&options)?);
         }
+        Command::UdevClaim { device } => {
+            // udev hands the device's properties over in the environment (udev(7), IMPORT{program}).
+            let id_path = std::env::var("ID_PATH").ok();
+            let said = claim::answer(&device, id_path.as_deref()).map_err(Failure::Claim)?;
+            return Ok(std::io::stdout().write_all(said.as_bytes())?);
+        }
         Command::Check { config } => return check::check(&config, json),
         command => command,
     };
@@ -314,14 +307,6 @@ fn run(cli: Cli) -> Result<(), Failure> {
         .enable_all()
         .build()?;
     runtime.block_on(commands::run(&bus, command, json))
-}
-
-/// Where a daemon was looked for, in words.
-fn place(bus: &Bus) -> String {
-    match bus {
-        Bus::System => "the system bus".to_owned(),
-        Bus::None | Bus::Address(_) => bus.to_string(),
-    }
 }
 
 fn interval(text: &str) -> Result<Duration, String> {
@@ -341,81 +326,12 @@ fn seconds(text: &str) -> Result<Duration, String> {
     }
 }
 
-impl Failure {
-    /// The exit code; the list stands in `--help` and in the man page.
-    fn code(&self) -> u8 {
-        match self {
-            Failure::Usage(_) | Failure::Argument(_) | Failure::Bus(BusError::Address { .. }) => 2,
-            Failure::NoDaemon { .. } => 3,
-            Failure::Client(error) => match error {
-                ClientError::NoDaemon(_) => 3,
-                ClientError::TimedOut(_)
-                | ClientError::Refused(RequestError::TimedOut(_) | RequestError::NotReady(_)) => 4,
-                ClientError::Denied(_) => 5,
-                ClientError::Refused(_) | ClientError::Bus(_) => 1,
-            },
-            Failure::Bus(_)
-            | Failure::Daemon(_)
-            | Failure::Config(_)
-            | Failure::Unwell(_)
-            | Failure::Output(_) => 1,
-        }
-    }
-
-    /// The error's name for machines: D-Bus's where there is one.
-    fn name(&self) -> &'static str {
-        match self {
-            Failure::Client(error) => error.name(),
-            Failure::NoDaemon { .. } => "NoDaemon",
-            Failure::Usage(_) | Failure::Argument(_) | Failure::Bus(BusError::Address { .. }) => {
-                "InvalidArgument"
-            }
-            Failure::Config(_) => "InvalidConfig",
-            Failure::Bus(_) | Failure::Daemon(_) | Failure::Unwell(_) | Failure::Output(_) => {
-                "Failed"
-            }
-        }
-    }
-
-    /// What happened, and what to do next where that is known.
-    fn text(&self) -> String {
-        let next = match self {
-            Failure::Client(ClientError::Denied(_)) => {
-                "; changing needs root, reading root or the group nbdtrack"
-            }
-            Failure::Client(ClientError::Refused(error)) => match error {
-                RequestError::NotFound(_) => {
-                    "; 'nbdtrack exports' and 'nbdtrack volumes' list what there is"
-                }
-                RequestError::Ambiguous(_) => {
-                    "; 'nbdtrack volumes' shows the disks, 'nbdtrack resolve NAME --diskseq N' chooses one"
-                }
-                RequestError::NotReady(_) => "; 'nbdtrack status' shows what it waits for",
-                RequestError::InUse(_) => "; let both exports share it, or make one read-only",
-                RequestError::TimedOut(_) => {
-                    "; ask again, with a longer --timeout or --hard where the command has them"
-                }
-                _ => "",
-            },
-            _ => "",
-        };
-        let said = self.to_string();
-        // The daemon knows more than we do: what it says to do next is enough.
-        if said.contains("'nbdtrack ") {
-            said
-        } else {
-            said + next
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn the_command_line_is_consistent() {
-        use clap::CommandFactory;
         Cli::command().debug_assert();
     }
 
@@ -425,13 +341,5 @@ mod tests {
         for text in ["-1", "601", "NaN", "inf", "soon", ""] {
             assert!(seconds(text).is_err(), "{text}");
         }
-    }
-
-    #[test]
-    fn every_failure_that_may_pass_by_itself_has_exit_code_4() {
-        let refused = |error| Failure::Client(ClientError::Refused(error)).code();
-        assert_eq!(refused(RequestError::NotReady(String::new())), 4);
-        assert_eq!(refused(RequestError::TimedOut(String::new())), 4);
-        assert_eq!(refused(RequestError::NotFound(String::new())), 1);
     }
 }

@@ -39,6 +39,8 @@ pub struct SourceFile {
 pub struct Config {
     pub server: Server,
     pub identity: IdentityRules,
+    /// `None` when nothing was said of claims: then there are none.
+    pub claim: Option<ClaimRules>,
     /// In the order of the files and of what stands in them.
     pub exports: Vec<Definition>,
 }
@@ -152,6 +154,17 @@ impl IdentityRules {
     }
 }
 
+/// `[claim]`: which disks udev's rules keep the machine's own storage stack away from. The volumes of exports are always among them.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct ClaimRules {
+    /// Every disk that is attached after boot, and that the machine itself does not use.
+    pub hotplugged: bool,
+    /// Patterns of identities, with `*` and `?`.
+    pub serials: Vec<String>,
+    /// Patterns of identities that are never claimed.
+    pub except: Vec<String>,
+}
+
 /// Parses the main file (the first) and those of `conf.d` (the others).
 ///
 /// # Errors
@@ -165,6 +178,7 @@ pub fn parse(files: &[SourceFile]) -> Result<Config, Vec<Problem>> {
         if at == 0 {
             config.server = document.server;
             config.identity = document.identity;
+            config.claim = document.claim;
         }
         found.extend(document.exports);
     }

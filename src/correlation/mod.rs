@@ -165,6 +165,8 @@ pub struct Correlation {
     by_candidate: Index<Identity, BTreeSet<ExportName>>,
     /// Exports that wait for their lease to end and then are defined anew.
     replacing: BTreeSet<ExportName>,
+    /// Grows with each export that is defined or forgotten.
+    membership: u64,
     holds: Holds,
     /// Which disk and export an open is for; an export that gave it up is `None`.
     tickets: BTreeMap<Ticket, (DiskSeq, Option<ExportName>)>,
@@ -194,6 +196,7 @@ impl Correlation {
             exports: Ordered::default(),
             by_candidate: Index::default(),
             replacing: BTreeSet::new(),
+            membership: 0,
             holds: Holds::default(),
             tickets: BTreeMap::new(),
             released: BTreeMap::new(),
@@ -330,6 +333,7 @@ impl Correlation {
     }
 
     fn insert_export(&mut self, definition: Definition, durable: bool) {
+        self.membership += 1;
         let candidates = definition.volume.candidates();
         for candidate in &candidates {
             let wanting = self.by_candidate.or_default(candidate.clone());
@@ -364,6 +368,7 @@ impl Correlation {
 
     fn remove_export(&mut self, name: &ExportName) -> Option<Export> {
         let export = self.exports.remove(name)?;
+        self.membership += 1;
         self.replacing.remove(name);
         for candidate in &export.candidates {
             if let Some(wanting) = self.by_candidate.get_mut(candidate) {

@@ -8,6 +8,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::task::JoinHandle;
 
+use super::claims::ClaimsFile;
 use super::metrics::ServingTimes;
 use super::rescan::Rescan;
 use super::sockets::Sockets;
@@ -44,7 +45,9 @@ pub(super) enum Report {
         result: Result<Arc<dyn Image>, OpenRefusal>,
     },
     /// The files were read again, or say why not.
-    Reloaded(Result<Vec<crate::correlation::Definition>, Vec<String>>),
+    Reloaded(Result<reload::Read, Vec<String>>),
+    /// The list of claims was written, or says why not.
+    ClaimsWritten(std::io::Result<()>),
 }
 
 /// One write to the store.
@@ -73,6 +76,7 @@ pub(super) struct Control {
     pub files: files::Observer,
     pub roots: Arc<Roots>,
     pub claims: Arc<Claims>,
+    pub(super) claims_file: ClaimsFile,
     pub(super) trail: Trail,
     pub(super) serving: ServingTimes,
     started: Instant,
@@ -146,6 +150,7 @@ impl Control {
             files,
             roots,
             claims: Arc::new(Claims::default()),
+            claims_file: ClaimsFile::default(),
             started: Instant::now(),
             drain_within,
             rules,
@@ -304,10 +309,17 @@ impl Control {
                 self.apply(Event::DiskOpened { ticket, result });
             }
             Report::Reloaded(_) if self.stopping => {}
-            Report::Reloaded(Ok(exports)) => {
-                tracing::info!(exports = exports.len(), "configuration read again");
-                self.apply(Event::Configured { exports });
+            Report::Reloaded(Ok(read)) => {
+                tracing::info!(exports = read.exports.len(), "configuration read again");
+                self.claims_file.rule(read.claim);
+                self.apply(Event::Configured {
+                    exports: read.exports,
+                });
                 let _asked = self.files.check();
+            }
+            Report::ClaimsWritten(result) => {
+                self.claims_file.written(result);
+                self.keep_claims();
             }
             Report::Reloaded(Err(problems)) => {
                 for problem in problems {
@@ -366,7 +378,7 @@ impl Control {
         let reports = self.reports.clone();
         tokio::task::spawn_blocking(move || {
             // The loop is gone only when the daemon stops.
-            let _stopped = reports.send(Report::Reloaded(reload::read_exports(&path)));
+            let _stopped = reports.send(Report::Reloaded(reload::read_again(&path)));
         });
     }
 

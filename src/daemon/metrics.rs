@@ -119,8 +119,9 @@ fn text(
         let _ = out.write_fmt(text);
         out.push('\n');
     };
+    // A gauge and no info: node_exporter reads the older text format, which has none.
     line(format_args!(
-        "# TYPE nbdtrack_build info\n# HELP nbdtrack_build Version of the daemon.\nnbdtrack_build_info{{version=\"{}\"}} 1",
+        "# TYPE nbdtrack_build_info gauge\n# HELP nbdtrack_build_info Version of the daemon.\nnbdtrack_build_info{{version=\"{}\"}} 1",
         env!("CARGO_PKG_VERSION")
     ));
     line(format_args!(

@@ -5,6 +5,7 @@
 
 mod activation;
 mod asked;
+mod claims;
 mod control;
 mod log;
 mod metrics;
@@ -214,6 +215,7 @@ async fn serve(options: &Options, passed: Option<Sockets>) -> Result<(), Error> 
         history,
     };
     let mut control = Control::new(correlation, edges, drain_within, config.identity, roots);
+    control.claims_file.rule(config.claim);
     control.start(sockets);
     control.apply(Event::Configured {
         exports: config.exports,

@@ -74,6 +74,7 @@ impl Control {
             }
         }
         self.publish(notices, replies);
+        self.keep_claims();
     }
 
     /// Opens in a thread of the blocking pool: a disk may take for ever.

@@ -50,7 +50,7 @@ impl Transmission {
             self.refuse(gather, to, DETACHED);
             return Ok(());
         };
-        let began = self.tally.begin();
+        let began = self.tally.begin(Operation::Read);
         let header = wire::read_header_bytes(to.headers);
         let (head, data) = gather.room(header + len).split_at_mut(header);
         match pass.image().read_nowait(at, data) {
@@ -96,7 +96,7 @@ impl Transmission {
         };
         add(&counters.writes, 1);
         add(&counters.bytes_written, data.len() as u64);
-        let began = self.tally.begin();
+        let began = self.tally.begin(Operation::Write);
         let result = pass.image().write(at, data, false);
         drop(pass);
         match result {

@@ -115,14 +115,16 @@ pub(super) struct Tally {
     requests: [Cell<u64>; 3],
     bytes: [Cell<u64>; 3],
     failed: [Cell<u64>; 3],
-    turn: Cell<u32>,
+    /// By operation: a client that reads and writes in turn would else have only one of them timed.
+    turn: [Cell<u32>; 3],
 }
 
 impl Tally {
     /// The clock, when this request is one of those that are timed.
-    pub(super) fn begin(&self) -> Option<Instant> {
-        let turn = self.turn.get();
-        self.turn.set((turn + 1) % SAMPLED);
+    pub(super) fn begin(&self, operation: Operation) -> Option<Instant> {
+        let cell = &self.turn[operation as usize];
+        let turn = cell.get();
+        cell.set((turn + 1) % SAMPLED);
         (turn == 0).then(Instant::now)
     }
 
@@ -165,8 +167,10 @@ mod tests {
     fn a_tally_tells_each_request_once_and_a_sample_stands_for_its_share() {
         let (meter, tally) = (Meter::default(), Tally::default());
         for _ in 0..32 {
-            let began = tally.begin();
+            let began = tally.begin(Operation::Read);
             tally.done(&meter, Operation::Read, 4_096, began);
+            let began = tally.begin(Operation::Write);
+            tally.done(&meter, Operation::Write, 1, began);
         }
         tally.failed(Operation::Write);
         tally.tell(&meter);
@@ -176,7 +180,7 @@ mod tests {
             (read.requests, read.bytes, read.timed),
             (32, 32 * 4_096, 32)
         );
-        assert_eq!((write.requests, write.failed), (1, 1));
+        assert_eq!((write.requests, write.failed, write.timed), (33, 1, 32));
         assert_eq!(other, Measured::default());
     }
 

@@ -1,3 +1,5 @@
+//! What sections of an nbd-server file become, key by key, and how a bad one is named.
+
 use super::*;
 
 fn file(path: &str, text: &str) -> IniFile {

@@ -1,0 +1,129 @@
+//! How a command ends without having done what it was asked: its words, its exit code, and what to do next.
+
+use crate::correlation::RequestError;
+use crate::daemon;
+use crate::dbus::client::ClientError;
+use crate::dbus::{Bus, BusError};
+
+/// Why a command ended without doing what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum Failure {
+    #[error(
+        "no daemon on {}: {reason}; start it with 'systemctl start nbdtrack' or 'nbdtrack serve --config PATH'",
+        place(bus)
+    )]
+    NoDaemon { bus: Bus, reason: String },
+    #[error("{0}")]
+    Client(ClientError),
+    #[error("{0}")]
+    Bus(#[from] BusError),
+    #[error("{0}")]
+    Daemon(#[from] daemon::Error),
+    #[error("{0}")]
+    Usage(&'static str),
+    /// What an argument says cannot be understood.
+    #[error("{0}")]
+    Argument(String),
+    /// Everything was printed already.
+    #[error("the configuration has {}", if *.0 == 1 { "a problem".to_owned() } else { format!("{} problems", .0) })]
+    Config(usize),
+    /// Everything was printed already.
+    #[error("{} of what was looked at {} the daemon from serving as it should", .0, if *.0 == 1 { "keeps" } else { "keep" })]
+    Unwell(usize),
+    #[error("{0}; nothing is claimed")]
+    Claim(String),
+    #[error("standard output: {0}")]
+    Output(#[from] std::io::Error),
+}
+
+impl Failure {
+    /// The exit code; the list stands in `--help` and in the man page.
+    pub fn code(&self) -> u8 {
+        match self {
+            Failure::Usage(_) | Failure::Argument(_) | Failure::Bus(BusError::Address { .. }) => 2,
+            Failure::NoDaemon { .. } => 3,
+            Failure::Client(error) => match error {
+                ClientError::NoDaemon(_) => 3,
+                ClientError::TimedOut(_)
+                | ClientError::Refused(RequestError::TimedOut(_) | RequestError::NotReady(_)) => 4,
+                ClientError::Denied(_) => 5,
+                ClientError::Refused(_) | ClientError::Bus(_) => 1,
+            },
+            Failure::Bus(_)
+            | Failure::Daemon(_)
+            | Failure::Config(_)
+            | Failure::Unwell(_)
+            | Failure::Claim(_)
+            | Failure::Output(_) => 1,
+        }
+    }
+
+    /// The error's name for machines: D-Bus's where there is one.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Failure::Client(error) => error.name(),
+            Failure::NoDaemon { .. } => "NoDaemon",
+            Failure::Usage(_) | Failure::Argument(_) | Failure::Bus(BusError::Address { .. }) => {
+                "InvalidArgument"
+            }
+            Failure::Config(_) => "InvalidConfig",
+            Failure::Bus(_)
+            | Failure::Daemon(_)
+            | Failure::Claim(_)
+            | Failure::Unwell(_)
+            | Failure::Output(_) => "Failed",
+        }
+    }
+
+    /// What happened, and what to do next where that is known.
+    pub fn text(&self) -> String {
+        let next = match self {
+            Failure::Client(ClientError::Denied(_)) => {
+                "; changing needs root, reading root or the group nbdtrack"
+            }
+            Failure::Client(ClientError::Refused(error)) => match error {
+                RequestError::NotFound(_) => {
+                    "; 'nbdtrack exports' and 'nbdtrack volumes' list what there is"
+                }
+                RequestError::Ambiguous(_) => {
+                    "; 'nbdtrack volumes' shows the disks, 'nbdtrack resolve NAME --diskseq N' chooses one"
+                }
+                RequestError::NotReady(_) => "; 'nbdtrack status' shows what it waits for",
+                RequestError::InUse(_) => "; let both exports share it, or make one read-only",
+                RequestError::TimedOut(_) => {
+                    "; ask again, with a longer --timeout or --hard where the command has them"
+                }
+                _ => "",
+            },
+            _ => "",
+        };
+        let said = self.to_string();
+        // The daemon knows more than we do: what it says to do next is enough.
+        if said.contains("'nbdtrack ") {
+            said
+        } else {
+            said + next
+        }
+    }
+}
+
+/// Where a daemon was looked for, in words.
+fn place(bus: &Bus) -> String {
+    match bus {
+        Bus::System => "the system bus".to_owned(),
+        Bus::None | Bus::Address(_) => bus.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_failure_that_may_pass_by_itself_has_exit_code_4() {
+        let refused = |error| Failure::Client(ClientError::Refused(error)).code();
+        assert_eq!(refused(RequestError::NotReady(String::new())), 4);
+        assert_eq!(refused(RequestError::TimedOut(String::new())), 4);
+        assert_eq!(refused(RequestError::NotFound(String::new())), 1);
+    }
+}

@@ -1,0 +1,64 @@
+//! The consumers that are shown to others, on a real daemon and a real disk.
+
+mod support;
+
+use std::path::Path;
+use std::time::Duration;
+
+use support::ground::{Need, real, skip};
+use support::loops::LoopDevice;
+use support::scene::{Scene, Volume};
+use support::{Outcome, process};
+
+const NEEDS: &[Need] = &[
+    Need::Loop,
+    Need::Bus,
+    Need::Tool("nbdinfo"),
+    Need::Tool("losetup"),
+];
+const BYTES: u64 = 4 << 20;
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// Attach, export, job, prepare the detach, detach.
+fn runs_through(name: &str, program: &Path) -> Outcome<()> {
+    real(name, NEEDS, |ground| {
+        let mut scene = Scene::empty(ground)?;
+        let volume = Volume::make(ground.path(), "vol-c", BYTES)?;
+        let device = LoopDevice::add()?;
+        let attach = format!("losetup {} {}", device.node(), volume.image.display());
+        let detach = format!("losetup -d {}", device.node());
+        let socket = scene.home.socket.display().to_string();
+        let mut command = process::command(program);
+        command
+            .args(["vol-c", &volume.id(), &socket, &attach, &detach])
+            .env("NBDTRACK_BUS", &scene.bus.address);
+        let done = process::run_command(name, command, LIMIT)?;
+        hold!(done.status.success(), "{}{}", done.stdout, done.stderr);
+        hold!(done.stdout.contains(&BYTES.to_string()), "{}", done.stdout);
+        hold!(
+            scene.client.export("vol-c")?.is_none(),
+            "it took its export away"
+        );
+        scene.stop()
+    })
+}
+
+fn example(name: &str) -> std::path::PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("examples/consumers")
+        .join(name)
+}
+
+#[test]
+fn the_shell_consumer_runs_through() -> Outcome<()> {
+    runs_through("shell consumer", &example("volume.sh"))
+}
+
+#[test]
+fn the_python_consumer_runs_through() -> Outcome<()> {
+    let there = process::run(support::ground::PYTHON, &["-c", "import dbus"], LIMIT)?;
+    if !there.status.success() {
+        return skip("python consumer", "Debian's python3-dbus is not installed");
+    }
+    runs_through("python consumer", &example("volume.py"))
+}
