@@ -6,7 +6,7 @@ RELEASE := target/release
 BENCH := $(CARGO) bench --locked --bench
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build run compare bench bench-quick bench-control bench-control-quick check test test-guest soak-guest fuzz deb test-deb install uninstall deny clean
+.PHONY: help setup build run compare bench bench-quick bench-control bench-control-quick check test test-guest soak-guest fuzz deb test-deb man install uninstall deny clean
 
 # Where `make install` puts things; below DESTDIR, for a package or a guest's root.
 DESTDIR ?=
@@ -70,6 +70,9 @@ deb: setup ## Make target/nbdtrack_VERSION_ARCH.deb, and have lintian judge it
 test-deb: deb ## Install, upgrade, remove and purge the package in a fresh Debian
 	@scripts/package-test
 
+man: ## Write the commands' manual pages anew, from what the program takes
+	$(CARGO) run --quiet --locked --bin nbdtrack -- manual man
+
 install: ## Install the built binary and all that ships with it, below DESTDIR
 	install -D -m 755 -s $(BINARY) $(DESTDIR)$(PREFIX)/bin/nbdtrack
 	install -D -m 644 systemd/nbdtrack.service $(DESTDIR)$(PREFIX)/lib/systemd/system/nbdtrack.service
@@ -82,7 +85,7 @@ install: ## Install the built binary and all that ships with it, below DESTDIR
 	install -D -m 644 rules/60-nbdtrack.rules $(DESTDIR)$(PREFIX)/lib/udev/rules.d/60-nbdtrack.rules
 	install -D -m 644 rules/multipath.conf $(DESTDIR)/etc/multipath/conf.d/nbdtrack.conf
 	install -D -m 644 examples/appliance.toml $(DESTDIR)$(PREFIX)/share/doc/nbdtrack/appliance.toml
-	install -D -m 644 man/nbdtrack.1 $(DESTDIR)$(PREFIX)/share/man/man1/nbdtrack.1
+	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/man/man1 $(wildcard man/*.1)
 	install -D -m 644 man/nbdtrack.toml.5 $(DESTDIR)$(PREFIX)/share/man/man5/nbdtrack.toml.5
 	install -d -m 755 $(DESTDIR)/etc/nbdtrack
 
@@ -94,7 +97,7 @@ uninstall: ## Remove what install put below DESTDIR; configuration and state sta
 	rm -f $(DESTDIR)$(PREFIX)/share/dbus-1/system-services/org.nbdtrack1.service
 	rm -f $(addprefix $(DESTDIR)$(PREFIX)/share/dbus-1/interfaces/org.nbdtrack1.,Manager.xml Volume.xml Export.xml)
 	rm -f $(DESTDIR)$(PREFIX)/lib/udev/rules.d/60-nbdtrack.rules $(DESTDIR)/etc/multipath/conf.d/nbdtrack.conf
-	rm -f $(DESTDIR)$(PREFIX)/share/man/man1/nbdtrack.1 $(DESTDIR)$(PREFIX)/share/man/man5/nbdtrack.toml.5
+	rm -f $(addprefix $(DESTDIR)$(PREFIX)/share/man/man1/,$(notdir $(wildcard man/*.1))) $(DESTDIR)$(PREFIX)/share/man/man5/nbdtrack.toml.5
 	rm -rf $(DESTDIR)$(PREFIX)/share/doc/nbdtrack
 	rmdir --ignore-fail-on-non-empty $(DESTDIR)/etc/nbdtrack $(DESTDIR)/etc/multipath/conf.d $(DESTDIR)/etc/multipath 2>/dev/null || true
 	[ -n "$(DESTDIR)" ] || rm -f /run/nbdtrack/claims

@@ -90,3 +90,40 @@ fn what_the_readme_says_to_type_is_a_command() {
         assert!(commands.iter().any(|known| known == command), "{command}");
     }
 }
+
+/// The pages of the commands are written by `make man` from the definitions that parse the command line.
+#[test]
+fn the_pages_of_the_commands_are_what_the_program_takes() {
+    let folder = tempfile::tempdir().unwrap();
+    nbdtrack(&["manual", folder.path().to_str().unwrap()]);
+    for command in commands() {
+        let name = format!("nbdtrack-{command}.1");
+        let fresh = std::fs::read_to_string(folder.path().join(&name)).unwrap();
+        let kept = std::fs::read_to_string(format!("{}/man/{name}", env!("CARGO_MANIFEST_DIR")));
+        assert!(
+            kept.unwrap_or_default() == fresh,
+            "man/{name} is not up to date: run 'make man'"
+        );
+    }
+}
+
+#[test]
+fn mandoc_finds_nothing_wrong_with_the_pages() {
+    if Command::new("mandoc").arg("-h").output().is_err() {
+        eprintln!("SKIPPED: manual pages: mandoc is not installed");
+        return;
+    }
+    for page in std::fs::read_dir(format!("{}/man", env!("CARGO_MANIFEST_DIR"))).unwrap() {
+        let page = page.unwrap().path();
+        // What is written by hand has no warning; what is generated no error.
+        let by_hand = !page.to_string_lossy().contains("nbdtrack-");
+        let level = if by_hand { "-Wwarning" } else { "-Werror" };
+        let judged = Command::new("mandoc")
+            .args(["-Tlint", level])
+            .arg(&page)
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&judged.stdout).into_owned();
+        assert!(said.is_empty(), "{said}");
+    }
+}

@@ -73,6 +73,7 @@ pub async fn run(bus: &Bus, command: Command, as_json: bool) -> Result<(), Failu
         Command::Metrics(asked) => metrics::metrics(bus, client, &asked).await?,
         // Carried out without a daemon, before this.
         Command::Doctor { .. }
+        | Command::Manual { .. }
         | Command::Serve(_)
         | Command::Check { .. }
         | Command::UdevClaim { .. } => {}

@@ -10,6 +10,7 @@ mod doctor;
 mod explain;
 mod failure;
 mod history;
+mod manual;
 mod metrics;
 mod show;
 mod table;
@@ -106,6 +107,12 @@ enum Command {
         /// The disk's device number, MAJOR:MINOR
         #[arg(value_name = "MAJOR:MINOR")]
         device: String,
+    },
+    /// Write the manual pages of the commands
+    #[command(hide = true)]
+    Manual {
+        /// Where to
+        folder: PathBuf,
     },
     /// Check the configuration and tell everything that is wrong with it
     Check {
@@ -294,6 +301,7 @@ fn run(cli: Cli) -> Result<(), Failure> {
             let said = claim::answer(&device, id_path.as_deref()).map_err(Failure::Claim)?;
             return Ok(std::io::stdout().write_all(said.as_bytes())?);
         }
+        Command::Manual { folder } => return Ok(manual::write(Cli::command(), &folder)?),
         Command::Check { config } => return check::check(&config, json),
         command => command,
     };
