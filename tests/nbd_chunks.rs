@@ -15,6 +15,7 @@ use nbdtrack::nbd::wire::{
 
 const EIO: u32 = 5;
 const EINVAL: u32 = 22;
+const ENOSPC: u32 = 28;
 const ENOTSUP: u32 = 95;
 const ESHUTDOWN: u32 = 108;
 const ERROR: u16 = (1 << 15) + 1;
@@ -487,6 +488,15 @@ fn a_long_request_goes_in_pieces_and_fails_with_the_offset_it_came_to() {
             .iter()
             .all(|b| *b == 0)
     );
+    // A full file system takes nothing and loses nothing.
+    let errno = &server.image.fail_errno;
+    errno.store(libc::ENOSPC, Ordering::SeqCst);
+    server.image.fail_from.store(PIECE, Ordering::SeqCst);
+    let asked = talk.put(cmd::WRITE_ZEROES, cmd_flag::FUA, 0, size);
+    assert_eq!(talk.error(&asked).0, ENOSPC);
+    assert_eq!(talk.ask(cmd::FLUSH, 0, 0, 0), 0);
+    assert_eq!(zeroed(&server.image).len(), 2);
+    errno.store(libc::EIO, Ordering::SeqCst);
     // Half of it, then an error: the peer learns how far it came, and FUA's promise is off for good.
     server.image.fail_from.store(PIECE, Ordering::SeqCst);
     let asked = talk.put(cmd::WRITE_ZEROES, cmd_flag::FUA, 0, size);

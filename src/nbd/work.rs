@@ -221,7 +221,10 @@ impl Step {
 
 /// A piece that was not the last of a request with FUA was to be durable as much as the last one (invariant 9).
 fn latch_if_lost(image: &dyn Image, fua: bool, rest: Option<Span>, done: &io::Result<()>) {
-    if fua && rest.is_some() && done.is_err() {
+    let Err(error) = done else { return };
+    // No room: nothing was taken that could be lost, as `Image::write` and `zero` see it.
+    let full = matches!(error.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT));
+    if fua && rest.is_some() && !full {
         image.latch();
     }
 }

@@ -5,7 +5,7 @@
 use std::io::{self, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Condvar, Mutex, RwLock};
 use std::time::{Duration, Instant};
@@ -27,7 +27,8 @@ pub struct Memory {
     pub fail_flush: AtomicBool,
     pub fast_zero: AtomicBool,
     pub fail_reads: AtomicBool,
-    /// Zeroes fail from this byte on.
+    /// Zeroes fail from this byte on, with this number.
+    pub fail_errno: AtomicI32,
     pub fail_from: AtomicU64,
     /// What `zero` was asked.
     pub zeroed: Mutex<Vec<(Extent, ZeroFlags)>>,
@@ -56,6 +57,7 @@ impl Memory {
             fail_flush: AtomicBool::new(false),
             fast_zero: AtomicBool::new(false),
             fail_reads: AtomicBool::new(false),
+            fail_errno: AtomicI32::new(libc::EIO),
             fail_from: AtomicU64::new(u64::MAX),
             zeroed: Mutex::default(),
             latched: AtomicBool::new(false),
@@ -173,7 +175,8 @@ impl Image for Memory {
         self.pass("zero");
         self.zeroed.lock().unwrap().push((at, flags));
         if self.fail_from.load(Ordering::SeqCst) < at.offset() + u64::from(at.len()) {
-            return Err(io::Error::from_raw_os_error(libc::EIO));
+            let errno = self.fail_errno.load(Ordering::SeqCst);
+            return Err(io::Error::from_raw_os_error(errno));
         }
         self.bytes.write().unwrap()[Self::range(at)].fill(0);
         if flags.fua { self.durable() } else { Ok(()) }
