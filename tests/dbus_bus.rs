@@ -10,7 +10,9 @@ use std::time::Duration;
 use bus::{PrivateBus, block_on};
 use futures_util::StreamExt;
 use nbdtrack::correlation::*;
-use nbdtrack::dbus::{Answer, Bus, Call, Command, Publication, Publisher, serve};
+use nbdtrack::dbus::{
+    Answer, Bus, Call, Caller, Command, JobView, Publication, Publisher, Stage, serve,
+};
 use nbdtrack::identity::{Identity, Scheme};
 use tokio::sync::mpsc;
 use zbus::message::Type;
@@ -87,7 +89,26 @@ fn export(name: &str, disk: Option<u64>) -> ExportView {
         generation: Generation(1),
         size: 1 << 20,
         read_only: false,
+        hidden: false,
         source: Source::Dbus,
+    }
+}
+
+fn job(id: u64, clients: u32) -> JobView {
+    JobView {
+        id,
+        operation: "prepare-detach",
+        target: "loop:/x".to_owned(),
+        exports: vec![ExportName::parse("a").unwrap()],
+        caller: Caller {
+            name: ":1.7".to_owned(),
+            uid: Some(0),
+        },
+        started_usec: 1,
+        deadline_usec: 2,
+        stage: Stage::Draining,
+        clients,
+        clients_max: 4,
     }
 }
 
@@ -708,10 +729,12 @@ fn live_introspection_is_what_the_xml_files_say() {
         publisher.offer(vec![
             Publication::Disk(disk(1, "x")),
             shown(export("a", Some(1)), 0),
+            Publication::Job(job(1, 0)),
         ]);
         assert!(publisher.flush(Duration::from_secs(5)).await);
         for (path, interface) in [
             (ROOT, "org.nbdtrack1.Manager"),
+            ("/org/nbdtrack1/jobs/1", "org.nbdtrack1.Job"),
             ("/org/nbdtrack1/volumes/loop_x", "org.nbdtrack1.Volume"),
             ("/org/nbdtrack1/exports/a", "org.nbdtrack1.Export"),
         ] {

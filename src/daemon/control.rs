@@ -1,6 +1,6 @@
 //! The loop and what it owns.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -8,14 +8,15 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::task::JoinHandle;
 
+use super::reload::Reload;
 use super::sockets::Sockets;
-use super::{Error, Options, perform, reload};
+use super::{Error, Options, perform};
 use crate::config::IdentityRules;
 use crate::correlation::{
     Change, Correlation, Event, ExportName, Mark, Notice, OpenRefusal, OpenedDisk, RequestError,
     RequestId, Ticket,
 };
-use crate::dbus::{Answer, Command, Publication, Publisher};
+use crate::dbus::{Answer, Command, JobView, Publication, Publisher};
 use crate::image::Image;
 use crate::image::block::Claims;
 use crate::mapping::Store;
@@ -81,7 +82,10 @@ pub(super) struct Control {
     /// [`WRITES_MAX`]; when full the request is refused. `keep_store` ends when this is dropped.
     pub writes: mpsc::Sender<Write>,
     keeper: Option<JoinHandle<()>>,
-    reload: Reload,
+    pub(super) reload: Reload,
+    pub(super) options: Options,
+    /// Calls that last, by the request that each is; at most the calls that D-Bus lets in.
+    pub(super) jobs: BTreeMap<RequestId, JobView>,
     clients: Arc<ClientChanges>,
     sockets: Option<Sockets>,
     pub(super) stopping: bool,
@@ -100,6 +104,7 @@ impl Control {
         edges: Edges,
         drain_within: Duration,
         rules: IdentityRules,
+        options: Options,
     ) -> Control {
         let Edges {
             door,
@@ -137,7 +142,9 @@ impl Control {
             report_receiver: Some(report_receiver),
             writes,
             keeper: Some(keeper),
-            reload: Reload::Idle,
+            reload: Reload::default(),
+            options,
+            jobs: BTreeMap::new(),
             clients,
             sockets: None,
             stopping: false,
@@ -156,7 +163,6 @@ impl Control {
         mut events: mpsc::Receiver<Event>,
         mut commands: mpsc::Receiver<Command>,
         mut hangup: Signal,
-        options: &Options,
     ) -> Result<(), Error> {
         let mut reports = self
             .report_receiver
@@ -180,11 +186,7 @@ impl Control {
             tokio::select! {
                 biased;
                 Some(report) = reports.recv() => {
-                    let reloaded = matches!(report, Report::Reloaded(_));
                     self.on_report(report);
-                    if reloaded && std::mem::replace(&mut self.reload, Reload::Idle) == Reload::Again {
-                        self.begin_reload(options);
-                    }
                 }
                 stop = stop_signal(&mut term, &mut interrupt) => match stop_by {
                     None => {
@@ -206,7 +208,7 @@ impl Control {
                     None => lost = Some("the D-Bus service"),
                 },
                 _ = &mut keeper, if lost.is_none() => lost = Some("the store's task"),
-                _ = hangup.recv() => self.begin_reload(options),
+                _ = hangup.recv() => self.begin_reload(),
                 () = clients.some.notified() => self.publish_clients(),
                 () = sleep_until(stop_by) => {
                     tracing::warn!("stopping: the time to drain is over and some disks have not answered");
@@ -285,16 +287,7 @@ impl Control {
                 });
                 self.apply(Event::DiskOpened { ticket, result });
             }
-            Report::Reloaded(_) if self.stopping => {}
-            Report::Reloaded(Ok(exports)) => {
-                tracing::info!(exports = exports.len(), "configuration read again");
-                self.apply(Event::Configured { exports });
-            }
-            Report::Reloaded(Err(problems)) => {
-                for problem in problems {
-                    tracing::error!("configuration refused, everything stays as it was: {problem}");
-                }
-            }
+            Report::Reloaded(read) => self.on_reload(read),
         }
     }
 
@@ -319,6 +312,16 @@ impl Control {
             disks = self.correlation.diskseqs().count(),
             "ready"
         );
+        self.tell_ready();
+    }
+
+    /// Tells the service manager that all is well, and what is served.
+    pub(super) fn tell_ready(&self) {
+        if self.sockets.is_some() {
+            // The first survey will.
+            return;
+        }
+        let exports = self.correlation.export_names().count();
         perform::notify(&[
             sd_notify::NotifyState::Ready,
             sd_notify::NotifyState::Status(&format!("Following the volumes of {exports} exports")),
@@ -334,23 +337,6 @@ impl Control {
         tokio::time::Instant::now() + self.drain_within + STOP_SLACK
     }
 
-    fn begin_reload(&mut self, options: &Options) {
-        let Some(path) = options.config.clone() else {
-            tracing::warn!("asked to reload, but started without --config: nothing to read");
-            return;
-        };
-        if self.reload != Reload::Idle {
-            self.reload = Reload::Again;
-            return;
-        }
-        self.reload = Reload::Reading;
-        let reports = self.reports.clone();
-        tokio::task::spawn_blocking(move || {
-            // The loop is gone only when the daemon stops.
-            let _stopped = reports.send(Report::Reloaded(reload::read_exports(&path)));
-        });
-    }
-
     fn publish_clients(&mut self) {
         let changed = std::mem::take(
             &mut *self
@@ -359,18 +345,17 @@ impl Control {
                 .lock()
                 .unwrap_or_else(PoisonError::into_inner),
         );
+        self.progress_jobs(&changed);
+        for export in &changed {
+            if self.correlation.is_hidden(export) && self.door.clients(export) == 0 {
+                self.apply(Event::Unused {
+                    export: export.clone(),
+                });
+            }
+        }
         let notices: Vec<Notice> = changed.into_iter().map(Notice::Export).collect();
         self.publish(notices, Vec::new());
     }
-}
-
-/// Whether the files are being read. Only one reading goes on at a time: of two, the older could be applied last.
-#[derive(Debug, PartialEq, Eq)]
-enum Reload {
-    Idle,
-    Reading,
-    /// Asked for again since the reading began.
-    Again,
 }
 
 pub(super) fn listen(kind: SignalKind) -> Signal {

@@ -5,6 +5,7 @@
 
 mod asked;
 mod control;
+mod jobs;
 mod log;
 mod perform;
 mod reload;
@@ -186,12 +187,18 @@ async fn serve(options: &Options) -> Result<(), Error> {
         observer,
         store,
     };
-    let mut control = Control::new(correlation, edges, drain_within, config.identity);
+    let mut control = Control::new(
+        correlation,
+        edges,
+        drain_within,
+        config.identity,
+        options.clone(),
+    );
     control.start(sockets);
     control.apply(Event::Configured {
         exports: config.exports,
     });
-    let ended = control.run(events, commands, hangup, options).await;
+    let ended = control.run(events, commands, hangup).await;
     // Whoever listens hears of the end, if the bus takes it.
     control.publisher.flush(FAREWELL).await;
     if let Some(socket) = &config.server.socket

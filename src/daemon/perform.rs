@@ -40,6 +40,15 @@ impl Control {
                 } => self.door.refuse(&export, kind, &reason),
                 Action::Unseal { export, generation } => self.door.unseal(&export, generation),
                 Action::Grow { export, generation } => self.door.grow(&export, generation),
+                Action::Hide { export, reason } => {
+                    self.door.hide(&export, &reason);
+                    if self.door.clients(&export) == 0 {
+                        let unused = Event::Unused { export };
+                        // The loop is gone only when the daemon stops.
+                        let _stopped = self.reports.send(Report::Happened(unused));
+                    }
+                }
+                Action::Show { export } => self.door.show(&export),
                 Action::Forget { export } => self.door.forget(&export),
                 Action::EndLease {
                     export,
@@ -127,6 +136,7 @@ impl Control {
                 Notice::Disk(diskseq) => {
                     disks.insert(diskseq);
                 }
+                Notice::Reloaded(difference) => signals.extend(self.reloaded(difference)),
                 signal => signals.push(Publication::Signal(signal)),
             }
         }
@@ -137,6 +147,7 @@ impl Control {
         batch.extend(exports.into_iter().map(|name| self.export(name)));
         batch.extend(signals);
         for (request, reply) in replies {
+            batch.extend(self.end_job(request, &reply));
             // A caller that has gone has taken its receiver along, which costs nothing.
             let Some(asker) = self.asked.remove(&request) else {
                 continue;

@@ -63,8 +63,12 @@ impl Calls {
     pub fn admit(&self, call: &Call) -> Result<OwnedSemaphorePermit, RequestError> {
         let places = match call {
             Call::Request(Request::AddExport { .. }) => &self.adding,
-            Call::Request(_) | Call::Rescan => &self.changing,
-            Call::ResolveVolume(_) | Call::Stats => &self.reading,
+            Call::Request(_)
+            | Call::Rescan
+            | Call::Reload
+            | Call::EndSession(_)
+            | Call::SetLogLevel(_) => &self.changing,
+            Call::ResolveVolume(_) | Call::Sessions(_) | Call::Stats => &self.reading,
         };
         places.clone().try_acquire_owned().map_err(|_| self.busy())
     }
@@ -121,7 +125,11 @@ pub(super) fn time_for(call: &Call) -> Duration {
         ) => *within,
         Call::Request(Request::CancelDetach { .. } | Request::ResolveConflict { .. })
         | Call::Rescan
+        | Call::Reload
         | Call::ResolveVolume(_)
+        | Call::Sessions(_)
+        | Call::EndSession(_)
+        | Call::SetLogLevel(_)
         | Call::Stats => ASKING,
     };
     asked.saturating_add(MARGIN)

@@ -23,10 +23,14 @@ mod connect;
 mod error;
 mod export;
 mod introspect;
+mod job;
+mod log_control;
 mod manager;
+mod options;
 mod paths;
 mod publish;
 mod queue;
+mod reply;
 #[cfg(test)]
 mod samples;
 mod server;
@@ -40,10 +44,12 @@ use tokio::sync::{mpsc, oneshot};
 
 pub use call::CALLS_MAX;
 pub use error::BusError;
+pub use log_control::{LogLevel, LogState};
 pub use publish::Publisher;
 
 use crate::correlation::{
-    DiskSeq, DiskView, ExportName, ExportView, Notice, Request, RequestError,
+    Difference, DiskSeq, DiskView, ExportName, ExportView, Generation, Notice, Request,
+    RequestError,
 };
 use crate::identity::VolumeId;
 
@@ -115,7 +121,68 @@ pub enum Call {
     ResolveVolume(Filter),
     /// Survey now; answered when it is done.
     Rescan,
+    /// Read the configuration again; answered when it is applied.
+    Reload,
+    /// The sessions, of one export or of all.
+    Sessions(Option<ExportName>),
+    EndSession(u64),
+    SetLogLevel(LogLevel),
     Stats,
+}
+
+/// One NBD session as it is now.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SessionView {
+    /// Never given twice while the daemon runs.
+    pub id: u64,
+    pub export: ExportName,
+    pub generation: Generation,
+    /// The address of a TCP client; process and user of a Unix one.
+    pub peer: String,
+    /// Milliseconds since it connected.
+    pub age_ms: u64,
+}
+
+/// How far a job is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stage {
+    /// Clients are there.
+    Draining,
+    /// The last clients have left; the disk flushes and is closed.
+    Closing,
+    Done,
+}
+
+impl Stage {
+    pub fn name(self) -> &'static str {
+        match self {
+            Stage::Draining => "draining",
+            Stage::Closing => "closing",
+            Stage::Done => "done",
+        }
+    }
+}
+
+/// One call that lasts, as it is now.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct JobView {
+    pub id: u64,
+    /// `prepare-detach` or `remove-export`.
+    pub operation: &'static str,
+    /// The volume or the export, as the caller wrote it.
+    pub target: String,
+    /// Whose clients are to leave.
+    pub exports: Vec<ExportName>,
+    pub caller: Caller,
+    /// Microseconds since the epoch.
+    pub started_usec: u64,
+    /// Microseconds since the epoch, when a drain becomes a cut.
+    pub deadline_usec: u64,
+    pub stage: Stage,
+    /// Connected now.
+    pub clients: u32,
+    /// Connected at most since it began.
+    pub clients_max: u32,
 }
 
 /// Which disks are asked for: those for which everything that is given holds.
@@ -133,6 +200,8 @@ pub enum Answer {
     Done,
     Added { name: ExportName, created: bool },
     Volumes(Vec<DiskSeq>),
+    Reloaded(Difference),
+    Sessions(Vec<SessionView>),
     Stats(BTreeMap<String, u64>),
 }
 
@@ -148,6 +217,13 @@ pub enum Publication {
     Disk(DiskView),
     DiskGone(DiskSeq),
     Signal(Notice),
+    Job(JobView),
+    /// The job is over, and its object goes.
+    JobDone {
+        job: JobView,
+        result: Result<(), RequestError>,
+    },
+    Log(LogState),
     /// Sent only after what was offered before it is visible on the bus.
     Reply(
         oneshot::Sender<Result<Answer, RequestError>>,

@@ -202,6 +202,13 @@ fn tell(
                     .map(message)
                     .for_each(&mut add);
             }
+            Entry::Job((job, result)) => {
+                tree.put_job(job, result)
+                    .iter()
+                    .map(message)
+                    .for_each(&mut add);
+            }
+            Entry::Log(state) => tree.log = state,
             Entry::Signal(notice) => signal(tree, &notice).into_iter().for_each(&mut add),
             Entry::Reply(to, outcome) => replies.push((to, outcome)),
         }

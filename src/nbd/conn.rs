@@ -113,6 +113,7 @@ pub(super) struct Conn {
     pub(super) token: u64,
     pub(super) account: Arc<Account>,
     socket: OwnedFd,
+    pub(super) began: Instant,
     wake: Arc<dyn Wake>,
     dead: AtomicBool,
     /// Requests at the disk crew.
@@ -158,6 +159,7 @@ impl Conn {
             token,
             account,
             socket,
+            began: Instant::now(),
             wake,
             dead: AtomicBool::new(false),
             jobs: AtomicU32::new(0),

@@ -59,6 +59,8 @@ struct Export {
     ending: Vec<Arc<Lease>>,
     /// Taken out of LIST; kept while leases are ending.
     forgotten: bool,
+    /// Out of LIST, and new clients are turned away with this; sessions that exist go on.
+    hidden: Option<String>,
     clients: Arc<AtomicU32>,
 }
 
@@ -72,6 +74,7 @@ impl Export {
             lease: None,
             ending: Vec::new(),
             forgotten: false,
+            hidden: None,
             clients: Arc::default(),
         }
     }
@@ -102,7 +105,7 @@ impl Door {
         Ok(Door(Arc::new(Handle(shared))))
     }
 
-    fn shared(&self) -> &Arc<Shared> {
+    pub(super) fn shared(&self) -> &Arc<Shared> {
         &self.0.0
     }
 
@@ -204,11 +207,29 @@ impl Door {
         }
     }
 
+    /// Takes `name` out of LIST and turns new clients away, whatever else is said of it until `show` or `forget`; sessions
+    /// that exist go on.
+    pub fn hide(&self, name: &ExportName, reason: &str) {
+        let mut exports = lock(&self.shared().exports);
+        if let Some(export) = exports.get_mut(name) {
+            export.hidden = Some(reason.to_owned());
+        }
+    }
+
+    /// Takes `hide` back.
+    pub fn show(&self, name: &ExportName) {
+        let mut exports = lock(&self.shared().exports);
+        if let Some(export) = exports.get_mut(name) {
+            export.hidden = None;
+        }
+    }
+
     /// Takes `name` out of LIST; to new clients it is unknown.
     pub fn forget(&self, name: &ExportName) {
         let mut exports = lock(&self.shared().exports);
         if let Some(export) = exports.get_mut(name) {
             export.forgotten = true;
+            export.hidden = None;
             if export.lease.is_none() && export.ending.is_empty() {
                 exports.remove(name);
             }
@@ -345,6 +366,12 @@ impl Shared {
             .get(&name)
             .filter(|export| !export.forgotten)
             .ok_or_else(unknown)?;
+        if let Some(reason) = &export.hidden {
+            return Err(Refusal {
+                kind: RefusalKind::Policy,
+                reason: reason.clone(),
+            });
+        }
         match (&export.refusal, &export.lease) {
             (Some(refusal), _) => Err(refusal.clone()),
             (None, Some(lease)) => Ok(lease.clone()),
@@ -362,7 +389,7 @@ impl Shared {
             let mut last = None;
             for (name, export) in exports.range((from, Bound::Unbounded)).take(NAMES_AT_ONCE) {
                 last = Some(name.clone());
-                if !export.forgotten {
+                if !export.forgotten && export.hidden.is_none() {
                     bytes += name.as_str().len() + 24;
                     names.push(name.clone());
                 }
@@ -375,6 +402,19 @@ impl Shared {
                 return Some(names);
             };
             from = Bound::Excluded(last);
+        }
+    }
+
+    /// The leases of one export, or of all: those that are open, and those that are ending.
+    pub(super) fn leases(&self, of: Option<&ExportName>) -> Vec<Arc<Lease>> {
+        let exports = lock(&self.exports);
+        let of_one = |export: &Export| {
+            let all = export.lease.iter().chain(&export.ending);
+            all.cloned().collect::<Vec<_>>()
+        };
+        match of {
+            Some(name) => exports.get(name).map(of_one).unwrap_or_default(),
+            None => exports.values().flat_map(of_one).collect(),
         }
     }
 
