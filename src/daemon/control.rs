@@ -9,8 +9,9 @@ use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::task::JoinHandle;
 
 use super::reload::Reload;
+use super::service::Service;
 use super::sockets::Sockets;
-use super::{Error, Options, perform};
+use super::{Error, Options};
 use crate::config::IdentityRules;
 use crate::correlation::{
     Change, Correlation, Event, ExportName, Mark, Notice, OpenRefusal, OpenedDisk, RequestError,
@@ -83,6 +84,7 @@ pub(super) struct Control {
     pub writes: mpsc::Sender<Write>,
     keeper: Option<JoinHandle<()>>,
     pub(super) reload: Reload,
+    pub(super) service: Service,
     pub(super) options: Options,
     /// Calls that last, by the request that each is; at most the calls that D-Bus lets in.
     pub(super) jobs: BTreeMap<RequestId, JobView>,
@@ -143,6 +145,7 @@ impl Control {
             writes,
             keeper: Some(keeper),
             reload: Reload::default(),
+            service: Service::new(),
             options,
             jobs: BTreeMap::new(),
             clients,
@@ -210,6 +213,7 @@ impl Control {
                 _ = &mut keeper, if lost.is_none() => lost = Some("the store's task"),
                 _ = hangup.recv() => self.begin_reload(),
                 () = clients.some.notified() => self.publish_clients(),
+                () = sleep_until(self.service.due()) => self.service.turn(&self.door),
                 () = sleep_until(stop_by) => {
                     tracing::warn!("stopping: the time to drain is over and some disks have not answered");
                     break;
@@ -261,6 +265,8 @@ impl Control {
         self.apply(event);
         let Some(began) = surveyed else { return };
         self.open_to_clients();
+        // The number of exports is another one, or the bus has come.
+        self.tell_ready();
         let (done, waiting) = std::mem::take(&mut self.rescans)
             .into_iter()
             .partition(|(asked, _)| *asked < began);
@@ -301,10 +307,10 @@ impl Control {
                 tracing::error!(%error, "cannot accept TCP clients");
             }
         }
-        if let Some(listener) = sockets.unix
-            && let Err(error) = self.door.listen_unix(listener)
-        {
-            tracing::error!(%error, "cannot accept clients on the Unix socket");
+        for listener in sockets.unix {
+            if let Err(error) = self.door.listen_unix(listener) {
+                tracing::error!(%error, "cannot accept clients on a Unix socket");
+            }
         }
         let exports = self.correlation.export_names().count();
         tracing::info!(
@@ -312,26 +318,31 @@ impl Control {
             disks = self.correlation.diskseqs().count(),
             "ready"
         );
-        self.tell_ready();
     }
 
     /// Tells the service manager that all is well, and what is served.
-    pub(super) fn tell_ready(&self) {
-        if self.sockets.is_some() {
-            // The first survey will.
+    pub(super) fn tell_ready(&mut self) {
+        if self.sockets.is_some() || self.reload.is_reading() || self.stopping {
+            // The first survey will, or the end of the reload.
             return;
         }
         let exports = self.correlation.export_names().count();
-        perform::notify(&[
-            sd_notify::NotifyState::Ready,
-            sd_notify::NotifyState::Status(&format!("Following the volumes of {exports} exports")),
-        ]);
+        let bus = if self.publisher.is_linked() {
+            ""
+        } else {
+            "; no bus, so no one can be told or ask"
+        };
+        self.service
+            .ready(format!("Following the volumes of {exports} exports{bus}."));
     }
 
     /// Begins to drain; gives the time at which the stop is over, drained or not.
     fn begin_stop(&mut self) -> tokio::time::Instant {
         self.stopping = true;
-        perform::notify(&[sd_notify::NotifyState::Stopping]);
+        let seconds = self.drain_within.as_secs();
+        self.service.stopping(format!(
+            "Draining the clients of every export, for at most {seconds} s."
+        ));
         self.door.shutdown();
         self.apply(Event::Stopping);
         tokio::time::Instant::now() + self.drain_within + STOP_SLACK

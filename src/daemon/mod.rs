@@ -9,6 +9,7 @@ mod jobs;
 mod log;
 mod perform;
 mod reload;
+mod service;
 mod sockets;
 
 use std::net::SocketAddr;
@@ -156,7 +157,12 @@ async fn serve(options: &Options) -> Result<(), Error> {
         source,
     })?;
     // Bound before anything is opened, so that a port in use is told at once; accepted from after the first survey.
-    let sockets = sockets::bind(&config.server.listen, config.server.socket.as_deref())?;
+    let passed = sockets::passed()?;
+    let own_socket = passed.is_none();
+    let sockets = match passed {
+        Some(sockets) => sockets,
+        None => sockets::bind(&config.server.listen, config.server.socket.as_deref())?,
+    };
     let limits = Limits {
         connections: usize::try_from(config.server.max_connections).unwrap_or(usize::MAX),
         ..Limits::default()
@@ -201,7 +207,8 @@ async fn serve(options: &Options) -> Result<(), Error> {
     let ended = control.run(events, commands, hangup).await;
     // Whoever listens hears of the end, if the bus takes it.
     control.publisher.flush(FAREWELL).await;
-    if let Some(socket) = &config.server.socket
+    if own_socket
+        && let Some(socket) = &config.server.socket
         && let Err(error) = std::fs::remove_file(socket)
     {
         tracing::debug!(socket = %socket.display(), %error, "the socket was not there to be removed");

@@ -180,10 +180,3 @@ impl Control {
         }
     }
 }
-
-/// Tells the service manager, where there is one.
-pub(super) fn notify(states: &[sd_notify::NotifyState]) {
-    if let Err(error) = sd_notify::notify(states) {
-        tracing::warn!(%error, "the service manager cannot be told");
-    }
-}

@@ -4,11 +4,9 @@ use std::path::Path;
 
 use super::Options;
 use super::control::{Asker, Control, Report};
-use super::perform;
 use crate::config;
 use crate::correlation::{Definition, Difference, Event, RequestError};
 use crate::dbus::{Answer, Publication};
-use sd_notify::NotifyState;
 
 /// Problems are told to a caller up to this many bytes; the log has them all.
 const PROBLEMS_BYTES_MAX: usize = 16 << 10;
@@ -23,6 +21,12 @@ pub(super) struct Reload {
     /// D-Bus lets in.
     served: Vec<Asker>,
     waiting: Vec<Asker>,
+}
+
+impl Reload {
+    pub(super) fn is_reading(&self) -> bool {
+        self.reading
+    }
 }
 
 impl Control {
@@ -51,7 +55,7 @@ impl Control {
             return;
         }
         self.reload.served = std::mem::take(&mut self.reload.waiting);
-        tell_reloading();
+        self.service.reloading();
         let reports = self.reports.clone();
         tokio::task::spawn_blocking(move || {
             // The loop is gone only when the daemon stops.
@@ -119,19 +123,6 @@ impl Control {
             self.answer(asker, answer.clone());
         }
     }
-}
-
-/// sd_notify(3): RELOADING=1 has to come with the time at which it began.
-fn tell_reloading() {
-    let states = match NotifyState::monotonic_usec_now() {
-        Ok(now) => vec![
-            NotifyState::Reloading,
-            now,
-            NotifyState::Status("Reading the configuration again"),
-        ],
-        Err(_) => return,
-    };
-    perform::notify(&states);
 }
 
 /// Reads and judges all files; a problem keeps everything as it was and is told by file, line and column.

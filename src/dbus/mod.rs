@@ -232,7 +232,7 @@ pub enum Publication {
 }
 
 /// Connects to `bus`, claims [`BUS_NAME`] and serves it until the publisher is dropped; a bus that goes away is
-/// connected to again. `commands` is the loop's bounded queue; what does not fit is answered `NotReady`.
+/// connected to again, and one that is not there yet is waited for while the daemon serves. `commands` is the loop's bounded queue; what does not fit is answered `NotReady`.
 ///
 /// Needs a running tokio runtime.
 ///

@@ -101,6 +101,13 @@ impl Publisher {
         shared.wake.notify_one();
     }
 
+    /// Whether a bus is there, or none is wanted.
+    pub fn is_linked(&self) -> bool {
+        self.served
+            .as_ref()
+            .is_none_or(|served| served.shared.link().is_some())
+    }
+
     /// Waits until all that was offered is on the bus, but no longer than `within`; says whether it is. For the
     /// end of the daemon.
     pub async fn flush(&self, within: Duration) -> bool {

@@ -56,36 +56,63 @@ pub async fn serve(bus: &Bus, commands: mpsc::Sender<Command>) -> Result<Publish
         snapshots_waiting: Arc::new(tokio::sync::Semaphore::new(SNAPSHOTS_WAITING_MAX)),
         machine_id: machine_id(),
     });
-    let (connection, stream) = connect(bus).await?;
-    *shared.link() = Some(connection.clone());
+    let first = match connect(bus).await {
+        Ok((connection, stream)) => {
+            *shared.link() = Some(connection.clone());
+            Some((connection, stream))
+        }
+        // Volumes are worth serving without a bus; it may come later, as on a machine that boots.
+        Err(error @ BusError::Connect { .. }) => {
+            tracing::warn!("{error}; exports are served, and the bus is tried again");
+            None
+        }
+        Err(error) => return Err(error),
+    };
     // Two tasks: one writes what is offered, one answers calls. The publisher aborts both when it is dropped.
     let publishing = tokio::spawn(publish::run(shared.clone())).abort_handle();
-    let serving = tokio::spawn(run(server, bus.clone(), connection, stream)).abort_handle();
+    let serving = tokio::spawn(run(server, bus.clone(), first)).abort_handle();
     Ok(Publisher::new(shared, vec![publishing, serving]))
 }
 
-async fn run(server: Arc<Server>, bus: Bus, first: Connection, mut stream: MessageStream) {
-    let mut connection = first;
+async fn run(server: Arc<Server>, bus: Bus, first: Option<(Connection, MessageStream)>) {
+    let mut pair = first;
     loop {
-        while let Some(message) = stream.next().await {
-            match message {
-                Ok(message) => server.take(&connection, message).await,
-                Err(error) => tracing::debug!(%error, "a message from the bus could not be read"),
+        if let Some((connection, mut stream)) = pair {
+            while let Some(message) = stream.next().await {
+                match message {
+                    Ok(message) => server.take(&connection, message).await,
+                    Err(error) => {
+                        tracing::debug!(%error, "a message from the bus could not be read");
+                    }
+                }
             }
+            *server.shared.link() = None;
+            tracing::warn!(%bus, "the bus went away; exports are served on, the bus is tried again");
         }
-        *server.shared.link() = None;
-        tracing::warn!(%bus, "the bus went away; exports are served on, the bus is tried again");
-        let mut pause = RETRY.0;
-        (connection, stream) = loop {
-            sleep(pause).await;
-            match connect(&bus).await {
-                Ok(pair) => break pair,
-                Err(error) => tracing::debug!(%error, "the bus is not back"),
-            }
-            pause = (pause * 2).min(RETRY.1);
-        };
+        let (connection, stream) = reach(&bus).await;
         *server.shared.link() = Some(connection.clone());
-        tracing::info!(%bus, "the bus is back");
+        tracing::info!(%bus, "on the bus");
+        pair = Some((connection, stream));
+    }
+}
+
+/// Tries until the bus is there and lets us have the name.
+async fn reach(bus: &Bus) -> (Connection, MessageStream) {
+    let mut pause = RETRY.0;
+    let mut last = String::new();
+    loop {
+        sleep(pause).await;
+        match connect(bus).await {
+            Ok(pair) => return pair,
+            Err(error @ BusError::Connect { .. }) => tracing::debug!(%error, "no bus yet"),
+            // The bus is there, and someone has to do something: said once for each reason.
+            Err(error) if error.to_string() != last => {
+                last = error.to_string();
+                tracing::error!("{error}; exports are served, and the name is tried again");
+            }
+            Err(_) => {}
+        }
+        pause = (pause * 2).min(RETRY.1);
     }
 }
 
@@ -273,7 +300,9 @@ impl Server {
         message: Message,
     ) {
         let admitted = call.and_then(|call| {
-            let place = self.calls.admit(&call)?;
+            let header = message.header();
+            let sender = header.sender().map_or("", |sender| sender.as_str());
+            let place = self.calls.admit(&call, sender)?;
             Ok((call, place))
         });
         let (call, place) = match admitted {

@@ -21,6 +21,7 @@ use super::lease::{DiskTask, Lease, Report};
 use super::limits::Limits;
 use super::listener::Listener;
 use super::poller::{self, Poller};
+use super::pulse::Pulse;
 use super::stats::{Counters, Stats, add, sub};
 
 /// Names copied under the lock at a time while LIST is answered, so that the control loop never waits
@@ -295,6 +296,13 @@ impl Door {
 
     pub fn stats(&self) -> Stats {
         self.shared().counters.snapshot()
+    }
+
+    /// Asks the data plane for a sign of life; never waits for it.
+    pub fn pulse(&self) -> Pulse {
+        let pulse = Pulse::default();
+        self.shared().poller.pulse(pulse.clone());
+        pulse
     }
 
     /// Stops accepting and answers ERR_SHUTDOWN to those who are still choosing. Sessions go on until
