@@ -8,7 +8,7 @@ mod sources;
 
 use sources::sources;
 
-/// Each room and the rooms it may use. `main → cli → daemon → {dbus, udev, mapping, config, nbd → image} → correlation →
+/// Each room and the rooms it may use. `main â cli â daemon â {dbus, claim â udev, mapping, config, {nbd, files} â image} â correlation â
 /// identity`, and `config → identity`.
 const ARROWS: &[(&str, &[&str])] = &[
     ("main", &["cli"]),
@@ -16,13 +16,22 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("lib", &[]),
     (
         "cli",
-        &["daemon", "dbus", "config", "correlation", "identity"],
+        &[
+            "daemon",
+            "dbus",
+            "config",
+            "claim",
+            "correlation",
+            "identity",
+        ],
     ),
     (
         "daemon",
         &[
             "dbus",
             "udev",
+            "files",
+            "claim",
             "mapping",
             "config",
             "nbd",
@@ -32,7 +41,9 @@ const ARROWS: &[(&str, &[&str])] = &[
         ],
     ),
     ("dbus", &["correlation", "identity"]),
+    ("claim", &["udev", "correlation", "identity"]),
     ("udev", &["correlation", "identity"]),
+    ("files", &["image", "correlation", "identity"]),
     ("mapping", &["correlation", "identity"]),
     ("config", &["correlation", "identity"]),
     ("nbd", &["image", "correlation", "identity"]),
@@ -45,9 +56,12 @@ const ARROWS: &[(&str, &[&str])] = &[
 const PURE: &[&str] = &[
     "identity",
     "correlation",
+    "claim/list",
+    "claim/spec",
     "config/document",
     "config/place",
     "config/table",
+    "files/known",
     "dbus/error",
     "dbus/introspect",
     "dbus/paths",

@@ -103,6 +103,7 @@ fn job(id: u64, clients: u32) -> JobView {
         caller: Caller {
             name: ":1.7".to_owned(),
             uid: Some(0),
+            unit: String::new(),
         },
         started_usec: 1,
         deadline_usec: 2,

@@ -29,7 +29,7 @@ const LOG: &str = "/org/freedesktop/LogControl1";
 const MANAGER: &str = "org.nbdtrack1.Manager";
 const PROPERTIES: &str = "org.freedesktop.DBus.Properties";
 
-const CALLS: [Row; 21] = [
+const CALLS: [Row; 24] = [
     (ROOT, "org.freedesktop.DBus.Peer", "Ping", &[], true),
     (ROOT, "org.freedesktop.DBus.Peer", "GetMachineId", &[], true),
     (
@@ -110,6 +110,15 @@ const CALLS: [Row; 21] = [
     (ROOT, MANAGER, "ListSessions", &["a{sv}", "0"], true),
     (ROOT, MANAGER, "EndSession", &["ta{sv}", "1", "0"], false),
     (ROOT, MANAGER, "GetStats", &["a{sv}", "0"], true),
+    (ROOT, MANAGER, "ExplainExport", &["sa{sv}", "a", "0"], true),
+    (
+        ROOT,
+        MANAGER,
+        "ExplainDisk",
+        &["sa{sv}", "/dev/vdb", "0"],
+        true,
+    ),
+    (ROOT, MANAGER, "GetHistory", &["a{sv}", "0"], true),
     // What no table has is stopped by the bus, too, and does not reach the daemon.
     (ROOT, MANAGER, "NoSuchMethod", &[], false),
 ];
@@ -179,6 +188,7 @@ fn job_view(id: u64) -> JobView {
         caller: Caller {
             name: ":1.7".to_owned(),
             uid: Some(0),
+            unit: String::new(),
         },
         started_usec: 1,
         deadline_usec: 2,

@@ -12,7 +12,7 @@ use zbus::Variant;
 
 const NEEDS: &[Need] = &[Need::Loop, Need::Bus];
 const BYTES: u64 = 4 << 20;
-const METHODS: [&str; 11] = [
+const METHODS: [&str; 14] = [
     "AddExport",
     "RemoveExport",
     "PrepareDetach",
@@ -24,6 +24,9 @@ const METHODS: [&str; 11] = [
     "ListSessions",
     "EndSession",
     "GetStats",
+    "ExplainExport",
+    "ExplainDisk",
+    "GetHistory",
 ];
 
 fn refused(

@@ -18,12 +18,14 @@ mod conflicts;
 mod detach;
 mod disks;
 mod enact;
+mod explain;
 mod facts;
 mod holds;
 mod index;
 mod membership;
 mod messages;
 mod observe;
+mod record;
 mod removal;
 mod requests;
 mod settle;
@@ -36,8 +38,10 @@ mod views;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
+pub use explain::{Candidate, Explanation};
 pub use facts::*;
 pub use messages::*;
+pub use record::*;
 pub use view::*;
 
 use crate::identity::Identity;
@@ -166,6 +170,8 @@ pub struct Correlation {
     by_candidate: Index<Identity, BTreeSet<ExportName>>,
     /// Exports that wait for their lease to end and then are defined anew.
     replacing: BTreeSet<ExportName>,
+    /// Grows with each export that is defined or forgotten.
+    membership: u64,
     holds: Holds,
     /// Which disk and export an open is for; an export that gave it up is `None`.
     tickets: BTreeMap<Ticket, (DiskSeq, Option<ExportName>)>,
@@ -178,6 +184,8 @@ pub struct Correlation {
     persisting: BTreeMap<RequestId, Persisting>,
     timers: BTreeSet<(Duration, Timer)>,
     last_nodes: Index<String, DeviceNode>,
+    /// Why there is no file under a path that an export wants; at most one for each.
+    absent_files: Index<String, String>,
     last_ticket: Ticket,
     stopping: bool,
     out: Vec<Action>,
@@ -193,6 +201,7 @@ impl Correlation {
             exports: Ordered::default(),
             by_candidate: Index::default(),
             replacing: BTreeSet::new(),
+            membership: 0,
             holds: Holds::default(),
             tickets: BTreeMap::new(),
             released: BTreeMap::new(),
@@ -202,6 +211,7 @@ impl Correlation {
             persisting: BTreeMap::new(),
             timers: BTreeSet::new(),
             last_nodes: Index::default(),
+            absent_files: Index::default(),
             last_ticket: Ticket(0),
             stopping: false,
             out: Vec::new(),
@@ -248,6 +258,7 @@ impl Correlation {
                 let changes = self.disks.gone(mark, number, diskseq);
                 self.observe(changes);
             }
+            Event::FileAbsent { path, reason } => self.on_file_absent(path, reason),
             Event::Surveyed {
                 mark,
                 disks,
@@ -328,11 +339,17 @@ impl Correlation {
     }
 
     fn insert_export(&mut self, definition: Definition, durable: bool) {
+        self.membership += 1;
         let candidates = definition.volume.candidates();
         for candidate in &candidates {
-            self.by_candidate
-                .or_default(candidate.clone())
-                .insert(definition.name.clone());
+            let wanting = self.by_candidate.or_default(candidate.clone());
+            if wanting.is_empty()
+                && let Some(path) = candidate.file()
+            {
+                let path = path.to_owned();
+                self.out.push(Action::WatchFile { path });
+            }
+            wanting.insert(definition.name.clone());
         }
         let export = Export {
             candidates,
@@ -358,12 +375,18 @@ impl Correlation {
 
     fn remove_export(&mut self, name: &ExportName) -> Option<Export> {
         let export = self.exports.remove(name)?;
+        self.membership += 1;
         self.replacing.remove(name);
         for candidate in &export.candidates {
             if let Some(wanting) = self.by_candidate.get_mut(candidate) {
                 wanting.remove(name);
                 if wanting.is_empty() {
                     self.by_candidate.remove(candidate);
+                    if let Some(path) = candidate.file() {
+                        let path = path.to_owned();
+                        self.absent_files.remove(&path);
+                        self.out.push(Action::UnwatchFile { path });
+                    }
                 }
             }
         }

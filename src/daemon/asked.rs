@@ -22,26 +22,31 @@ impl Control {
                     Err(RequestError::NotReady("the daemon is stopping".to_owned())),
                 );
             }
-            Call::Request(Request::AddExport { definition, .. })
+            Call::Request(ref what @ Request::AddExport { ref definition, .. })
                 if let Err(reason) = self.rules.permit(&definition.volume) =>
             {
+                self.trail.note_refused(what, &caller, &reason);
                 self.answer(reply, Err(RequestError::InvalidArgument(reason)));
             }
-            Call::Request(Request::RemoveExport {
-                name,
-                mode: RemoveMode::Safe,
-                ..
-            }) if self.door.clients(&name) > 0 => {
+            Call::Request(
+                ref what @ Request::RemoveExport {
+                    ref name,
+                    mode: RemoveMode::Safe,
+                    ..
+                },
+            ) if self.door.clients(name) > 0 => {
                 let error = format!(
                     "export {name} has {} clients: end them first, or remove it with mode hide, soft or hard",
-                    self.door.clients(&name)
+                    self.door.clients(name)
                 );
+                self.trail.note_refused(what, &caller, &error);
                 self.answer(reply, Err(RequestError::InUse(error)));
             }
             Call::Request(what) => {
                 let request = RequestId(self.last_request.0 + 1);
                 self.last_request = request;
                 self.asked.insert(request, reply);
+                self.trail.note_call(request, &what, &caller);
                 let job = self.job_of(request, &what, caller);
                 self.apply(Event::Asked { request, what });
                 // What was answered at once is no job.
@@ -49,7 +54,10 @@ impl Control {
                     self.begin_job(job);
                 }
             }
-            Call::Reload => self.reload_for(reply),
+            Call::Reload => {
+                self.trail.note_other("Reload", &caller, "asked".to_owned());
+                self.reload_for(reply);
+            }
             Call::Sessions(of) => {
                 let sessions = self.door.sessions(of.as_ref());
                 let sessions = sessions.into_iter().map(view).collect();
@@ -57,11 +65,16 @@ impl Control {
             }
             Call::EndSession(id) => {
                 let ended = self.door.end_session(id);
+                let what = if ended { "ended" } else { "there is no" };
+                let detail = format!("{what} session {id}");
+                self.trail.note_other("EndSession", &caller, detail);
                 let none = || RequestError::NotFound(format!("there is no session {id}"));
                 self.answer(reply, ended.then_some(Answer::Done).ok_or_else(none));
             }
             Call::SetLogLevel(level) => {
                 let state = log::set_level(level);
+                let detail = format!("log level {}", level.name());
+                self.trail.note_other("Set", &caller, detail);
                 self.publisher.offer(vec![
                     Publication::Log(state),
                     Publication::Reply(reply, Ok(Answer::Done)),
@@ -70,13 +83,10 @@ impl Control {
             Call::ResolveVolume(filter) => {
                 self.answer(reply, Ok(Answer::Volumes(self.resolve(&filter))))
             }
-            Call::Rescan => {
-                // Those whose callers have given up are not kept.
-                self.rescans.retain(|(_, asker)| !asker.is_closed());
-                let asked = self.observer.survey("a caller asked for it");
-                self.rescans.push((asked, reply));
-            }
+            Call::Rescan => self.rescan(reply),
             Call::Stats => self.answer(reply, Ok(Answer::Stats(self.stats()))),
+            Call::Explain(subject) => self.explain(&subject, reply),
+            Call::History(inquiry) => self.answer_from_history(inquiry, reply),
         }
     }
 
@@ -116,8 +126,11 @@ impl Control {
         let seen = self.observer.counters();
         let served = serde_json::to_value(self.door.stats()).unwrap_or_default();
         let mut stats: BTreeMap<String, u64> = serde_json::from_value(served).unwrap_or_default();
+        let (kept, lost) = self.trail.history.counts();
         stats.extend(
             [
+                ("history_records", kept),
+                ("history_lost", lost),
                 ("exports", count(self.correlation.export_names().count())),
                 ("disks", count(self.correlation.diskseqs().count())),
                 ("orphans", count(self.correlation.orphans())),

@@ -8,19 +8,24 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::task::JoinHandle;
 
-use super::reload::Reload;
+use super::claims::ClaimsFile;
+use super::reload::{Read, Reload};
+use super::rescan::Rescan;
 use super::service::Service;
 use super::sockets::Sockets;
+use super::trail::Trail;
 use super::{Error, Options};
 use crate::config::IdentityRules;
 use crate::correlation::{
-    Change, Correlation, Event, ExportName, Mark, Notice, OpenRefusal, OpenedDisk, RequestError,
+    Change, Correlation, Event, ExportName, Notice, OpenRefusal, OpenedDisk, RequestError,
     RequestId, Ticket,
 };
-use crate::dbus::{Answer, Command, JobView, Publication, Publisher};
+use crate::dbus::{Answer, Command, JobView, Publisher};
+use crate::files;
 use crate::image::Image;
+use crate::image::beneath::Roots;
 use crate::image::block::Claims;
-use crate::mapping::Store;
+use crate::mapping::{History, Store};
 use crate::nbd::Door;
 use crate::udev::Observer;
 
@@ -41,7 +46,9 @@ pub(super) enum Report {
         result: Result<Arc<dyn Image>, OpenRefusal>,
     },
     /// The files were read again, or say why not.
-    Reloaded(Result<Vec<crate::correlation::Definition>, Vec<String>>),
+    Reloaded(Result<Read, Vec<String>>),
+    /// The list of claims was written, or says why not.
+    ClaimsWritten(std::io::Result<()>),
 }
 
 /// One write to the store.
@@ -57,7 +64,9 @@ pub(super) struct Edges {
     pub door: Door,
     pub publisher: Publisher,
     pub observer: Observer,
+    pub files: files::Observer,
     pub store: Store,
+    pub history: History,
 }
 
 pub(super) struct Control {
@@ -65,7 +74,11 @@ pub(super) struct Control {
     pub door: Door,
     pub publisher: Publisher,
     pub observer: Observer,
+    pub files: files::Observer,
+    pub roots: Arc<Roots>,
     pub claims: Arc<Claims>,
+    pub(super) claims_file: ClaimsFile,
+    pub(super) trail: Trail,
     started: Instant,
     drain_within: Duration,
     pub(super) rules: IdentityRules,
@@ -74,8 +87,9 @@ pub(super) struct Control {
     /// Callers that wait for a reply: at most the calls that D-Bus lets in, and those who gave up until the middle answers.
     pub asked: HashMap<RequestId, Asker>,
     pub(super) last_request: RequestId,
-    /// Callers of `Rescan`, each answered by a survey that began after it asked; at most the calls that D-Bus lets in.
-    pub(super) rescans: Vec<(Mark, Asker)>,
+    /// Callers of `Rescan`, each answered by a survey and a look at the files that began after it asked; at most the calls
+    /// that D-Bus lets in.
+    pub(super) rescans: Vec<Rescan>,
     /// Unbounded by type, bounded by what can be outstanding: one message for each open, lease, write and reload. The loop
     /// never waits for it, and it never makes a disk's thread wait for the loop. Ends with the loop.
     pub reports: mpsc::UnboundedSender<Report>,
@@ -106,13 +120,16 @@ impl Control {
         edges: Edges,
         drain_within: Duration,
         rules: IdentityRules,
+        roots: Arc<Roots>,
         options: Options,
     ) -> Control {
         let Edges {
             door,
             publisher,
             observer,
+            files,
             store,
+            history,
         } = edges;
         let (reports, report_receiver) = mpsc::unbounded_channel();
         let (writes, write_receiver) = mpsc::channel(WRITES_MAX);
@@ -127,12 +144,17 @@ impl Control {
                 .insert(name.clone());
             changed.some.notify_one();
         }));
+        let trail = Trail::new(history, &door);
         Control {
+            trail,
             correlation,
             door,
             publisher,
             observer,
+            files,
+            roots,
             claims: Arc::new(Claims::default()),
+            claims_file: ClaimsFile::default(),
             started: Instant::now(),
             drain_within,
             rules,
@@ -164,6 +186,7 @@ impl Control {
     pub async fn run(
         &mut self,
         mut events: mpsc::Receiver<Event>,
+        mut files: mpsc::Receiver<files::Told>,
         mut commands: mpsc::Receiver<Command>,
         mut hangup: Signal,
     ) -> Result<(), Error> {
@@ -204,6 +227,10 @@ impl Control {
                 event = events.recv(), if lost.is_none() => match event {
                     Some(event) => self.on_event(event),
                     None => lost = Some("the watch of the machine's events"),
+                },
+                told = files.recv(), if lost.is_none() => match told {
+                    Some(told) => self.on_file(told),
+                    None => lost = Some("the watch of files"),
                 },
                 () = sleep_until(due) => self.apply(Event::TimePassed),
                 command = commands.recv(), if lost.is_none() => match command {
@@ -265,18 +292,9 @@ impl Control {
         self.apply(event);
         let Some(began) = surveyed else { return };
         self.open_to_clients();
+        self.on_survey(began);
         // The number of exports is another one, or the bus has come.
         self.tell_ready();
-        let (done, waiting) = std::mem::take(&mut self.rescans)
-            .into_iter()
-            .partition(|(asked, _)| *asked < began);
-        self.rescans = waiting;
-        let done: Vec<(Mark, Asker)> = done;
-        self.publisher.offer(
-            done.into_iter()
-                .map(|(_, asker)| Publication::Reply(asker, Ok(Answer::Done)))
-                .collect(),
-        );
     }
 
     fn on_report(&mut self, report: Report) {
@@ -294,6 +312,10 @@ impl Control {
                 self.apply(Event::DiskOpened { ticket, result });
             }
             Report::Reloaded(read) => self.on_reload(read),
+            Report::ClaimsWritten(result) => {
+                self.claims_file.written(result);
+                self.keep_claims();
+            }
         }
     }
 

@@ -10,7 +10,7 @@ use crate::correlation::{
 };
 use crate::dbus::{Answer, Publication};
 use crate::image::Image;
-use crate::image::block;
+use crate::image::{block, raw};
 
 impl Control {
     /// Carries out actions in their order; what is told goes to the bus as one batch after them.
@@ -74,12 +74,16 @@ impl Control {
                 Action::Survey { reason } => {
                     // Any later survey will do.
                     let _asked = self.observer.survey(reason);
+                    let _asked = self.files.check();
                 }
+                Action::WatchFile { path } => self.files.watch(path),
+                Action::UnwatchFile { path } => self.files.unwatch(&path),
                 Action::Tell(notice) => notices.push(notice),
                 Action::Log(decision) => log::decision(&decision),
             }
         }
         self.publish(notices, replies);
+        self.keep_claims();
     }
 
     /// Opens in a thread of the blocking pool: a disk may take for ever.
@@ -87,8 +91,14 @@ impl Control {
         let reports = self.reports.clone();
         let claims = Arc::clone(&self.claims);
         let reader = self.observer.identity_reader();
+        let roots = Arc::clone(&self.roots);
         tokio::task::spawn_blocking(move || {
-            let result = block::open(&order, &|number| reader.read(number), &claims)
+            let opened = if order.diskseq.is_file() {
+                raw::open(&order, &roots, &claims)
+            } else {
+                block::open(&order, &|number| reader.read(number), &claims)
+            };
+            let result = opened
                 .map(|image| Arc::new(image) as Arc<dyn Image>)
                 .map_err(Into::into);
             // The loop is gone only when the daemon stops; then the disk is closed by this drop.
@@ -125,6 +135,7 @@ impl Control {
         notices: Vec<Notice>,
         replies: Vec<(RequestId, Result<Reply, RequestError>)>,
     ) {
+        self.note_notices(&notices);
         let mut exports = BTreeSet::new();
         let mut disks = BTreeSet::new();
         let mut signals = Vec::new();
@@ -147,6 +158,7 @@ impl Control {
         batch.extend(exports.into_iter().map(|name| self.export(name)));
         batch.extend(signals);
         for (request, reply) in replies {
+            self.trail.note_answer(request, &reply);
             batch.extend(self.end_job(request, &reply));
             // A caller that has gone has taken its receiver along, which costs nothing.
             let Some(asker) = self.asked.remove(&request) else {

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use super::Options;
 use super::control::{Asker, Control, Report};
-use crate::config;
+use crate::config::{self, ClaimRules};
 use crate::correlation::{Definition, Difference, Event, RequestError};
 use crate::dbus::{Answer, Publication};
 
@@ -59,20 +59,24 @@ impl Control {
         let reports = self.reports.clone();
         tokio::task::spawn_blocking(move || {
             // The loop is gone only when the daemon stops.
-            let _stopped = reports.send(Report::Reloaded(read_exports(&path)));
+            let _stopped = reports.send(Report::Reloaded(read_again(&path)));
         });
     }
 
     /// The files were read, or not.
-    pub(super) fn on_reload(&mut self, read: Result<Vec<Definition>, Vec<String>>) {
+    pub(super) fn on_reload(&mut self, read: Result<Read, Vec<String>>) {
         match read {
             _ if self.stopping => {
                 let stopping = RequestError::NotReady("the daemon is stopping".to_owned());
                 self.answer_reload(&Err(stopping));
             }
-            Ok(exports) => {
-                tracing::info!(exports = exports.len(), "configuration read again");
-                self.apply(Event::Configured { exports });
+            Ok(read) => {
+                tracing::info!(exports = read.exports.len(), "configuration read again");
+                self.claims_file.rule(read.claim);
+                self.apply(Event::Configured {
+                    exports: read.exports,
+                });
+                let _asked = self.files.check();
             }
             Err(problems) => {
                 for problem in &problems {
@@ -125,10 +129,19 @@ impl Control {
     }
 }
 
+/// What of the configuration can change while the daemon runs.
+pub(super) struct Read {
+    pub exports: Vec<Definition>,
+    pub claim: Option<ClaimRules>,
+}
+
 /// Reads and judges all files; a problem keeps everything as it was and is told by file, line and column.
-pub(super) fn read_exports(path: &Path) -> Result<Vec<Definition>, Vec<String>> {
+pub(super) fn read_again(path: &Path) -> Result<Read, Vec<String>> {
     let files = config::read(path).map_err(|error| vec![error.to_string()])?;
     let config = config::parse(&files)
         .map_err(|problems| problems.iter().map(ToString::to_string).collect::<Vec<_>>())?;
-    Ok(config.exports)
+    Ok(Read {
+        exports: config.exports,
+        claim: config.claim,
+    })
 }

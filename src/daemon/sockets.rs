@@ -6,7 +6,7 @@ use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
-use socket2::{Domain, Protocol, SockAddr, SockRef, Socket, Type};
+use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
 /// Connections that may wait to be accepted, as nbd-server's clients come in bursts after a failover.
 const BACKLOG: i32 = 1_024;
@@ -34,11 +34,6 @@ pub enum ListenError {
     SocketInUse(PathBuf),
     #[error("{}: is there already and is no socket: remove it, or give another path with --socket", .0.display())]
     NotASocket(PathBuf),
-    #[error(
-        "descriptor {number} ({name:?}) of the service manager is no listening TCP or Unix stream socket: use ListenStream= in \
-         its socket unit"
-    )]
-    Passed { number: usize, name: String },
     #[error("{}: cannot listen: {source}", path.display())]
     Unix { path: PathBuf, source: io::Error },
 }
@@ -49,40 +44,6 @@ pub(super) struct Sockets {
     pub unix: Vec<UnixListener>,
 }
 
-/// The sockets that a service manager passed (sd_listen_fds(3)); `None` when it passed none. They are in place of the configured ones:
-/// who activates by socket says there where to listen.
-pub(super) fn passed() -> Result<Option<Sockets>, ListenError> {
-    let names: Vec<String> = std::env::var("LISTEN_FDNAMES")
-        .map(|names| names.split(':').map(str::to_owned).collect())
-        .unwrap_or_default();
-    let mut given = listenfd::ListenFd::from_env();
-    if given.len() == 0 {
-        return Ok(None);
-    }
-    let mut sockets = Sockets::default();
-    for index in 0..given.len() {
-        let name = names.get(index).cloned().unwrap_or_default();
-        let number = index + 3;
-        // An error says that it is of another kind, and leaves it where it is.
-        if let Ok(Some(listener)) = given.take_tcp_listener(index)
-            && SockRef::from(&listener).is_listener().unwrap_or(false)
-        {
-            let address = listener.local_addr().ok();
-            tracing::info!(name, ?address, "a TCP socket of the service manager");
-            sockets.tcp.push(listener);
-        } else if let Ok(Some(listener)) = given.take_unix_listener(index)
-            && SockRef::from(&listener).is_listener().unwrap_or(false)
-        {
-            let address = listener.local_addr().ok();
-            tracing::info!(name, ?address, "a Unix socket of the service manager");
-            sockets.unix.push(listener);
-        } else {
-            return Err(ListenError::Passed { number, name });
-        }
-    }
-    Ok(Some(sockets))
-}
-
 pub(super) fn bind(
     addresses: &[SocketAddr],
     socket: Option<&Path>,
@@ -91,7 +52,10 @@ pub(super) fn bind(
         .iter()
         .map(|address| bind_tcp(*address))
         .collect::<Result<_, _>>()?;
-    let unix = socket.map(bind_unix).transpose()?.into_iter().collect();
+    let unix = socket
+        .map(bind_unix)
+        .into_iter()
+        .collect::<Result<_, _>>()?;
     Ok(Sockets { tcp, unix })
 }
 

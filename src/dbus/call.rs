@@ -120,7 +120,11 @@ impl Calls {
             | Call::Reload
             | Call::EndSession(_)
             | Call::SetLogLevel(_) => &self.changing,
-            Call::ResolveVolume(_) | Call::Sessions(_) | Call::Stats => &self.reading,
+            Call::ResolveVolume(_)
+            | Call::Sessions(_)
+            | Call::Stats
+            | Call::Explain(_)
+            | Call::History(_) => &self.reading,
         };
         places.take(caller).ok_or_else(|| self.busy())
     }
@@ -182,7 +186,9 @@ pub(super) fn time_for(call: &Call) -> Duration {
         | Call::Sessions(_)
         | Call::EndSession(_)
         | Call::SetLogLevel(_)
-        | Call::Stats => ASKING,
+        | Call::Stats
+        | Call::Explain(_)
+        | Call::History(_) => ASKING,
     };
     asked.saturating_add(MARGIN)
 }

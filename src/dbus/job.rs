@@ -101,6 +101,7 @@ mod tests {
             caller: Caller {
                 name: ":1.1".to_owned(),
                 uid: None,
+                unit: String::new(),
             },
             started_usec: 0,
             deadline_usec: 0,

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use zbus::{Message, OwnedVariant};
 
+use super::inquiries;
 use super::introspect::{Interface, Method, Signal};
 use super::options::{Options, bounded, short};
 use super::{Call, Filter};
@@ -85,6 +86,9 @@ pub const MANAGER: Interface = Interface {
             takes: &[OPTIONS],
             gives: &[("stats", "a{sv}")],
         },
+        inquiries::EXPLAIN_EXPORT,
+        inquiries::EXPLAIN_DISK,
+        inquiries::GET_HISTORY,
     ],
     signals: &[
         Signal {
@@ -172,6 +176,7 @@ pub fn parse(method: &str, message: &Message) -> Result<Call, RequestError> {
                 _ => Call::Stats,
             })
         }
+        "ExplainExport" | "ExplainDisk" | "GetHistory" => inquiries::parse(method, message),
         other => Err(RequestError::NotSupported(format!(
             "{other} does not exist"
         ))),
@@ -180,24 +185,36 @@ pub fn parse(method: &str, message: &Message) -> Result<Call, RequestError> {
 
 fn add_export(name: &str, mut options: Options) -> Result<Call, RequestError> {
     let name = export_name(name)?;
-    for key in ["path", "format"] {
-        if options.contains(key) {
-            return Err(RequestError::NotSupported(format!(
-                "option {key}: files are not served yet"
-            )));
+    let volume = match (options.text("volume")?, options.text("path")?) {
+        (Some(volume), None) => volume_id("option volume", &volume)?,
+        (None, Some(path)) => VolumeId::of_file(&path)
+            .map_err(|error| RequestError::InvalidArgument(format!("option path: {error}")))?,
+        (Some(_), Some(_)) => {
+            return Err(RequestError::InvalidArgument(
+                "options volume and path: give one of them".to_owned(),
+            ));
         }
+        (None, None) => {
+            return Err(RequestError::InvalidArgument(
+                "option volume is missing: say profile:id, or option path for a file".to_owned(),
+            ));
+        }
+    };
+    if let Some(format) = options.text("format")?
+        && format != "raw"
+    {
+        return Err(RequestError::NotSupported(format!(
+            "option format: {} is not served yet; say raw",
+            short(&format)
+        )));
     }
-    let volume = options.text("volume")?;
     let read_only = options.truth("read_only")?.unwrap_or(false);
     let share = options.truth("share")?.unwrap_or(false);
     let wait = options.milliseconds("wait_ms", WAIT_MS)?;
     options.end()?;
-    let volume = volume.ok_or_else(|| {
-        RequestError::InvalidArgument("option volume is missing: say profile:id".to_owned())
-    })?;
     let definition = Definition {
         name,
-        volume: volume_id("option volume", &volume)?,
+        volume,
         read_only,
         share,
         source: Source::Dbus,
@@ -264,7 +281,7 @@ fn resolve_volume(mut options: Options) -> Result<Call, RequestError> {
     Ok(Call::ResolveVolume(filter))
 }
 
-fn export_name(text: &str) -> Result<ExportName, RequestError> {
+pub(super) fn export_name(text: &str) -> Result<ExportName, RequestError> {
     ExportName::parse(text).map_err(|error| RequestError::InvalidArgument(format!("name: {error}")))
 }
 
@@ -371,9 +388,23 @@ mod tests {
             (
                 with(
                     "AddExport",
-                    &("a", options([("path", Variant::new("/x.qcow2"))])),
+                    &("a", options([("path", Variant::new("x.raw"))])),
                 ),
-                "NotSupported: option path: files are not served yet",
+                "InvalidArgument: option path: ",
+            ),
+            (
+                with(
+                    "AddExport",
+                    &("a", options([v(), ("path", Variant::new("/x.raw"))])),
+                ),
+                "InvalidArgument: options volume and path",
+            ),
+            (
+                with(
+                    "AddExport",
+                    &("a", options([v(), ("format", Variant::new("qcow2"))])),
+                ),
+                "NotSupported: option format: qcow2",
             ),
             (
                 with("AddExport", &("a", options([]))),

@@ -19,9 +19,11 @@
 
 mod call;
 pub mod client;
+mod client_inquiries;
 mod connect;
 mod error;
 mod export;
+mod inquiries;
 mod introspect;
 mod job;
 mod log_control;
@@ -44,12 +46,13 @@ use tokio::sync::{mpsc, oneshot};
 
 pub use call::CALLS_MAX;
 pub use error::BusError;
+pub use inquiries::RECORDS_MAX;
 pub use log_control::{LogLevel, LogState};
 pub use publish::Publisher;
 
 use crate::correlation::{
-    Difference, DiskSeq, DiskView, ExportName, ExportView, Generation, Notice, Request,
-    RequestError,
+    Difference, DiskSeq, DiskView, Explanation, ExportName, ExportView, Generation, Inquiry,
+    Notice, Record, Request, RequestError,
 };
 use crate::identity::VolumeId;
 
@@ -103,6 +106,8 @@ pub struct Caller {
     pub name: String,
     /// Unix user, where the bus tells.
     pub uid: Option<u32>,
+    /// Its systemd unit, where it runs in one.
+    pub unit: String,
 }
 
 /// One call for the loop. Dropping `reply` answers `Failed`.
@@ -128,6 +133,18 @@ pub enum Call {
     EndSession(u64),
     SetLogLevel(LogLevel),
     Stats,
+    /// Why it is where it is.
+    Explain(Subject),
+    /// What the trail remembers.
+    History(Inquiry),
+}
+
+/// What is to be explained.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Subject {
+    Export(ExportName),
+    /// By node, device number or diskseq.
+    Disk(String),
 }
 
 /// One NBD session as it is now.
@@ -198,11 +215,22 @@ pub struct Filter {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Answer {
     Done,
-    Added { name: ExportName, created: bool },
+    Added {
+        name: ExportName,
+        created: bool,
+    },
     Volumes(Vec<DiskSeq>),
     Reloaded(Difference),
     Sessions(Vec<SessionView>),
     Stats(BTreeMap<String, u64>),
+    Explained {
+        explanation: Box<Explanation>,
+        /// The newest records of it, in order.
+        events: Vec<Record>,
+        /// Why there are no records; empty when there are.
+        remark: String,
+    },
+    Records(Vec<Record>),
 }
 
 /// One thing to make visible, in the order of the offers.

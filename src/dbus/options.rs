@@ -29,10 +29,6 @@ impl Options {
         Ok(Options(given))
     }
 
-    pub fn contains(&self, key: &str) -> bool {
-        self.0.contains_key(key)
-    }
-
     pub fn text(&mut self, key: &str) -> Result<Option<String>, RequestError> {
         match self.0.remove(key).map(Variant::from) {
             None => Ok(None),

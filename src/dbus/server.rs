@@ -24,7 +24,7 @@ use super::reply::{
 };
 use super::signals::{by_name, words};
 use super::tree::{Object, Properties};
-use super::{Answer, Bus, BusError, Call, Command, export, paths, volume};
+use super::{Answer, Bus, BusError, Call, Command, export, inquiries, paths, volume};
 
 /// Between attempts to reach a bus that went away: from, and at most.
 const RETRY: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(10));
@@ -352,6 +352,15 @@ impl Server {
                     .collect();
                 response(message, &stats)
             }
+            Answer::Explained {
+                explanation,
+                events,
+                remark,
+            } => response(
+                message,
+                &inquiries::explained(&explanation, &events, &remark),
+            ),
+            Answer::Records(records) => response(message, &inquiries::records(&records)),
         }
     }
 }

@@ -13,6 +13,7 @@ use nix::sys::socket::{MsgFlags, Shutdown, recv, send, sendmsg, shutdown};
 
 use super::limits::Limits;
 use super::stats::{Counters, add, sub};
+use super::witness::Peer;
 
 /// Chunks in one sendmsg(2); the kernel takes at most UIO_MAXIOV = 1,024.
 const CHUNKS_PER_SEND: usize = 64;
@@ -112,6 +113,8 @@ pub(super) trait Wake: Send + Sync {
 pub(super) struct Conn {
     pub(super) token: u64,
     pub(super) account: Arc<Account>,
+    /// Asked for while it was there: of a socket that was reset the kernel tells nothing.
+    pub(super) peer: Peer,
     socket: OwnedFd,
     pub(super) began: Instant,
     wake: Arc<dyn Wake>,
@@ -158,6 +161,7 @@ impl Conn {
         Conn {
             token,
             account,
+            peer: Peer::of(socket.as_fd()),
             socket,
             began: Instant::now(),
             wake,

@@ -21,8 +21,8 @@ use super::lease::{DiskTask, Lease, Report};
 use super::limits::Limits;
 use super::listener::Listener;
 use super::poller::{self, Poller};
-use super::pulse::Pulse;
 use super::stats::{Counters, Stats, add, sub};
+use super::witness::{ClientWitness, Witness};
 
 /// Names copied under the lock at a time while LIST is answered, so that the control loop never waits
 /// for a list of 10,000.
@@ -46,12 +46,13 @@ pub(super) struct Shared {
     /// Session threads of all leases that are inside a write.
     pub(super) inline_writes: AtomicU32,
     /// Held for a few map operations, never over a call of an image or a report.
-    exports: Mutex<BTreeMap<ExportName, Export>>,
+    pub(super) exports: Mutex<BTreeMap<ExportName, Export>>,
     /// Written once at start; the watcher must not block, it runs in session threads.
     watcher: RwLock<Option<ClientsWatcher>>,
+    pub(super) witness: Witness,
 }
 
-struct Export {
+pub(super) struct Export {
     /// Why new clients are turned away; `None` while they are welcome to `lease`.
     refusal: Option<Refusal>,
     /// The lease that is open: served, or sealed.
@@ -61,7 +62,7 @@ struct Export {
     /// Taken out of LIST; kept while leases are ending.
     forgotten: bool,
     /// Out of LIST, and new clients are turned away with this; sessions that exist go on.
-    hidden: Option<String>,
+    pub(super) hidden: Option<String>,
     clients: Arc<AtomicU32>,
 }
 
@@ -98,6 +99,7 @@ impl Door {
             inline_writes: AtomicU32::new(0),
             exports: Mutex::default(),
             watcher: RwLock::default(),
+            witness: Witness::default(),
         });
         let polled = shared.clone();
         std::thread::Builder::new()
@@ -208,23 +210,6 @@ impl Door {
         }
     }
 
-    /// Takes `name` out of LIST and turns new clients away, whatever else is said of it until `show` or `forget`; sessions
-    /// that exist go on.
-    pub fn hide(&self, name: &ExportName, reason: &str) {
-        let mut exports = lock(&self.shared().exports);
-        if let Some(export) = exports.get_mut(name) {
-            export.hidden = Some(reason.to_owned());
-        }
-    }
-
-    /// Takes `hide` back.
-    pub fn show(&self, name: &ExportName) {
-        let mut exports = lock(&self.shared().exports);
-        if let Some(export) = exports.get_mut(name) {
-            export.hidden = None;
-        }
-    }
-
     /// Takes `name` out of LIST; to new clients it is unknown.
     pub fn forget(&self, name: &ExportName) {
         let mut exports = lock(&self.shared().exports);
@@ -294,15 +279,13 @@ impl Door {
         *slot = Some(watcher);
     }
 
-    pub fn stats(&self) -> Stats {
-        self.shared().counters.snapshot()
+    /// Sets who is told of each client that comes, leaves or is turned away. It must not block.
+    pub fn on_client_seen(&self, witness: ClientWitness) {
+        self.shared().witness.set(witness);
     }
 
-    /// Asks the data plane for a sign of life; never waits for it.
-    pub fn pulse(&self) -> Pulse {
-        let pulse = Pulse::default();
-        self.shared().poller.pulse(pulse.clone());
-        pulse
+    pub fn stats(&self) -> Stats {
+        self.shared().counters.snapshot()
     }
 
     /// Stops accepting and answers ERR_SHUTDOWN to those who are still choosing. Sessions go on until

@@ -21,6 +21,7 @@ use super::door::Shared;
 use super::gate::Gate;
 use super::handshake::Facts;
 use super::stats::add;
+use super::witness::{Client, Seen};
 use super::work::Job;
 
 /// Told how a lease ended: once, or `TimedOut` and then once more. Runs in a thread of the door: it sends a message
@@ -36,9 +37,18 @@ pub(super) enum Kind {
     Trim,
     Zero,
     Cache,
+    Status,
 }
 
-pub(super) const KINDS: [&str; 6] = ["READ", "WRITE", "FLUSH", "TRIM", "WRITE_ZEROES", "CACHE"];
+pub(super) const KINDS: [&str; 7] = [
+    "READ",
+    "WRITE",
+    "FLUSH",
+    "TRIM",
+    "WRITE_ZEROES",
+    "CACHE",
+    "BLOCK_STATUS",
+];
 
 pub(super) struct Lease {
     pub(super) export: ExportName,
@@ -132,6 +142,7 @@ impl Lease {
             size: image.size(),
             read_only: read_only || image.read_only(),
             can_discard: image.can_discard(),
+            rotational: image.rotational(),
             blocks,
         };
         Arc::new(Lease {
@@ -222,6 +233,7 @@ impl Lease {
         drop(members);
         let clients = self.clients.fetch_add(1, Ordering::AcqRel) + 1;
         self.shared.clients_changed(&self.export, clients);
+        self.tell(conn, Seen::Came);
         true
     }
 
@@ -229,7 +241,17 @@ impl Lease {
         if lock(&self.members).conns.remove(&conn.token).is_some() {
             let clients = self.clients.fetch_sub(1, Ordering::AcqRel) - 1;
             self.shared.clients_changed(&self.export, clients);
+            self.tell(conn, Seen::Left);
         }
+    }
+
+    fn tell(&self, conn: &Conn, seen: Seen) {
+        self.shared.witness.tell(Client {
+            export: self.export.as_str(),
+            seen,
+            reason: "",
+            peer: &conn.peer,
+        });
     }
 
     /// Gives a request to the disk crew.
@@ -261,9 +283,14 @@ impl Lease {
             drop(work);
             // A panic of an image must not lose the thread's place.
             let run = std::panic::AssertUnwindSafe(|| job.run(&self));
-            if std::panic::catch_unwind(run).is_err() {
-                add(&self.shared.counters.panics, 1);
-                tracing::error!(export = %self.export, "an image call panicked; its connection is lost");
+            match std::panic::catch_unwind(run) {
+                // Behind what came meanwhile: a request over a whole disk keeps no other waiting.
+                Ok(Some(rest)) => lock(&self.work).jobs.push_back(rest),
+                Ok(None) => {}
+                Err(_) => {
+                    add(&self.shared.counters.panics, 1);
+                    tracing::error!(export = %self.export, "an image call panicked; its connection is lost");
+                }
             }
             if self.shared.disks.has_backlog() {
                 let shared = self.shared.clone();
@@ -289,11 +316,7 @@ impl Task for DiskTask {
 }
 
 /// The error that a peer is told for what the kernel said; proto.md "Error values".
-pub(super) fn wire_error(
-    error: &io::Error,
-    fenced: bool,
-    fast_zero: bool,
-) -> super::wire::NbdError {
+pub(super) fn wire_error(error: &io::Error, fenced: bool) -> super::wire::NbdError {
     use super::wire::NbdError;
     // What a vanished disk answers is no news to a client whose lease has ended.
     if fenced {
@@ -302,7 +325,32 @@ pub(super) fn wire_error(
     match error.raw_os_error() {
         Some(libc::ENOSPC | libc::EDQUOT | libc::EFBIG) => NbdError::NoSpc,
         Some(libc::EPERM | libc::EACCES | libc::EROFS) => NbdError::Perm,
-        Some(libc::EOPNOTSUPP) if fast_zero => NbdError::NotSup,
         _ => NbdError::Io,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::wire::NbdError;
+    use super::*;
+
+    #[test]
+    fn errors_of_the_kernel_become_those_of_the_protocol() {
+        for (errno, wired) in [
+            (libc::ENOSPC, NbdError::NoSpc),
+            (libc::EDQUOT, NbdError::NoSpc),
+            (libc::EFBIG, NbdError::NoSpc),
+            (libc::EPERM, NbdError::Perm),
+            (libc::EROFS, NbdError::Perm),
+            // Neither of a fast zero (refused before the disk is asked) nor of a lack of memory is there to be told.
+            (libc::EOPNOTSUPP, NbdError::Io),
+            (libc::ENOMEM, NbdError::Io),
+            (libc::EINVAL, NbdError::Io),
+            (libc::EIO, NbdError::Io),
+        ] {
+            let error = io::Error::from_raw_os_error(errno);
+            assert_eq!(wire_error(&error, false), wired, "{errno}");
+            assert_eq!(wire_error(&error, true), NbdError::Shutdown);
+        }
     }
 }

@@ -3,6 +3,8 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use super::door::Door;
+
 /// Asked for by `Door::pulse`.
 #[derive(Debug, Clone, Default)]
 pub struct Pulse(Arc<AtomicBool>);
@@ -39,6 +41,15 @@ impl Pulses {
         if !stuck {
             self.waiting.drain(..).for_each(|pulse| pulse.give());
         }
+    }
+}
+
+impl Door {
+    /// Asks the data plane for a sign of life; never waits for it.
+    pub fn pulse(&self) -> Pulse {
+        let pulse = Pulse::default();
+        self.shared().poller.pulse(pulse.clone());
+        pulse
     }
 }
 

@@ -17,7 +17,8 @@ use super::handshake::{ExpectFlags, ExpectOption, Next, Reason, Refusal};
 use super::reply::Scratch;
 use super::stats::add;
 use super::transmission::Transmission;
-use super::wire::OptionHeader;
+use super::wire::{Headers, OptionHeader};
+use super::witness::{Client, Seen};
 
 pub(super) struct Session {
     pub(super) conn: Arc<Conn>,
@@ -328,6 +329,13 @@ impl Handshake {
                     conn.send(std::mem::take(&mut out), charge.ok());
                     next
                 }
+                Next::Contexts(contexts) => {
+                    let verdict = shared.look_up(contexts.name()).map(|_| ());
+                    if verdict.is_err() {
+                        add(&shared.counters.exports_refused, 1);
+                    }
+                    contexts.answer(verdict, &mut out)
+                }
                 Next::Choose(choose) => {
                     let found = shared.look_up(choose.name());
                     let verdict = match found {
@@ -344,8 +352,17 @@ impl Handshake {
                         }
                         Err(refusal) => Err(refusal),
                     };
-                    if verdict.is_err() {
+                    if let Err(refusal) = &verdict {
                         add(&shared.counters.exports_refused, 1);
+                        // INFO is a question, and no client.
+                        if choose.binds() {
+                            shared.witness.tell(Client {
+                                export: choose.name(),
+                                seen: Seen::Refused,
+                                reason: &refusal.reason,
+                                peer: &conn.peer,
+                            });
+                        }
                     }
                     choose.answer(verdict, &mut out)
                 }
@@ -354,6 +371,9 @@ impl Handshake {
                     let Some((lease, facts)) = lease else {
                         return Ok(Took::End);
                     };
+                    if agreed.headers == Headers::Extended {
+                        add(&shared.counters.handshakes_extended, 1);
+                    }
                     let carry = std::mem::take(&mut self.buffer);
                     return Err(Box::new(Transmission::new(lease, facts, agreed, carry)));
                 }

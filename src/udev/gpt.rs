@@ -20,9 +20,19 @@ pub fn disk_guid(dev: &Path, devname: &str, number: DeviceNumber) -> io::Result<
 }
 
 fn in_file(file: &File) -> io::Result<Option<String>> {
+    guid(|buf, offset| file.read_exact_at(buf, offset))
+}
+
+/// The disk GUID of what `read_exact_at` fills a buffer from, at an offset in bytes.
+///
+/// # Errors
+/// The reader's, but for its end: a disk that is too small has no table.
+pub fn guid(
+    read_exact_at: impl Fn(&mut [u8], u64) -> io::Result<()>,
+) -> io::Result<Option<String>> {
     for offset in HEADER_OFFSETS {
         let mut header = [0_u8; GUID_OFFSET + 16];
-        match file.read_exact_at(&mut header, offset) {
+        match read_exact_at(&mut header, offset) {
             Ok(()) => {}
             Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
             Err(e) => return Err(e),

@@ -17,7 +17,7 @@
 mod attributes;
 mod counters;
 mod database;
-mod gpt;
+pub mod gpt;
 mod kernel_socket;
 mod node;
 mod nvme;
@@ -28,7 +28,7 @@ mod slots;
 mod survey;
 mod sys;
 mod udev_socket;
-mod uevent;
+pub mod uevent;
 mod watch;
 
 use std::io;
