@@ -81,7 +81,7 @@ install: ## Install the built binary and all that ships with it, below DESTDIR
 	install -D -m 644 systemd/nbdtrack.tmpfiles $(DESTDIR)$(PREFIX)/lib/tmpfiles.d/nbdtrack.conf
 	install -D -m 644 dbus/org.nbdtrack1.conf $(DESTDIR)$(PREFIX)/share/dbus-1/system.d/org.nbdtrack1.conf
 	install -D -m 644 dbus/org.nbdtrack1.service $(DESTDIR)$(PREFIX)/share/dbus-1/system-services/org.nbdtrack1.service
-	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/dbus-1/interfaces dbus/org.nbdtrack1.Manager.xml dbus/org.nbdtrack1.Volume.xml dbus/org.nbdtrack1.Export.xml
+	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/dbus-1/interfaces dbus/org.nbdtrack1.Manager.xml dbus/org.nbdtrack1.Volume.xml dbus/org.nbdtrack1.Export.xml dbus/org.nbdtrack1.Job.xml
 	install -D -m 644 rules/60-nbdtrack.rules $(DESTDIR)$(PREFIX)/lib/udev/rules.d/60-nbdtrack.rules
 	install -D -m 644 rules/multipath.conf $(DESTDIR)/etc/multipath/conf.d/nbdtrack.conf
 	install -D -m 644 examples/appliance.toml $(DESTDIR)$(PREFIX)/share/doc/nbdtrack/appliance.toml

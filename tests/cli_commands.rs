@@ -52,9 +52,10 @@ async fn daemon(bus: &PrivateBus) -> Publisher {
                         })
                     }
                 }
-                Call::Request(Request::RemoveExport { hard: false, .. }) => {
-                    Err(RequestError::NotFound("x: no such export".to_owned()))
-                }
+                Call::Request(Request::RemoveExport {
+                    mode: RemoveMode::Soft,
+                    ..
+                }) => Err(RequestError::NotFound("x: no such export".to_owned())),
                 Call::Request(Request::PrepareDetach { hard, within, .. }) => {
                     assert!(hard && within == Duration::from_millis(2500));
                     Err(RequestError::TimedOut(
@@ -97,6 +98,7 @@ async fn daemon(bus: &PrivateBus) -> Publisher {
                 generation: Generation(3),
                 size: 4096,
                 read_only: false,
+                hidden: false,
                 source: Source::Config,
             },
             clients: 2,
@@ -121,6 +123,9 @@ fn without_a_daemon_every_command_says_so_in_one_line() {
                 &["cancel-detach", "loop:/b"],
                 &["resolve", "a", "--diskseq", "1"],
                 &["rescan"],
+                &["reload"],
+                &["sessions"],
+                &["end-session", "1"],
                 &["watch"],
                 &["explain", "a"],
                 &["metrics"],

@@ -10,7 +10,9 @@ use std::time::Duration;
 use bus::{PrivateBus, block_on};
 use futures_util::StreamExt;
 use nbdtrack::correlation::*;
-use nbdtrack::dbus::{Answer, Bus, Call, Command, Publication, Publisher, serve};
+use nbdtrack::dbus::{
+    Answer, Bus, Call, Caller, Command, JobView, Publication, Publisher, Stage, serve,
+};
 use nbdtrack::identity::{Identity, Scheme};
 use tokio::sync::mpsc;
 use zbus::message::Type;
@@ -87,7 +89,27 @@ fn export(name: &str, disk: Option<u64>) -> ExportView {
         generation: Generation(1),
         size: 1 << 20,
         read_only: false,
+        hidden: false,
         source: Source::Dbus,
+    }
+}
+
+fn job(id: u64, clients: u32) -> JobView {
+    JobView {
+        id,
+        operation: "prepare-detach",
+        target: "loop:/x".to_owned(),
+        exports: vec![ExportName::parse("a").unwrap()],
+        caller: Caller {
+            name: ":1.7".to_owned(),
+            uid: Some(0),
+            unit: String::new(),
+        },
+        started_usec: 1,
+        deadline_usec: 2,
+        stage: Stage::Draining,
+        clients,
+        clients_max: 4,
     }
 }
 
@@ -429,11 +451,11 @@ fn bad_calls_are_refused_by_name_and_the_daemon_goes_on() {
             error_name(call(&client, ROOT, MANAGER, "AddExport", &("b", options)).await);
         assert_eq!(name, ours);
         assert!(text.contains("colour"), "{text}");
-        let options = BTreeMap::from([("mode", Variant::new("hide"))]);
+        let options = BTreeMap::from([("mode", Variant::new("sideways"))]);
         let (name, text) =
             error_name(call(&client, ROOT, MANAGER, "RemoveExport", &("b", options)).await);
-        assert_eq!(name, "org.nbdtrack1.Error.NotSupported");
-        assert!(text.contains("hide"), "{text}");
+        assert_eq!(name, ours);
+        assert!(text.contains("sideways"), "{text}");
         let (name, _) = error_name(call(&client, ROOT, MANAGER, "Explode", &()).await);
         assert_eq!(name, "org.freedesktop.DBus.Error.UnknownMethod");
         let (name, _) = error_name(
@@ -708,10 +730,12 @@ fn live_introspection_is_what_the_xml_files_say() {
         publisher.offer(vec![
             Publication::Disk(disk(1, "x")),
             shown(export("a", Some(1)), 0),
+            Publication::Job(job(1, 0)),
         ]);
         assert!(publisher.flush(Duration::from_secs(5)).await);
         for (path, interface) in [
             (ROOT, "org.nbdtrack1.Manager"),
+            ("/org/nbdtrack1/jobs/1", "org.nbdtrack1.Job"),
             ("/org/nbdtrack1/volumes/loop_x", "org.nbdtrack1.Volume"),
             ("/org/nbdtrack1/exports/a", "org.nbdtrack1.Export"),
         ] {

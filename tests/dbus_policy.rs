@@ -7,94 +7,202 @@ mod bus;
 use std::process::Command;
 
 use bus::{PrivateBus, block_on};
-use nbdtrack::dbus::{Answer, Bus, serve};
+use nbdtrack::correlation::{
+    DeviceNode, DeviceNumber, Difference, DiskSeq, DiskView, ExportName, ExportView, Generation,
+    Notice, Source, State,
+};
+use nbdtrack::dbus::{Answer, Bus, Caller, JobView, Publication, Stage, serve};
 use tokio::sync::mpsc;
 
-const CALLS: [(&str, &str, &[&str], bool); 18] = [
-    ("org.freedesktop.DBus.Peer", "Ping", &[], true),
+/// Where a method is, how busctl writes its arguments, and whether the group may call it; root and the users that a policy
+/// names may call all, others none.
+type Row = (
+    &'static str,
+    &'static str,
+    &'static str,
+    &'static [&'static str],
+    bool,
+);
+
+const ROOT: &str = "/org/nbdtrack1";
+const LOG: &str = "/org/freedesktop/LogControl1";
+const MANAGER: &str = "org.nbdtrack1.Manager";
+const PROPERTIES: &str = "org.freedesktop.DBus.Properties";
+
+const CALLS: [Row; 26] = [
+    (ROOT, "org.freedesktop.DBus.Peer", "Ping", &[], true),
+    (ROOT, "org.freedesktop.DBus.Peer", "GetMachineId", &[], true),
     (
+        ROOT,
         "org.freedesktop.DBus.Introspectable",
         "Introspect",
         &[],
         true,
     ),
+    (ROOT, PROPERTIES, "Get", &["ss", MANAGER, "X"], true),
+    (ROOT, PROPERTIES, "GetAll", &["s", MANAGER], true),
     (
-        "org.freedesktop.DBus.Properties",
-        "GetAll",
-        &["s", "org.nbdtrack1.Manager"],
-        true,
+        ROOT,
+        PROPERTIES,
+        "Set",
+        &["ssv", MANAGER, "X", "u", "1"],
+        false,
     ),
     (
+        ROOT,
         "org.freedesktop.DBus.ObjectManager",
         "GetManagedObjects",
         &[],
         true,
     ),
     (
-        "org.nbdtrack1.Manager",
-        "ResolveVolume",
-        &["a{sv}", "0"],
-        true,
-    ),
-    ("org.nbdtrack1.Manager", "GetStats", &["a{sv}", "0"], true),
-    (
-        "org.nbdtrack1.Manager",
-        "ExplainExport",
-        &["sa{sv}", "a", "0"],
+        LOG,
+        PROPERTIES,
+        "GetAll",
+        &["s", "org.freedesktop.LogControl1"],
         true,
     ),
     (
-        "org.nbdtrack1.Manager",
-        "ExplainDisk",
-        &["sa{sv}", "/dev/vdb", "0"],
-        true,
+        LOG,
+        PROPERTIES,
+        "Set",
+        &[
+            "ssv",
+            "org.freedesktop.LogControl1",
+            "LogLevel",
+            "s",
+            "info",
+        ],
+        false,
     ),
-    ("org.nbdtrack1.Manager", "GetHistory", &["a{sv}", "0"], true),
+    (ROOT, MANAGER, "GetExportStats", &["a{sv}", "0"], true),
+    (ROOT, MANAGER, "GetMetrics", &["a{sv}", "0"], true),
     (
-        "org.nbdtrack1.Manager",
-        "GetExportStats",
-        &["a{sv}", "0"],
-        true,
-    ),
-    ("org.nbdtrack1.Manager", "GetMetrics", &["a{sv}", "0"], true),
-    (
-        "org.nbdtrack1.Manager",
+        ROOT,
+        MANAGER,
         "AddExport",
         &["sa{sv}", "a", "1", "volume", "s", "loop:/x"],
         false,
     ),
+    (ROOT, MANAGER, "RemoveExport", &["sa{sv}", "a", "0"], false),
     (
-        "org.nbdtrack1.Manager",
-        "RemoveExport",
-        &["sa{sv}", "a", "0"],
-        false,
-    ),
-    (
-        "org.nbdtrack1.Manager",
+        ROOT,
+        MANAGER,
         "PrepareDetach",
         &["sa{sv}", "loop:/x", "0"],
         false,
     ),
     (
-        "org.nbdtrack1.Manager",
+        ROOT,
+        MANAGER,
         "CancelDetach",
         &["sa{sv}", "loop:/x", "0"],
         false,
     ),
     (
-        "org.nbdtrack1.Manager",
+        ROOT,
+        MANAGER,
         "ResolveConflict",
         &["sta{sv}", "a", "1", "0"],
         false,
     ),
-    ("org.nbdtrack1.Manager", "Rescan", &["a{sv}", "0"], false),
+    (ROOT, MANAGER, "ResolveVolume", &["a{sv}", "0"], true),
+    (ROOT, MANAGER, "Rescan", &["a{sv}", "0"], false),
+    (ROOT, MANAGER, "Reload", &["a{sv}", "0"], false),
+    (ROOT, MANAGER, "ListSessions", &["a{sv}", "0"], true),
+    (ROOT, MANAGER, "EndSession", &["ta{sv}", "1", "0"], false),
+    (ROOT, MANAGER, "GetStats", &["a{sv}", "0"], true),
+    (ROOT, MANAGER, "ExplainExport", &["sa{sv}", "a", "0"], true),
     (
-        "org.freedesktop.DBus.Properties",
-        "Set",
-        &["ssv", "org.nbdtrack1.Manager", "X", "u", "1"],
-        false,
+        ROOT,
+        MANAGER,
+        "ExplainDisk",
+        &["sa{sv}", "/dev/vdb", "0"],
+        true,
     ),
+    (ROOT, MANAGER, "GetHistory", &["a{sv}", "0"], true),
+    // What no table has is stopped by the bus, too, and does not reach the daemon.
+    (ROOT, MANAGER, "NoSuchMethod", &[], false),
 ];
+
+/// Root, a user whom the operator's own policy names, one of the group, and one who is neither.
+const USERS: [&str; 4] = ["root", "games", "nobody", "daemon"];
+
+/// What docs/dbus.md tells operators to write for a user of their own.
+const NAMED: &str = r#"  <policy user="games">
+    <allow send_destination="org.nbdtrack1"/>
+    <allow receive_sender="org.nbdtrack1"/>
+  </policy>
+"#;
+
+fn may(user: &str, group_may: bool) -> bool {
+    match user {
+        "root" | "games" => true,
+        "nobody" => group_may,
+        _ => false,
+    }
+}
+
+/// Everything that there is to be seen.
+fn shown() -> Vec<Publication> {
+    let name = ExportName::parse("a").unwrap();
+    let disk = DiskView {
+        id: "loop:x".to_owned(),
+        twin: false,
+        identities: Vec::new(),
+        serial: String::new(),
+        wwid: String::new(),
+        node: DeviceNode("/dev/loop1".to_owned()),
+        number: DeviceNumber { major: 7, minor: 1 },
+        diskseq: DiskSeq(1),
+        size: 4096,
+        read_only: false,
+        model: String::new(),
+        in_use: String::new(),
+        exports: vec![name.clone()],
+    };
+    vec![Publication::Disk(disk), export(0), job(1)]
+}
+
+fn export(clients: u32) -> Publication {
+    let view = ExportView {
+        name: ExportName::parse("a").unwrap(),
+        state: State::Serving,
+        reason: String::new(),
+        volume_id: "loop:/x".to_owned(),
+        disk: None,
+        node: None,
+        generation: Generation(1),
+        size: 4096,
+        read_only: false,
+        hidden: false,
+        source: Source::Dbus,
+    };
+    Publication::Export { view, clients }
+}
+
+fn job_view(id: u64) -> JobView {
+    JobView {
+        id,
+        operation: "prepare-detach",
+        target: "loop:/x".to_owned(),
+        exports: Vec::new(),
+        caller: Caller {
+            name: ":1.7".to_owned(),
+            uid: Some(0),
+            unit: String::new(),
+        },
+        started_usec: 1,
+        deadline_usec: 2,
+        stage: Stage::Draining,
+        clients: 1,
+        clients_max: 1,
+    }
+}
+
+fn job(id: u64) -> Publication {
+    Publication::Job(job_view(id))
+}
 
 /// The bus takes the groups from the connecting process, so each user comes with its own.
 fn group_of(user: &str) -> String {
@@ -103,13 +211,12 @@ fn group_of(user: &str) -> String {
 }
 
 /// Runs busctl as `user` and tells whether the bus let the call through.
-fn let_through(address: &str, user: &str, call: (&str, &str, &[&str])) -> bool {
+fn let_through(address: &str, user: &str, words: &[&str]) -> bool {
     let output = Command::new("setpriv")
         .args([format!("--reuid={user}"), group_of(user)])
         .args(["--clear-groups", "busctl"])
         .arg(format!("--address={address}"))
-        .args(["call", "org.nbdtrack1", "/org/nbdtrack1", call.0, call.1])
-        .args(call.2)
+        .args(words)
         .output()
         .expect("setpriv and busctl are installed (util-linux, systemd)");
     let text = String::from_utf8_lossy(&output.stderr);
@@ -122,37 +229,74 @@ fn let_through(address: &str, user: &str, call: (&str, &str, &[&str])) -> bool {
 }
 
 #[test]
-fn root_does_all_the_group_reads_and_others_nothing() {
+fn the_table_has_every_method_of_the_manager() {
+    let file = format!("{}/dbus/{MANAGER}.xml", env!("CARGO_MANIFEST_DIR"));
+    let xml = std::fs::read_to_string(file).unwrap();
+    let methods = bus::members(&xml, MANAGER);
+    let methods = methods
+        .iter()
+        .filter_map(|member| member.strip_prefix("method "));
+    for method in methods.map(|member| member.split(' ').next().unwrap()) {
+        let there = CALLS
+            .iter()
+            .any(|(_, interface, name, ..)| *interface == MANAGER && *name == method);
+        assert!(there, "{method} is not in the table");
+    }
+}
+
+#[test]
+fn root_and_named_users_do_all_the_group_reads_and_others_nothing() {
     assert!(nix::unistd::geteuid().is_root(), "this test needs root");
-    // nobody's group is nogroup on every Debian; daemon is in neither.
-    let bus = PrivateBus::with_group("nogroup");
+    // nobody's group is nogroup on every Debian; games and daemon are in neither.
+    let bus = PrivateBus::with_policy("nogroup", NAMED);
     let address = bus.address.clone();
     block_on(async move {
         let (commands, mut queue) = mpsc::channel(64);
         let publisher = serve(&Bus::parse(&address).unwrap(), commands)
             .await
             .unwrap();
+        publisher.offer(shown());
         tokio::spawn(async move {
             while let Some(command) = queue.recv().await {
                 let _ = command.reply.send(Ok(Answer::Done));
             }
         });
-        for (interface, method, arguments, reading) in CALLS {
-            for (user, allowed) in [("root", true), ("nobody", reading), ("daemon", false)] {
-                let address = address.clone();
-                let asked = tokio::task::spawn_blocking(move || {
-                    let_through(&address, user, (interface, method, arguments))
-                });
-                assert_eq!(
-                    asked.await.unwrap(),
-                    allowed,
-                    "{user}: {interface}.{method}"
-                );
-            }
+        println!("{:<62} {USERS:?}", "method or properties");
+        for (path, interface, method, arguments, group_may) in CALLS {
+            let mut words = vec!["call", "org.nbdtrack1", path, interface, method];
+            words.extend(arguments);
+            walk(
+                &address,
+                &format!("{interface}.{method}"),
+                &words,
+                group_may,
+            )
+            .await;
+        }
+        for (path, interface) in [
+            ("/org/nbdtrack1/exports/a", "org.nbdtrack1.Export"),
+            ("/org/nbdtrack1/volumes/loop_x", "org.nbdtrack1.Volume"),
+            ("/org/nbdtrack1/jobs/1", "org.nbdtrack1.Job"),
+        ] {
+            let file = format!("{}/dbus/{interface}.xml", env!("CARGO_MANIFEST_DIR"));
+            let members = bus::members(&std::fs::read_to_string(file).unwrap(), interface);
+            let properties = members
+                .iter()
+                .filter_map(|member| member.strip_prefix("property "));
+            let mut words = vec!["get-property", "org.nbdtrack1", path, interface];
+            words.extend(properties.map(|property| property.split(':').next().unwrap()));
+            assert!(words.len() > 10);
+            walk(
+                &address,
+                &format!("every property of {interface}"),
+                &words,
+                true,
+            )
+            .await;
         }
         drop(publisher);
         // Once the name is free, only root gets it.
-        for (user, allowed) in [("nobody", false), ("root", true)] {
+        for user in USERS {
             let output = Command::new("setpriv")
                 .args([format!("--reuid={user}"), group_of(user)])
                 .args(["--clear-groups", "busctl"])
@@ -166,15 +310,32 @@ fn root_does_all_the_group_reads_and_others_nothing() {
                 .args(["RequestName", "su", "org.nbdtrack1", "4"])
                 .output()
                 .unwrap();
-            assert_eq!(output.status.success(), allowed, "{user}: own");
+            assert_eq!(output.status.success(), user == "root", "{user}: own");
         }
     });
 }
 
+/// Tries one call as every user, and prints the row.
+async fn walk(address: &str, what: &str, words: &[&str], group_may: bool) {
+    let mut row = Vec::new();
+    for user in USERS {
+        let address = address.to_owned();
+        let words: Vec<String> = words.iter().map(|word| (*word).to_owned()).collect();
+        let asked = tokio::task::spawn_blocking(move || {
+            let words: Vec<&str> = words.iter().map(String::as_str).collect();
+            let_through(&address, user, &words)
+        });
+        let through = asked.await.unwrap();
+        assert_eq!(through, may(user, group_may), "{user}: {what}");
+        row.push(if through { "yes" } else { "no" });
+    }
+    println!("{what:<62} {row:?}");
+}
+
 #[test]
-fn signals_reach_root_and_the_group_and_no_one_else() {
+fn every_signal_reaches_root_the_named_and_the_group_and_no_one_else() {
     assert!(nix::unistd::geteuid().is_root(), "this test needs root");
-    let bus = PrivateBus::with_group("nogroup");
+    let bus = PrivateBus::with_policy("nogroup", NAMED);
     let address = bus.address.clone();
     block_on(async move {
         let (commands, _queue) = mpsc::channel(64);
@@ -182,7 +343,7 @@ fn signals_reach_root_and_the_group_and_no_one_else() {
             .await
             .unwrap();
         let mut listeners = Vec::new();
-        for user in ["root", "nobody", "daemon"] {
+        for user in USERS {
             let child = Command::new("setpriv")
                 .args([format!("--reuid={user}"), group_of(user)])
                 .arg("--clear-groups")
@@ -193,24 +354,77 @@ fn signals_reach_root_and_the_group_and_no_one_else() {
                 .expect("gdbus is installed (libglib2.0-bin)");
             listeners.push((user, child));
         }
+        let (diskseq, id) = (DiskSeq(1), "loop:x".to_owned());
+        let node = DeviceNode("/dev/loop1".to_owned());
+        let told = |notice| Publication::Signal(notice);
         // Told again and again, for a busy machine may take its time to start the listeners.
-        for _ in 0..40 {
-            publisher.offer(vec![nbdtrack::dbus::Publication::Signal(
-                nbdtrack::correlation::Notice::IdentityConflict {
-                    id: "loop:/x".to_owned(),
+        for round in 0..40 {
+            let gone = vec![Publication::DiskGone(diskseq)];
+            let signals = vec![
+                export(round),
+                told(Notice::Attached {
+                    diskseq,
+                    id: id.clone(),
+                    node: node.clone(),
+                }),
+                told(Notice::Detached {
+                    diskseq,
+                    id: id.clone(),
+                    node: node.clone(),
+                }),
+                told(Notice::Renamed {
+                    diskseq,
+                    id: id.clone(),
+                    old: node.clone(),
+                    new: node.clone(),
+                }),
+                told(Notice::Resized {
+                    diskseq,
+                    id: id.clone(),
+                    old: 1,
+                    new: 2,
+                }),
+                told(Notice::ExportState {
+                    export: ExportName::parse("a").unwrap(),
+                    old: "Absent",
+                    new: "Serving",
+                    reason: String::new(),
+                }),
+                told(Notice::IdentityConflict {
+                    id: id.clone(),
                     disks: Vec::new(),
+                }),
+                told(Notice::Reloaded(Difference::default())),
+                Publication::JobDone {
+                    job: job_view(round.into()),
+                    result: Ok(()),
                 },
-            )]);
+            ];
+            for batch in [shown(), signals, gone] {
+                publisher.offer(batch);
+                assert!(publisher.flush(std::time::Duration::from_secs(5)).await);
+            }
             tokio::time::sleep(std::time::Duration::from_millis(100)).await;
         }
+        let signals = [
+            "VolumeAttached",
+            "VolumeDetached",
+            "VolumeRenamed",
+            "VolumeResized",
+            "ExportStateChanged",
+            "IdentityConflict",
+            "ConfigReloaded",
+            "Completed",
+            "PropertiesChanged",
+            "InterfacesAdded",
+            "InterfacesRemoved",
+        ];
         for (user, child) in listeners {
             let heard = tokio::task::spawn_blocking(move || child.wait_with_output().unwrap());
             let text = String::from_utf8(heard.await.unwrap().stdout).unwrap();
-            assert_eq!(
-                text.contains("IdentityConflict"),
-                user != "daemon",
-                "{user}: {text}"
-            );
+            for signal in signals {
+                assert_eq!(text.contains(signal), may(user, true), "{user}: {signal}");
+            }
         }
     });
 }

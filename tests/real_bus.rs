@@ -12,7 +12,7 @@ use zbus::Variant;
 
 const NEEDS: &[Need] = &[Need::Loop, Need::Bus];
 const BYTES: u64 = 4 << 20;
-const METHODS: [&str; 11] = [
+const METHODS: [&str; 14] = [
     "AddExport",
     "RemoveExport",
     "PrepareDetach",
@@ -20,6 +20,9 @@ const METHODS: [&str; 11] = [
     "ResolveConflict",
     "ResolveVolume",
     "Rescan",
+    "Reload",
+    "ListSessions",
+    "EndSession",
     "GetStats",
     "ExplainExport",
     "ExplainDisk",

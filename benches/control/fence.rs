@@ -111,6 +111,8 @@ impl Rig {
                     } => self.door.refuse(&export, kind, &reason),
                     Action::Unseal { export, generation } => self.door.unseal(&export, generation),
                     Action::Grow { export, generation } => self.door.grow(&export, generation),
+                    Action::Hide { export, reason } => self.door.hide(&export, &reason),
+                    Action::Show { export } => self.door.show(&export),
                     Action::Forget { export } => self.door.forget(&export),
                     Action::EndLease {
                         export,

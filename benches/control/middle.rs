@@ -186,6 +186,8 @@ fn answer(action: Action) -> Option<Event> {
         Action::Serve { .. }
         | Action::Refuse { .. }
         | Action::Unseal { .. }
+        | Action::Hide { .. }
+        | Action::Show { .. }
         | Action::Grow { .. }
         | Action::Forget { .. }
         | Action::Reply { .. }

@@ -34,11 +34,22 @@ pub async fn run(bus: &Bus, command: Command, as_json: bool) -> Result<(), Failu
         }
         Command::Add(add) => self::add(&client, add, as_json).await.map_err(failed)??,
         Command::Remove(remove) => {
+            let mode = match (remove.safe, remove.hide, remove.hard) {
+                (true, ..) => "safe",
+                (_, true, _) => "hide",
+                (.., true) => "hard",
+                _ => "soft",
+            };
             client
-                .remove(&remove.name, remove.hard, remove.timeout)
+                .remove(&remove.name, mode, remove.timeout)
                 .await
                 .map_err(failed)?;
-            done(as_json, "removed", &remove.name)?;
+            let what = if remove.hide {
+                "hidden until its clients have left, then removed"
+            } else {
+                "removed"
+            };
+            done(as_json, what, &remove.name)?;
         }
         Command::PrepareDetach(prepare) => {
             prepare_detach(&client, &prepare).await.map_err(failed)?;
@@ -55,6 +66,15 @@ pub async fn run(bus: &Bus, command: Command, as_json: bool) -> Result<(), Failu
         Command::Rescan => {
             client.rescan().await.map_err(failed)?;
             done(as_json, "rescanned", "")?;
+        }
+        Command::Reload => show::reload(&client.reload().await.map_err(failed)?, as_json)?,
+        Command::Sessions { export } => {
+            let sessions = client.sessions(export.as_deref()).await.map_err(failed)?;
+            show::sessions(&sessions, as_json)?;
+        }
+        Command::EndSession { id } => {
+            client.end_session(id).await.map_err(failed)?;
+            done(as_json, "ended", &format!("session {id}"))?;
         }
         Command::Explain(Explain { export, disk }) => {
             let explanation = match (&export, &disk) {

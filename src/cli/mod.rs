@@ -86,6 +86,19 @@ enum Command {
     },
     /// Look at the attached disks anew
     Rescan,
+    /// Read the configuration again, and tell what that changed
+    Reload,
+    /// List the NBD sessions
+    Sessions {
+        /// Only those of this export
+        #[arg(value_name = "NAME")]
+        export: Option<String>,
+    },
+    /// Cut one NBD session off
+    EndSession {
+        /// The session, by the ID of `nbdtrack sessions`
+        id: u64,
+    },
     /// Say why an export is where it is, or what a disk is to the daemon
     Explain(Explain),
     /// Show what happened: disks, exports, clients, and who called what
@@ -171,8 +184,14 @@ struct Remove {
     /// The export
     #[arg(add = ArgValueCandidates::new(complete::exports))]
     name: String,
+    /// Refuse while it has clients
+    #[arg(long, group = "mode")]
+    safe: bool,
+    /// Let no new clients in; it goes when the last one has left by itself
+    #[arg(long, group = "mode")]
+    hide: bool,
     /// Cut its clients off rather than drain them
-    #[arg(long)]
+    #[arg(long, group = "mode")]
     hard: bool,
     /// How long the drain may take [default: 30, or 5 with --hard]
     #[arg(long, value_name = "SECONDS", value_parser = seconds)]

@@ -66,6 +66,54 @@ pub fn exports(objects: &Objects, as_json: bool) -> std::io::Result<()> {
     )
 }
 
+/// Prints the NBD sessions, by export.
+pub fn sessions(sessions: &[Properties], as_json: bool) -> std::io::Result<()> {
+    if as_json {
+        return print_json(&sessions.iter().map(object).collect());
+    }
+    let columns = ["Id", "Export", "Generation", "Peer", "Age"];
+    let mut rows: Vec<Vec<String>> = sessions
+        .iter()
+        .map(|session| columns.map(|column| text(session, column)).into())
+        .collect();
+    rows.sort_by(|a, b| a[1..].cmp(&b[1..]));
+    let header = ["ID", "EXPORT", "GEN", "PEER", "AGE MS"];
+    table(&header, &rows, Look::of_stdout(), "no sessions")
+}
+
+/// Prints what a reload changed: a line for each export.
+pub fn reload(difference: &Properties, as_json: bool) -> std::io::Result<()> {
+    if as_json {
+        return print_json(&object(difference));
+    }
+    let of = |key: &str| difference.get(key).map(|value| to_json(value));
+    let mut out = String::new();
+    for (key, word) in [
+        ("Added", "added"),
+        ("Changed", "changed"),
+        ("Removed", "removed"),
+        ("Refused", "refused"),
+    ] {
+        for item in of(key)
+            .as_ref()
+            .and_then(Value::as_array)
+            .into_iter()
+            .flatten()
+        {
+            let line = match item {
+                Value::Array(pair) => pair.iter().filter_map(Value::as_str).collect::<Vec<_>>(),
+                one => one.as_str().into_iter().collect(),
+            };
+            let line: Vec<String> = line.into_iter().map(printable).collect();
+            out.push_str(&format!("{word} {}\n", line.join(": ")));
+        }
+    }
+    if out.is_empty() {
+        out.push_str("nothing changed\n");
+    }
+    print(&out)
+}
+
 /// Prints all on one screen.
 pub fn status(
     bus: &str,
@@ -187,14 +235,20 @@ pub fn snake(name: &str) -> String {
 
 fn list(objects: &BTreeMap<String, Properties>) -> Value {
     let one = |(path, properties): (&String, &Properties)| {
-        let mut object = Map::new();
-        object.insert("object".to_owned(), json!(path));
-        for (name, value) in properties {
-            object.insert(snake(name), to_json(value));
-        }
-        Value::Object(object)
+        let mut of = object(properties);
+        of["object"] = json!(path);
+        of
     };
     objects.iter().map(one).collect()
+}
+
+fn object(properties: &Properties) -> Value {
+    let one = |(name, value): (&String, &OwnedVariant)| (snake(name), to_json(value));
+    properties
+        .iter()
+        .map(one)
+        .collect::<Map<String, Value>>()
+        .into()
 }
 
 fn table(header: &[&str], rows: &[Vec<String>], look: Look, nothing: &str) -> std::io::Result<()> {

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use super::membership::{Waiter, judge_pair};
 use super::{
-    Action, Change, Correlation, Decision, Definition, EndHow, ExportName, Generation, INTERNAL,
-    Leaving, Level, Notice, Source, Timer,
+    Action, Change, Correlation, Decision, Definition, Difference, EndHow, ExportName, Generation,
+    INTERNAL, Leaving, Level, Notice, Source, Timer,
 };
 use crate::identity::Identity;
 
@@ -24,6 +24,10 @@ impl Correlation {
             })
             .map(|(name, _)| name.clone())
             .collect();
+        let mut difference = Difference {
+            removed: gone.clone(),
+            ..Difference::default()
+        };
         for name in gone {
             self.leave(&name, None);
         }
@@ -31,6 +35,7 @@ impl Correlation {
         for (name, definition) in wanted {
             if let Some(reason) = refused.get(&name) {
                 self.refuse_definition(&definition, reason);
+                difference.refused.push((name, reason.clone()));
                 continue;
             }
             match self
@@ -39,10 +44,17 @@ impl Correlation {
                 .map(|export| (export.planned().clone(), export.goes()))
             {
                 Some((known, false)) if known == definition => {}
-                Some((known, false)) if known.source == Source::Dbus => self.adopt(&name),
+                Some((known, false)) if known.source == Source::Dbus => {
+                    self.adopt(&name);
+                    difference.changed.push(name);
+                }
                 // It changes; or it is on its way out, and comes back as this.
-                Some(_) => self.leave(&name, Some(definition)),
+                Some(_) => {
+                    self.leave(&name, Some(definition));
+                    difference.changed.push(name);
+                }
                 None => {
+                    difference.added.push(name.clone());
                     self.insert_export(definition, true);
                     self.inherit_conflict(&name);
                     self.refuse(&name);
@@ -51,6 +63,7 @@ impl Correlation {
                 }
             }
         }
+        self.out.push(Action::Tell(Notice::Reloaded(difference)));
     }
 
     /// Which of these definitions cannot stand, and why. Exports that exchange their volumes do not collide; one that is
@@ -168,7 +181,7 @@ impl Correlation {
                 Some(leaving) => leaving.replacement = replacement,
                 None => {
                     export.leaving = Some(Leaving {
-                        request: None,
+                        requests: Vec::new(),
                         how,
                         hard: false,
                         replacement,
@@ -201,6 +214,10 @@ impl Correlation {
             // The same volume is as doubtful under its new definition as it was.
             export.conflict = before.and_then(|before| before.conflict);
         }
+        // A removal that was under way may have hidden what comes back now.
+        self.out.push(Action::Show {
+            export: name.clone(),
+        });
         self.inherit_conflict(name);
         self.refuse(name);
         self.settle(name);

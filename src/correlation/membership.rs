@@ -5,8 +5,8 @@ use std::time::Duration;
 use super::binding::{Binding, Failure};
 use super::requests::Persisting;
 use super::{
-    Action, Change, Correlation, Definition, EXPORTS_MAX, EndHow, ExportName, Notice, Reply,
-    RequestError, RequestId, Source, State, Timer,
+    Action, Change, Correlation, Definition, EXPORTS_MAX, ExportName, Notice, Reply, RequestError,
+    RequestId, State, Timer,
 };
 
 /// A caller of `AddExport` that waits for the export to serve.
@@ -30,7 +30,7 @@ impl Correlation {
         let name = definition.name.clone();
         let removing = self.is_being_removed(&name);
         if let Some(export) = self.exports.get_mut(&name) {
-            if export.leaving.is_some() || removing {
+            if export.leaving.is_some() || export.hidden || removing {
                 return Err(RequestError::NotReady(format!(
                     "export {name} is being removed; try again"
                 )));
@@ -155,121 +155,11 @@ impl Correlation {
         }
     }
 
-    pub(super) fn remove(
-        &mut self,
-        request: RequestId,
-        name: &ExportName,
-        hard: bool,
-        within: Duration,
-    ) -> Result<(), RequestError> {
-        let export = self.exports.get(name).ok_or_else(|| {
-            RequestError::NotFound(format!(
-                "there is no export {name}; 'nbdtrack exports' lists them"
-            ))
-        })?;
-        if export.definition.source == Source::Config {
-            return Err(RequestError::NotSupported(format!(
-                "export {name} stands in the configuration file: take it out there"
-            )));
-        }
-        if !export.durable || export.leaving.is_some() || self.is_being_removed(name) {
-            return Err(RequestError::NotReady(format!(
-                "export {name} is being added or removed; try again"
-            )));
-        }
-        let how = if hard {
-            EndHow::Cut { within }
-        } else {
-            EndHow::Drain { within }
-        };
-        let changes = vec![Change::DeleteExport(name.clone())];
-        self.persist(
-            request,
-            Persisting::Remove {
-                name: name.clone(),
-                how,
-                hard,
-            },
-            changes,
-        );
-        // It opens nothing and promises nothing any more; who is served is, until the removal is stored.
-        self.settle(name);
-        Ok(())
-    }
-
     /// A definition of this name is being stored (its export may have gone since).
     fn is_being_added(&self, name: &ExportName) -> bool {
         self.persisting
             .values()
             .any(|purpose| matches!(purpose, Persisting::Add { name: added, .. } if added == name))
-    }
-
-    /// Its removal is being stored.
-    pub(super) fn is_being_removed(&self, name: &ExportName) -> bool {
-        self.persisting
-            .values()
-            .any(|purpose| matches!(purpose, Persisting::Remove { name: removed, .. } if removed == name))
-    }
-
-    /// Takes an export out once nothing of it is held, or defines it anew.
-    pub(super) fn finish_leaving(&mut self, name: &ExportName) {
-        let Some(export) = self.exports.get_mut(name) else {
-            return;
-        };
-        if export.leaving.is_none() || export.binding.held().is_some() {
-            return;
-        }
-        let Some(leaving) = export.leaving.take() else {
-            return;
-        };
-        let orphaned = matches!(
-            export.binding,
-            Binding::Failed {
-                failure: Failure::Orphan,
-                ..
-            }
-        );
-        let generation = export.generation;
-        let waiters = std::mem::take(&mut export.waiters);
-        match leaving.replacement {
-            Some(definition) => {
-                let known = &export.definition;
-                let same = (&known.volume, known.read_only, known.share)
-                    == (&definition.volume, definition.read_only, definition.share);
-                self.redefine(name, definition, generation);
-                if same {
-                    self.keep_waiters(name, waiters);
-                } else {
-                    let changed =
-                        RequestError::NotReady(format!("the definition of export {name} changed"));
-                    for waiter in waiters {
-                        self.reply(waiter.request, Err(changed.clone()));
-                    }
-                }
-            }
-            None => {
-                let reason = RequestError::NotFound(format!("export {name} was removed"));
-                for waiter in waiters {
-                    self.reply(waiter.request, Err(reason.clone()));
-                }
-                self.forget(name, &reason);
-            }
-        }
-        let reply = if let Some(what) = leaving.unflushed {
-            Err(RequestError::Failed(format!(
-                "export {name} is removed, but not everything is durable: {what}"
-            )))
-        } else if orphaned && !leaving.hard {
-            Err(RequestError::TimedOut(format!(
-                "export {name} is removed and its clients are gone, but its disk has not given up their requests; the \
-                 volume stays blocked until it does"
-            )))
-        } else {
-            Ok(Reply::Done)
-        };
-        if let Some(request) = leaving.request {
-            self.reply(request, reply);
-        }
     }
 
     pub(super) fn forget(&mut self, name: &ExportName, reason: &RequestError) {

@@ -61,6 +61,8 @@ pub enum Event {
     Asked { request: RequestId, what: Request },
     /// The definitions in the configuration files, complete.
     Configured { exports: Vec<Definition> },
+    /// A hidden export has no clients any more.
+    Unused { export: ExportName },
     /// `Correlation::deadline` has come.
     TimePassed,
     /// The daemon is to stop: drain everything.
@@ -154,6 +156,15 @@ pub enum Action {
     Grow {
         export: ExportName,
         generation: Generation,
+    },
+    /// Take the name out of LIST and turn new clients away; sessions that exist go on.
+    Hide {
+        export: ExportName,
+        reason: String,
+    },
+    /// The export is hidden no longer.
+    Show {
+        export: ExportName,
     },
     /// Take the name out of LIST.
     Forget {
@@ -263,6 +274,8 @@ pub enum Notice {
         id: String,
         disks: Vec<DiskSeq>,
     },
+    /// The configuration was applied.
+    Reloaded(Difference),
 }
 
 /// What a caller may ask of the middle.
@@ -273,10 +286,10 @@ pub enum Request {
         definition: Definition,
         wait: Duration,
     },
-    /// `hard` cuts the clients off, otherwise they are drained within `within`.
+    /// Answers when the export is gone, or with `RemoveMode::Hide` when it is hidden.
     RemoveExport {
         name: ExportName,
-        hard: bool,
+        mode: RemoveMode,
         within: Duration,
     },
     /// Answers when the volume's disk is closed (`Reply::Done`). `hard` cuts rather than drains.
@@ -292,6 +305,29 @@ pub enum Request {
         name: ExportName,
         diskseq: DiskSeq,
     },
+}
+
+/// What a removal does to the clients; the words are QEMU's (nbd-server-remove) and nbdtrack's D-Bus clients'.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RemoveMode {
+    /// For an export without clients. Whoever asks has looked; one that comes in the same moment is drained.
+    Safe,
+    /// No new clients; the export goes when its last client has left by itself.
+    Hide,
+    /// Drain the clients.
+    Soft,
+    /// Cut the clients off.
+    Hard,
+}
+
+/// What a reading of the configuration changed, each by name.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Difference {
+    pub added: Vec<ExportName>,
+    pub changed: Vec<ExportName>,
+    pub removed: Vec<ExportName>,
+    /// With the reason. Whatever had this name before stays as it was.
+    pub refused: Vec<(ExportName, String)>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -26,6 +26,7 @@ mod membership;
 mod messages;
 mod observe;
 mod record;
+mod removal;
 mod requests;
 mod settle;
 mod step;
@@ -96,7 +97,8 @@ enum Timer {
 /// An export that has to end before it goes or is defined anew.
 #[derive(Debug, Clone)]
 struct Leaving {
-    request: Option<RequestId>,
+    /// Whoever waits for it to be gone; at most the calls that D-Bus lets in.
+    requests: Vec<RequestId>,
     how: EndHow,
     /// The caller wanted the clients gone at any price, so an orphan is no failure.
     hard: bool,
@@ -117,6 +119,8 @@ struct Export {
     /// Several disks claim the volume, or did: whom it was bound to before.
     conflict: Option<Option<DiskSeq>>,
     leaving: Option<Leaving>,
+    /// Removed, durably, but for the clients that it has.
+    hidden: bool,
     waiters: Vec<Waiter>,
     /// How a lease is to end when the facts allow it time.
     ending: EndHow,
@@ -136,9 +140,10 @@ impl Export {
 
     /// It leaves, and nothing of its name comes after it.
     fn goes(&self) -> bool {
-        self.leaving
-            .as_ref()
-            .is_some_and(|leaving| leaving.replacement.is_none())
+        match &self.leaving {
+            Some(leaving) => leaving.replacement.is_none(),
+            None => self.hidden,
+        }
     }
 }
 
@@ -269,6 +274,7 @@ impl Correlation {
             Event::Persisted { request, result } => self.on_persisted(request, result),
             Event::Asked { request, what } => self.on_asked(request, what),
             Event::Configured { exports } => self.on_configured(exports),
+            Event::Unused { export } => self.on_unused(&export),
             Event::TimePassed => self.on_time_passed(),
             Event::Stopping => self.on_stopping(),
         }
@@ -355,6 +361,7 @@ impl Correlation {
             generation: self.holds.newest(&definition.name),
             conflict: self.remembered_conflicts.remove(&definition.name),
             leaving: None,
+            hidden: false,
             waiters: Vec::new(),
             ending: EndHow::Drain {
                 within: self.settings.drain_within,

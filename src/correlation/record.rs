@@ -180,7 +180,8 @@ impl Correlation {
             ..Record::new(kind, at_us)
         };
         Some(match notice {
-            Notice::Export(_) | Notice::Disk(_) => return None,
+            // A reload is its caller's record.
+            Notice::Export(_) | Notice::Disk(_) | Notice::Reloaded(_) => return None,
             Notice::Attached { diskseq, id, node } => {
                 of_disk(RecordKind::Attached, diskseq, id, &node.0)
             }

@@ -7,8 +7,8 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use super::{
-    Action, Change, Correlation, Decision, DiskSeq, EndHow, ExportName, INTERNAL, Leaving, Level,
-    Reply, Request, RequestError, RequestId, Source,
+    Action, Change, Correlation, Decision, DiskSeq, ExportName, INTERNAL, Level, RemoveMode, Reply,
+    Request, RequestError, RequestId, Source,
 };
 use crate::identity::{Identity, VolumeId};
 
@@ -21,8 +21,8 @@ pub(super) enum Persisting {
     },
     Remove {
         name: ExportName,
-        how: EndHow,
-        hard: bool,
+        mode: RemoveMode,
+        within: Duration,
     },
     Detach,
     Cancel {
@@ -38,8 +38,8 @@ impl Correlation {
     pub(super) fn on_asked(&mut self, request: RequestId, what: Request) {
         let outcome = match what {
             Request::AddExport { definition, wait } => self.add(request, definition, wait),
-            Request::RemoveExport { name, hard, within } => {
-                self.remove(request, &name, hard, within)
+            Request::RemoveExport { name, mode, within } => {
+                self.remove(request, &name, mode, within)
             }
             Request::PrepareDetach {
                 volume,
@@ -92,7 +92,7 @@ impl Correlation {
                 }
                 self.reply(request, Err(failed(&error)));
             }
-            (Persisting::Remove { name, how, hard }, Ok(())) => {
+            (Persisting::Remove { name, mode, within }, Ok(())) => {
                 let Some(export) = self.exports.get_mut(&name) else {
                     self.reply(request, Ok(Reply::Done));
                     return;
@@ -102,19 +102,12 @@ impl Correlation {
                         "export {name} stands in the configuration file now: take it out there"
                     );
                     self.reply(request, Err(RequestError::NotSupported(error)));
+                    self.show(&name, mode);
                     self.settle(&name);
                     self.answer_waiters(&name);
                     return;
                 }
-                export.leaving = Some(Leaving {
-                    request: Some(request),
-                    how,
-                    hard,
-                    replacement: None,
-                    unflushed: None,
-                });
-                self.settle(&name);
-                self.finish_leaving(&name);
+                self.removed(request, &name, mode, within);
             }
             (Persisting::Cancel { disks }, Ok(())) => self.cancelled(request, &disks),
             (Persisting::Resolve { name, diskseq }, Ok(())) => {
@@ -140,8 +133,9 @@ impl Correlation {
                     }
                 }
             }
-            (Persisting::Remove { name, .. }, Err(error)) => {
+            (Persisting::Remove { name, mode, .. }, Err(error)) => {
                 self.reply(request, Err(failed(&error)));
+                self.show(&name, mode);
                 self.settle(&name);
                 self.answer_waiters(&name);
             }

@@ -62,6 +62,9 @@ impl Correlation {
                 None => "the export is being removed",
             });
         }
+        if export.hidden && export.binding.kept().is_none() {
+            return nothing("the export is being removed");
+        }
         if !export.durable {
             return nothing("its definition is being stored");
         }

@@ -55,6 +55,8 @@ pub struct ExportView {
     /// Bytes; 0 while there is no disk.
     pub size: u64,
     pub read_only: bool,
+    /// Removed, but for the clients that it has.
+    pub hidden: bool,
     pub source: Source,
 }
 

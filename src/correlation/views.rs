@@ -1,5 +1,7 @@
 //! Pictures of the model for those who publish it.
 
+use std::collections::BTreeSet;
+
 use super::{Correlation, DiskSeq, DiskView, ExportName, ExportView};
 use crate::identity::VolumeId;
 
@@ -26,6 +28,23 @@ impl Correlation {
             .collect()
     }
 
+    /// The exports that a `PrepareDetach` of this volume would end: those of its identities and those of its disks'.
+    pub fn exports_on(&self, volume: &VolumeId) -> BTreeSet<ExportName> {
+        let candidates = volume.candidates();
+        let mut names = self.exports_of(&candidates);
+        for diskseq in self.disks.presenting(&candidates) {
+            if let Some(disk) = self.disks.get(diskseq) {
+                names.extend(self.exports_of(&disk.identities));
+            }
+        }
+        names
+    }
+
+    /// It was removed but for its clients.
+    pub fn is_hidden(&self, name: &ExportName) -> bool {
+        self.exports.get(name).is_some_and(|export| export.hidden)
+    }
+
     /// `None` when there is no such export.
     pub fn export(&self, name: &ExportName) -> Option<ExportView> {
         let export = self.exports.get(name)?;
@@ -44,6 +63,7 @@ impl Correlation {
             generation: export.generation,
             size: held.map_or_else(|| facts.map_or(0, |facts| facts.size), |held| held.size),
             read_only: held.map_or(export.definition.read_only, |held| held.read_only),
+            hidden: export.hidden,
             source: export.definition.source,
         })
     }

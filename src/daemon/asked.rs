@@ -3,8 +3,10 @@
 use std::collections::BTreeMap;
 
 use super::control::{Asker, Control};
-use crate::correlation::{Event, Request, RequestError, RequestId};
-use crate::dbus::{Answer, Call, Command, Filter, Publication};
+use super::log;
+use crate::correlation::{Event, RemoveMode, Request, RequestError, RequestId};
+use crate::dbus::{Answer, Call, Command, Filter, Publication, SessionView};
+use crate::nbd::SessionFacts;
 
 impl Control {
     pub(super) fn on_command(&mut self, command: Command) {
@@ -14,7 +16,7 @@ impl Control {
             caller,
         } = command;
         match call {
-            Call::Request(_) | Call::Rescan if self.stopping => {
+            Call::Request(_) | Call::Rescan | Call::Reload if self.stopping => {
                 self.answer(
                     reply,
                     Err(RequestError::NotReady("the daemon is stopping".to_owned())),
@@ -26,14 +28,57 @@ impl Control {
                 self.trail.note_refused(what, &caller, &reason);
                 self.answer(reply, Err(RequestError::InvalidArgument(reason)));
             }
+            Call::Request(
+                ref what @ Request::RemoveExport {
+                    ref name,
+                    mode: RemoveMode::Safe,
+                    ..
+                },
+            ) if self.door.clients(name) > 0 => {
+                let error = format!(
+                    "export {name} has {} clients: end them first, or remove it with mode hide, soft or hard",
+                    self.door.clients(name)
+                );
+                self.trail.note_refused(what, &caller, &error);
+                self.answer(reply, Err(RequestError::InUse(error)));
+            }
             Call::Request(what) => {
-                self.last_request = RequestId(self.last_request.0 + 1);
-                self.asked.insert(self.last_request, reply);
-                self.trail.note_call(self.last_request, &what, &caller);
-                self.apply(Event::Asked {
-                    request: self.last_request,
-                    what,
-                });
+                let request = RequestId(self.last_request.0 + 1);
+                self.last_request = request;
+                self.asked.insert(request, reply);
+                self.trail.note_call(request, &what, &caller);
+                let job = self.job_of(request, &what, caller);
+                self.apply(Event::Asked { request, what });
+                // What was answered at once is no job.
+                if self.asked.contains_key(&request) {
+                    self.begin_job(job);
+                }
+            }
+            Call::Reload => {
+                self.trail.note_other("Reload", &caller, "asked".to_owned());
+                self.reload_for(reply);
+            }
+            Call::Sessions(of) => {
+                let sessions = self.door.sessions(of.as_ref());
+                let sessions = sessions.into_iter().map(view).collect();
+                self.answer(reply, Ok(Answer::Sessions(sessions)));
+            }
+            Call::EndSession(id) => {
+                let ended = self.door.end_session(id);
+                let what = if ended { "ended" } else { "there is no" };
+                let detail = format!("{what} session {id}");
+                self.trail.note_other("EndSession", &caller, detail);
+                let none = || RequestError::NotFound(format!("there is no session {id}"));
+                self.answer(reply, ended.then_some(Answer::Done).ok_or_else(none));
+            }
+            Call::SetLogLevel(level) => {
+                let state = log::set_level(level);
+                let detail = format!("log level {}", level.name());
+                self.trail.note_other("Set", &caller, detail);
+                self.publisher.offer(vec![
+                    Publication::Log(state),
+                    Publication::Reply(reply, Ok(Answer::Done)),
+                ]);
             }
             Call::ResolveVolume(filter) => {
                 self.answer(reply, Ok(Answer::Volumes(self.resolve(&filter))))
@@ -49,7 +94,7 @@ impl Control {
         }
     }
 
-    fn answer(&self, asker: Asker, answer: Result<Answer, RequestError>) {
+    pub(super) fn answer(&self, asker: Asker, answer: Result<Answer, RequestError>) {
         self.publisher
             .offer(vec![Publication::Reply(asker, answer)]);
     }
@@ -105,5 +150,15 @@ impl Control {
             .map(|(name, value)| (name.to_owned(), value)),
         );
         stats
+    }
+}
+
+fn view(session: SessionFacts) -> SessionView {
+    SessionView {
+        id: session.id,
+        export: session.export,
+        generation: session.generation,
+        peer: session.peer,
+        age_ms: u64::try_from(session.age.as_millis()).unwrap_or(u64::MAX),
     }
 }

@@ -1,6 +1,6 @@
 //! The loop and what it owns.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -10,16 +10,18 @@ use tokio::task::JoinHandle;
 
 use super::claims::ClaimsFile;
 use super::metrics::ServingTimes;
+use super::reload::{Read, Reload};
 use super::rescan::Rescan;
+use super::service::Service;
 use super::sockets::Sockets;
 use super::trail::Trail;
-use super::{Error, Options, perform, reload};
+use super::{Error, Options};
 use crate::config::IdentityRules;
 use crate::correlation::{
     Change, Correlation, Event, ExportName, Notice, OpenRefusal, OpenedDisk, RequestError,
     RequestId, Ticket,
 };
-use crate::dbus::{Answer, Command, Publisher};
+use crate::dbus::{Answer, Command, JobView, Publisher};
 use crate::files;
 use crate::image::Image;
 use crate::image::beneath::Roots;
@@ -45,7 +47,7 @@ pub(super) enum Report {
         result: Result<Arc<dyn Image>, OpenRefusal>,
     },
     /// The files were read again, or say why not.
-    Reloaded(Result<reload::Read, Vec<String>>),
+    Reloaded(Result<Read, Vec<String>>),
     /// The list of claims was written, or says why not.
     ClaimsWritten(std::io::Result<()>),
 }
@@ -97,7 +99,11 @@ pub(super) struct Control {
     /// [`WRITES_MAX`]; when full the request is refused. `keep_store` ends when this is dropped.
     pub writes: mpsc::Sender<Write>,
     keeper: Option<JoinHandle<()>>,
-    reload: Reload,
+    pub(super) reload: Reload,
+    pub(super) service: Service,
+    pub(super) options: Options,
+    /// Calls that last, by the request that each is; at most the calls that D-Bus lets in.
+    pub(super) jobs: BTreeMap<RequestId, JobView>,
     clients: Arc<ClientChanges>,
     sockets: Option<Sockets>,
     pub(super) stopping: bool,
@@ -117,6 +123,7 @@ impl Control {
         drain_within: Duration,
         rules: IdentityRules,
         roots: Arc<Roots>,
+        options: Options,
     ) -> Control {
         let Edges {
             door,
@@ -162,7 +169,10 @@ impl Control {
             report_receiver: Some(report_receiver),
             writes,
             keeper: Some(keeper),
-            reload: Reload::Idle,
+            reload: Reload::default(),
+            service: Service::new(),
+            options,
+            jobs: BTreeMap::new(),
             clients,
             sockets: None,
             stopping: false,
@@ -182,7 +192,6 @@ impl Control {
         mut files: mpsc::Receiver<files::Told>,
         mut commands: mpsc::Receiver<Command>,
         mut hangup: Signal,
-        options: &Options,
     ) -> Result<(), Error> {
         let mut reports = self
             .report_receiver
@@ -206,11 +215,7 @@ impl Control {
             tokio::select! {
                 biased;
                 Some(report) = reports.recv() => {
-                    let reloaded = matches!(report, Report::Reloaded(_));
                     self.on_report(report);
-                    if reloaded && std::mem::replace(&mut self.reload, Reload::Idle) == Reload::Again {
-                        self.begin_reload(options);
-                    }
                 }
                 stop = stop_signal(&mut term, &mut interrupt) => match stop_by {
                     None => {
@@ -236,8 +241,9 @@ impl Control {
                     None => lost = Some("the D-Bus service"),
                 },
                 _ = &mut keeper, if lost.is_none() => lost = Some("the store's task"),
-                _ = hangup.recv() => self.begin_reload(options),
+                _ = hangup.recv() => self.begin_reload(),
                 () = clients.some.notified() => self.publish_clients(),
+                () = sleep_until(self.service.due()) => self.service.turn(&self.door),
                 () = sleep_until(stop_by) => {
                     tracing::warn!("stopping: the time to drain is over and some disks have not answered");
                     break;
@@ -292,6 +298,8 @@ impl Control {
         let Some(began) = surveyed else { return };
         self.open_to_clients();
         self.on_survey(began);
+        // The number of exports is another one, or the bus has come.
+        self.tell_ready();
     }
 
     fn on_report(&mut self, report: Report) {
@@ -308,23 +316,10 @@ impl Control {
                 });
                 self.apply(Event::DiskOpened { ticket, result });
             }
-            Report::Reloaded(_) if self.stopping => {}
-            Report::Reloaded(Ok(read)) => {
-                tracing::info!(exports = read.exports.len(), "configuration read again");
-                self.claims_file.rule(read.claim);
-                self.apply(Event::Configured {
-                    exports: read.exports,
-                });
-                let _asked = self.files.check();
-            }
+            Report::Reloaded(read) => self.on_reload(read),
             Report::ClaimsWritten(result) => {
                 self.claims_file.written(result);
                 self.keep_claims();
-            }
-            Report::Reloaded(Err(problems)) => {
-                for problem in problems {
-                    tracing::error!("configuration refused, everything stays as it was: {problem}");
-                }
             }
         }
     }
@@ -341,7 +336,7 @@ impl Control {
         }
         for listener in sockets.unix {
             if let Err(error) = self.door.listen_unix(listener) {
-                tracing::error!(%error, "cannot accept clients on the Unix socket");
+                tracing::error!(%error, "cannot accept clients on a Unix socket");
             }
         }
         let exports = self.correlation.export_names().count();
@@ -350,36 +345,34 @@ impl Control {
             disks = self.correlation.diskseqs().count(),
             "ready"
         );
-        perform::notify(&[
-            sd_notify::NotifyState::Ready,
-            sd_notify::NotifyState::Status(&format!("Following the volumes of {exports} exports")),
-        ]);
+    }
+
+    /// Tells the service manager that all is well, and what is served.
+    pub(super) fn tell_ready(&mut self) {
+        if self.sockets.is_some() || self.reload.is_reading() || self.stopping {
+            // The first survey will, or the end of the reload.
+            return;
+        }
+        let exports = self.correlation.export_names().count();
+        let bus = if self.publisher.is_linked() {
+            ""
+        } else {
+            "; no bus, so no one can be told or ask"
+        };
+        self.service
+            .ready(format!("Following the volumes of {exports} exports{bus}."));
     }
 
     /// Begins to drain; gives the time at which the stop is over, drained or not.
     fn begin_stop(&mut self) -> tokio::time::Instant {
         self.stopping = true;
-        perform::notify(&[sd_notify::NotifyState::Stopping]);
+        let seconds = self.drain_within.as_secs();
+        self.service.stopping(format!(
+            "Draining the clients of every export, for at most {seconds} s."
+        ));
         self.door.shutdown();
         self.apply(Event::Stopping);
         tokio::time::Instant::now() + self.drain_within + STOP_SLACK
-    }
-
-    fn begin_reload(&mut self, options: &Options) {
-        let Some(path) = options.config.clone() else {
-            tracing::warn!("asked to reload, but started without --config: nothing to read");
-            return;
-        };
-        if self.reload != Reload::Idle {
-            self.reload = Reload::Again;
-            return;
-        }
-        self.reload = Reload::Reading;
-        let reports = self.reports.clone();
-        tokio::task::spawn_blocking(move || {
-            // The loop is gone only when the daemon stops.
-            let _stopped = reports.send(Report::Reloaded(reload::read_again(&path)));
-        });
     }
 
     fn publish_clients(&mut self) {
@@ -390,18 +383,17 @@ impl Control {
                 .lock()
                 .unwrap_or_else(PoisonError::into_inner),
         );
+        self.progress_jobs(&changed);
+        for export in &changed {
+            if self.correlation.is_hidden(export) && self.door.clients(export) == 0 {
+                self.apply(Event::Unused {
+                    export: export.clone(),
+                });
+            }
+        }
         let notices: Vec<Notice> = changed.into_iter().map(Notice::Export).collect();
         self.publish(notices, Vec::new());
     }
-}
-
-/// Whether the files are being read. Only one reading goes on at a time: of two, the older could be applied last.
-#[derive(Debug, PartialEq, Eq)]
-enum Reload {
-    Idle,
-    Reading,
-    /// Asked for again since the reading began.
-    Again,
 }
 
 pub(super) fn listen(kind: SignalKind) -> Signal {

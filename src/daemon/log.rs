@@ -2,17 +2,26 @@
 
 use std::io::IsTerminal;
 
+use std::sync::OnceLock;
+
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::reload::Handle;
+use tracing_subscriber::util::SubscriberInitExt;
 
 use crate::correlation::{Decision, Level};
+use crate::dbus::{LogLevel, LogState};
+
+/// Sets the filter of the log that was started; a process has one.
+static FILTER: OnceLock<Handle<EnvFilter, tracing_subscriber::Registry>> = OnceLock::new();
 
 /// Starts logging. `NBDTRACK_LOG` selects levels as `tracing_subscriber::EnvFilter` reads them; INFO without it.
 pub(super) fn start() {
     let wanted =
         std::env::var_os("NBDTRACK_LOG").map(|wanted| wanted.to_string_lossy().into_owned());
     let (filter, refused) = filter(wanted.as_deref());
-    let lines = tracing_subscriber::fmt()
-        .with_env_filter(filter)
+    let (filter, handle) = tracing_subscriber::reload::Layer::new(filter);
+    let lines = tracing_subscriber::fmt::layer()
         .with_writer(std::io::stderr)
         .with_ansi(
             std::io::stderr().is_terminal()
@@ -20,16 +29,39 @@ pub(super) fn start() {
         )
         .with_target(false);
     // The journal has its own clock. A second start in one process (a test) keeps the first log.
-    let _already_started = if std::env::var_os("JOURNAL_STREAM").is_some() {
-        lines.without_time().try_init()
+    let log = tracing_subscriber::registry().with(filter);
+    let started = if std::env::var_os("JOURNAL_STREAM").is_some() {
+        log.with(lines.without_time()).try_init()
     } else {
-        lines.try_init()
+        log.with(lines).try_init()
     };
+    if started.is_ok() {
+        let _first = FILTER.set(handle);
+    }
     if let Some(reason) = refused {
         tracing::warn!(
             reason,
             "NBDTRACK_LOG is not understood, logging from info on: write error, warn, info, debug or trace"
         );
+    }
+}
+
+/// Logs as much as `level` from now on, whatever `NBDTRACK_LOG` says.
+pub(super) fn set_level(level: LogLevel) -> LogState {
+    let word = match level {
+        LogLevel::Error => "error",
+        LogLevel::Warning => "warn",
+        LogLevel::Info => "info",
+        LogLevel::Debug => "debug",
+    };
+    if let Some(filter) = FILTER.get()
+        && let Err(error) = filter.reload(EnvFilter::new(word))
+    {
+        tracing::warn!(%error, "the log's level cannot be set");
+    }
+    LogState {
+        level,
+        target: "console",
     }
 }
 

@@ -7,11 +7,13 @@ mod activation;
 mod asked;
 mod claims;
 mod control;
+mod jobs;
 mod log;
 mod metrics;
 mod perform;
 mod reload;
 mod rescan;
+mod service;
 mod sockets;
 mod trail;
 
@@ -214,13 +216,20 @@ async fn serve(options: &Options, passed: Option<Sockets>) -> Result<(), Error> 
         store,
         history,
     };
-    let mut control = Control::new(correlation, edges, drain_within, config.identity, roots);
+    let mut control = Control::new(
+        correlation,
+        edges,
+        drain_within,
+        config.identity,
+        roots,
+        options.clone(),
+    );
     control.claims_file.rule(config.claim);
     control.start(sockets);
     control.apply(Event::Configured {
         exports: config.exports,
     });
-    let ended = control.run(events, files, commands, hangup, options).await;
+    let ended = control.run(events, files, commands, hangup).await;
     // Whoever listens hears of the end, if the bus takes it.
     control.publisher.flush(FAREWELL).await;
     history_task.end().await;

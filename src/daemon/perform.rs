@@ -40,6 +40,15 @@ impl Control {
                 } => self.door.refuse(&export, kind, &reason),
                 Action::Unseal { export, generation } => self.door.unseal(&export, generation),
                 Action::Grow { export, generation } => self.door.grow(&export, generation),
+                Action::Hide { export, reason } => {
+                    self.door.hide(&export, &reason);
+                    if self.door.clients(&export) == 0 {
+                        let unused = Event::Unused { export };
+                        // The loop is gone only when the daemon stops.
+                        let _stopped = self.reports.send(Report::Happened(unused));
+                    }
+                }
+                Action::Show { export } => self.door.show(&export),
                 Action::Forget { export } => self.door.forget(&export),
                 Action::EndLease {
                     export,
@@ -138,6 +147,7 @@ impl Control {
                 Notice::Disk(diskseq) => {
                     disks.insert(diskseq);
                 }
+                Notice::Reloaded(difference) => signals.extend(self.reloaded(difference)),
                 signal => signals.push(Publication::Signal(signal)),
             }
         }
@@ -149,6 +159,7 @@ impl Control {
         batch.extend(signals);
         for (request, reply) in replies {
             self.trail.note_answer(request, &reply);
+            batch.extend(self.end_job(request, &reply));
             // A caller that has gone has taken its receiver along, which costs nothing.
             let Some(asker) = self.asked.remove(&request) else {
                 continue;
@@ -179,12 +190,5 @@ impl Control {
             Some(view) => Publication::Disk(view),
             None => Publication::DiskGone(diskseq),
         }
-    }
-}
-
-/// Tells the service manager, where there is one.
-pub(super) fn notify(states: &[sd_notify::NotifyState]) {
-    if let Err(error) = sd_notify::notify(states) {
-        tracing::warn!(%error, "the service manager cannot be told");
     }
 }

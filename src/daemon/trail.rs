@@ -70,6 +70,14 @@ impl Trail {
         });
     }
 
+    /// A call that the middle does not hear of, with what came of it.
+    pub fn note_other(&self, method: &str, caller: &Caller, detail: String) {
+        self.history.note(Record {
+            detail,
+            ..by(method, caller)
+        });
+    }
+
     pub fn note_answer(&mut self, request: RequestId, reply: &Result<Reply, RequestError>) {
         let Some(mut record) = self.calls.remove(&request) else {
             return;
@@ -185,14 +193,20 @@ fn called(what: &Request, caller: &Caller) -> Record {
     Record {
         export,
         volume,
-        new: method.to_owned(),
-        peer: caller.name.clone(),
-        uid: caller.uid,
-        unit: caller.unit.clone(),
         diskseq: match what {
             Request::ResolveConflict { diskseq, .. } => diskseq.0,
             _ => 0,
         },
+        ..by(method, caller)
+    }
+}
+
+fn by(method: &str, caller: &Caller) -> Record {
+    Record {
+        new: method.to_owned(),
+        peer: caller.name.clone(),
+        uid: caller.uid,
+        unit: caller.unit.clone(),
         ..Record::new(RecordKind::Call, now_us())
     }
 }

@@ -1,10 +1,11 @@
 //! Takes a parsed call to the loop and waits for its answer, within bounds of number and time.
 
-use std::sync::Arc;
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
 
 use super::{Answer, Call, Caller, Command};
@@ -37,41 +38,97 @@ pub struct Calls {
     /// can wait and try again and the loop cannot. Ends with the loop.
     commands: mpsc::Sender<Command>,
     /// [`CHANGING_MAX`]; when used up, `NotReady`.
-    changing: Arc<Semaphore>,
+    changing: Arc<Places>,
     /// [`ADDING_MAX`]; when used up, `NotReady`.
-    adding: Arc<Semaphore>,
+    adding: Arc<Places>,
     /// [`READING_MAX`]; when used up, `NotReady`.
-    reading: Arc<Semaphore>,
+    reading: Arc<Places>,
     refused: AtomicU64,
+}
+
+/// The calls of one kind that may wait at one time, of which one caller takes at most half: one that floods leaves the others
+/// the rest.
+#[derive(Debug)]
+struct Places {
+    all: usize,
+    /// By unique name, those that have some; so bounded by `all`. Held for a few map operations.
+    taken: Mutex<HashMap<String, usize>>,
+}
+
+/// A call's place, until it is answered.
+#[derive(Debug)]
+pub struct Place {
+    places: Arc<Places>,
+    caller: String,
+}
+
+impl Places {
+    fn new(all: usize) -> Arc<Places> {
+        Arc::new(Places {
+            all,
+            taken: Mutex::default(),
+        })
+    }
+
+    fn take(self: &Arc<Places>, caller: &str) -> Option<Place> {
+        let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
+        let own = taken.get(caller).copied().unwrap_or(0);
+        if own >= self.all / 2 || taken.values().sum::<usize>() >= self.all {
+            return None;
+        }
+        taken.insert(caller.to_owned(), own + 1);
+        Some(Place {
+            places: self.clone(),
+            caller: caller.to_owned(),
+        })
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let places = &self.places;
+        let mut taken = places.taken.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(own) = taken.get_mut(&self.caller) {
+            *own -= 1;
+            if *own == 0 {
+                taken.remove(&self.caller);
+            }
+        }
+    }
 }
 
 impl Calls {
     pub fn new(commands: mpsc::Sender<Command>) -> Calls {
         Calls {
             commands,
-            changing: Arc::new(Semaphore::new(CHANGING_MAX)),
-            adding: Arc::new(Semaphore::new(ADDING_MAX)),
-            reading: Arc::new(Semaphore::new(READING_MAX)),
+            changing: Places::new(CHANGING_MAX),
+            adding: Places::new(ADDING_MAX),
+            reading: Places::new(READING_MAX),
             refused: AtomicU64::new(0),
         }
     }
 
-    /// Takes a place for `call`, before anything is spent on it.
+    /// Takes a place for a `call` of `caller`, before anything is spent on it.
     ///
     /// # Errors
-    /// `NotReady` when too many calls wait already.
-    pub fn admit(&self, call: &Call) -> Result<OwnedSemaphorePermit, RequestError> {
+    /// `NotReady` when too many calls wait already, of all or of this caller.
+    pub fn admit(&self, call: &Call, caller: &str) -> Result<Place, RequestError> {
         let places = match call {
             Call::Request(Request::AddExport { .. }) => &self.adding,
-            Call::Request(_) | Call::Rescan => &self.changing,
+            Call::Request(_)
+            | Call::Rescan
+            | Call::Reload
+            | Call::EndSession(_)
+            | Call::SetLogLevel(_) => &self.changing,
             Call::ResolveVolume(_)
+            | Call::Sessions(_)
             | Call::Stats
             | Call::Explain(_)
             | Call::History(_)
             | Call::Measures
             | Call::Metrics => &self.reading,
         };
-        places.clone().try_acquire_owned().map_err(|_| self.busy())
+        places.take(caller).ok_or_else(|| self.busy())
     }
 
     /// Sends `call` to the loop and waits for its answer.
@@ -126,7 +183,11 @@ pub(super) fn time_for(call: &Call) -> Duration {
         ) => *within,
         Call::Request(Request::CancelDetach { .. } | Request::ResolveConflict { .. })
         | Call::Rescan
+        | Call::Reload
         | Call::ResolveVolume(_)
+        | Call::Sessions(_)
+        | Call::EndSession(_)
+        | Call::SetLogLevel(_)
         | Call::Stats
         | Call::Explain(_)
         | Call::History(_)
@@ -157,15 +218,30 @@ mod tests {
             },
             wait: Duration::from_secs(600),
         });
-        let places: Vec<_> = std::iter::from_fn(|| calls.admit(&add).ok()).collect();
-        assert_eq!(places.len(), ADDING_MAX);
+        let fill = |caller: &str| -> Vec<_> {
+            std::iter::from_fn(|| calls.admit(&add, caller).ok()).collect()
+        };
+        let one = fill(":1.1");
+        assert_eq!(
+            one.len(),
+            ADDING_MAX / 2,
+            "one caller leaves the others half"
+        );
+        let other = fill(":1.2");
+        assert_eq!(one.len() + other.len(), ADDING_MAX);
+        assert!(calls.admit(&add, ":1.3").is_err());
         let detach = Call::Request(Request::PrepareDetach {
             volume,
             hard: false,
             within: Duration::ZERO,
         });
-        assert!(calls.admit(&detach).is_ok());
-        assert!(calls.admit(&Call::Stats).is_ok());
-        assert_eq!(calls.refused(), 1);
+        assert!(calls.admit(&detach, ":1.1").is_ok());
+        assert!(calls.admit(&Call::Stats, ":1.1").is_ok());
+        assert_eq!(calls.refused(), 3);
+        drop(one);
+        assert!(
+            calls.admit(&add, ":1.3").is_ok(),
+            "a place that is given back is free"
+        );
     }
 }

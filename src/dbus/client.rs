@@ -141,14 +141,13 @@ impl Client {
         Ok((path.to_string(), created))
     }
 
-    /// Removes an export.
+    /// Removes an export; `mode` is `safe`, `hide`, `soft` or `hard`.
     pub async fn remove(
         &self,
         name: &str,
-        hard: bool,
+        mode: &str,
         drain: Option<Duration>,
     ) -> Result<(), ClientError> {
-        let mode = if hard { "hard" } else { "soft" };
         let mut options = Options::from([("mode", Variant::new(mode))]);
         let within = limit(&mut options, "timeout_ms", drain, TIMEOUT_MS);
         self.manager("RemoveExport", &(name, options), within)
@@ -183,6 +182,25 @@ impl Client {
         self.manager("ResolveConflict", &body, WITHIN)
             .await
             .map(drop)
+    }
+
+    /// Has the daemon read its configuration again; returns the names of what is `Added`, `Changed`, `Removed`, and what is
+    /// `Refused` with the reason.
+    pub async fn reload(&self) -> Result<Properties, ClientError> {
+        read(&self.manager("Reload", &Options::new(), WITHIN).await?)
+    }
+
+    /// Returns the NBD sessions, of one export or of all.
+    pub async fn sessions(&self, export: Option<&str>) -> Result<Vec<Properties>, ClientError> {
+        let of = export.map(|name| ("export", Variant::new(name)));
+        let options: Options<'_> = of.into_iter().collect();
+        read(&self.manager("ListSessions", &options, WITHIN).await?)
+    }
+
+    /// Cuts one NBD session off.
+    pub async fn end_session(&self, id: u64) -> Result<(), ClientError> {
+        let body = (id, Options::new());
+        self.manager("EndSession", &body, WITHIN).await.map(drop)
     }
 
     /// Has the daemon survey the disks.

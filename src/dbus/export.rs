@@ -26,7 +26,9 @@ pub const EXPORT: Interface = Interface {
         ("VmId", "s"),
         ("DiskUnit", "u"),
         ("Source", "s"),
+        ("Hidden", "b"),
     ],
+    writable: &[],
 };
 
 /// Returns all properties, in the order of the table. `volume` is the path of its disk's object.
@@ -48,5 +50,6 @@ pub fn properties(view: &ExportView, clients: u32, volume: &ObjectPath<'static>)
         ("VmId", Variant::new("")),
         ("DiskUnit", Variant::new(0_u32)),
         ("Source", Variant::new(view.source.name())),
+        ("Hidden", Variant::new(view.hidden)),
     ]
 }

@@ -5,7 +5,8 @@ use std::collections::BTreeMap;
 use zbus::{Message, OwnedVariant, Variant};
 
 use super::introspect::Method;
-use super::manager::{Options, export_name};
+use super::manager::export_name;
+use super::options::Options;
 use super::volume::text;
 use super::{Call, Subject};
 use crate::correlation::{Candidate, Explanation, Inquiry, Record, RequestError};

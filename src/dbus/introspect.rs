@@ -26,8 +26,9 @@ pub struct Interface {
     pub name: &'static str,
     pub methods: &'static [Method],
     pub signals: &'static [Signal],
-    /// All properties are read-only.
     pub properties: &'static [Argument],
+    /// Those of the properties that can be set, too.
+    pub writable: &'static [&'static str],
 }
 
 pub const PEER: Interface = Interface {
@@ -46,6 +47,7 @@ pub const PEER: Interface = Interface {
     ],
     signals: &[],
     properties: &[],
+    writable: &[],
 };
 
 pub const INTROSPECTABLE: Interface = Interface {
@@ -57,6 +59,7 @@ pub const INTROSPECTABLE: Interface = Interface {
     }],
     signals: &[],
     properties: &[],
+    writable: &[],
 };
 
 pub const PROPERTIES: Interface = Interface {
@@ -91,6 +94,7 @@ pub const PROPERTIES: Interface = Interface {
         ],
     }],
     properties: &[],
+    writable: &[],
 };
 
 pub const OBJECT_MANAGER: Interface = Interface {
@@ -111,6 +115,7 @@ pub const OBJECT_MANAGER: Interface = Interface {
         },
     ],
     properties: &[],
+    writable: &[],
 };
 
 /// Writes the introspection data of one node.
@@ -159,9 +164,16 @@ fn write_interface(interface: &Interface, out: &mut String) {
         out.push_str("    </signal>\n");
     }
     for (name, signature) in interface.properties {
+        let access = if interface.writable.contains(name) {
+            "readwrite"
+        } else {
+            "read"
+        };
         line(
             out,
-            format_args!("    <property name=\"{name}\" type=\"{signature}\" access=\"read\"/>"),
+            format_args!(
+                "    <property name=\"{name}\" type=\"{signature}\" access=\"{access}\"/>"
+            ),
         );
     }
     out.push_str("  </interface>\n");

@@ -4,26 +4,23 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use zbus::{Message, OwnedVariant, Variant};
+use zbus::{Message, OwnedVariant};
 
 use super::inquiries;
 use super::introspect::{Interface, Method, Signal};
+use super::options::{Options, bounded, short};
 use super::{Call, Filter};
-use crate::correlation::{Definition, DiskSeq, ExportName, Request, RequestError, Source};
-use crate::identity::{VOLUME_ID_BYTES_MAX, VolumeId};
+use crate::correlation::{
+    Definition, DiskSeq, ExportName, RemoveMode, Request, RequestError, Source,
+};
+use crate::identity::VolumeId;
 
-/// The longest argument that names something, in bytes: a volume is the longest.
-const ARGUMENT_BYTES_MAX: usize = VOLUME_ID_BYTES_MAX;
-/// The longest time that a caller may ask for.
-pub const WAIT_MS_MAX: u32 = 600_000;
 /// How long `AddExport` waits for the export to serve unless told.
 pub const WAIT_MS: u32 = 10_000;
 /// How long a drain may take unless told.
 pub const TIMEOUT_MS: u32 = 30_000;
 /// How long a cut waits for the disk unless told, before the caller hears that it has not answered: the clients are gone at once.
 pub const CUT_TIMEOUT_MS: u32 = 5_000;
-/// More options than any method has.
-const OPTIONS_MAX: usize = 32;
 
 const NAME: (&str, &str) = ("name", "s");
 const VOLUME: (&str, &str) = ("volume", "s");
@@ -70,6 +67,21 @@ pub const MANAGER: Interface = Interface {
             gives: &[],
         },
         Method {
+            name: "Reload",
+            takes: &[OPTIONS],
+            gives: &[("difference", "a{sv}")],
+        },
+        Method {
+            name: "ListSessions",
+            takes: &[OPTIONS],
+            gives: &[("sessions", "aa{sv}")],
+        },
+        Method {
+            name: "EndSession",
+            takes: &[("session", "t"), OPTIONS],
+            gives: &[],
+        },
+        Method {
             name: "GetStats",
             takes: &[OPTIONS],
             gives: &[("stats", "a{sv}")],
@@ -105,8 +117,13 @@ pub const MANAGER: Interface = Interface {
             name: "IdentityConflict",
             carries: &[ID, ("volumes", "ao")],
         },
+        Signal {
+            name: "ConfigReloaded",
+            carries: &[("difference", "a{sv}")],
+        },
     ],
     properties: &[],
+    writable: &[],
 };
 
 /// Reads the call out of a message whose signature was compared with the table.
@@ -141,17 +158,24 @@ pub fn parse(method: &str, message: &Message) -> Result<Call, RequestError> {
             let diskseq = some_diskseq(diskseq)?;
             Ok(Call::Request(Request::ResolveConflict { name, diskseq }))
         }
-        "ResolveVolume" | "Rescan" | "GetStats" => {
+        "EndSession" => {
+            let (session, options): (u64, BTreeMap<String, OwnedVariant>) =
+                body.deserialize().map_err(unreadable)?;
+            Options::take(options)?.end()?;
+            Ok(Call::EndSession(session))
+        }
+        "ResolveVolume" | "Rescan" | "Reload" | "ListSessions" | "GetStats" => {
             let options: BTreeMap<String, OwnedVariant> = body.deserialize().map_err(unreadable)?;
             let options = Options::take(options)?;
-            if method == "ResolveVolume" {
-                return resolve_volume(options);
+            match method {
+                "ResolveVolume" => return resolve_volume(options),
+                "ListSessions" => return list_sessions(options),
+                _ => options.end()?,
             }
-            options.end()?;
-            Ok(if method == "Rescan" {
-                Call::Rescan
-            } else {
-                Call::Stats
+            Ok(match method {
+                "Rescan" => Call::Rescan,
+                "Reload" => Call::Reload,
+                _ => Call::Stats,
             })
         }
         "ExplainExport" | "ExplainDisk" | "GetHistory" | "GetExportStats" | "GetMetrics" => {
@@ -204,25 +228,28 @@ fn add_export(name: &str, mut options: Options) -> Result<Call, RequestError> {
 
 fn remove_export(name: &str, mut options: Options) -> Result<Call, RequestError> {
     let name = export_name(name)?;
-    let mode = options.text("mode")?;
-    let hard = match mode.as_deref() {
-        None | Some("soft") => false,
-        Some("hard") => true,
-        Some(mode @ ("safe" | "hide")) => {
-            return Err(RequestError::NotSupported(format!(
-                "option mode: {mode} is not built yet; say soft or hard"
-            )));
-        }
+    let mode = match options.text("mode")?.as_deref() {
+        None | Some("soft") => RemoveMode::Soft,
+        Some("safe") => RemoveMode::Safe,
+        Some("hide") => RemoveMode::Hide,
+        Some("hard") => RemoveMode::Hard,
         Some(mode) => {
             return Err(RequestError::InvalidArgument(format!(
-                "option mode: {} is none; say soft or hard",
+                "option mode: {} is none; say safe, hide, soft or hard",
                 short(mode)
             )));
         }
     };
-    let within = within(&mut options, hard)?;
+    let within = within(&mut options, mode == RemoveMode::Hard)?;
     options.end()?;
-    Ok(Call::Request(Request::RemoveExport { name, hard, within }))
+    Ok(Call::Request(Request::RemoveExport { name, mode, within }))
+}
+
+fn list_sessions(mut options: Options) -> Result<Call, RequestError> {
+    let export = options.text("export")?;
+    options.end()?;
+    let export = export.as_deref().map(export_name).transpose()?;
+    Ok(Call::Sessions(export))
 }
 
 /// The caller's deadline for a drain, or for a cut.
@@ -277,101 +304,10 @@ fn some_diskseq(number: u64) -> Result<DiskSeq, RequestError> {
     Ok(DiskSeq(number))
 }
 
-fn bounded(argument: &str, text: &str) -> Result<(), RequestError> {
-    if text.len() > ARGUMENT_BYTES_MAX {
-        return Err(RequestError::InvalidArgument(format!(
-            "{argument}: at most {ARGUMENT_BYTES_MAX} bytes, this has {}",
-            text.len()
-        )));
-    }
-    Ok(())
-}
-
-/// The beginning of a text from outside, for a message.
-fn short(text: &str) -> String {
-    const CHARS: usize = 64;
-    if text.chars().nth(CHARS).is_none() {
-        return text.to_owned();
-    }
-    text.chars().take(CHARS).chain(['…']).collect()
-}
-
-/// The options of a call: each is taken once, and what is left at the end is refused by name.
-pub(super) struct Options(BTreeMap<String, OwnedVariant>);
-
-impl Options {
-    pub(super) fn take(given: BTreeMap<String, OwnedVariant>) -> Result<Options, RequestError> {
-        if given.len() > OPTIONS_MAX {
-            return Err(RequestError::InvalidArgument(format!(
-                "options: at most {OPTIONS_MAX}, these are {}",
-                given.len()
-            )));
-        }
-        Ok(Options(given))
-    }
-
-    pub(super) fn text(&mut self, key: &str) -> Result<Option<String>, RequestError> {
-        match self.0.remove(key).map(Variant::from) {
-            None => Ok(None),
-            Some(Variant::Str(text)) => {
-                bounded(&format!("option {key}"), &text)?;
-                Ok(Some(text.as_str().to_owned()))
-            }
-            Some(other) => Err(wrong_type(key, "a string (s)", &other)),
-        }
-    }
-
-    pub(super) fn truth(&mut self, key: &str) -> Result<Option<bool>, RequestError> {
-        match self.0.remove(key).map(Variant::from) {
-            None => Ok(None),
-            Some(Variant::Bool(truth)) => Ok(Some(truth)),
-            Some(other) => Err(wrong_type(key, "a boolean (b)", &other)),
-        }
-    }
-
-    pub(super) fn number(&mut self, key: &str) -> Result<Option<u64>, RequestError> {
-        match self.0.remove(key).map(Variant::from) {
-            None => Ok(None),
-            Some(Variant::U64(number)) => Ok(Some(number)),
-            Some(other) => Err(wrong_type(key, "a number (t)", &other)),
-        }
-    }
-
-    fn milliseconds(&mut self, key: &str, otherwise: u32) -> Result<Duration, RequestError> {
-        let number = match self.0.remove(key).map(Variant::from) {
-            None => otherwise,
-            Some(Variant::U32(number)) => number,
-            Some(other) => return Err(wrong_type(key, "milliseconds (u)", &other)),
-        };
-        if number > WAIT_MS_MAX {
-            return Err(RequestError::InvalidArgument(format!(
-                "option {key}: at most {WAIT_MS_MAX}, this is {number}"
-            )));
-        }
-        Ok(Duration::from_millis(number.into()))
-    }
-
-    pub(super) fn end(self) -> Result<(), RequestError> {
-        match self.0.into_keys().next() {
-            None => Ok(()),
-            Some(key) => Err(RequestError::InvalidArgument(format!(
-                "option {}: unknown to this method",
-                short(&key)
-            ))),
-        }
-    }
-}
-
-fn wrong_type(key: &str, wanted: &str, found: &Variant<'_>) -> RequestError {
-    RequestError::InvalidArgument(format!(
-        "option {key}: has to be {wanted}, not ({})",
-        found.value_signature()
-    ))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use zbus::Variant;
 
     fn with<B: serde::Serialize + zbus::DynamicType>(
         method: &str,
@@ -496,16 +432,17 @@ mod tests {
             (
                 with(
                     "RemoveExport",
-                    &("a", options([("mode", Variant::new("hide"))])),
-                ),
-                "NotSupported: option mode: hide",
-            ),
-            (
-                with(
-                    "RemoveExport",
                     &("a", options([("mode", Variant::new("fast"))])),
                 ),
                 "InvalidArgument: option mode: fast",
+            ),
+            (
+                with("ListSessions", &options([("export", Variant::new(""))])),
+                "InvalidArgument: name",
+            ),
+            (
+                with("Reload", &options([("force", Variant::new(true))])),
+                "InvalidArgument: option force",
             ),
             (
                 with("ResolveConflict", &("a", 0_u64, options([]))),

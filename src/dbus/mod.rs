@@ -25,10 +25,14 @@ mod error;
 mod export;
 mod inquiries;
 mod introspect;
+mod job;
+mod log_control;
 mod manager;
+mod options;
 mod paths;
 mod publish;
 mod queue;
+mod reply;
 #[cfg(test)]
 mod samples;
 mod server;
@@ -44,11 +48,12 @@ pub use call::CALLS_MAX;
 pub use client_inquiries::ExportStats;
 pub use error::BusError;
 pub use inquiries::RECORDS_MAX;
+pub use log_control::{LogLevel, LogState};
 pub use publish::Publisher;
 
 use crate::correlation::{
-    DiskSeq, DiskView, Explanation, ExportName, ExportView, Inquiry, Notice, Record, Request,
-    RequestError,
+    Difference, DiskSeq, DiskView, Explanation, ExportName, ExportView, Generation, Inquiry,
+    Notice, Record, Request, RequestError,
 };
 use crate::identity::VolumeId;
 
@@ -122,6 +127,12 @@ pub enum Call {
     ResolveVolume(Filter),
     /// Survey now; answered when it is done.
     Rescan,
+    /// Read the configuration again; answered when it is applied.
+    Reload,
+    /// The sessions, of one export or of all.
+    Sessions(Option<ExportName>),
+    EndSession(u64),
+    SetLogLevel(LogLevel),
     Stats,
     /// What each export carried.
     Measures,
@@ -139,6 +150,61 @@ pub enum Subject {
     Export(ExportName),
     /// By node, device number or diskseq.
     Disk(String),
+}
+
+/// One NBD session as it is now.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SessionView {
+    /// Never given twice while the daemon runs.
+    pub id: u64,
+    pub export: ExportName,
+    pub generation: Generation,
+    /// The address of a TCP client; process and user of a Unix one.
+    pub peer: String,
+    /// Milliseconds since it connected.
+    pub age_ms: u64,
+}
+
+/// How far a job is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stage {
+    /// Clients are there.
+    Draining,
+    /// The last clients have left; the disk flushes and is closed.
+    Closing,
+    Done,
+}
+
+impl Stage {
+    pub fn name(self) -> &'static str {
+        match self {
+            Stage::Draining => "draining",
+            Stage::Closing => "closing",
+            Stage::Done => "done",
+        }
+    }
+}
+
+/// One call that lasts, as it is now.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct JobView {
+    pub id: u64,
+    /// `prepare-detach` or `remove-export`.
+    pub operation: &'static str,
+    /// The volume or the export, as the caller wrote it.
+    pub target: String,
+    /// Whose clients are to leave.
+    pub exports: Vec<ExportName>,
+    pub caller: Caller,
+    /// Microseconds since the epoch.
+    pub started_usec: u64,
+    /// Microseconds since the epoch, when a drain becomes a cut.
+    pub deadline_usec: u64,
+    pub stage: Stage,
+    /// Connected now.
+    pub clients: u32,
+    /// Connected at most since it began.
+    pub clients_max: u32,
 }
 
 /// Which disks are asked for: those for which everything that is given holds.
@@ -159,6 +225,8 @@ pub enum Answer {
         created: bool,
     },
     Volumes(Vec<DiskSeq>),
+    Reloaded(Difference),
+    Sessions(Vec<SessionView>),
     Stats(BTreeMap<String, u64>),
     Explained {
         explanation: Box<Explanation>,
@@ -186,6 +254,13 @@ pub enum Publication {
     Disk(DiskView),
     DiskGone(DiskSeq),
     Signal(Notice),
+    Job(JobView),
+    /// The job is over, and its object goes.
+    JobDone {
+        job: JobView,
+        result: Result<(), RequestError>,
+    },
+    Log(LogState),
     /// Sent only after what was offered before it is visible on the bus.
     Reply(
         oneshot::Sender<Result<Answer, RequestError>>,
@@ -194,7 +269,7 @@ pub enum Publication {
 }
 
 /// Connects to `bus`, claims [`BUS_NAME`] and serves it until the publisher is dropped; a bus that goes away is
-/// connected to again. `commands` is the loop's bounded queue; what does not fit is answered `NotReady`.
+/// connected to again, and one that is not there yet is waited for while the daemon serves. `commands` is the loop's bounded queue; what does not fit is answered `NotReady`.
 ///
 /// Needs a running tokio runtime.
 ///

@@ -16,6 +16,9 @@ pub const VOLUMES: &str = "/org/nbdtrack1/volumes";
 /// The parent of all Export objects.
 pub const EXPORTS: &str = "/org/nbdtrack1/exports";
 
+/// The parent of all Job objects.
+pub const JOBS: &str = "/org/nbdtrack1/jobs";
+
 /// The longest last element of a path, in bytes. D-Bus has no limit of its own, but a name of 4,096 bytes
 /// would be 12 KiB in every signal and every match rule; 200 is more than any name seen in the field.
 pub const ELEMENT_BYTES_MAX: usize = 200;
@@ -23,6 +26,11 @@ pub const ELEMENT_BYTES_MAX: usize = 200;
 /// Returns the path of an export's object.
 pub fn export(name: &ExportName) -> String {
     format!("{EXPORTS}/{}", element(name.as_str().as_bytes(), ""))
+}
+
+/// Returns the path of a job's object.
+pub fn job(id: u64) -> String {
+    format!("{JOBS}/{id}")
 }
 
 /// Returns the path of a disk's object: by its identity, or by its disk sequence number when it is a twin or

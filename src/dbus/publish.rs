@@ -101,6 +101,13 @@ impl Publisher {
         shared.wake.notify_one();
     }
 
+    /// Whether a bus is there, or none is wanted.
+    pub fn is_linked(&self) -> bool {
+        self.served
+            .as_ref()
+            .is_none_or(|served| served.shared.link().is_some())
+    }
+
     /// Waits until all that was offered is on the bus, but no longer than `within`; says whether it is. For the
     /// end of the daemon.
     pub async fn flush(&self, within: Duration) -> bool {
@@ -202,6 +209,13 @@ fn tell(
                     .map(message)
                     .for_each(&mut add);
             }
+            Entry::Job((job, result)) => {
+                tree.put_job(job, result)
+                    .iter()
+                    .map(message)
+                    .for_each(&mut add);
+            }
+            Entry::Log(state) => tree.log = state,
             Entry::Signal(notice) => signal(tree, &notice).into_iter().for_each(&mut add),
             Entry::Reply(to, outcome) => replies.push((to, outcome)),
         }

@@ -4,7 +4,7 @@ use std::collections::{HashMap, VecDeque};
 
 use tokio::sync::oneshot;
 
-use super::{Answer, Publication};
+use super::{Answer, JobView, LogState, Publication};
 use crate::correlation::{DiskSeq, DiskView, ExportName, ExportView, Notice, RequestError};
 
 /// Signals that wait for the bus. A burst of 10,000 disks makes some 30,000; beyond this the oldest is
@@ -24,6 +24,9 @@ pub struct Queue {
     objects: VecDeque<(u64, Key)>,
     exports: HashMap<ExportName, Option<(ExportView, u32)>>,
     disks: HashMap<DiskSeq, Option<DiskView>>,
+    /// Bounded by the calls in flight, and by [`super::CALLS_MAX`] for each of those that a bus was too slow for.
+    jobs: HashMap<u64, JobState>,
+    log: Option<LogState>,
     /// At most [`SIGNALS_MAX`]; then the oldest goes.
     signals: VecDeque<(u64, Notice)>,
     /// At most as many as there are calls in flight.
@@ -38,12 +41,19 @@ pub struct Queue {
 enum Key {
     Export(ExportName),
     Disk(DiskSeq),
+    Job(u64),
+    Log,
 }
+
+/// A job with how it ended, once it has.
+pub type JobState = (JobView, Option<Result<(), RequestError>>);
 
 /// One thing to make visible.
 pub enum Entry {
     Export(ExportName, Option<(ExportView, u32)>),
     Disk(DiskSeq, Option<DiskView>),
+    Job(JobState),
+    Log(LogState),
     Signal(Notice),
     Reply(oneshot::Sender<Outcome>, Outcome),
 }
@@ -60,6 +70,13 @@ impl Queue {
             Publication::ExportGone(name) => self.put_export(ticket, name, None),
             Publication::Disk(view) => self.put_disk(ticket, view.diskseq, Some(view)),
             Publication::DiskGone(diskseq) => self.put_disk(ticket, diskseq, None),
+            Publication::Job(job) => self.put_job(ticket, (job, None)),
+            Publication::JobDone { job, result } => self.put_job(ticket, (job, Some(result))),
+            Publication::Log(state) => {
+                if self.log.replace(state).is_none() {
+                    self.objects.push_back((ticket, Key::Log));
+                }
+            }
             // Orders to look at a view: the views themselves are publications.
             Publication::Signal(Notice::Export(_) | Notice::Disk(_)) => {}
             Publication::Signal(notice) => {
@@ -86,19 +103,32 @@ impl Queue {
         }
     }
 
+    fn put_job(&mut self, ticket: u64, state: JobState) {
+        let id = state.0.id;
+        if self.jobs.insert(id, state).is_none() {
+            self.objects.push_back((ticket, Key::Job(id)));
+        }
+    }
+
     fn pop(&mut self) -> Option<Entry> {
         let object = self.objects.front().map(|(ticket, _)| *ticket);
         let signal = self.signals.front().map(|(ticket, _)| *ticket);
         let reply = self.replies.front().map(|(ticket, ..)| *ticket);
         let first = [object, signal, reply].into_iter().flatten().min()?;
         if object == Some(first) {
-            return self.objects.pop_front().map(|(_, key)| match key {
+            let (_, key) = self.objects.pop_front()?;
+            return match key {
                 Key::Export(name) => {
                     let state = self.exports.remove(&name).flatten();
-                    Entry::Export(name, state)
+                    Some(Entry::Export(name, state))
                 }
-                Key::Disk(diskseq) => Entry::Disk(diskseq, self.disks.remove(&diskseq).flatten()),
-            });
+                Key::Disk(diskseq) => {
+                    let state = self.disks.remove(&diskseq).flatten();
+                    Some(Entry::Disk(diskseq, state))
+                }
+                Key::Job(id) => self.jobs.remove(&id).map(Entry::Job),
+                Key::Log => self.log.take().map(Entry::Log),
+            };
         }
         if signal == Some(first) {
             return self

@@ -41,6 +41,7 @@ pub fn export(text: &str, disk: Option<u64>) -> ExportView {
         generation: Generation(1),
         size: 4096,
         read_only: false,
+        hidden: false,
         source: Source::Config,
     }
 }

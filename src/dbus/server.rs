@@ -10,19 +10,21 @@ use std::time::Duration;
 use futures_util::StreamExt;
 use tokio::sync::mpsc;
 use tokio::time::sleep;
-use zbus::message::Flags;
 use zbus::{Connection, Message, MessageStream, ObjectPath, Variant};
 
 use super::call::Calls;
 use super::connect::{caller, connect};
-use super::error::on_the_wire;
 use super::introspect::{self, INTROSPECTABLE, Interface, OBJECT_MANAGER, PEER, PROPERTIES};
+use super::job::{self, JOB};
+use super::log_control::{self, LOG_CONTROL, LogLevel};
 use super::manager::{self, MANAGER};
 use super::publish::{self, Publisher, Shared};
-use super::signals::by_name;
-use super::tree::Object;
-use super::{Answer, Bus, BusError, Command, export, inquiries, paths, volume};
-use crate::correlation::RequestError;
+use super::reply::{
+    Refusal, Response, answer, beginning, method_of, response, standard, unreadable,
+};
+use super::signals::{by_name, words};
+use super::tree::{Object, Properties};
+use super::{Answer, Bus, BusError, Call, Command, export, inquiries, paths, volume};
 
 /// Between attempts to reach a bus that went away: from, and at most.
 const RETRY: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(10));
@@ -30,18 +32,6 @@ const RETRY: (Duration, Duration) = (Duration::from_millis(200), Duration::from_
 const SNAPSHOTS_MAX: usize = 2;
 /// How many whole-tree answers may be asked for at one time.
 const SNAPSHOTS_WAITING_MAX: usize = 64;
-
-/// The longest answer. A system bus lets a message have 32 MiB (dbus-daemon(1), max_message_size) and drops a connection that
-/// sends more; 20,000 objects with ordinary names need half of it.
-const ANSWER_BYTES_MAX: usize = (32 << 20) - (64 << 10);
-
-/// A refusal by full error name.
-struct Refusal {
-    name: String,
-    text: String,
-}
-
-type Response = Result<Message, Refusal>;
 
 struct Server {
     shared: Arc<Shared>,
@@ -66,36 +56,63 @@ pub async fn serve(bus: &Bus, commands: mpsc::Sender<Command>) -> Result<Publish
         snapshots_waiting: Arc::new(tokio::sync::Semaphore::new(SNAPSHOTS_WAITING_MAX)),
         machine_id: machine_id(),
     });
-    let (connection, stream) = connect(bus).await?;
-    *shared.link() = Some(connection.clone());
+    let first = match connect(bus).await {
+        Ok((connection, stream)) => {
+            *shared.link() = Some(connection.clone());
+            Some((connection, stream))
+        }
+        // Volumes are worth serving without a bus; it may come later, as on a machine that boots.
+        Err(error @ BusError::Connect { .. }) => {
+            tracing::warn!("{error}; exports are served, and the bus is tried again");
+            None
+        }
+        Err(error) => return Err(error),
+    };
     // Two tasks: one writes what is offered, one answers calls. The publisher aborts both when it is dropped.
     let publishing = tokio::spawn(publish::run(shared.clone())).abort_handle();
-    let serving = tokio::spawn(run(server, bus.clone(), connection, stream)).abort_handle();
+    let serving = tokio::spawn(run(server, bus.clone(), first)).abort_handle();
     Ok(Publisher::new(shared, vec![publishing, serving]))
 }
 
-async fn run(server: Arc<Server>, bus: Bus, first: Connection, mut stream: MessageStream) {
-    let mut connection = first;
+async fn run(server: Arc<Server>, bus: Bus, first: Option<(Connection, MessageStream)>) {
+    let mut pair = first;
     loop {
-        while let Some(message) = stream.next().await {
-            match message {
-                Ok(message) => server.take(&connection, message).await,
-                Err(error) => tracing::debug!(%error, "a message from the bus could not be read"),
+        if let Some((connection, mut stream)) = pair {
+            while let Some(message) = stream.next().await {
+                match message {
+                    Ok(message) => server.take(&connection, message).await,
+                    Err(error) => {
+                        tracing::debug!(%error, "a message from the bus could not be read");
+                    }
+                }
             }
+            *server.shared.link() = None;
+            tracing::warn!(%bus, "the bus went away; exports are served on, the bus is tried again");
         }
-        *server.shared.link() = None;
-        tracing::warn!(%bus, "the bus went away; exports are served on, the bus is tried again");
-        let mut pause = RETRY.0;
-        (connection, stream) = loop {
-            sleep(pause).await;
-            match connect(&bus).await {
-                Ok(pair) => break pair,
-                Err(error) => tracing::debug!(%error, "the bus is not back"),
-            }
-            pause = (pause * 2).min(RETRY.1);
-        };
+        let (connection, stream) = reach(&bus).await;
         *server.shared.link() = Some(connection.clone());
-        tracing::info!(%bus, "the bus is back");
+        tracing::info!(%bus, "on the bus");
+        pair = Some((connection, stream));
+    }
+}
+
+/// Tries until the bus is there and lets us have the name.
+async fn reach(bus: &Bus) -> (Connection, MessageStream) {
+    let mut pause = RETRY.0;
+    let mut last = String::new();
+    loop {
+        sleep(pause).await;
+        match connect(bus).await {
+            Ok(pair) => return pair,
+            Err(error @ BusError::Connect { .. }) => tracing::debug!(%error, "no bus yet"),
+            // The bus is there, and someone has to do something: said once for each reason.
+            Err(error) if error.to_string() != last => {
+                last = error.to_string();
+                tracing::error!("{error}; exports are served, and the name is tried again");
+            }
+            Err(_) => {}
+        }
+        pause = (pause * 2).min(RETRY.1);
     }
 }
 
@@ -117,7 +134,12 @@ impl Server {
                 });
             }
             Ok((interface, method)) if interface == MANAGER.name => {
-                self.manager_call(connection, method, message).await;
+                let call = manager::parse(method, &message).map_err(Refusal::from);
+                self.ask(connection, method, call, message).await;
+            }
+            Ok((interface, "Set")) if interface == PROPERTIES.name => {
+                let call = self.set(&message);
+                self.ask(connection, "Set", call, message).await;
             }
             Ok((interface, method)) => {
                 let _order = self.shared.order.lock().await;
@@ -147,7 +169,8 @@ impl Server {
     fn interfaces(&self, path: &str) -> Option<Vec<&'static Interface>> {
         let mut found = vec![&PEER, &INTROSPECTABLE];
         match path {
-            "/" | "/org" | paths::VOLUMES | paths::EXPORTS => {}
+            "/" | "/org" | "/org/freedesktop" | paths::VOLUMES | paths::EXPORTS | paths::JOBS => {}
+            log_control::PATH => found.extend([&PROPERTIES, &LOG_CONTROL]),
             paths::ROOT => found.extend([&PROPERTIES, &OBJECT_MANAGER, &MANAGER]),
             _ => {
                 let object = self.shared.tree().object(path)?;
@@ -156,6 +179,7 @@ impl Server {
                     match *object {
                         Object::Export { .. } => &export::EXPORT,
                         Object::Volume { .. } => &volume::VOLUME,
+                        Object::Job { .. } => &JOB,
                     },
                 ]);
             }
@@ -179,8 +203,9 @@ impl Server {
                 let interfaces = self.interfaces(path).unwrap_or_default();
                 let children: Vec<String> = match path {
                     "/" => vec!["org".to_owned()],
-                    "/org" => vec!["nbdtrack1".to_owned()],
-                    paths::ROOT => vec!["exports".to_owned(), "volumes".to_owned()],
+                    "/org" => vec!["freedesktop".to_owned(), "nbdtrack1".to_owned()],
+                    "/org/freedesktop" => vec!["LogControl1".to_owned()],
+                    paths::ROOT => ["exports", "jobs", "volumes"].map(str::to_owned).into(),
                     _ => self.shared.tree().children(path),
                 };
                 let xml = introspect::xml(&interfaces, children.iter().map(String::as_str));
@@ -197,24 +222,12 @@ impl Server {
 
     fn properties(&self, message: &Message, path: &str, method: &str) -> Response {
         let body = message.body();
-        let (interface, name) = match method {
-            "GetAll" => (body.deserialize::<&str>().map_err(unreadable)?, ""),
-            "Get" => body.deserialize::<(&str, &str)>().map_err(unreadable)?,
-            _ => {
-                let (interface, name, _): (&str, &str, Variant<'_>) =
-                    body.deserialize().map_err(unreadable)?;
-                (interface, name)
-            }
+        let (interface, name) = if method == "GetAll" {
+            (body.deserialize::<&str>().map_err(unreadable)?, "")
+        } else {
+            body.deserialize::<(&str, &str)>().map_err(unreadable)?
         };
-        let object = self.shared.tree().object(path);
-        let properties = match &object {
-            Some(object) if object.interface() == interface => object.properties(),
-            None if interface == MANAGER.name => Vec::new(),
-            _ => {
-                let text = format!("{}: not on this object", beginning(interface));
-                return Err(standard("UnknownInterface", text));
-            }
-        };
+        let properties = self.properties_of(path, interface)?;
         if method == "GetAll" {
             return response(message, &by_name(&properties));
         }
@@ -222,11 +235,45 @@ impl Server {
             let text = format!("{}: no such property", beginning(name));
             return Err(standard("UnknownProperty", text));
         };
-        if method == "Set" {
+        response(message, value)
+    }
+
+    fn properties_of(&self, path: &str, interface: &str) -> Result<Properties, Refusal> {
+        let tree = self.shared.tree();
+        match tree.object(path) {
+            Some(object) if object.interface() == interface => Ok(object.properties()),
+            None if path == paths::ROOT && interface == MANAGER.name => Ok(Vec::new()),
+            None if path == log_control::PATH && interface == LOG_CONTROL.name => {
+                Ok(log_control::properties(tree.log))
+            }
+            _ => {
+                let text = format!("{}: not on this object", beginning(interface));
+                Err(standard("UnknownInterface", text))
+            }
+        }
+    }
+
+    /// Reads a property that is to be set: the only ones are the log's.
+    fn set(&self, message: &Message) -> Result<Call, Refusal> {
+        let header = message.header();
+        let path = header.path().map_or("/", ObjectPath::as_str);
+        let body = message.body();
+        let (interface, name, value): (&str, &str, Variant<'_>) =
+            body.deserialize().map_err(unreadable)?;
+        let properties = self.properties_of(path, interface)?;
+        if !properties.iter().any(|(known, _)| *known == name) {
+            let text = format!("{}: no such property", beginning(name));
+            return Err(standard("UnknownProperty", text));
+        }
+        if interface != LOG_CONTROL.name || !LOG_CONTROL.writable.contains(&name) {
             let text = format!("{name}: cannot be set; the Manager's methods change things");
             return Err(standard("PropertyReadOnly", text));
         }
-        response(message, value)
+        let Variant::Str(level) = value else {
+            let text = format!("{name}: has to be a string (s)");
+            return Err(standard("InvalidArgs", text));
+        };
+        Ok(Call::SetLogLevel(LogLevel::parse(&level)?))
     }
 
     async fn managed_objects(&self, connection: &Connection, message: Message) {
@@ -244,17 +291,23 @@ impl Server {
         answer(connection, &message, response).await;
     }
 
-    async fn manager_call(
+    /// Starts the task that asks the loop and answers.
+    async fn ask(
         self: &Arc<Self>,
         connection: &Connection,
         method: &'static str,
+        call: Result<Call, Refusal>,
         message: Message,
     ) {
-        let admitted = manager::parse(method, &message)
-            .and_then(|call| self.calls.admit(&call).map(|place| (call, place)));
+        let admitted = call.and_then(|call| {
+            let header = message.header();
+            let sender = header.sender().map_or("", |sender| sender.as_str());
+            let place = self.calls.admit(&call, sender)?;
+            Ok((call, place))
+        });
         let (call, place) = match admitted {
             Ok(pair) => pair,
-            Err(error) => return answer(connection, &message, Err(error.into())).await,
+            Err(refusal) => return answer(connection, &message, Err(refusal)).await,
         };
         let (server, connection) = (self.clone(), connection.clone());
         // One task for each call that waits, at most as many as `Calls` has places; it ends by its deadline.
@@ -285,6 +338,11 @@ impl Server {
                     .collect();
                 response(message, &volumes)
             }
+            Answer::Reloaded(difference) => response(message, &words(&difference)),
+            Answer::Sessions(sessions) => {
+                let sessions: Vec<_> = sessions.iter().map(job::session).collect();
+                response(message, &sessions)
+            }
             Answer::Stats(mut stats) => {
                 stats.insert("bus_calls_refused".to_owned(), self.calls.refused());
                 stats.insert("bus_signals_dropped".to_owned(), self.shared.dropped());
@@ -309,50 +367,6 @@ impl Server {
     }
 }
 
-fn method_of(
-    interfaces: &[&'static Interface],
-    wanted: Option<&str>,
-    member: &str,
-    message: &Message,
-) -> Result<(&'static str, &'static str), Refusal> {
-    let mut named = interfaces
-        .iter()
-        .filter(|interface| wanted.is_none_or(|wanted| wanted == interface.name))
-        .peekable();
-    if named.peek().is_none() {
-        let text = format!("{}: not on this object", beginning(wanted.unwrap_or("")));
-        return Err(standard("UnknownInterface", text));
-    }
-    let found = named.find_map(|interface| {
-        let method = interface
-            .methods
-            .iter()
-            .find(|method| method.name == member)?;
-        Some((interface.name, method))
-    });
-    let Some((interface, method)) = found else {
-        return Err(standard(
-            "UnknownMethod",
-            format!("{}: no such method", beginning(member)),
-        ));
-    };
-    let takes: String = method
-        .takes
-        .iter()
-        .map(|(_, signature)| *signature)
-        .collect();
-    let given = message.body().signature().to_string_no_parens();
-    if takes != given {
-        let text = format!("{member} takes ({takes}), not ({})", beginning(&given));
-        return Err(if interface == MANAGER.name {
-            RequestError::InvalidArgument(text).into()
-        } else {
-            standard("InvalidArgs", text)
-        });
-    }
-    Ok((interface, method.name))
-}
-
 fn all(message: &Message, objects: &[(ObjectPath<'static>, Arc<Object>)]) -> Response {
     let properties: Vec<_> = objects
         .iter()
@@ -371,63 +385,6 @@ fn all(message: &Message, objects: &[(ObjectPath<'static>, Arc<Object>)]) -> Res
         .map(|(path, interfaces)| (ObjectPath::from_str_unchecked(path), interfaces))
         .collect();
     response(message, &managed)
-}
-
-fn response<B: serde::Serialize + zbus::DynamicType>(message: &Message, body: &B) -> Response {
-    let built = Message::method_return(&message.header())
-        .build(body)
-        .map_err(|error| standard("Failed", format!("the answer cannot be sent: {error}")))?;
-    let length = built.data().len();
-    if length > ANSWER_BYTES_MAX {
-        let text = format!("the answer has {length} bytes, more than a bus takes; ask for less");
-        return Err(standard("LimitsExceeded", text));
-    }
-    Ok(built)
-}
-
-async fn answer(connection: &Connection, message: &Message, response: Response) {
-    let header = message.header();
-    if header.primary().flags().contains(Flags::NO_REPLY_EXPECTED) {
-        return;
-    }
-    let built = match response {
-        Ok(built) => Ok(built),
-        Err(refusal) => Message::error(&header, refusal.name).build(&volume::text(&refusal.text)),
-    };
-    let sent = match built {
-        Ok(built) => connection.send(&built).await,
-        Err(error) => Err(error),
-    };
-    if let Err(error) = sent {
-        // The connection ended; so did its callers' wait.
-        tracing::debug!(%error, "an answer could not be sent");
-    }
-}
-
-fn standard(name: &str, text: String) -> Refusal {
-    Refusal {
-        name: format!("org.freedesktop.DBus.Error.{name}"),
-        text,
-    }
-}
-
-impl From<RequestError> for Refusal {
-    fn from(error: RequestError) -> Refusal {
-        let (name, text) = on_the_wire(&error);
-        Refusal {
-            name,
-            text: text.to_owned(),
-        }
-    }
-}
-
-fn unreadable(error: zbus::Error) -> Refusal {
-    standard("InvalidArgs", error.to_string())
-}
-
-/// The beginning of a text from outside, for a message.
-fn beginning(text: &str) -> String {
-    text.chars().take(64).collect()
 }
 
 fn machine_id() -> Option<String> {

@@ -5,12 +5,14 @@ use std::collections::BTreeMap;
 use zbus::message::Builder;
 use zbus::{Message, ObjectPath, Variant};
 
+use super::error::on_the_wire;
 use super::introspect::{OBJECT_MANAGER, PROPERTIES};
+use super::job::JOB;
 use super::manager::MANAGER;
 use super::paths;
 use super::tree::{Told, Tree};
 use super::volume::text;
-use crate::correlation::Notice;
+use crate::correlation::{Difference, ExportName, Notice};
 
 /// Words a difference.
 pub fn message(told: &Told) -> zbus::Result<Message> {
@@ -27,6 +29,13 @@ pub fn message(told: &Told) -> zbus::Result<Message> {
         Told::Removed { path, interface } => {
             from(paths::ROOT, OBJECT_MANAGER.name, "InterfacesRemoved")?
                 .build(&(path, vec![*interface]))
+        }
+        Told::Completed { path, result } => {
+            let (error, why) = match result {
+                Ok(()) => (String::new(), ""),
+                Err(error) => on_the_wire(error),
+            };
+            from(path.as_str(), JOB.name, "Completed")?.build(&(result.is_ok(), error, text(why)))
         }
         Told::Changed {
             path,
@@ -110,5 +119,27 @@ pub fn signal(tree: &Tree, notice: &Notice) -> Option<zbus::Result<Message>> {
                 .collect();
             manager("IdentityConflict").and_then(|signal| signal.build(&(text(id), volumes)))
         }
+        Notice::Reloaded(difference) => {
+            manager("ConfigReloaded").and_then(|signal| signal.build(&words(difference)))
+        }
     })
+}
+
+/// What a reload changed, as a dictionary: `Added`, `Changed`, `Removed` (`as`) and `Refused` (`a(ss)`, name and reason).
+pub fn words(difference: &Difference) -> BTreeMap<&'static str, Variant<'static>> {
+    let names = |names: &[ExportName]| -> Variant<'static> {
+        let names: Vec<String> = names.iter().map(|name| text(name.as_str())).collect();
+        Variant::new(names)
+    };
+    let refused: Vec<(String, String)> = difference
+        .refused
+        .iter()
+        .map(|(name, reason)| (text(name.as_str()), text(reason)))
+        .collect();
+    BTreeMap::from([
+        ("Added", names(&difference.added)),
+        ("Changed", names(&difference.changed)),
+        ("Removed", names(&difference.removed)),
+        ("Refused", Variant::new(refused)),
+    ])
 }

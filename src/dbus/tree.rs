@@ -10,9 +10,10 @@ use std::sync::Arc;
 use zbus::{ObjectPath, Variant};
 
 use super::export::{self, EXPORT};
-use super::paths;
+use super::job::{self, JOB};
 use super::volume::{self, VOLUME};
-use crate::correlation::{DiskSeq, DiskView, ExportName, ExportView};
+use super::{JobView, LogState, paths};
+use crate::correlation::{DiskSeq, DiskView, ExportName, ExportView, RequestError};
 
 /// Properties by name.
 pub type Properties = Vec<(&'static str, Variant<'static>)>;
@@ -32,6 +33,9 @@ pub enum Object {
     },
     Volume {
         view: DiskView,
+    },
+    Job {
+        view: JobView,
     },
 }
 
@@ -53,6 +57,11 @@ pub enum Told {
         path: ObjectPath<'static>,
         interface: &'static str,
     },
+    /// The job at this path ended so.
+    Completed {
+        path: ObjectPath<'static>,
+        result: Result<(), RequestError>,
+    },
 }
 
 #[derive(Debug, Default)]
@@ -63,6 +72,9 @@ pub struct Tree {
     disks: BTreeMap<DiskSeq, ObjectPath<'static>>,
     /// The exports whose `Volume` follows a disk's path.
     bound: BTreeMap<DiskSeq, BTreeSet<ExportName>>,
+    jobs: BTreeSet<u64>,
+    /// Not managed: LogControl1 is no object of ours.
+    pub log: LogState,
     /// Paths of disks that left, oldest first; at most [`DEPARTED_MAX`].
     departed: VecDeque<(DiskSeq, ObjectPath<'static>)>,
 }
@@ -72,6 +84,7 @@ impl Object {
         match self {
             Object::Export { .. } => EXPORT.name,
             Object::Volume { .. } => VOLUME.name,
+            Object::Job { .. } => JOB.name,
         }
     }
 
@@ -83,6 +96,7 @@ impl Object {
                 volume,
             } => export::properties(view, *clients, volume),
             Object::Volume { view } => volume::properties(view),
+            Object::Job { view } => job::properties(view),
         }
     }
 }
@@ -156,6 +170,26 @@ impl Tree {
         told
     }
 
+    /// Takes a job's new state; with its end it is told, and the object goes.
+    pub fn put_job(&mut self, job: JobView, end: Option<Result<(), RequestError>>) -> Vec<Told> {
+        let id = job.id;
+        let path = ObjectPath::try_from(paths::job(id)).unwrap_or_default();
+        self.jobs.insert(id);
+        let mut told: Vec<Told> = self
+            .put(path.clone(), Object::Job { view: job })
+            .into_iter()
+            .collect();
+        if let Some(result) = end {
+            told.push(Told::Completed {
+                path: path.clone(),
+                result,
+            });
+            self.jobs.remove(&id);
+            told.extend(self.remove(path));
+        }
+        told
+    }
+
     pub fn object(&self, path: &str) -> Option<Arc<Object>> {
         // A lookup by &str would need ObjectPath: Borrow<str>.
         let path = ObjectPath::try_from(path).ok()?;
@@ -175,6 +209,7 @@ impl Tree {
         match parent {
             paths::EXPORTS => self.exports.values().map(of).collect(),
             paths::VOLUMES => self.disks.values().map(of).collect(),
+            paths::JOBS => self.jobs.iter().map(u64::to_string).collect(),
             _ => Vec::new(),
         }
     }
@@ -296,7 +331,7 @@ mod tests {
             Told::Added { properties, .. } | Told::Changed { properties, .. } => {
                 properties.iter().map(|(name, _)| *name).collect()
             }
-            Told::Removed { .. } => Vec::new(),
+            Told::Removed { .. } | Told::Completed { .. } => Vec::new(),
         }
     }
 

@@ -25,6 +25,7 @@ pub const VOLUME: Interface = Interface {
         ("InUse", "s"),
         ("Exports", "ao"),
     ],
+    writable: &[],
 };
 
 /// Returns all properties, in the order of the table.

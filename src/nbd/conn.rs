@@ -116,6 +116,7 @@ pub(super) struct Conn {
     /// Asked for while it was there: of a socket that was reset the kernel tells nothing.
     pub(super) peer: Peer,
     socket: OwnedFd,
+    pub(super) began: Instant,
     wake: Arc<dyn Wake>,
     dead: AtomicBool,
     /// Requests at the disk crew.
@@ -162,6 +163,7 @@ impl Conn {
             account,
             peer: Peer::of(socket.as_fd()),
             socket,
+            began: Instant::now(),
             wake,
             dead: AtomicBool::new(false),
             jobs: AtomicU32::new(0),

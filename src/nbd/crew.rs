@@ -41,6 +41,8 @@ struct Count {
     /// Tasks queued or running.
     pending: AtomicUsize,
     threads: AtomicUsize,
+    /// Tasks that a thread has begun, ever.
+    begun: AtomicUsize,
     /// A spawn failed: said once. The next submit tries again.
     failed: AtomicBool,
 }
@@ -82,6 +84,11 @@ impl<T: Task> Crew<T> {
         !self.queue.is_empty()
     }
 
+    /// How many tasks a thread has begun, and whether any waits for one: while some wait, the number grows, or the crew is stuck.
+    pub(super) fn progress(&self) -> (usize, bool) {
+        (self.count.begun.load(Ordering::Relaxed), self.has_backlog())
+    }
+
     fn grow(&self) {
         let grown = self
             .count
@@ -119,6 +126,7 @@ fn work<T: Task>(tasks: &Receiver<T>, count: &Count, counters: &Counters) {
     loop {
         match tasks.recv_deadline(Instant::now() + STAY) {
             Ok(task) => {
+                count.begun.fetch_add(1, Ordering::Relaxed);
                 if catch_unwind(AssertUnwindSafe(|| task.run())).is_err() {
                     add(&counters.panics, 1);
                     tracing::error!("a task panicked; its connection is lost");

@@ -47,13 +47,13 @@ pub(super) struct Shared {
     /// Session threads of all leases that are inside a write.
     pub(super) inline_writes: AtomicU32,
     /// Held for a few map operations, never over a call of an image or a report.
-    exports: Mutex<BTreeMap<ExportName, Export>>,
+    pub(super) exports: Mutex<BTreeMap<ExportName, Export>>,
     /// Written once at start; the watcher must not block, it runs in session threads.
     watcher: RwLock<Option<ClientsWatcher>>,
     pub(super) witness: Witness,
 }
 
-struct Export {
+pub(super) struct Export {
     /// Why new clients are turned away; `None` while they are welcome to `lease`.
     refusal: Option<Refusal>,
     /// The lease that is open: served, or sealed.
@@ -62,6 +62,8 @@ struct Export {
     ending: Vec<Arc<Lease>>,
     /// Taken out of LIST; kept while leases are ending.
     forgotten: bool,
+    /// Out of LIST, and new clients are turned away with this; sessions that exist go on.
+    pub(super) hidden: Option<String>,
     clients: Arc<AtomicU32>,
     meter: Arc<Meter>,
 }
@@ -76,6 +78,7 @@ impl Export {
             lease: None,
             ending: Vec::new(),
             forgotten: false,
+            hidden: None,
             clients: Arc::default(),
             meter: Arc::default(),
         }
@@ -108,7 +111,7 @@ impl Door {
         Ok(Door(Arc::new(Handle(shared))))
     }
 
-    fn shared(&self) -> &Arc<Shared> {
+    pub(super) fn shared(&self) -> &Arc<Shared> {
         &self.0.0
     }
 
@@ -217,6 +220,7 @@ impl Door {
         let mut exports = lock(&self.shared().exports);
         if let Some(export) = exports.get_mut(name) {
             export.forgotten = true;
+            export.hidden = None;
             if export.lease.is_none() && export.ending.is_empty() {
                 exports.remove(name);
             }
@@ -371,6 +375,12 @@ impl Shared {
             .get(&name)
             .filter(|export| !export.forgotten)
             .ok_or_else(unknown)?;
+        if let Some(reason) = &export.hidden {
+            return Err(Refusal {
+                kind: RefusalKind::Policy,
+                reason: reason.clone(),
+            });
+        }
         match (&export.refusal, &export.lease) {
             (Some(refusal), _) => Err(refusal.clone()),
             (None, Some(lease)) => Ok(lease.clone()),
@@ -388,7 +398,7 @@ impl Shared {
             let mut last = None;
             for (name, export) in exports.range((from, Bound::Unbounded)).take(NAMES_AT_ONCE) {
                 last = Some(name.clone());
-                if !export.forgotten {
+                if !export.forgotten && export.hidden.is_none() {
                     bytes += name.as_str().len() + 24;
                     names.push(name.clone());
                 }
@@ -401,6 +411,19 @@ impl Shared {
                 return Some(names);
             };
             from = Bound::Excluded(last);
+        }
+    }
+
+    /// The leases of one export, or of all: those that are open, and those that are ending.
+    pub(super) fn leases(&self, of: Option<&ExportName>) -> Vec<Arc<Lease>> {
+        let exports = lock(&self.exports);
+        let of_one = |export: &Export| {
+            let all = export.lease.iter().chain(&export.ending);
+            all.cloned().collect::<Vec<_>>()
+        };
+        match of {
+            Some(name) => exports.get(name).map(of_one).unwrap_or_default(),
+            None => exports.values().flat_map(of_one).collect(),
         }
     }
 

@@ -16,6 +16,7 @@ use super::crew::Crew;
 use super::door::Shared;
 use super::lease::Lease;
 use super::listener::Listener;
+use super::pulse::{Pulse, Pulses};
 use super::session::{Interest, Session};
 use super::stats::{Counters, add};
 
@@ -64,6 +65,7 @@ enum Command {
     Listen(Listener),
     LeaseEnds(Arc<Lease>, Instant),
     StopListening,
+    Pulse(Pulse),
     Quit,
 }
 
@@ -99,6 +101,10 @@ impl Poller {
 
     pub(super) fn stop_listening(&self) {
         self.command(Command::StopListening);
+    }
+
+    pub(super) fn pulse(&self, pulse: Pulse) {
+        self.command(Command::Pulse(pulse));
     }
 
     pub(super) fn quit(&self) {
@@ -243,6 +249,7 @@ pub(super) fn run(shared: &Arc<Shared>) {
     let poller = &shared.poller;
     let mut listeners: HashMap<u64, Listener> = HashMap::new();
     let mut events = vec![EpollEvent::empty(); 256];
+    let mut pulses = Pulses::default();
     loop {
         let now = Instant::now();
         let (due, next) = poller.due(now);
@@ -295,6 +302,10 @@ pub(super) fn run(shared: &Arc<Shared>) {
                     lease.on_end();
                 }
                 Command::StopListening => listeners.clear(),
+                Command::Pulse(pulse) => {
+                    pulses.ask(pulse);
+                    pulses.look(poller.sessions.progress());
+                }
                 Command::Quit => {
                     let mut table = lock(&poller.table);
                     table.quit = true;

@@ -21,10 +21,16 @@ impl PrivateBus {
 
     /// A bus with the shipped policy, where `group` stands in for `nbdtrack`.
     pub fn with_group(group: &str) -> PrivateBus {
+        PrivateBus::with_policy(group, "")
+    }
+
+    /// As [`Self::with_group`], and what an operator has added.
+    pub fn with_policy(group: &str, added: &str) -> PrivateBus {
         let folder = tempfile::tempdir().unwrap();
         let root = env!("CARGO_MANIFEST_DIR");
         let policy = std::fs::read_to_string(format!("{root}/dbus/org.nbdtrack1.conf")).unwrap();
         let policy = policy.replace("group=\"nbdtrack\"", &format!("group=\"{group}\""));
+        let policy = policy.replace("</busconfig>", &format!("{added}</busconfig>"));
         std::fs::write(folder.path().join("org.nbdtrack1.conf"), policy).unwrap();
         let here = folder.path().display().to_string();
         let config = include_str!("system.conf")

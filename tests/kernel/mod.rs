@@ -19,16 +19,19 @@ mod ioctl {
     nix::ioctl_none_bad!(clear_fd, 0x4C01);
 }
 
+/// How far a free number is searched for; more that are taken mean that something else is wrong.
+const NUMBERS_MAX: u32 = 64;
+
 /// A loop device that this test made; dropping it detaches and removes it.
 pub struct Loop {
     pub minor: u32,
 }
 
 impl Loop {
-    /// Makes loop device number `at` or, where that is taken, one of the four behind it.
+    /// Makes loop device number `at` or, where that is taken, the next one that is free.
     pub fn make(at: u32) -> Loop {
         let control = File::open("/dev/loop-control").expect("root, and the loop driver");
-        for minor in at..at + 4 {
+        for minor in at..at + NUMBERS_MAX {
             let number = libc::c_int::try_from(minor).unwrap();
             // SAFETY: an open descriptor and a plain number.
             if unsafe { ioctl::ctl_add(control.as_raw_fd(), number) }.is_ok() {
@@ -38,7 +41,7 @@ impl Loop {
                 return made;
             }
         }
-        panic!("loop devices {at} to {} are taken", at + 3);
+        panic!("loop devices {at} to {} are taken", at + NUMBERS_MAX - 1);
     }
 
     pub fn node(&self) -> DeviceNode {

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use nbdtrack::correlation::{DiskSeq, Reply, Request, RequestError, Source, State};
+use nbdtrack::correlation::{DiskSeq, RemoveMode, Reply, Request, RequestError, Source, State};
 
 use crate::world::{Broken, World, definition, name, volume};
 
@@ -51,7 +51,11 @@ fn add(index: u8, volume: u8) -> Request {
 fn remove(index: u8, hard: bool) -> Request {
     Request::RemoveExport {
         name: name(index),
-        hard,
+        mode: if hard {
+            RemoveMode::Hard
+        } else {
+            RemoveMode::Soft
+        },
         within: WITHIN,
     }
 }

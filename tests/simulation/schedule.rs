@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use nbdtrack::correlation::{Definition, DiskSeq, Request, Source};
+use nbdtrack::correlation::{Definition, DiskSeq, RemoveMode, Request, Source};
 
 use crate::world::{Broken, NAMES, SLOTS, VOLUMES, World, definition, name, volume};
 
@@ -232,7 +232,12 @@ pub fn take(world: &mut World, step: Step) {
             let within = Duration::from_secs(u64::from(c & 31));
             world.ask(Request::RemoveExport {
                 name: name(a),
-                hard: b & 1 == 1,
+                mode: [
+                    RemoveMode::Soft,
+                    RemoveMode::Hard,
+                    RemoveMode::Hide,
+                    RemoveMode::Safe,
+                ][usize::from(b & 3)],
                 within,
             });
         }

@@ -11,8 +11,8 @@ use std::time::Duration;
 use nbdtrack::correlation::{
     Action, BootId, Change, Conflict, Correlation, Definition, DeviceNode, DeviceNumber, DiskFacts,
     DiskSeq, EndHow, Event, ExportName, Generation, INTERNAL, LeaseEnd, Mark, Notice, OpenDisk,
-    OpenRefusal, OpenedDisk, Reading, Release, Remembered, Reply, Request, RequestError, RequestId,
-    Settings, Source, State, Ticket,
+    OpenRefusal, OpenedDisk, Reading, Release, Remembered, RemoveMode, Reply, Request,
+    RequestError, RequestId, Settings, Source, State, Ticket,
 };
 use nbdtrack::identity::{Identity, Scheme, VolumeId};
 
@@ -94,6 +94,7 @@ enum Pending {
     },
     Remove {
         name: ExportName,
+        hide: bool,
     },
     /// `released` present the volume's identity when asked; `held` are held as it.
     Detach {
@@ -147,6 +148,7 @@ pub struct World {
     pub leases: BTreeMap<(ExportName, Generation), Lease>,
     current: BTreeMap<ExportName, Generation>,
     refused: BTreeSet<ExportName>,
+    hidden: BTreeSet<ExportName>,
     newest: BTreeMap<ExportName, Generation>,
     pub store: Store,
     pub writes: VecDeque<(RequestId, Vec<Change>)>,
@@ -234,6 +236,7 @@ impl World {
             leases: BTreeMap::new(),
             current: BTreeMap::new(),
             refused: BTreeSet::new(),
+            hidden: BTreeSet::new(),
             newest: BTreeMap::new(),
             store: Store::default(),
             writes: VecDeque::new(),
@@ -557,7 +560,8 @@ impl World {
     // ---- The door.
 
     pub fn accepts(&self, export: &ExportName) -> bool {
-        let sealed = self.refused.contains(export) && self.broken != Broken::SealIgnored;
+        let sealed = self.refused.contains(export) && self.broken != Broken::SealIgnored
+            || self.hidden.contains(export);
         !sealed
             && self
                 .lease_of(export)
@@ -668,7 +672,10 @@ impl World {
                     due,
                 }
             }
-            Request::RemoveExport { name, .. } => Pending::Remove { name: name.clone() },
+            Request::RemoveExport { name, mode, .. } => Pending::Remove {
+                name: name.clone(),
+                hide: *mode == RemoveMode::Hide,
+            },
             Request::PrepareDetach { volume, within, .. } => {
                 let released: BTreeSet<DiskSeq> =
                     self.middle.disks_of(volume).into_iter().collect();
@@ -773,6 +780,7 @@ impl World {
         self.leases.clear();
         self.current.clear();
         self.refused.clear();
+        self.hidden.clear();
         self.newest.clear();
         self.writes.clear();
         self.pending.clear();
@@ -917,7 +925,15 @@ impl World {
                     self.fail(format!("{export} grows without a lease"));
                 }
             }
+            Action::Hide { export, .. } => {
+                self.hidden.insert(export.clone());
+                self.answers.push(Event::Unused { export });
+            }
+            Action::Show { export } => {
+                self.hidden.remove(&export);
+            }
             Action::Forget { export } => {
+                self.hidden.remove(&export);
                 if self
                     .lease_of(&export)
                     .is_some_and(|lease| lease.ending.is_none())
@@ -1138,7 +1154,12 @@ impl World {
                     self.fail(format!("{name} was told to serve and does not"));
                 }
             }
-            (Pending::Remove { name }, Ok(_)) => {
+            (Pending::Remove { name, hide: true }, Ok(_)) => {
+                if self.middle.export(&name).is_some() && !self.hidden.contains(&name) {
+                    self.fail(format!("{name} was told to be hidden and is not"));
+                }
+            }
+            (Pending::Remove { name, .. }, Ok(_)) => {
                 if self.store.exports.contains_key(&name) && self.middle.export(&name).is_none() {
                     self.fail(format!("{name} was told to be removed and is still stored"));
                 }
@@ -1229,7 +1250,8 @@ impl World {
             let serving = self
                 .middle
                 .export(&export)
-                .is_some_and(|view| view.state == State::Serving);
+                .is_some_and(|view| view.state == State::Serving)
+                && !self.hidden.contains(&export);
             if serving != self.accepts(&export) {
                 self.fail(format!(
                     "{export}: Serving is {serving}, and the door lets in is {}",
@@ -1344,6 +1366,10 @@ impl World {
         }
         if !self.handles.is_empty() {
             self.fail("an opened disk was forgotten");
+        }
+        // Their clients have left, or their removal was not to be.
+        if let Some(export) = self.hidden.first() {
+            self.fail(format!("{export} is hidden for ever"));
         }
         let held = self.leases.len();
         let serving: Vec<ExportName> = self

@@ -74,7 +74,8 @@ impl Home {
         Endpoint::Unix(self.socket.clone())
     }
 
-    fn command(&self) -> std::process::Command {
+    /// The command line of a daemon that lives here.
+    pub fn command(&self) -> std::process::Command {
         let mut command = command(binary());
         command.arg("serve").arg("--config").arg(&self.config);
         command.arg("--state").arg(&self.state);

@@ -1,0 +1,147 @@
+//! What the service manager is told (sd_notify(3)): ready, reloading, stopping, what there is to say, and that the daemon is alive.
+//!
+//! Alive is said only while the loop turns and the data plane answers it: the loop asks the door for a sign of life, and tells the
+//! manager's watchdog at the next turn if it came.
+
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::time::Duration;
+
+use sd_notify::NotifyState;
+use tokio::time::Instant;
+
+use crate::nbd::{Door, Pulse};
+
+/// What waits while the manager reads nothing: more than a start, a reload and a stop together.
+const WAITING_MAX: usize = 64;
+
+/// How often within the manager's limit the sign of life is looked for: a sign that is one turn old leaves half of it.
+const TURNS: u32 = 4;
+
+enum Told {
+    Ready(String),
+    /// With CLOCK_MONOTONIC in microseconds, as Type=notify-reload wants it.
+    Reloading(i128),
+    Stopping(String),
+    Alive,
+}
+
+pub(super) struct Service {
+    /// [`WAITING_MAX`]; when full, what is told is dropped, and the manager's own limits judge. The thread behind it is there because the
+    /// manager's socket blocks while the manager reads nothing, and the loop never waits; it ends with this. `None` without a manager.
+    queue: Option<SyncSender<Told>>,
+    watch: Option<Watch>,
+    /// What was told with the last `ready`.
+    status: String,
+}
+
+struct Watch {
+    every: Duration,
+    due: Instant,
+    /// What the door was asked for at the last turn.
+    pulse: Option<Pulse>,
+    silent: bool,
+}
+
+impl Service {
+    /// Finds the manager by the environment that it gave.
+    pub(super) fn new() -> Service {
+        if std::env::var_os("NOTIFY_SOCKET").is_none() {
+            return Service {
+                queue: None,
+                watch: None,
+                status: String::new(),
+            };
+        }
+        let (queue, told) = sync_channel(WAITING_MAX);
+        let thread = std::thread::Builder::new().name("notify".into());
+        let started = thread.spawn(move || tell(&told));
+        if let Err(error) = &started {
+            tracing::warn!(%error, "no thread for the service manager: it is told nothing");
+        }
+        let watch = sd_notify::watchdog_enabled().map(|limit| Watch {
+            every: limit / TURNS,
+            due: Instant::now(),
+            pulse: None,
+            silent: false,
+        });
+        Service {
+            queue: started.is_ok().then_some(queue),
+            watch,
+            status: String::new(),
+        }
+    }
+
+    /// Tells that all is well, and what there is to say of it; nothing when that was told last.
+    pub(super) fn ready(&mut self, status: String) {
+        if self.status != status {
+            self.status.clone_from(&status);
+            self.send(Told::Ready(status));
+        }
+    }
+
+    pub(super) fn reloading(&mut self) {
+        // The clock is always there; without it the manager would not believe the reload anyway.
+        if let Ok(NotifyState::MonotonicUsec(now)) = NotifyState::monotonic_usec_now() {
+            self.status.clear();
+            self.send(Told::Reloading(now));
+        }
+    }
+
+    pub(super) fn stopping(&self, status: String) {
+        self.send(Told::Stopping(status));
+    }
+
+    /// When `turn` is wanted next.
+    pub(super) fn due(&self) -> Option<Instant> {
+        self.watch.as_ref().map(|watch| watch.due)
+    }
+
+    /// Tells the watchdog if the door has given the sign of life that it was asked for, and asks for the next.
+    pub(super) fn turn(&mut self, door: &Door) {
+        let Some(watch) = &mut self.watch else {
+            return;
+        };
+        watch.due = Instant::now() + watch.every;
+        let alive = watch.pulse.as_ref().is_none_or(Pulse::came);
+        if !alive && !watch.silent {
+            tracing::error!(
+                "the data plane gives no sign of life: the watchdog is not told that all is well"
+            );
+        }
+        watch.silent = !alive;
+        if alive {
+            watch.pulse = Some(door.pulse());
+            self.send(Told::Alive);
+        }
+    }
+
+    fn send(&self, told: Told) {
+        if let Some(queue) = &self.queue {
+            // Full: see `queue`. The thread lives as long as the sender.
+            let _dropped = queue.try_send(told);
+        }
+    }
+}
+
+/// The thread's body: one message each, as the manager takes them.
+fn tell(queue: &Receiver<Told>) {
+    while let Ok(told) = queue.recv() {
+        let sent = match &told {
+            Told::Ready(status) => {
+                sd_notify::notify(&[NotifyState::Ready, NotifyState::Status(status)])
+            }
+            Told::Reloading(now) => sd_notify::notify(&[
+                NotifyState::Reloading,
+                NotifyState::MonotonicUsec(*now),
+                NotifyState::Status("Reading the configuration again."),
+            ]),
+            Told::Stopping(status) => {
+                sd_notify::notify(&[NotifyState::Stopping, NotifyState::Status(status)])
+            }
+            Told::Alive => sd_notify::notify(&[NotifyState::Watchdog]),
+        };
+        if let Err(error) = sent {
+            tracing::warn!(%error, "the service manager cannot be told");
+        }
+    }
+}

@@ -1,0 +1,387 @@
+//! What callers of the live daemon can rely on: how exports are removed, sessions ended, the configuration read again, and
+//! long calls watched.
+
+mod support;
+
+use std::collections::BTreeMap;
+use std::io::Write;
+use std::time::Duration;
+
+use support::Outcome;
+use support::bus::{Client as Caller, Options, ROOT, Refused};
+use support::client::{CMD_READ, Client, Go, REP_ERR_POLICY, knock, request};
+use support::fuse_disk::{ALL, FuseDisk};
+use support::ground::{Ground, Need, real};
+use support::loops::LoopDevice;
+use support::scene::{STEP_LIMIT, Scene, Volume};
+use zbus::{OwnedVariant, Variant};
+
+const NEEDS: &[Need] = &[Need::Loop, Need::Bus];
+const BYTES: u64 = 4 << 20;
+
+/// A daemon, and the export `made` that was added over D-Bus.
+fn made(ground: &Ground) -> Outcome<(LoopDevice, Volume, Scene)> {
+    let volume = Volume::make(ground.path(), "made", BYTES)?;
+    let device = LoopDevice::add()?;
+    device.attach(&volume.image)?;
+    let scene = Scene::empty(ground)?;
+    scene.client.add_export("made", &volume.id())?;
+    scene.client.reach_state("made", "Serving", STEP_LIMIT)?;
+    Ok((device, volume, scene))
+}
+
+/// The member of `dictionary` that is a list of names.
+fn names(dictionary: &BTreeMap<String, OwnedVariant>, key: &str) -> Outcome<Vec<String>> {
+    let Some(value) = dictionary.get(key) else {
+        trouble!("there is no {key} in {dictionary:?}");
+    };
+    Ok(value.try_clone()?.try_into()?)
+}
+
+fn sessions(caller: &Caller, export: Option<&str>) -> Result<Vec<u64>, Refused> {
+    let of = export.map(|name| ("export", Variant::from(name)));
+    let options: Options = of.into_iter().collect();
+    let answer = caller.call("ListSessions", &(options,))?;
+    let all: Vec<BTreeMap<String, OwnedVariant>> = answer.body().deserialize()?;
+    let id = |session: &BTreeMap<String, OwnedVariant>| match session.get("Id").map(|id| &**id) {
+        Some(Variant::U64(id)) => *id,
+        other => u64::MAX - u64::from(other.is_none()),
+    };
+    Ok(all.iter().map(id).collect())
+}
+
+#[test]
+fn safe_removal_refuses_while_a_client_is_there() -> Outcome<()> {
+    real("removal safe", NEEDS, |ground| {
+        let (_device, _volume, mut scene) = made(ground)?;
+        let mut client = Client::open(&scene.endpoint(), "made")?;
+        let mark = scene.client.mark();
+        match scene.client.remove_export("made", "safe") {
+            Err(e) if e.is("InUse") && e.text.contains("1 clients") => {}
+            other => trouble!("expected InUse that counts the client, got {other:?}"),
+        }
+        hold!(
+            client.write(0, &[1; 512], true)? == Ok(()),
+            "the client is served on"
+        );
+        let new = Client::open(&scene.endpoint(), "made")?;
+        new.leave()?;
+        client.leave()?;
+        scene
+            .client
+            .wait(mark, STEP_LIMIT, "no clients", |signal| {
+                signal.member == "PropertiesChanged" && signal.path.ends_with("/made")
+            })?;
+        support::until(STEP_LIMIT, "the last client to be gone", || {
+            Ok(scene
+                .client
+                .remove_export("made", "safe")
+                .is_ok()
+                .then_some(()))
+        })?;
+        hold!(scene.client.export("made")?.is_none(), "it is gone");
+        scene.kill()?;
+        scene.start()?;
+        hold!(scene.client.export("made")?.is_none(), "also after kill -9");
+        scene.stop()
+    })
+}
+
+#[test]
+fn hidden_export_serves_its_clients_takes_no_new_one_and_goes_with_the_last() -> Outcome<()> {
+    real("removal hide", NEEDS, |ground| {
+        let (_device, volume, mut scene) = made(ground)?;
+        let mut one = Client::open(&scene.endpoint(), "made")?;
+        let mut two = Client::open(&scene.endpoint(), "made")?;
+        scene.client.remove_export("made", "hide")?;
+        let export = scene.export("made")?;
+        hold!(
+            export.get("Hidden") == Some(&support::bus::Word::Flag(true)),
+            "the answer comes after the property: {export:?}"
+        );
+        match knock(&scene.endpoint(), "made")? {
+            Go::Refused { kind, .. } => {
+                hold!(kind == REP_ERR_POLICY, "a new client is refused: {kind:x}")
+            }
+            go => trouble!("a new client was let in: {go:?}"),
+        }
+        let listed = support::process::run(
+            "nbdinfo",
+            &["--list", &scene.endpoint().uri("")],
+            Duration::from_secs(20),
+        )?;
+        hold!(
+            !listed.stdout.contains("made"),
+            "LIST has it not: {}",
+            listed.stdout
+        );
+        hold!(
+            one.write(0, &[1; 512], true)? == Ok(()),
+            "its clients go on"
+        );
+        // Asked again, as by a caller who lost the reply.
+        scene.client.remove_export("made", "hide")?;
+        match scene.client.add_export("made", &volume.id()) {
+            Err(e) if e.is("NotReady") => {}
+            other => trouble!("expected NotReady while it goes, got {other:?}"),
+        }
+        one.leave()?;
+        hold!(two.write(0, &[2; 512], true)? == Ok(()), "one is left");
+        hold!(
+            scene.client.export("made")?.is_some(),
+            "and so is the export"
+        );
+        let mark = scene.client.mark();
+        two.leave()?;
+        scene
+            .client
+            .wait(mark, STEP_LIMIT, "the export to go", |signal| {
+                signal.member == "InterfacesRemoved" && signal.text(0).ends_with("/made")
+            })?;
+        let (_, created) = scene.client.add_export("made", &volume.id())?;
+        hold!(created, "the name is free again");
+        Client::open(&scene.endpoint(), "made")?.leave()?;
+        scene.stop()
+    })
+}
+
+#[test]
+fn hidden_export_can_be_removed_harder() -> Outcome<()> {
+    real("removal hide then hard", NEEDS, |ground| {
+        let (_device, _volume, mut scene) = made(ground)?;
+        let mut client = Client::open(&scene.endpoint(), "made")?;
+        scene.client.remove_export("made", "hide")?;
+        scene.client.remove_export("made", "hard")?;
+        hold!(scene.client.export("made")?.is_none(), "it is gone");
+        hold!(
+            client.read(0, &mut [0; 512]).is_err(),
+            "and its client is cut off"
+        );
+        scene.stop()
+    })
+}
+
+#[test]
+fn sessions_are_listed_and_one_is_ended_alone() -> Outcome<()> {
+    real("bus sessions", NEEDS, |ground| {
+        let (_device, _volume, mut scene) = made(ground)?;
+        hold!(sessions(&scene.client, None)?.is_empty(), "none at first");
+        let mut one = Client::open(&scene.endpoint(), "made")?;
+        let first = sessions(&scene.client, Some("made"))?;
+        let mut two = Client::open(&scene.endpoint(), "made")?;
+        let both = sessions(&scene.client, None)?;
+        hold!(first.len() == 1 && both.len() == 2, "{first:?}, {both:?}");
+        hold!(both.contains(&first[0]), "its number stays");
+        hold!(
+            sessions(&scene.client, Some("other"))?.is_empty(),
+            "of another export none"
+        );
+        scene
+            .client
+            .call("EndSession", &(first[0], Options::new()))?;
+        hold!(one.read(0, &mut [0; 512]).is_err(), "it is cut off");
+        hold!(two.read(0, &mut [0; 512])? == Ok(()), "the other goes on");
+        support::until(STEP_LIMIT, "its end to be seen", || {
+            Ok((sessions(&scene.client, None)?.len() == 1).then_some(()))
+        })?;
+        match scene.client.call("EndSession", &(first[0], Options::new())) {
+            Err(e) if e.is("NotFound") => {}
+            other => trouble!("expected NotFound the second time, got {other:?}"),
+        }
+        Client::open(&scene.endpoint(), "made")?.leave()?;
+        scene.stop()
+    })
+}
+
+#[test]
+fn reload_answers_with_what_it_changed_and_a_bad_file_changes_nothing() -> Outcome<()> {
+    real("bus reload", NEEDS, |ground| {
+        let mut scene = Scene::serving(ground, &["vol-a", "vol-b"], BYTES)?;
+        let (a, b) = (scene.volumes[0].id(), scene.volumes[1].id());
+        let mut untouched = Client::open(&scene.endpoint(), "vol-a")?;
+        let reload = |scene: &Scene| -> Result<BTreeMap<String, OwnedVariant>, Refused> {
+            let answer = scene.client.call("Reload", &(Options::new(),))?;
+            Ok(answer.body().deserialize()?)
+        };
+        let mark = scene.client.mark();
+        scene
+            .home
+            .configure(&[("vol-a", a.clone()), ("vol-c", "loop:/nowhere".to_owned())])?;
+        let difference = reload(&scene)?;
+        for (key, wanted) in [
+            ("Added", &["vol-c"][..]),
+            ("Removed", &["vol-b"]),
+            ("Changed", &[]),
+        ] {
+            let found = names(&difference, key)?;
+            hold!(found == wanted, "{key}: {found:?}");
+        }
+        hold!(
+            scene.client.export("vol-c")?.is_some(),
+            "it is there when the answer comes"
+        );
+        scene.client.wait(mark, STEP_LIMIT, "ConfigReloaded", |s| {
+            s.member == "ConfigReloaded"
+        })?;
+        std::fs::write(&scene.home.config, "[server\nlisten = 7\n")?;
+        match reload(&scene) {
+            Err(e) if e.is("InvalidConfig") && e.text.contains("nbdtrack.toml:1") => {}
+            other => trouble!("expected InvalidConfig with the file and its line, got {other:?}"),
+        }
+        hold!(scene.state("vol-a")? == "Serving", "everything stays");
+        hold!(scene.client.export("vol-c")?.is_some(), "as it was");
+        hold!(
+            untouched.read(0, &mut [0; 512])? == Ok(()),
+            "and who is served notices nothing"
+        );
+        scene.home.configure(&[("vol-a", a), ("vol-b", b)])?;
+        let difference = reload(&scene)?;
+        hold!(names(&difference, "Added")? == ["vol-b"], "{difference:?}");
+        scene.client.reach_state("vol-b", "Serving", STEP_LIMIT)?;
+        scene.stop()
+    })
+}
+
+#[test]
+fn reload_without_a_configuration_says_so() -> Outcome<()> {
+    real("bus reload nothing", NEEDS, |ground| {
+        let mut scene = Scene::empty(ground)?;
+        std::fs::remove_file(&scene.home.config)?;
+        match scene.client.call("Reload", &(Options::new(),)) {
+            Err(e) if e.is("InvalidConfig") => {}
+            other => trouble!("expected InvalidConfig, got {other:?}"),
+        }
+        scene.stop()
+    })
+}
+
+#[test]
+fn detach_that_lasts_is_a_job_with_its_clients_and_its_end() -> Outcome<()> {
+    real("bus job", NEEDS, |ground| {
+        let disk = FuseDisk::make(ground.path(), "ill", BYTES)?;
+        let mut scene = Scene::empty(ground)?;
+        let _healer = disk.healer();
+        let id = format!("loop:{}", disk.file.display());
+        scene.client.add_export("ill", &id)?;
+        scene.client.reach_state("ill", "Serving", STEP_LIMIT)?;
+        let client = Client::open(&scene.endpoint(), "ill")?;
+        disk.hang(ALL);
+        (&client.socket).write_all(&request(CMD_READ, 0, 1, 0, 4096))?;
+        support::until(STEP_LIMIT, "the read to hang", || {
+            Ok((disk.held() > 0).then_some(()))
+        })?;
+        let address = scene.bus.address.clone();
+        let mark = scene.client.mark();
+        // Thread: the call that lasts; joined below.
+        let volume = id.clone();
+        let detach = std::thread::spawn(move || -> Outcome<Result<(), Refused>> {
+            let caller = Caller::connect_to(&address)?;
+            let options = Options::from([("timeout_ms", Variant::from(20_000u32))]);
+            Ok(caller
+                .call("PrepareDetach", &(volume.as_str(), options))
+                .map(drop))
+        });
+        let (path, job) = support::until(STEP_LIMIT, "the job", || {
+            Ok(scene.client.objects("Job")?.pop_first())
+        })?;
+        for (property, wanted) in [
+            ("Operation", "prepare-detach"),
+            ("Target", id.as_str()),
+            ("Stage", "draining"),
+        ] {
+            let found = job.get(property).map_or("", |word| word.text());
+            hold!(found == wanted, "{property} is {found}");
+        }
+        hold!(job["Clients"].number() == 1, "{job:?}");
+        let seen = scene.client.objects("Job")?.len();
+        hold!(seen == 1, "a client that joins late sees it, too");
+        disk.heal();
+        let ended = scene
+            .client
+            .wait(mark, STEP_LIMIT, "Completed", |s| s.member == "Completed")?;
+        hold!(ended.path == path, "{} is not {path}", ended.path);
+        hold!(
+            ended.words[0] == support::bus::Word::Flag(true),
+            "{ended:?}"
+        );
+        let answer = detach.join();
+        hold!(matches!(answer, Ok(Ok(Ok(())))), "{answer:?}");
+        hold!(
+            scene.client.objects("Job")?.is_empty(),
+            "its object is gone"
+        );
+        hold!(
+            scene
+                .client
+                .call_on(
+                    &path,
+                    "org.freedesktop.DBus.Properties",
+                    "GetAll",
+                    &"org.nbdtrack1.Job"
+                )
+                .is_err(),
+            "and cannot be asked"
+        );
+        hold!(scene.state("ill")? == "Released", "when the job is over");
+        scene.stop()
+    })
+}
+
+#[test]
+fn log_level_is_read_and_set_while_it_runs() -> Outcome<()> {
+    real("bus log level", NEEDS, |ground| {
+        let mut scene = Scene::serving(ground, &["vol-a"], BYTES)?;
+        const PATH: &str = "/org/freedesktop/LogControl1";
+        const PROPERTIES: &str = "org.freedesktop.DBus.Properties";
+        const LOG: &str = "org.freedesktop.LogControl1";
+        let level = |scene: &Scene| -> Outcome<String> {
+            let answer = scene
+                .client
+                .call_on(PATH, PROPERTIES, "Get", &(LOG, "LogLevel"))?;
+            let value: OwnedVariant = answer.body().deserialize()?;
+            Ok(format!("{:?}", &*value))
+        };
+        let set = |scene: &Scene, to: &str| {
+            let body = (LOG, "LogLevel", Variant::from(to));
+            scene
+                .client
+                .call_on(PATH, PROPERTIES, "Set", &body)
+                .map(drop)
+        };
+        hold!(level(&scene)?.contains("info"), "{}", level(&scene)?);
+        let debug_lines = |scene: &Scene| -> Outcome<usize> {
+            let log = std::fs::read_to_string(&scene.home.log)?;
+            Ok(log.lines().filter(|line| line.contains("DEBUG")).count())
+        };
+        hold!(debug_lines(&scene)? == 0, "quiet at first");
+        set(&scene, "debug")?;
+        hold!(
+            level(&scene)?.contains("debug"),
+            "told when the answer comes"
+        );
+        scene.client.rescan()?;
+        hold!(debug_lines(&scene)? > 0, "and done");
+        set(&scene, "warning")?;
+        let before = debug_lines(&scene)?;
+        scene.client.rescan()?;
+        hold!(debug_lines(&scene)? == before, "quiet again");
+        hold!(set(&scene, "loud").is_err(), "no such level");
+        hold!(level(&scene)?.contains("warning"), "and nothing changed");
+        let body = (LOG, "SyslogIdentifier", Variant::from("x"));
+        hold!(
+            scene
+                .client
+                .call_on(PATH, PROPERTIES, "Set", &body)
+                .is_err(),
+            "others cannot be set"
+        );
+        hold!(
+            scene
+                .client
+                .call_on(ROOT, PROPERTIES, "Set", &body)
+                .is_err(),
+            "nor anywhere else"
+        );
+        scene.stop()
+    })
+}
