@@ -48,6 +48,7 @@ const PURE: &[&str] = &[
     "identity",
     "correlation",
     "config/document",
+    "config/limits",
     "config/place",
     "config/table",
     "files/known",

@@ -8,6 +8,7 @@ use std::time::Duration;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
+use super::limits::{Limits, limits};
 use super::place::{Place, Places, Problem};
 use super::table::{Reading, Table};
 use super::{Bus, IdentityRules, Server, SourceFile};
@@ -18,6 +19,7 @@ use crate::identity::{OptIn, VolumeId};
 #[derive(Default)]
 pub(super) struct Document<'a> {
     pub(super) server: Server,
+    pub(super) limits: Limits,
     pub(super) identity: IdentityRules,
     pub(super) exports: Vec<FoundExport<'a>>,
 }
@@ -75,11 +77,14 @@ impl<'a> Document<'a> {
             if let Some(value) = table.take("identity") {
                 self.identity = identity(value, table.reading);
             }
+            if let Some(value) = table.take("limits") {
+                self.limits = limits(value, table.reading);
+            }
             if let Some(value) = table.take("server") {
                 self.server = server(value, &mut self.identity, table.reading);
             }
         } else {
-            for key in ["server", "identity"] {
+            for key in ["server", "limits", "identity"] {
                 if let Some(value) = table.take(key) {
                     table.reading.tell(
                         value.span(),
@@ -102,7 +107,7 @@ impl<'a> Document<'a> {
             }
         }
         let expected: &[_] = if main {
-            &["[server]", "[identity]", "[[export]]"]
+            &["[server]", "[limits]", "[identity]", "[[export]]"]
         } else {
             &["[[export]]"]
         };

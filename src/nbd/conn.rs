@@ -11,6 +11,7 @@ use std::time::Instant;
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, Shutdown, recv, send, sendmsg, shutdown};
 
+use super::crowd::Seat;
 use super::limits::Limits;
 use super::stats::{Counters, add, sub};
 
@@ -114,6 +115,8 @@ pub(super) struct Conn {
     pub(super) account: Arc<Account>,
     socket: OwnedFd,
     wake: Arc<dyn Wake>,
+    /// Of its address; lasts as long as the descriptor.
+    _seat: Option<Seat>,
     dead: AtomicBool,
     /// Requests at the disk crew.
     jobs: AtomicU32,
@@ -153,12 +156,14 @@ impl Conn {
         socket: OwnedFd,
         account: Arc<Account>,
         wake: Arc<dyn Wake>,
+        seat: Option<Seat>,
     ) -> Conn {
         Conn {
             token,
             account,
             socket,
             wake,
+            _seat: seat,
             dead: AtomicBool::new(false),
             jobs: AtomicU32::new(0),
             out: Mutex::default(),
