@@ -3,16 +3,17 @@
 
 CARGO ?= cargo
 RELEASE := target/release
+BENCH := $(CARGO) bench --locked --bench
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build run compare bench bench-quick check test fuzz crowd test-guest soak-guest install deny clean
+.PHONY: help setup build run compare bench bench-quick bench-control bench-control-quick check test test-guest soak-guest fuzz crowd install uninstall deny clean
 
 # Where `make install` puts things; below DESTDIR, for a package or a guest's root.
 DESTDIR ?=
 PREFIX ?= /usr
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## Install what is missing (apt), and check the Rust toolchain
 	@scripts/setup
@@ -29,13 +30,19 @@ compare: ## The same swap under Debian's nbd-server and under nbdtrack, byte for
 	$(CARGO) build --release --locked --bin nbdtrack --example compare
 	$(RELEASE)/examples/compare
 
-bench: setup ## What it costs on this machine: one table, and target/bench.json (at most 5 minutes)
-	$(CARGO) build --release --locked --bin nbdtrack --example bench
-	$(RELEASE)/examples/bench
+bench: ## Beside nbdkit, qemu-nbd, qemu-storage-daemon and nbd-server: tables, JSON, a chart in target/bench (about half an hour); some rows with ONLY=read-4k
+	@scripts/setup nbd-server
+	$(BENCH) data_plane -- $(if $(ONLY),--only "$(ONLY)")
 
-bench-quick: setup ## The same with fewer swaps: at most a minute
-	$(CARGO) build --release --locked --bin nbdtrack --example bench
-	$(RELEASE)/examples/bench --quick
+bench-quick: ## The same with fewer rows and rounds: at most five minutes
+	@scripts/setup nbd-server
+	$(BENCH) data_plane -- --quick $(if $(ONLY),--only "$(ONLY)")
+
+bench-control: setup ## What PrepareDetach, an attach and a removal take: one table, and target/bench-control.json (at most 5 minutes)
+	$(BENCH) control -- $(if $(ONLY),--only "$(ONLY)")
+
+bench-control-quick: setup ## The same with fewer swaps: at most a minute
+	$(BENCH) control -- --quick $(if $(ONLY),--only "$(ONLY)")
 
 check: ## Format, lints, unit tests, arrows, a short simulation: under two minutes when built
 	@scripts/check
@@ -61,15 +68,31 @@ soak-guest: setup ## N fast swaps with changing seeds in a QEMU guest (N=1000)
 install: ## Install the built binary and all that ships with it, below DESTDIR
 	install -D -m 755 -s $(RELEASE)/nbdtrack $(DESTDIR)$(PREFIX)/bin/nbdtrack
 	install -D -m 644 systemd/nbdtrack.service $(DESTDIR)$(PREFIX)/lib/systemd/system/nbdtrack.service
+	install -D -m 644 systemd/nbdtrack.socket $(DESTDIR)$(PREFIX)/lib/systemd/system/nbdtrack.socket
 	install -D -m 644 systemd/nbdtrack.sysusers $(DESTDIR)$(PREFIX)/lib/sysusers.d/nbdtrack.conf
 	install -D -m 644 systemd/nbdtrack.tmpfiles $(DESTDIR)$(PREFIX)/lib/tmpfiles.d/nbdtrack.conf
 	install -D -m 644 dbus/org.nbdtrack1.conf $(DESTDIR)$(PREFIX)/share/dbus-1/system.d/org.nbdtrack1.conf
 	install -D -m 644 dbus/org.nbdtrack1.service $(DESTDIR)$(PREFIX)/share/dbus-1/system-services/org.nbdtrack1.service
 	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/dbus-1/interfaces dbus/org.nbdtrack1.Manager.xml dbus/org.nbdtrack1.Volume.xml dbus/org.nbdtrack1.Export.xml
 	install -D -m 644 rules/60-nbdtrack.rules $(DESTDIR)$(PREFIX)/lib/udev/rules.d/60-nbdtrack.rules
+	install -D -m 644 rules/multipath.conf $(DESTDIR)/etc/multipath/conf.d/nbdtrack.conf
+	install -D -m 644 examples/appliance.toml $(DESTDIR)$(PREFIX)/share/doc/nbdtrack/appliance.toml
 	install -D -m 644 man/nbdtrack.1 $(DESTDIR)$(PREFIX)/share/man/man1/nbdtrack.1
 	install -D -m 644 man/nbdtrack.toml.5 $(DESTDIR)$(PREFIX)/share/man/man5/nbdtrack.toml.5
 	install -d -m 755 $(DESTDIR)/etc/nbdtrack
+
+uninstall: ## Remove what install put below DESTDIR; configuration and state stay
+	rm -f $(DESTDIR)$(PREFIX)/bin/nbdtrack
+	rm -f $(DESTDIR)$(PREFIX)/lib/systemd/system/nbdtrack.service
+	rm -f $(DESTDIR)$(PREFIX)/lib/sysusers.d/nbdtrack.conf $(DESTDIR)$(PREFIX)/lib/tmpfiles.d/nbdtrack.conf
+	rm -f $(DESTDIR)$(PREFIX)/share/dbus-1/system.d/org.nbdtrack1.conf
+	rm -f $(DESTDIR)$(PREFIX)/share/dbus-1/system-services/org.nbdtrack1.service
+	rm -f $(addprefix $(DESTDIR)$(PREFIX)/share/dbus-1/interfaces/org.nbdtrack1.,Manager.xml Volume.xml Export.xml)
+	rm -f $(DESTDIR)$(PREFIX)/lib/udev/rules.d/60-nbdtrack.rules $(DESTDIR)/etc/multipath/conf.d/nbdtrack.conf
+	rm -f $(DESTDIR)$(PREFIX)/share/man/man1/nbdtrack.1 $(DESTDIR)$(PREFIX)/share/man/man5/nbdtrack.toml.5
+	rm -rf $(DESTDIR)$(PREFIX)/share/doc/nbdtrack
+	rmdir --ignore-fail-on-non-empty $(DESTDIR)/etc/nbdtrack $(DESTDIR)/etc/multipath/conf.d $(DESTDIR)/etc/multipath 2>/dev/null || true
+	[ -n "$(DESTDIR)" ] || rm -f /run/nbdtrack/claims
 
 clean: ## Remove what was built
 	$(CARGO) clean

@@ -13,13 +13,14 @@
 //! | [`udev`] | EDGE: the kernel's and udev's events, and the survey | `correlation`, `identity` |
 //! | [`files`] | EDGE: what stands under the paths of exports that are files | `image`, `correlation`, `identity` |
 //! | [`mapping`] | EDGE: what is durable: exports made at run time, releases, conflicts | `correlation`, `identity` |
+//! | [`claim`] | EDGE: which disks udev's rules keep the machine's hands off; its `list` and `spec` are pure | `udev`, `correlation`, `identity` |
 //! | [`image`] | EDGE: one opened disk: read, write, flush, zero, discard | `correlation`, `identity` |
 //! | [`nbd`] | EDGE: clients; its `wire`, `command` and `handshake` are pure | `image`, `correlation` |
 //! | [`dbus`] | EDGE: the objects on the bus, and the client that the command line uses | `correlation`, `identity` |
 //! | [`daemon`] | the loop, the only place where the edges meet | all of the above |
-//! | [`cli`] | the command line | `daemon`, `dbus`, `config` |
+//! | [`cli`] | the command line | `daemon`, `dbus`, `config`, `claim` |
 //!
-//! Arrows go one way: `main → cli → daemon → {dbus, udev, mapping, config, {nbd, files} → image} → correlation → identity`.
+//! Arrows go one way: `main â cli â daemon â {dbus, claim â udev, mapping, config, {nbd, files} â image} â correlation â identity`.
 //! `tests/arrows.rs` reads the `use` lines and holds them.
 //!
 //! # Invariants
@@ -47,6 +48,7 @@
 //! 11. **Control and data never wait for each other.** A hung disk stops neither events nor D-Bus nor other exports.
 //! 12. **No path fallback.** An export whose volume is not positively identified is not served, and says why.
 
+pub mod claim;
 pub mod cli;
 pub mod config;
 pub mod correlation;

@@ -8,7 +8,7 @@ mod sources;
 
 use sources::sources;
 
-/// Each room and the rooms it may use. `main → cli → daemon → {dbus, udev, mapping, config, {nbd, files} → image} → correlation →
+/// Each room and the rooms it may use. `main â cli â daemon â {dbus, claim â udev, mapping, config, {nbd, files} â image} â correlation â
 /// identity`, and `config → identity`.
 const ARROWS: &[(&str, &[&str])] = &[
     ("main", &["cli"]),
@@ -16,7 +16,14 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("lib", &[]),
     (
         "cli",
-        &["daemon", "dbus", "config", "correlation", "identity"],
+        &[
+            "daemon",
+            "dbus",
+            "config",
+            "claim",
+            "correlation",
+            "identity",
+        ],
     ),
     (
         "daemon",
@@ -24,6 +31,7 @@ const ARROWS: &[(&str, &[&str])] = &[
             "dbus",
             "udev",
             "files",
+            "claim",
             "mapping",
             "config",
             "nbd",
@@ -33,6 +41,7 @@ const ARROWS: &[(&str, &[&str])] = &[
         ],
     ),
     ("dbus", &["correlation", "identity"]),
+    ("claim", &["udev", "correlation", "identity"]),
     ("udev", &["correlation", "identity"]),
     ("files", &["image", "correlation", "identity"]),
     ("mapping", &["correlation", "identity"]),
@@ -47,6 +56,8 @@ const ARROWS: &[(&str, &[&str])] = &[
 const PURE: &[&str] = &[
     "identity",
     "correlation",
+    "claim/list",
+    "claim/spec",
     "config/document",
     "config/limits",
     "config/place",

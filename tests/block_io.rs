@@ -231,6 +231,20 @@ fn a_fast_zero_that_is_refused_leaves_what_was_written_before() {
     drop(mounted);
 }
 
+#[test]
+fn what_the_queue_says_of_the_disk_is_what_is_told() {
+    let o = opened(224);
+    let queue = |name: &str| {
+        let text = std::fs::read_to_string(o._disk.sys(&format!("queue/{name}"))).unwrap();
+        text.trim().parse::<u64>().unwrap()
+    };
+    assert_eq!(o.block.rotational(), queue("rotational") == 1);
+    assert_eq!(o.block.can_discard(), queue("discard_max_bytes") > 0);
+    let sizes = o.block.block_sizes();
+    assert!(u64::from(sizes.preferred) >= queue("physical_block_size"));
+    assert_eq!((sizes.min, sizes.max), (1, 32 << 20));
+}
+
 fn allocation(o: &Opened, offset: u64, len: u64) -> Vec<(u64, bool)> {
     let at = Span::checked(offset, len, SIZE).unwrap();
     let told = o.block.allocation(at, 100).unwrap();

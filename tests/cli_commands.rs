@@ -122,6 +122,8 @@ fn without_a_daemon_every_command_says_so_in_one_line() {
                 &["resolve", "a", "--diskseq", "1"],
                 &["rescan"],
                 &["watch"],
+                &["explain", "a"],
+                &["history"],
             ] {
                 let (code, out, err) = nbdtrack(address, arguments).await;
                 assert_eq!(code, 3, "{arguments:?}: {err}");
@@ -144,6 +146,10 @@ fn wrong_use_is_exit_code_2() {
             &["fly"],
             &["resolve", "a", "--diskseq", "x"],
             &["remove", "a", "--timeout", "601"],
+            &["explain"],
+            &["explain", "a", "--disk", "/dev/vdb"],
+            &["history", "--csv", "--json"],
+            &["history", "--lines", "0"],
             &["--bus", "nonsense", "status"],
         ] {
             let mut command = Command::new(env!("CARGO_BIN_EXE_nbdtrack"));

@@ -10,7 +10,7 @@ use bus::{PrivateBus, block_on};
 use nbdtrack::dbus::{Answer, Bus, serve};
 use tokio::sync::mpsc;
 
-const CALLS: [(&str, &str, &[&str], bool); 13] = [
+const CALLS: [(&str, &str, &[&str], bool); 16] = [
     ("org.freedesktop.DBus.Peer", "Ping", &[], true),
     (
         "org.freedesktop.DBus.Introspectable",
@@ -37,6 +37,19 @@ const CALLS: [(&str, &str, &[&str], bool); 13] = [
         true,
     ),
     ("org.nbdtrack1.Manager", "GetStats", &["a{sv}", "0"], true),
+    (
+        "org.nbdtrack1.Manager",
+        "ExplainExport",
+        &["sa{sv}", "a", "0"],
+        true,
+    ),
+    (
+        "org.nbdtrack1.Manager",
+        "ExplainDisk",
+        &["sa{sv}", "/dev/vdb", "0"],
+        true,
+    ),
+    ("org.nbdtrack1.Manager", "GetHistory", &["a{sv}", "0"], true),
     (
         "org.nbdtrack1.Manager",
         "AddExport",

@@ -9,7 +9,7 @@ use nbdtrack::correlation::{DeviceNode, DeviceNumber, ExportName, OpenDisk, Tick
 use nbdtrack::identity::{Identity, Scheme};
 use nbdtrack::image::beneath::Roots;
 use nbdtrack::image::block::{Block, Claims, OpenError};
-use nbdtrack::image::{Extent, Image, ZeroFlags, raw};
+use nbdtrack::image::{Extent, Image, Span, ZeroFlags, raw};
 
 const SIZE: u64 = 4 << 20;
 
@@ -79,6 +79,70 @@ fn zeroes_are_zeroes_at_any_offset_and_a_hole_only_where_it_may_be() {
     assert!(holed + 1024 < whole, "no hole: {holed} of {whole}");
     image.discard(at(2 << 20, 1 << 20), false).unwrap();
     assert!(blocks() + 1024 < holed, "nothing was discarded");
+}
+
+const FAST: ZeroFlags = ZeroFlags {
+    no_hole: false,
+    fast: true,
+    fua: false,
+};
+
+#[test]
+fn zeroes_are_fast_where_the_file_system_makes_holes() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = opened(dir.path());
+    let whole = Span::checked(0, SIZE, SIZE).unwrap();
+    assert!(image.zeroes_fast(whole, FAST) && image.can_discard());
+    assert_eq!(
+        std::fs::metadata(dir.path().join("a.raw")).unwrap().len(),
+        SIZE
+    );
+    image.zero(at(0, 1 << 20), FAST).unwrap();
+    assert_eq!(read(&image, 0, 1 << 20), vec![0; 1 << 20]);
+    assert_eq!(read(&image, 1 << 20, 512), vec![0xaa; 512]);
+}
+
+/// A ramfs makes no holes. Root, as the disk tests.
+#[test]
+fn zeroes_are_refused_at_once_where_it_makes_none() {
+    let dir = tempfile::tempdir().unwrap();
+    let mount = |program: &str, args: &[&str]| {
+        let mut command = std::process::Command::new(program);
+        let status = command.args(args).arg(dir.path()).status().unwrap();
+        assert!(status.success(), "{program} {args:?}");
+    };
+    mount("mount", &["-t", "ramfs", "ramfs"]);
+    let image = opened(dir.path());
+    let whole = Span::checked(0, SIZE, SIZE).unwrap();
+    let promised = image.zeroes_fast(whole, FAST) || image.can_discard();
+    let refused = image.zero(at(0, 4096), FAST).map_err(|e| e.raw_os_error());
+    let after = read(&image, 0, 4096);
+    drop(image);
+    mount("umount", &[]);
+    assert!(!promised);
+    assert_eq!(refused, Err(Some(libc::EOPNOTSUPP)));
+    assert_eq!(after, vec![0xaa; 4096]);
+}
+
+#[test]
+fn allocation_is_the_files_own_and_what_was_cut_off_is_never_a_hole() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = opened(dir.path());
+    image.zero(at(1 << 20, 1 << 20), FAST).unwrap();
+    let told = |offset, len| -> Vec<(u64, bool)> {
+        let span = Span::checked(offset, len, SIZE).unwrap();
+        let told = image.allocation(span, 10).unwrap();
+        told.iter().map(|a| (a.bytes, a.hole)).collect()
+    };
+    let mib = 1 << 20;
+    assert_eq!(told(0, SIZE), [(mib, false), (mib, true), (2 * mib, false)]);
+    let path = dir.path().join("a.raw");
+    let file = std::fs::File::options().write(true).open(path).unwrap();
+    file.set_len(mib + 4096).unwrap();
+    assert_eq!(
+        told(0, SIZE),
+        [(mib, false), (4096, true), (3 * mib - 4096, false)]
+    );
 }
 
 #[test]

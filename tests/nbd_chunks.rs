@@ -390,13 +390,18 @@ fn a_payload_that_no_command_wants_is_consumed_and_refused() {
             assert_eq!(talk.error(&asked).0, EINVAL, "{kind} {length}");
         }
     }
-    // A write without the flag has no payload.
+    // A write without the flag has one all the same: qemu's client leaves the flag out.
     let asked = talk.put(cmd::WRITE, 0, 0, 512);
-    assert_eq!(talk.error(&asked).0, EINVAL);
+    talk.client.put(&[0x25; 512]);
+    assert_eq!(talk.result(&asked), 0);
+    assert_eq!(server.image.bytes.read().unwrap()[..512], [0x25; 512]);
     talk.still_reads();
     talk.put(cmd::CACHE, cmd_flag::PAYLOAD_LEN, 0, (32 << 20) + 1);
     talk.client.closed();
-    assert_eq!(server.door.stats().requests_violated, 1);
+    let (mut talk, _) = go(&server, Headers::Extended);
+    talk.put(cmd::WRITE, 0, 0, 1 << 40);
+    talk.client.closed();
+    assert_eq!(server.door.stats().requests_violated, 2);
     server.still_serves();
 }
 
@@ -550,6 +555,22 @@ fn fast_zeroes_are_refused_at_once_where_they_are_not_even_beside_a_hung_disk() 
         talk.ask(cmd::WRITE_ZEROES, fast | cmd_flag::NO_HOLE, 0, MIB),
         ENOTSUP
     );
+}
+
+#[test]
+fn a_read_that_fails_is_one_error_chunk_with_text_and_offset_and_no_data() {
+    let server = sparse();
+    server.image.cold.store(true, Ordering::SeqCst);
+    for headers in BOTH {
+        let (mut talk, _) = go(&server, headers);
+        server.image.fail_reads.store(true, Ordering::SeqCst);
+        let asked = talk.put(cmd::READ, 0, 4096, 65536);
+        let (error, said, offset) = talk.error(&asked);
+        assert_eq!((error, offset), (EIO, Some(4096)));
+        assert!(!said.is_empty());
+        server.image.fail_reads.store(false, Ordering::SeqCst);
+        talk.still_reads();
+    }
 }
 
 #[test]

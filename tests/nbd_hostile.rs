@@ -10,7 +10,7 @@ use std::time::Duration;
 use nbd_common::*;
 use nbdtrack::correlation::{EndHow, LeaseEnd};
 use nbdtrack::nbd::Limits;
-use nbdtrack::nbd::wire::{cmd, option, rep};
+use nbdtrack::nbd::wire::{self, cmd, cmd_flag, option, rep};
 
 /// A conversation that reaches transmission and uses it.
 fn conversation() -> Vec<u8> {
@@ -26,15 +26,60 @@ fn conversation() -> Vec<u8> {
     all
 }
 
+/// The same with extended headers, a context, and the status that is asked with a payload.
+fn extended_conversation() -> Vec<u8> {
+    let mut query = 3u32.to_be_bytes().to_vec();
+    query.extend(b"vol");
+    query.extend([1u32, 15].map(u32::to_be_bytes).concat());
+    query.extend(b"base:allocation");
+    let mut all = 3u32.to_be_bytes().to_vec();
+    all.extend(option_bytes(option::EXTENDED_HEADERS, &[]));
+    all.extend(option_bytes(option::LIST_META_CONTEXT, &query));
+    all.extend(option_bytes(option::SET_META_CONTEXT, &query));
+    all.extend(option_bytes(option::GO, &choice(b"vol", &[3, 1])));
+    all.extend(extended(cmd::WRITE, cmd_flag::PAYLOAD_LEN, 1, 0, 64));
+    all.extend([7; 64]);
+    all.extend(extended(cmd::WRITE_ZEROES, 0, 2, 0, MIB));
+    all.extend(extended(cmd::BLOCK_STATUS, cmd_flag::PAYLOAD_LEN, 3, 0, 12));
+    all.extend(512u64.to_be_bytes());
+    all.extend(1u32.to_be_bytes());
+    all.extend(extended(cmd::DISC, 0, 4, 0, 0));
+    all
+}
+
+fn extended(kind: u16, flags: u16, cookie: u64, offset: u64, length: u64) -> Vec<u8> {
+    let mut raw = wire::EXTENDED_REQUEST_MAGIC.to_be_bytes().to_vec();
+    raw.extend(flags.to_be_bytes());
+    raw.extend(kind.to_be_bytes());
+    raw.extend(cookie.to_be_bytes());
+    raw.extend(offset.to_be_bytes());
+    raw.extend(length.to_be_bytes());
+    raw
+}
+
+#[test]
+fn the_extended_conversation_is_answered_whole() {
+    let server = Server::new();
+    let mut client = server.connect();
+    client.put(&extended_conversation());
+    let mut said = Vec::new();
+    client.socket.read_to_end(&mut said).unwrap();
+    let magic = wire::EXTENDED_REPLY_MAGIC.to_be_bytes();
+    let replies = said.windows(4).filter(|bytes| *bytes == magic).count();
+    assert_eq!(replies, 3);
+    assert_eq!(server.door.stats().requests_failed, 0);
+}
+
 #[test]
 fn a_conversation_cut_off_at_every_byte_ends_that_session_only() {
     let server = Server::new();
-    let all = conversation();
-    for cut in 0..all.len() {
-        let mut client = server.connect();
-        client.put(&all[..cut]);
-        client.socket.shutdown(Shutdown::Write).unwrap();
-        client.closed();
+    for all in [conversation(), extended_conversation()] {
+        for cut in 0..all.len() {
+            let mut client = server.connect();
+            client.put(&all[..cut]);
+            client.socket.shutdown(Shutdown::Write).unwrap();
+            client.closed();
+        }
     }
     until("all gone", || server.door.stats().connections_now == 0);
     assert_eq!(server.door.clients(&name("vol")), 0);
@@ -45,16 +90,17 @@ fn a_conversation_cut_off_at_every_byte_ends_that_session_only() {
 #[test]
 fn a_conversation_with_each_byte_turned_harms_no_one() {
     let server = Server::new();
-    let all = conversation();
-    for at in 0..all.len() {
-        for turn in [0x01, 0x80, 0xff] {
-            let mut bytes = all.clone();
-            bytes[at] ^= turn;
-            let mut client = server.connect();
-            // The server may close before it has read all of it.
-            let _ = client.socket.write_all(&bytes);
-            let _ = client.socket.shutdown(Shutdown::Write);
-            client.closed();
+    for all in [conversation(), extended_conversation()] {
+        for at in 0..all.len() {
+            for turn in [0x01, 0x80, 0xff] {
+                let mut bytes = all.clone();
+                bytes[at] ^= turn;
+                let mut client = server.connect();
+                // The server may close before it has read all of it.
+                let _ = client.socket.write_all(&bytes);
+                let _ = client.socket.shutdown(Shutdown::Write);
+                client.closed();
+            }
         }
     }
     until("all gone", || server.door.stats().connections_now == 0);
@@ -320,5 +366,73 @@ fn random_requests_never_lose_the_stream() {
     }
     assert_eq!(server.door.stats().panics, 0);
     assert_eq!(server.door.stats().requests_violated, 0);
+    server.still_serves();
+}
+
+/// Requests of the extended form with any flags, lengths of up to 64 bits and payloads where they are said: each but DISC is
+/// answered exactly once (invariant 7), and the next one is still read as a request.
+#[test]
+fn random_extended_requests_are_answered_once_each() {
+    let server = Server::new();
+    let mut state = 0x2545_f491_4f6c_dd1d_u64;
+    let mut next = move || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state
+    };
+    for _ in 0..200 {
+        let mut client = server.talk();
+        client.option(option::EXTENDED_HEADERS, &[]);
+        let mut query = 3u32.to_be_bytes().to_vec();
+        query.extend(b"vol");
+        query.extend([1u32, 15].map(u32::to_be_bytes).concat());
+        query.extend(b"base:allocation");
+        client.option(option::SET_META_CONTEXT, &query);
+        client.option(option::GO, &choice(b"vol", &[]));
+        let mut bytes = Vec::new();
+        let mut asked = std::collections::BTreeSet::new();
+        for cookie in 0..20u64 {
+            let kind = u16::try_from(next() % 10).unwrap();
+            let kind = if kind == cmd::DISC {
+                cmd::BLOCK_STATUS
+            } else {
+                kind
+            };
+            let flags = u16::try_from(next() & next() & next() & 0xffff).unwrap();
+            let payload = kind == cmd::WRITE || flags & cmd_flag::PAYLOAD_LEN != 0;
+            let length = match next() % 4 {
+                _ if payload => next() % 5000,
+                0 => next(),
+                1 => 12,
+                _ => next() % (2 * MIB),
+            };
+            bytes.extend(extended(kind, flags, cookie, next() % (2 * MIB), length));
+            if payload {
+                bytes.extend((0..length).map(|_| 0));
+            }
+            asked.insert(cookie);
+        }
+        let mut reader = client.socket.try_clone().unwrap();
+        let reading = std::thread::spawn(move || {
+            let mut said = Vec::new();
+            reader.read_to_end(&mut said).unwrap();
+            said
+        });
+        client.socket.write_all(&bytes).unwrap();
+        client.socket.shutdown(Shutdown::Write).unwrap();
+        let said = reading.join().unwrap();
+        let mut rest = &said[..];
+        while !rest.is_empty() {
+            assert_eq!(be32(rest), wire::EXTENDED_REPLY_MAGIC);
+            assert_eq!(rest[4..6], [0, 1]);
+            let cookie = be64(&rest[8..]);
+            assert!(asked.remove(&cookie), "answered twice: {cookie}");
+            rest = &rest[32 + usize::try_from(be64(&rest[24..])).unwrap()..];
+        }
+        assert!(asked.is_empty(), "not answered: {asked:?}");
+    }
+    let stats = server.door.stats();
+    assert_eq!((stats.panics, stats.requests_violated), (0, 0));
     server.still_serves();
 }

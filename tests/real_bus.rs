@@ -12,7 +12,7 @@ use zbus::Variant;
 
 const NEEDS: &[Need] = &[Need::Loop, Need::Bus];
 const BYTES: u64 = 4 << 20;
-const METHODS: [&str; 8] = [
+const METHODS: [&str; 11] = [
     "AddExport",
     "RemoveExport",
     "PrepareDetach",
@@ -21,6 +21,9 @@ const METHODS: [&str; 8] = [
     "ResolveVolume",
     "Rescan",
     "GetStats",
+    "ExplainExport",
+    "ExplainDisk",
+    "GetHistory",
 ];
 
 fn refused(

@@ -7,7 +7,7 @@ use serde_json::json;
 use zbus::Variant;
 
 use super::show::{self, print, print_json};
-use super::{Add, Command, Failure, PrepareDetach, watch};
+use super::{Add, Command, Explain, Failure, PrepareDetach, explain, history, watch};
 use crate::dbus::Bus;
 use crate::dbus::client::{Client, ClientError, Options};
 
@@ -51,9 +51,21 @@ pub async fn run(bus: &Bus, command: Command, as_json: bool) -> Result<(), Failu
             client.rescan().await.map_err(failed)?;
             done(as_json, "rescanned", "")?;
         }
+        Command::Explain(Explain { export, disk }) => {
+            let explanation = match (&export, &disk) {
+                (_, Some(disk)) => client.explain_disk(disk).await,
+                (export, None) => {
+                    client
+                        .explain_export(export.as_deref().unwrap_or_default())
+                        .await
+                }
+            };
+            explain::explain(&explanation.map_err(failed)?, as_json)?;
+        }
+        Command::History(asked) => history::history(&client, &asked, as_json).await?,
         Command::Watch => watch::watch(&client, as_json).await?,
         // Carried out without a daemon, before this.
-        Command::Serve(_) | Command::Check { .. } => {}
+        Command::Serve(_) | Command::Check { .. } | Command::UdevClaim { .. } => {}
     }
     Ok(())
 }

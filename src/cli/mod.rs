@@ -5,16 +5,20 @@
 
 mod check;
 mod commands;
+mod explain;
+mod history;
 mod show;
 mod table;
 mod watch;
 
+use std::io::Write as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::claim;
 use crate::correlation::RequestError;
 use crate::daemon;
 use crate::dbus::client::ClientError;
@@ -74,8 +78,18 @@ enum Command {
     },
     /// Look at the attached disks anew
     Rescan,
+    /// Say why an export is where it is, or what a disk is to the daemon
+    Explain(Explain),
+    /// Show what happened: disks, exports, clients, and who called what
+    History(History),
     /// Print what happens, as it happens, until interrupted
     Watch,
+    /// Answer udev's rules whether a disk is left to nbdtrack; needs no daemon
+    UdevClaim {
+        /// The disk's device number, MAJOR:MINOR
+        #[arg(value_name = "MAJOR:MINOR")]
+        device: String,
+    },
     /// Check the configuration and tell everything that is wrong with it
     Check {
         /// The file, or the folder with nbdtrack.toml in it
@@ -153,6 +167,34 @@ struct PrepareDetach {
     timeout: Option<Duration>,
 }
 
+#[derive(Debug, Args)]
+struct Explain {
+    /// The export
+    #[arg(required_unless_present = "disk")]
+    export: Option<String>,
+    /// Explain this disk: its node, device number or diskseq
+    #[arg(long, value_name = "DISK", conflicts_with = "export")]
+    disk: Option<String>,
+}
+
+#[derive(Debug, Args)]
+struct History {
+    /// Only what concerns this export
+    export: Option<String>,
+    /// Only what concerns this volume, or also this one beside an export: as told, or SCHEME:VALUE of a disk
+    #[arg(long, value_name = "VOLUME")]
+    volume: Option<String>,
+    /// Everything since then: 2h, 7d, 2026-11-25, 2026-11-25T04:00
+    #[arg(long, value_name = "WHEN")]
+    since: Option<String>,
+    /// The newest so many [default: 50; all with --since]
+    #[arg(short = 'n', long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    lines: Option<u32>,
+    /// Print CSV
+    #[arg(long, conflicts_with = "json")]
+    csv: bool,
+}
+
 /// Why a command ended without doing what it was asked.
 #[derive(Debug, thiserror::Error)]
 enum Failure {
@@ -169,9 +211,14 @@ enum Failure {
     Daemon(#[from] daemon::Error),
     #[error("{0}")]
     Usage(&'static str),
+    /// What an argument says cannot be understood.
+    #[error("{0}")]
+    Argument(String),
     /// Everything was printed already.
     #[error("the configuration has {}", if *.0 == 1 { "a problem".to_owned() } else { format!("{} problems", .0) })]
     Config(usize),
+    #[error("{0}; nothing is claimed")]
+    Claim(String),
     #[error("standard output: {0}")]
     Output(#[from] std::io::Error),
 }
@@ -212,6 +259,12 @@ fn run(cli: Cli) -> Result<(), Failure> {
             };
             return Ok(daemon::run(&options)?);
         }
+        Command::UdevClaim { device } => {
+            // udev hands the device's properties over in the environment (udev(7), IMPORT{program}).
+            let id_path = std::env::var("ID_PATH").ok();
+            let said = claim::answer(&device, id_path.as_deref()).map_err(Failure::Claim)?;
+            return Ok(std::io::stdout().write_all(said.as_bytes())?);
+        }
         Command::Check { config } => return check::check(&config, json),
         command => command,
     };
@@ -249,7 +302,7 @@ impl Failure {
     /// The exit code; the list stands in `--help` and in the man page.
     fn code(&self) -> u8 {
         match self {
-            Failure::Usage(_) | Failure::Bus(BusError::Address { .. }) => 2,
+            Failure::Usage(_) | Failure::Argument(_) | Failure::Bus(BusError::Address { .. }) => 2,
             Failure::NoDaemon { .. } => 3,
             Failure::Client(error) => match error {
                 ClientError::NoDaemon(_) => 3,
@@ -258,7 +311,11 @@ impl Failure {
                 ClientError::Denied(_) => 5,
                 ClientError::Refused(_) | ClientError::Bus(_) => 1,
             },
-            Failure::Bus(_) | Failure::Daemon(_) | Failure::Config(_) | Failure::Output(_) => 1,
+            Failure::Bus(_)
+            | Failure::Daemon(_)
+            | Failure::Config(_)
+            | Failure::Claim(_)
+            | Failure::Output(_) => 1,
         }
     }
 
@@ -267,9 +324,13 @@ impl Failure {
         match self {
             Failure::Client(error) => error.name(),
             Failure::NoDaemon { .. } => "NoDaemon",
-            Failure::Usage(_) | Failure::Bus(BusError::Address { .. }) => "InvalidArgument",
+            Failure::Usage(_) | Failure::Argument(_) | Failure::Bus(BusError::Address { .. }) => {
+                "InvalidArgument"
+            }
             Failure::Config(_) => "InvalidConfig",
-            Failure::Bus(_) | Failure::Daemon(_) | Failure::Output(_) => "Failed",
+            Failure::Bus(_) | Failure::Daemon(_) | Failure::Claim(_) | Failure::Output(_) => {
+                "Failed"
+            }
         }
     }
 

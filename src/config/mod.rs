@@ -21,6 +21,7 @@ use crate::identity::{OptIn, VolumeId, collisions};
 mod document;
 mod files;
 mod limits;
+pub mod nbd_server;
 mod place;
 mod table;
 
@@ -42,6 +43,8 @@ pub struct Config {
     pub server: Server,
     pub limits: Limits,
     pub identity: IdentityRules,
+    /// `None` when nothing was said of claims: then there are none.
+    pub claim: Option<ClaimRules>,
     /// In the order of the files and of what stands in them.
     pub exports: Vec<Definition>,
 }
@@ -155,6 +158,17 @@ impl IdentityRules {
     }
 }
 
+/// `[claim]`: which disks udev's rules keep the machine's own storage stack away from. The volumes of exports are always among them.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct ClaimRules {
+    /// Every disk that is attached after boot, and that the machine itself does not use.
+    pub hotplugged: bool,
+    /// Patterns of identities, with `*` and `?`.
+    pub serials: Vec<String>,
+    /// Patterns of identities that are never claimed.
+    pub except: Vec<String>,
+}
+
 /// Parses the main file (the first) and those of `conf.d` (the others).
 ///
 /// # Errors
@@ -169,6 +183,7 @@ pub fn parse(files: &[SourceFile]) -> Result<Config, Vec<Problem>> {
             config.server = document.server;
             config.limits = document.limits;
             config.identity = document.identity;
+            config.claim = document.claim;
         }
         found.extend(document.exports);
     }

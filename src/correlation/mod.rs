@@ -18,12 +18,14 @@ mod conflicts;
 mod detach;
 mod disks;
 mod enact;
+mod explain;
 mod facts;
 mod holds;
 mod index;
 mod membership;
 mod messages;
 mod observe;
+mod record;
 mod requests;
 mod settle;
 mod step;
@@ -35,8 +37,10 @@ mod views;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
+pub use explain::{Candidate, Explanation};
 pub use facts::*;
 pub use messages::*;
+pub use record::*;
 pub use view::*;
 
 use crate::identity::Identity;
@@ -161,6 +165,8 @@ pub struct Correlation {
     by_candidate: Index<Identity, BTreeSet<ExportName>>,
     /// Exports that wait for their lease to end and then are defined anew.
     replacing: BTreeSet<ExportName>,
+    /// Grows with each export that is defined or forgotten.
+    membership: u64,
     holds: Holds,
     /// Which disk and export an open is for; an export that gave it up is `None`.
     tickets: BTreeMap<Ticket, (DiskSeq, Option<ExportName>)>,
@@ -190,6 +196,7 @@ impl Correlation {
             exports: Ordered::default(),
             by_candidate: Index::default(),
             replacing: BTreeSet::new(),
+            membership: 0,
             holds: Holds::default(),
             tickets: BTreeMap::new(),
             released: BTreeMap::new(),
@@ -326,6 +333,7 @@ impl Correlation {
     }
 
     fn insert_export(&mut self, definition: Definition, durable: bool) {
+        self.membership += 1;
         let candidates = definition.volume.candidates();
         for candidate in &candidates {
             let wanting = self.by_candidate.or_default(candidate.clone());
@@ -360,6 +368,7 @@ impl Correlation {
 
     fn remove_export(&mut self, name: &ExportName) -> Option<Export> {
         let export = self.exports.remove(name)?;
+        self.membership += 1;
         self.replacing.remove(name);
         for candidate in &export.candidates {
             if let Some(wanting) = self.by_candidate.get_mut(candidate) {

@@ -8,6 +8,12 @@ impl Correlation {
         self.exports.keys()
     }
 
+    /// The volumes of all exports; another number than before says that they may have changed.
+    pub fn volumes(&self) -> (u64, impl Iterator<Item = &VolumeId>) {
+        let volumes = self.exports.iter().map(|(_, e)| &e.definition.volume);
+        (self.membership, volumes)
+    }
+
     pub fn diskseqs(&self) -> impl Iterator<Item = DiskSeq> {
         self.disks.iter().map(|(diskseq, _)| diskseq)
     }

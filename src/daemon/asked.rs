@@ -8,7 +8,11 @@ use crate::dbus::{Answer, Call, Command, Filter, Publication};
 
 impl Control {
     pub(super) fn on_command(&mut self, command: Command) {
-        let Command { call, reply, .. } = command;
+        let Command {
+            call,
+            reply,
+            caller,
+        } = command;
         match call {
             Call::Request(_) | Call::Rescan if self.stopping => {
                 self.answer(
@@ -16,14 +20,16 @@ impl Control {
                     Err(RequestError::NotReady("the daemon is stopping".to_owned())),
                 );
             }
-            Call::Request(Request::AddExport { definition, .. })
+            Call::Request(ref what @ Request::AddExport { ref definition, .. })
                 if let Err(reason) = self.rules.permit(&definition.volume) =>
             {
+                self.trail.note_refused(what, &caller, &reason);
                 self.answer(reply, Err(RequestError::InvalidArgument(reason)));
             }
             Call::Request(what) => {
                 self.last_request = RequestId(self.last_request.0 + 1);
                 self.asked.insert(self.last_request, reply);
+                self.trail.note_call(self.last_request, &what, &caller);
                 self.apply(Event::Asked {
                     request: self.last_request,
                     what,
@@ -34,6 +40,8 @@ impl Control {
             }
             Call::Rescan => self.rescan(reply),
             Call::Stats => self.answer(reply, Ok(Answer::Stats(self.stats()))),
+            Call::Explain(subject) => self.explain(&subject, reply),
+            Call::History(inquiry) => self.answer_from_history(inquiry, reply),
         }
     }
 
@@ -73,8 +81,11 @@ impl Control {
         let seen = self.observer.counters();
         let served = serde_json::to_value(self.door.stats()).unwrap_or_default();
         let mut stats: BTreeMap<String, u64> = serde_json::from_value(served).unwrap_or_default();
+        let (kept, lost) = self.trail.history.counts();
         stats.extend(
             [
+                ("history_records", kept),
+                ("history_lost", lost),
                 ("exports", count(self.correlation.export_names().count())),
                 ("disks", count(self.correlation.diskseqs().count())),
                 ("orphans", count(self.correlation.orphans())),

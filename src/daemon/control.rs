@@ -8,8 +8,10 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::task::JoinHandle;
 
+use super::claims::ClaimsFile;
 use super::rescan::Rescan;
 use super::sockets::Sockets;
+use super::trail::Trail;
 use super::{Error, Options, perform, reload};
 use crate::config::IdentityRules;
 use crate::correlation::{
@@ -21,7 +23,7 @@ use crate::files;
 use crate::image::Image;
 use crate::image::beneath::Roots;
 use crate::image::block::Claims;
-use crate::mapping::Store;
+use crate::mapping::{History, Store};
 use crate::nbd::Door;
 use crate::udev::Observer;
 
@@ -42,7 +44,9 @@ pub(super) enum Report {
         result: Result<Arc<dyn Image>, OpenRefusal>,
     },
     /// The files were read again, or say why not.
-    Reloaded(Result<Vec<crate::correlation::Definition>, Vec<String>>),
+    Reloaded(Result<reload::Read, Vec<String>>),
+    /// The list of claims was written, or says why not.
+    ClaimsWritten(std::io::Result<()>),
 }
 
 /// One write to the store.
@@ -60,6 +64,7 @@ pub(super) struct Edges {
     pub observer: Observer,
     pub files: files::Observer,
     pub store: Store,
+    pub history: History,
 }
 
 pub(super) struct Control {
@@ -70,6 +75,8 @@ pub(super) struct Control {
     pub files: files::Observer,
     pub roots: Arc<Roots>,
     pub claims: Arc<Claims>,
+    pub(super) claims_file: ClaimsFile,
+    pub(super) trail: Trail,
     started: Instant,
     drain_within: Duration,
     pub(super) rules: IdentityRules,
@@ -115,6 +122,7 @@ impl Control {
             observer,
             files,
             store,
+            history,
         } = edges;
         let (reports, report_receiver) = mpsc::unbounded_channel();
         let (writes, write_receiver) = mpsc::channel(WRITES_MAX);
@@ -129,7 +137,9 @@ impl Control {
                 .insert(name.clone());
             changed.some.notify_one();
         }));
+        let trail = Trail::new(history, &door);
         Control {
+            trail,
             correlation,
             door,
             publisher,
@@ -137,6 +147,7 @@ impl Control {
             files,
             roots,
             claims: Arc::new(Claims::default()),
+            claims_file: ClaimsFile::default(),
             started: Instant::now(),
             drain_within,
             rules,
@@ -293,10 +304,17 @@ impl Control {
                 self.apply(Event::DiskOpened { ticket, result });
             }
             Report::Reloaded(_) if self.stopping => {}
-            Report::Reloaded(Ok(exports)) => {
-                tracing::info!(exports = exports.len(), "configuration read again");
-                self.apply(Event::Configured { exports });
+            Report::Reloaded(Ok(read)) => {
+                tracing::info!(exports = read.exports.len(), "configuration read again");
+                self.claims_file.rule(read.claim);
+                self.apply(Event::Configured {
+                    exports: read.exports,
+                });
                 let _asked = self.files.check();
+            }
+            Report::ClaimsWritten(result) => {
+                self.claims_file.written(result);
+                self.keep_claims();
             }
             Report::Reloaded(Err(problems)) => {
                 for problem in problems {
@@ -316,10 +334,10 @@ impl Control {
                 tracing::error!(%error, "cannot accept TCP clients");
             }
         }
-        if let Some(listener) = sockets.unix
-            && let Err(error) = self.door.listen_unix(listener)
-        {
-            tracing::error!(%error, "cannot accept clients on the Unix socket");
+        for listener in sockets.unix {
+            if let Err(error) = self.door.listen_unix(listener) {
+                tracing::error!(%error, "cannot accept clients on the Unix socket");
+            }
         }
         let exports = self.correlation.export_names().count();
         tracing::info!(
@@ -355,7 +373,7 @@ impl Control {
         let reports = self.reports.clone();
         tokio::task::spawn_blocking(move || {
             // The loop is gone only when the daemon stops.
-            let _stopped = reports.send(Report::Reloaded(reload::read_exports(&path)));
+            let _stopped = reports.send(Report::Reloaded(reload::read_again(&path)));
         });
     }
 

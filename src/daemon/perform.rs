@@ -74,6 +74,7 @@ impl Control {
             }
         }
         self.publish(notices, replies);
+        self.keep_claims();
     }
 
     /// Opens in a thread of the blocking pool: a disk may take for ever.
@@ -125,6 +126,7 @@ impl Control {
         notices: Vec<Notice>,
         replies: Vec<(RequestId, Result<Reply, RequestError>)>,
     ) {
+        self.note_notices(&notices);
         let mut exports = BTreeSet::new();
         let mut disks = BTreeSet::new();
         let mut signals = Vec::new();
@@ -146,6 +148,7 @@ impl Control {
         batch.extend(exports.into_iter().map(|name| self.export(name)));
         batch.extend(signals);
         for (request, reply) in replies {
+            self.trail.note_answer(request, &reply);
             // A caller that has gone has taken its receiver along, which costs nothing.
             let Some(asker) = self.asked.remove(&request) else {
                 continue;

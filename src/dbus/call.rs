@@ -64,7 +64,9 @@ impl Calls {
         let places = match call {
             Call::Request(Request::AddExport { .. }) => &self.adding,
             Call::Request(_) | Call::Rescan => &self.changing,
-            Call::ResolveVolume(_) | Call::Stats => &self.reading,
+            Call::ResolveVolume(_) | Call::Stats | Call::Explain(_) | Call::History(_) => {
+                &self.reading
+            }
         };
         places.clone().try_acquire_owned().map_err(|_| self.busy())
     }
@@ -122,7 +124,9 @@ pub(super) fn time_for(call: &Call) -> Duration {
         Call::Request(Request::CancelDetach { .. } | Request::ResolveConflict { .. })
         | Call::Rescan
         | Call::ResolveVolume(_)
-        | Call::Stats => ASKING,
+        | Call::Stats
+        | Call::Explain(_)
+        | Call::History(_) => ASKING,
     };
     asked.saturating_add(MARGIN)
 }

@@ -230,7 +230,7 @@ impl Client {
         Ok(Watch { signals, owners })
     }
 
-    async fn manager<B>(
+    pub(super) async fn manager<B>(
         &self,
         method: &str,
         body: &B,
@@ -329,7 +329,7 @@ fn limit(
     Duration::from_millis(milliseconds.into()).min(ANSWER_MAX) + MARGIN
 }
 
-fn read<T>(answer: &Message) -> Result<T, ClientError>
+pub(super) fn read<T>(answer: &Message) -> Result<T, ClientError>
 where
     T: serde::de::DeserializeOwned + zbus::Type,
 {

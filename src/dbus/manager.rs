@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use zbus::{Message, OwnedVariant, Variant};
 
+use super::inquiries;
 use super::introspect::{Interface, Method, Signal};
 use super::{Call, Filter};
 use crate::correlation::{Definition, DiskSeq, ExportName, Request, RequestError, Source};
@@ -73,6 +74,9 @@ pub const MANAGER: Interface = Interface {
             takes: &[OPTIONS],
             gives: &[("stats", "a{sv}")],
         },
+        inquiries::EXPLAIN_EXPORT,
+        inquiries::EXPLAIN_DISK,
+        inquiries::GET_HISTORY,
     ],
     signals: &[
         Signal {
@@ -148,6 +152,7 @@ pub fn parse(method: &str, message: &Message) -> Result<Call, RequestError> {
                 Call::Stats
             })
         }
+        "ExplainExport" | "ExplainDisk" | "GetHistory" => inquiries::parse(method, message),
         other => Err(RequestError::NotSupported(format!(
             "{other} does not exist"
         ))),
@@ -249,7 +254,7 @@ fn resolve_volume(mut options: Options) -> Result<Call, RequestError> {
     Ok(Call::ResolveVolume(filter))
 }
 
-fn export_name(text: &str) -> Result<ExportName, RequestError> {
+pub(super) fn export_name(text: &str) -> Result<ExportName, RequestError> {
     ExportName::parse(text).map_err(|error| RequestError::InvalidArgument(format!("name: {error}")))
 }
 
@@ -288,10 +293,10 @@ fn short(text: &str) -> String {
 }
 
 /// The options of a call: each is taken once, and what is left at the end is refused by name.
-struct Options(BTreeMap<String, OwnedVariant>);
+pub(super) struct Options(BTreeMap<String, OwnedVariant>);
 
 impl Options {
-    fn take(given: BTreeMap<String, OwnedVariant>) -> Result<Options, RequestError> {
+    pub(super) fn take(given: BTreeMap<String, OwnedVariant>) -> Result<Options, RequestError> {
         if given.len() > OPTIONS_MAX {
             return Err(RequestError::InvalidArgument(format!(
                 "options: at most {OPTIONS_MAX}, these are {}",
@@ -301,7 +306,7 @@ impl Options {
         Ok(Options(given))
     }
 
-    fn text(&mut self, key: &str) -> Result<Option<String>, RequestError> {
+    pub(super) fn text(&mut self, key: &str) -> Result<Option<String>, RequestError> {
         match self.0.remove(key).map(Variant::from) {
             None => Ok(None),
             Some(Variant::Str(text)) => {
@@ -312,7 +317,7 @@ impl Options {
         }
     }
 
-    fn truth(&mut self, key: &str) -> Result<Option<bool>, RequestError> {
+    pub(super) fn truth(&mut self, key: &str) -> Result<Option<bool>, RequestError> {
         match self.0.remove(key).map(Variant::from) {
             None => Ok(None),
             Some(Variant::Bool(truth)) => Ok(Some(truth)),
@@ -320,7 +325,7 @@ impl Options {
         }
     }
 
-    fn number(&mut self, key: &str) -> Result<Option<u64>, RequestError> {
+    pub(super) fn number(&mut self, key: &str) -> Result<Option<u64>, RequestError> {
         match self.0.remove(key).map(Variant::from) {
             None => Ok(None),
             Some(Variant::U64(number)) => Ok(Some(number)),
@@ -342,7 +347,7 @@ impl Options {
         Ok(Duration::from_millis(number.into()))
     }
 
-    fn end(self) -> Result<(), RequestError> {
+    pub(super) fn end(self) -> Result<(), RequestError> {
         match self.0.into_keys().next() {
             None => Ok(()),
             Some(key) => Err(RequestError::InvalidArgument(format!(

@@ -19,9 +19,11 @@
 
 mod call;
 pub mod client;
+mod client_inquiries;
 mod connect;
 mod error;
 mod export;
+mod inquiries;
 mod introspect;
 mod manager;
 mod paths;
@@ -40,10 +42,12 @@ use tokio::sync::{mpsc, oneshot};
 
 pub use call::CALLS_MAX;
 pub use error::BusError;
+pub use inquiries::RECORDS_MAX;
 pub use publish::Publisher;
 
 use crate::correlation::{
-    DiskSeq, DiskView, ExportName, ExportView, Notice, Request, RequestError,
+    DiskSeq, DiskView, Explanation, ExportName, ExportView, Inquiry, Notice, Record, Request,
+    RequestError,
 };
 use crate::identity::VolumeId;
 
@@ -97,6 +101,8 @@ pub struct Caller {
     pub name: String,
     /// Unix user, where the bus tells.
     pub uid: Option<u32>,
+    /// Its systemd unit, where it runs in one.
+    pub unit: String,
 }
 
 /// One call for the loop. Dropping `reply` answers `Failed`.
@@ -116,6 +122,18 @@ pub enum Call {
     /// Survey now; answered when it is done.
     Rescan,
     Stats,
+    /// Why it is where it is.
+    Explain(Subject),
+    /// What the trail remembers.
+    History(Inquiry),
+}
+
+/// What is to be explained.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Subject {
+    Export(ExportName),
+    /// By node, device number or diskseq.
+    Disk(String),
 }
 
 /// Which disks are asked for: those for which everything that is given holds.
@@ -131,9 +149,20 @@ pub struct Filter {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Answer {
     Done,
-    Added { name: ExportName, created: bool },
+    Added {
+        name: ExportName,
+        created: bool,
+    },
     Volumes(Vec<DiskSeq>),
     Stats(BTreeMap<String, u64>),
+    Explained {
+        explanation: Box<Explanation>,
+        /// The newest records of it, in order.
+        events: Vec<Record>,
+        /// Why there are no records; empty when there are.
+        remark: String,
+    },
+    Records(Vec<Record>),
 }
 
 /// One thing to make visible, in the order of the offers.

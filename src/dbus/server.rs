@@ -21,7 +21,7 @@ use super::manager::{self, MANAGER};
 use super::publish::{self, Publisher, Shared};
 use super::signals::by_name;
 use super::tree::Object;
-use super::{Answer, Bus, BusError, Command, export, paths, volume};
+use super::{Answer, Bus, BusError, Command, export, inquiries, paths, volume};
 use crate::correlation::RequestError;
 
 /// Between attempts to reach a bus that went away: from, and at most.
@@ -294,6 +294,15 @@ impl Server {
                     .collect();
                 response(message, &stats)
             }
+            Answer::Explained {
+                explanation,
+                events,
+                remark,
+            } => response(
+                message,
+                &inquiries::explained(&explanation, &events, &remark),
+            ),
+            Answer::Records(records) => response(message, &inquiries::records(&records)),
         }
     }
 }

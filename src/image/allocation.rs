@@ -19,25 +19,26 @@ const MULTIPLE: u64 = 512;
 /// [`super::Image::allocation`].
 ///
 /// # Errors
-/// The kernel's. A file that cannot be asked is all data, and a file that ended before is no error: that is a hole.
+/// The kernel's. A file that cannot be asked is all data, and so is what lies behind its end: of a file that was cut off that is
+/// lost, and must not be told as zeroes.
 pub fn of_file(
     file: &File,
     start: u64,
     at: Span,
     stretches_max: usize,
 ) -> io::Result<Vec<Allocation>> {
-    let end = at.offset() + at.len();
+    let length = || -> io::Result<u64> { Ok(file.metadata()?.len().saturating_sub(start)) };
+    let whole = at.offset() + at.len();
+    let end = whole.min(length()?.max(at.offset()));
     let mut stretches = Stretches::default();
     let mut offset = at.offset();
     while offset < end && stretches.count() < stretches_max {
         let data = match seek(file, start, offset, Whence::SeekData) {
             Ok(data) => data.min(end),
-            // No data from here to the end of the file.
-            Err(Errno::ENXIO) => end,
-            Err(Errno::EINVAL | Errno::EOPNOTSUPP | Errno::ESPIPE) => {
-                stretches.push(end - offset, false);
-                break;
-            }
+            // No data from here to the end of the file, or it ends before here now.
+            Err(Errno::ENXIO) if length()? >= end => end,
+            Err(Errno::ENXIO) => break,
+            Err(Errno::EINVAL | Errno::EOPNOTSUPP | Errno::ESPIPE) => break,
             Err(error) => return Err(error.into()),
         };
         // What the hole loses to its ends is data.
@@ -52,6 +53,8 @@ pub fn of_file(
             stretches.push(hole_end - hole_start, true);
             offset = hole_end;
         }
+        // Each turn ends further on: a hole too small to be told is data to its end.
+        let mut next = data;
         if data < end {
             let hole = match seek(file, start, data, Whence::SeekHole) {
                 Ok(hole) => hole.min(end),
@@ -59,10 +62,15 @@ pub fn of_file(
                 Err(Errno::ENXIO) => data + 1,
                 Err(error) => return Err(error.into()),
             };
-            let hole = hole.max(data + 1).next_multiple_of(MULTIPLE).min(end);
-            stretches.push(hole - offset, false);
-            offset = hole;
+            next = hole.max(data + 1).next_multiple_of(MULTIPLE).min(end);
         }
+        if next > offset {
+            stretches.push(next - offset, false);
+            offset = next;
+        }
+    }
+    if stretches.count() < stretches_max {
+        stretches.push(whole - offset, false);
     }
     Ok(stretches.first(stretches_max))
 }
@@ -111,7 +119,7 @@ mod tests {
     const KIB: u64 = 1 << 10;
     const MIB: u64 = 1 << 20;
 
-    /// 8 MiB with data at 1 MiB (64 KiB) and at 4 MiB (to the end of the file, which is there at 5 MiB).
+    /// 5 MiB with data at 1 MiB (64 KiB) and at 4 MiB (to the end).
     fn sparse() -> File {
         let file = tempfile::tempfile().unwrap();
         file.set_len(5 * MIB).unwrap();
@@ -134,11 +142,10 @@ mod tests {
             (64 * KIB, false),
             (3 * MIB - 64 * KIB, true),
             (MIB, false),
-            (3 * MIB, true),
         ];
-        assert_eq!(ask(&file, 0, 0, 8 * MIB, 99), whole);
-        assert_eq!(ask(&file, 0, 0, 8 * MIB, 2), whole[..2]);
-        assert_eq!(ask(&file, 0, 0, 8 * MIB, 1), whole[..1]);
+        assert_eq!(ask(&file, 0, 0, 5 * MIB, 99), whole);
+        assert_eq!(ask(&file, 0, 0, 5 * MIB, 2), whole[..2]);
+        assert_eq!(ask(&file, 0, 0, 5 * MIB, 1), whole[..1]);
         assert_eq!(ask(&file, 0, MIB + 4096, 512, 99), [(512, false)]);
         assert_eq!(ask(&file, 0, 2 * MIB, 512, 99), [(512, true)]);
         // The image begins in the middle of the file.
@@ -153,9 +160,64 @@ mod tests {
         let file = sparse();
         // Asked from inside of a hole: what comes before the first multiple is told as data.
         assert_eq!(ask(&file, 0, 1, 1023, 99), [(511, false), (512, true)]);
+        // Too small to hold a multiple: it went round for ever.
+        assert_eq!(ask(&file, 0, 1, 10, 99), [(10, false)]);
+        assert_eq!(ask(&file, 0, 1023, 2, 1), [(1, false)]);
+        assert_eq!(ask(&file, 0, MIB - 1, 1, 1), [(1, false)]);
         // The image begins at an odd byte of the file, so that no boundary is a multiple.
         let told = ask(&file, 100, 0, MIB + 512, 99);
         assert_eq!(told, [(MIB - 512, true), (1024, false)]);
+    }
+
+    /// A file that was cut off while it was served answers reads with EIO; told as a hole, a copy took zeroes for what
+    /// is lost.
+    #[test]
+    fn what_lies_behind_the_end_of_the_file_is_never_a_hole() {
+        let file = sparse();
+        assert_eq!(ask(&file, 0, 4 * MIB, 4 * MIB, 99), [(4 * MIB, false)]);
+        assert_eq!(ask(&file, 0, 6 * MIB, MIB, 99), [(MIB, false)]);
+        file.set_len(2 * MIB).unwrap();
+        let told = [
+            (MIB, true),
+            (64 * KIB, false),
+            (MIB - 64 * KIB, true),
+            (6 * MIB, false),
+        ];
+        assert_eq!(ask(&file, 0, 0, 8 * MIB, 99), told);
+        assert_eq!(ask(&file, 0, 0, 8 * MIB, 3), told[..3]);
+    }
+
+    /// Against what the bytes are, over many ranges: covered from its beginning, in order, no hole where a byte is.
+    #[test]
+    fn for_any_range_the_answer_covers_it_and_no_hole_has_data() {
+        let file = sparse();
+        let mut bytes = vec![0; 5 << 20];
+        file.read_exact_at(&mut bytes, 0).unwrap();
+        let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+        let mut next = |below: u64| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            state % below
+        };
+        for _ in 0..2000 {
+            let start = next(3) * next(2000);
+            let near = [MIB, MIB + 64 * KIB, 4 * MIB, 5 * MIB][usize::try_from(next(4)).unwrap()];
+            let offset = (near - next(2000)).saturating_sub(start + next(1500));
+            let len = 1 + next(3000) * next(1000);
+            let max = usize::try_from(1 + next(3)).unwrap();
+            let mut at = offset;
+            for (count, hole) in ask(&file, start, offset, len, max) {
+                assert!(count > 0);
+                if hole {
+                    let from = usize::try_from(at + start).unwrap();
+                    let to = from + usize::try_from(count).unwrap();
+                    assert!(bytes[from..to].iter().all(|byte| *byte == 0));
+                }
+                at += count;
+            }
+            assert!(at > offset && at <= offset + len);
+        }
     }
 
     #[test]

@@ -85,7 +85,7 @@ impl Block {
             read_only,
         } = opened;
         let (medium, file) = (claim.medium, claim.file());
-        let can = medium.can(claim.number);
+        let can = medium.can(claim.number, file);
         Ok(Block {
             size: AtomicU64::new(size),
             read_only,

@@ -3,8 +3,13 @@
 use std::fs::File;
 use std::io;
 
+use nix::fcntl::{FallocateFlags, fallocate};
+
 use super::sys;
 use crate::correlation::DeviceNumber;
+
+/// No file system has larger blocks.
+const PUNCH_BYTES: u64 = 64 << 10;
 
 /// What an image's bytes are on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -74,7 +79,7 @@ impl Medium {
     }
 
     /// What it can do by itself, without bytes being written out.
-    pub fn can(self, number: DeviceNumber) -> Can {
+    pub fn can(self, number: DeviceNumber, opened: &File) -> Can {
         let limit = |name: &str| queue_limit(number, name) > 0;
         match self {
             Medium::Disk => Can {
@@ -82,12 +87,14 @@ impl Medium {
                 discard: limit("discard_max_bytes"),
                 turn: limit("rotational"),
             },
-            // A file system that cannot punch holes says so, and has then lost nothing.
-            Medium::File => Can {
-                zero: true,
-                discard: true,
-                turn: false,
-            },
+            Medium::File => {
+                let punches = punches(opened);
+                Can {
+                    zero: punches,
+                    discard: punches,
+                    turn: false,
+                }
+            }
         }
     }
 
@@ -102,6 +109,18 @@ impl Medium {
             None => true,
         }
     }
+}
+
+/// Whether the file system makes holes: asked for one behind the last byte, where there is nothing to lose. False for a
+/// file that is open for reading only.
+fn punches(file: &File) -> bool {
+    let how = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+    let end = file.metadata().map(|facts| facts.len()).unwrap_or_default();
+    let behind = end.next_multiple_of(PUNCH_BYTES);
+    let (Ok(from), Ok(len)) = (behind.try_into(), PUNCH_BYTES.try_into()) else {
+        return false;
+    };
+    fallocate(file, how, from, len).is_ok()
 }
 
 /// A number of the disk's queue in sysfs (kernel `Documentation/ABI/stable/sysfs-block`); 0 when it isn't there.

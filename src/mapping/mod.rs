@@ -7,6 +7,7 @@
 //! | `state.rs` | the state directory and its lock |
 //! | `schema.rs` | opens the file, refuses what is not ours, brings it up to date |
 //! | `rows.rs` | facts from and to rows |
+//! | `history.rs`, `trail_rows.rs` | the audit trail, in a file of its own |
 //!
 //! Everything that is written is a put or a delete by key, so that applying it again changes nothing.
 
@@ -21,10 +22,15 @@ use tokio::time::timeout;
 
 use crate::correlation::{Change, Remembered};
 
+mod history;
 mod rows;
 mod schema;
 mod state;
+mod trail_rows;
 
+pub use history::{
+    Bounds, CLASS_RECORDS_MAX, HISTORY_FILE, History, HistoryError, HistoryTask, PAGE_MAX, now_us,
+};
 use state::StateLock;
 
 /// The store's file in the state directory.

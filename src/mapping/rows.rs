@@ -15,8 +15,30 @@ pub(super) async fn apply(
     connection: &mut SqliteConnection,
     changes: &[Change],
 ) -> Result<(), sqlx::Error> {
-    // IMMEDIATE: fails at the start if someone else writes, not in the middle.
-    let mut transaction = connection.begin_with("BEGIN IMMEDIATE").await?;
+    // IMMEDIATE: fails at the start if someone else writes, not in the middle. Not by a transaction of the library: SQLite undoes
+    // one by itself when the disk is full (sqlite.org/lang_transaction.html), the library's own undoing then fails, and every
+    // later transaction was refused until the next start.
+    sqlx::query("BEGIN IMMEDIATE")
+        .execute(&mut *connection)
+        .await?;
+    let mut applied = apply_each(connection, changes).await;
+    if applied.is_ok() {
+        applied = sqlx::query("COMMIT")
+            .execute(&mut *connection)
+            .await
+            .map(drop);
+    }
+    if applied.is_err() {
+        // Fails when it is undone already.
+        let _undone = sqlx::query("ROLLBACK").execute(&mut *connection).await;
+    }
+    applied
+}
+
+async fn apply_each(
+    connection: &mut SqliteConnection,
+    changes: &[Change],
+) -> Result<(), sqlx::Error> {
     for change in changes {
         let query = match change {
             Change::PutExport(definition) => sqlx::query(
@@ -55,9 +77,9 @@ pub(super) async fn apply(
                 sqlx::query("DELETE FROM conflicts WHERE export = ?").bind(export.as_str())
             }
         };
-        query.execute(&mut *transaction).await?;
+        query.execute(&mut *connection).await?;
     }
-    transaction.commit().await
+    Ok(())
 }
 
 /// Everything that parses, in the order of its keys; of what doesn't, a WARN tells each row.

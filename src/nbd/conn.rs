@@ -14,6 +14,7 @@ use nix::sys::socket::{MsgFlags, Shutdown, recv, send, sendmsg, shutdown};
 use super::crowd::Seat;
 use super::limits::Limits;
 use super::stats::{Counters, add, sub};
+use super::witness::Peer;
 
 /// Chunks in one sendmsg(2); the kernel takes at most UIO_MAXIOV = 1,024.
 const CHUNKS_PER_SEND: usize = 64;
@@ -113,6 +114,8 @@ pub(super) trait Wake: Send + Sync {
 pub(super) struct Conn {
     pub(super) token: u64,
     pub(super) account: Arc<Account>,
+    /// Asked for while it was there: of a socket that was reset the kernel tells nothing.
+    pub(super) peer: Peer,
     socket: OwnedFd,
     wake: Arc<dyn Wake>,
     /// Of its address; lasts as long as the descriptor.
@@ -161,6 +164,7 @@ impl Conn {
         Conn {
             token,
             account,
+            peer: Peer::of(socket.as_fd()),
             socket,
             wake,
             _seat: seat,

@@ -24,6 +24,7 @@ use super::limits::Limits;
 use super::listener::Listener;
 use super::poller::{self, Poller};
 use super::stats::{Counters, Stats, add, sub};
+use super::witness::{ClientWitness, Witness};
 
 /// Names copied under the lock at a time while LIST is answered, so that the control loop never waits
 /// for a list of 10,000.
@@ -53,6 +54,7 @@ pub(super) struct Shared {
     exports: Mutex<BTreeMap<ExportName, Export>>,
     /// Written once at start; the watcher must not block, it runs in session threads.
     watcher: RwLock<Option<ClientsWatcher>>,
+    pub(super) witness: Witness,
 }
 
 struct Export {
@@ -102,6 +104,7 @@ impl Door {
             inline_writes: AtomicU32::new(0),
             exports: Mutex::default(),
             watcher: RwLock::default(),
+            witness: Witness::default(),
         });
         let polled = shared.clone();
         std::thread::Builder::new()
@@ -278,6 +281,11 @@ impl Door {
             .write()
             .unwrap_or_else(std::sync::PoisonError::into_inner);
         *slot = Some(watcher);
+    }
+
+    /// Sets who is told of each client that comes, leaves or is turned away. It must not block.
+    pub fn on_client_seen(&self, witness: ClientWitness) {
+        self.shared().witness.set(witness);
     }
 
     pub fn stats(&self) -> Stats {

@@ -21,6 +21,7 @@ use super::door::Shared;
 use super::gate::Gate;
 use super::handshake::Facts;
 use super::stats::add;
+use super::witness::{Client, Seen};
 use super::work::Job;
 
 /// Told how a lease ended: once, or `TimedOut` and then once more. Runs in a thread of the door: it sends a message
@@ -232,6 +233,7 @@ impl Lease {
         drop(members);
         let clients = self.clients.fetch_add(1, Ordering::AcqRel) + 1;
         self.shared.clients_changed(&self.export, clients);
+        self.tell(conn, Seen::Came);
         true
     }
 
@@ -239,7 +241,17 @@ impl Lease {
         if lock(&self.members).conns.remove(&conn.token).is_some() {
             let clients = self.clients.fetch_sub(1, Ordering::AcqRel) - 1;
             self.shared.clients_changed(&self.export, clients);
+            self.tell(conn, Seen::Left);
         }
+    }
+
+    fn tell(&self, conn: &Conn, seen: Seen) {
+        self.shared.witness.tell(Client {
+            export: self.export.as_str(),
+            seen,
+            reason: "",
+            peer: &conn.peer,
+        });
     }
 
     /// Gives a request to the disk crew.
@@ -314,5 +326,31 @@ pub(super) fn wire_error(error: &io::Error, fenced: bool) -> super::wire::NbdErr
         Some(libc::ENOSPC | libc::EDQUOT | libc::EFBIG) => NbdError::NoSpc,
         Some(libc::EPERM | libc::EACCES | libc::EROFS) => NbdError::Perm,
         _ => NbdError::Io,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::wire::NbdError;
+    use super::*;
+
+    #[test]
+    fn errors_of_the_kernel_become_those_of_the_protocol() {
+        for (errno, wired) in [
+            (libc::ENOSPC, NbdError::NoSpc),
+            (libc::EDQUOT, NbdError::NoSpc),
+            (libc::EFBIG, NbdError::NoSpc),
+            (libc::EPERM, NbdError::Perm),
+            (libc::EROFS, NbdError::Perm),
+            // Neither of a fast zero (refused before the disk is asked) nor of a lack of memory is there to be told.
+            (libc::EOPNOTSUPP, NbdError::Io),
+            (libc::ENOMEM, NbdError::Io),
+            (libc::EINVAL, NbdError::Io),
+            (libc::EIO, NbdError::Io),
+        ] {
+            let error = io::Error::from_raw_os_error(errno);
+            assert_eq!(wire_error(&error, false), wired, "{errno}");
+            assert_eq!(wire_error(&error, true), NbdError::Shutdown);
+        }
     }
 }

@@ -24,9 +24,11 @@ mod session;
 mod stats;
 mod transmission;
 pub mod wire;
+mod witness;
 mod work;
 
 pub use door::Door;
 pub use lease::Report;
 pub use limits::Limits;
 pub use stats::Stats;
+pub use witness::{Client, ClientWitness, Peer, Seen};

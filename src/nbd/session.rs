@@ -18,7 +18,8 @@ use super::handshake::{ExpectFlags, ExpectOption, Next, Reason, Refusal};
 use super::reply::Scratch;
 use super::stats::add;
 use super::transmission::Transmission;
-use super::wire::OptionHeader;
+use super::wire::{Headers, OptionHeader};
+use super::witness::{Client, Seen};
 
 pub(super) struct Session {
     pub(super) conn: Arc<Conn>,
@@ -361,8 +362,17 @@ impl Handshake {
                         }
                         Err(refusal) => Err(refusal),
                     };
-                    if verdict.is_err() {
+                    if let Err(refusal) = &verdict {
                         add(&shared.counters.exports_refused, 1);
+                        // INFO is a question, and no client.
+                        if choose.binds() {
+                            shared.witness.tell(Client {
+                                export: choose.name(),
+                                seen: Seen::Refused,
+                                reason: &refusal.reason,
+                                peer: &conn.peer,
+                            });
+                        }
                     }
                     choose.answer(verdict, &mut out)
                 }
@@ -371,6 +381,9 @@ impl Handshake {
                     let Some((lease, facts)) = lease else {
                         return Ok(Took::End);
                     };
+                    if agreed.headers == Headers::Extended {
+                        add(&shared.counters.handshakes_extended, 1);
+                    }
                     let carry = std::mem::take(&mut self.buffer);
                     return Err(Box::new(Transmission::new(lease, facts, agreed, carry)));
                 }

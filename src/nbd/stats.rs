@@ -30,6 +30,8 @@ counters! {
     /// accept(2) failed, as when descriptors run out.
     accept_errors,
     handshakes_done,
+    /// Of these, the ones that agreed extended headers.
+    handshakes_extended,
     /// Closed for a new one: `Limits::handshakes`.
     handshakes_over_limit,
     /// Closed: `Limits::handshake`.

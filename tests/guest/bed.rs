@@ -35,6 +35,8 @@ pub struct Volume {
     /// Layers between the disk and the file, for errors and delays: a description that wraps the file's.
     pub layer: Option<fn(Value) -> Value>,
     pub plug: Option<Plug>,
+    /// False for a disk that is not a volume: its bytes are the guest's own.
+    pub judged: bool,
     pub ledger: Ledger,
 }
 
@@ -65,6 +67,8 @@ pub struct Bed {
     pub volumes: Vec<Volume>,
     pub row: Row,
     pub folder: PathBuf,
+    /// Tables of the configuration beside the server's and the exports'.
+    pub tables: String,
     sequence: u64,
 }
 
@@ -77,6 +81,7 @@ impl Bed {
             volumes: Vec::new(),
             row: Row::default(),
             folder: folder.to_owned(),
+            tables: String::new(),
             sequence: 1,
         }
     }
@@ -118,6 +123,7 @@ impl Bed {
             properties,
             layer: None,
             plug: None,
+            judged: true,
             ledger: Ledger::stamped(BYTES, 1),
         });
         Ok(self.volumes.len() - 1)
@@ -128,6 +134,7 @@ impl Bed {
         let mut text =
             "[server]\nlisten = [\"0.0.0.0:10809\"]\nsocket = \"/run/nbdtrack/nbd.sock\"\n"
                 .to_owned();
+        text.push_str(&self.tables);
         for index in volumes {
             let Volume { name, id, .. } = &self.volumes[*index];
             text.push_str(&format!("\n[[export]]\nname = {name:?}\nvolume = {id:?}\n"));
@@ -202,7 +209,7 @@ impl Bed {
     }
 
     /// Waits until udev has told of a volume's disk: then its name is given and its links are made.
-    fn wait_udev(&mut self, index: usize) -> Outcome<()> {
+    pub fn wait_udev(&mut self, index: usize) -> Outcome<()> {
         let serial = self.volumes[index].properties["serial"]
             .as_str()
             .unwrap_or_default()
@@ -469,7 +476,7 @@ impl Bed {
             self.row.notes.push("sync hung".to_owned());
         }
         self.machine.stop()?;
-        let judged = self.volumes.iter().map(|v| {
+        let judged = self.volumes.iter().filter(|v| v.judged).map(|v| {
             v.ledger
                 .judge(&v.image, &v.name, v.bytes)
                 .doing(format!("judge {}", v.name))

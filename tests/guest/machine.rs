@@ -3,6 +3,7 @@
 //! The template's memory is a file. A copy maps it privately and takes the device state from a migration that left the
 //! memory out (`x-ignore-shared`), so copies cannot spoil it.
 
+use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -28,8 +29,9 @@ pub enum Shape {
 
 /// pcie.0 has no hot-plug: each disk of a q35 needs a port of its own.
 pub const Q35_PORTS: usize = 12;
-/// What a pc has free on its one bus, less two to spare.
+/// What a pc has free on its one bus of 32 places: behind those of the fixed devices and of a further one.
 pub const PC_SLOTS: usize = 22;
+const PC_FIRST: usize = 9;
 const MEMORY: &str = "512M";
 /// Until a booted guest answers; 10 to 20 s when the machine is its own.
 const BOOT: Duration = Duration::from_secs(240);
@@ -74,9 +76,22 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// A copy of the template of `shape`, which is made first when there is none. Logs go to `logs`.
+    /// Makes the template of a shape, unless it is there.
+    pub fn prepare(image: &Path, shape: Shape) -> Outcome<()> {
+        let lock = std::fs::OpenOptions::new()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .open(image.join("template.lock"))?;
+        lock.lock()?;
+        let logs = image.join("template.logs");
+        std::fs::create_dir_all(&logs)?;
+        template(image, shape, &logs)
+    }
+
+    /// A copy of the template of `shape`, which is there. Logs go to `logs`.
     pub fn resume(image: &Path, shape: Shape, logs: &Path) -> Outcome<Machine> {
-        let template = template(image, shape, logs)?;
+        let template = template_folder(image, shape);
         Machine::start(
             image,
             shape,
@@ -187,9 +202,13 @@ impl Machine {
     }
 }
 
-/// Makes the template of a shape, unless it is there. The caller holds the turn.
-fn template(image: &Path, shape: Shape, logs: &Path) -> Outcome<PathBuf> {
-    let folder = image.join(format!("template-{}", shape.name()));
+fn template_folder(image: &Path, shape: Shape) -> PathBuf {
+    image.join(format!("template-{}", shape.name()))
+}
+
+/// Makes the template of a shape, unless it is there. The caller holds the lock.
+fn template(image: &Path, shape: Shape, logs: &Path) -> Outcome<()> {
+    let folder = template_folder(image, shape);
     let done = folder.join("done");
     // What a template is started with, so that another version of this file makes another one.
     let recipe = format!(
@@ -199,7 +218,7 @@ fn template(image: &Path, shape: Shape, logs: &Path) -> Outcome<PathBuf> {
         accelerator(image)?.join(" ")
     );
     if std::fs::read_to_string(&done).is_ok_and(|text| text == recipe) {
-        return Ok(folder);
+        return Ok(());
     }
     let _ = std::fs::remove_dir_all(&folder);
     std::fs::create_dir_all(&folder)?;
@@ -231,7 +250,7 @@ fn template(image: &Path, shape: Shape, logs: &Path) -> Outcome<PathBuf> {
         shape.name(),
         machine.ready_in.as_secs_f32()
     ));
-    Ok(folder)
+    Ok(())
 }
 
 const APPEND: &str = "console=ttyS0 quiet net.ifnames=0 mitigations=off systemd.show_status=0 systemd.log_level=warning init=/sbin/init";
@@ -418,8 +437,8 @@ fn kvm_works(image: &Path) -> Outcome<bool> {
 #[derive(Debug, Clone)]
 pub struct Plug {
     pub id: String,
-    /// The root port of a q35 that it sits in.
-    port: Option<String>,
+    /// The slot of a pc or the root port of a q35 that it sits in.
+    place: Option<String>,
     pub blocks: String,
     /// Since which mark of QMP it is asked to go.
     asked: Option<usize>,
@@ -438,19 +457,20 @@ pub enum Bus {
 #[derive(Debug)]
 pub struct Slots {
     next: u32,
-    free_ports: Vec<String>,
+    /// The first is handed out next. A freed place goes to the far end: a guest that is still busy with the eject of a place can
+    /// eject the next disk of it too (seen on q35: DEVICE_DELETED of a disk that had just been plugged).
+    free: VecDeque<String>,
 }
 
 impl Slots {
     pub fn of(shape: Shape) -> Slots {
-        let count = match shape {
-            Shape::Pc => 0,
-            Shape::Q35 => Q35_PORTS,
+        let free = match shape {
+            Shape::Pc => (0..PC_SLOTS)
+                .map(|i| format!("{:#x}", PC_FIRST + i))
+                .collect(),
+            Shape::Q35 => (0..Q35_PORTS).map(|i| format!("port{i}")).collect(),
         };
-        Slots {
-            next: 0,
-            free_ports: (0..count).rev().map(|i| format!("port{i}")).collect(),
-        }
+        Slots { next: 0, free }
     }
 }
 
@@ -469,14 +489,15 @@ impl Machine {
         blocks["node-name"] = json!(node);
         self.qmp.ask("blockdev-add", blocks)?;
         let mut device = json!({ "id": id, "drive": node });
-        let mut port = None;
+        let mut place = None;
         match bus {
             Bus::VirtioBlk => {
                 device["driver"] = json!("virtio-blk-pci");
-                if self.shape == Shape::Q35 {
-                    port = slots.free_ports.pop();
-                    hold!(port.is_some(), "no free port for another disk");
-                    device["bus"] = json!(port);
+                place = slots.free.pop_front();
+                hold!(place.is_some(), "no free place for another disk");
+                match self.shape {
+                    Shape::Pc => device["addr"] = json!(place),
+                    Shape::Q35 => device["bus"] = json!(place),
                 }
             }
             Bus::Scsi => {
@@ -490,7 +511,7 @@ impl Machine {
         self.qmp.ask("device_add", device)?;
         Ok(Plug {
             id,
-            port,
+            place,
             blocks: node,
             asked: None,
         })
@@ -528,11 +549,7 @@ impl Machine {
         }
         let blocks = json!({ "node-name": plug.blocks });
         self.qmp.ask("blockdev-del", blocks)?;
-        // To the far end: a guest that is still busy with a port's eject can eject the next disk of that port too
-        // (seen on q35: DEVICE_DELETED of a disk that had just been plugged).
-        if let Some(port) = plug.port {
-            slots.free_ports.insert(0, port);
-        }
+        slots.free.extend(plug.place);
         Ok(())
     }
 }

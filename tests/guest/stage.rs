@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 use std::fs::{File, OpenOptions};
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::bed::{Bed, Row};
@@ -12,8 +12,11 @@ use super::machine::{Machine, Shape};
 use crate::support::ground::{skip, tell};
 use crate::support::pattern::Tally;
 use crate::support::process::{self, installed};
-use crate::support::{Doing, Outcome};
+use crate::support::{Doing, Outcome, until};
 use crate::{hold, trouble};
+
+/// Until another guest has ended: the longest scenario is a soak.
+const PATIENCE: Duration = Duration::from_secs(24 * 3_600);
 
 /// How the machine of a scenario comes to life.
 pub enum Start<'a> {
@@ -61,14 +64,9 @@ pub fn staged(
         }
     }
     let target = target();
-    let turn = OpenOptions::new()
-        .create(true)
-        .truncate(false)
-        .write(true)
-        .open(target.join("turn.lock"))?;
-    // One guest at a time: the lock goes with the process that holds it.
-    turn.lock()?;
     let image = image()?;
+    Machine::prepare(&image, shape)?;
+    let _turn = turn(&target, ALONE.contains(&name))?;
     let folder: String = format!("{name} {}", shape.name())
         .chars()
         .map(|c| if c.is_ascii_alphanumeric() { c } else { '-' })
@@ -104,7 +102,7 @@ pub fn staged(
     match &judged {
         Err(e) => text.push_str(&format!("\nthe judge: {e}")),
         Ok(tallies) => {
-            for (volume, tally) in names.iter().zip(tallies) {
+            for (volume, tally) in names.iter().filter(|v| v.judged).zip(tallies) {
                 if !tally.all_right() && verdict == Verdict::NoWrongByte {
                     let _ = write!(text, "\n{}: {tally}", volume.name);
                 }
@@ -127,6 +125,40 @@ pub fn staged(
         return Ok(());
     }
     trouble!("{title}: {text}\nthe guest's logs: {}", logs.display())
+}
+
+/// Scenarios whose times are asserted or are the point of them: no other guest runs beside them.
+const ALONE: [&str; 3] = ["fast swaps", "swap under streams", "hang (throttle)"];
+
+/// Waits for a place among the guests that run at one time; the lock goes with the process that holds it. A guest has one
+/// processor, so two of them fit on the smallest machine that runs the tests; one that measures takes both places.
+fn turn(target: &Path, alone: bool) -> Outcome<[Option<File>; 2]> {
+    let open = |name: &str| {
+        OpenOptions::new()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .open(target.join(name))
+    };
+    // Whoever waits for both places holds the door, so that those who need one do not overtake it for ever.
+    let door = open("door.lock")?;
+    door.lock()?;
+    let places = [open("place-0.lock")?, open("place-1.lock")?];
+    let [first, second] = places;
+    if alone {
+        first.lock()?;
+        second.lock()?;
+        return Ok([Some(first), Some(second)]);
+    }
+    until(PATIENCE, "a place for another guest", || {
+        Ok(if first.try_lock().is_ok() {
+            Some([Some(first.try_clone()?), None])
+        } else if second.try_lock().is_ok() {
+            Some([None, Some(second.try_clone()?)])
+        } else {
+            None
+        })
+    })
 }
 
 /// Bytes that are not what they should be.
@@ -191,7 +223,7 @@ fn line(
 }
 
 /// The value that `percent` of a sorted list do not exceed.
-fn part<T>(sorted: &[T], percent: usize) -> &T {
+pub fn part<T>(sorted: &[T], percent: usize) -> &T {
     let at = (sorted.len() * percent).div_ceil(100).max(1) - 1;
     &sorted[at.min(sorted.len() - 1)]
 }
@@ -204,8 +236,10 @@ fn target() -> PathBuf {
 
 /// The guest's image, made once for this run.
 fn image() -> Outcome<PathBuf> {
-    static MADE: OnceLock<PathBuf> = OnceLock::new();
-    if let Some(path) = MADE.get() {
+    static MADE: Mutex<Option<PathBuf>> = Mutex::new(None);
+    // Lock: the first test makes the image, the others wait for it.
+    let mut made = MADE.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(path) = &*made {
         return Ok(path.clone());
     }
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
@@ -224,5 +258,6 @@ fn image() -> Outcome<PathBuf> {
     let path = PathBuf::from(said.trim());
     hold!(path.join("done").exists(), "no image in {said:?}");
     File::open(path.join("root.img")).doing("open the guest's disk")?;
-    Ok(MADE.get_or_init(|| path).clone())
+    *made = Some(path.clone());
+    Ok(path)
 }

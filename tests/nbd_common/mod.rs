@@ -26,6 +26,7 @@ pub struct Memory {
     pub cold: AtomicBool,
     pub fail_flush: AtomicBool,
     pub fast_zero: AtomicBool,
+    pub fail_reads: AtomicBool,
     /// Zeroes fail from this byte on.
     pub fail_from: AtomicU64,
     /// What `zero` was asked.
@@ -54,6 +55,7 @@ impl Memory {
             cold: AtomicBool::new(false),
             fail_flush: AtomicBool::new(false),
             fast_zero: AtomicBool::new(false),
+            fail_reads: AtomicBool::new(false),
             fail_from: AtomicU64::new(u64::MAX),
             zeroed: Mutex::default(),
             latched: AtomicBool::new(false),
@@ -144,6 +146,9 @@ impl Image for Memory {
     }
     fn read(&self, at: Extent, buf: &mut [u8]) -> io::Result<()> {
         self.pass("read");
+        if self.fail_reads.load(Ordering::SeqCst) {
+            return Err(io::Error::from_raw_os_error(libc::EIO));
+        }
         buf.copy_from_slice(&self.bytes.read().unwrap()[Self::range(at)]);
         Ok(())
     }

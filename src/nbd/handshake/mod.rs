@@ -270,7 +270,7 @@ impl ExpectOption {
     }
 
     fn fail(self, out: &mut Vec<u8>, code: u32, kind: u32, why: &str) -> Next {
-        // proto.md "Values": the answer to EXPORT_NAME cannot be an error.
+        // proto.md "Termination of the session during option haggling": the answer to EXPORT_NAME cannot be an error.
         if code == option::EXPORT_NAME {
             return Next::Closed(Reason::Refused);
         }

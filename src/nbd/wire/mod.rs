@@ -193,7 +193,7 @@ pub fn push_option_reply(out: &mut Vec<u8>, option: u32, kind: u32, parts: &[&[u
     }
 }
 
-/// The longest string that the protocol lets us send is 4,096 bytes (proto.md "Values").
+/// The longest string that the protocol lets us send is 4,096 bytes (proto.md "Conventions").
 pub fn cut_text(text: &str) -> &str {
     let mut end = text.len().min(4096);
     while !text.is_char_boundary(end) {

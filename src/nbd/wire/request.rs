@@ -63,13 +63,14 @@ impl RequestHeader {
 
     /// Bytes that follow the header, whether the request is refused or not.
     pub fn payload_bytes(&self) -> u64 {
-        // Extension "Request message": only the flag says that there is a payload.
-        let follows = if self.extended {
-            self.flags & cmd_flag::PAYLOAD_LEN != 0
+        // Extension "Command flags": a write always sends one and is to say so; qemu's client (8.2 to 10.0) does not say
+        // so, and its server takes that. For every other command only the flag counts.
+        let says = self.extended && self.flags & cmd_flag::PAYLOAD_LEN != 0;
+        if says || self.kind == cmd::WRITE {
+            self.length
         } else {
-            self.kind == cmd::WRITE
-        };
-        if follows { self.length } else { 0 }
+            0
+        }
     }
 }
 
@@ -152,7 +153,7 @@ mod tests {
     }
 
     #[test]
-    fn only_the_flag_says_in_the_extended_form_that_a_payload_follows() {
+    fn a_payload_follows_a_write_and_in_the_extended_form_what_says_so() {
         let mut header = RequestHeader {
             flags: 0,
             kind: cmd::WRITE,
@@ -161,12 +162,18 @@ mod tests {
             length: 512,
             extended: false,
         };
-        assert_eq!(header.payload_bytes(), 512);
-        header.extended = true;
-        assert_eq!(header.payload_bytes(), 0);
-        header.flags = cmd_flag::PAYLOAD_LEN;
-        header.kind = cmd::READ;
-        assert_eq!(header.payload_bytes(), 512);
+        for (extended, kind, flags, bytes) in [
+            (false, cmd::WRITE, 0, 512),
+            (false, cmd::READ, 0, 0),
+            (false, cmd::READ, cmd_flag::PAYLOAD_LEN, 0),
+            (true, cmd::WRITE, cmd_flag::PAYLOAD_LEN, 512),
+            (true, cmd::WRITE, 0, 512),
+            (true, cmd::READ, 0, 0),
+            (true, cmd::READ, cmd_flag::PAYLOAD_LEN, 512),
+        ] {
+            (header.extended, header.kind, header.flags) = (extended, kind, flags);
+            assert_eq!(header.payload_bytes(), bytes, "{header:?}");
+        }
     }
 
     #[test]

@@ -25,6 +25,7 @@ macro_rules! scenario {
     };
 }
 
+mod claims;
 mod daemon;
 mod identities;
 mod moves;
