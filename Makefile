@@ -6,7 +6,7 @@ RELEASE := target/release
 BENCH := $(CARGO) bench --locked --bench
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build run compare bench bench-quick bench-control bench-control-quick check test test-guest soak-guest fuzz deb test-deb man install uninstall deny clean
+.PHONY: help setup build run compare bench bench-quick bench-control bench-control-quick check test test-guest soak-guest fuzz crowd deb test-deb man install uninstall deny clean
 
 # Where `make install` puts things; below DESTDIR, for a package or a guest's root.
 DESTDIR ?=
@@ -53,6 +53,9 @@ test: setup ## Everything that is a test; ends with `N passed, N failed, N skipp
 
 fuzz: ## libFuzzer on every target, SECONDS each (60); one with TARGET=session
 	@scripts/fuzz $(or $(SECONDS),60) $(TARGET)
+
+crowd: setup ## 10,000 idle connections, 1,000 slow readers, 200 resets, 100 streams beside 1,000 exports
+	NBDTRACK_CROWD=all $(CARGO) test --locked --test real_crowd -- --test-threads=1 --nocapture
 
 deny: ## Licences, sources and advisories of all dependencies (needs cargo-deny)
 	$(CARGO) deny check

@@ -59,6 +59,7 @@ const PURE: &[&str] = &[
     "claim/list",
     "claim/spec",
     "config/document",
+    "config/limits",
     "config/place",
     "config/table",
     "files/known",

@@ -69,6 +69,9 @@ fn every_key_and_profile_is_in_the_manual_page() {
     for key in expected("[server]\nno_such_key = 1\n") {
         assert!(manual.contains(&format!(".It Cm {key} Ar")), "{key}");
     }
+    for key in expected("[limits]\nno_such_key = 1\n") {
+        assert!(manual.contains(&format!(".It Cm {key} Ar")), "{key}");
+    }
     for profile in expected("[[export]]\nname = \"a\"\nvolume = \"none:x\"\n") {
         assert!(manual.contains(&format!(".It Cm {profile}\n")), "{profile}");
         assert!(readme.contains(&format!("`{profile}`")), "{profile}");

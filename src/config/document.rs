@@ -8,6 +8,7 @@ use std::time::Duration;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
+use super::limits::{Limits, limits};
 use super::place::{Place, Places, Problem};
 use super::table::{Reading, Table};
 use super::{Bus, ClaimRules, IdentityRules, Server, SourceFile};
@@ -18,6 +19,7 @@ use crate::identity::{OptIn, VolumeId};
 #[derive(Default)]
 pub(super) struct Document<'a> {
     pub(super) server: Server,
+    pub(super) limits: Limits,
     pub(super) identity: IdentityRules,
     pub(super) claim: Option<ClaimRules>,
     pub(super) exports: Vec<FoundExport<'a>>,
@@ -76,6 +78,9 @@ impl<'a> Document<'a> {
             if let Some(value) = table.take("identity") {
                 self.identity = identity(value, table.reading);
             }
+            if let Some(value) = table.take("limits") {
+                self.limits = limits(value, table.reading);
+            }
             if let Some(value) = table.take("claim") {
                 self.claim = Some(claim(value, table.reading));
             }
@@ -83,7 +88,7 @@ impl<'a> Document<'a> {
                 self.server = server(value, &mut self.identity, table.reading);
             }
         } else {
-            for key in ["server", "identity", "claim"] {
+            for key in ["server", "limits", "identity", "claim"] {
                 if let Some(value) = table.take(key) {
                     table.reading.tell(
                         value.span(),
@@ -106,7 +111,13 @@ impl<'a> Document<'a> {
             }
         }
         let expected: &[_] = if main {
-            &["[server]", "[identity]", "[claim]", "[[export]]"]
+            &[
+                "[server]",
+                "[limits]",
+                "[identity]",
+                "[claim]",
+                "[[export]]",
+            ]
         } else {
             &["[[export]]"]
         };

@@ -5,6 +5,7 @@
 //! |---|---|
 //! | `mod.rs` | the values, and the checks that need all files |
 //! | `document.rs` | one file: TOML to values, each with its place |
+//! | `limits.rs` | `[limits]` |
 //! | `table.rs` | one TOML table: keys out by name, the rest is unknown |
 //! | `place.rs` | where something stands, and problems |
 //! | `files.rs` | EDGE: the reading of `nbdtrack.toml` and `conf.d/*.toml` |
@@ -19,12 +20,14 @@ use crate::identity::{OptIn, VolumeId, collisions};
 
 mod document;
 mod files;
+mod limits;
 pub mod nbd_server;
 mod place;
 mod table;
 
 use document::{Document, FoundExport};
 pub use files::{FILE_BYTES_MAX, ReadError, read};
+pub use limits::Limits;
 pub use place::Problem;
 
 /// One file of the configuration, read.
@@ -38,6 +41,7 @@ pub struct SourceFile {
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Config {
     pub server: Server,
+    pub limits: Limits,
     pub identity: IdentityRules,
     /// `None` when nothing was said of claims: then there are none.
     pub claim: Option<ClaimRules>,
@@ -177,6 +181,7 @@ pub fn parse(files: &[SourceFile]) -> Result<Config, Vec<Problem>> {
         let document = Document::parse(file, at == 0, &mut problems);
         if at == 0 {
             config.server = document.server;
+            config.limits = document.limits;
             config.identity = document.identity;
             config.claim = document.claim;
         }

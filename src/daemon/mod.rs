@@ -176,11 +176,7 @@ async fn serve(options: &Options, passed: Option<Sockets>) -> Result<(), Error> 
         Some(passed) => passed,
         None => sockets::bind(&config.server.listen, own_socket)?,
     };
-    let limits = Limits {
-        connections: usize::try_from(config.server.max_connections).unwrap_or(usize::MAX),
-        ..Limits::default()
-    };
-    let door = Door::new(limits).map_err(|source| Error::Kernel {
+    let door = Door::new(limits(&config)).map_err(|source| Error::Kernel {
         what: "the NBD server cannot start",
         source,
     })?;
@@ -241,6 +237,24 @@ async fn serve(options: &Options, passed: Option<Sockets>) -> Result<(), Error> 
     ended
 }
 
+/// What clients may make the door hold.
+fn limits(config: &Config) -> Limits {
+    let number = |n: u32| usize::try_from(n).unwrap_or(usize::MAX);
+    Limits {
+        connections: number(config.server.max_connections),
+        connections_per_address: number(config.limits.connections_per_address),
+        handshakes: number(config.limits.handshakes),
+        options: config.limits.options,
+        requests_per_second: config.limits.requests_per_second,
+        in_flight_bytes: config.limits.in_flight_bytes,
+        in_flight_bytes_all: config.limits.in_flight_bytes_all,
+        handshake: config.limits.handshake,
+        send: config.limits.send,
+        request: config.limits.request,
+        ..Limits::default()
+    }
+}
+
 /// Each client and each disk is a descriptor; the soft limit is made for programs that use `select`.
 fn raise_descriptor_limit() {
     use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -249,5 +263,20 @@ fn raise_descriptor_limit() {
         && let Err(error) = setrlimit(Resource::RLIMIT_NOFILE, hard, hard)
     {
         tracing::warn!(soft, hard, %error, "the limit of open files cannot be raised");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_configuration_leaves_out_is_what_the_server_takes_by_itself() {
+        let config = Config::default();
+        let wanted = Limits {
+            connections: 2048,
+            ..Limits::default()
+        };
+        assert_eq!(limits(&config), wanted);
     }
 }

@@ -11,6 +11,7 @@ use std::time::Instant;
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, Shutdown, recv, send, sendmsg, shutdown};
 
+use super::crowd::Seat;
 use super::limits::Limits;
 use super::stats::{Counters, add, sub};
 use super::witness::Peer;
@@ -118,6 +119,8 @@ pub(super) struct Conn {
     socket: OwnedFd,
     pub(super) began: Instant,
     wake: Arc<dyn Wake>,
+    /// Of its address; lasts as long as the descriptor.
+    _seat: Option<Seat>,
     dead: AtomicBool,
     /// Requests at the disk crew.
     jobs: AtomicU32,
@@ -157,6 +160,7 @@ impl Conn {
         socket: OwnedFd,
         account: Arc<Account>,
         wake: Arc<dyn Wake>,
+        seat: Option<Seat>,
     ) -> Conn {
         Conn {
             token,
@@ -165,6 +169,7 @@ impl Conn {
             socket,
             began: Instant::now(),
             wake,
+            _seat: seat,
             dead: AtomicBool::new(false),
             jobs: AtomicU32::new(0),
             out: Mutex::default(),

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::net::TcpListener;
+use std::net::{IpAddr, TcpListener};
 use std::ops::Bound;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -14,8 +14,10 @@ use std::time::Duration;
 use crate::correlation::{EndHow, ExportName, Generation, LeaseEnd, RefusalKind};
 use crate::image::Image;
 
+use super::bound::{Bounds, Limit};
 use super::conn::{Account, Conn, Wake, lock, prepare};
 use super::crew::Crew;
+use super::crowd::{Addresses, Handshakes};
 use super::handshake::Refusal;
 use super::lease::{DiskTask, Lease, Report};
 use super::limits::Limits;
@@ -44,6 +46,9 @@ pub(super) struct Shared {
     pub(super) poller: Arc<Poller>,
     pub(super) disks: Crew<DiskTask>,
     pub(super) stopping: AtomicBool,
+    pub(super) bounds: Bounds,
+    pub(super) handshakes: Handshakes,
+    addresses: Arc<Addresses>,
     /// Session threads of all leases that are inside a write.
     pub(super) inline_writes: AtomicU32,
     /// Held for a few map operations, never over a call of an image or a report.
@@ -99,6 +104,9 @@ impl Door {
             poller: Arc::new(Poller::new(sessions, counters.clone())?),
             disks: Crew::new("nbd-disk", limits.disk_threads, counters),
             stopping: AtomicBool::new(false),
+            bounds: Bounds::default(),
+            handshakes: Handshakes::default(),
+            addresses: Arc::default(),
             inline_writes: AtomicU32::new(0),
             exports: Mutex::default(),
             watcher: RwLock::default(),
@@ -142,7 +150,7 @@ impl Door {
     pub fn admit(&self, socket: UnixStream) -> io::Result<()> {
         let shared = self.shared();
         let conn = shared
-            .admit(socket.into(), false)
+            .admit(socket.into(), None)
             .ok_or(io::ErrorKind::ConnectionRefused)?;
         shared.poller.enter(conn, shared);
         Ok(())
@@ -331,7 +339,7 @@ impl Drop for Handle {
 
 impl Shared {
     /// A seat for a new connection, or a refusal: closed at once, counted.
-    pub(super) fn admit(&self, socket: OwnedFd, tcp: bool) -> Option<Arc<Conn>> {
+    pub(super) fn admit(&self, socket: OwnedFd, peer: Option<IpAddr>) -> Option<Arc<Conn>> {
         let counters = &self.counters;
         let max = self.limits.connections as u64;
         let order = Ordering::Relaxed;
@@ -339,14 +347,17 @@ impl Shared {
             .connections_now
             .fetch_update(order, order, |n| (n < max).then_some(n + 1));
         if seat.is_err() {
-            add(&counters.connections_over_limit, 1);
-            tracing::warn!(
-                max,
-                "connection refused: the limit of connections is reached"
-            );
+            self.reached(Limit::Connections);
             return None;
         }
-        if let Err(error) = prepare(&socket, self.limits.idle, tcp) {
+        let limit = self.limits.connections_per_address;
+        let seat = peer.map(|peer| self.addresses.seat(peer, limit));
+        if matches!(seat, Some(None)) {
+            sub(&counters.connections_now, 1);
+            self.reached(Limit::ConnectionsPerAddress);
+            return None;
+        }
+        if let Err(error) = prepare(&socket, self.limits.idle, peer.is_some()) {
             sub(&counters.connections_now, 1);
             add(&counters.accept_errors, 1);
             tracing::warn!(%error, "connection refused: its socket cannot be set up");
@@ -360,7 +371,13 @@ impl Shared {
             socket,
             account,
             wake,
+            seat.flatten(),
         )))
+    }
+
+    /// Counts that a limit was reached, and says so once in a while.
+    pub(super) fn reached(&self, limit: Limit) {
+        self.bounds.reached(limit, &self.counters);
     }
 
     /// The lease behind a name, as the peer wrote it, or why there is none for it.

@@ -28,13 +28,17 @@ impl Transmission {
     /// After the fence: requests that have arrived are answered, each with ESHUTDOWN, for no image call
     /// can begin any more.
     pub(super) fn answer_what_arrived(&mut self, conn: &Arc<Conn>, scratch: &mut Scratch) {
+        // They cost nothing, and the end is not to wait for them.
+        self.rate = None;
         for _ in 0..LAST_ROUNDS {
             let outcome = self.process(conn, scratch);
             scratch.gather.send(conn);
             match outcome {
                 Outcome::GatherFull => continue,
                 Outcome::NeedsInput => {}
-                Outcome::Full(_) | Outcome::Disconnect | Outcome::Violation => return,
+                Outcome::Full(_) | Outcome::Slow(_) | Outcome::Disconnect | Outcome::Violation => {
+                    return;
+                }
             }
             if conn.blocked_since().is_some()
                 || !matches!(self.receive(conn, scratch, false), Ok(1..))

@@ -8,6 +8,14 @@ pub struct Limits {
     /// Connections at once, silent ones included. Each costs a descriptor, of which the unit allows 65,536. One
     /// more is closed at accept. The daemon sets it from `max_connections`.
     pub connections: usize,
+    /// Connections of one network address; Unix sockets have none. The default lets one host have 128 disks over 8 connections each.
+    pub connections_per_address: usize,
+    /// Connections that have not chosen an export. The oldest is closed for one more, so that the silent keep no one out.
+    pub handshakes: usize,
+    /// Options of one handshake. A client asks for a handful, one that looks at many exports for each of them.
+    pub options: u32,
+    /// Requests of one connection in a second; 0 for as many as it can.
+    pub requests_per_second: u32,
     /// Payload of one READ or WRITE, in bytes: proto.md "Size constraints" asks servers for at least 2^25.
     pub request_bytes: u32,
     /// Data of one option, in bytes. The longest that makes sense (GO: a name of 4,096 bytes and a few
@@ -49,6 +57,10 @@ impl Default for Limits {
     fn default() -> Limits {
         Limits {
             connections: 4096,
+            connections_per_address: 1024,
+            handshakes: 1024,
+            options: 4096,
+            requests_per_second: 0,
             request_bytes: 32 << 20,
             option_bytes: 64 << 10,
             list_bytes: 16 << 20,

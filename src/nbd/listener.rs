@@ -1,7 +1,7 @@
 //! Listening sockets: accept one connection, never wait.
 
 use std::io;
-use std::net::TcpListener;
+use std::net::{IpAddr, TcpListener};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 
@@ -28,15 +28,14 @@ impl Listener {
         Ok(Listener { token, socket })
     }
 
-    pub(super) fn is_tcp(&self) -> bool {
-        matches!(self.socket, Socket::Tcp(_))
-    }
-
-    /// A connection, in blocking mode and closed on exec (std sets it), or `WouldBlock`.
-    pub(super) fn accept(&self) -> io::Result<OwnedFd> {
+    /// A connection, in blocking mode and closed on exec (std sets it), and its peer's address over TCP; or `WouldBlock`.
+    pub(super) fn accept(&self) -> io::Result<(OwnedFd, Option<IpAddr>)> {
         match &self.socket {
-            Socket::Tcp(socket) => Ok(socket.accept()?.0.into()),
-            Socket::Unix(socket) => Ok(socket.accept()?.0.into()),
+            Socket::Tcp(socket) => {
+                let (socket, peer) = socket.accept()?;
+                Ok((socket.into(), Some(peer.ip())))
+            }
+            Socket::Unix(socket) => Ok((socket.accept()?.0.into(), None)),
         }
     }
 }

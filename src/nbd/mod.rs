@@ -3,10 +3,12 @@
 //! A connection flows `listener → poller → session → transmission → command → execute → lease → image → conn`;
 //! `door` is what the daemon calls. Two kinds of thread (`crew`) and one that waits for all of them (`poller`).
 
+mod bound;
 mod closing;
 mod command;
 mod conn;
 mod crew;
+mod crowd;
 mod door;
 mod ending;
 mod execute;
@@ -19,6 +21,7 @@ mod listener;
 mod meter;
 mod poller;
 mod pulse;
+mod rate;
 mod reply;
 mod session;
 mod sessions;

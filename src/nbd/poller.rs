@@ -11,6 +11,7 @@ use crossbeam_channel::{Receiver, Sender, unbounded};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
+use super::bound::Limit;
 use super::conn::{Conn, Parked, Wake, lock};
 use super::crew::Crew;
 use super::door::Shared;
@@ -191,13 +192,13 @@ impl Poller {
 
     fn accept(&self, shared: &Arc<Shared>, listener: &Listener) -> io::Result<()> {
         for _ in 0..ACCEPTS {
-            let socket = match listener.accept() {
-                Ok(socket) => socket,
+            let (socket, peer) = match listener.accept() {
+                Ok(accepted) => accepted,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
                 Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => continue,
                 Err(error) => return Err(error),
             };
-            let Some(conn) = shared.admit(socket, listener.is_tcp()) else {
+            let Some(conn) = shared.admit(socket, peer) else {
                 continue;
             };
             self.enter(conn, shared);
@@ -212,6 +213,11 @@ impl Poller {
             add(&self.counters.accept_errors, 1);
             tracing::warn!(%error, "a connection cannot be waited for");
             return;
+        }
+        if let Some(oldest) = shared.handshakes.enter(&conn, shared.limits.handshakes) {
+            shared.reached(Limit::Handshakes);
+            // Its session sees a closed socket and ends.
+            oldest.kill();
         }
         conn.send(super::wire::greeting().to_vec(), None);
         let session = Box::new(Session::new(conn, shared.clone()));

@@ -10,6 +10,7 @@ use nix::errno::Errno;
 
 use crate::correlation::{ExportName, RefusalKind};
 
+use super::bound::Limit;
 use super::conn::Conn;
 use super::crew::Task;
 use super::door::Shared;
@@ -39,6 +40,7 @@ struct Handshake {
     buffer: Vec<u8>,
     /// Data of an option that was too big.
     skip: u64,
+    options: u32,
     deadline: Instant,
 }
 
@@ -89,6 +91,7 @@ impl Session {
                 state: State::Flags(ExpectFlags),
                 buffer: Vec::new(),
                 skip: 0,
+                options: 0,
                 deadline,
             }),
         }
@@ -127,6 +130,7 @@ impl Session {
                     Ok(rest) => rest,
                     Err(transmission) => {
                         add(&self.shared.counters.handshakes_done, 1);
+                        self.shared.handshakes.leave(self.conn.token);
                         self.phase = Phase::Transmission(transmission);
                         Rest::Again
                     }
@@ -160,8 +164,9 @@ impl Task for Box<Session> {
 impl Drop for Session {
     fn drop(&mut self) {
         self.conn.kill();
-        if let Phase::Transmission(transmission) = &self.phase {
-            transmission.lease.detach(&self.conn);
+        match &self.phase {
+            Phase::Transmission(transmission) => transmission.lease.detach(&self.conn),
+            Phase::Handshake(_) => self.shared.handshakes.leave(self.conn.token),
         }
     }
 }
@@ -180,7 +185,7 @@ impl Handshake {
             }
             let now = Instant::now();
             if now >= self.deadline {
-                add(&shared.counters.handshakes_timed_out, 1);
+                shared.reached(Limit::HandshakeTime);
                 return Ok(Rest::End);
             }
             // A peer that does not read its answers gets no more of them.
@@ -263,6 +268,10 @@ impl Handshake {
                     Ok(header) => header,
                     Err(reason) => return violated(&reason),
                 };
+                if self.options == shared.limits.options {
+                    shared.reached(Limit::Options);
+                    return Ok(Took::End);
+                }
                 let mut out = Vec::new();
                 let next = if header.length > shared.limits.option_bytes {
                     add(&shared.counters.options_too_big, 1);
@@ -283,6 +292,7 @@ impl Handshake {
                     self.buffer.drain(..whole);
                     next
                 };
+                self.options += 1;
                 self.follow(next, out, conn, shared)
             }
         }

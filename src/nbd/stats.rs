@@ -25,16 +25,22 @@ counters! {
     connections_now,
     /// Closed at accept: `Limits::connections`.
     connections_over_limit,
+    /// Closed at accept: `Limits::connections_per_address`.
+    connections_over_address_limit,
     /// accept(2) failed, as when descriptors run out.
     accept_errors,
     handshakes_done,
     /// Of these, the ones that agreed extended headers.
     handshakes_extended,
+    /// Closed for a new one: `Limits::handshakes`.
+    handshakes_over_limit,
     /// Closed: `Limits::handshake`.
     handshakes_timed_out,
     /// Closed: the peer broke the protocol before the transmission phase.
     handshakes_violated,
     options_unknown,
+    /// Closed: `Limits::options`.
+    options_over_limit,
     /// Answered ERR_TOO_BIG: `Limits::option_bytes`.
     options_too_big,
     /// Answered ERR_TOO_BIG: `Limits::list_bytes`.
@@ -69,6 +75,8 @@ counters! {
     waits_connection_full,
     /// A session waited: `Limits::in_flight_bytes_all`.
     waits_all_full,
+    /// A session waited: `Limits::requests_per_second`.
+    waits_rate,
     in_flight_bytes_now,
     sessions_parked,
     sessions_resumed,

@@ -8,6 +8,7 @@ use nix::errno::Errno;
 
 use crate::image::Extent;
 
+use super::bound::Limit;
 use super::command::{self, Command, Refused, Terms};
 use super::conn::{Charge, Conn, Full};
 use super::ending::Closing;
@@ -15,6 +16,7 @@ use super::execute::DETACHED;
 use super::handshake::{Agreed, Facts};
 use super::lease::Lease;
 use super::meter::Tally;
+use super::rate::Rate;
 use super::reply::{KEEP_BYTES, Scratch};
 use super::session::{Interest, Rest};
 use super::stats::add;
@@ -37,6 +39,8 @@ pub(super) struct Transmission {
     /// Since when the rest of a request is waited for.
     partial_since: Option<Instant>,
     pub(super) tally: Tally,
+    /// `None` for as many requests as come.
+    pub(super) rate: Option<Rate>,
     pub(super) closing: Option<Closing>,
 }
 
@@ -65,6 +69,8 @@ pub(super) enum Outcome {
     NeedsInput,
     GatherFull,
     Full(Full),
+    /// No request more before then: `Limits::requests_per_second`.
+    Slow(Instant),
     Disconnect,
     Violation,
 }
@@ -76,6 +82,7 @@ impl Transmission {
         agreed: Agreed,
         carry: Vec<u8>,
     ) -> Transmission {
+        let rate = Rate::new(lease.shared.limits.requests_per_second, Instant::now());
         let terms = Terms {
             size: facts.size,
             read_only: facts.read_only,
@@ -92,6 +99,7 @@ impl Transmission {
             carry,
             partial_since: None,
             tally: Tally::default(),
+            rate,
             closing: None,
         }
     }
@@ -142,8 +150,21 @@ impl Transmission {
                     add(&shared.counters.requests_violated, 1);
                     return Rest::End;
                 }
-                Outcome::Full(_) if hung_up => return Rest::End,
+                Outcome::Full(_) | Outcome::Slow(_) if hung_up => return Rest::End,
+                Outcome::Slow(until) => {
+                    add(&shared.counters.waits_rate, 1);
+                    return Rest::Park(Interest {
+                        input: false,
+                        output: false,
+                        room: false,
+                        epoch,
+                        until: Some(until),
+                    });
+                }
                 Outcome::Full(full) => {
+                    if full == Full::All {
+                        shared.bounds.say(Limit::InFlightAll);
+                    }
                     if conn.blocked_since().is_none() {
                         return Rest::Park(Interest {
                             input: false,
@@ -178,7 +199,7 @@ impl Transmission {
         conn.flush();
         let until = conn.blocked_since()? + self.lease.shared.limits.send;
         if Instant::now() >= until {
-            add(&self.lease.shared.counters.sends_timed_out, 1);
+            self.lease.shared.reached(Limit::SendTime);
             return Some(Rest::End);
         }
         Some(Rest::Park(Interest {
@@ -199,7 +220,7 @@ impl Transmission {
             let now = Instant::now();
             let end = *self.partial_since.get_or_insert(now) + self.lease.shared.limits.request;
             if now >= end {
-                add(&self.lease.shared.counters.requests_timed_out, 1);
+                self.lease.shared.reached(Limit::RequestTime);
                 return Rest::End;
             }
             until = Some(end);
@@ -242,7 +263,11 @@ impl Transmission {
                 return Outcome::GatherFull;
             }
             let step = match &mut self.input {
-                Input::Header => self.on_header(conn, scratch),
+                Input::Header => self.on_header(conn, scratch).inspect(|()| {
+                    if let Some(rate) = &mut self.rate {
+                        rate.spend(Instant::now());
+                    }
+                }),
                 Input::Discard { left, to, refused } => {
                     let there = scratch.received.bytes().len().min(*left);
                     scratch.received.consume(there);
@@ -281,6 +306,9 @@ impl Transmission {
         let header = RequestHeader::parse(bytes, headers)
             .ok_or(Outcome::NeedsInput)?
             .map_err(|_| Outcome::Violation)?;
+        if let Some(rate) = &self.rate {
+            rate.ready(Instant::now()).map_err(Outcome::Slow)?;
+        }
         // Header, and what of its payload is taken out of the receive buffer with it.
         let mut taken = RequestHeader::bytes(headers);
         let to = ReplyTo {

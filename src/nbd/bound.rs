@@ -1,0 +1,142 @@
+//! What is said when a limit is reached: it is counted each time, and logged once in a while, so that whoever pushes against a limit
+//! does not fill the journal too.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use super::stats::{Counters, add};
+
+/// Between two lines about one limit.
+const QUIET: Duration = Duration::from_secs(10);
+
+/// The limits that an operator hears of. What a limit of one connection only slows down is counted and not said.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Limit {
+    Connections,
+    ConnectionsPerAddress,
+    Handshakes,
+    HandshakeTime,
+    Options,
+    SendTime,
+    RequestTime,
+    InFlightAll,
+}
+
+const COUNT: usize = 8;
+
+impl Limit {
+    fn counter(self, counters: &Counters) -> &AtomicU64 {
+        match self {
+            Limit::Connections => &counters.connections_over_limit,
+            Limit::ConnectionsPerAddress => &counters.connections_over_address_limit,
+            Limit::Handshakes => &counters.handshakes_over_limit,
+            Limit::HandshakeTime => &counters.handshakes_timed_out,
+            Limit::Options => &counters.options_over_limit,
+            Limit::SendTime => &counters.sends_timed_out,
+            Limit::RequestTime => &counters.requests_timed_out,
+            Limit::InFlightAll => &counters.waits_all_full,
+        }
+    }
+
+    /// What happened, and the key that changes it (nbdtrack.toml(5)).
+    fn words(self) -> (&'static str, &'static str) {
+        match self {
+            Limit::Connections => ("a connection was closed at accept", "max_connections"),
+            Limit::ConnectionsPerAddress => (
+                "a connection was closed at accept: its address has too many",
+                "max_connections_per_address",
+            ),
+            Limit::Handshakes => (
+                "the oldest connection that has not chosen an export was closed for a new one",
+                "max_handshakes",
+            ),
+            Limit::HandshakeTime => (
+                "a client that did not choose an export in time was closed",
+                "handshake_timeout_s",
+            ),
+            Limit::Options => ("a client that only sent options was closed", "max_options"),
+            Limit::SendTime => (
+                "a client that does not read its replies was closed",
+                "send_timeout_s",
+            ),
+            Limit::RequestTime => (
+                "a client that stopped inside a request was closed",
+                "request_timeout_s",
+            ),
+            Limit::InFlightAll => (
+                "requests wait: their data would be more than all clients may have in flight",
+                "max_in_flight_mib",
+            ),
+        }
+    }
+}
+
+/// Since when each limit is quiet, and how often it was reached unsaid.
+pub(super) struct Bounds {
+    began: Instant,
+    cells: [Cell; COUNT],
+}
+
+#[derive(Default)]
+struct Cell {
+    /// Milliseconds since `began` from which on it is said again.
+    next_ms: AtomicU64,
+    unsaid: AtomicU64,
+}
+
+impl Default for Bounds {
+    fn default() -> Bounds {
+        Bounds {
+            began: Instant::now(),
+            cells: Default::default(),
+        }
+    }
+}
+
+impl Bounds {
+    /// Counts, and says so unless that was said just now.
+    pub(super) fn reached(&self, limit: Limit, counters: &Counters) {
+        add(limit.counter(counters), 1);
+        self.say(limit);
+    }
+
+    /// Says so unless that was said just now; for what was counted elsewhere.
+    pub(super) fn say(&self, limit: Limit) {
+        if let Some(before) = self.cells[limit as usize].due(self.began.elapsed()) {
+            let (what, key) = limit.words();
+            tracing::warn!(key, before, "a limit was reached: {what}");
+        }
+    }
+}
+
+impl Cell {
+    /// How often it was reached unsaid before, when it is to be said now.
+    fn due(&self, now: Duration) -> Option<u64> {
+        let ms = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+        let order = Ordering::Relaxed;
+        let due = self.next_ms.fetch_update(order, order, |next| {
+            (next <= ms(now)).then_some(ms(now + QUIET))
+        });
+        if due.is_err() {
+            self.unsaid.fetch_add(1, order);
+            return None;
+        }
+        Some(self.unsaid.swap(0, order))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_limit_that_is_reached_again_and_again_is_said_once_in_a_while_with_the_number() {
+        let cell = Cell::default();
+        assert_eq!(cell.due(Duration::ZERO), Some(0));
+        for n in 0..500 {
+            assert_eq!(cell.due(Duration::from_millis(n * 10)), None);
+        }
+        assert_eq!(cell.due(QUIET), Some(500));
+        assert_eq!(cell.due(QUIET), None);
+    }
+}
