@@ -3,16 +3,17 @@
 
 CARGO ?= cargo
 RELEASE := target/release
+BENCH := $(CARGO) bench --locked --bench
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build run compare bench bench-quick check test test-guest soak-guest install uninstall deny clean
+.PHONY: help setup build run compare bench bench-quick bench-control bench-control-quick check test test-guest soak-guest install uninstall deny clean
 
 # Where `make install` puts things; below DESTDIR, for a package or a guest's root.
 DESTDIR ?=
 PREFIX ?= /usr
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## Install what is missing (apt), and check the Rust toolchain
 	@scripts/setup
@@ -29,13 +30,19 @@ compare: ## The same swap under Debian's nbd-server and under nbdtrack, byte for
 	$(CARGO) build --release --locked --bin nbdtrack --example compare
 	$(RELEASE)/examples/compare
 
-bench: setup ## What it costs on this machine: one table, and target/bench.json (at most 5 minutes)
-	$(CARGO) build --release --locked --bin nbdtrack --example bench
-	$(RELEASE)/examples/bench
+bench: ## Beside nbdkit, qemu-nbd, qemu-storage-daemon and nbd-server: tables, JSON, a chart in target/bench (about half an hour); some rows with ONLY=read-4k
+	@scripts/setup nbd-server
+	$(BENCH) data_plane -- $(if $(ONLY),--only "$(ONLY)")
 
-bench-quick: setup ## The same with fewer swaps: at most a minute
-	$(CARGO) build --release --locked --bin nbdtrack --example bench
-	$(RELEASE)/examples/bench --quick
+bench-quick: ## The same with fewer rows and rounds: at most five minutes
+	@scripts/setup nbd-server
+	$(BENCH) data_plane -- --quick $(if $(ONLY),--only "$(ONLY)")
+
+bench-control: setup ## What PrepareDetach, an attach and a removal take: one table, and target/bench-control.json (at most 5 minutes)
+	$(BENCH) control -- $(if $(ONLY),--only "$(ONLY)")
+
+bench-control-quick: setup ## The same with fewer swaps: at most a minute
+	$(BENCH) control -- --quick $(if $(ONLY),--only "$(ONLY)")
 
 check: ## Format, lints, unit tests, arrows, a short simulation: under two minutes when built
 	@scripts/check
@@ -55,6 +62,7 @@ soak-guest: setup ## N fast swaps with changing seeds in a QEMU guest (N=1000)
 install: ## Install the built binary and all that ships with it, below DESTDIR
 	install -D -m 755 -s $(RELEASE)/nbdtrack $(DESTDIR)$(PREFIX)/bin/nbdtrack
 	install -D -m 644 systemd/nbdtrack.service $(DESTDIR)$(PREFIX)/lib/systemd/system/nbdtrack.service
+	install -D -m 644 systemd/nbdtrack.socket $(DESTDIR)$(PREFIX)/lib/systemd/system/nbdtrack.socket
 	install -D -m 644 systemd/nbdtrack.sysusers $(DESTDIR)$(PREFIX)/lib/sysusers.d/nbdtrack.conf
 	install -D -m 644 systemd/nbdtrack.tmpfiles $(DESTDIR)$(PREFIX)/lib/tmpfiles.d/nbdtrack.conf
 	install -D -m 644 dbus/org.nbdtrack1.conf $(DESTDIR)$(PREFIX)/share/dbus-1/system.d/org.nbdtrack1.conf

@@ -17,9 +17,10 @@ use support::client::Endpoint;
 use support::daemon::{Daemon, Home, free_port};
 use support::ground::Ground;
 use support::loops::{LoopDevice, sparse_file};
+use support::nbd_server::NbdServer;
 use support::pattern::{self, Tally};
-use support::process::{self, Running};
-use support::{Doing, Outcome, settled, until};
+use support::process;
+use support::{Doing, Outcome, until};
 
 /// Bytes of each volume.
 const SIZE: u64 = 32 << 20;
@@ -41,7 +42,7 @@ struct Side {
 }
 
 enum Server {
-    Theirs(Background),
+    Theirs(NbdServer),
     Ours(Box<Ours>),
 }
 
@@ -49,21 +50,6 @@ struct Ours {
     client: Client,
     daemon: Daemon,
     _bus: Bus,
-}
-
-/// nbd-server puts itself into the background (its `-d` serves one client and ends), so it is stopped by the id that it
-/// wrote down.
-struct Background(nix::unistd::Pid);
-
-impl Drop for Background {
-    fn drop(&mut self) {
-        use nix::sys::signal::{Signal, kill};
-        let _ = kill(self.0, Signal::SIGTERM);
-        let gone = settled(Duration::from_secs(5), || kill(self.0, None).is_err());
-        if !gone {
-            let _ = kill(self.0, Signal::SIGKILL);
-        }
-    }
 }
 
 /// Starts one server with its volumes in a folder.
@@ -187,20 +173,7 @@ fn theirs(folder: &Path) -> Outcome<Side> {
             device.node()
         ));
     }
-    let config = folder.join("config");
-    std::fs::write(&config, text)?;
-    let pid_file = folder.join("pid");
-    let mut command = process::command("nbd-server");
-    command.arg("-C").arg(&config).arg("-p").arg(&pid_file);
-    let log = std::fs::File::create(folder.join("nbd-server.log"))?;
-    command.stdout(log.try_clone()?).stderr(log);
-    let status = Running(command.spawn().doing("start nbd-server")?).wait(STEP_LIMIT)?;
-    hold!(status.success(), "nbd-server ended with {status}");
-    let server = until(STEP_LIMIT, "nbd-server to write its id down", || {
-        let text = std::fs::read_to_string(&pid_file).unwrap_or_default();
-        let pid = text.trim().parse().ok();
-        Ok(pid.map(|pid| Background(nix::unistd::Pid::from_raw(pid))))
-    })?;
+    let server = NbdServer::start(folder, &text)?;
     let address = std::net::SocketAddr::from(([127, 0, 0, 1], port));
     until(STEP_LIMIT, "nbd-server to listen", || {
         Ok(std::net::TcpStream::connect(address).ok())

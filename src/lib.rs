@@ -11,6 +11,7 @@
 //! | [`correlation`] | PURE: disks, exports, their states; `apply(now, event) → actions` | `identity` |
 //! | [`config`] | PURE parsing of `nbdtrack.toml` and `conf.d`, and the reading of files beside it | `correlation`, `identity` |
 //! | [`udev`] | EDGE: the kernel's and udev's events, and the survey | `correlation`, `identity` |
+//! | [`files`] | EDGE: what stands under the paths of exports that are files | `image`, `correlation`, `identity` |
 //! | [`mapping`] | EDGE: what is durable: exports made at run time, releases, conflicts | `correlation`, `identity` |
 //! | [`claim`] | EDGE: which disks udev's rules keep the machine's hands off; its `list` and `spec` are pure | `udev`, `correlation`, `identity` |
 //! | [`image`] | EDGE: one opened disk: read, write, flush, zero, discard | `correlation`, `identity` |
@@ -19,7 +20,7 @@
 //! | [`daemon`] | the loop, the only place where the edges meet | all of the above |
 //! | [`cli`] | the command line | `daemon`, `dbus`, `config`, `claim` |
 //!
-//! Arrows go one way: `main → cli → daemon → {dbus, claim → udev, mapping, config, nbd → image} → correlation → identity`.
+//! Arrows go one way: `main → cli → daemon → {dbus, claim → udev, mapping, config, {nbd, files} → image} → correlation → identity`.
 //! `tests/arrows.rs` reads the `use` lines and holds them.
 //!
 //! # Invariants
@@ -53,6 +54,7 @@ pub mod config;
 pub mod correlation;
 pub mod daemon;
 pub mod dbus;
+pub mod files;
 pub mod identity;
 pub mod image;
 pub mod mapping;

@@ -8,7 +8,7 @@ mod sources;
 
 use sources::sources;
 
-/// Each room and the rooms it may use. `main → cli → daemon → {dbus, claim → udev, mapping, config, nbd → image} → correlation →
+/// Each room and the rooms it may use. `main → cli → daemon → {dbus, claim → udev, mapping, config, {nbd, files} → image} → correlation →
 /// identity`, and `config → identity`.
 const ARROWS: &[(&str, &[&str])] = &[
     ("main", &["cli"]),
@@ -31,6 +31,7 @@ const ARROWS: &[(&str, &[&str])] = &[
             "dbus",
             "udev",
             "claim",
+            "files",
             "mapping",
             "config",
             "nbd",
@@ -42,6 +43,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("dbus", &["correlation", "identity"]),
     ("claim", &["udev", "correlation", "identity"]),
     ("udev", &["correlation", "identity"]),
+    ("files", &["image", "correlation", "identity"]),
     ("mapping", &["correlation", "identity"]),
     ("config", &["correlation", "identity"]),
     ("nbd", &["image", "correlation", "identity"]),
@@ -59,6 +61,7 @@ const PURE: &[&str] = &[
     "config/document",
     "config/place",
     "config/table",
+    "files/known",
     "dbus/error",
     "dbus/introspect",
     "dbus/paths",

@@ -11,7 +11,7 @@ use std::time::Duration;
 use kernel::{Loop, backing_file, loop_identity};
 use nbdtrack::correlation::{ExportName, OpenDisk, Ticket};
 use nbdtrack::image::block::{Block, Claims, open};
-use nbdtrack::image::{Extent, Image, NoWait, ZeroFlags};
+use nbdtrack::image::{Extent, Image, NoWait, Span, ZeroFlags};
 use nbdtrack::udev::read_identities;
 
 const SIZE: u64 = 16 << 20;
@@ -25,7 +25,10 @@ struct Opened {
 }
 
 fn opened(minor: u32) -> Opened {
-    let dir = tempfile::tempdir().unwrap();
+    opened_in(minor, tempfile::tempdir().unwrap())
+}
+
+fn opened_in(minor: u32, dir: tempfile::TempDir) -> Opened {
     let file = backing_file(dir.path(), "a", SIZE);
     let disk = Loop::make(minor);
     let order = OpenDisk {
@@ -165,15 +168,136 @@ fn zeroes_that_must_stay_allocated_do_and_others_make_holes() {
         fua: true,
         no_hole: false,
     };
-    match o.block.zero(at(0, 1 << 20), fast) {
-        Ok(()) => assert!(blocks() < full),
-        Err(e) => assert_eq!(e.raw_os_error(), Some(libc::EOPNOTSUPP)),
-    }
+    let span = |offset, len| Span::checked(offset, len, SIZE).unwrap();
+    // A loop device on this file system punches holes by itself; what keeps the range may write it out.
+    assert!(o.block.zeroes_fast(span(0, SIZE), fast));
+    assert!(!o.block.zeroes_fast(span(1, 4096), fast));
+    let keeping = ZeroFlags {
+        no_hole: true,
+        ..fast
+    };
+    assert!(!o.block.zeroes_fast(span(0, 4096), keeping));
+    assert!(o.block.zero(at(0, 1 << 20), keeping).is_err());
     assert!(!o.block.latched(), "a refusal to be fast loses nothing");
+    o.block.zero(at(0, 1 << 20), fast).unwrap();
+    assert!(blocks() < full);
     // A range that is not whole blocks cannot be zeroed fast, and says so rather than do it slowly.
     let refused = o.block.zero(at(1, 4096), fast).unwrap_err();
     assert_eq!(refused.raw_os_error(), Some(libc::EOPNOTSUPP));
     assert!(!o.block.latched());
+}
+
+/// A ramfs, which cannot punch holes, so that a loop device on it cannot zero by itself.
+struct Ramfs(PathBuf);
+
+impl Ramfs {
+    fn mount(at: &Path) -> Ramfs {
+        kernel::run("mount", &["-t", "ramfs", "ramfs", at.to_str().unwrap()]);
+        Ramfs(at.to_owned())
+    }
+}
+
+impl Drop for Ramfs {
+    fn drop(&mut self) {
+        kernel::run("umount", &["-l", self.0.to_str().unwrap()]);
+    }
+}
+
+/// The kernel drops the page cache of a range, dirty pages too, before it asks the device to zero it, and then says
+/// EOPNOTSUPP: a fast zero that was refused so had taken acknowledged writes with it.
+#[test]
+fn a_fast_zero_that_is_refused_leaves_what_was_written_before() {
+    let dir = tempfile::tempdir().unwrap();
+    let mounted = Ramfs::mount(dir.path());
+    let o = opened_in(232, dir);
+    let fast = ZeroFlags {
+        fast: true,
+        ..ZeroFlags::default()
+    };
+    let data = pattern(7, 1 << 20);
+    o.block.write(at(0, 1 << 20), &data, false).unwrap();
+    assert!(
+        !o.block
+            .zeroes_fast(Span::checked(0, SIZE, SIZE).unwrap(), fast)
+    );
+    let refused = o.block.zero(at(4096, 8192), fast).unwrap_err();
+    assert_eq!(refused.raw_os_error(), Some(libc::EOPNOTSUPP));
+    assert!(read(&o.block, 0, 1 << 20) == data);
+    // What need not be fast is done, by writing.
+    o.block.zero(at(4096, 8192), ZeroFlags::default()).unwrap();
+    assert_eq!(read(&o.block, 4096, 8192), vec![0; 8192]);
+    assert!(!o.block.can_discard());
+    drop(o);
+    drop(mounted);
+}
+
+#[test]
+fn what_the_queue_says_of_the_disk_is_what_is_told() {
+    let o = opened(224);
+    let queue = |name: &str| {
+        let text = std::fs::read_to_string(o._disk.sys(&format!("queue/{name}"))).unwrap();
+        text.trim().parse::<u64>().unwrap()
+    };
+    assert_eq!(o.block.rotational(), queue("rotational") == 1);
+    assert_eq!(o.block.can_discard(), queue("discard_max_bytes") > 0);
+    let sizes = o.block.block_sizes();
+    assert!(u64::from(sizes.preferred) >= queue("physical_block_size"));
+    assert_eq!((sizes.min, sizes.max), (1, 32 << 20));
+}
+
+fn allocation(o: &Opened, offset: u64, len: u64) -> Vec<(u64, bool)> {
+    let at = Span::checked(offset, len, SIZE).unwrap();
+    let told = o.block.allocation(at, 100).unwrap();
+    told.iter().map(|a| (a.bytes, a.hole)).collect()
+}
+
+#[test]
+fn allocation_is_the_backing_files_and_sees_every_acknowledged_write() {
+    const MIB: u64 = 1 << 20;
+    let o = opened(236);
+    assert_eq!(allocation(&o, 0, SIZE), [(SIZE, true)]);
+    // Still in the device's page cache only; told as a hole, a copy would lose it.
+    o.block
+        .write(at(MIB, 65536), &pattern(0, 65536), false)
+        .unwrap();
+    let after = SIZE - MIB - 65536;
+    let told = [(MIB, true), (65536, false), (after, true)];
+    assert_eq!(allocation(&o, 0, SIZE), told);
+    assert_eq!(allocation(&o, MIB + 512, 512), [(512, false)]);
+    o.block.zero(at(MIB, 65536), ZeroFlags::default()).unwrap();
+    assert_eq!(allocation(&o, 0, SIZE), [(SIZE, true)]);
+    // What is told as a hole reads as zeroes.
+    assert_eq!(read(&o.block, MIB, 65536), vec![0; 65536]);
+}
+
+#[test]
+fn allocation_is_all_of_it_where_the_backing_file_is_not_what_stands_under_its_name() {
+    let o = opened(236);
+    // Of a file that is gone the kernel says this name, and someone else can have it.
+    std::fs::remove_file(&o.file).unwrap();
+    let other = o.file.with_file_name("a (deleted)");
+    std::fs::File::create(&other)
+        .unwrap()
+        .set_len(SIZE)
+        .unwrap();
+    assert_eq!(allocation(&o, 0, SIZE), [(SIZE, false)]);
+}
+
+#[test]
+fn allocation_follows_where_in_the_file_the_device_begins() {
+    const MIB: u64 = 1 << 20;
+    let dir = tempfile::tempdir().unwrap();
+    let o = opened_in(236, dir);
+    assert_eq!(allocation(&o, 0, SIZE), [(SIZE, true)]);
+    let file = std::fs::File::options().write(true).open(&o.file).unwrap();
+    file.write_all_at(&vec![7; 65536], MIB).unwrap();
+    file.sync_all().unwrap();
+    assert_eq!(allocation(&o, MIB, 4096), [(4096, false)]);
+    // The driver is told another beginning while the disk is open (LOOP_SET_STATUS64): what was known of the file
+    // is not known of this device.
+    kernel::set_loop_offset(&o._disk, MIB);
+    assert_eq!(allocation(&o, 0, 4096), [(4096, false)]);
+    assert_eq!(allocation(&o, 2 * MIB, 4096), [(4096, false)]);
 }
 
 #[test]

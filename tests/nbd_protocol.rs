@@ -129,17 +129,11 @@ fn a_sealed_export_keeps_its_sessions() {
 fn options_that_are_not_supported_say_so_and_the_talk_goes_on() {
     let server = Server::new();
     let mut client = server.talk();
-    for code in [
-        4,
-        option::STARTTLS,
-        option::LIST_META_CONTEXT,
-        option::SET_META_CONTEXT,
-        11,
-        4000,
-        u32::MAX,
-    ] {
+    for code in [4, 12, 4000, u32::MAX] {
         assert_eq!(client.option(code, b"whatever")[0].0, rep::ERR_UNSUP);
     }
+    assert_eq!(client.option(option::STARTTLS, &[])[0].0, rep::ERR_UNSUP);
+    assert_eq!(client.option(option::STARTTLS, b"x")[0].0, rep::ERR_INVALID);
     assert_eq!(
         client.option(option::STRUCTURED_REPLY, b"x")[0].0,
         rep::ERR_INVALID
@@ -316,4 +310,32 @@ fn a_request_that_arrives_byte_by_byte_is_served() {
     }
     assert_eq!(client.simple(), (0, 5));
     assert_eq!(server.image.bytes.read().unwrap()[..16], [9; 16]);
+}
+
+/// The server runs in this process, so its end of the connection can be asked.
+#[test]
+fn tcp_connections_send_at_once_and_are_kept_alive() {
+    use nix::sys::socket::{getpeername, getsockopt, sockopt};
+    use std::os::fd::BorrowedFd;
+    let server = Server::new();
+    let socket = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = socket.local_addr().unwrap();
+    server.door.listen_tcp(socket).unwrap();
+    let mut client = std::net::TcpStream::connect(address).unwrap();
+    let mut greeting = [0; 18];
+    std::io::Read::read_exact(&mut client, &mut greeting).unwrap();
+    let me = client.local_addr().unwrap().to_string();
+    let fds = std::fs::read_dir("/proc/self/fd").unwrap();
+    let theirs = fds
+        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
+        .find(|fd| {
+            let peer = getpeername::<nix::sys::socket::SockaddrStorage>(*fd);
+            peer.is_ok_and(|peer| peer.to_string() == me)
+        });
+    // SAFETY: the server keeps it open while the client is connected.
+    let theirs = unsafe { BorrowedFd::borrow_raw(theirs.unwrap()) };
+    assert!(getsockopt(&theirs, sockopt::TcpNoDelay).unwrap());
+    assert!(getsockopt(&theirs, sockopt::KeepAlive).unwrap());
+    assert_eq!(getsockopt(&theirs, sockopt::TcpKeepIdle).unwrap(), 60);
+    assert_eq!(getsockopt(&theirs, sockopt::TcpKeepInterval).unwrap(), 10);
 }

@@ -59,7 +59,11 @@ pub async fn run(bus: &Bus, command: Command, as_json: bool) -> Result<(), Failu
 }
 
 async fn add(client: &Client, add: Add, as_json: bool) -> Result<std::io::Result<()>, ClientError> {
-    let mut options = Options::from([("volume", Variant::new(add.volume.as_str()))]);
+    let what = [("volume", &add.what.volume), ("path", &add.what.path)];
+    let mut options: Options = what
+        .into_iter()
+        .filter_map(|(key, text)| Some((key, Variant::new(text.as_deref()?))))
+        .collect();
     // Only what was said, so that an older daemon is not asked for what it does not know.
     for (key, set) in [("read_only", add.read_only), ("share", add.share)] {
         if set {

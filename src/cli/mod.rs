@@ -112,9 +112,8 @@ struct Serve {
 struct Add {
     /// The name that NBD clients ask for
     name: String,
-    /// The volume
-    #[arg(long, value_name = "PROFILE:ID")]
-    volume: String,
+    #[command(flatten)]
+    what: What,
     /// Refuse writes
     #[arg(long)]
     read_only: bool,
@@ -124,6 +123,17 @@ struct Add {
     /// How long to wait until it serves [default: 10]
     #[arg(long, value_name = "SECONDS", value_parser = seconds)]
     wait: Option<Duration>,
+}
+
+#[derive(Debug, Args)]
+#[group(required = true, multiple = false)]
+struct What {
+    /// The volume
+    #[arg(long, value_name = "PROFILE:ID")]
+    volume: Option<String>,
+    /// A plain file, beneath one of the daemon's file_roots
+    #[arg(long, value_name = "PATH")]
+    path: Option<String>,
 }
 
 #[derive(Debug, Args)]

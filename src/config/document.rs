@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use toml::Spanned;
@@ -72,14 +73,14 @@ impl<'a> Document<'a> {
     fn read(&mut self, root: Spanned<DeTable<'a>>, main: bool, reading: &mut Reading<'a>) {
         let mut table = Table::new(root.span(), root.into_inner(), "the file", reading);
         if main {
-            if let Some(value) = table.take("server") {
-                self.server = server(value, table.reading);
-            }
             if let Some(value) = table.take("identity") {
                 self.identity = identity(value, table.reading);
             }
             if let Some(value) = table.take("claim") {
                 self.claim = Some(claim(value, table.reading));
+            }
+            if let Some(value) = table.take("server") {
+                self.server = server(value, &mut self.identity, table.reading);
             }
         } else {
             for key in ["server", "identity", "claim"] {
@@ -113,7 +114,11 @@ impl<'a> Document<'a> {
     }
 }
 
-fn server<'a>(value: Spanned<DeValue<'a>>, reading: &mut Reading<'a>) -> Server {
+fn server<'a>(
+    value: Spanned<DeValue<'a>>,
+    rules: &mut IdentityRules,
+    reading: &mut Reading<'a>,
+) -> Server {
     let mut server = Server::default();
     let Some(mut table) = Table::of(value, "[server]", reading) else {
         return server;
@@ -149,6 +154,9 @@ fn server<'a>(value: Spanned<DeValue<'a>>, reading: &mut Reading<'a>) -> Server 
     if let Some(max) = table.number("max_connections", 1..=65_536) {
         server.max_connections = u32::try_from(max).unwrap_or(u32::MAX);
     }
+    if let Some(items) = table.get::<Vec<Spanned<String>>>("file_roots") {
+        rules.file_roots = file_roots(items.into_inner(), table.reading);
+    }
     table.end(&[
         "listen",
         "socket",
@@ -157,8 +165,29 @@ fn server<'a>(value: Spanned<DeValue<'a>>, reading: &mut Reading<'a>) -> Server 
         "detach_grace_s",
         "survey_interval_s",
         "max_connections",
+        "file_roots",
     ]);
     server
+}
+
+fn file_roots(items: Vec<Spanned<String>>, reading: &mut Reading<'_>) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    for item in items {
+        let text = item.get_ref();
+        // As a served path is written, so that one is beneath the other or is not; all of the machine is no folder for backups.
+        match VolumeId::of_file(text) {
+            Ok(_) if found.len() == FILE_ROOTS_MAX => {
+                reading.tell(item.span(), format!("file_roots: at most {FILE_ROOTS_MAX} folders"));
+                break;
+            }
+            Ok(_) => found.push(PathBuf::from(text)),
+            Err(_) => reading.tell(
+                item.span(),
+                format!("file_roots \"{text}\": expected the absolute path of a folder, without '//', '.', '..' or a '/' at its end"),
+            ),
+        }
+    }
+    found
 }
 
 fn listen(items: Vec<Spanned<String>>, reading: &mut Reading<'_>) -> Vec<SocketAddr> {
@@ -249,20 +278,32 @@ fn export<'a>(value: Spanned<DeValue<'a>>, reading: &mut Reading<'a>) -> Option<
     let name = table.require::<String>("name");
     let shown = name.as_ref().map_or("?", |name| name.get_ref()).to_owned();
     let of = format!("export \"{shown}\"");
-    let mut files = false;
-    for key in ["path", "format"] {
-        if let Some(value) = table.take(key) {
-            files = true;
-            table.reading.tell(
-                value.span(),
-                format!("{of}: {key}: files are not served yet; name a volume, for example volume = \"serial:WD-WMAP9A966149\""),
-            );
-        }
+    if let Some(format) = table.get::<String>("format")
+        && format.get_ref() != "raw"
+    {
+        table.reading.tell(
+            format.span(),
+            format!(
+                "{of}: format = \"{}\" is not served yet; only \"raw\" is",
+                format.get_ref()
+            ),
+        );
     }
-    let volume = if files {
-        table.get("volume")
-    } else {
-        table.require::<String>("volume")
+    let path = table.get::<String>("path");
+    let volume = match &path {
+        Some(path) => {
+            if let Some(volume) = table.take("volume") {
+                table.reading.tell(
+                    volume.span(),
+                    format!("{of}: volume and path: give one of them"),
+                );
+            }
+            Some(Spanned::new(
+                path.span(),
+                format!("file:{}", path.get_ref()),
+            ))
+        }
+        None => table.require::<String>("volume"),
     };
     let read_only = table.get("read_only").is_some_and(Spanned::into_inner);
     let share = table.get("share").is_some_and(Spanned::into_inner);
@@ -277,7 +318,15 @@ fn export<'a>(value: Spanned<DeValue<'a>>, reading: &mut Reading<'a>) -> Option<
             ),
         );
     }
-    table.end(&["name", "volume", "read_only", "share", "on_detach"]);
+    table.end(&[
+        "name",
+        "volume",
+        "path",
+        "format",
+        "read_only",
+        "share",
+        "on_detach",
+    ]);
     let name = name.and_then(|name| match ExportName::parse(name.get_ref()) {
         Ok(parsed) => Some((parsed, reading.places.at(name.span()))),
         Err(error) => {
@@ -288,7 +337,8 @@ fn export<'a>(value: Spanned<DeValue<'a>>, reading: &mut Reading<'a>) -> Option<
     let volume = volume.and_then(|volume| match VolumeId::parse(volume.get_ref()) {
         Ok(parsed) => Some((parsed, reading.places.at(volume.span()))),
         Err(error) => {
-            reading.tell(volume.span(), format!("{of}: volume {error}"));
+            let key = path.as_ref().map_or("volume", |_| "path");
+            reading.tell(volume.span(), format!("{of}: {key} {error}"));
             None
         }
     });
@@ -324,3 +374,4 @@ const LISTEN_MAX: usize = 64;
 const PATTERNS_MAX: usize = 1_000;
 /// The longest identity is shorter.
 const PATTERN_BYTES_MAX: usize = 256;
+const FILE_ROOTS_MAX: usize = 64;

@@ -11,7 +11,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{Ipv4Addr, SocketAddr};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crate::correlation::{Definition, EXPORTS_MAX};
@@ -19,6 +19,7 @@ use crate::identity::{OptIn, VolumeId, collisions};
 
 mod document;
 mod files;
+pub mod nbd_server;
 mod place;
 mod table;
 
@@ -102,10 +103,13 @@ impl Bus {
     }
 }
 
-/// `[identity]`: which weaker classes of identity may be used.
+/// Which volumes an export may name beyond the disks that prove who they are.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct IdentityRules {
+    /// `[identity] allow`: the weaker classes of identity.
     pub allow: BTreeSet<OptIn>,
+    /// `[server] file_roots`: the folders beneath which plain files may be served.
+    pub file_roots: Vec<PathBuf>,
 }
 
 impl IdentityRules {
@@ -114,6 +118,9 @@ impl IdentityRules {
     /// # Errors
     /// Says which line of the configuration is missing.
     pub fn permit(&self, volume: &VolumeId) -> Result<(), String> {
+        if let Some(path) = volume.file() {
+            return self.permit_file(path);
+        }
         match volume.opt_in() {
             Some(class) if !self.allow.contains(&class) => Err(format!(
                 "{volume}: an identity of the class \"{name}\" does not prove which volume it is; \
@@ -122,6 +129,28 @@ impl IdentityRules {
             )),
             _ => Ok(()),
         }
+    }
+
+    fn permit_file(&self, path: &str) -> Result<(), String> {
+        // What really stands there, and whether a link leads out, is found when it is looked up.
+        let beneath = |root: &PathBuf| Path::new(path) != root && Path::new(path).starts_with(root);
+        if self.file_roots.is_empty() {
+            return Err(format!(
+                "{path}: files are served only from the folders that [server] file_roots lists, and it lists none"
+            ));
+        }
+        if !self.file_roots.iter().any(beneath) {
+            let roots: Vec<String> = self
+                .file_roots
+                .iter()
+                .map(|root| root.display().to_string())
+                .collect();
+            return Err(format!(
+                "{path}: not beneath any of [server] file_roots, which are {}",
+                roots.join(", ")
+            ));
+        }
+        Ok(())
     }
 }
 

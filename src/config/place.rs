@@ -24,8 +24,8 @@ impl fmt::Display for Problem {
 
 /// A place in a file.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Place<'a> {
-    pub(super) file: &'a Path,
+pub(crate) struct Place<'a> {
+    pub(crate) file: &'a Path,
     pub(super) line: usize,
     pub(super) column: usize,
 }

@@ -111,11 +111,11 @@ on_detach = "stall"
         ),
         (
             "nbdtrack.toml:16:8",
-            "export \"b\": path: files are not served yet",
+            "[server] file_roots lists, and it lists none",
         ),
         (
             "nbdtrack.toml:17:10",
-            "export \"b\": format: files are not served yet",
+            "export \"b\": format = \"qcow2\" is not served yet",
         ),
         ("nbdtrack.toml:18:1", "name is missing"),
         (
@@ -230,7 +230,7 @@ fn columns_count_characters() {
     assert_eq!(
         told,
         [
-            "/etc/nbdtrack/nbdtrack.toml:4:1: [[export]]: unknown key \"größe\", expected one of name, volume, read_only, share, on_detach"
+            "/etc/nbdtrack/nbdtrack.toml:4:1: [[export]]: unknown key \"größe\", expected one of name, volume, path, format, read_only, share, on_detach"
         ]
     );
 }

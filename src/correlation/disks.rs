@@ -133,7 +133,8 @@ impl Disks {
         }
     }
 
-    /// Makes the model equal to the machine (invariant 4), but for what was observed after `mark`.
+    /// Makes the model equal to the machine (invariant 4), but for what was observed after `mark`, and for files, which
+    /// no survey of disks knows.
     pub fn surveyed(&mut self, mark: Mark, disks: Vec<DiskFacts>) -> Vec<DiskChange> {
         if self.surveyed_at > mark {
             return Vec::new();
@@ -143,6 +144,7 @@ impl Disks {
         let missing: Vec<DiskSeq> = self
             .disks
             .values()
+            .filter(|disk| !disk.facts.diskseq.is_file())
             .filter(|disk| !present.contains(&disk.facts.diskseq))
             .filter(|disk| !self.is_stale(disk.facts.number, mark))
             .map(|disk| disk.facts.diskseq)
@@ -162,7 +164,8 @@ impl Disks {
     }
 
     fn is_stale(&self, number: DeviceNumber, mark: Mark) -> bool {
-        self.surveyed_at > mark
+        // Files are observed by an edge of their own, which counts its own marks.
+        (self.surveyed_at > mark && !number.is_file())
             || self
                 .touched
                 .get(&number)

@@ -60,6 +60,21 @@ pub struct DeviceNumber {
     pub minor: u32,
 }
 
+impl DeviceNumber {
+    /// A number for the `n`th file that is watched, since what is observed is told apart by its number. Linux's majors have
+    /// 12 bits (`linux/kdev_t.h`), so no device has it.
+    pub fn of_file(n: u32) -> DeviceNumber {
+        DeviceNumber {
+            major: 1 << 12,
+            minor: n,
+        }
+    }
+
+    pub fn is_file(self) -> bool {
+        self.major == 1 << 12
+    }
+}
+
 impl fmt::Display for DeviceNumber {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}:{}", self.major, self.minor)
@@ -67,9 +82,29 @@ impl fmt::Display for DeviceNumber {
 }
 
 /// The kernel's disk sequence number (Linux ≥ 5.15, `/sys/block/X/diskseq`): one attachment of a disk within
-/// one boot. It only grows, and 0 is never used.
+/// one boot. It only grows, and 0 is never used. Of a plain file it is the number of its incarnation ([`DiskSeq::of_file`]).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct DiskSeq(pub u64);
+
+/// Set in the number of a file, which is no count. The kernel counts disks from 1 and does not come so far.
+const FILE_BIT: u64 = 1 << 52;
+
+impl DiskSeq {
+    /// The number of a plain file's incarnation, made of `bytes` that tell which one it is. 53 bits at most, so that a reader of
+    /// JSON who takes numbers for doubles gets it whole.
+    pub fn of_file(bytes: &[u8]) -> DiskSeq {
+        // FNV-1a, 64 bits: the same in every build, for the number is stored.
+        let hash = bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| {
+            (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
+        });
+        DiskSeq(FILE_BIT | (hash ^ (hash >> 52)) & (FILE_BIT - 1))
+    }
+
+    /// A file, and no disk of the kernel's.
+    pub fn is_file(self) -> bool {
+        self.0 & FILE_BIT != 0
+    }
+}
 
 impl fmt::Display for DiskSeq {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

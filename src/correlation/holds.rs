@@ -160,6 +160,8 @@ impl Holds {
         let foreign = self.disks.get(&wanted).and_then(|held| {
             held.leases
                 .iter()
+                // A file can come to have other names while it is the same file, and writers of it are counted by the file.
+                .filter(|_| !wanted.is_file())
                 .find(|(_, lease)| lease.identities.is_disjoint(candidates))
         });
         if let Some(((export, _), _)) = foreign {

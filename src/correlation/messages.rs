@@ -30,6 +30,8 @@ pub enum Event {
         number: DeviceNumber,
         diskseq: Option<DiskSeq>,
     },
+    /// There is no file under this path that could be served, and why.
+    FileAbsent { path: String, reason: String },
     /// Everything that is attached, complete; its reading began at `mark`. `routine` when no doubt led to
     /// it: then it must not find anything that no event told.
     Surveyed {
@@ -169,6 +171,14 @@ pub enum Action {
     Reply {
         request: RequestId,
         reply: Result<Reply, RequestError>,
+    },
+    /// An export wants the file under this path: tell what stands there, now and whenever it changes.
+    WatchFile {
+        path: String,
+    },
+    /// No export wants it any more.
+    UnwatchFile {
+        path: String,
     },
     /// Start a survey; the model is in doubt.
     Survey {

@@ -175,6 +175,8 @@ pub struct Correlation {
     persisting: BTreeMap<RequestId, Persisting>,
     timers: BTreeSet<(Duration, Timer)>,
     last_nodes: Index<String, DeviceNode>,
+    /// Why there is no file under a path that an export wants; at most one for each.
+    absent_files: Index<String, String>,
     last_ticket: Ticket,
     stopping: bool,
     out: Vec<Action>,
@@ -200,6 +202,7 @@ impl Correlation {
             persisting: BTreeMap::new(),
             timers: BTreeSet::new(),
             last_nodes: Index::default(),
+            absent_files: Index::default(),
             last_ticket: Ticket(0),
             stopping: false,
             out: Vec::new(),
@@ -246,6 +249,7 @@ impl Correlation {
                 let changes = self.disks.gone(mark, number, diskseq);
                 self.observe(changes);
             }
+            Event::FileAbsent { path, reason } => self.on_file_absent(path, reason),
             Event::Surveyed {
                 mark,
                 disks,
@@ -328,9 +332,14 @@ impl Correlation {
         self.membership += 1;
         let candidates = definition.volume.candidates();
         for candidate in &candidates {
-            self.by_candidate
-                .or_default(candidate.clone())
-                .insert(definition.name.clone());
+            let wanting = self.by_candidate.or_default(candidate.clone());
+            if wanting.is_empty()
+                && let Some(path) = candidate.file()
+            {
+                let path = path.to_owned();
+                self.out.push(Action::WatchFile { path });
+            }
+            wanting.insert(definition.name.clone());
         }
         let export = Export {
             candidates,
@@ -362,6 +371,11 @@ impl Correlation {
                 wanting.remove(name);
                 if wanting.is_empty() {
                     self.by_candidate.remove(candidate);
+                    if let Some(path) = candidate.file() {
+                        let path = path.to_owned();
+                        self.absent_files.remove(&path);
+                        self.out.push(Action::UnwatchFile { path });
+                    }
                 }
             }
         }

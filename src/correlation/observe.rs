@@ -7,6 +7,7 @@ use super::{
     Action, Change, Correlation, Decision, DiskFacts, DiskSeq, INTERNAL, Level, Mark, Notice,
     Reading, Timer,
 };
+use crate::identity::{Identity, Scheme};
 
 /// Volumes whose last node is remembered; past it all are forgotten, which costs signals `VolumeRenamed`.
 const LAST_NODES_MAX: usize = 65_536;
@@ -47,6 +48,7 @@ impl Correlation {
         for change in changes {
             match change {
                 DiskChange::Came(diskseq) => {
+                    self.recall_release_of_file(diskseq);
                     self.announce(diskseq);
                     self.tell_disk(diskseq);
                     self.settle_disk(diskseq, None);
@@ -204,10 +206,42 @@ impl Correlation {
         }
     }
 
-    /// Takes up the releases that the store remembers: those of this boot whose disk is still there.
+    pub(super) fn on_file_absent(&mut self, path: String, reason: String) {
+        let names = self.exports_of(&[Identity::new(Scheme::File, path.as_str())].into());
+        if names.is_empty() {
+            // Its export went meanwhile.
+            return;
+        }
+        self.absent_files.insert(path, reason);
+        for name in names {
+            self.settle(&name);
+        }
+    }
+
+    /// The release of a file that the store remembers: it is seen on its own, before the first survey or after it.
+    fn recall_release_of_file(&mut self, diskseq: DiskSeq) {
+        let boot = &self.settings.boot;
+        let found = self.remembered_releases.iter().position(|release| {
+            diskseq.is_file() && release.diskseq == diskseq && release.boot == *boot
+        });
+        if let Some(at) = found {
+            let release = self.remembered_releases.swap_remove(at);
+            self.release(diskseq, release.volume);
+        }
+    }
+
+    /// Takes up the releases that the store remembers: those of this boot whose disk is still there. Those of files wait for
+    /// theirs.
     fn recall_releases(&mut self) {
         for release in std::mem::take(&mut self.remembered_releases) {
-            if release.boot == self.settings.boot && self.disks.get(release.diskseq).is_some() {
+            if release.boot == self.settings.boot
+                && release.diskseq.is_file()
+                && self.disks.get(release.diskseq).is_none()
+            {
+                self.remembered_releases.push(release);
+            } else if release.boot == self.settings.boot
+                && self.disks.get(release.diskseq).is_some()
+            {
                 self.release(release.diskseq, release.volume);
             } else {
                 let changes = vec![Change::DeleteRelease {

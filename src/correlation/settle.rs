@@ -206,6 +206,11 @@ impl Correlation {
                 disk.facts.node,
                 disk.facts.holders.join(", ")
             )
+        } else if let Some(path) = volume.file() {
+            match self.absent_files.get(path) {
+                Some(reason) => reason.clone(),
+                None => format!("{path} has not been looked up yet"),
+            }
         } else {
             format!("no attached disk presents the identity of {volume}")
         };

@@ -32,12 +32,7 @@ impl Control {
             Call::ResolveVolume(filter) => {
                 self.answer(reply, Ok(Answer::Volumes(self.resolve(&filter))))
             }
-            Call::Rescan => {
-                // Those whose callers have given up are not kept.
-                self.rescans.retain(|(_, asker)| !asker.is_closed());
-                let asked = self.observer.survey("a caller asked for it");
-                self.rescans.push((asked, reply));
-            }
+            Call::Rescan => self.rescan(reply),
             Call::Stats => self.answer(reply, Ok(Answer::Stats(self.stats()))),
         }
     }

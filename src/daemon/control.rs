@@ -9,15 +9,18 @@ use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::task::JoinHandle;
 
 use super::claims::ClaimsFile;
+use super::rescan::Rescan;
 use super::sockets::Sockets;
 use super::{Error, Options, perform, reload};
 use crate::config::IdentityRules;
 use crate::correlation::{
-    Change, Correlation, Event, ExportName, Mark, Notice, OpenRefusal, OpenedDisk, RequestError,
+    Change, Correlation, Event, ExportName, Notice, OpenRefusal, OpenedDisk, RequestError,
     RequestId, Ticket,
 };
-use crate::dbus::{Answer, Command, Publication, Publisher};
+use crate::dbus::{Answer, Command, Publisher};
+use crate::files;
 use crate::image::Image;
+use crate::image::beneath::Roots;
 use crate::image::block::Claims;
 use crate::mapping::Store;
 use crate::nbd::Door;
@@ -58,6 +61,7 @@ pub(super) struct Edges {
     pub door: Door,
     pub publisher: Publisher,
     pub observer: Observer,
+    pub files: files::Observer,
     pub store: Store,
 }
 
@@ -66,6 +70,8 @@ pub(super) struct Control {
     pub door: Door,
     pub publisher: Publisher,
     pub observer: Observer,
+    pub files: files::Observer,
+    pub roots: Arc<Roots>,
     pub claims: Arc<Claims>,
     pub(super) claims_file: ClaimsFile,
     started: Instant,
@@ -76,8 +82,9 @@ pub(super) struct Control {
     /// Callers that wait for a reply: at most the calls that D-Bus lets in, and those who gave up until the middle answers.
     pub asked: HashMap<RequestId, Asker>,
     pub(super) last_request: RequestId,
-    /// Callers of `Rescan`, each answered by a survey that began after it asked; at most the calls that D-Bus lets in.
-    pub(super) rescans: Vec<(Mark, Asker)>,
+    /// Callers of `Rescan`, each answered by a survey and a look at the files that began after it asked; at most the calls
+    /// that D-Bus lets in.
+    pub(super) rescans: Vec<Rescan>,
     /// Unbounded by type, bounded by what can be outstanding: one message for each open, lease, write and reload. The loop
     /// never waits for it, and it never makes a disk's thread wait for the loop. Ends with the loop.
     pub reports: mpsc::UnboundedSender<Report>,
@@ -104,11 +111,13 @@ impl Control {
         edges: Edges,
         drain_within: Duration,
         rules: IdentityRules,
+        roots: Arc<Roots>,
     ) -> Control {
         let Edges {
             door,
             publisher,
             observer,
+            files,
             store,
         } = edges;
         let (reports, report_receiver) = mpsc::unbounded_channel();
@@ -129,6 +138,8 @@ impl Control {
             door,
             publisher,
             observer,
+            files,
+            roots,
             claims: Arc::new(Claims::default()),
             claims_file: ClaimsFile::default(),
             started: Instant::now(),
@@ -159,6 +170,7 @@ impl Control {
     pub async fn run(
         &mut self,
         mut events: mpsc::Receiver<Event>,
+        mut files: mpsc::Receiver<files::Told>,
         mut commands: mpsc::Receiver<Command>,
         mut hangup: Signal,
         options: &Options,
@@ -204,6 +216,10 @@ impl Control {
                 event = events.recv(), if lost.is_none() => match event {
                     Some(event) => self.on_event(event),
                     None => lost = Some("the watch of the machine's events"),
+                },
+                told = files.recv(), if lost.is_none() => match told {
+                    Some(told) => self.on_file(told),
+                    None => lost = Some("the watch of files"),
                 },
                 () = sleep_until(due) => self.apply(Event::TimePassed),
                 command = commands.recv(), if lost.is_none() => match command {
@@ -264,16 +280,7 @@ impl Control {
         self.apply(event);
         let Some(began) = surveyed else { return };
         self.open_to_clients();
-        let (done, waiting) = std::mem::take(&mut self.rescans)
-            .into_iter()
-            .partition(|(asked, _)| *asked < began);
-        self.rescans = waiting;
-        let done: Vec<(Mark, Asker)> = done;
-        self.publisher.offer(
-            done.into_iter()
-                .map(|(_, asker)| Publication::Reply(asker, Ok(Answer::Done)))
-                .collect(),
-        );
+        self.on_survey(began);
     }
 
     fn on_report(&mut self, report: Report) {
@@ -297,6 +304,7 @@ impl Control {
                 self.apply(Event::Configured {
                     exports: read.exports,
                 });
+                let _asked = self.files.check();
             }
             Report::ClaimsWritten(result) => {
                 self.claims_file.written(result);
@@ -320,10 +328,10 @@ impl Control {
                 tracing::error!(%error, "cannot accept TCP clients");
             }
         }
-        if let Some(listener) = sockets.unix
-            && let Err(error) = self.door.listen_unix(listener)
-        {
-            tracing::error!(%error, "cannot accept clients on the Unix socket");
+        for listener in sockets.unix {
+            if let Err(error) = self.door.listen_unix(listener) {
+                tracing::error!(%error, "cannot accept clients on the Unix socket");
+            }
         }
         let exports = self.correlation.export_names().count();
         tracing::info!(

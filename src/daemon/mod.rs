@@ -3,16 +3,19 @@
 //! One task of one thread owns the [`Correlation`] and is never made to wait: not by a disk, not by the store, not by
 //! the bus, not by a client (invariant 11). What takes time is handed to a thread or a task that answers with an event.
 
+mod activation;
 mod asked;
 mod claims;
 mod control;
 mod log;
 mod perform;
 mod reload;
+mod rescan;
 mod sockets;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use tokio::signal::unix::SignalKind;
 use tokio::sync::mpsc;
@@ -20,12 +23,17 @@ use tokio::sync::mpsc;
 use crate::config::{self, Config};
 use crate::correlation::{Correlation, Event, Settings};
 use crate::dbus::{self, Bus};
+use crate::files;
 use crate::identity::OptIn;
+use crate::image::beneath::Roots;
 use crate::mapping::{Store, StoreError};
 use crate::nbd::{Door, Limits};
 use crate::udev;
 use control::{Control, Edges};
 
+use sockets::Sockets;
+
+pub use activation::ActivationError;
 pub use sockets::ListenError;
 
 /// Events from udev that may wait for the loop. Past it the observer waits, and the kernel's socket buffer after it.
@@ -71,6 +79,8 @@ pub enum Error {
     #[error(transparent)]
     Listen(#[from] ListenError),
     #[error(transparent)]
+    Activation(#[from] ActivationError),
+    #[error(transparent)]
     Bus(#[from] dbus::BusError),
     #[error(transparent)]
     Udev(#[from] udev::UdevError),
@@ -92,6 +102,7 @@ pub enum Error {
 /// What kept it from starting; once it serves, nothing from outside ends it.
 pub fn run(options: &Options) -> Result<(), Error> {
     log::start();
+    let passed = activation::passed()?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .max_blocking_threads(BLOCKING_THREADS_MAX)
@@ -100,7 +111,7 @@ pub fn run(options: &Options) -> Result<(), Error> {
             what: "the event loop cannot start",
             source,
         })?;
-    let outcome = runtime.block_on(serve(options));
+    let outcome = runtime.block_on(serve(options, passed));
     // A hung disk can hold a thread of the blocking pool for ever; a stop does not wait for it.
     runtime.shutdown_background();
     outcome
@@ -139,7 +150,7 @@ fn configure(options: &Options) -> Result<Config, Error> {
     Ok(config)
 }
 
-async fn serve(options: &Options) -> Result<(), Error> {
+async fn serve(options: &Options, passed: Option<Sockets>) -> Result<(), Error> {
     // From now on a SIGHUP asks for a reload, and does not end a daemon that is starting.
     let hangup = control::listen(SignalKind::hangup());
     let config = configure(options)?;
@@ -156,7 +167,11 @@ async fn serve(options: &Options) -> Result<(), Error> {
         source,
     })?;
     // Bound before anything is opened, so that a port in use is told at once; accepted from after the first survey.
-    let sockets = sockets::bind(&config.server.listen, config.server.socket.as_deref())?;
+    let own_socket = config.server.socket.as_deref().filter(|_| passed.is_none());
+    let sockets = match passed {
+        Some(passed) => passed,
+        None => sockets::bind(&config.server.listen, own_socket)?,
+    };
     let limits = Limits {
         connections: usize::try_from(config.server.max_connections).unwrap_or(usize::MAX),
         ..Limits::default()
@@ -180,23 +195,31 @@ async fn serve(options: &Options) -> Result<(), Error> {
         ..udev::Settings::default()
     };
     let observer = udev::observe(watched, event_sender)?;
+    let roots = Arc::new(Roots::new(config.identity.file_roots.clone()));
+    let (file_sender, files) = mpsc::channel(EVENTS_MAX);
+    let file_observer = files::observe(
+        Arc::clone(&roots),
+        config.server.survey_interval,
+        file_sender,
+    );
 
     let edges = Edges {
         door,
         publisher,
         observer,
+        files: file_observer,
         store,
     };
-    let mut control = Control::new(correlation, edges, drain_within, config.identity);
+    let mut control = Control::new(correlation, edges, drain_within, config.identity, roots);
     control.claims_file.rule(config.claim);
     control.start(sockets);
     control.apply(Event::Configured {
         exports: config.exports,
     });
-    let ended = control.run(events, commands, hangup, options).await;
+    let ended = control.run(events, files, commands, hangup, options).await;
     // Whoever listens hears of the end, if the bus takes it.
     control.publisher.flush(FAREWELL).await;
-    if let Some(socket) = &config.server.socket
+    if let Some(socket) = own_socket
         && let Err(error) = std::fs::remove_file(socket)
     {
         tracing::debug!(socket = %socket.display(), %error, "the socket was not there to be removed");

@@ -10,7 +10,7 @@ use crate::correlation::{
 };
 use crate::dbus::{Answer, Publication};
 use crate::image::Image;
-use crate::image::block;
+use crate::image::{block, raw};
 
 impl Control {
     /// Carries out actions in their order; what is told goes to the bus as one batch after them.
@@ -65,7 +65,10 @@ impl Control {
                 Action::Survey { reason } => {
                     // Any later survey will do.
                     let _asked = self.observer.survey(reason);
+                    let _asked = self.files.check();
                 }
+                Action::WatchFile { path } => self.files.watch(path),
+                Action::UnwatchFile { path } => self.files.unwatch(&path),
                 Action::Tell(notice) => notices.push(notice),
                 Action::Log(decision) => log::decision(&decision),
             }
@@ -79,8 +82,14 @@ impl Control {
         let reports = self.reports.clone();
         let claims = Arc::clone(&self.claims);
         let reader = self.observer.identity_reader();
+        let roots = Arc::clone(&self.roots);
         tokio::task::spawn_blocking(move || {
-            let result = block::open(&order, &|number| reader.read(number), &claims)
+            let opened = if order.diskseq.is_file() {
+                raw::open(&order, &roots, &claims)
+            } else {
+                block::open(&order, &|number| reader.read(number), &claims)
+            };
+            let result = opened
                 .map(|image| Arc::new(image) as Arc<dyn Image>)
                 .map_err(Into::into);
             // The loop is gone only when the daemon stops; then the disk is closed by this drop.

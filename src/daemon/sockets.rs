@@ -41,7 +41,7 @@ pub enum ListenError {
 #[derive(Debug, Default)]
 pub(super) struct Sockets {
     pub tcp: Vec<TcpListener>,
-    pub unix: Option<UnixListener>,
+    pub unix: Vec<UnixListener>,
 }
 
 pub(super) fn bind(
@@ -52,7 +52,10 @@ pub(super) fn bind(
         .iter()
         .map(|address| bind_tcp(*address))
         .collect::<Result<_, _>>()?;
-    let unix = socket.map(bind_unix).transpose()?;
+    let unix = socket
+        .map(bind_unix)
+        .into_iter()
+        .collect::<Result<_, _>>()?;
     Ok(Sockets { tcp, unix })
 }
 

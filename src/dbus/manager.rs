@@ -156,24 +156,36 @@ pub fn parse(method: &str, message: &Message) -> Result<Call, RequestError> {
 
 fn add_export(name: &str, mut options: Options) -> Result<Call, RequestError> {
     let name = export_name(name)?;
-    for key in ["path", "format"] {
-        if options.contains(key) {
-            return Err(RequestError::NotSupported(format!(
-                "option {key}: files are not served yet"
-            )));
+    let volume = match (options.text("volume")?, options.text("path")?) {
+        (Some(volume), None) => volume_id("option volume", &volume)?,
+        (None, Some(path)) => VolumeId::of_file(&path)
+            .map_err(|error| RequestError::InvalidArgument(format!("option path: {error}")))?,
+        (Some(_), Some(_)) => {
+            return Err(RequestError::InvalidArgument(
+                "options volume and path: give one of them".to_owned(),
+            ));
         }
+        (None, None) => {
+            return Err(RequestError::InvalidArgument(
+                "option volume is missing: say profile:id, or option path for a file".to_owned(),
+            ));
+        }
+    };
+    if let Some(format) = options.text("format")?
+        && format != "raw"
+    {
+        return Err(RequestError::NotSupported(format!(
+            "option format: {} is not served yet; say raw",
+            short(&format)
+        )));
     }
-    let volume = options.text("volume")?;
     let read_only = options.truth("read_only")?.unwrap_or(false);
     let share = options.truth("share")?.unwrap_or(false);
     let wait = options.milliseconds("wait_ms", WAIT_MS)?;
     options.end()?;
-    let volume = volume.ok_or_else(|| {
-        RequestError::InvalidArgument("option volume is missing: say profile:id".to_owned())
-    })?;
     let definition = Definition {
         name,
-        volume: volume_id("option volume", &volume)?,
+        volume,
         read_only,
         share,
         source: Source::Dbus,
@@ -287,10 +299,6 @@ impl Options {
             )));
         }
         Ok(Options(given))
-    }
-
-    fn contains(&self, key: &str) -> bool {
-        self.0.contains_key(key)
     }
 
     fn text(&mut self, key: &str) -> Result<Option<String>, RequestError> {
@@ -439,9 +447,23 @@ mod tests {
             (
                 with(
                     "AddExport",
-                    &("a", options([("path", Variant::new("/x.qcow2"))])),
+                    &("a", options([("path", Variant::new("x.raw"))])),
                 ),
-                "NotSupported: option path: files are not served yet",
+                "InvalidArgument: option path: ",
+            ),
+            (
+                with(
+                    "AddExport",
+                    &("a", options([v(), ("path", Variant::new("/x.raw"))])),
+                ),
+                "InvalidArgument: options volume and path",
+            ),
+            (
+                with(
+                    "AddExport",
+                    &("a", options([v(), ("format", Variant::new("qcow2"))])),
+                ),
+                "NotSupported: option format: qcow2",
             ),
             (
                 with("AddExport", &("a", options([]))),

@@ -46,6 +46,8 @@ pub enum Scheme {
     VirtioSerial,
     /// The backing file of a loop device, an absolute path.
     Loop,
+    /// A plain file by the path under which it is served.
+    File,
     /// NVMe namespace EUI-64, 16 hex digits.
     NvmeEui,
     /// NVMe namespace UUID, lower case with dashes.
@@ -70,13 +72,14 @@ pub enum Scheme {
 
 impl Scheme {
     /// All schemes, by precedence.
-    pub const ALL: [Scheme; 16] = [
+    pub const ALL: [Scheme; 17] = [
         Scheme::NvmeNguid,
         Scheme::ScsiNaa,
         Scheme::NvmeSerial,
         Scheme::ScsiPg80,
         Scheme::VirtioSerial,
         Scheme::Loop,
+        Scheme::File,
         Scheme::NvmeEui,
         Scheme::NvmeUuid,
         Scheme::ScsiEui,
@@ -98,6 +101,7 @@ impl Scheme {
             Scheme::ScsiPg80 => "scsi-pg80",
             Scheme::VirtioSerial => "virtio-serial",
             Scheme::Loop => "loop",
+            Scheme::File => "file",
             Scheme::NvmeEui => "nvme-eui",
             Scheme::NvmeUuid => "nvme-uuid",
             Scheme::ScsiEui => "scsi-eui",
@@ -131,6 +135,11 @@ impl Identity {
             scheme,
             value: value.into(),
         }
+    }
+
+    /// The path, of a plain file.
+    pub fn file(&self) -> Option<&str> {
+        (self.scheme == Scheme::File).then_some(self.value.as_str())
     }
 }
 

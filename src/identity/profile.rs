@@ -49,7 +49,7 @@ pub(super) fn find(name: &str) -> Option<&'static Profile> {
     PROFILES.iter().find(|profile| profile.name == name)
 }
 
-static PROFILES: [Profile; 11] = [
+static PROFILES: [Profile; 12] = [
     // apache/cloudstack LibvirtComputingResource.java diskUuidToSerial: dashes out, first 20. QEMU's scsi-hd says the
     // same on page 0x80 and, as its device_id, on page 0x83.
     Profile {
@@ -220,15 +220,18 @@ static PROFILES: [Profile; 11] = [
         name: "loop",
         expects: "the absolute path of the backing file, without symbolic links, '//', '.' or '..'",
         example: "loop:/srv/disks/vol-a.img",
-        normalise: |text| {
-            let plain = |part: &str| !matches!(part, "" | "." | "..");
-            let parts = text.strip_prefix('/')?;
-            let fits = text.len() <= PATH_BYTES_MAX && !text.chars().any(char::is_control);
-            // The kernel ends the name of a file that was removed so: such a path would never match, or match wrongly.
-            let exists = !text.ends_with(" (deleted)");
-            (fits && exists && parts.split('/').all(plain)).then(|| text.to_owned())
-        },
+        // The kernel ends the name of a file that was removed so: such a path would never match, or match wrongly.
+        normalise: |text| absolute(text).filter(|path| !path.ends_with(" (deleted)")),
         candidates: |id| vec![Identity::new(Scheme::Loop, id)],
+        opt_in: never,
+    },
+    // A plain file, by the path under which the configuration's roots show it.
+    Profile {
+        name: "file",
+        expects: "the absolute path of a regular file, without '//', '.' or '..'",
+        example: "file:/backups/vm7/disk0.raw",
+        normalise: absolute,
+        candidates: |id| vec![Identity::new(Scheme::File, id)],
         opt_in: never,
     },
     Profile {
@@ -262,6 +265,14 @@ fn uuid(text: &str) -> Option<String> {
     let dashed = dashed(&hex);
     let spelled = text.len() == 32 || text.eq_ignore_ascii_case(&dashed);
     spelled.then_some(dashed)
+}
+
+/// A path in the one spelling that it has without asking the file system.
+fn absolute(text: &str) -> Option<String> {
+    let plain = |part: &str| !matches!(part, "" | "." | "..");
+    let parts = text.strip_prefix('/')?;
+    let fits = text.len() <= PATH_BYTES_MAX && !text.chars().any(char::is_control);
+    (fits && parts.split('/').all(plain)).then(|| text.to_owned())
 }
 
 fn undashed(text: &str) -> String {

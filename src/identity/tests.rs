@@ -306,6 +306,7 @@ fn a_disk_is_named_by_precedence_and_never_by_a_slot() {
             "scsi-pg80",
             "virtio-serial",
             "loop",
+            "file",
             "nvme-eui",
             "nvme-uuid",
             "scsi-eui",

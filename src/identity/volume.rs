@@ -54,6 +54,19 @@ impl VolumeId {
         &self.id
     }
 
+    /// The volume that is the plain file under this path.
+    ///
+    /// # Errors
+    /// The path is not absolute, or not in the one spelling that a path has.
+    pub fn of_file(path: &str) -> Result<VolumeId, VolumeIdError> {
+        VolumeId::parse(&format!("file:{path}"))
+    }
+
+    /// The path, of a plain file.
+    pub fn file(&self) -> Option<&str> {
+        (self.profile.name == "file").then_some(self.id.as_str())
+    }
+
     /// The finite set of identities by which a disk is this volume; never empty, at most eight.
     pub fn candidates(&self) -> BTreeSet<Identity> {
         (self.profile.candidates)(&self.id)
@@ -90,7 +103,7 @@ fn counts(candidate: &Identity) -> bool {
         | Scheme::ScsiT10
         | Scheme::GceName
         | Scheme::AzureName => worthless::serial(&candidate.value) == Some(&candidate.value),
-        Scheme::Loop | Scheme::AzureLun | Scheme::Slot => true,
+        Scheme::Loop | Scheme::File | Scheme::AzureLun | Scheme::Slot => true,
     }
 }
 

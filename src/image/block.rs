@@ -1,4 +1,5 @@
-//! A block device as an image, over the page cache. EDGE: does I/O on one opened disk, decides nothing.
+//! The bytes of a disk or a plain file as an image, over the page cache. EDGE: does I/O on what is open, decides nothing. What
+//! differs between the two stands in `medium`; what follows is of disks, where it says so.
 //!
 //! - **Durable writes** are a write and a grouped `fdatasync` rather than `pwritev2(RWF_DSYNC)`: concurrent FUA
 //!   writes share one flush of the device, and there is one place where a write-back error can show
@@ -6,28 +7,42 @@
 //! - **Zeroes and discards** go by `fallocate` and `BLKDISCARD`, both of which drop the range from the page cache
 //!   under the lock that keeps readers out (kernel `block/fops.c`, `block/ioctl.c`): a later read sees
 //!   the disk. They want whole logical blocks; what is not is written as zeroes, or, for a discard, left.
+//! - **Fast zeroes.** `PUNCH_HOLE` is a zeroing that the device does by itself, without a fallback
+//!   (`BLKDEV_ZERO_NOFALLBACK`); `ZERO_RANGE` keeps the range allocated and may write pages of zeroes
+//!   (`BLKDEV_ZERO_NOUNMAP`), so it is not known to be fast. Both drop dirty pages *before* the device is asked
+//!   (`blkdev_fallocate`): a punch that is then refused has lost acknowledged writes. So whether the device can is known
+//!   beforehand, from its queue, and a refusal all the same ends in zeroes, never in an error that
+//!   promises that nothing happened.
+//! - **Allocation** is known of plain files, and of loop devices from their file (see `backing`). Other devices cannot be
+//!   asked and are allocated.
 
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use nix::fcntl::{FallocateFlags, PosixFadviseAdvice, fallocate, posix_fadvise};
 
-use super::claim::{self, Claim};
-use super::{BlockSizes, Extent, Image, NoWait, ZeroFlags, sys};
+use super::backing::Backing;
+use super::claim::{self, Claim, Opened, Subject};
+use super::disk::Disk;
+use super::medium::Medium;
+use super::{Allocation, BlockSizes, Extent, Image, NoWait, Span, ZeroFlags, allocation, sys};
 use crate::correlation::{OpenDisk, OpenedDisk};
 
-pub use super::claim::{Claims, OpenError, ReadIdentities};
+pub use super::claim::{Claims, OpenError};
+pub use super::disk::ReadIdentities;
 
-/// The largest request that the server takes, in bytes (proto.md "Block size constraints" names 32 MiB
+/// The largest request that the server takes, in bytes (proto.md "Size constraints" names 32 MiB
 /// as what clients may always rely on).
 const REQUEST_BYTES_MAX: u32 = 32 << 20;
 /// A page: smaller requests are read and written through the page cache as a whole one.
 const PAGE_BYTES: u32 = 4096;
 /// A disk's wish for larger requests is followed up to here.
 const PREFERRED_BYTES_MAX: u32 = 1 << 20;
+/// One question for allocation covers at most this much, in bytes: what is dirty in it is written to the backing file first.
+const ALLOCATION_BYTES_MAX: u64 = 1 << 30;
 /// Zeroes that are written out go in pieces of this size.
 static ZEROES: [u8; 256 << 10] = [0; 256 << 10];
 
@@ -40,6 +55,11 @@ pub struct Block {
     sizes: BlockSizes,
     logical_block: u64,
     can_discard: bool,
+    rotational: bool,
+    /// The device zeroes ranges by itself. Cleared by the first refusal.
+    zeroes_itself: AtomicBool,
+    /// Of a loop device; looked for at the first question.
+    backing: OnceLock<Option<Backing>>,
 }
 
 /// Opens the disk of `order` without a race (invariant 3), or shares the claim that this process has on it. Blocks.
@@ -51,26 +71,38 @@ pub fn open(
     identities: ReadIdentities<'_>,
     claims: &Claims,
 ) -> Result<Block, OpenError> {
-    let opened = claim::open(order, identities, claims)?;
-    let file = opened.claim.file();
-    let kernel = |source| OpenError::Kernel {
-        node: order.node.clone(),
-        source,
-    };
-    let logical_block = sys::logical_block(file).map_err(kernel)?;
-    let physical = sys::physical_block(file).map_err(kernel)?;
-    let optimal = sys::optimal_io(file).map_err(kernel)?;
-    Ok(Block {
-        size: AtomicU64::new(opened.size),
-        read_only: opened.read_only,
-        sizes: block_sizes(physical, optimal),
-        logical_block: u64::from(logical_block.max(1)),
-        can_discard: can_discard(&opened.claim),
-        claim: opened.claim,
-    })
+    let subject = Disk { order, identities };
+    let opened = claim::open(order, &subject, claims)?;
+    Block::new(opened).map_err(|error| subject.refused(error))
 }
 
 impl Block {
+    /// Asks what is open for what its I/O has to keep to.
+    pub(super) fn new(opened: Opened) -> io::Result<Block> {
+        let Opened {
+            claim,
+            size,
+            read_only,
+        } = opened;
+        let (medium, file) = (claim.medium, claim.file());
+        let can = medium.can(claim.number);
+        Ok(Block {
+            size: AtomicU64::new(size),
+            read_only,
+            sizes: block_sizes(medium.likes(file)?),
+            logical_block: u64::from(medium.unit(file)?.max(1)),
+            can_discard: can.discard,
+            rotational: can.turn,
+            zeroes_itself: AtomicBool::new(can.zero),
+            backing: OnceLock::new(),
+            claim,
+        })
+    }
+
+    fn inside_the_size(&self, error: io::Error) -> io::Error {
+        inside_the_size(self.claim.medium, error)
+    }
+
     /// What the middle is told of the opened disk.
     pub fn opened(&self) -> OpenedDisk {
         OpenedDisk {
@@ -90,40 +122,40 @@ impl Block {
         Ok(())
     }
 
-    /// Whether the range is whole logical blocks.
-    fn aligned(&self, at: Extent) -> bool {
-        at.offset().is_multiple_of(self.logical_block)
-            && u64::from(at.len()).is_multiple_of(self.logical_block)
+    /// The whole logical blocks of the range, from and to.
+    fn whole_blocks(&self, at: Extent) -> Option<(u64, u64)> {
+        let end = at.offset() + u64::from(at.len());
+        let from = at.offset().next_multiple_of(self.logical_block);
+        let to = end - end % self.logical_block;
+        (from < to).then_some((from, to))
     }
 
     fn write_out(&self, at: Extent, buf: &[u8]) -> io::Result<()> {
         debug_assert!(at.offset() + u64::from(at.len()) <= self.size());
         self.file()
             .write_all_at(buf, at.offset())
-            .map_err(inside_the_size)
+            .map_err(|e| self.inside_the_size(e))
     }
 
-    fn write_zeroes(&self, at: Extent) -> io::Result<()> {
-        let end = at.offset() + u64::from(at.len());
-        let mut offset = at.offset();
+    fn write_zeroes(&self, mut offset: u64, end: u64) -> io::Result<()> {
         while offset < end {
             let piece = usize::try_from(end - offset).map_or(ZEROES.len(), |n| n.min(ZEROES.len()));
             self.file()
                 .write_all_at(&ZEROES[..piece], offset)
-                .map_err(inside_the_size)?;
+                .map_err(|e| self.inside_the_size(e))?;
             offset += piece as u64;
         }
         Ok(())
     }
 
-    fn fallocate(&self, how: FallocateFlags, at: Extent) -> io::Result<()> {
+    fn fallocate(&self, how: FallocateFlags, from: u64, to: u64) -> io::Result<()> {
         let range = |n: u64| libc::off_t::try_from(n).map_err(io::Error::other);
         loop {
             let done = fallocate(
                 self.file(),
                 how | FallocateFlags::FALLOC_FL_KEEP_SIZE,
-                range(at.offset())?,
-                range(u64::from(at.len()))?,
+                range(from)?,
+                range(to - from)?,
             );
             match done {
                 Err(nix::errno::Errno::EINTR) => {}
@@ -133,33 +165,42 @@ impl Block {
     }
 
     fn zero_out(&self, at: Extent, flags: ZeroFlags) -> io::Result<()> {
-        if self.aligned(at) {
-            // On a block device a punched hole reads as zeroes, and is refused where the device
-            // cannot do it by itself; so it is the only way that is known to be fast.
-            if !flags.no_hole {
-                match self.fallocate(FallocateFlags::FALLOC_FL_PUNCH_HOLE, at) {
-                    Err(e) if is_unsupported(&e) => {}
-                    done => return done.map_err(inside_the_size),
-                }
-            }
-            // Keeps the range allocated; the kernel writes zeroes where the device cannot.
-            if !flags.fast {
-                match self.fallocate(FallocateFlags::FALLOC_FL_ZERO_RANGE, at) {
-                    Err(e) if is_unsupported(&e) => {}
-                    done => return done.map_err(inside_the_size),
-                }
+        let (offset, end) = (at.offset(), at.offset() + u64::from(at.len()));
+        let Some((from, to)) = self.whole_blocks(at) else {
+            return self.write_zeroes(offset, end);
+        };
+        self.write_zeroes(offset, from)?;
+        self.zero_blocks(from, to, flags)?;
+        self.write_zeroes(to, end)
+    }
+
+    fn zero_blocks(&self, from: u64, to: u64, flags: ZeroFlags) -> io::Result<()> {
+        if !flags.no_hole && self.zeroes_itself.load(Ordering::Relaxed) {
+            match self.fallocate(FallocateFlags::FALLOC_FL_PUNCH_HOLE, from, to) {
+                Err(e) if e.raw_os_error() == Some(libc::EBUSY) => {}
+                Err(e) if is_unsupported(&e) => self.zeroes_itself.store(false, Ordering::Relaxed),
+                done => return done.map_err(|e| self.inside_the_size(e)),
             }
         }
-        if flags.fast {
-            return Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP));
+        match self.fallocate(FallocateFlags::FALLOC_FL_ZERO_RANGE, from, to) {
+            Err(e) if is_unsupported(&e) => self.write_zeroes(from, to),
+            done => done.map_err(|e| self.inside_the_size(e)),
         }
-        self.write_zeroes(at)
+    }
+
+    fn discard_blocks(&self, from: u64, to: u64) -> io::Result<()> {
+        match self.claim.medium {
+            Medium::Disk => sys::discard(self.file(), from, to - from),
+            Medium::File => self.fallocate(FallocateFlags::FALLOC_FL_PUNCH_HOLE, from, to),
+        }
     }
 
     /// Ends a call that was to be durable: syncs, or latches when the call itself failed.
     fn make_durable(&self, done: io::Result<()>) -> io::Result<()> {
         match done {
             Ok(()) => self.flush(),
+            // No room: nothing was taken that could be lost, and what was acknowledged before is not in doubt.
+            Err(e) if is_full(&e) => Err(e),
             Err(e) => {
                 self.claim.durable.latch();
                 Err(e)
@@ -174,7 +215,7 @@ impl Image for Block {
     }
 
     fn grow(&self) -> io::Result<u64> {
-        let found = sys::size(self.file())?;
+        let found = self.claim.medium.size(self.file())?;
         Ok(self.size.fetch_max(found, Ordering::AcqRel).max(found))
     }
 
@@ -190,7 +231,7 @@ impl Image for Block {
         debug_assert_eq!(u32::try_from(buf.len()), Ok(at.len()));
         self.file()
             .read_exact_at(buf, at.offset())
-            .map_err(inside_the_size)
+            .map_err(|e| self.inside_the_size(e))
     }
 
     fn read_nowait(&self, at: Extent, buf: &mut [u8]) -> io::Result<NoWait> {
@@ -223,28 +264,64 @@ impl Image for Block {
         if flags.fua && self.latched() {
             return Err(io::Error::from_raw_os_error(libc::EIO));
         }
+        let span = Span::checked(at.offset(), at.len().into(), self.size());
+        if flags.fast && !span.is_some_and(|span| self.zeroes_fast(span, flags)) {
+            // Nothing was written, so nothing is lost.
+            return Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP));
+        }
         let done = self.zero_out(at, flags);
-        // A refusal to be fast has written nothing, so it has lost nothing.
-        let refused = done
-            .as_ref()
-            .is_err_and(|e| flags.fast && is_unsupported(e));
-        if flags.fua && !refused {
+        if flags.fua {
             return self.make_durable(done);
         }
         done
     }
 
+    fn zeroes_fast(&self, at: Span, flags: ZeroFlags) -> bool {
+        !flags.no_hole
+            && self.zeroes_itself.load(Ordering::Relaxed)
+            && (at.offset() | at.len()).is_multiple_of(self.logical_block)
+    }
+
+    fn allocation(&self, at: Span, stretches_max: usize) -> io::Result<Vec<Allocation>> {
+        if self.claim.medium == Medium::File {
+            let known = allocation::of_file(self.file(), 0, at, stretches_max);
+            return known.map_err(|e| self.inside_the_size(e));
+        }
+        let backing = self
+            .backing
+            .get_or_init(|| Backing::find(self.file(), self.claim.number));
+        if let Some(backing) = backing {
+            let at = at.at_most(ALLOCATION_BYTES_MAX);
+            // A write that was acknowledged may still be in the device's page cache only, over a hole of the file.
+            if let Err(e) = sys::write_back(self.file(), at.offset(), at.len()) {
+                // The kernel has now told this error once (invariant 9).
+                self.latch();
+                return Err(self.inside_the_size(e));
+            }
+            if let Some(known) = backing.allocation(self.file(), at, stretches_max)? {
+                return Ok(known);
+            }
+        }
+        Ok(vec![Allocation {
+            bytes: at.len(),
+            hole: false,
+        }])
+    }
+
+    fn rotational(&self) -> bool {
+        self.rotational
+    }
+
     fn discard(&self, at: Extent, fua: bool) -> io::Result<()> {
         self.writable()?;
         // A hint: blocks that are only partly in the range are left alone.
-        let start = at.offset().next_multiple_of(self.logical_block);
-        let end = at.offset() + u64::from(at.len());
-        let end = end - end % self.logical_block;
         let mut done = Ok(());
-        if self.can_discard && start < end {
-            done = match sys::discard(self.file(), start, end - start) {
+        if self.can_discard
+            && let Some((from, to)) = self.whole_blocks(at)
+        {
+            done = match self.discard_blocks(from, to) {
                 Err(e) if is_unsupported(&e) => Ok(()),
-                done => done.map_err(inside_the_size),
+                done => done.map_err(|e| self.inside_the_size(e)),
             };
         }
         if fua { self.make_durable(done) } else { done }
@@ -258,11 +335,15 @@ impl Image for Block {
             range(u64::from(at.len()))?,
             PosixFadviseAdvice::POSIX_FADV_WILLNEED,
         )
-        .map_err(|e| inside_the_size(e.into()))
+        .map_err(|e| self.inside_the_size(e.into()))
     }
 
     fn can_discard(&self) -> bool {
         self.can_discard && !self.read_only
+    }
+
+    fn latch(&self) {
+        self.claim.durable.latch();
     }
 
     fn latched(&self) -> bool {
@@ -271,19 +352,17 @@ impl Image for Block {
 }
 
 /// A range that was checked cannot be out of range: what says so is a disk that is gone or has shrunk. The
-/// client gets EIO, never ENOSPC inside the size that was agreed.
-fn inside_the_size(e: io::Error) -> io::Error {
-    let eio = match e.raw_os_error() {
-        Some(libc::EINVAL | libc::ENOSPC | libc::ENXIO | libc::ENODEV | libc::ENOMEDIUM) => true,
-        Some(_) => false,
-        // Nothing or less than all was read or written.
-        None => true,
-    };
-    if eio {
+/// client gets EIO, never ENOSPC inside the size that was agreed, unless a file's own file system is full.
+fn inside_the_size(medium: Medium, e: io::Error) -> io::Error {
+    if medium.is_gone(&e) {
         io::Error::from_raw_os_error(libc::EIO)
     } else {
         e
     }
+}
+
+fn is_full(e: &io::Error) -> bool {
+    matches!(e.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT))
 }
 
 /// This way is closed, another may be open. EBUSY: pages of the range are in use, so that the page cache could
@@ -295,8 +374,8 @@ fn is_unsupported(e: &io::Error) -> bool {
     )
 }
 
-fn block_sizes(physical: u32, optimal: u32) -> BlockSizes {
-    let preferred = [physical, optimal]
+fn block_sizes(likes: [u32; 2]) -> BlockSizes {
+    let preferred = likes
         .into_iter()
         .filter(|n| n.is_power_of_two() && *n <= PREFERRED_BYTES_MAX)
         .fold(PAGE_BYTES, u32::max);
@@ -308,14 +387,6 @@ fn block_sizes(physical: u32, optimal: u32) -> BlockSizes {
     }
 }
 
-fn can_discard(claim: &Claim) -> bool {
-    let path = format!("/sys/dev/block/{}/queue/discard_max_bytes", claim.number);
-    std::fs::read_to_string(path)
-        .ok()
-        .and_then(|text| text.trim().parse::<u64>().ok())
-        .is_some_and(|bytes| bytes > 0)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -323,18 +394,21 @@ mod tests {
     #[test]
     fn an_answer_of_a_vanished_disk_is_eio() {
         for errno in [libc::EINVAL, libc::ENOSPC, libc::ENXIO, libc::ENODEV] {
-            let e = inside_the_size(io::Error::from_raw_os_error(errno));
+            let e = inside_the_size(Medium::Disk, io::Error::from_raw_os_error(errno));
             assert_eq!(e.raw_os_error(), Some(libc::EIO));
         }
-        let short = inside_the_size(io::ErrorKind::UnexpectedEof.into());
+        let short = inside_the_size(Medium::Disk, io::ErrorKind::UnexpectedEof.into());
         assert_eq!(short.raw_os_error(), Some(libc::EIO));
-        let none = inside_the_size(io::Error::from_raw_os_error(libc::ENOMEM));
+        let none = inside_the_size(Medium::Disk, io::Error::from_raw_os_error(libc::ENOMEM));
         assert_eq!(none.raw_os_error(), Some(libc::ENOMEM));
+        // A file that has no room is still there.
+        let full = inside_the_size(Medium::File, io::Error::from_raw_os_error(libc::ENOSPC));
+        assert_eq!(full.raw_os_error(), Some(libc::ENOSPC));
     }
 
     #[test]
     fn sizes_that_a_disk_wishes_for_are_followed_within_bounds() {
-        let preferred = |physical, optimal| block_sizes(physical, optimal).preferred;
+        let preferred = |physical, optimal| block_sizes([physical, optimal]).preferred;
         assert_eq!(preferred(512, 0), 4096);
         assert_eq!(preferred(16384, 0), 16384);
         assert_eq!(preferred(4096, 1 << 20), 1 << 20);

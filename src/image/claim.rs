@@ -1,24 +1,23 @@
-//! Opening a disk without a race, once per process (invariant 3).
+//! Opening a disk or a file without a race, once per process (invariant 3).
 //!
-//! A name can come to mean another disk between any two calls, a descriptor cannot. So: a descriptor of the
-//! node that does not open the disk (`O_PATH`), its device number, the real open through that descriptor,
-//! and then everything that was promised is asked of the opened disk.
+//! A name can come to mean another disk between any two calls, a descriptor cannot. So: a descriptor of what stands under
+//! the name that does not open it (`O_PATH`), what it is, the real open through that descriptor, and then everything that
+//! was promised is asked of what is open. What differs between a disk and a file is its [`Subject`].
 //!
 //! A disk that hangs keeps one thread here, in its open or in its last close. Others who want it wait for that no
 //! longer than they were told to, and behind an open that is late not at all; other disks never wait (invariant 11).
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use nix::sys::stat::{major, minor};
-
+use super::beneath::FileError;
 use super::durable::Durable;
-use super::{sys, users};
+use super::medium::Medium;
 use crate::correlation::{DeviceNode, DeviceNumber, DiskSeq, OpenDisk, OpenRefusal};
 use crate::identity::Identity;
 
@@ -57,8 +56,11 @@ pub enum OpenError {
         node: DeviceNode,
         expected: Identity,
     },
+    /// No regular file stands under the path.
+    #[error(transparent)]
+    File(#[from] FileError),
     /// The size was another one at each reading, or 0.
-    #[error("{node}: the opened disk has no steady size")]
+    #[error("{node}: it has no steady size, or none at all")]
     NoSize { node: DeviceNode },
     /// Someone else has it.
     #[error("{node}: in use: {by}")]
@@ -84,6 +86,7 @@ impl From<OpenError> for OpenRefusal {
             | OpenError::OtherDevice { .. }
             | OpenError::DiskChanged { .. }
             | OpenError::OtherIdentity { .. }
+            | OpenError::File(_)
             | OpenError::NoSize { .. } => OpenRefusal::Changed(text),
             OpenError::Busy { .. } => OpenRefusal::Busy(text),
             OpenError::Hangs { .. } => OpenRefusal::TimedOut(text),
@@ -92,8 +95,20 @@ impl From<OpenError> for OpenRefusal {
     }
 }
 
-/// Reads diskseq and identities of the disk behind a device number; may block.
-pub type ReadIdentities<'a> = &'a dyn Fn(DeviceNumber) -> io::Result<(DiskSeq, BTreeSet<Identity>)>;
+/// What is to be opened, and what has to be asked of it. Every call may block.
+pub(super) trait Subject {
+    fn medium(&self) -> Medium;
+    /// Fixes what stands under the name, without opening it (`O_PATH`).
+    fn find(&self) -> Result<File, OpenError>;
+    /// Holds what is open against the order: the same incarnation.
+    fn same(&self, opened: &File) -> Result<(), OpenError>;
+    /// Holds what the name stands for, read anew, against the order.
+    fn proven(&self) -> Result<(), OpenError>;
+    /// Keeps other programs from writing, as far as the medium can; with the writable descriptor.
+    fn hold(&self, opened: &File) -> Result<(), OpenError>;
+    /// What the kernel's error means here.
+    fn refused(&self, error: io::Error) -> OpenError;
+}
 
 /// The disks that this process has open: each one once, shared by its exports.
 #[derive(Default)]
@@ -123,10 +138,11 @@ struct State {
     claim: Weak<Claim>,
 }
 
-/// One disk, held with `O_EXCL` until the last image of it is dropped.
+/// One disk or file, held until the last image of it is dropped.
 pub struct Claim {
     pub number: DeviceNumber,
-    /// Opened with `O_EXCL`.
+    pub medium: Medium,
+    /// Opened with `O_EXCL`, of a disk.
     held: File,
     held_writable: bool,
     /// A second, writable descriptor under the same claim, where the first one is read-only.
@@ -167,18 +183,18 @@ pub struct Opened {
 ///
 /// # Errors
 /// [`OpenError`]: whatever is not exactly as ordered is refused, and nothing stays open.
-pub fn open(
+pub(super) fn open(
     order: &OpenDisk,
-    identities: ReadIdentities<'_>,
+    subject: &dyn Subject,
     claims: &Claims,
 ) -> Result<Opened, OpenError> {
     let place = claims.place(order.diskseq);
     let turn = Turn::take(&place, order)?;
     let (claim, read_only) = match turn.claim(order)? {
-        Some(claim) => share(order, claim)?,
-        None => claim_new(order, &place)?,
+        Some(claim) => share(order, subject, claim)?,
+        None => claim_new(order, subject, &place)?,
     };
-    let size = verify(order, claim.file(), identities)?;
+    let size = verify(order, subject, claim.file())?;
     lock(&place.state).claim = Arc::downgrade(&claim);
     Ok(Opened {
         claim,
@@ -263,27 +279,39 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Opens the disk that no one of this process has open; the caller has the turn.
-fn claim_new(order: &OpenDisk, place: &Arc<Place>) -> Result<(Arc<Claim>, bool), OpenError> {
-    let node = node(order)?;
-    let (held, read_only) = match reopen(&node, order.write, libc::O_EXCL) {
+/// Opens what no one of this process has open; the caller has the turn.
+fn claim_new(
+    order: &OpenDisk,
+    subject: &dyn Subject,
+    place: &Arc<Place>,
+) -> Result<(Arc<Claim>, bool), OpenError> {
+    let node = subject.find()?;
+    let medium = subject.medium();
+    let flags = medium.exclusive();
+    let refused = |e| subject.refused(e);
+    let (held, read_only) = match reopen(&node, order.write, flags) {
         Ok(file) => (file, false),
         Err(e) if order.write && is_read_only(&e) => {
-            // The disk refuses writes: it is served read-only, and says so.
-            let file = reopen(&node, false, libc::O_EXCL).map_err(|e| refused(order, e))?;
-            if !sys::read_only(&file).map_err(|e| refused(order, e))? {
-                return Err(refused(order, e));
+            // It refuses writes: it is served read-only, and says so.
+            let file = reopen(&node, false, flags).map_err(refused)?;
+            if !medium.refuses_writes(&file).map_err(refused)? {
+                return Err(subject.refused(e));
             }
             (file, true)
         }
-        Err(e) => return Err(refused(order, e)),
+        Err(e) => return Err(subject.refused(e)),
     };
-    let read_only = read_only || sys::read_only(&held).map_err(|e| refused(order, e))?;
+    let read_only = read_only || medium.read_only(&held).map_err(refused)?;
+    let held_writable = order.write && !read_only;
+    if held_writable {
+        subject.hold(&held)?;
+    }
     lock(&place.state).held = true;
     let claim = Claim {
         number: order.number,
+        medium,
         held,
-        held_writable: order.write && !read_only,
+        held_writable,
         writable: OnceLock::new(),
         durable: Durable::default(),
         _closed: Closed(Arc::clone(place)),
@@ -292,45 +320,34 @@ fn claim_new(order: &OpenDisk, place: &Arc<Place>) -> Result<(Arc<Claim>, bool),
 }
 
 /// Adds to a claim what this order needs of it.
-fn share(order: &OpenDisk, claim: Arc<Claim>) -> Result<(Arc<Claim>, bool), OpenError> {
-    let read_only = sys::read_only(&claim.held).map_err(|e| refused(order, e))?;
+fn share(
+    order: &OpenDisk,
+    subject: &dyn Subject,
+    claim: Arc<Claim>,
+) -> Result<(Arc<Claim>, bool), OpenError> {
+    let mut read_only = claim
+        .medium
+        .read_only(&claim.held)
+        .map_err(|e| subject.refused(e))?;
     if order.write && !read_only && !claim.held_writable && claim.writable.get().is_none() {
         // Without O_EXCL: the claim has it, and the kernel refuses a second one even to its owner.
-        let file = reopen(&node(order)?, true, 0).map_err(|e| refused(order, e))?;
-        same_disk(order, &file)?;
-        // The caller has the turn: no one else can have set it.
-        let _ = claim.writable.set(file);
+        match reopen(&subject.find()?, true, 0) {
+            Ok(file) => {
+                subject.same(&file)?;
+                subject.hold(&file)?;
+                // The caller has the turn: no one else can have set it.
+                let _ = claim.writable.set(file);
+            }
+            Err(e) => {
+                let refuses = claim.medium.refuses_writes(&claim.held);
+                read_only = is_read_only(&e) && refuses.map_err(|e| subject.refused(e))?;
+                if !read_only {
+                    return Err(subject.refused(e));
+                }
+            }
+        }
     }
     Ok((claim, read_only || !order.write))
-}
-
-/// Fixes the node to one device without opening the disk.
-fn node(order: &OpenDisk) -> Result<File, OpenError> {
-    let path = OpenOptions::new()
-        .read(true)
-        .custom_flags(libc::O_PATH | libc::O_NOFOLLOW | libc::O_CLOEXEC)
-        .open(&order.node.0)
-        .map_err(|e| refused(order, e))?;
-    let facts = path.metadata().map_err(|e| refused(order, e))?;
-    if !facts.file_type().is_block_device() {
-        return Err(OpenError::NotADisk {
-            node: order.node.clone(),
-        });
-    }
-    // Linux device numbers have 12 and 20 bits.
-    let part = |n: u64| u32::try_from(n).unwrap_or(u32::MAX);
-    let found = DeviceNumber {
-        major: part(major(facts.rdev())),
-        minor: part(minor(facts.rdev())),
-    };
-    if found != order.number {
-        return Err(OpenError::OtherDevice {
-            node: order.node.clone(),
-            expected: order.number,
-            found,
-        });
-    }
-    Ok(path)
 }
 
 fn reopen(path: &File, write: bool, flags: libc::c_int) -> io::Result<File> {
@@ -341,41 +358,22 @@ fn reopen(path: &File, write: bool, flags: libc::c_int) -> io::Result<File> {
         .open(format!("/proc/self/fd/{}", path.as_raw_fd()))
 }
 
-fn same_disk(order: &OpenDisk, disk: &File) -> Result<(), OpenError> {
-    let found = DiskSeq(sys::diskseq(disk).map_err(|e| refused(order, e))?);
-    if found != order.diskseq {
-        return Err(OpenError::DiskChanged {
-            node: order.node.clone(),
-            expected: order.diskseq,
-            found,
-        });
-    }
-    Ok(())
-}
-
-/// Holds the opened disk against the order; returns its size in bytes.
-fn verify(order: &OpenDisk, disk: &File, identities: ReadIdentities<'_>) -> Result<u64, OpenError> {
-    same_disk(order, disk)?;
-    let (diskseq, found) = identities(order.number).map_err(|e| refused(order, e))?;
-    if diskseq != order.diskseq {
-        return Err(OpenError::DiskChanged {
-            node: order.node.clone(),
-            expected: order.diskseq,
-            found: diskseq,
-        });
-    }
-    if !found.contains(&order.identity) {
-        return Err(OpenError::OtherIdentity {
-            node: order.node.clone(),
-            expected: order.identity.clone(),
-        });
-    }
-    let mut size = sys::size(disk).map_err(|e| refused(order, e))?;
+/// Holds what is open against the order; returns its size in bytes.
+fn verify(order: &OpenDisk, subject: &dyn Subject, opened: &File) -> Result<u64, OpenError> {
+    subject.same(opened)?;
+    subject.proven()?;
+    let size = || {
+        subject
+            .medium()
+            .size(opened)
+            .map_err(|e| subject.refused(e))
+    };
+    let mut last = size()?;
     let mut steady = false;
     for _ in 1..SIZE_READINGS {
-        let again = sys::size(disk).map_err(|e| refused(order, e))?;
-        steady = again == size && size > 0;
-        size = again;
+        let again = size()?;
+        steady = again == last && last > 0;
+        last = again;
         if steady {
             break;
         }
@@ -386,8 +384,8 @@ fn verify(order: &OpenDisk, disk: &File, identities: ReadIdentities<'_>) -> Resu
         });
     }
     // Last, so that all of the above was read from this disk.
-    same_disk(order, disk)?;
-    Ok(size)
+    subject.same(opened)?;
+    Ok(last)
 }
 
 fn is_read_only(e: &io::Error) -> bool {
@@ -395,19 +393,4 @@ fn is_read_only(e: &io::Error) -> bool {
         e.raw_os_error(),
         Some(libc::EROFS | libc::EACCES | libc::EPERM)
     )
-}
-
-fn refused(order: &OpenDisk, source: io::Error) -> OpenError {
-    let node = order.node.clone();
-    match source.raw_os_error() {
-        Some(libc::EBUSY) => OpenError::Busy {
-            by: users::users(order.number, &node),
-            node,
-        },
-        Some(libc::ENOENT | libc::ENXIO | libc::ENODEV | libc::ENOMEDIUM) => {
-            OpenError::Gone { node }
-        }
-        _ if source.kind() == io::ErrorKind::NotFound => OpenError::Gone { node },
-        _ => OpenError::Kernel { node, source },
-    }
 }

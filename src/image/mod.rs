@@ -4,9 +4,15 @@
 
 use std::io;
 
+pub mod allocation;
+mod backing;
+pub mod beneath;
 pub mod block;
 mod claim;
+mod disk;
 mod durable;
+mod medium;
+pub mod raw;
 mod sys;
 mod users;
 
@@ -33,6 +39,64 @@ impl Extent {
     pub fn len(self) -> u32 {
         self.len
     }
+}
+
+/// A byte range without payload, of any length, that was checked against the image's size once (invariant 8). `len` is
+/// never 0. Images take it in pieces ([`Span::first`]), so that no call is longer than a fence may wait.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Span {
+    offset: u64,
+    len: u64,
+}
+
+impl Span {
+    /// As [`Extent::checked`].
+    pub fn checked(offset: u64, len: u64, size: u64) -> Option<Span> {
+        let end = offset.checked_add(len)?;
+        (len > 0 && end <= size && i64::try_from(end).is_ok()).then_some(Span { offset, len })
+    }
+
+    pub fn offset(self) -> u64 {
+        self.offset
+    }
+
+    #[allow(clippy::len_without_is_empty, reason = "never empty, by construction")]
+    pub fn len(self) -> u64 {
+        self.len
+    }
+
+    /// The first piece and what is left after it. Pieces end at multiples of `bytes_max` (a power of two), so that a
+    /// device's own granularity is not cut.
+    pub fn first(self, bytes_max: u32) -> (Extent, Option<Span>) {
+        let max = u64::from(bytes_max);
+        let len = (max - self.offset % max).min(self.len);
+        let piece = Extent {
+            offset: self.offset,
+            len: u32::try_from(len).unwrap_or(bytes_max),
+        };
+        let rest = Span {
+            offset: self.offset + len,
+            len: self.len - len,
+        };
+        (piece, (rest.len > 0).then_some(rest))
+    }
+
+    /// At most the first `bytes_max` > 0 bytes of it.
+    pub fn at_most(self, bytes_max: u64) -> Span {
+        Span {
+            len: self.len.min(bytes_max),
+            ..self
+        }
+    }
+}
+
+/// One stretch of the allocation of an image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Allocation {
+    /// Never 0.
+    pub bytes: u64,
+    /// Nothing is stored there, and it reads as zeroes; else it is allocated, or not known.
+    pub hole: bool,
 }
 
 /// The request sizes that an image asks for, in bytes; each a power of two but `max`.
@@ -89,8 +153,61 @@ pub trait Image: Send + Sync {
     fn discard(&self, at: Extent, fua: bool) -> io::Result<()>;
     /// Asks for the range to be read ahead (NBD_CMD_CACHE).
     fn cache(&self, at: Extent) -> io::Result<()>;
+    /// Whether `zero` with these flags is faster than writing zeroes would be, over the whole range. Answers from memory.
+    /// `zero` is called with `fast` only where this said yes.
+    fn zeroes_fast(&self, at: Span, flags: ZeroFlags) -> bool {
+        let _ = (at, flags);
+        false
+    }
+    /// What is allocated from `at.offset()` on: at least one stretch and at most `stretches_max` (> 0), none beyond the range,
+    /// which need not be covered. A write that returned before this call is seen. Everything is allocated where
+    /// that cannot be asked.
+    fn allocation(&self, at: Span, stretches_max: usize) -> io::Result<Vec<Allocation>> {
+        let _ = stretches_max;
+        Ok(vec![Allocation {
+            bytes: at.len(),
+            hole: false,
+        }])
+    }
+    /// Whether seeks cost time.
+    fn rotational(&self) -> bool {
+        false
+    }
     /// Whether `discard` does anything.
     fn can_discard(&self) -> bool;
+    /// Part of something that was to be durable has failed: no later durable call succeeds (invariant 9).
+    fn latch(&self);
     /// True once a flush failed (invariant 9).
     fn latched(&self) -> bool;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pieces_cover_their_span_once_and_end_at_multiples() {
+        let size = 10 << 30;
+        for (offset, len) in [(0, size), (1, 5 << 30), (4095, 2), (size - 1, 1)] {
+            let mut rest = Span::checked(offset, len, size);
+            let mut at = offset;
+            while let Some(span) = rest {
+                let (piece, next) = span.first(64 << 20);
+                assert_eq!(piece.offset(), at);
+                at += u64::from(piece.len());
+                assert!(piece.len() > 0 && piece.len() <= 64 << 20);
+                assert!(at.is_multiple_of(64 << 20) || next.is_none());
+                rest = next;
+            }
+            assert_eq!(at, offset + len);
+        }
+    }
+
+    #[test]
+    fn no_span_is_empty_or_leaves_the_image() {
+        for (offset, len) in [(0, 0), (0, 4097), (4096, 1), (1, u64::MAX), (u64::MAX, 1)] {
+            assert_eq!(Span::checked(offset, len, 4096), None);
+        }
+        assert_eq!(Span::checked(1, i64::MAX as u64, u64::MAX), None);
+    }
 }

@@ -31,6 +31,68 @@ mod ioctl {
     nix::ioctl_write_ptr_bad!(discard, nix::request_code_none!(0x12, 119), [u64; 2]);
 }
 
+// linux/loop.h
+const LOOP_GET_STATUS64: libc::Ioctl = 0x4C05;
+
+/// `struct loop_info64` of linux/loop.h.
+#[repr(C)]
+struct LoopInfo64 {
+    device: u64,
+    inode: u64,
+    rdevice: u64,
+    offset: u64,
+    sizelimit: u64,
+    number: u32,
+    encrypt_type: u32,
+    encrypt_key_size: u32,
+    flags: u32,
+    file_name: [u8; 64],
+    crypt_name: [u8; 64],
+    encrypt_key: [u8; 32],
+    init: [u64; 2],
+}
+
+/// What a loop device stands on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LoopStatus {
+    /// `st_dev` and `st_ino` of the backing file.
+    pub device: u64,
+    pub inode: u64,
+    /// Where in the file the device begins, in bytes.
+    pub offset: u64,
+}
+
+/// `LOOP_GET_STATUS64`.
+pub fn loop_status(disk: &File) -> io::Result<LoopStatus> {
+    // SAFETY: all fields are integers and arrays of them, for which zero bytes are a value.
+    let mut info: LoopInfo64 = unsafe { std::mem::zeroed() };
+    // SAFETY: the descriptor is open and the kernel writes one loop_info64 to a live one of that layout.
+    let done = unsafe { libc::ioctl(disk.as_raw_fd(), LOOP_GET_STATUS64, &raw mut info) };
+    if done < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(LoopStatus {
+        device: info.device,
+        inode: info.inode,
+        offset: info.offset,
+    })
+}
+
+/// `sync_file_range`: the dirty pages of the range (bytes) are written to the device at return. Not durable.
+pub fn write_back(disk: &File, offset: u64, len: u64) -> io::Result<()> {
+    let range = |n: u64| libc::off64_t::try_from(n).map_err(io::Error::other);
+    let flags = libc::SYNC_FILE_RANGE_WAIT_BEFORE
+        | libc::SYNC_FILE_RANGE_WRITE
+        | libc::SYNC_FILE_RANGE_WAIT_AFTER;
+    let (offset, len) = (range(offset)?, range(len)?);
+    // SAFETY: the descriptor is open; no memory is passed.
+    let done = unsafe { libc::sync_file_range(disk.as_raw_fd(), offset, len, flags) };
+    if done < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
 /// `BLKGETDISKSEQ`: the incarnation of the disk that is open.
 pub fn diskseq(disk: &File) -> io::Result<u64> {
     let mut value = 0;

@@ -2,6 +2,7 @@
 //! what it finds can be gone by the time that it is read.
 
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use crate::correlation::{DeviceNode, DeviceNumber};
@@ -48,6 +49,21 @@ pub fn users(number: DeviceNumber, node: &DeviceNode) -> String {
     }
     found.truncate(NAMED_MAX);
     found.join(", ")
+}
+
+/// The loop device that this file backs, in words: whoever has that would be a second writer.
+pub fn loop_of(file: &fs::File) -> Option<String> {
+    let this = file.metadata().ok()?;
+    let same = |path: &str| {
+        fs::metadata(path).is_ok_and(|other| (other.dev(), other.ino()) == (this.dev(), this.ino()))
+    };
+    names(Path::new("/sys/block")).into_iter().find_map(|name| {
+        let shown = Path::new("/sys/block")
+            .join(&name)
+            .join("loop/backing_file");
+        let path = fs::read_to_string(shown).ok()?;
+        same(path.trim_end_matches('\n')).then(|| format!("it backs {name}"))
+    })
 }
 
 fn holders(dir: &Path) -> Vec<String> {

@@ -7,7 +7,7 @@
 
 use std::sync::Arc;
 
-use crate::image::{Extent, NoWait};
+use crate::image::{Extent, NoWait, Span, ZeroFlags};
 
 use super::command::{Command, Refused};
 use super::conn::{Charge, Conn, Full};
@@ -15,7 +15,7 @@ use super::lease::{Kind, wire_error};
 use super::reply::Gather;
 use super::stats::add;
 use super::transmission::Transmission;
-use super::wire::{self, NbdError};
+use super::wire::{self, NbdError, ReplyTo};
 use super::work::Job;
 
 /// A reply of more bytes than this counts as held payload.
@@ -26,29 +26,34 @@ pub(super) const DETACHED: Refused = Refused {
     why: "the export is being detached",
 };
 
+const NOT_FAST: Refused = Refused {
+    error: NbdError::NotSup,
+    why: "zeroes would be no faster than a write",
+};
+
 impl Transmission {
     /// From memory at once, or by the disk crew.
     pub(super) fn read(
         &self,
         conn: &Arc<Conn>,
         gather: &mut Gather,
-        cookie: u64,
+        to: ReplyTo,
         at: Extent,
     ) -> Result<(), Full> {
-        let (structured, len) = (self.terms.structured, at.len() as usize);
+        let len = at.len() as usize;
         let mut charge = None;
         if len > LARGE_BYTES {
             charge = Some(conn.account.charge(len)?);
         }
         let Some(pass) = self.lease.begin(None) else {
-            self.refuse(gather, cookie, DETACHED);
+            self.refuse(gather, to, DETACHED);
             return Ok(());
         };
-        let header = wire::read_header_bytes(structured);
+        let header = wire::read_header_bytes(to.headers);
         let (head, data) = gather.room(header + len).split_at_mut(header);
         match pass.image().read_nowait(at, data) {
             Ok(NoWait::Done) => {
-                wire::put_read_header(head, structured, cookie, at.offset(), at.len());
+                wire::put_read_header(head, to, at.len());
                 gather.commit(header + len, charge);
                 add(&self.lease.shared.counters.reads_inline, 1);
             }
@@ -58,11 +63,11 @@ impl Transmission {
                     Some(charge) => charge,
                     None => conn.account.charge(len)?,
                 };
-                self.hand_over(conn, cookie, Command::Read(at), Vec::new(), Some(charge));
+                self.hand_over(conn, to, Command::Read(at), Vec::new(), Some(charge));
             }
             Err(error) => {
                 drop(pass);
-                self.failed(gather, cookie, &error);
+                self.failed(gather, to, &error);
             }
         }
         Ok(())
@@ -72,7 +77,7 @@ impl Transmission {
     pub(super) fn write_inline(
         &self,
         gather: &mut Gather,
-        cookie: u64,
+        to: ReplyTo,
         at: Extent,
         data: &[u8],
     ) -> bool {
@@ -81,7 +86,7 @@ impl Transmission {
             return false;
         };
         let Some(pass) = self.lease.begin(Some(Kind::Write)) else {
-            self.refuse(gather, cookie, DETACHED);
+            self.refuse(gather, to, DETACHED);
             return true;
         };
         add(&counters.writes, 1);
@@ -89,8 +94,8 @@ impl Transmission {
         let result = pass.image().write(at, data, false);
         drop(pass);
         match result {
-            Ok(()) => gather.done(false, cookie),
-            Err(error) => self.failed(gather, cookie, &error),
+            Ok(()) => gather.done(to, false),
+            Err(error) => self.failed(gather, to, &error),
         }
         true
     }
@@ -98,7 +103,7 @@ impl Transmission {
     pub(super) fn hand_over(
         &self,
         conn: &Arc<Conn>,
-        cookie: u64,
+        to: ReplyTo,
         command: Command,
         payload: Vec<u8>,
         charge: Option<Charge>,
@@ -110,26 +115,54 @@ impl Transmission {
                 payload.len() as u64,
             );
         }
-        let job = Job::new(
-            conn,
-            self.terms.structured,
-            cookie,
-            command,
-            payload,
-            charge,
-        );
+        let job = Job::new(conn, to, command, payload, charge);
         self.lease.hand_over(job);
     }
 
-    fn failed(&self, gather: &mut Gather, cookie: u64, error: &std::io::Error) {
-        let wired = wire_error(error, self.lease.fenced(), false);
-        tracing::debug!(export = %self.lease.export, %error, "a request failed");
-        add(&self.lease.shared.counters.requests_failed, 1);
-        gather.error(self.terms.structured, cookie, wired, &error.to_string());
+    /// The answer to BLOCK_STATUS is made by the disk crew, since the file system may have to read for it.
+    pub(super) fn status(
+        &self,
+        conn: &Arc<Conn>,
+        to: ReplyTo,
+        at: Span,
+        one: bool,
+    ) -> Result<(), Full> {
+        let charge = conn.account.charge(Job::status_bytes(one))?;
+        add(&self.lease.shared.counters.statuses, 1);
+        let command = Command::Status { at, one };
+        self.hand_over(conn, to, command, Vec::new(), Some(charge));
+        Ok(())
     }
 
-    pub(super) fn refuse(&self, gather: &mut Gather, cookie: u64, refused: Refused) {
+    /// proto.md "NBD_CMD_WRITE_ZEROES": a fast one that would not be fast fails quickly, also while the disk is busy.
+    pub(super) fn refuses_fast(
+        &self,
+        gather: &mut Gather,
+        to: ReplyTo,
+        at: Span,
+        flags: ZeroFlags,
+    ) -> bool {
+        if !flags.fast {
+            return false;
+        }
+        let refused = match self.lease.begin(None) {
+            Some(pass) if pass.image().zeroes_fast(at, flags) => return false,
+            Some(_) => NOT_FAST,
+            None => DETACHED,
+        };
+        self.refuse(gather, to, refused);
+        true
+    }
+
+    fn failed(&self, gather: &mut Gather, to: ReplyTo, error: &std::io::Error) {
+        let wired = wire_error(error, self.lease.fenced());
+        tracing::debug!(export = %self.lease.export, %error, "a request failed");
         add(&self.lease.shared.counters.requests_failed, 1);
-        gather.error(self.terms.structured, cookie, refused.error, refused.why);
+        gather.error_at(to, wired, &error.to_string(), to.offset);
+    }
+
+    pub(super) fn refuse(&self, gather: &mut Gather, to: ReplyTo, refused: Refused) {
+        add(&self.lease.shared.counters.requests_failed, 1);
+        gather.error(to, refused.error, refused.why);
     }
 }

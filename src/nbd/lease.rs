@@ -36,9 +36,18 @@ pub(super) enum Kind {
     Trim,
     Zero,
     Cache,
+    Status,
 }
 
-pub(super) const KINDS: [&str; 6] = ["READ", "WRITE", "FLUSH", "TRIM", "WRITE_ZEROES", "CACHE"];
+pub(super) const KINDS: [&str; 7] = [
+    "READ",
+    "WRITE",
+    "FLUSH",
+    "TRIM",
+    "WRITE_ZEROES",
+    "CACHE",
+    "BLOCK_STATUS",
+];
 
 pub(super) struct Lease {
     pub(super) export: ExportName,
@@ -132,6 +141,7 @@ impl Lease {
             size: image.size(),
             read_only: read_only || image.read_only(),
             can_discard: image.can_discard(),
+            rotational: image.rotational(),
             blocks,
         };
         Arc::new(Lease {
@@ -261,9 +271,14 @@ impl Lease {
             drop(work);
             // A panic of an image must not lose the thread's place.
             let run = std::panic::AssertUnwindSafe(|| job.run(&self));
-            if std::panic::catch_unwind(run).is_err() {
-                add(&self.shared.counters.panics, 1);
-                tracing::error!(export = %self.export, "an image call panicked; its connection is lost");
+            match std::panic::catch_unwind(run) {
+                // Behind what came meanwhile: a request over a whole disk keeps no other waiting.
+                Ok(Some(rest)) => lock(&self.work).jobs.push_back(rest),
+                Ok(None) => {}
+                Err(_) => {
+                    add(&self.shared.counters.panics, 1);
+                    tracing::error!(export = %self.export, "an image call panicked; its connection is lost");
+                }
             }
             if self.shared.disks.has_backlog() {
                 let shared = self.shared.clone();
@@ -289,11 +304,7 @@ impl Task for DiskTask {
 }
 
 /// The error that a peer is told for what the kernel said; proto.md "Error values".
-pub(super) fn wire_error(
-    error: &io::Error,
-    fenced: bool,
-    fast_zero: bool,
-) -> super::wire::NbdError {
+pub(super) fn wire_error(error: &io::Error, fenced: bool) -> super::wire::NbdError {
     use super::wire::NbdError;
     // What a vanished disk answers is no news to a client whose lease has ended.
     if fenced {
@@ -302,7 +313,32 @@ pub(super) fn wire_error(
     match error.raw_os_error() {
         Some(libc::ENOSPC | libc::EDQUOT | libc::EFBIG) => NbdError::NoSpc,
         Some(libc::EPERM | libc::EACCES | libc::EROFS) => NbdError::Perm,
-        Some(libc::EOPNOTSUPP) if fast_zero => NbdError::NotSup,
         _ => NbdError::Io,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::wire::NbdError;
+    use super::*;
+
+    #[test]
+    fn errors_of_the_kernel_become_those_of_the_protocol() {
+        for (errno, wired) in [
+            (libc::ENOSPC, NbdError::NoSpc),
+            (libc::EDQUOT, NbdError::NoSpc),
+            (libc::EFBIG, NbdError::NoSpc),
+            (libc::EPERM, NbdError::Perm),
+            (libc::EROFS, NbdError::Perm),
+            // Neither of a fast zero (refused before the disk is asked) nor of a lack of memory is there to be told.
+            (libc::EOPNOTSUPP, NbdError::Io),
+            (libc::ENOMEM, NbdError::Io),
+            (libc::EINVAL, NbdError::Io),
+            (libc::EIO, NbdError::Io),
+        ] {
+            let error = io::Error::from_raw_os_error(errno);
+            assert_eq!(wire_error(&error, false), wired, "{errno}");
+            assert_eq!(wire_error(&error, true), NbdError::Shutdown);
+        }
     }
 }

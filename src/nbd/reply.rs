@@ -2,7 +2,7 @@
 //! beside it. Memory only; kept by the thread, not by the session.
 
 use super::conn::{Charge, Conn};
-use super::wire::{self, NbdError};
+use super::wire::{self, NbdError, ReplyTo};
 
 /// One receive takes at most this much, in bytes: many small requests, or a middling write whole. A session that
 /// is parked while memory is short keeps what it received, so all of them hold at most `Limits::connections`
@@ -90,12 +90,16 @@ impl Gather {
         self.charges.extend(charge);
     }
 
-    pub(super) fn done(&mut self, structured_read: bool, cookie: u64) {
-        self.push(|small| wire::push_done(small, structured_read, cookie));
+    pub(super) fn done(&mut self, to: ReplyTo, read: bool) {
+        self.push(|small| wire::push_done(small, to, read));
     }
 
-    pub(super) fn error(&mut self, structured: bool, cookie: u64, error: NbdError, why: &str) {
-        self.push(|small| wire::push_error(small, structured, cookie, error, why));
+    pub(super) fn error(&mut self, to: ReplyTo, error: NbdError, why: &str) {
+        self.push(|small| wire::push_error(small, to, error, why));
+    }
+
+    pub(super) fn error_at(&mut self, to: ReplyTo, error: NbdError, why: &str, at: u64) {
+        self.push(|small| wire::push_error_at(small, to, error, why, at));
     }
 
     pub(super) fn send(&mut self, conn: &Conn) {

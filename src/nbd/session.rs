@@ -17,7 +17,7 @@ use super::handshake::{ExpectFlags, ExpectOption, Next, Reason, Refusal};
 use super::reply::Scratch;
 use super::stats::add;
 use super::transmission::Transmission;
-use super::wire::OptionHeader;
+use super::wire::{Headers, OptionHeader};
 
 pub(super) struct Session {
     pub(super) conn: Arc<Conn>,
@@ -328,6 +328,13 @@ impl Handshake {
                     conn.send(std::mem::take(&mut out), charge.ok());
                     next
                 }
+                Next::Contexts(contexts) => {
+                    let verdict = shared.look_up(contexts.name()).map(|_| ());
+                    if verdict.is_err() {
+                        add(&shared.counters.exports_refused, 1);
+                    }
+                    contexts.answer(verdict, &mut out)
+                }
                 Next::Choose(choose) => {
                     let found = shared.look_up(choose.name());
                     let verdict = match found {
@@ -354,6 +361,9 @@ impl Handshake {
                     let Some((lease, facts)) = lease else {
                         return Ok(Took::End);
                     };
+                    if agreed.headers == Headers::Extended {
+                        add(&shared.counters.handshakes_extended, 1);
+                    }
                     let carry = std::mem::take(&mut self.buffer);
                     return Err(Box::new(Transmission::new(lease, facts, agreed, carry)));
                 }

@@ -28,6 +28,8 @@ counters! {
     /// accept(2) failed, as when descriptors run out.
     accept_errors,
     handshakes_done,
+    /// Of these, the ones that agreed extended headers.
+    handshakes_extended,
     /// Closed: `Limits::handshake`.
     handshakes_timed_out,
     /// Closed: the peer broke the protocol before the transmission phase.
@@ -45,6 +47,8 @@ counters! {
     trims,
     zeroes,
     caches,
+    /// BLOCK_STATUS.
+    statuses,
     bytes_read,
     bytes_written,
     /// Reads answered from memory in the session's own thread.

@@ -17,7 +17,7 @@ use super::lease::Lease;
 use super::reply::{KEEP_BYTES, Scratch};
 use super::session::{Interest, Rest};
 use super::stats::add;
-use super::wire::RequestHeader;
+use super::wire::{ReplyTo, RequestHeader, StatusFilter};
 
 /// A write of up to this many bytes is taken out of the receive buffer; longer ones are received
 /// straight into a buffer of their own.
@@ -45,13 +45,13 @@ enum Input {
     /// The payload of a write that was refused: consumed, or the stream is lost.
     Discard {
         left: usize,
-        cookie: u64,
+        to: ReplyTo,
         refused: Refused,
     },
 }
 
 struct Payload {
-    cookie: u64,
+    to: ReplyTo,
     at: Extent,
     fua: bool,
     buffer: Vec<u8>,
@@ -78,7 +78,8 @@ impl Transmission {
             size: facts.size,
             read_only: facts.read_only,
             trim: facts.can_discard && !facts.read_only,
-            structured: agreed.structured,
+            headers: agreed.headers,
+            allocation: agreed.allocation,
             block_min: facts.blocks.min,
             request_max: facts.blocks.max,
         };
@@ -238,20 +239,16 @@ impl Transmission {
             }
             let step = match &mut self.input {
                 Input::Header => self.on_header(conn, scratch),
-                Input::Discard {
-                    left,
-                    cookie,
-                    refused,
-                } => {
+                Input::Discard { left, to, refused } => {
                     let there = scratch.received.bytes().len().min(*left);
                     scratch.received.consume(there);
                     *left -= there;
                     if *left > 0 {
                         return Outcome::NeedsInput;
                     }
-                    let (cookie, refused) = (*cookie, *refused);
+                    let (to, refused) = (*to, *refused);
                     self.input = Input::Header;
-                    self.refuse(&mut scratch.gather, cookie, refused);
+                    self.refuse(&mut scratch.gather, to, refused);
                     Ok(())
                 }
                 Input::Payload(payload) => {
@@ -276,22 +273,39 @@ impl Transmission {
 
     fn on_header(&mut self, conn: &Arc<Conn>, scratch: &mut Scratch) -> Result<(), Outcome> {
         let bytes = scratch.received.bytes();
-        let raw = bytes
-            .first_chunk::<{ RequestHeader::BYTES }>()
-            .ok_or(Outcome::NeedsInput)?;
-        let header = RequestHeader::parse(raw).map_err(|_| Outcome::Violation)?;
-        let cookie = header.cookie;
+        let headers = self.terms.headers;
+        let header = RequestHeader::parse(bytes, headers)
+            .ok_or(Outcome::NeedsInput)?
+            .map_err(|_| Outcome::Violation)?;
+        // Header, and what of its payload is taken out of the receive buffer with it.
+        let mut taken = RequestHeader::bytes(headers);
+        let to = ReplyTo {
+            headers,
+            cookie: header.cookie,
+            offset: header.offset,
+        };
         let counters = &self.lease.shared.counters;
-        let command = match command::check(&header, &self.terms) {
+        if command::is_flood(&header, &self.terms) {
+            return Err(Outcome::Violation);
+        }
+        let mut command = command::check(&header, &self.terms);
+        if command == Ok(Command::FilteredStatus) {
+            let payload = bytes[taken..]
+                .first_chunk::<{ StatusFilter::BYTES }>()
+                .ok_or(Outcome::NeedsInput)?;
+            command = command::check_filtered(&header, payload, &self.terms);
+        }
+        let command = match command {
             Ok(command) => command,
             Err(refused) => {
-                if header.length > self.terms.request_max {
+                if header.payload_bytes() > self.terms.request_max.into() {
                     add(&counters.requests_too_big, 1);
                 }
-                scratch.received.consume(RequestHeader::BYTES);
+                scratch.received.consume(taken);
                 self.input = Input::Discard {
-                    left: header.payload_bytes() as usize,
-                    cookie,
+                    // Bounded: 32 bits, or not a flood.
+                    left: usize::try_from(header.payload_bytes()).unwrap_or(usize::MAX),
+                    to,
                     refused,
                 };
                 return Ok(());
@@ -304,19 +318,17 @@ impl Transmission {
         }
         match command {
             Command::Read(at) => {
-                self.read(conn, &mut scratch.gather, cookie, at)
+                self.read(conn, &mut scratch.gather, to, at)
                     .map_err(Outcome::Full)?;
                 add(&counters.reads, 1);
                 add(&counters.bytes_read, at.len().into());
             }
             Command::Write { at, fua } if at.len() <= IN_BUFFER_BYTES => {
-                let whole = RequestHeader::BYTES + at.len() as usize;
-                let data = bytes
-                    .get(RequestHeader::BYTES..whole)
-                    .ok_or(Outcome::NeedsInput)?;
-                if fua || !self.write_inline(&mut scratch.gather, cookie, at, data) {
+                let whole = taken + at.len() as usize;
+                let data = bytes.get(taken..whole).ok_or(Outcome::NeedsInput)?;
+                if fua || !self.write_inline(&mut scratch.gather, to, at, data) {
                     let charge = conn.account.charge(data.len()).map_err(Outcome::Full)?;
-                    self.hand_over(conn, cookie, command, data.to_vec(), Some(charge));
+                    self.hand_over(conn, to, command, data.to_vec(), Some(charge));
                 }
                 scratch.received.consume(whole);
                 return Ok(());
@@ -327,7 +339,7 @@ impl Transmission {
                 let mut buffer = std::mem::take(&mut scratch.spare);
                 buffer.resize(len, 0);
                 self.input = Input::Payload(Payload {
-                    cookie,
+                    to,
                     at,
                     fua,
                     buffer,
@@ -337,16 +349,27 @@ impl Transmission {
             }
             Command::Nothing { read } => {
                 if self.lease.fenced() {
-                    self.refuse(&mut scratch.gather, cookie, DETACHED);
+                    self.refuse(&mut scratch.gather, to, DETACHED);
                 } else {
-                    scratch.gather.done(read && self.terms.structured, cookie);
+                    scratch.gather.done(to, read);
                 }
             }
             Command::Disconnect => {
-                scratch.received.consume(RequestHeader::BYTES);
+                scratch.received.consume(taken);
                 return Err(Outcome::Disconnect);
             }
-            Command::Flush | Command::Trim { .. } | Command::Zero { .. } | Command::Cache(_) => {
+            Command::Status { at, one } => {
+                self.status(conn, to, at, one).map_err(Outcome::Full)?;
+                // Of a filtered one all of the payload is here.
+                taken += usize::try_from(header.payload_bytes()).unwrap_or(0);
+            }
+            Command::Zero { at, flags }
+                if self.refuses_fast(&mut scratch.gather, to, at, flags) => {}
+            Command::Flush
+            | Command::Trim { .. }
+            | Command::Zero { .. }
+            | Command::Cache(_)
+            | Command::FilteredStatus => {
                 let counter = match command {
                     Command::Flush => &counters.flushes,
                     Command::Trim { .. } => &counters.trims,
@@ -354,10 +377,10 @@ impl Transmission {
                     _ => &counters.caches,
                 };
                 add(counter, 1);
-                self.hand_over(conn, cookie, command, Vec::new(), None);
+                self.hand_over(conn, to, command, Vec::new(), None);
             }
         }
-        scratch.received.consume(RequestHeader::BYTES);
+        scratch.received.consume(taken);
         Ok(())
     }
 
@@ -366,21 +389,15 @@ impl Transmission {
             return Ok(());
         };
         let Payload {
-            cookie,
+            to,
             at,
             fua,
             buffer,
             charge,
             ..
         } = payload;
-        if fua || !self.write_inline(&mut scratch.gather, cookie, at, &buffer) {
-            self.hand_over(
-                conn,
-                cookie,
-                Command::Write { at, fua },
-                buffer,
-                Some(charge),
-            );
+        if fua || !self.write_inline(&mut scratch.gather, to, at, &buffer) {
+            self.hand_over(conn, to, Command::Write { at, fua }, buffer, Some(charge));
         } else if buffer.capacity() <= KEEP_BYTES {
             scratch.spare = buffer;
         }

@@ -1,21 +1,31 @@
-//! A request that would wait for its disk, on its way through the disk crew. Runs one image call and sends
-//! the reply.
+//! A request that would wait for its disk, on its way through the disk crew: one image call, or, for a request over a
+//! range of any length, one a turn; then the reply.
 
+use std::io;
 use std::sync::Arc;
+
+use crate::image::{Image, Span};
 
 use super::command::Command;
 use super::conn::{Charge, Conn};
 use super::lease::{Kind, Lease, wire_error};
 use super::stats::add;
-use super::wire::{self, NbdError};
+use super::wire::{self, NbdError, ReplyTo};
+
+/// The most that one image call zeroes, discards or reads ahead, in bytes. Between two calls the fence holds and others
+/// have their turn. A power of two.
+const PIECE_BYTES: u32 = 64 << 20;
+/// Stretches in one answer to BLOCK_STATUS: 64 KiB at most. proto.md "Structured reply types" allows 2^20; the client
+/// asks again from where the answer ends.
+const STRETCHES_MAX: usize = 4_095;
 
 /// One request of one session. Dropped without an answer (a panic), it takes the connection with it, since the
 /// peer would wait for ever (invariant 7).
 pub(super) struct Job {
     conn: Arc<Conn>,
     answered: bool,
-    cookie: u64,
-    structured: bool,
+    to: ReplyTo,
+    /// What is left to be done.
     command: Command,
     /// Of a write.
     payload: Vec<u8>,
@@ -25,8 +35,7 @@ pub(super) struct Job {
 impl Job {
     pub(super) fn new(
         conn: &Arc<Conn>,
-        structured: bool,
-        cookie: u64,
+        to: ReplyTo,
         command: Command,
         payload: Vec<u8>,
         charge: Option<Charge>,
@@ -35,8 +44,7 @@ impl Job {
         Job {
             conn: conn.clone(),
             answered: false,
-            cookie,
-            structured,
+            to,
             command,
             payload,
             charge,
@@ -45,50 +53,113 @@ impl Job {
 
     /// Answers without having begun: the lease is ending.
     pub(super) fn refuse(self) {
-        self.fail(NbdError::Shutdown, "the export is being detached");
+        self.fail(NbdError::Shutdown, "the export is being detached", None);
     }
 
-    pub(super) fn run(self, lease: &Arc<Lease>) {
+    /// Bytes that the answer to BLOCK_STATUS may have.
+    pub(super) fn status_bytes(one: bool) -> usize {
+        let stretches = if one { 1 } else { STRETCHES_MAX };
+        40 + 16 * stretches
+    }
+
+    /// Does one step; gives back what is left of it.
+    pub(super) fn run(mut self, lease: &Arc<Lease>) -> Option<Job> {
+        if self.conn.is_dead() {
+            return None;
+        }
         let Some(pass) = lease.begin(Some(kind(&self.command))) else {
-            return self.refuse();
+            self.refuse();
+            return None;
         };
-        let image = pass.image();
-        let mut reply = Vec::new();
-        let mut fast = false;
-        let result = match self.command {
-            Command::Read(at) => {
-                let header = wire::read_header_bytes(self.structured);
-                reply = vec![0; header + at.len() as usize];
-                let (head, data) = reply.split_at_mut(header);
-                wire::put_read_header(head, self.structured, self.cookie, at.offset(), at.len());
-                image.read(at, data)
-            }
-            Command::Write { at, fua } => image.write(at, &self.payload, fua),
-            Command::Flush => image.flush(),
-            Command::Trim { at, fua } => image.discard(at, fua),
-            Command::Zero { at, flags } => {
-                fast = flags.fast;
-                image.zero(at, flags)
-            }
-            Command::Cache(at) => image.cache(at),
-            Command::Nothing { .. } | Command::Disconnect => Ok(()),
-        };
+        let step = self.step(pass.image());
         drop(pass);
-        if let Err(error) = result {
-            let wired = wire_error(&error, lease.fenced(), fast);
-            add(&lease.shared.counters.requests_failed, 1);
-            tracing::debug!(export = %lease.export, %error, command = ?self.command, "a request failed");
-            return self.fail(wired, &error.to_string());
+        match step {
+            Ok(Step::Rest(command)) => {
+                self.command = command;
+                return Some(self);
+            }
+            Ok(Step::Data(reply)) => self.answer(reply),
+            Ok(Step::Done) => {
+                let mut reply = Vec::new();
+                wire::push_done(&mut reply, self.to, false);
+                self.answer(reply);
+            }
+            Err(Failed { error, at }) => {
+                let wired = wire_error(&error, lease.fenced());
+                add(&lease.shared.counters.requests_failed, 1);
+                tracing::debug!(export = %lease.export, %error, command = ?self.command, "a request failed");
+                self.fail(wired, &error.to_string(), at);
+            }
         }
-        if reply.is_empty() {
-            wire::push_done(&mut reply, false, self.cookie);
-        }
-        self.answer(reply);
+        None
     }
 
-    fn fail(self, error: NbdError, why: &str) {
+    fn step(&self, image: &dyn Image) -> Result<Step, Failed> {
+        let at = |offset: u64| {
+            move |error| Failed {
+                error,
+                at: Some(offset),
+            }
+        };
+        match self.command {
+            Command::Read(range) => {
+                let header = wire::read_header_bytes(self.to.headers);
+                let mut reply = vec![0; header + range.len() as usize];
+                let (head, data) = reply.split_at_mut(header);
+                wire::put_read_header(head, self.to, range.len());
+                image.read(range, data).map_err(at(range.offset()))?;
+                Ok(Step::Data(reply))
+            }
+            Command::Write { at: range, fua } => {
+                let done = image.write(range, &self.payload, fua);
+                done.map_err(at(range.offset())).map(|()| Step::Done)
+            }
+            Command::Flush => match image.flush() {
+                Ok(()) => Ok(Step::Done),
+                Err(error) => Err(Failed { error, at: None }),
+            },
+            Command::Trim { at: span, fua } => {
+                let (piece, rest) = span.first(PIECE_BYTES);
+                // Durable with the last piece, whose flush covers all of them (invariant 9).
+                let done = image.discard(piece, fua && rest.is_none());
+                latch_if_lost(image, fua, rest, &done);
+                done.map_err(at(piece.offset()))?;
+                Ok(Step::after(rest, |at| Command::Trim { at, fua }))
+            }
+            Command::Zero { at: span, flags } => {
+                let (piece, rest) = span.first(PIECE_BYTES);
+                let mut now = flags;
+                now.fua = flags.fua && rest.is_none();
+                let done = image.zero(piece, now);
+                latch_if_lost(image, flags.fua, rest, &done);
+                done.map_err(at(piece.offset()))?;
+                Ok(Step::after(rest, |at| Command::Zero { at, flags }))
+            }
+            Command::Cache(span) => {
+                let (piece, rest) = span.first(PIECE_BYTES);
+                image.cache(piece).map_err(at(piece.offset()))?;
+                Ok(Step::after(rest, Command::Cache))
+            }
+            Command::Status { at: span, one } => {
+                let max = if one { 1 } else { STRETCHES_MAX };
+                let stretches = image.allocation(span, max).map_err(at(span.offset()))?;
+                let mut reply = Vec::new();
+                wire::push_status(&mut reply, self.to, &stretches);
+                Ok(Step::Data(reply))
+            }
+            Command::Nothing { .. } | Command::FilteredStatus | Command::Disconnect => {
+                Ok(Step::Done)
+            }
+        }
+    }
+
+    /// `at`: the byte of the export up to which the request was done.
+    fn fail(self, error: NbdError, why: &str, at: Option<u64>) {
         let mut reply = Vec::new();
-        wire::push_error(&mut reply, self.structured, self.cookie, error, why);
+        match at {
+            Some(at) => wire::push_error_at(&mut reply, self.to, error, why, at),
+            None => wire::push_error(&mut reply, self.to, error, why),
+        }
         self.answer(reply);
     }
 
@@ -108,9 +179,39 @@ impl Drop for Job {
     }
 }
 
+/// How one image call of a job ended.
+enum Step {
+    Done,
+    /// Done, with a reply that is more than its success.
+    Data(Vec<u8>),
+    Rest(Command),
+}
+
+struct Failed {
+    error: io::Error,
+    at: Option<u64>,
+}
+
+impl Step {
+    fn after(rest: Option<Span>, command: impl FnOnce(Span) -> Command) -> Step {
+        rest.map_or(Step::Done, |span| Step::Rest(command(span)))
+    }
+}
+
+/// A piece that was not the last of a request with FUA was to be durable as much as the last one (invariant 9).
+fn latch_if_lost(image: &dyn Image, fua: bool, rest: Option<Span>, done: &io::Result<()>) {
+    if fua && rest.is_some() && done.is_err() {
+        image.latch();
+    }
+}
+
 fn kind(command: &Command) -> Kind {
     match command {
-        Command::Read(_) | Command::Nothing { .. } | Command::Disconnect => Kind::Read,
+        Command::Read(_)
+        | Command::Nothing { .. }
+        | Command::FilteredStatus
+        | Command::Disconnect => Kind::Read,
+        Command::Status { .. } => Kind::Status,
         Command::Write { .. } => Kind::Write,
         Command::Flush => Kind::Flush,
         Command::Trim { .. } => Kind::Trim,

@@ -160,3 +160,17 @@ pub fn run(program: &str, args: &[&str]) {
     let status = Command::new(program).args(args).status().unwrap();
     assert!(status.success(), "{program} {args:?}");
 }
+
+/// `LOOP_SET_STATUS64`: the device begins at `offset` (bytes) of its file from now on.
+pub fn set_loop_offset(disk: &Loop, offset: u64) {
+    // struct loop_info64 of linux/loop.h: 232 bytes, `lo_offset` at 24.
+    let mut info = [0u8; 232];
+    let device = File::open(&disk.node().0).unwrap();
+    // SAFETY: an open descriptor, and a buffer as long as what the kernel writes.
+    let got = unsafe { libc::ioctl(device.as_raw_fd(), 0x4C05, info.as_mut_ptr()) };
+    assert_eq!(got, 0, "{}", io::Error::last_os_error());
+    info[24..32].copy_from_slice(&offset.to_ne_bytes());
+    // SAFETY: an open descriptor, and a buffer as long as what the kernel reads.
+    let set = unsafe { libc::ioctl(device.as_raw_fd(), 0x4C04, info.as_ptr()) };
+    assert_eq!(set, 0, "{}", io::Error::last_os_error());
+}

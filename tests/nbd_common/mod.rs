@@ -5,13 +5,13 @@
 use std::io::{self, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Condvar, Mutex, RwLock};
 use std::time::{Duration, Instant};
 
 use nbdtrack::correlation::{EndHow, ExportName, Generation, LeaseEnd};
-use nbdtrack::image::{BlockSizes, Extent, Image, NoWait, ZeroFlags};
+use nbdtrack::image::{Allocation, BlockSizes, Extent, Image, NoWait, Span, ZeroFlags};
 use nbdtrack::nbd::wire::{self, option, rep};
 use nbdtrack::nbd::{Door, Limits};
 
@@ -25,12 +25,20 @@ pub struct Memory {
     /// `read_nowait` says that it would wait.
     pub cold: AtomicBool,
     pub fail_flush: AtomicBool,
+    pub fast_zero: AtomicBool,
+    pub fail_reads: AtomicBool,
+    /// Zeroes fail from this byte on.
+    pub fail_from: AtomicU64,
+    /// What `zero` was asked.
+    pub zeroed: Mutex<Vec<(Extent, ZeroFlags)>>,
     pub latched: AtomicBool,
     pub flushes: AtomicU32,
     pub inside: AtomicU32,
     /// Calls that began.
     pub calls: AtomicU32,
     held: Mutex<Vec<&'static str>>,
+    /// Kinds of calls that had to wait.
+    waiting: Mutex<Vec<&'static str>>,
     changed: Condvar,
     pub dropped: Arc<AtomicBool>,
 }
@@ -46,11 +54,16 @@ impl Memory {
             read_only,
             cold: AtomicBool::new(false),
             fail_flush: AtomicBool::new(false),
+            fast_zero: AtomicBool::new(false),
+            fail_reads: AtomicBool::new(false),
+            fail_from: AtomicU64::new(u64::MAX),
+            zeroed: Mutex::default(),
             latched: AtomicBool::new(false),
             flushes: AtomicU32::new(0),
             inside: AtomicU32::new(0),
             calls: AtomicU32::new(0),
             held: Mutex::default(),
+            waiting: Mutex::default(),
             changed: Condvar::new(),
             dropped: Arc::default(),
         })
@@ -58,6 +71,16 @@ impl Memory {
 
     pub fn hold(&self, kind: &'static str) {
         self.held.lock().unwrap().push(kind);
+    }
+
+    pub fn let_go_of(&self, kind: &str) {
+        self.held.lock().unwrap().retain(|held| *held != kind);
+        self.changed.notify_all();
+    }
+
+    /// Whether a call of this kind had to wait.
+    pub fn made_wait(&self, kind: &str) -> bool {
+        self.waiting.lock().unwrap().contains(&kind)
     }
 
     pub fn let_go(&self) {
@@ -74,6 +97,9 @@ impl Memory {
         self.calls.fetch_add(1, Ordering::SeqCst);
         self.inside.fetch_add(1, Ordering::SeqCst);
         let mut held = self.held.lock().unwrap();
+        if held.contains(&kind) {
+            self.waiting.lock().unwrap().push(kind);
+        }
         while held.contains(&kind) {
             held = self.changed.wait(held).unwrap();
         }
@@ -120,6 +146,9 @@ impl Image for Memory {
     }
     fn read(&self, at: Extent, buf: &mut [u8]) -> io::Result<()> {
         self.pass("read");
+        if self.fail_reads.load(Ordering::SeqCst) {
+            return Err(io::Error::from_raw_os_error(libc::EIO));
+        }
         buf.copy_from_slice(&self.bytes.read().unwrap()[Self::range(at)]);
         Ok(())
     }
@@ -141,22 +170,56 @@ impl Image for Memory {
         self.durable()
     }
     fn zero(&self, at: Extent, flags: ZeroFlags) -> io::Result<()> {
-        if flags.fast {
-            return Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP));
-        }
         self.pass("zero");
+        self.zeroed.lock().unwrap().push((at, flags));
+        if self.fail_from.load(Ordering::SeqCst) < at.offset() + u64::from(at.len()) {
+            return Err(io::Error::from_raw_os_error(libc::EIO));
+        }
         self.bytes.write().unwrap()[Self::range(at)].fill(0);
-        Ok(())
+        if flags.fua { self.durable() } else { Ok(()) }
     }
     fn discard(&self, at: Extent, _fua: bool) -> io::Result<()> {
+        self.pass("discard");
         self.bytes.write().unwrap()[Self::range(at)].fill(0);
         Ok(())
     }
     fn cache(&self, _at: Extent) -> io::Result<()> {
+        self.pass("cache");
         Ok(())
+    }
+    fn zeroes_fast(&self, _at: Span, flags: ZeroFlags) -> bool {
+        self.fast_zero.load(Ordering::SeqCst) && !flags.no_hole
+    }
+    /// Blocks of 4 KiB that are all zeroes are holes.
+    fn allocation(&self, at: Span, stretches_max: usize) -> io::Result<Vec<Allocation>> {
+        self.pass("status");
+        let bytes = self.bytes.read().unwrap();
+        let end = at.offset() + at.len();
+        let mut told: Vec<Allocation> = Vec::new();
+        let mut offset = at.offset();
+        while offset < end {
+            let block = (
+                offset / 4096 * 4096,
+                (offset / 4096 * 4096 + 4096).min(self.size()),
+            );
+            let range = usize::try_from(block.0).unwrap()..usize::try_from(block.1).unwrap();
+            let hole = bytes[range].iter().all(|byte| *byte == 0);
+            let count = block.1.min(end) - offset;
+            let full = told.len() == stretches_max;
+            match told.last_mut() {
+                Some(last) if last.hole == hole => last.bytes += count,
+                _ if full => break,
+                _ => told.push(Allocation { bytes: count, hole }),
+            }
+            offset += count;
+        }
+        Ok(told)
     }
     fn can_discard(&self) -> bool {
         true
+    }
+    fn latch(&self) {
+        self.latched.store(true, Ordering::SeqCst);
     }
     fn latched(&self) -> bool {
         self.latched.load(Ordering::SeqCst)

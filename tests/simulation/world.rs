@@ -944,6 +944,8 @@ impl World {
             Action::Persist { request, changes } => self.persist(request, changes),
             Action::Reply { request, reply } => self.reply(request, reply),
             Action::Survey { .. } => self.survey_wanted = true,
+            // No export of the simulation is a file.
+            Action::WatchFile { .. } | Action::UnwatchFile { .. } => {}
             Action::Tell(Notice::ExportState { old, new, .. }) => {
                 self.reached
                     .iter_mut()

@@ -61,13 +61,15 @@ pub const PATIENCE: Duration = Duration::from_secs(45);
 // proto.md "Values"
 pub const NBD_MAGIC: u64 = 0x4e42_444d_4147_4943;
 pub const OPTION_MAGIC: u64 = 0x4948_4156_454f_5054;
-const OPTION_REPLY_MAGIC: u64 = 0x0003_e889_0455_65a9;
+pub const OPTION_REPLY_MAGIC: u64 = 0x0003_e889_0455_65a9;
 pub const REQUEST_MAGIC: u32 = 0x2560_9513;
-const SIMPLE_REPLY_MAGIC: u32 = 0x6744_6698;
+pub const SIMPLE_REPLY_MAGIC: u32 = 0x6744_6698;
 pub const OPT_GO: u32 = 7;
-const REP_ACK: u32 = 1;
-const REP_INFO: u32 = 3;
+pub const OPT_STRUCTURED_REPLY: u32 = 8;
+pub const REP_ACK: u32 = 1;
+pub const REP_INFO: u32 = 3;
 const REP_ERROR: u32 = 1 << 31;
+pub const REP_ERR_UNSUP: u32 = REP_ERROR + 1;
 pub const REP_ERR_POLICY: u32 = REP_ERROR + 2;
 pub const REP_ERR_UNKNOWN: u32 = REP_ERROR + 6;
 pub const REP_ERR_SHUTDOWN: u32 = REP_ERROR + 7;
@@ -76,6 +78,7 @@ pub const CMD_WRITE: u16 = 1;
 pub const CMD_DISC: u16 = 2;
 pub const CMD_FLUSH: u16 = 3;
 pub const FLAG_FUA: u16 = 1;
+pub const STRUCTURED_REPLY_MAGIC: u32 = 0x668e_33ef;
 /// The longest option reply or read that we take, in bytes.
 const REPLY_BYTES_MAX: u32 = 64 << 20;
 
@@ -91,6 +94,22 @@ pub enum Go {
 /// Sends the fixed newstyle greeting's answer and `NBD_OPT_GO`, and reads to its end.
 pub fn negotiate(socket: &Socket, export: &str) -> Outcome<Go> {
     greet(socket)?;
+    go(socket, export)
+}
+
+/// As [`negotiate`], with structured replies where the server has them.
+pub fn negotiate_structured(socket: &Socket, export: &str) -> Outcome<Go> {
+    greet(socket)?;
+    send_option(socket, OPT_STRUCTURED_REPLY, &[])?;
+    let (_, kind, _) = read_option_reply(socket)?;
+    hold!(
+        [REP_ACK, REP_ERR_UNSUP].contains(&kind),
+        "structured replies: {kind:#x}"
+    );
+    go(socket, export)
+}
+
+fn go(socket: &Socket, export: &str) -> Outcome<Go> {
     let mut data = Vec::new();
     data.extend_from_slice(&u32::try_from(export.len())?.to_be_bytes());
     data.extend_from_slice(export.as_bytes());

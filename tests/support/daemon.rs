@@ -35,6 +35,8 @@ pub struct Home {
     pub listen: Vec<String>,
     /// `NBDTRACK_LOG`.
     pub filter: String,
+    /// Lines of `[server]` that no flag says.
+    pub server: String,
 }
 
 impl Home {
@@ -49,6 +51,7 @@ impl Home {
             bus: bus.to_owned(),
             listen: Vec::new(),
             filter: "info".to_owned(),
+            server: String::new(),
         };
         std::fs::create_dir_all(&home.state)?;
         home.configure(&[])?;
@@ -58,7 +61,7 @@ impl Home {
     /// Writes a configuration with these exports, each a (name, `profile:id`).
     pub fn configure(&self, exports: &[(&str, String)]) -> Outcome<()> {
         // Everything of [server] comes as flags, so that tests can hold other text in the file.
-        let mut text = String::from("[server]\nlisten = []\n");
+        let mut text = format!("[server]\nlisten = []\n{}", self.server);
         for (name, volume) in exports {
             text.push_str(&format!(
                 "\n[[export]]\nname = {name:?}\nvolume = {volume:?}\n"

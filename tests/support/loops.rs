@@ -16,6 +16,7 @@ const LOOP_CLR_FD: libc::c_ulong = 0x4C01;
 const LOOP_CHANGE_FD: libc::c_ulong = 0x4C06;
 const LOOP_CONFIGURE: libc::c_ulong = 0x4C0A;
 const LO_FLAGS_READ_ONLY: u32 = 1;
+const LO_FLAGS_DIRECT_IO: u32 = 16;
 const LOOP_SET_CAPACITY: libc::c_ulong = 0x4C07;
 const LOOP_CTL_ADD: libc::c_ulong = 0x4C80;
 const LOOP_CTL_REMOVE: libc::c_ulong = 0x4C81;
@@ -141,12 +142,17 @@ impl LoopDevice {
 
     /// Attaches `backing`; the kernel sends a `change` event with a new diskseq.
     pub fn attach(&self, backing: &Path) -> Outcome<()> {
-        self.configure(backing, false)
+        self.configure(backing, 0)
+    }
+
+    /// As [`Self::attach`], but what the disk reads and writes bypasses the page cache of the backing file.
+    pub fn attach_direct(&self, backing: &Path) -> Outcome<()> {
+        self.configure(backing, LO_FLAGS_DIRECT_IO)
     }
 
     /// As [`Self::attach`], as a read-only disk.
     pub fn attach_read_only(&self, backing: &Path) -> Outcome<()> {
-        self.configure(backing, true)
+        self.configure(backing, LO_FLAGS_READ_ONLY)
     }
 
     /// Puts another file of the same size behind a read-only device that may be open: the one way to exchange a
@@ -158,17 +164,17 @@ impl LoopDevice {
         ioctl(&device, LOOP_CHANGE_FD, number).doing(format!("exchange {}", self.node()))
     }
 
-    fn configure(&self, backing: &Path, read_only: bool) -> Outcome<()> {
+    fn configure(&self, backing: &Path, flags: u32) -> Outcome<()> {
         let file = OpenOptions::new()
             .read(true)
-            .write(!read_only)
+            .write(flags & LO_FLAGS_READ_ONLY == 0)
             .open(backing)
             .doing(format!("open {}", backing.display()))?;
         let device = self.open()?;
         // SAFETY: both structs are plain integers and byte arrays, for which all zeroes is a value.
         let mut config: LoopConfig = unsafe { std::mem::zeroed() };
         config.fd = u32::try_from(file.as_raw_fd())?;
-        config.info.flags = if read_only { LO_FLAGS_READ_ONLY } else { 0 };
+        config.info.flags = flags;
         // SAFETY: LOOP_CONFIGURE reads one loop_config, which lives until the call returns.
         let answer = unsafe {
             libc::ioctl(

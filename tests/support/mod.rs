@@ -13,6 +13,7 @@ pub mod daemon;
 pub mod fuse_disk;
 pub mod ground;
 pub mod loops;
+pub mod nbd_server;
 pub mod pattern;
 pub mod process;
 pub mod scene;

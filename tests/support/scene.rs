@@ -103,6 +103,24 @@ impl Scene {
         Scene::configured(ground, &[], 0)
     }
 
+    /// A running daemon with these lines in `[server]` and these exports, each a (name, `profile:id`); no disk.
+    pub fn told(ground: &Ground, server: String, exports: &[(&str, String)]) -> Outcome<Scene> {
+        let bus = Bus::start(ground.path())?;
+        let mut home = Home::new(ground.path(), &bus.address)?;
+        home.server = server;
+        home.configure(exports)?;
+        let daemon = Some(home.start()?);
+        let client = Client::connect(&bus)?;
+        Ok(Scene {
+            client,
+            daemon,
+            home,
+            bus,
+            devices: Vec::new(),
+            volumes: Vec::new(),
+        })
+    }
+
     pub fn endpoint(&self) -> Endpoint {
         self.home.endpoint()
     }

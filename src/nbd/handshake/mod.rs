@@ -4,6 +4,7 @@
 //! ```text
 //!   ExpectFlags --flags--> ExpectOption --option--> ExpectOption            (answered at once)
 //!                            |    |  `--LIST------> List --names--> ExpectOption
+//!                            |    |--*_META_CONTEXT--> Contexts --verdict--> ExpectOption
 //!                            |    `--INFO, GO, EXPORT_NAME--> Choose --verdict--> ExpectOption (INFO, refused GO)
 //!                            `--ABORT--> Closed                       |-----> Transmission (GO, EXPORT_NAME)
 //!                                                                     `-----> Closed (refused EXPORT_NAME)
@@ -12,7 +13,13 @@
 use crate::correlation::RefusalKind;
 use crate::image::BlockSizes;
 
-use super::wire::{self, flag, info, option, rep};
+use super::wire::{self, Headers, flag, info, option, rep};
+
+mod contexts;
+#[cfg(test)]
+mod pairs;
+
+pub use contexts::Contexts;
 
 /// Waits for the client's flags; the greeting has been said.
 #[derive(Debug)]
@@ -22,7 +29,9 @@ pub struct ExpectFlags;
 #[derive(Debug)]
 pub struct ExpectOption {
     no_zeroes: bool,
-    structured: bool,
+    headers: Headers,
+    /// The export for which `base:allocation` is selected; none when the last SET_META_CONTEXT failed or chose nothing.
+    allocation_of: Option<String>,
 }
 
 /// The peer named an export; the edge looks it up and says [`Choose::answer`].
@@ -31,7 +40,14 @@ pub struct Choose {
     back: ExpectOption,
     option: u32,
     name: String,
-    wants_block_size: bool,
+    wants: Wants,
+}
+
+/// The information requests of INFO and GO that are answered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+struct Wants {
+    name: bool,
+    block_size: bool,
 }
 
 /// The peer asked for all names; the edge collects them and says [`List::answer`].
@@ -43,7 +59,9 @@ pub struct List {
 /// What was agreed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Agreed {
-    pub structured: bool,
+    pub headers: Headers,
+    /// `base:allocation` was selected for this export.
+    pub allocation: bool,
 }
 
 /// What comes next.
@@ -52,6 +70,7 @@ pub enum Next {
     ExpectOption(ExpectOption),
     Choose(Choose),
     List(List),
+    Contexts(Contexts),
     Transmission(Agreed),
     Closed(Reason),
 }
@@ -67,6 +86,8 @@ pub enum Reason {
     Refused,
     #[error("NBD_OPT_EXPORT_NAME with a name that is too long or not UTF-8")]
     BadName,
+    #[error("NBD_OPT_EXPORT_NAME after NBD_OPT_EXTENDED_HEADERS")]
+    ExportNameExtended,
 }
 
 /// What the published facts say of an export that is served.
@@ -76,6 +97,7 @@ pub struct Facts {
     pub size: u64,
     pub read_only: bool,
     pub can_discard: bool,
+    pub rotational: bool,
     pub blocks: BlockSizes,
 }
 
@@ -86,14 +108,31 @@ pub struct Refusal {
     pub reason: String,
 }
 
+impl Refusal {
+    fn reply(&self) -> u32 {
+        match self.kind {
+            RefusalKind::NotAvailable => rep::ERR_UNKNOWN,
+            RefusalKind::Policy => rep::ERR_POLICY,
+            RefusalKind::ShuttingDown => rep::ERR_SHUTDOWN,
+        }
+    }
+}
+
 impl Facts {
     /// proto.md "Transmission flags". All sessions of an export share one open image, hence one page
     /// cache and one flush: CAN_MULTI_CONN holds (invariant 9).
-    pub fn transmission_flags(&self, structured: bool) -> u16 {
+    pub fn transmission_flags(&self, agreed: Agreed) -> u16 {
         let mut flags = flag::HAS_FLAGS | flag::SEND_FLUSH | flag::SEND_FUA | flag::SEND_CACHE;
         flags |= flag::CAN_MULTI_CONN;
-        if structured {
+        if agreed.headers != Headers::Simple {
             flags |= flag::SEND_DF;
+        }
+        // Extension "Transmission flags": not without extended headers, nor without a context to filter.
+        if agreed.headers == Headers::Extended && agreed.allocation {
+            flags |= flag::BLOCK_STATUS_PAYLOAD;
+        }
+        if self.rotational {
+            flags |= flag::ROTATIONAL;
         }
         if self.read_only {
             return flags | flag::READ_ONLY;
@@ -101,7 +140,7 @@ impl Facts {
         if self.can_discard {
             flags |= flag::SEND_TRIM;
         }
-        // The image refuses a fast zero that would not be fast: `image::ZeroFlags::fast`.
+        // One that would not be fast is refused at once: `Image::zeroes_fast`.
         flags | flag::SEND_WRITE_ZEROES | flag::SEND_FAST_ZERO
     }
 }
@@ -119,7 +158,8 @@ impl ExpectFlags {
         }
         Ok(ExpectOption {
             no_zeroes: flags & wire::CLIENT_NO_ZEROES != 0,
-            structured: false,
+            headers: Headers::Simple,
+            allocation_of: None,
         })
     }
 }
@@ -128,16 +168,24 @@ impl ExpectOption {
     /// Takes one option with its data and appends the answer to `out`. While `stopping`, everything but
     /// ABORT is answered ERR_SHUTDOWN (proto.md "Termination of the session during option haggling").
     pub fn on_option(mut self, code: u32, data: &[u8], stopping: bool, out: &mut Vec<u8>) -> Next {
+        if code == option::SET_META_CONTEXT {
+            // proto.md "Option types": it replaces what was selected before, also when it fails.
+            self.allocation_of = None;
+        }
         if stopping && code != option::ABORT {
             return self.fail(out, code, rep::ERR_SHUTDOWN, "the server is stopping");
         }
         match code {
+            // Extension "Option types": a client that has extended headers has no use for it, and it has no errors.
+            option::EXPORT_NAME if self.headers == Headers::Extended => {
+                Next::Closed(Reason::ExportNameExtended)
+            }
             option::EXPORT_NAME => match name_of(data) {
                 Ok(name) => Next::Choose(Choose {
                     back: self,
                     option: code,
                     name,
-                    wants_block_size: false,
+                    wants: Wants::default(),
                 }),
                 Err(_) => Next::Closed(Reason::BadName),
             },
@@ -145,39 +193,84 @@ impl ExpectOption {
                 wire::push_option_reply(out, code, rep::ACK, &[]);
                 Next::Closed(Reason::Aborted)
             }
-            option::LIST | option::STRUCTURED_REPLY if !data.is_empty() => {
+            option::LIST
+            | option::STRUCTURED_REPLY
+            | option::EXTENDED_HEADERS
+            | option::STARTTLS
+                if !data.is_empty() =>
+            {
                 self.fail(out, code, rep::ERR_INVALID, "this option has no data")
             }
             option::LIST => Next::List(List { back: self }),
-            option::STRUCTURED_REPLY => {
-                self.structured = true;
-                wire::push_option_reply(out, code, rep::ACK, &[]);
-                Next::ExpectOption(self)
+            // Extension "Option types": there is no way back from extended headers.
+            option::STRUCTURED_REPLY if self.headers == Headers::Extended => self.fail(
+                out,
+                code,
+                rep::ERR_EXT_HEADER_REQD,
+                "extended headers are agreed already",
+            ),
+            option::STRUCTURED_REPLY => self.agree(out, code, Headers::Structured),
+            option::EXTENDED_HEADERS => self.agree(out, code, Headers::Extended),
+            // proto.md "NOTLS mode".
+            option::STARTTLS => self.fail(out, code, rep::ERR_UNSUP, "this server has no TLS"),
+            option::SET_META_CONTEXT if self.headers == Headers::Simple => self.fail(
+                out,
+                code,
+                rep::ERR_INVALID,
+                "structured replies or extended headers come first",
+            ),
+            option::LIST_META_CONTEXT | option::SET_META_CONTEXT => {
+                match contexts::parse(code, data) {
+                    Ok(asked) => Next::Contexts(Contexts {
+                        back: self,
+                        option: code,
+                        asked,
+                    }),
+                    Err((kind, why)) => self.fail(out, code, kind, why),
+                }
             }
             option::INFO | option::GO => match parse_choice(data) {
-                Ok((name, wants_block_size)) => Next::Choose(Choose {
+                Ok((name, wants)) => Next::Choose(Choose {
                     back: self,
                     option: code,
                     name,
-                    wants_block_size,
+                    wants,
                 }),
                 Err((kind, why)) => self.fail(out, code, kind, why),
             },
-            // Metadata contexts and TLS among them: the honest answer until they exist.
             _ => self.fail(out, code, rep::ERR_UNSUP, "this option is not supported"),
         }
     }
 
     /// Answers an option whose data is too long to be taken; the edge skips the data.
-    pub fn on_oversized(self, code: u32, out: &mut Vec<u8>) -> Next {
+    pub fn on_oversized(mut self, code: u32, out: &mut Vec<u8>) -> Next {
         if code == option::EXPORT_NAME {
             return Next::Closed(Reason::BadName);
+        }
+        if code == option::SET_META_CONTEXT {
+            self.allocation_of = None;
         }
         self.fail(out, code, rep::ERR_TOO_BIG, "too much data for an option")
     }
 
+    fn agree(mut self, out: &mut Vec<u8>, code: u32, headers: Headers) -> Next {
+        self.headers = headers;
+        wire::push_option_reply(out, code, rep::ACK, &[]);
+        Next::ExpectOption(self)
+    }
+
+    /// What is agreed for the export `name` so far.
+    fn agreed(&self, name: &str) -> Agreed {
+        Agreed {
+            headers: self.headers,
+            // proto.md "NBD_CMD_BLOCK_STATUS": for the export that was named last, and no other.
+            allocation: self.headers != Headers::Simple
+                && self.allocation_of.as_deref() == Some(name),
+        }
+    }
+
     fn fail(self, out: &mut Vec<u8>, code: u32, kind: u32, why: &str) -> Next {
-        // proto.md "Values": the answer to EXPORT_NAME cannot be an error.
+        // proto.md "Termination of the session during option haggling": the answer to EXPORT_NAME cannot be an error.
         if code == option::EXPORT_NAME {
             return Next::Closed(Reason::Refused);
         }
@@ -203,25 +296,16 @@ impl Choose {
         let Choose {
             back,
             option: code,
-            wants_block_size,
-            ..
+            name,
+            wants,
         } = self;
         let facts = match verdict {
             Ok(facts) => facts,
-            Err(refusal) => {
-                let kind = match refusal.kind {
-                    RefusalKind::NotAvailable => rep::ERR_UNKNOWN,
-                    RefusalKind::Policy => rep::ERR_POLICY,
-                    RefusalKind::ShuttingDown => rep::ERR_SHUTDOWN,
-                };
-                return back.fail(out, code, kind, &refusal.reason);
-            }
+            Err(refusal) => return back.fail(out, code, refusal.reply(), &refusal.reason),
         };
-        let agreed = Agreed {
-            structured: back.structured,
-        };
+        let agreed = back.agreed(&name);
         let size = facts.size.to_be_bytes();
-        let flags = facts.transmission_flags(back.structured).to_be_bytes();
+        let flags = facts.transmission_flags(agreed).to_be_bytes();
         if code == option::EXPORT_NAME {
             out.extend_from_slice(&size);
             out.extend_from_slice(&flags);
@@ -232,8 +316,12 @@ impl Choose {
         }
         let export = info::EXPORT.to_be_bytes();
         wire::push_option_reply(out, code, rep::INFO, &[&export, &size, &flags]);
+        if wants.name {
+            let parts: [&[u8]; 2] = [&info::NAME.to_be_bytes(), name.as_bytes()];
+            wire::push_option_reply(out, code, rep::INFO, &parts);
+        }
         // proto.md "Size constraints": sizes other than the defaults are to be told even when not asked for.
-        if wants_block_size || facts.blocks.min > 1 {
+        if wants.block_size || facts.blocks.min > 1 {
             let parts: [&[u8]; 4] = [
                 &info::BLOCK_SIZE.to_be_bytes(),
                 &facts.blocks.min.to_be_bytes(),
@@ -287,9 +375,9 @@ fn name_of(data: &[u8]) -> Result<String, Fault> {
     }
 }
 
-/// proto.md "NBD_OPT_INFO and NBD_OPT_GO": the name and whether NBD_INFO_BLOCK_SIZE is wanted. Every length is
+/// proto.md "NBD_OPT_INFO and NBD_OPT_GO": the name and what is wanted of it. Every length is
 /// compared with what is there before it is used.
-fn parse_choice(data: &[u8]) -> Result<(String, bool), Fault> {
+fn parse_choice(data: &[u8]) -> Result<(String, Wants), Fault> {
     const SHORT: Fault = (rep::ERR_INVALID, "the option's lengths do not fit together");
     let (length, rest) = data.split_first_chunk::<4>().ok_or(SHORT)?;
     let length = usize::try_from(u32::from_be_bytes(*length)).map_err(|_| SHORT)?;
@@ -298,9 +386,14 @@ fn parse_choice(data: &[u8]) -> Result<(String, bool), Fault> {
     if requests.len() != usize::from(u16::from_be_bytes(*count)) * 2 {
         return Err(SHORT);
     }
-    let wants = requests
-        .chunks_exact(2)
-        .any(|request| wire::be16(request, 0) == info::BLOCK_SIZE);
+    let wanted = |kind| {
+        let mut requests = requests.chunks_exact(2);
+        requests.any(|request| wire::be16(request, 0) == kind)
+    };
+    let wants = Wants {
+        name: wanted(info::NAME),
+        block_size: wanted(info::BLOCK_SIZE),
+    };
     Ok((name_of(name)?, wants))
 }
 
@@ -308,15 +401,16 @@ fn parse_choice(data: &[u8]) -> Result<(String, bool), Fault> {
 mod tests {
     use super::*;
 
-    fn start() -> ExpectOption {
+    pub(super) fn start() -> ExpectOption {
         ExpectFlags.on_flags(3).unwrap()
     }
 
-    fn facts() -> Facts {
+    pub(super) fn facts() -> Facts {
         Facts {
             size: 1 << 30,
             read_only: false,
             can_discard: true,
+            rotational: false,
             blocks: BlockSizes {
                 min: 1,
                 preferred: 4096,
@@ -325,7 +419,7 @@ mod tests {
         }
     }
 
-    fn go(name: &[u8], requests: &[u16]) -> Vec<u8> {
+    pub(super) fn go(name: &[u8], requests: &[u16]) -> Vec<u8> {
         let mut data = wire::len32(name.len()).to_be_bytes().to_vec();
         data.extend_from_slice(name);
         data.extend_from_slice(&u16::try_from(requests.len()).unwrap().to_be_bytes());
@@ -336,7 +430,7 @@ mod tests {
     }
 
     /// The reply types in `out`, in order; panics when the lengths do not add up.
-    fn kinds(mut out: &[u8]) -> Vec<u32> {
+    pub(super) fn kinds(mut out: &[u8]) -> Vec<u32> {
         let mut kinds = Vec::new();
         while !out.is_empty() {
             assert_eq!(wire::be64(out, 0), wire::OPTION_REPLY_MAGIC);
@@ -458,6 +552,8 @@ mod tests {
             option::GO,
             option::INFO,
             option::STRUCTURED_REPLY,
+            option::EXTENDED_HEADERS,
+            option::SET_META_CONTEXT,
             77,
         ] {
             let mut out = Vec::new();
@@ -470,17 +566,127 @@ mod tests {
         assert_eq!(kinds(&out), [rep::ACK]);
     }
 
+    fn agreed(headers: Headers, allocation: bool) -> Agreed {
+        Agreed {
+            headers,
+            allocation,
+        }
+    }
+
     #[test]
-    fn dont_fragment_is_offered_only_with_structured_replies() {
-        assert_eq!(facts().transmission_flags(false) & flag::SEND_DF, 0);
-        assert_ne!(facts().transmission_flags(true) & flag::SEND_DF, 0);
+    fn what_needs_chunks_is_offered_only_with_them() {
+        for (headers, allocation, offered) in [
+            (Headers::Simple, false, 0),
+            (Headers::Structured, true, flag::SEND_DF),
+            (Headers::Extended, false, flag::SEND_DF),
+            (
+                Headers::Extended,
+                true,
+                flag::SEND_DF | flag::BLOCK_STATUS_PAYLOAD,
+            ),
+        ] {
+            let flags = facts().transmission_flags(agreed(headers, allocation));
+            let of_chunks = flags & (flag::SEND_DF | flag::BLOCK_STATUS_PAYLOAD);
+            assert_eq!(of_chunks, offered, "{headers:?} {allocation}");
+        }
+    }
+
+    #[test]
+    fn a_read_only_export_offers_nothing_that_changes_it() {
         let read_only = Facts {
             read_only: true,
             ..facts()
         };
-        assert_eq!(
-            read_only.transmission_flags(true) & (flag::SEND_TRIM | flag::SEND_WRITE_ZEROES),
-            0
-        );
+        let flags = read_only.transmission_flags(agreed(Headers::Structured, false));
+        let changes = flag::SEND_TRIM | flag::SEND_WRITE_ZEROES | flag::SEND_FAST_ZERO;
+        assert_eq!(flags & (changes | flag::READ_ONLY), flag::READ_ONLY);
+    }
+
+    /// Passes `options` through the handshake, every export being there, and returns what GO of `name` agrees.
+    fn agreed_after(options: &[(u32, Vec<u8>)], name: &[u8]) -> Agreed {
+        let mut state = start();
+        let mut out = Vec::new();
+        for (code, data) in options {
+            state = match state.on_option(*code, data, false, &mut out) {
+                Next::ExpectOption(state) => state,
+                Next::Contexts(contexts) => match contexts.answer(Ok(()), &mut out) {
+                    Next::ExpectOption(state) => state,
+                    other => panic!("{other:?}"),
+                },
+                other => panic!("{other:?}"),
+            };
+        }
+        let Next::Choose(choose) = state.on_option(option::GO, &go(name, &[]), false, &mut out)
+        else {
+            panic!("no choice")
+        };
+        match choose.answer(Ok(facts()), &mut out) {
+            Next::Transmission(agreed) => agreed,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn allocation_is_agreed_for_the_export_that_was_named_last_only() {
+        let structured = (option::STRUCTURED_REPLY, Vec::new());
+        let set = |name: &[u8], queries: &[&[u8]]| {
+            let data = contexts::tests::query(name, queries);
+            (option::SET_META_CONTEXT, data)
+        };
+        let good = set(b"v", &[b"base:allocation"]);
+        let cases = [
+            (vec![structured.clone(), good.clone()], true),
+            (
+                vec![structured.clone(), set(b"w", &[b"base:allocation"])],
+                false,
+            ),
+            (
+                vec![structured.clone(), good.clone(), set(b"v", &[])],
+                false,
+            ),
+            (
+                vec![structured.clone(), good.clone(), set(b"v", &[b"none"])],
+                false,
+            ),
+            (
+                vec![
+                    structured.clone(),
+                    good.clone(),
+                    (option::LIST_META_CONTEXT, contexts::tests::query(b"w", &[])),
+                ],
+                true,
+            ),
+            (vec![good.clone()], false),
+            (vec![good.clone(), structured.clone()], false),
+            (
+                vec![(option::EXTENDED_HEADERS, Vec::new()), good.clone()],
+                true,
+            ),
+        ];
+        for (options, allocation) in cases {
+            assert_eq!(
+                agreed_after(&options, b"v").allocation,
+                allocation,
+                "{options:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn extended_headers_take_precedence_and_stay() {
+        let structured = (option::STRUCTURED_REPLY, Vec::new());
+        let extended = (option::EXTENDED_HEADERS, Vec::new());
+        for (options, headers) in [
+            (vec![], Headers::Simple),
+            (vec![structured.clone()], Headers::Structured),
+            (vec![extended.clone()], Headers::Extended),
+            (
+                vec![structured.clone(), extended.clone()],
+                Headers::Extended,
+            ),
+            (vec![extended, structured], Headers::Extended),
+        ] {
+            assert_eq!(agreed_after(&options, b"v").headers, headers);
+        }
     }
 }

@@ -1,9 +1,11 @@
-//! `make bench`: what the main job costs on this machine, beside what it may cost.
+//! `make bench-control`: what the main job costs on this machine, beside what it may cost.
 //!
 //! Measures and prints one table, writes the same numbers as JSON, and says "missed" where an aim is missed. Decides
 //! nothing else: it exits 0 when every measurement could be made. Everything happens in mount and network namespaces of
 //! its own, so that the udevd it starts reaches nobody else.
 
+#[path = "../shared/machine.rs"]
+mod machine;
 #[path = "../../tests/support/mod.rs"]
 mod support;
 
@@ -67,7 +69,7 @@ fn main() -> ExitCode {
 
 fn run() -> Outcome<()> {
     let mut quick = false;
-    let mut json = PathBuf::from("target/bench.json");
+    let mut json = PathBuf::from("target/bench-control.json");
     let mut only = None;
     let mut args = std::env::args().skip(1);
     while let Some(arg) = args.next() {
@@ -75,8 +77,10 @@ fn run() -> Outcome<()> {
             "--quick" => quick = true,
             "--json" => json = args.next().unwrap_or_default().into(),
             "--only" => only = args.next(),
+            // What `cargo bench` adds.
+            "--bench" => {}
             _ => trouble!(
-                "usage: bench [--quick] [--json PATH] [--only swaps|udevd|cached|fence|stall|middle|scale]"
+                "usage: control [--quick] [--json PATH] [--only swaps|udevd|cached|fence|stall|middle|scale]"
             ),
         }
     }
@@ -86,7 +90,7 @@ fn run() -> Outcome<()> {
     udevd::enter_namespaces()?;
     support::catch_signals()?;
     let began = Instant::now();
-    let load = table::load();
+    let load = machine::load();
     let mut rows = Vec::new();
     let mut notes = Vec::new();
 
@@ -128,8 +132,8 @@ fn run() -> Outcome<()> {
 
     let machine = format!(
         "{}, load before {load} and after {}, udevd only where it says so",
-        table::machine(),
-        table::load()
+        machine::machine(),
+        machine::load()
     );
     table::print(&machine, &rows, &notes, began.elapsed());
     table::write(&json, &machine, &rows, &notes)?;

@@ -136,6 +136,8 @@ impl Rig {
                     }),
                     Action::Reply { .. }
                     | Action::Survey { .. }
+                    | Action::WatchFile { .. }
+                    | Action::UnwatchFile { .. }
                     | Action::Tell(_)
                     | Action::Log(_) => {}
                 }
@@ -266,6 +268,7 @@ impl Image for Blank {
     fn can_discard(&self) -> bool {
         true
     }
+    fn latch(&self) {}
     fn latched(&self) -> bool {
         false
     }

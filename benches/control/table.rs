@@ -61,30 +61,6 @@ pub fn ms(time: Duration) -> f64 {
     time.as_secs_f64() * 1e3
 }
 
-/// What the numbers were measured on.
-pub fn machine() -> String {
-    let word = |path: &str| {
-        let text = std::fs::read_to_string(path).unwrap_or_default();
-        text.trim().to_owned()
-    };
-    let cores = std::thread::available_parallelism().map_or(0, usize::from);
-    let model = word("/proc/cpuinfo");
-    let model = model
-        .lines()
-        .find_map(|line| line.strip_prefix("model name")?.split(": ").nth(1))
-        .unwrap_or("unknown processor");
-    format!(
-        "{cores} cores ({model}), Linux {}",
-        word("/proc/sys/kernel/osrelease")
-    )
-}
-
-/// The machine's load over the last minute: above the number of cores, the tails below are other programs' as well.
-pub fn load() -> String {
-    let text = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
-    text.split(' ').next().unwrap_or_default().to_owned()
-}
-
 pub fn print(machine: &str, rows: &[Row], notes: &[String], took: Duration) {
     let width = rows.iter().map(|row| row.what.len()).max().unwrap_or(0);
     println!("{machine}\n");

@@ -190,6 +190,8 @@ fn answer(action: Action) -> Option<Event> {
         | Action::Forget { .. }
         | Action::Reply { .. }
         | Action::Survey { .. }
+        | Action::WatchFile { .. }
+        | Action::UnwatchFile { .. }
         | Action::Tell(_)
         | Action::Log(_) => None,
     }

@@ -1,0 +1,354 @@
+//! The servers of the comparison: how each is started on one disk, and what it is called in the table.
+
+use std::fmt::Write as _;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use nix::unistd::Pid;
+
+use crate::support::client::{Endpoint, Go, knock};
+use crate::support::daemon::{Daemon, Home, free_port};
+use crate::support::loops::LoopDevice;
+use crate::support::nbd_server::NbdServer;
+use crate::support::process::{Running, command};
+use crate::support::{Doing, Outcome, until};
+
+const START_LIMIT: Duration = Duration::from_secs(60);
+/// The export that is measured; the others of the rows with many are `e1`, `e2` and so on.
+pub const EXPORT: &str = "e0";
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Kind {
+    Nbdtrack,
+    Pump,
+    Nbdkit,
+    NbdkitT4,
+    QemuNbd,
+    QemuNbdNative,
+    StorageDaemon,
+    NbdServer,
+    NbdServerT1,
+    NbdServerSplice,
+}
+
+impl Kind {
+    pub const ALL: [Kind; 10] = [
+        Kind::Nbdtrack,
+        Kind::Pump,
+        Kind::Nbdkit,
+        Kind::NbdkitT4,
+        Kind::QemuNbd,
+        Kind::QemuNbdNative,
+        Kind::StorageDaemon,
+        Kind::NbdServer,
+        Kind::NbdServerT1,
+        Kind::NbdServerSplice,
+    ];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Kind::Nbdtrack => "nbdtrack",
+            Kind::Pump => "pump",
+            Kind::Nbdkit => "nbdkit",
+            Kind::NbdkitT4 => "nbdkit -t 4",
+            Kind::QemuNbd => "qemu-nbd writeback",
+            Kind::QemuNbdNative => "qemu-nbd none+native",
+            Kind::StorageDaemon => "qemu-storage-daemon",
+            Kind::NbdServer => "nbd-server",
+            Kind::NbdServerT1 => "nbd-server threads=1",
+            Kind::NbdServerSplice => "nbd-server splice",
+        }
+    }
+
+    /// What it is a ratio to.
+    pub fn is_peer(self) -> bool {
+        !matches!(self, Kind::Nbdtrack | Kind::Pump)
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Transport {
+    Unix,
+    Tcp,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum DiskKind {
+    #[allow(dead_code, reason = "for as long as nbdtrack serves no files")]
+    File,
+    /// A loop device, buffered towards its backing file.
+    Loop,
+    /// A loop device with direct I/O towards its backing file.
+    LoopDirect,
+}
+
+/// One server's disk.
+pub struct Disk {
+    image: PathBuf,
+    device: Option<LoopDevice>,
+}
+
+impl Disk {
+    pub fn make(image: PathBuf, kind: DiskKind) -> Outcome<Disk> {
+        let device = match kind {
+            DiskKind::File => None,
+            DiskKind::Loop | DiskKind::LoopDirect => Some(LoopDevice::add()?),
+        };
+        if let Some(device) = &device {
+            match kind {
+                DiskKind::LoopDirect => device.attach_direct(&image)?,
+                _ => device.attach(&image)?,
+            }
+        }
+        Ok(Disk { image, device })
+    }
+
+    fn path(&self) -> PathBuf {
+        match &self.device {
+            Some(device) => device.node().into(),
+            None => self.image.clone(),
+        }
+    }
+}
+
+/// A running server; fields are dropped in this order, so the disk goes last.
+pub struct Server {
+    pub kind: Kind,
+    pub endpoint: Endpoint,
+    pub pid: Pid,
+    _process: Process,
+    _disk: Disk,
+}
+
+#[allow(dead_code, reason = "held until the server is to be stopped")]
+enum Process {
+    Ours(Box<Daemon>),
+    Foreground(Running),
+    Background(NbdServer),
+}
+
+/// What a server is to serve and where; its files stand in `folder`.
+pub struct Order<'a> {
+    pub folder: &'a Path,
+    pub transport: Transport,
+    /// Bytes of the disk.
+    pub bytes: u64,
+    /// Exports in all; more than one only where [`can_serve`] says so. They lead to the same disk.
+    pub exports: usize,
+}
+
+/// Whether a server of this kind can have this many exports at all.
+pub fn can_serve(kind: Kind, exports: usize) -> bool {
+    exports == 1 || !matches!(kind, Kind::Pump | Kind::QemuNbd | Kind::QemuNbdNative)
+}
+
+impl Server {
+    /// Starts a server and waits until its export can be had.
+    pub fn start(kind: Kind, disk: Disk, order: &Order<'_>) -> Outcome<Server> {
+        let folder = order.folder.join(kind.name().replace(' ', "_"));
+        std::fs::create_dir_all(&folder)?;
+        let endpoint = match order.transport {
+            Transport::Unix => Endpoint::Unix(folder.join("nbd.sock")),
+            Transport::Tcp => Endpoint::Tcp(SocketAddr::from(([127, 0, 0, 1], free_port()?))),
+        };
+        let process = match kind {
+            Kind::Nbdtrack => nbdtrack(&folder, &endpoint, &disk, order)?,
+            Kind::Pump => pump(&folder, &endpoint, order)?,
+            Kind::Nbdkit => nbdkit(&folder, &endpoint, &disk, order, &[])?,
+            Kind::NbdkitT4 => nbdkit(&folder, &endpoint, &disk, order, &["-t", "4"])?,
+            Kind::QemuNbd => qemu_nbd(&folder, &endpoint, &disk, &["--cache=writeback"])?,
+            Kind::QemuNbdNative => {
+                qemu_nbd(&folder, &endpoint, &disk, &["--cache=none", "--aio=native"])?
+            }
+            Kind::StorageDaemon => storage_daemon(&folder, &endpoint, &disk, order)?,
+            Kind::NbdServer => nbd_server(&folder, &endpoint, &disk, order, "", "")?,
+            Kind::NbdServerT1 => {
+                nbd_server(&folder, &endpoint, &disk, order, "max_threads = 1\n", "")?
+            }
+            Kind::NbdServerSplice => {
+                nbd_server(&folder, &endpoint, &disk, order, "", "splice = true\n")?
+            }
+        };
+        let pid = match &process {
+            Process::Ours(daemon) => pid_of(daemon.pid())?,
+            Process::Foreground(running) => pid_of(running.pid())?,
+            Process::Background(server) => server.pid(),
+        };
+        until(
+            START_LIMIT,
+            format_args!("{} to serve; see {}", kind.name(), folder.display()),
+            || {
+                let agreed = matches!(knock(&endpoint, EXPORT), Ok(Go::Agreed { .. }));
+                Ok(agreed.then_some(()))
+            },
+        )?;
+        Ok(Server {
+            kind,
+            endpoint,
+            pid,
+            _process: process,
+            _disk: disk,
+        })
+    }
+}
+
+fn pid_of(id: u32) -> Outcome<Pid> {
+    Ok(Pid::from_raw(i32::try_from(id)?))
+}
+
+fn spawn(folder: &Path, mut command: Command) -> Outcome<Process> {
+    let log = std::fs::File::create(folder.join("server.log"))?;
+    command.stdout(log.try_clone()?).stderr(log);
+    let child = command
+        .spawn()
+        .doing(format!("start {:?}", command.get_program()))?;
+    Ok(Process::Foreground(Running(child)))
+}
+
+fn nbdtrack(
+    folder: &Path,
+    endpoint: &Endpoint,
+    disk: &Disk,
+    order: &Order<'_>,
+) -> Outcome<Process> {
+    let mut home = Home::new(folder, "none")?;
+    home.filter = "warn".to_owned();
+    if let Endpoint::Tcp(address) = endpoint {
+        home.listen = vec![address.to_string()];
+    }
+    let mut text = String::from("[server]\nlisten = []\nmax_connections = 16384\n");
+    for index in 0..order.exports {
+        // What is not attached is an export, too.
+        let what = match &disk.device {
+            Some(_) if index == 0 => format!("volume = \"loop:{}\"", disk.image.display()),
+            Some(_) => format!("volume = \"loop:{}.{index}\"", disk.image.display()),
+            None => format!("path = {:?}", disk.image),
+        };
+        write!(text, "\n[[export]]\nname = \"e{index}\"\n{what}\n")?;
+    }
+    std::fs::write(&home.config, text)?;
+    Ok(Process::Ours(Box::new(home.start()?)))
+}
+
+fn pump(folder: &Path, endpoint: &Endpoint, order: &Order<'_>) -> Outcome<Process> {
+    let mut command = command(std::env::current_exe()?);
+    command.arg("--pump").arg(endpoint.to_string());
+    command.arg(order.bytes.to_string());
+    spawn(folder, command)
+}
+
+fn nbdkit(
+    folder: &Path,
+    endpoint: &Endpoint,
+    disk: &Disk,
+    order: &Order<'_>,
+    threads: &[&str],
+) -> Outcome<Process> {
+    let mut command = command("nbdkit");
+    command.arg("--foreground").args(threads);
+    match endpoint {
+        Endpoint::Unix(path) => command.arg("--unix").arg(path),
+        Endpoint::Tcp(address) => command
+            .arg(format!("--ipaddr={}", address.ip()))
+            .arg(format!("--port={}", address.port())),
+    };
+    if order.exports == 1 {
+        command.arg("file").arg(disk.path());
+    } else {
+        // One export for each file of a folder.
+        let exports = folder.join("exports");
+        std::fs::create_dir_all(&exports)?;
+        for index in 0..order.exports {
+            let link = exports.join(format!("e{index}"));
+            if !link.exists() {
+                std::os::unix::fs::symlink(disk.path(), link)?;
+            }
+        }
+        command
+            .arg("file")
+            .arg(format!("dir={}", exports.display()));
+    }
+    spawn(folder, command)
+}
+
+fn qemu_nbd(folder: &Path, endpoint: &Endpoint, disk: &Disk, how: &[&str]) -> Outcome<Process> {
+    let mut command = command("qemu-nbd");
+    command.args(["--format=raw", "--persistent", "--shared=0"]);
+    command.arg("--export-name").arg(EXPORT).args(how);
+    match endpoint {
+        Endpoint::Unix(path) => command.arg("--socket").arg(path),
+        Endpoint::Tcp(address) => command
+            .arg(format!("--bind={}", address.ip()))
+            .arg(format!("--port={}", address.port())),
+    };
+    command.arg(disk.path());
+    spawn(folder, command)
+}
+
+fn storage_daemon(
+    folder: &Path,
+    endpoint: &Endpoint,
+    disk: &Disk,
+    order: &Order<'_>,
+) -> Outcome<Process> {
+    let mut command = command("qemu-storage-daemon");
+    let driver = if disk.device.is_some() {
+        "host_device"
+    } else {
+        "file"
+    };
+    command.arg("--blockdev").arg(format!(
+        "driver={driver},node-name=disk,filename={},read-only={}",
+        disk.path().display(),
+        if order.exports > 1 { "on" } else { "off" }
+    ));
+    command.arg("--nbd-server").arg(match endpoint {
+        Endpoint::Unix(path) => format!(
+            "addr.type=unix,addr.path={},max-connections=0",
+            path.display()
+        ),
+        Endpoint::Tcp(address) => format!(
+            "addr.type=inet,addr.host={},addr.port={},max-connections=0",
+            address.ip(),
+            address.port()
+        ),
+    });
+    let writable = if order.exports > 1 { "off" } else { "on" };
+    for index in 0..order.exports {
+        command.arg("--export").arg(format!(
+            "type=nbd,id=e{index},node-name=disk,name=e{index},writable={writable}"
+        ));
+    }
+    spawn(folder, command)
+}
+
+fn nbd_server(
+    folder: &Path,
+    endpoint: &Endpoint,
+    disk: &Disk,
+    order: &Order<'_>,
+    of_all: &str,
+    of_export: &str,
+) -> Outcome<Process> {
+    let mut text = String::from("[generic]\nallowlist = true\n");
+    match endpoint {
+        Endpoint::Unix(path) => writeln!(text, "unixsock = {}", path.display())?,
+        Endpoint::Tcp(address) => writeln!(
+            text,
+            "listenaddr = {}\nport = {}",
+            address.ip(),
+            address.port()
+        )?,
+    }
+    text.push_str(of_all);
+    for index in 0..order.exports {
+        write!(
+            text,
+            "[e{index}]\nexportname = {}\nflush = true\nfua = true\n{of_export}",
+            disk.path().display()
+        )?;
+    }
+    Ok(Process::Background(NbdServer::start(folder, &text)?))
+}

@@ -1,0 +1,248 @@
+//! The rows of the comparison: what is asked, over what, of which disk.
+
+use crate::load::{Op, Shape};
+use crate::servers::{DiskKind, Transport};
+
+pub const KIB: usize = 1 << 10;
+/// One request of a sequential row: what nbdcopy and qemu-img ask for.
+const SEQUENTIAL_BYTES: usize = 256 * KIB;
+const SEQUENTIAL_DEPTH: usize = 8;
+
+/// Who disturbs a client that reads 4 KiB at a time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Neighbour {
+    /// A client that asks for much and takes none of it.
+    SlowReader,
+    /// A client that reads 32 MiB at a time.
+    HugeRequests,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum What {
+    Load(Shape),
+    /// Connect, choose an export, disconnect, one after the other.
+    Connect,
+    /// Memory of this many connections that say nothing.
+    Idle(usize),
+    /// A load beside connections that say nothing.
+    BesideIdle(Shape, usize),
+    /// By how much a neighbour raises the p99 of a load.
+    Beside(Shape, Neighbour),
+    /// nbdcopy, from the export (to nowhere) or to it.
+    Nbdcopy {
+        to_export: bool,
+    },
+}
+
+/// What a server's figure means, and whether more of it is better.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Unit {
+    /// Thousands of requests in a second.
+    Requests,
+    GibPerSecond,
+    ConnectsPerSecond,
+    CopiesPerSecond,
+    /// KiB for each connection.
+    KibEach,
+    /// p99 with the neighbour to p99 without.
+    Times,
+}
+
+impl Unit {
+    pub fn name(self) -> &'static str {
+        match self {
+            Unit::Requests => "k/s",
+            Unit::GibPerSecond => "GiB/s",
+            Unit::ConnectsPerSecond => "conn/s",
+            Unit::CopiesPerSecond => "copies/s",
+            Unit::KibEach => "KiB each",
+            Unit::Times => "x p99",
+        }
+    }
+
+    pub fn less_is_better(self) -> bool {
+        matches!(self, Unit::KibEach | Unit::Times)
+    }
+}
+
+/// One row.
+#[derive(Debug, Clone)]
+pub struct Workload {
+    pub name: String,
+    pub stage: Stage,
+    pub what: What,
+    /// Part of the short form.
+    pub quick: bool,
+}
+
+/// What the servers of a row are started on; rows of one stage share them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Stage {
+    pub disk: DiskKind,
+    pub transport: Transport,
+    pub exports: usize,
+    /// 4 GiB of which 64 MiB hold data, instead of a disk that is full.
+    pub sparse: bool,
+}
+
+impl Workload {
+    pub fn unit(&self) -> Unit {
+        match self.what {
+            What::Load(shape) if !shape.random => Unit::GibPerSecond,
+            What::Load(_) | What::BesideIdle(..) => Unit::Requests,
+            What::Connect => Unit::ConnectsPerSecond,
+            What::Idle(_) => Unit::KibEach,
+            What::Beside(..) => Unit::Times,
+            What::Nbdcopy { .. } if self.stage.sparse => Unit::CopiesPerSecond,
+            What::Nbdcopy { .. } => Unit::GibPerSecond,
+        }
+    }
+}
+
+/// All rows, in the order of their stages; `files` is what stands for a file.
+pub fn all(files: DiskKind) -> Vec<Workload> {
+    let mut rows = Vec::new();
+    for transport in [Transport::Unix, Transport::Tcp] {
+        of_transport(&mut rows, files, transport);
+    }
+    for exports in [1000, 10_000] {
+        let stage = Stage {
+            exports,
+            ..stage(files, Transport::Unix)
+        };
+        rows.push(row(
+            format!("connect-{exports}-exports"),
+            stage,
+            What::Connect,
+            exports == 1000,
+        ));
+    }
+    let sparse = Stage {
+        sparse: true,
+        ..stage(files, Transport::Unix)
+    };
+    let copy = What::Nbdcopy { to_export: false };
+    rows.push(row("nbdcopy-sparse".to_owned(), sparse, copy, true));
+    for (disk, word) in [
+        (DiskKind::Loop, "loop"),
+        (DiskKind::LoopDirect, "loop-direct"),
+    ] {
+        let stage = stage(disk, Transport::Unix);
+        let quick = disk == DiskKind::LoopDirect;
+        for (op, name) in [(Op::Read, "read"), (Op::Write, "write")] {
+            let what = What::Load(sequential(op, 1));
+            rows.push(row(format!("{word}-seq-{name}"), stage, what, quick));
+        }
+        let what = What::Load(random(Op::Read, 4 * KIB, 32, 1, false));
+        rows.push(row(format!("{word}-read-4k-d32"), stage, what, false));
+    }
+    rows
+}
+
+fn of_transport(rows: &mut Vec<Workload>, files: DiskKind, transport: Transport) {
+    let stage = stage(files, transport);
+    let unix = transport == Transport::Unix;
+    let word = if unix { "unix" } else { "tcp" };
+    let mut add =
+        |name: String, what, quick| rows.push(row(format!("{name}-{word}"), stage, what, quick));
+    // Reads first: a write leaves dirty pages that someone has to write out later.
+    for (op, name) in [(Op::Read, "read"), (Op::Mix, "mix"), (Op::Write, "write")] {
+        if op != Op::Mix {
+            for connections in [1, 4] {
+                let what = What::Load(sequential(op, connections));
+                add(
+                    format!("seq-{name}-{connections}c"),
+                    what,
+                    unix || connections == 1,
+                );
+            }
+        }
+        for (depth, connections) in [(1, 1), (8, 1), (32, 1), (32, 8)] {
+            for structured in [false, true] {
+                let shape = random(op, 4 * KIB, depth, connections, structured);
+                let times = if connections > 1 {
+                    format!("x{connections}")
+                } else {
+                    String::new()
+                };
+                let suffix = if structured { "-structured" } else { "" };
+                let quick = !structured && (unix && op != Op::Mix || op == Op::Read && depth == 32);
+                add(
+                    format!("{name}-4k-d{depth}{times}{suffix}"),
+                    What::Load(shape),
+                    quick,
+                );
+            }
+        }
+    }
+    add(
+        "read-64k-d8".to_owned(),
+        What::Load(random(Op::Read, 64 * KIB, 8, 1, false)),
+        true,
+    );
+    for (to_export, name) in [(false, "read"), (true, "write")] {
+        add(
+            format!("nbdcopy-{name}"),
+            What::Nbdcopy { to_export },
+            unix && !to_export,
+        );
+    }
+    add("connect-1-export".to_owned(), What::Connect, true);
+    add("idle-1000".to_owned(), What::Idle(1000), unix);
+    let one = random(Op::Read, 4 * KIB, 1, 1, false);
+    add(
+        "read-4k-d1-beside-200-idle".to_owned(),
+        What::BesideIdle(one, 200),
+        unix,
+    );
+    add(
+        "beside-slow-reader".to_owned(),
+        What::Beside(one, Neighbour::SlowReader),
+        unix,
+    );
+    add(
+        "beside-huge-requests".to_owned(),
+        What::Beside(one, Neighbour::HugeRequests),
+        unix,
+    );
+}
+
+fn row(name: String, stage: Stage, what: What, quick: bool) -> Workload {
+    Workload {
+        name,
+        stage,
+        what,
+        quick,
+    }
+}
+
+fn stage(disk: DiskKind, transport: Transport) -> Stage {
+    Stage {
+        disk,
+        transport,
+        exports: 1,
+        sparse: false,
+    }
+}
+
+fn sequential(op: Op, connections: usize) -> Shape {
+    Shape {
+        op,
+        random: false,
+        block: SEQUENTIAL_BYTES,
+        depth: SEQUENTIAL_DEPTH,
+        connections,
+        structured: false,
+    }
+}
+
+fn random(op: Op, block: usize, depth: usize, connections: usize, structured: bool) -> Shape {
+    Shape {
+        op,
+        random: true,
+        block,
+        depth,
+        connections,
+        structured,
+    }
+}

@@ -1,0 +1,284 @@
+//! One section as an export. PURE: keys in, a [`Section`] or everything that is wrong with it out.
+
+use std::path::{Path, PathBuf};
+
+use super::key_file::{Entry, Group, shown};
+use super::keys::{Fate, Key, Kind, SECTION};
+use crate::config::place::Problem;
+use crate::correlation::ExportName;
+use crate::identity::VolumeId;
+
+/// An export as its section describes it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Section {
+    pub name: ExportName,
+    /// Where the section begins.
+    pub file: PathBuf,
+    pub line: usize,
+    pub backing: Backing,
+    pub read_only: bool,
+    pub share: bool,
+    /// `x-trust-path`: whatever disk is found at the path is the volume.
+    pub trust_path: bool,
+    pub access: Access,
+}
+
+/// What an export serves.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Backing {
+    /// `x-volume`.
+    Volume(VolumeId),
+    /// `exportname = /dev/…`: the volume that was there when the line was written.
+    Device(PathBuf),
+    /// `exportname = /file`.
+    File(PathBuf),
+}
+
+/// Who may use an export, and how.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Access {
+    pub authfile: Option<PathBuf>,
+    /// Live connections at one time; 0 for no limit.
+    pub connections_max: u32,
+    /// Every write is durable before it is answered.
+    pub sync: bool,
+}
+
+/// What is wrong with a section, and what is only odd.
+#[derive(Debug, Default)]
+pub(super) struct Remarks {
+    pub problems: Vec<Problem>,
+    pub warnings: Vec<Problem>,
+}
+
+/// Reads an export's section; `None` when `remarks.problems` has more than before.
+pub(super) fn read(file: &Path, group: &Group<'_>, remarks: &mut Remarks) -> Option<Section> {
+    let before = remarks.problems.len();
+    let of = format!("[{}]", shown(group.name));
+    let values = Values::read(group, &of, &[&SECTION], remarks);
+    let name = match ExportName::parse(group.name) {
+        Ok(name) => Some(name),
+        Err(error) => {
+            remarks
+                .problems
+                .push(group.at.problem(format!("{of}: {error}")));
+            None
+        }
+    };
+    let backing = backing(&values, &of, remarks);
+    let connections_max = match values.integer("maxconnections") {
+        // The stock server takes a negative number for none.
+        Some(number) => u32::try_from(number).unwrap_or(0),
+        None => 0,
+    };
+    if let Some((style, entry)) = values.text("virtstyle")
+        && let Err(message) = virtstyle(style)
+    {
+        remarks
+            .problems
+            .push(entry.at.problem(format!("{of}: virtstyle: {message}")));
+    }
+    let section = Section {
+        name: name?,
+        file: file.to_owned(),
+        line: group.at.line,
+        backing: backing?,
+        read_only: values.truth("readonly"),
+        share: values.truth("x-share"),
+        trust_path: values.truth("x-trust-path"),
+        access: Access {
+            authfile: values.text("authfile").map(|(text, _)| text.into()),
+            connections_max,
+            sync: values.truth("sync"),
+        },
+    };
+    (remarks.problems.len() == before).then_some(section)
+}
+
+fn backing(values: &Values<'_>, of: &str, remarks: &mut Remarks) -> Option<Backing> {
+    let named = values.text("exportname");
+    if let Some((text, entry)) = values.text("x-volume") {
+        if named.is_none() {
+            remarks.warnings.push(entry.at.problem(format!(
+                "{of}: without exportname the stock server would not read this file"
+            )));
+        }
+        return match VolumeId::parse(text) {
+            Ok(volume) => Some(Backing::Volume(volume)),
+            Err(error) => {
+                remarks
+                    .problems
+                    .push(entry.at.problem(format!("{of}: x-volume {error}")));
+                None
+            }
+        };
+    }
+    let Some((text, entry)) = named else {
+        remarks.problems.push(
+            values
+                .at
+                .problem(format!("{of}: exportname is missing (nbd-server(5)); say exportname = /dev/NAME, or x-volume = PROFILE:ID")),
+        );
+        return None;
+    };
+    let refuse = |message: String| Some(entry.at.problem(format!("{of}: exportname {message}")));
+    let substitutes = text.contains("%s")
+        && values
+            .text("virtstyle")
+            .is_none_or(|(style, _)| !style.starts_with("none"));
+    let problem = if !text.starts_with('/') {
+        refuse(format!("\"{}\": expected an absolute path", shown(text)))
+    } else if text.contains('\0') || text.len() > PATH_BYTES_MAX {
+        refuse("is no path".to_owned())
+    } else if substitutes {
+        refuse(format!(
+            "\"{}\": a path for each client's address (%s) is refused: an export is one volume for all",
+            shown(text)
+        ))
+    } else if text.to_ascii_lowercase().ends_with(".qcow2") {
+        refuse(format!(
+            "\"{}\": a qcow2 image is not served yet, and never as raw bytes",
+            shown(text)
+        ))
+    } else {
+        None
+    };
+    match problem {
+        Some(problem) => {
+            remarks.problems.push(problem);
+            None
+        }
+        None if text.starts_with("/dev/") => Some(Backing::Device(text.into())),
+        None => Some(Backing::File(text.into())),
+    }
+}
+
+/// As the stock server compares: by the beginning of the word.
+fn virtstyle(text: &str) -> Result<(), String> {
+    if ["none", "ipliteral", "iphash"]
+        .iter()
+        .any(|style| text.starts_with(style))
+    {
+        return Ok(());
+    }
+    match text.strip_prefix("cidrhash") {
+        Some(rest) if text.len() < 10 => Err(format!("\"cidrhash{rest}\": the length is missing")),
+        Some(_) => Ok(()),
+        None => Err(format!(
+            "\"{}\": expected none, ipliteral, iphash or cidrhash N",
+            shown(text)
+        )),
+    }
+}
+
+/// The values of one group that were written and could be read.
+pub(super) struct Values<'a> {
+    pub at: crate::config::place::Place<'a>,
+    found: Vec<(&'static str, Value, Entry<'a>)>,
+}
+
+enum Value {
+    Boolean(bool),
+    Integer(i64),
+    Text(String),
+}
+
+impl<'a> Values<'a> {
+    /// Reads every known key by its kind. What is refused or cannot be read is a problem, what is unknown a warning.
+    pub(super) fn read(
+        group: &Group<'a>,
+        of: &str,
+        tables: &[&'static [Key]],
+        remarks: &mut Remarks,
+    ) -> Values<'a> {
+        let mut found = Vec::new();
+        for (name, entry) in &group.entries {
+            let known = tables
+                .iter()
+                .flat_map(|table| table.iter())
+                .find(|key| key.name == *name);
+            let Some(key) = known else {
+                let (whose, list) = match name.starts_with("x-") {
+                    true => ("no key of nbdtrack has this name", &mut remarks.problems),
+                    false => (
+                        "unknown key, ignored as the stock server does",
+                        &mut remarks.warnings,
+                    ),
+                };
+                list.push(entry.at.problem(format!("{of}: {}: {whose}", shown(name))));
+                continue;
+            };
+            let value = match key.kind {
+                Kind::Boolean => entry.boolean().map(Value::Boolean),
+                Kind::Integer => entry.integer().map(|number| Value::Integer(number.into())),
+                Kind::Integer64 => entry.int64().map(Value::Integer),
+                Kind::Text => entry.string().map(Value::Text),
+            };
+            let value = match value {
+                Ok(value) => value,
+                Err(message) => {
+                    remarks
+                        .problems
+                        .push(entry.at.problem(format!("{of}: {}: {message}", key.name)));
+                    continue;
+                }
+            };
+            let asks = match &value {
+                Value::Boolean(set) => *set,
+                Value::Integer(number) => *number != 0,
+                Value::Text(_) => true,
+            };
+            match key.fate {
+                Fate::Refused(reason) if asks => {
+                    remarks.problems.push(
+                        entry
+                            .at
+                            .problem(format!("{of}: {} is refused: {reason}", key.name)),
+                    );
+                    continue;
+                }
+                Fate::Accepted(reason) if asks && TOLD.contains(&key.name) => {
+                    remarks.warnings.push(
+                        entry
+                            .at
+                            .problem(format!("{of}: {} changes nothing: {reason}", key.name)),
+                    );
+                }
+                _ => {}
+            }
+            found.push((key.name, value, *entry));
+        }
+        Values {
+            at: group.at,
+            found,
+        }
+    }
+
+    pub(super) fn truth(&self, name: &str) -> bool {
+        self.found
+            .iter()
+            .any(|(key, value, _)| *key == name && matches!(value, Value::Boolean(true)))
+    }
+
+    pub(super) fn integer(&self, name: &str) -> Option<i64> {
+        self.found.iter().find_map(|(key, value, _)| match value {
+            Value::Integer(number) if *key == name => Some(*number),
+            _ => None,
+        })
+    }
+
+    pub(super) fn text(&self, name: &str) -> Option<(&str, Entry<'a>)> {
+        self.found
+            .iter()
+            .find_map(|(key, value, entry)| match value {
+                Value::Text(text) if *key == name => Some((text.as_str(), *entry)),
+                _ => None,
+            })
+    }
+}
+
+/// Keys whose writer may expect something to happen; the others are offered anyway.
+const TOLD: [&str; 5] = ["user", "group", "rotational", "timeout", "tlsprio"];
+
+/// Linux's PATH_MAX.
+const PATH_BYTES_MAX: usize = 4_095;

@@ -1,0 +1,238 @@
+use super::*;
+
+fn file(path: &str, text: &str) -> IniFile {
+    IniFile {
+        path: path.into(),
+        text: Ok(text.to_owned()),
+    }
+}
+
+fn read(text: &str) -> Judged {
+    judge(
+        &[file("/etc/nbd-server/config", text)],
+        &LastGood::new(),
+        false,
+    )
+}
+
+fn told(list: &[Problem]) -> String {
+    list.iter().map(|p| format!("{p}\n")).collect()
+}
+
+/// Each row of the table, with a value that asks for it: it works, is accepted, or is refused by its name.
+#[test]
+fn every_key_has_the_fate_that_the_table_says() {
+    let example = |key: &Key| match (key.name, key.kind) {
+        ("exportname", _) => "/dev/vdb",
+        ("x-volume", _) => "serial:WD-WMAP9A966149",
+        ("virtstyle", _) => "cidrhash 24",
+        ("x-missing-authfile", _) => "allow",
+        (_, Kind::Boolean) => "true",
+        (_, Kind::Integer | Kind::Integer64) => "7",
+        (_, Kind::Text) => "/a/b",
+    };
+    let check = |key: &Key, text: String| {
+        let judged = read(&text);
+        let problems = told(&judged.problems);
+        match key.fate {
+            Fate::Works | Fate::Accepted(_) => {
+                assert_eq!(problems, "", "{text}");
+                assert!(judged.generic.is_some());
+                assert!(judged.sections.contains_key("e"), "{text}");
+            }
+            Fate::Refused(reason) => {
+                let says = format!("{} is refused: {reason}", key.name);
+                assert!(problems.contains(&says), "{text}: {problems}");
+                assert!(
+                    judged.generic.is_none() || judged.sections.is_empty(),
+                    "{text}"
+                );
+            }
+        }
+    };
+    for key in GENERIC.iter().chain(&GENERIC_OURS) {
+        let text = format!(
+            "[generic]\n{} = {}\n[e]\nexportname = /dev/x\n",
+            key.name,
+            example(key)
+        );
+        check(key, text);
+    }
+    for key in &SECTION {
+        let rest = if key.name == "exportname" {
+            ""
+        } else {
+            "exportname = /dev/x\n"
+        };
+        let text = format!("[generic]\n[e]\n{rest}{} = {}\n", key.name, example(key));
+        check(key, text);
+    }
+}
+
+/// A false boolean asks for nothing: what would be refused is not.
+#[test]
+fn a_feature_that_is_switched_off_is_not_refused() {
+    for key in SECTION.iter().filter(|key| key.kind == Kind::Boolean) {
+        let judged = read(&format!(
+            "[generic]\n[e]\nexportname=/dev/x\n{}=false\n",
+            key.name
+        ));
+        assert_eq!(told(&judged.problems), "");
+    }
+}
+
+#[test]
+fn a_value_that_the_stock_server_refuses_is_refused_with_its_place() {
+    for (line, says) in [
+        ("readonly = yes", "no boolean"),
+        ("readonly = TRUE", "no boolean"),
+        ("filesize = 12 ", "no whole number"),
+        ("maxconnections = 12x", "no whole number"),
+        ("authfile = a\\x", "no such escape"),
+        ("virtstyle = cidrhash", "length is missing"),
+        ("virtstyle = other", "expected none"),
+        ("x-volume = nobody:1", "unknown profile"),
+        ("x-shared = true", "no key of nbdtrack"),
+        ("exportname = relative", "absolute path"),
+        ("exportname = /a/%s", "each client's address"),
+        ("exportname = /a/b.QCOW2", "never as raw bytes"),
+    ] {
+        let judged = read(&format!("[generic]\n[e]\nexportname=/dev/x\n  {line}\n"));
+        let problems = told(&judged.problems);
+        assert!(
+            problems.starts_with("/etc/nbd-server/config:4:3: [e]"),
+            "{line}: {problems}"
+        );
+        assert!(problems.contains(says), "{line}: {problems}");
+        assert!(judged.sections.is_empty());
+        assert_eq!(judged.refused, 1);
+    }
+}
+
+#[test]
+fn an_unknown_key_is_a_warning_and_strictly_an_error() {
+    let text = "[generic]\n[e]\nexportname=/dev/x\nreadOnly=true\n";
+    let judged = read(text);
+    assert!(told(&judged.warnings).contains(":4:1: [e]: readOnly: unknown key"));
+    assert_eq!(judged.sections.len(), 1);
+    let strict = judge(&[file("/c", text)], &LastGood::new(), true);
+    assert!(told(&strict.problems).contains("readOnly"));
+    assert!(strict.sections.is_empty());
+}
+
+#[test]
+fn a_broken_file_keeps_its_sections_and_the_others_go_on() {
+    let before = judge(
+        &[
+            file("/m", "[generic]\n[m]\nexportname=/dev/a\n"),
+            file("/d/1.conf", "[one]\nexportname=/dev/b\n"),
+            file("/d/2.conf", "[two]\nexportname=/dev/c\n"),
+        ],
+        &LastGood::new(),
+        false,
+    );
+    assert_eq!(before.sections.len(), 3);
+    let after = judge(
+        &[
+            file(
+                "/m",
+                "[generic]\n[m]\nexportname=/dev/a\nreadonly=perhaps\n",
+            ),
+            file("/d/1.conf", "[one]\nexportname=/dev/z\n[hal"),
+            file("/d/2.conf", "[two]\nexportname=/dev/y\n"),
+            file("/d/3.conf", "[three]\nexportname=/dev/x\n"),
+        ],
+        &before.sections,
+        false,
+    );
+    assert_eq!(after.sections["m"], before.sections["m"]);
+    assert_eq!(after.sections["one"], before.sections["one"]);
+    assert_eq!(
+        after.sections["two"].backing,
+        Backing::Device("/dev/y".into())
+    );
+    assert_eq!(after.sections.len(), 4);
+    assert!(told(&after.problems).contains("/d/1.conf:3:1: "));
+    assert!(told(&after.problems).contains("/m:4:1: [m]: readonly"));
+    // A file that is not there any more is another matter: its sections go.
+    let gone = judge(&[file("/m", "[generic]\n")], &after.sections, false);
+    assert!(gone.sections.is_empty());
+}
+
+#[test]
+fn one_name_in_two_files_is_neither_of_them() {
+    let files = [
+        file("/m", "[generic]\n"),
+        file("/d/a.conf", "[e]\nexportname=/dev/a\n"),
+        file("/d/b.conf", "\n[e]\nexportname=/dev/b\n"),
+    ];
+    let judged = judge(&files, &LastGood::new(), false);
+    assert!(judged.sections.is_empty());
+    let problems = told(&judged.problems);
+    assert!(
+        problems.contains("/d/b.conf:2:1:") && problems.contains("/d/a.conf:1"),
+        "{problems}"
+    );
+}
+
+#[test]
+fn a_main_file_without_generic_first_changes_nothing() {
+    for text in [
+        "",
+        "# nothing\n",
+        "[e]\nexportname=/dev/a\n",
+        "[e]\n[generic]\n",
+    ] {
+        let judged = read(text);
+        assert!(judged.generic.is_none() && judged.sections.is_empty());
+        assert!(told(&judged.problems).contains("[generic]"), "{text}");
+    }
+}
+
+#[test]
+fn hostile_bytes_end_in_words_and_never_in_a_panic() {
+    let mut seed = 0x9e37_79b9_7f4a_7c15_u64;
+    let mut next = move || {
+        seed ^= seed << 13;
+        seed ^= seed >> 7;
+        seed ^= seed << 17;
+        seed
+    };
+    let pieces = [
+        "[generic]",
+        "[",
+        "]",
+        "=",
+        "\n",
+        "\r\n",
+        "\\",
+        "\\s",
+        "\u{fffd}",
+        "#",
+        " ",
+        "\t",
+        "exportname",
+        "/dev/x",
+        "é",
+        "\u{0}",
+        "x-volume",
+        "readonly",
+        "true",
+        "%s",
+        "\u{feff}",
+        "[e]",
+        "99999999999999999999",
+    ];
+    for _ in 0..20_000 {
+        let count = next() % 24;
+        let mut text = String::from(if next() % 2 == 0 { "[generic]\n" } else { "" });
+        for _ in 0..count {
+            let at = usize::try_from(next()).unwrap_or(0) % pieces.len();
+            text.push_str(pieces[at]);
+        }
+        let judged = read(&text);
+        for problem in judged.problems.iter().chain(&judged.warnings) {
+            assert!(problem.message.len() < 2_000);
+        }
+    }
+}

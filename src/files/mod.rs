@@ -1,0 +1,252 @@
+//! What stands under the paths that exports name, told as it changes. EDGE: looks files up beneath the configured roots, and
+//! decides nothing.
+//!
+//! A path is looked up when an export comes to want it, when a survey of the disks is ordered, and at an interval. Each look-up
+//! is a call of its own on the blocking pool: a file system that hangs (a server of NFS that is gone) keeps the thread
+//! of its own paths, and no other path waits for it (invariant 11).
+
+mod known;
+
+use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::{Notify, Semaphore, mpsc};
+use tokio::task::{JoinHandle, JoinSet};
+use tokio::time::MissedTickBehavior;
+
+use crate::correlation::Event;
+use crate::image::beneath::Roots;
+use known::{Known, Seen};
+
+/// Look-ups at one time.
+const LOOKS_MAX: usize = 16;
+/// A look-up that takes longer is waited for no more; its path stays as it was last seen.
+const LOOK_WITHIN: Duration = Duration::from_secs(2);
+/// Paths whose look-up hangs, each with a thread; past it no new path is looked up until one answers.
+const HUNG_MAX: usize = 128;
+
+/// What the observer tells.
+#[derive(Debug)]
+pub enum Told {
+    Happened(Event),
+    /// Every path has been looked up since this was asked for, but for those that hang.
+    Checked(Round),
+}
+
+/// Counts the rounds of look-ups that were asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Round(u64);
+
+/// The running observer; dropping it stops it.
+pub struct Observer {
+    shared: Arc<Shared>,
+    task: JoinHandle<()>,
+}
+
+#[derive(Default)]
+struct Shared {
+    /// As many as there are exports of files at most. Held for a few instructions.
+    wanted: Mutex<BTreeSet<String>>,
+    asked: AtomicU64,
+    /// Something above has changed.
+    changed: Notify,
+}
+
+impl Shared {
+    fn wanted(&self) -> std::sync::MutexGuard<'_, BTreeSet<String>> {
+        // Every change under the lock is one insertion or removal, so a poisoned lock is still good.
+        self.wanted.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Watches no path yet. Has to be called on a tokio runtime. `out` full: the observer waits, and looks up nothing meanwhile.
+pub fn observe(roots: Arc<Roots>, every: Duration, out: mpsc::Sender<Told>) -> Observer {
+    let shared = Arc::<Shared>::default();
+    let watch = Watch {
+        roots,
+        shared: Arc::clone(&shared),
+        out,
+        known: Known::default(),
+        looks: JoinSet::new(),
+        places: Arc::new(Semaphore::new(LOOKS_MAX)),
+        looking: BTreeSet::new(),
+        hung: BTreeSet::new(),
+    };
+    let task = tokio::spawn(watch.run(every));
+    Observer { shared, task }
+}
+
+impl Observer {
+    pub fn watch(&self, path: String) {
+        self.shared.wanted().insert(path);
+        self.shared.changed.notify_one();
+    }
+
+    pub fn unwatch(&self, path: &str) {
+        self.shared.wanted().remove(path);
+        self.shared.changed.notify_one();
+    }
+
+    /// Orders a look-up of every path; a `Checked` of this round or a later one follows.
+    pub fn check(&self) -> Round {
+        let round = self.shared.asked.fetch_add(1, Ordering::AcqRel) + 1;
+        self.shared.changed.notify_one();
+        Round(round)
+    }
+}
+
+impl Drop for Observer {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+enum Look {
+    Found(String, Result<Seen, String>),
+    /// Not answered in time; it goes on.
+    Slow(String, JoinHandle<Result<Seen, String>>),
+    /// A slow one has ended: the path is to be looked up again.
+    Late(String),
+}
+
+/// The daemon has ended.
+struct Stopped;
+
+struct Watch {
+    roots: Arc<Roots>,
+    shared: Arc<Shared>,
+    out: mpsc::Sender<Told>,
+    known: Known,
+    /// At most one for each path.
+    looks: JoinSet<Look>,
+    places: Arc<Semaphore>,
+    looking: BTreeSet<String>,
+    hung: BTreeSet<String>,
+}
+
+impl Watch {
+    async fn run(mut self, every: Duration) {
+        let mut tick = tokio::time::interval(every);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let shared = Arc::clone(&self.shared);
+        let mut done = 0;
+        loop {
+            // Cancel-safe: none takes anything before it is chosen.
+            let all = tokio::select! {
+                () = shared.changed.notified() => false,
+                _ = tick.tick() => true,
+                Some(Ok(look)) = self.looks.join_next() => {
+                    if let Look::Late(path) = look {
+                        self.hung.remove(&path);
+                    }
+                    false
+                }
+            };
+            let asked = shared.asked.load(Ordering::Acquire);
+            let round = self.round(all || asked != done).await;
+            let told = match round {
+                Ok(()) if asked != done => self.tell(Told::Checked(Round(asked))).await,
+                other => other,
+            };
+            done = asked;
+            if told.is_err() {
+                return;
+            }
+        }
+    }
+
+    /// Looks up what is new, or everything; forgets what no one wants.
+    async fn round(&mut self, all: bool) -> Result<(), Stopped> {
+        let wanted = self.shared.wanted().clone();
+        let gone: Vec<String> = self
+            .known
+            .paths()
+            .filter(|path| !wanted.contains(*path))
+            .cloned()
+            .collect();
+        for path in gone {
+            for event in self.known.forget(&path) {
+                self.tell(Told::Happened(event)).await?;
+            }
+        }
+        let known: BTreeSet<&String> = self.known.paths().collect();
+        let due: Vec<String> = wanted
+            .iter()
+            .filter(|path| all || !known.contains(path))
+            .filter(|path| !self.hung.contains(*path))
+            .cloned()
+            .collect();
+        for path in due {
+            if self.hung.len() < HUNG_MAX {
+                self.start(path);
+            }
+        }
+        while !self.looking.is_empty() {
+            // Only a look-up can panic, and that is told as its answer.
+            let Some(Ok(look)) = self.looks.join_next().await else {
+                break;
+            };
+            self.on_look(look).await?;
+        }
+        Ok(())
+    }
+
+    fn start(&mut self, path: String) {
+        self.looking.insert(path.clone());
+        let roots = Arc::clone(&self.roots);
+        let places = Arc::clone(&self.places);
+        self.looks.spawn(async move {
+            // Closed never; the place is given back when the path is waited for no more.
+            let _place = places.acquire_owned().await;
+            let wanted = path.clone();
+            let mut look = tokio::task::spawn_blocking(move || look_up(&roots, &wanted));
+            match tokio::time::timeout(LOOK_WITHIN, &mut look).await {
+                Ok(Ok(found)) => Look::Found(path, found),
+                Ok(Err(broken)) => Look::Found(path, Err(format!("the look-up broke: {broken}"))),
+                Err(_) => Look::Slow(path, look),
+            }
+        });
+    }
+
+    async fn on_look(&mut self, look: Look) -> Result<(), Stopped> {
+        match look {
+            Look::Found(path, found) => {
+                self.looking.remove(&path);
+                for event in self.known.look(&path, found) {
+                    self.tell(Told::Happened(event)).await?;
+                }
+            }
+            Look::Slow(path, look) => {
+                tracing::warn!(
+                    path,
+                    "the file system does not answer: the file stays as it was last seen"
+                );
+                self.looking.remove(&path);
+                self.hung.insert(path.clone());
+                self.looks.spawn(async move {
+                    // Whatever it found is as old as its question: it is asked again.
+                    let _old = look.await;
+                    Look::Late(path)
+                });
+            }
+            Look::Late(path) => {
+                self.hung.remove(&path);
+            }
+        }
+        Ok(())
+    }
+
+    async fn tell(&self, told: Told) -> Result<(), Stopped> {
+        self.out.send(told).await.map_err(|_| Stopped)
+    }
+}
+
+fn look_up(roots: &Roots, path: &str) -> Result<Seen, String> {
+    let found = roots.find(path).map_err(|error| error.to_string())?;
+    Ok(Seen {
+        incarnation: found.incarnation,
+        size: found.size,
+    })
+}

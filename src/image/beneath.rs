@@ -1,0 +1,215 @@
+//! Plain files by path: looked up beneath the configured roots, and never anything else. EDGE: reads names and inodes,
+//! opens nothing for I/O.
+//!
+//! A path names one file now and another one later, so what is found comes as a descriptor (`O_PATH`) with the
+//! number of its incarnation: which inode of which file system, made when.
+
+use std::fs::{File, Metadata, OpenOptions};
+use std::io;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::UNIX_EPOCH;
+
+use nix::errno::Errno;
+use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
+
+use crate::correlation::DiskSeq;
+
+/// openat2(2): EAGAIN when a rename elsewhere made the kernel unsure that the path stays beneath. It says to try again.
+const LOOK_UPS: usize = 8;
+
+/// Why no file can be served from a path.
+#[derive(Debug, thiserror::Error)]
+pub enum FileError {
+    #[error("{0}: not beneath any of the file_roots in [server]")]
+    Outside(String),
+    #[error(
+        "{0}: a symbolic link or '..' leads out of the file_roots; give the path that it leads to"
+    )]
+    LeadsOut(String),
+    #[error("{0}: there is no such file")]
+    Missing(String),
+    #[error("{path}: {kind} is not served, only a regular file")]
+    NotAFile { path: String, kind: &'static str },
+    #[error("{path}: {source}")]
+    Kernel { path: String, source: io::Error },
+}
+
+/// The folders beneath which files may be served; none means no file.
+#[derive(Debug, Clone, Default)]
+pub struct Roots(Vec<PathBuf>);
+
+/// What stands under a path.
+#[derive(Debug)]
+pub struct FoundFile {
+    /// Opened with `O_PATH`: fixes the inode, reads nothing.
+    pub file: File,
+    pub incarnation: DiskSeq,
+    /// Bytes.
+    pub size: u64,
+}
+
+impl Roots {
+    pub fn new(roots: Vec<PathBuf>) -> Roots {
+        Roots(roots)
+    }
+
+    /// Looks the absolute `path` up, following no link that leads out of its root. Blocks as its file system does.
+    ///
+    /// # Errors
+    /// Says what stands there instead of a regular file.
+    pub fn find(&self, path: &str) -> Result<FoundFile, FileError> {
+        // The longest root first: a root inside another one is stricter.
+        let (root, below) = self
+            .0
+            .iter()
+            .filter_map(|root| Some((root, Path::new(path).strip_prefix(root).ok()?)))
+            .max_by_key(|(root, _)| root.as_os_str().len())
+            .ok_or_else(|| FileError::Outside(path.to_owned()))?;
+        let refused = |source: io::Error| match source.raw_os_error() {
+            Some(libc::ENOENT | libc::ENOTDIR) => FileError::Missing(path.to_owned()),
+            Some(libc::EXDEV | libc::ELOOP) => FileError::LeadsOut(path.to_owned()),
+            _ => FileError::Kernel {
+                path: path.to_owned(),
+                source,
+            },
+        };
+        let folder = OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_PATH | libc::O_DIRECTORY | libc::O_CLOEXEC)
+            .open(root)
+            .map_err(refused)?;
+        let file = beneath(&folder, below).map_err(refused)?;
+        let facts = file.metadata().map_err(refused)?;
+        if let Some(kind) = other_kind(&facts) {
+            let path = path.to_owned();
+            return Err(FileError::NotAFile { path, kind });
+        }
+        Ok(FoundFile {
+            incarnation: number(&facts),
+            size: facts.len(),
+            file,
+        })
+    }
+}
+
+/// The incarnation of an opened file.
+///
+/// # Errors
+/// What fstat(2) gives.
+pub(super) fn incarnation(file: &File) -> io::Result<DiskSeq> {
+    Ok(number(&file.metadata()?))
+}
+
+fn beneath(folder: &File, path: &Path) -> io::Result<File> {
+    let how = OpenHow::new()
+        .flags(OFlag::O_PATH | OFlag::O_CLOEXEC)
+        .resolve(ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_MAGICLINKS);
+    let mut tries = 0;
+    loop {
+        tries += 1;
+        match openat2(folder, path, how) {
+            Err(Errno::EAGAIN | Errno::EINTR) if tries < LOOK_UPS => {}
+            other => return Ok(File::from(other?)),
+        }
+    }
+}
+
+fn other_kind(facts: &Metadata) -> Option<&'static str> {
+    let kind = facts.file_type();
+    if kind.is_file() {
+        return None;
+    }
+    Some(if kind.is_dir() {
+        "a folder"
+    } else if kind.is_block_device() {
+        "a block device (name it as a volume)"
+    } else if kind.is_char_device() {
+        "a character device"
+    } else if kind.is_fifo() {
+        "a FIFO"
+    } else if kind.is_socket() {
+        "a socket"
+    } else {
+        "what stands there"
+    })
+}
+
+/// The same file has the same number in every process: a release that was stored before a restart is known after it. The
+/// time of birth tells an inode number that was used again from the file that had it before, where the file system keeps one.
+fn number(facts: &Metadata) -> DiskSeq {
+    let born = facts
+        .created()
+        .ok()
+        .and_then(|born| born.duration_since(UNIX_EPOCH).ok())
+        .map_or(0, |born| born.as_nanos());
+    let mut bytes = Vec::with_capacity(32);
+    bytes.extend(facts.dev().to_le_bytes());
+    bytes.extend(facts.ino().to_le_bytes());
+    bytes.extend(born.to_le_bytes());
+    DiskSeq::of_file(&bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::symlink;
+
+    fn found(roots: &Roots, path: &Path) -> Result<DiskSeq, FileError> {
+        roots
+            .find(path.to_str().unwrap())
+            .map(|found| found.incarnation)
+    }
+
+    #[test]
+    fn only_regular_files_beneath_a_root_are_found() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().join("served");
+        std::fs::create_dir_all(root.join("in")).unwrap();
+        std::fs::write(root.join("in/a"), b"a").unwrap();
+        std::fs::write(dir.path().join("secret"), b"s").unwrap();
+        symlink("in/a", root.join("near")).unwrap();
+        symlink("../secret", root.join("far")).unwrap();
+        symlink(root.join("in/a"), root.join("absolute")).unwrap();
+        symlink("/proc/self/exe", root.join("magic")).unwrap();
+        nix::unistd::mkfifo(&root.join("fifo"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let _listener = std::os::unix::net::UnixListener::bind(root.join("socket")).unwrap();
+        let roots = Roots::new(vec![root.clone()]);
+
+        let a = found(&roots, &root.join("in/a")).unwrap();
+        assert_eq!(found(&roots, &root.join("near")).unwrap(), a);
+        for name in ["far", "absolute", "magic"] {
+            let refused = found(&roots, &root.join(name));
+            assert!(matches!(refused, Err(FileError::LeadsOut(_))), "{name}");
+        }
+        for name in ["in", "fifo", "socket"] {
+            let refused = found(&roots, &root.join(name));
+            assert!(matches!(refused, Err(FileError::NotAFile { .. })), "{name}");
+        }
+        let outside = found(&roots, &dir.path().join("secret"));
+        assert!(matches!(outside, Err(FileError::Outside(_))));
+        // A name that only begins as the root does.
+        let beside = found(&roots, &dir.path().join("served-too"));
+        assert!(matches!(beside, Err(FileError::Outside(_))));
+        let missing = found(&roots, &root.join("in/b"));
+        assert!(matches!(missing, Err(FileError::Missing(_))));
+        let none = found(&Roots::default(), &root.join("in/a"));
+        assert!(matches!(none, Err(FileError::Outside(_))));
+    }
+
+    #[test]
+    fn a_hard_link_is_the_same_file_and_a_replacement_is_another() {
+        let dir = tempfile::tempdir().unwrap();
+        let [a, b, new] = ["a", "b", "new"].map(|name| dir.path().join(name));
+        std::fs::write(&a, b"old").unwrap();
+        std::fs::hard_link(&a, &b).unwrap();
+        std::fs::write(&new, b"new").unwrap();
+        let roots = Roots::new(vec![dir.path().to_owned()]);
+        let first = found(&roots, &a).unwrap();
+        assert_eq!(found(&roots, &b).unwrap(), first);
+        assert!(first.is_file());
+        std::fs::rename(&new, &a).unwrap();
+        assert_ne!(found(&roots, &a).unwrap(), first);
+        assert_eq!(found(&roots, &b).unwrap(), first);
+    }
+}

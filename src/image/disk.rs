@@ -1,0 +1,110 @@
+//! A disk as what is opened: its node, its device number and sequence number, and its identity read again (invariant 3).
+
+use std::collections::BTreeSet;
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+
+use nix::sys::stat::{major, minor};
+
+use super::claim::{OpenError, Subject};
+use super::medium::Medium;
+use super::{sys, users};
+use crate::correlation::{DeviceNumber, DiskSeq, OpenDisk};
+use crate::identity::Identity;
+
+/// Reads diskseq and identities of the disk behind a device number; may block.
+pub type ReadIdentities<'a> = &'a dyn Fn(DeviceNumber) -> io::Result<(DiskSeq, BTreeSet<Identity>)>;
+
+/// The disk of an order.
+pub(super) struct Disk<'a> {
+    pub order: &'a OpenDisk,
+    pub identities: ReadIdentities<'a>,
+}
+
+impl Disk<'_> {
+    fn is_announced(&self, found: DiskSeq) -> Result<(), OpenError> {
+        let expected = self.order.diskseq;
+        if found == expected {
+            return Ok(());
+        }
+        Err(OpenError::DiskChanged {
+            node: self.order.node.clone(),
+            expected,
+            found,
+        })
+    }
+}
+
+impl Subject for Disk<'_> {
+    fn medium(&self) -> Medium {
+        Medium::Disk
+    }
+
+    fn find(&self) -> Result<File, OpenError> {
+        let order = self.order;
+        let path = OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_PATH | libc::O_NOFOLLOW | libc::O_CLOEXEC)
+            .open(&order.node.0)
+            .map_err(|e| self.refused(e))?;
+        let facts = path.metadata().map_err(|e| self.refused(e))?;
+        if !facts.file_type().is_block_device() {
+            return Err(OpenError::NotADisk {
+                node: order.node.clone(),
+            });
+        }
+        // Linux device numbers have 12 and 20 bits.
+        let part = |n: u64| u32::try_from(n).unwrap_or(u32::MAX);
+        let found = DeviceNumber {
+            major: part(major(facts.rdev())),
+            minor: part(minor(facts.rdev())),
+        };
+        if found != order.number {
+            return Err(OpenError::OtherDevice {
+                node: order.node.clone(),
+                expected: order.number,
+                found,
+            });
+        }
+        Ok(path)
+    }
+
+    fn same(&self, opened: &File) -> Result<(), OpenError> {
+        let found = sys::diskseq(opened).map_err(|e| self.refused(e))?;
+        self.is_announced(DiskSeq(found))
+    }
+
+    fn proven(&self) -> Result<(), OpenError> {
+        let order = self.order;
+        let (diskseq, found) = (self.identities)(order.number).map_err(|e| self.refused(e))?;
+        self.is_announced(diskseq)?;
+        if !found.contains(&order.identity) {
+            return Err(OpenError::OtherIdentity {
+                node: order.node.clone(),
+                expected: order.identity.clone(),
+            });
+        }
+        Ok(())
+    }
+
+    /// O_EXCL holds it already.
+    fn hold(&self, _: &File) -> Result<(), OpenError> {
+        Ok(())
+    }
+
+    fn refused(&self, source: io::Error) -> OpenError {
+        let node = self.order.node.clone();
+        match source.raw_os_error() {
+            Some(libc::EBUSY) => OpenError::Busy {
+                by: users::users(self.order.number, &node),
+                node,
+            },
+            Some(libc::ENOENT | libc::ENXIO | libc::ENODEV | libc::ENOMEDIUM) => {
+                OpenError::Gone { node }
+            }
+            _ if source.kind() == io::ErrorKind::NotFound => OpenError::Gone { node },
+            _ => OpenError::Kernel { node, source },
+        }
+    }
+}

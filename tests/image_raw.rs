@@ -1,0 +1,119 @@
+//! Promise: a plain file takes zeroes, discards and a full or shrunken file system as its client has to hear of them.
+#![allow(clippy::unwrap_used)]
+
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::time::Duration;
+
+use nbdtrack::correlation::{DeviceNode, DeviceNumber, ExportName, OpenDisk, Ticket};
+use nbdtrack::identity::{Identity, Scheme};
+use nbdtrack::image::beneath::Roots;
+use nbdtrack::image::block::{Block, Claims, OpenError};
+use nbdtrack::image::{Extent, Image, ZeroFlags, raw};
+
+const SIZE: u64 = 4 << 20;
+
+fn order(path: &Path, roots: &Roots) -> OpenDisk {
+    let path = path.to_str().unwrap();
+    OpenDisk {
+        ticket: Ticket(1),
+        export: ExportName::parse("a").unwrap(),
+        node: DeviceNode(path.to_owned()),
+        number: DeviceNumber::of_file(1),
+        diskseq: roots.find(path).unwrap().incarnation,
+        identity: Identity::new(Scheme::File, path),
+        write: true,
+        within: Duration::from_secs(10),
+    }
+}
+
+fn opened(dir: &Path) -> Block {
+    let path = dir.join("a.raw");
+    std::fs::write(&path, vec![0xaa; usize::try_from(SIZE).unwrap()]).unwrap();
+    let roots = Roots::new(vec![dir.to_owned()]);
+    raw::open(&order(&path, &roots), &roots, &Claims::default()).unwrap()
+}
+
+fn at(offset: u64, len: u32) -> Extent {
+    Extent::checked(offset, len, SIZE).unwrap()
+}
+
+fn read(image: &Block, offset: u64, len: u32) -> Vec<u8> {
+    let mut bytes = vec![1; len as usize];
+    image.read(at(offset, len), &mut bytes).unwrap();
+    bytes
+}
+
+#[test]
+fn zeroes_are_zeroes_at_any_offset_and_a_hole_only_where_it_may_be() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = opened(dir.path());
+    let blocks = || {
+        std::fs::metadata(dir.path().join("a.raw"))
+            .unwrap()
+            .blocks()
+    };
+    let whole = blocks();
+    let mut model = vec![0xaa; usize::try_from(SIZE).unwrap()];
+    // Not fast: a tmpfs has no unwritten blocks to give.
+    for (n, (offset, len)) in [(4096, 65536), (100_001, 77), (SIZE - 13, 13), (8191, 4098)]
+        .into_iter()
+        .enumerate()
+    {
+        let flags = ZeroFlags {
+            no_hole: true,
+            fast: false,
+            fua: n == 1,
+        };
+        image.zero(at(offset, len), flags).unwrap();
+        model[usize::try_from(offset).unwrap()..][..len as usize].fill(0);
+    }
+    assert_eq!(read(&image, 0, u32::try_from(SIZE).unwrap()), model);
+    assert!(blocks() >= whole, "a hole was made where none may be");
+
+    image
+        .zero(at(1 << 20, 1 << 20), ZeroFlags::default())
+        .unwrap();
+    assert_eq!(read(&image, 1 << 20, 1 << 20), vec![0; 1 << 20]);
+    let holed = blocks();
+    assert!(holed + 1024 < whole, "no hole: {holed} of {whole}");
+    image.discard(at(2 << 20, 1 << 20), false).unwrap();
+    assert!(blocks() + 1024 < holed, "nothing was discarded");
+}
+
+#[test]
+fn what_a_truncated_file_no_longer_has_is_an_error_and_never_zeroes() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = opened(dir.path());
+    let file = std::fs::OpenOptions::new()
+        .write(true)
+        .open(dir.path().join("a.raw"))
+        .unwrap();
+    file.set_len(SIZE / 2).unwrap();
+    let mut bytes = [1; 8192];
+    for offset in [SIZE / 2 - 4096, SIZE / 2, SIZE - 8192] {
+        let refused = image.read(at(offset, 8192), &mut bytes).unwrap_err();
+        assert_eq!(refused.raw_os_error(), Some(libc::EIO), "{offset}");
+    }
+}
+
+#[test]
+fn the_open_refuses_a_file_that_was_exchanged_since_it_was_announced() {
+    let dir = tempfile::tempdir().unwrap();
+    let [path, other] = ["a.raw", "b.raw"].map(|name| dir.path().join(name));
+    std::fs::write(&path, [1; 512]).unwrap();
+    std::fs::write(&other, [2; 512]).unwrap();
+    let roots = Roots::new(vec![dir.path().to_owned()]);
+    let claims = Claims::default();
+    let order = order(&path, &roots);
+    std::fs::rename(&other, &path).unwrap();
+    let refused = raw::open(&order, &roots, &claims).map(|_| ()).unwrap_err();
+    assert!(
+        matches!(refused, OpenError::DiskChanged { .. }),
+        "{refused}"
+    );
+    std::fs::remove_file(&path).unwrap();
+    std::os::unix::fs::symlink("/etc/passwd", &path).unwrap();
+    let refused = raw::open(&order, &roots, &claims).map(|_| ()).unwrap_err();
+    assert!(matches!(refused, OpenError::File(_)), "{refused}");
+}

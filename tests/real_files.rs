@@ -1,0 +1,263 @@
+//! Plain files are served as disks are: what stands under the path is known by its inode, has one writer, and what is put in
+//! its place is served to nobody who did not say so.
+
+mod support;
+
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::{FileExt, symlink};
+use std::path::{Path, PathBuf};
+
+use nbdtrack::correlation::DiskSeq;
+use support::bus::{Bus, Client as Caller};
+use support::client::Client;
+use support::daemon::Home;
+use support::ground::{Ground, Need, real};
+use support::loops::{LoopDevice, sparse_file};
+use support::pattern;
+use support::process;
+use support::scene::{STEP_LIMIT, Scene};
+use support::{Outcome, until};
+
+const NEEDS: &[Need] = &[Need::Bus, Need::Tool("nbdcopy")];
+const BYTES: u64 = 8 << 20;
+
+fn roots(folder: &Path) -> String {
+    format!("file_roots = [{:?}]\n", folder.display().to_string())
+}
+
+fn id(path: &Path) -> String {
+    format!("file:{}", path.display())
+}
+
+/// A folder that may be served from, one file in it, and a daemon that serves it as `a`.
+fn serving(ground: &Ground) -> Outcome<(Scene, PathBuf)> {
+    let folder = ground.file("backups");
+    std::fs::create_dir_all(&folder)?;
+    let path = sparse_file(&folder, "a.raw", BYTES)?;
+    let scene = Scene::told(ground, roots(&folder), &[("a", id(&path))])?;
+    scene.client.reach_state("a", "Serving", STEP_LIMIT)?;
+    Ok((scene, path))
+}
+
+fn reason(scene: &Scene, name: &str) -> Outcome<String> {
+    let export = scene.export(name)?;
+    Ok(export
+        .get("Reason")
+        .map_or(String::new(), |w| w.text().to_owned()))
+}
+
+/// Whether a flush is answered with success.
+fn served(client: &mut Client) -> bool {
+    matches!(client.flush(), Ok(Ok(())))
+}
+
+#[test]
+fn file_is_filled_and_read_as_a_disk_is_and_stays_given_up_over_a_restart() -> Outcome<()> {
+    real("file served", NEEDS, |ground| {
+        let (mut scene, path) = serving(ground)?;
+        let uri = scene.endpoint().uri("a");
+        let stamped = ground.file("stamped");
+        pattern::write_file(&stamped, "a", BYTES, 1)?;
+        let limit = STEP_LIMIT;
+        process::succeed(
+            "nbdcopy",
+            &["--flush", &stamped.to_string_lossy(), &uri],
+            limit,
+        )?;
+        let tally = pattern::examine_whole(&path, "a", BYTES, 1)?;
+        hold!(tally.all_right(), "in the file: {tally}");
+        let back = ground.file("back");
+        process::succeed("nbdcopy", &[uri.as_str(), &back.to_string_lossy()], limit)?;
+        let tally = pattern::examine_whole(&back, "a", BYTES, 1)?;
+        hold!(tally.all_right(), "through the export: {tally}");
+
+        let mut client = Client::open(&scene.endpoint(), "a")?;
+        scene.client.prepare_detach(&id(&path))?;
+        hold!(!served(&mut client), "its client is still served");
+        hold!(
+            scene.state("a")? == "Released",
+            "it is {}",
+            scene.state("a")?
+        );
+        scene.stop()?;
+        scene.start()?;
+        scene.client.reach_state("a", "Released", STEP_LIMIT)?;
+        scene.client.cancel_detach(&id(&path))?;
+        scene.client.reach_state("a", "Serving", STEP_LIMIT)?;
+        scene.stop()
+    })
+}
+
+#[test]
+fn what_is_no_file_beneath_a_root_is_refused_by_name() -> Outcome<()> {
+    real("no file", NEEDS, |ground| {
+        let (mut scene, path) = serving(ground)?;
+        let folder = path.parent().unwrap_or(&path).to_owned();
+        let other = sparse_file(ground.path(), "other.raw", BYTES)?;
+        symlink(&other, folder.join("link"))?;
+        nix::unistd::mkfifo(&folder.join("fifo"), nix::sys::stat::Mode::S_IRWXU)?;
+        std::fs::create_dir(folder.join("folder"))?;
+        File::create(folder.join("empty"))?;
+        for (name, word) in [
+            ("link", "leads out of the file_roots"),
+            ("fifo", "a FIFO is not served"),
+            ("folder", "a folder is not served"),
+            ("later", "there is no such file"),
+            ("empty", "no steady size, or none at all"),
+        ] {
+            let options = [("wait_ms", zbus::Variant::new(300_u32))].into();
+            let refused = scene
+                .client
+                .add_export_with(name, &id(&folder.join(name)), options);
+            hold!(refused.is_err(), "{name} is served");
+            let told = reason(&scene, name)?;
+            hold!(told.contains(word), "{name}: {told:?}");
+        }
+        let outside = scene.client.add_export("outside", &id(&other));
+        let told = outside.map_or_else(|refused| format!("{refused:?}"), |_| String::new());
+        hold!(told.contains("not beneath"), "outside: {told:?}");
+
+        // It comes, and is found when someone asks for it.
+        sparse_file(&folder, "later", BYTES)?;
+        scene.client.rescan()?;
+        scene.client.reach_state("later", "Serving", STEP_LIMIT)?;
+        scene.stop()
+    })
+}
+
+#[test]
+fn a_file_has_one_writer_whatever_it_is_called_and_whoever_asks() -> Outcome<()> {
+    let needs = [NEEDS, &[Need::Loop]].concat();
+    real("one writer of a file", &needs, |ground| {
+        let (mut scene, path) = serving(ground)?;
+        let folder = path.parent().unwrap_or(&path).to_owned();
+        let link = folder.join("link.raw");
+        std::fs::hard_link(&path, &link)?;
+        let refused = scene.client.add_export("hard-link", &id(&link));
+        let told = refused.map_or_else(|refused| format!("{refused:?}"), |_| String::new());
+        hold!(
+            told.contains("InUse"),
+            "a second writer by a hard link: {told:?}"
+        );
+        hold!(
+            scene.state("a")? == "Serving",
+            "the first writer is {}",
+            scene.state("a")?
+        );
+
+        // A second daemon has its own state and its own idea of the file.
+        let second = ground.file("second");
+        std::fs::create_dir_all(&second)?;
+        let bus = Bus::start(&second)?;
+        let mut home = Home::new(&second, &bus.address)?;
+        home.server = roots(&folder);
+        home.configure(&[("a", id(&path))])?;
+        let daemon = home.start()?;
+        let caller = Caller::connect(&bus)?;
+        let found = caller.reach_state("a", "Failed", STEP_LIMIT)?;
+        let told = found.get("Reason").map_or("", |w| w.text()).to_owned();
+        hold!(told.contains("another nbdtrack writes to it"), "{told:?}");
+        // The lock ends with its process, however that ends.
+        scene.kill()?;
+        caller.reach_state("a", "Serving", STEP_LIMIT)?;
+        daemon.stop()?;
+
+        let device = LoopDevice::add()?;
+        device.attach(&path)?;
+        scene.start()?;
+        let found = scene.client.reach_state("a", "Failed", STEP_LIMIT)?;
+        let told = found.get("Reason").map_or("", |w| w.text()).to_owned();
+        hold!(
+            told.contains(&format!("backs {}", device.name())),
+            "{told:?}"
+        );
+        scene.stop()
+    })
+}
+
+#[test]
+fn what_is_put_in_the_place_of_a_served_file_waits_for_a_person() -> Outcome<()> {
+    real("file replaced", NEEDS, |ground| {
+        let (mut scene, path) = serving(ground)?;
+        let folder = path.parent().unwrap_or(&path).to_owned();
+        let mut client = Client::open(&scene.endpoint(), "a")?;
+        hold!(client.write(0, &[7; 512], true)?.is_ok(), "cannot write");
+        let old = File::open(&path)?;
+        let new = sparse_file(&folder, "new.raw", BYTES)?;
+        std::fs::rename(&new, &path)?;
+        // Not noticed yet: what is written still goes to the file that was agreed on.
+        hold!(client.write(4096, &[7; 512], true)?.is_ok(), "cannot write");
+        let mut bytes = [0; 512];
+        old.read_exact_at(&mut bytes, 4096)?;
+        hold!(bytes == [7; 512], "the write went elsewhere");
+        scene.client.rescan()?;
+        scene.client.reach_state("a", "Ambiguous", STEP_LIMIT)?;
+        hold!(!served(&mut client), "its client is still served");
+        hold!(
+            Client::open(&scene.endpoint(), "a").is_err(),
+            "new clients are let in"
+        );
+        // Also after a restart.
+        scene.stop()?;
+        scene.start()?;
+        scene.client.reach_state("a", "Ambiguous", STEP_LIMIT)?;
+        let volumes = scene.client.objects("Volume")?;
+        let file = volumes
+            .values()
+            .map(|volume| volume.get("DiskSeq").map_or(0, |w| w.number()))
+            .find(|diskseq| DiskSeq(*diskseq).is_file());
+        let Some(diskseq) = file else {
+            trouble!("the file is no volume: {volumes:?}")
+        };
+        scene.client.resolve_conflict("a", diskseq)?;
+        scene.client.reach_state("a", "Serving", STEP_LIMIT)?;
+        let mut client = Client::open(&scene.endpoint(), "a")?;
+        let mut bytes = [1; 512];
+        hold!(client.read(0, &mut bytes)?.is_ok(), "cannot read");
+        hold!(bytes == [0; 512], "the old file's bytes");
+        scene.stop()
+    })
+}
+
+#[test]
+fn a_file_that_shrinks_grows_or_goes_is_told_and_no_lease_outlives_it() -> Outcome<()> {
+    real("file resized", NEEDS, |ground| {
+        let (mut scene, path) = serving(ground)?;
+        let size = |scene: &Scene| -> Outcome<u64> {
+            Ok(scene.export("a")?.get("Size").map_or(0, |w| w.number()))
+        };
+        let file = OpenOptions::new().write(true).open(&path)?;
+        let mut client = Client::open(&scene.endpoint(), "a")?;
+        file.set_len(2 * BYTES)?;
+        scene.client.rescan()?;
+        until(STEP_LIMIT, "the new size", || {
+            Ok((size(&scene)? == 2 * BYTES).then_some(()))
+        })?;
+        hold!(
+            client.flush()?.is_ok(),
+            "a client of the smaller file was cut off"
+        );
+
+        let mark = scene.client.mark();
+        file.set_len(BYTES)?;
+        scene.client.rescan()?;
+        scene.client.wait_state(mark, "a", "Serving", STEP_LIMIT)?;
+        hold!(size(&scene)? == BYTES, "it shows {} bytes", size(&scene)?);
+        hold!(
+            !served(&mut client),
+            "a client of the larger file is still served"
+        );
+
+        let mut client = Client::open(&scene.endpoint(), "a")?;
+        std::fs::remove_file(&path)?;
+        scene.client.rescan()?;
+        scene.client.reach_state("a", "Absent", STEP_LIMIT)?;
+        hold!(
+            !served(&mut client),
+            "a client of the removed file is still served"
+        );
+        let told = reason(&scene, "a")?;
+        hold!(told.contains("there is no such file"), "{told:?}");
+        scene.stop()
+    })
+}
