@@ -20,7 +20,7 @@
 //! | [`daemon`] | the loop, the only place where the edges meet | all of the above |
 //! | [`cli`] | the command line | `daemon`, `dbus`, `config`, `claim` |
 //!
-//! Arrows go one way: `main â cli â daemon â {dbus, claim â udev, mapping, config, {nbd, files} â image} â correlation â identity`.
+//! Arrows go one way: `main → cli → daemon → {dbus, claim → udev, mapping, config, {nbd, files} → image} → correlation → identity`.
 //! `tests/arrows.rs` reads the `use` lines and holds them.
 //!
 //! # Invariants

@@ -8,7 +8,7 @@ mod sources;
 
 use sources::sources;
 
-/// Each room and the rooms it may use. `main â cli â daemon â {dbus, claim â udev, mapping, config, {nbd, files} â image} â correlation â
+/// Each room and the rooms it may use. `main → cli → daemon → {dbus, claim → udev, mapping, config, {nbd, files} → image} → correlation →
 /// identity`, and `config → identity`.
 const ARROWS: &[(&str, &[&str])] = &[
     ("main", &["cli"]),

@@ -294,3 +294,45 @@ async fn what_left_before_a_disk_was_read_is_told_before_it() {
         );
     }
 }
+
+/// A SCSI disk that was pulled and plugged back at once was a twin of itself: the kernel's `add` of the new one came before the
+/// `remove` of the old one, which was on its way out.
+#[tokio::test]
+async fn a_disk_that_the_kernel_takes_away_is_gone_before_its_volume_is_told_elsewhere() {
+    for (state, is_gone) in [("cancel", true), ("deleted", true), ("running", false)] {
+        let tree = Tree::new();
+        let old = tree.add("vda", "253:0", 1);
+        fs::write(old.join("serial"), "back").unwrap();
+        fs::write(old.join("device/state"), "running\n").unwrap();
+        let pipe = tree.add("vdb", "253:16", 2).join("serial");
+        nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let (sender, mut events) = mpsc::channel(64);
+        let observer = observe(settings(&tree), sender).unwrap();
+        survey(&mut events).await;
+
+        fs::write(old.join("device/state"), format!("{state}\n")).unwrap();
+        let answer = fs::File::options().write(true).open(&pipe);
+        answer.unwrap().write_all(b"back").unwrap();
+        let mut gone = false;
+        loop {
+            let event = timeout(Duration::from_secs(5), events.recv()).await;
+            match event.expect("within 5 s").unwrap() {
+                Event::DiskGone {
+                    diskseq: Some(seq), ..
+                } => gone |= seq.0 == 1,
+                Event::DiskSeen { facts, .. } if facts.diskseq.0 == 2 && facts.serial == "back" => {
+                    break;
+                }
+                _ => {}
+            }
+        }
+        assert_eq!(gone, is_gone, "{state}");
+        // A survey does not bring it back. It reads all disks again, and nobody answers at the pipe any more.
+        fs::remove_file(&pipe).unwrap();
+        fs::write(&pipe, "back").unwrap();
+        observer.survey("test");
+        let found = survey(&mut events).await;
+        let there = found.iter().any(|facts| facts.diskseq.0 == 1);
+        assert_eq!(there, !is_gone, "{state}");
+    }
+}

@@ -181,6 +181,16 @@ fn directory(sysfs: &Path, number: DeviceNumber) -> PathBuf {
     sysfs.join("dev/block").join(number.to_string())
 }
 
+/// Whether the kernel is taking a SCSI disk away: nothing reaches it any more, and it does not come back (Linux `drivers/scsi/scsi_lib.c`, `scsi_device_set_state`: from `cancel` there is only `deleted`).
+pub fn is_leaving(sysfs: &Path, number: DeviceNumber) -> bool {
+    is_dying(&directory(sysfs, number)).unwrap_or(false)
+}
+
+fn is_dying(dir: &Path) -> io::Result<bool> {
+    let state = text(&dir.join("device/state"))?;
+    Ok(matches!(state.as_deref(), Some("cancel" | "deleted")))
+}
+
 fn is_gone(e: &io::Error) -> bool {
     matches!(
         e.raw_os_error(),
@@ -216,6 +226,9 @@ fn read_once(sysfs: &Path, number: DeviceNumber, depth: &Depth) -> io::Result<Op
         return Ok(Some(Found::NotOurs));
     }
     let before = diskseq(&dir, number)?;
+    if is_dying(&dir)? {
+        return Ok(Some(Found::Absent));
+    }
 
     let loop_dir = dir.join("loop");
     let is_loop = devname.starts_with("loop");

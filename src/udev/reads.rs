@@ -107,6 +107,7 @@ impl Watch {
                 let facts = self.learn(*disk);
                 self.in_survey(number, mark, Some(&facts));
                 if told {
+                    self.tell_leaving_twins(&facts).await?;
                     self.tell(Event::DiskSeen { mark, facts }).await?;
                 }
             }
@@ -141,6 +142,37 @@ impl Watch {
                     ..known.facts.clone()
                 });
                 self.in_survey(number, mark, facts.as_ref());
+            }
+        }
+        Ok(())
+    }
+
+    /// Tells that disks are gone which have this one's identity and which the kernel is taking away: its events of two SCSI disks
+    /// come from two workers, and the `add` of a volume that is plugged back can be there before the `remove` of its earlier disk.
+    async fn tell_leaving_twins(&mut self, facts: &DiskFacts) -> Result<(), Stopped> {
+        let Reading::Known(identities) = &facts.identities else {
+            return Ok(());
+        };
+        let same = |known: &Known| match &known.facts.identities {
+            Reading::Known(others) => !others.is_disjoint(identities),
+            Reading::Unknown(_) => false,
+        };
+        let twins: Vec<(DeviceNumber, DiskSeq)> = self
+            .known
+            .iter()
+            .filter(|(number, known)| **number != facts.number && same(known))
+            .map(|(number, known)| (*number, known.facts.diskseq))
+            .collect();
+        for (number, diskseq) in twins {
+            // From the kernel's memory: the disk is not asked.
+            if attributes::is_leaving(&self.settings.sysfs, number) {
+                self.forget(number, Some(diskseq));
+                self.tell(Event::DiskGone {
+                    mark: self.shared.mark(),
+                    number,
+                    diskseq: Some(diskseq),
+                })
+                .await?;
             }
         }
         Ok(())

@@ -348,23 +348,27 @@ fn few_descriptors_refuse_exports_with_a_reason(shape: Shape) -> Outcome<()> {
             .machine
             .agent
             .run("systemctl show -P MainPID nbdtrack")?;
+        // Before a disk's identity was read its export is absent for another reason, which is not the last word.
         let settled = |export: &Value| {
-            export["state"] == "Serving" || export["reason"].as_str().is_some_and(|r| !r.is_empty())
+            export["state"] == "Serving"
+                || export["reason"]
+                    .as_str()
+                    .is_some_and(|reason| reason.contains("open files"))
         };
         let (mut served, mut refused) = (Vec::new(), Vec::new());
         for index in &all {
-            let export = until(STEP, "an export to be served or refused", || {
-                let export = bed.export(*index)?;
-                Ok(settled(&export).then_some(export))
-            })?;
+            let export = until(
+                STEP,
+                "an export to be served, or refused for want of descriptors",
+                || {
+                    let export = bed.export(*index)?;
+                    Ok(settled(&export).then_some(export))
+                },
+            )?;
             if export["state"] == "Serving" {
                 served.push(*index);
             } else {
                 let reason = export["reason"].as_str().unwrap_or_default().to_owned();
-                hold!(
-                    reason.contains("open files") || reason.contains("descriptors"),
-                    "a refused export says what is scarce: {export}"
-                );
                 refused.push(reason);
             }
         }
