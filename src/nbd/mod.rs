@@ -25,6 +25,7 @@ mod rate;
 mod reply;
 mod session;
 mod sessions;
+mod shared;
 mod stats;
 mod transmission;
 pub mod wire;

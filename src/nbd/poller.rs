@@ -14,11 +14,11 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use super::bound::Limit;
 use super::conn::{Conn, Parked, Wake, lock};
 use super::crew::Crew;
-use super::door::Shared;
 use super::lease::Lease;
 use super::listener::Listener;
 use super::pulse::{Pulse, Pulses};
 use super::session::{Interest, Session};
+use super::shared::Shared;
 use super::stats::{Counters, add};
 
 const WAKE_TOKEN: u64 = 0;

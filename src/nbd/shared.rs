@@ -1,0 +1,208 @@
+//! What all threads of the door share: the exports with their leases, the limits and the counters, and the few questions that
+//! sessions and the listener ask of them. Decides nothing about disks; `door` is what the daemon calls.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::ops::Bound;
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, RwLock};
+
+use crate::correlation::{ExportName, RefusalKind};
+
+use super::bound::{Bounds, Limit};
+use super::conn::{Account, Conn, Wake, lock, prepare};
+use super::crew::Crew;
+use super::crowd::{Addresses, Handshakes};
+use super::handshake::Refusal;
+use super::lease::{DiskTask, Lease};
+use super::limits::Limits;
+use super::meter::Meter;
+use super::poller::Poller;
+use super::stats::{Counters, add, sub};
+use super::witness::Witness;
+
+/// Names copied under the lock at a time while LIST is answered, so that the control loop never waits
+/// for a list of 10,000.
+const NAMES_AT_ONCE: usize = 256;
+
+pub(super) type ClientsWatcher = Box<dyn Fn(&ExportName, u32) + Send + Sync>;
+
+/// What all threads of the door share.
+pub(super) struct Shared {
+    pub(super) limits: Limits,
+    pub(super) counters: Arc<Counters>,
+    pub(super) poller: Arc<Poller>,
+    pub(super) disks: Crew<DiskTask>,
+    pub(super) stopping: AtomicBool,
+    pub(super) bounds: Bounds,
+    pub(super) handshakes: Handshakes,
+    pub(super) addresses: Arc<Addresses>,
+    /// Session threads of all leases that are inside a write.
+    pub(super) inline_writes: AtomicU32,
+    /// Held for a few map operations, never over a call of an image or a report.
+    pub(super) exports: Mutex<BTreeMap<ExportName, Export>>,
+    /// Written once at start; the watcher must not block, it runs in session threads.
+    pub(super) watcher: RwLock<Option<ClientsWatcher>>,
+    pub(super) witness: Witness,
+}
+
+pub(super) struct Export {
+    /// Why new clients are turned away; `None` while they are welcome to `lease`.
+    pub(super) refusal: Option<Refusal>,
+    /// The lease that is open: served, or sealed.
+    pub(super) lease: Option<Arc<Lease>>,
+    /// Leases that are ending, kept until closed.
+    pub(super) ending: Vec<Arc<Lease>>,
+    /// Taken out of LIST; kept while leases are ending.
+    pub(super) forgotten: bool,
+    /// Out of LIST, and new clients are turned away with this; sessions that exist go on.
+    pub(super) hidden: Option<String>,
+    pub(super) clients: Arc<AtomicU32>,
+    pub(super) meter: Arc<Meter>,
+}
+
+impl Export {
+    pub(super) fn new() -> Export {
+        Export {
+            refusal: Some(Refusal {
+                kind: RefusalKind::NotAvailable,
+                reason: "not available yet".to_owned(),
+            }),
+            lease: None,
+            ending: Vec::new(),
+            forgotten: false,
+            hidden: None,
+            clients: Arc::default(),
+            meter: Arc::default(),
+        }
+    }
+}
+
+impl Shared {
+    /// A seat for a new connection, or a refusal: closed at once, counted.
+    pub(super) fn admit(&self, socket: OwnedFd, peer: Option<IpAddr>) -> Option<Arc<Conn>> {
+        let counters = &self.counters;
+        let max = self.limits.connections as u64;
+        let order = Ordering::Relaxed;
+        let seat = counters
+            .connections_now
+            .fetch_update(order, order, |n| (n < max).then_some(n + 1));
+        if seat.is_err() {
+            self.reached(Limit::Connections);
+            return None;
+        }
+        let limit = self.limits.connections_per_address;
+        let seat = peer.map(|peer| self.addresses.seat(peer, limit));
+        if matches!(seat, Some(None)) {
+            sub(&counters.connections_now, 1);
+            self.reached(Limit::ConnectionsPerAddress);
+            return None;
+        }
+        if let Err(error) = prepare(&socket, self.limits.idle, peer.is_some()) {
+            sub(&counters.connections_now, 1);
+            add(&counters.accept_errors, 1);
+            tracing::warn!(%error, "connection refused: its socket cannot be set up");
+            return None;
+        }
+        add(&counters.connections_accepted, 1);
+        let account = Account::new(&self.limits, counters.clone());
+        let wake: Arc<dyn Wake> = self.poller.clone();
+        Some(Arc::new(Conn::new(
+            self.poller.token(),
+            socket,
+            account,
+            wake,
+            seat.flatten(),
+        )))
+    }
+
+    /// Counts that a limit was reached, and says so once in a while.
+    pub(super) fn reached(&self, limit: Limit) {
+        self.bounds.reached(limit, &self.counters);
+    }
+
+    /// The lease behind a name, as the peer wrote it, or why there is none for it.
+    pub(super) fn look_up(&self, name: &str) -> Result<Arc<Lease>, Refusal> {
+        let unknown = || Refusal {
+            kind: RefusalKind::NotAvailable,
+            reason: "no export of this name".to_owned(),
+        };
+        let name = ExportName::parse(name).map_err(|_| unknown())?;
+        let exports = lock(&self.exports);
+        let export = exports
+            .get(&name)
+            .filter(|export| !export.forgotten)
+            .ok_or_else(unknown)?;
+        if let Some(reason) = &export.hidden {
+            return Err(Refusal {
+                kind: RefusalKind::Policy,
+                reason: reason.clone(),
+            });
+        }
+        match (&export.refusal, &export.lease) {
+            (Some(refusal), _) => Err(refusal.clone()),
+            (None, Some(lease)) => Ok(lease.clone()),
+            (None, None) => Err(unknown()),
+        }
+    }
+
+    /// Every name that LIST tells, or `None` when they are more than `bytes_max` of answer.
+    pub(super) fn names(&self, bytes_max: usize) -> Option<Vec<ExportName>> {
+        let mut names: Vec<ExportName> = Vec::new();
+        let mut bytes = 0;
+        let mut from = Bound::Unbounded;
+        loop {
+            let exports = lock(&self.exports);
+            let mut last = None;
+            for (name, export) in exports.range((from, Bound::Unbounded)).take(NAMES_AT_ONCE) {
+                last = Some(name.clone());
+                if !export.forgotten && export.hidden.is_none() {
+                    bytes += name.as_str().len() + 24;
+                    names.push(name.clone());
+                }
+            }
+            drop(exports);
+            if bytes > bytes_max {
+                return None;
+            }
+            let Some(last) = last else {
+                return Some(names);
+            };
+            from = Bound::Excluded(last);
+        }
+    }
+
+    /// The leases of one export, or of all: those that are open, and those that are ending.
+    pub(super) fn leases(&self, of: Option<&ExportName>) -> Vec<Arc<Lease>> {
+        let exports = lock(&self.exports);
+        let of_one = |export: &Export| {
+            let all = export.lease.iter().chain(&export.ending);
+            all.cloned().collect::<Vec<_>>()
+        };
+        match of {
+            Some(name) => exports.get(name).map(of_one).unwrap_or_default(),
+            None => exports.values().flat_map(of_one).collect(),
+        }
+    }
+
+    pub(super) fn clients_changed(&self, name: &ExportName, clients: u32) {
+        let watcher = self
+            .watcher
+            .read()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        if let Some(watcher) = &*watcher {
+            watcher(name, clients);
+        }
+    }
+
+    pub(super) fn lease_closed(&self, lease: &Lease) {
+        let mut exports = lock(&self.exports);
+        if let Some(export) = exports.get_mut(&lease.export) {
+            export.ending.retain(|other| !std::ptr::eq(&**other, lease));
+            if export.forgotten && export.lease.is_none() && export.ending.is_empty() {
+                exports.remove(&lease.export);
+            }
+        }
+    }
+}
