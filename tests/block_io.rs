@@ -359,3 +359,31 @@ fn a_disk_that_shrank_answers_eio_and_not_zeroes() {
     o.block.write(at(0, 512), &buf, false).unwrap();
     assert_eq!(read(&o.block, 0, 512), buf);
 }
+
+/// A disk that can be written is read as it is asked for, so that its pages stay small (a 4 KiB write into a large folio costs
+/// twenty times as much); a stream is read ahead all the same.
+#[test]
+fn a_writable_disk_reads_ahead_for_streams_only() {
+    let o = opened(230);
+    const READ: usize = 64 << 10;
+    let cached = |offset: u64| {
+        let mut buf = vec![0; READ];
+        let answer = o.block.read_nowait(at(offset, READ), &mut buf).unwrap();
+        matches!(answer, NoWait::Done)
+    };
+    let lone = 8 << 20;
+    read(&o.block, lone, READ);
+    assert!(cached(lone));
+    assert!(!cached(lone + READ as u64), "nobody asked for this");
+
+    read(&o.block, 1 << 20, READ);
+    read(&o.block, (1 << 20) + READ as u64, READ);
+    let begun = std::time::Instant::now();
+    while !cached((1 << 20) + 2 * READ as u64) {
+        assert!(
+            begun.elapsed() < Duration::from_secs(10),
+            "the stream was not read ahead"
+        );
+        std::thread::yield_now();
+    }
+}

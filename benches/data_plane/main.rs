@@ -29,7 +29,7 @@ use std::time::{Duration, Instant};
 
 use load::{MARK, MARK_EVERY};
 use results::{Results, Series};
-use servers::{Disk, DiskKind, Kind, Order, Server};
+use servers::{Disk, Kind, Order, Server};
 use support::client::Endpoint;
 use support::ground::Ground;
 use support::process::installed;
@@ -131,7 +131,7 @@ fn run(args: &Arguments) -> Outcome<()> {
     let chosen = |words: &[String], name: &str| {
         words.is_empty() || words.iter().any(|w| name.contains(w.as_str()))
     };
-    let rows: Vec<Workload> = workloads::all(DiskKind::Loop)
+    let rows: Vec<Workload> = workloads::all()
         .into_iter()
         .filter(|row| row.quick || !args.quick || !args.only.is_empty())
         .filter(|row| chosen(&args.only, &row.name))
@@ -235,10 +235,22 @@ fn play(
             bytes,
             exports: stage.exports,
         };
-        let server = Server::start(kind, Disk::make(image, stage.disk)?, &order)?;
-        if !stage.sparse {
-            turn::warm(&server).doing(kind.name())?;
-        }
+        let started =
+            Server::start(kind, Disk::make(image, stage.disk)?, &order).and_then(|server| {
+                if !stage.sparse {
+                    turn::warm(&server)?;
+                }
+                Ok(server)
+            });
+        let server = match started {
+            Ok(server) => server,
+            Err(e) => {
+                for row in rows {
+                    results.failed(row, kind, &e);
+                }
+                continue;
+            }
+        };
         running.push(server);
     }
     for row in rows {

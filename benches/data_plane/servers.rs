@@ -76,7 +76,6 @@ pub enum Transport {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum DiskKind {
-    #[allow(dead_code, reason = "for as long as nbdtrack serves no files")]
     File,
     /// A loop device, buffered towards its backing file.
     Loop,
@@ -218,13 +217,17 @@ fn nbdtrack(
     if let Endpoint::Tcp(address) = endpoint {
         home.listen = vec![address.to_string()];
     }
-    let mut text = String::from("[server]\nlisten = []\nmax_connections = 16384\n");
+    let mut text = format!(
+        "[server]\nlisten = []\nmax_connections = 16384\nfile_roots = [{:?}]\n",
+        disk.image.parent().unwrap_or(folder)
+    );
     for index in 0..order.exports {
         // What is not attached is an export, too.
         let what = match &disk.device {
             Some(_) if index == 0 => format!("volume = \"loop:{}\"", disk.image.display()),
             Some(_) => format!("volume = \"loop:{}.{index}\"", disk.image.display()),
-            None => format!("path = {:?}", disk.image),
+            None if order.exports == 1 => format!("path = {:?}", disk.image),
+            None => format!("path = {:?}\nread_only = true", disk.image),
         };
         write!(text, "\n[[export]]\nname = \"e{index}\"\n{what}\n")?;
     }

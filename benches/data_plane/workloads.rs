@@ -99,16 +99,16 @@ impl Workload {
     }
 }
 
-/// All rows, in the order of their stages; `files` is what stands for a file.
-pub fn all(files: DiskKind) -> Vec<Workload> {
+/// All rows, in the order of their stages.
+pub fn all() -> Vec<Workload> {
     let mut rows = Vec::new();
     for transport in [Transport::Unix, Transport::Tcp] {
-        of_transport(&mut rows, files, transport);
+        of_transport(&mut rows, transport);
     }
     for exports in [1000, 10_000] {
         let stage = Stage {
             exports,
-            ..stage(files, Transport::Unix)
+            ..stage(DiskKind::File, Transport::Unix)
         };
         rows.push(row(
             format!("connect-{exports}-exports"),
@@ -119,7 +119,7 @@ pub fn all(files: DiskKind) -> Vec<Workload> {
     }
     let sparse = Stage {
         sparse: true,
-        ..stage(files, Transport::Unix)
+        ..stage(DiskKind::File, Transport::Unix)
     };
     let copy = What::Nbdcopy { to_export: false };
     rows.push(row("nbdcopy-sparse".to_owned(), sparse, copy, true));
@@ -139,8 +139,8 @@ pub fn all(files: DiskKind) -> Vec<Workload> {
     rows
 }
 
-fn of_transport(rows: &mut Vec<Workload>, files: DiskKind, transport: Transport) {
-    let stage = stage(files, transport);
+fn of_transport(rows: &mut Vec<Workload>, transport: Transport) {
+    let stage = stage(DiskKind::File, transport);
     let unix = transport == Transport::Unix;
     let word = if unix { "unix" } else { "tcp" };
     let mut add =

@@ -24,6 +24,7 @@ use std::sync::{Arc, OnceLock};
 
 use nix::fcntl::{FallocateFlags, PosixFadviseAdvice, fallocate, posix_fadvise};
 
+use super::ahead::Streams;
 use super::backing::Backing;
 use super::claim::{self, Claim, Opened, Subject};
 use super::disk::Disk;
@@ -58,6 +59,8 @@ pub struct Block {
     rotational: bool,
     /// The device zeroes ranges by itself. Cleared by the first refusal.
     zeroes_itself: AtomicBool,
+    /// Where what can be written is read ahead; see `ahead`.
+    streams: Option<Streams>,
     /// Of a loop device; looked for at the first question.
     backing: OnceLock<Option<Backing>>,
 }
@@ -86,6 +89,10 @@ impl Block {
         } = opened;
         let (medium, file) = (claim.medium, claim.file());
         let can = medium.can(claim.number, file);
+        if !read_only {
+            // A hint: without it small writes cost more; see `ahead`.
+            let _ = advise(file, 0, 0, PosixFadviseAdvice::POSIX_FADV_RANDOM);
+        }
         Ok(Block {
             size: AtomicU64::new(size),
             read_only,
@@ -94,9 +101,28 @@ impl Block {
             can_discard: can.discard,
             rotational: can.turn,
             zeroes_itself: AtomicBool::new(can.zero),
+            streams: (!read_only).then(Streams::default),
             backing: OnceLock::new(),
             claim,
         })
+    }
+
+    /// A read that has to wait for its disk: what follows it in a stream is asked for first.
+    fn read_ahead(&self, at: Extent) {
+        let Some(streams) = &self.streams else { return };
+        let (offset, len) = (at.offset(), u64::from(at.len()));
+        let more = streams
+            .miss(offset, len)
+            .min(self.size().saturating_sub(offset + len));
+        if more > 0 {
+            // A hint: when it fails, the read itself says why.
+            let _ = advise(
+                self.file(),
+                offset,
+                len + more,
+                PosixFadviseAdvice::POSIX_FADV_WILLNEED,
+            );
+        }
     }
 
     fn inside_the_size(&self, error: io::Error) -> io::Error {
@@ -229,6 +255,7 @@ impl Image for Block {
 
     fn read(&self, at: Extent, buf: &mut [u8]) -> io::Result<()> {
         debug_assert_eq!(u32::try_from(buf.len()), Ok(at.len()));
+        self.read_ahead(at);
         self.file()
             .read_exact_at(buf, at.offset())
             .map_err(|e| self.inside_the_size(e))
@@ -328,14 +355,14 @@ impl Image for Block {
     }
 
     fn cache(&self, at: Extent) -> io::Result<()> {
-        let range = |n: u64| libc::off_t::try_from(n).map_err(io::Error::other);
-        posix_fadvise(
+        let len = u64::from(at.len());
+        advise(
             self.file(),
-            range(at.offset())?,
-            range(u64::from(at.len()))?,
+            at.offset(),
+            len,
             PosixFadviseAdvice::POSIX_FADV_WILLNEED,
         )
-        .map_err(|e| self.inside_the_size(e.into()))
+        .map_err(|e| self.inside_the_size(e))
     }
 
     fn can_discard(&self) -> bool {
@@ -372,6 +399,12 @@ fn is_unsupported(e: &io::Error) -> bool {
         e.raw_os_error(),
         Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::ENOTTY | libc::EBUSY)
     )
+}
+
+/// posix_fadvise(2) of `len` bytes at `offset`; of all from there on when `len` is 0.
+fn advise(file: &File, offset: u64, len: u64, advice: PosixFadviseAdvice) -> io::Result<()> {
+    let range = |n: u64| libc::off_t::try_from(n).map_err(io::Error::other);
+    Ok(posix_fadvise(file, range(offset)?, range(len)?, advice)?)
 }
 
 fn block_sizes(likes: [u32; 2]) -> BlockSizes {

@@ -4,7 +4,8 @@
 
 use std::io;
 
-pub mod allocation;
+mod ahead;
+mod allocation;
 mod backing;
 pub mod beneath;
 pub mod block;
@@ -141,7 +142,7 @@ pub trait Image: Send + Sync {
     }
     fn read_only(&self) -> bool;
     fn block_sizes(&self) -> BlockSizes;
-    /// Fills `buf`, whose length is `at.len()`.
+    /// Fills `buf`, whose length is `at.len()`. Called for what [`Image::read_nowait`] did not have.
     fn read(&self, at: Extent, buf: &mut [u8]) -> io::Result<()>;
     /// As `read`, but only from memory.
     fn read_nowait(&self, at: Extent, buf: &mut [u8]) -> io::Result<NoWait>;

@@ -22,6 +22,12 @@ pub(super) struct Scratch {
     pub(super) spare: Vec<u8>,
 }
 
+/// A buffer of zeroes of the kernel's. Why not `resize`: that writes them, so that each of many threads that have just answered one
+/// small request holds a whole buffer, and a read of 32 MiB touches all of its memory once more.
+pub(super) fn untouched(bytes: usize) -> Vec<u8> {
+    vec![0; bytes]
+}
+
 /// Bytes that arrived and have not been looked at.
 #[derive(Default)]
 pub(super) struct Received {
@@ -42,7 +48,11 @@ impl Received {
 
     pub(super) fn load(&mut self, carried: &[u8]) {
         // The longest carry is one option and one receive of the handshake.
-        self.buffer.resize(RECEIVE_BYTES.max(carried.len()), 0);
+        let len = RECEIVE_BYTES.max(carried.len());
+        if self.buffer.len() < len {
+            self.buffer = untouched(len);
+        }
+        self.buffer.truncate(len);
         self.buffer[..carried.len()].copy_from_slice(carried);
         (self.start, self.end) = (0, carried.len());
     }
@@ -80,7 +90,9 @@ impl Gather {
     pub(super) fn room(&mut self, bytes: usize) -> &mut [u8] {
         let end = self.used + bytes;
         if self.buffer.len() < end {
-            self.buffer.resize(end, 0);
+            let mut larger = untouched(end.max(GATHER_BYTES));
+            larger[..self.used].copy_from_slice(&self.buffer[..self.used]);
+            self.buffer = larger;
         }
         &mut self.buffer[self.used..end]
     }

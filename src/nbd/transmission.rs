@@ -17,7 +17,7 @@ use super::handshake::{Agreed, Facts};
 use super::lease::Lease;
 use super::meter::Tally;
 use super::rate::Rate;
-use super::reply::{KEEP_BYTES, Scratch};
+use super::reply::{KEEP_BYTES, Scratch, untouched};
 use super::session::{Interest, Rest};
 use super::stats::add;
 use super::wire::{ReplyTo, RequestHeader, StatusFilter};
@@ -369,7 +369,10 @@ impl Transmission {
                 let len = at.len() as usize;
                 let charge = conn.account.charge(len).map_err(Outcome::Full)?;
                 let mut buffer = std::mem::take(&mut scratch.spare);
-                buffer.resize(len, 0);
+                if buffer.len() < len {
+                    buffer = untouched(len);
+                }
+                buffer.truncate(len);
                 self.input = Input::Payload(Payload {
                     to,
                     at,

@@ -1,0 +1,78 @@
+//! Which reads that missed the page cache are parts of a stream, and how much to ask for ahead. Memory only.
+//!
+//! What can be written is opened with `POSIX_FADV_RANDOM`, which switches the kernel's own read-ahead off. Why: its pages come
+//! in large folios (Linux 6.15 and later for disks, 6.16 for ext4), and each buffered write walks all buffer heads of its folio
+//! (`fs/buffer.c`, `__block_write_begin_int`). Measured on 6.18: a 4 KiB write into a disk that was read sequentially takes 46 µs
+//! of processor time, with the advice 2.2 µs; a 256 KiB read from the cache takes one and a half times as long as from large
+//! folios. What is read-only keeps the kernel's read-ahead.
+
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+
+/// Asked for beyond a read that continues a stream, in bytes: some requests of the usual size.
+const AHEAD_BYTES: u64 = 1 << 20;
+/// Streams that are told apart.
+const STREAMS: usize = 8;
+
+/// Where the streams will miss next. Relaxed everywhere: a lost update costs one guess.
+#[derive(Default)]
+pub struct Streams {
+    ends: [AtomicU64; STREAMS],
+    oldest: AtomicUsize,
+}
+
+impl Streams {
+    /// Notes a read of `len` bytes at `offset` that missed; how many bytes behind it to ask for.
+    pub fn miss(&self, offset: u64, len: u64) -> u64 {
+        let end = offset.saturating_add(len);
+        for expected in &self.ends {
+            let next = expected.load(Ordering::Relaxed);
+            if offset == next && offset > 0 {
+                expected.store(end.saturating_add(AHEAD_BYTES), Ordering::Relaxed);
+                return AHEAD_BYTES;
+            }
+            // Asked for already, and not here yet: requests of one stream miss side by side.
+            if offset < next && next - offset <= AHEAD_BYTES {
+                return 0;
+            }
+        }
+        let slot = self.oldest.fetch_add(1, Ordering::Relaxed) % STREAMS;
+        self.ends[slot].store(end, Ordering::Relaxed);
+        0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const KIB: u64 = 1 << 10;
+
+    #[test]
+    fn a_stream_is_read_ahead_once_for_each_window() {
+        let streams = Streams::default();
+        let begin = 64 << 20;
+        assert_eq!(streams.miss(begin, 64 * KIB), 0);
+        assert_eq!(streams.miss(begin + 64 * KIB, 64 * KIB), AHEAD_BYTES);
+        assert_eq!(streams.miss(begin + 128 * KIB, 64 * KIB), 0, "on its way");
+        let next = begin + 128 * KIB + AHEAD_BYTES;
+        assert_eq!(streams.miss(next, 64 * KIB), AHEAD_BYTES);
+    }
+
+    #[test]
+    fn scattered_reads_are_not_read_ahead() {
+        let streams = Streams::default();
+        for index in 0..100 {
+            assert_eq!(streams.miss((index * 37 % 100) << 22, 4 * KIB), 0);
+        }
+    }
+
+    #[test]
+    fn two_streams_do_not_disturb_each_other() {
+        let streams = Streams::default();
+        let (one, other) = (16 << 20, 512 << 20);
+        streams.miss(one, KIB);
+        streams.miss(other, KIB);
+        assert_eq!(streams.miss(one + KIB, KIB), AHEAD_BYTES);
+        assert_eq!(streams.miss(other + KIB, KIB), AHEAD_BYTES);
+    }
+}
