@@ -140,7 +140,7 @@ impl IdentityRules {
         let beneath = |root: &PathBuf| Path::new(path) != root && Path::new(path).starts_with(root);
         if self.file_roots.is_empty() {
             return Err(format!(
-                "{path}: files are served only from the folders that [server] file_roots lists, and it lists none"
+                "path {path}: files are served only from the folders that [server] file_roots lists, and it lists none"
             ));
         }
         if !self.file_roots.iter().any(beneath) {
@@ -150,7 +150,7 @@ impl IdentityRules {
                 .map(|root| root.display().to_string())
                 .collect();
             return Err(format!(
-                "{path}: not beneath any of [server] file_roots, which are {}",
+                "path {path}: not beneath any of [server] file_roots, which are {}",
                 roots.join(", ")
             ));
         }

@@ -4,7 +4,7 @@
 use std::io;
 use std::net::TcpListener;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, RwLock};
 use std::time::Duration;
 
@@ -16,6 +16,7 @@ use super::conn::lock;
 use super::crew::Crew;
 use super::crowd::Handshakes;
 use super::handshake::Refusal;
+use super::inline::Inside;
 use super::lease::{Lease, Report};
 use super::limits::Limits;
 use super::listener::Listener;
@@ -48,7 +49,7 @@ impl Door {
             bounds: Bounds::default(),
             handshakes: Handshakes::default(),
             addresses: Arc::default(),
-            inline_writes: AtomicU32::new(0),
+            inline: Inside::default(),
             exports: Mutex::default(),
             watcher: RwLock::default(),
             witness: Witness::default(),

@@ -1,9 +1,8 @@
 //! Carries out one checked request: from memory or in the session's own thread, or by handing it over.
 //!
-//! Writes without FUA are done in the session's own thread: into the page cache they take microseconds,
-//! and a hand-over costs more than that. A hung disk then holds that thread; `inline_writes_per_lease`
-//! bounds how many, further writes of the same export go to the disk crew, and the session crew grows by
-//! need, so other exports find a thread.
+//! Reads that the page cache has, and writes without FUA, are done in the session's own thread: they take microseconds, and a
+//! hand-over costs more than that. A hung disk then holds that thread; `inline` bounds how many, further requests of
+//! the same export go to the disk crew, and the session crew grows by need, so other exports find a thread.
 
 use std::sync::Arc;
 
@@ -46,6 +45,11 @@ impl Transmission {
         if len > LARGE_BYTES {
             charge = Some(conn.account.charge(len)?);
         }
+        let Some(right) = self.lease.inline_read() else {
+            let charge = charge.map_or_else(|| conn.account.charge(len), Ok)?;
+            self.hand_over(conn, to, Command::Read(at), Vec::new(), Some(charge));
+            return Ok(());
+        };
         let Some(pass) = self.lease.begin(None) else {
             self.refuse(gather, to, DETACHED);
             return Ok(());
@@ -62,11 +66,8 @@ impl Transmission {
                     .done(&self.lease.meter, Operation::Read, len as u64, began);
             }
             Ok(NoWait::WouldWait) => {
-                drop(pass);
-                let charge = match charge {
-                    Some(charge) => charge,
-                    None => conn.account.charge(len)?,
-                };
+                drop((pass, right));
+                let charge = charge.map_or_else(|| conn.account.charge(len), Ok)?;
                 self.hand_over(conn, to, Command::Read(at), Vec::new(), Some(charge));
             }
             Err(error) => {

@@ -19,6 +19,7 @@ use super::conn::{Conn, lock};
 use super::crew::Task;
 use super::gate::Gate;
 use super::handshake::Facts;
+use super::inline::{Inside, Right};
 use super::meter::Meter;
 use super::shared::Shared;
 use super::stats::add;
@@ -63,7 +64,8 @@ pub(super) struct Lease {
     /// when the gate is fenced and empty: the writer finds no reader and never waits.
     pub(super) image: RwLock<Option<Arc<dyn Image>>>,
     pub(super) holding: [AtomicU32; KINDS.len()],
-    inline_writes: AtomicU32,
+    inline_writes: Inside,
+    inline_reads: Inside,
     pub(super) members: Mutex<Members>,
     /// Why: requests of all sessions, started by at most `disk_threads_per_lease` threads, so that one hung
     /// disk leaves threads to the others. Bounded by `in_flight_requests` of each session.
@@ -115,19 +117,6 @@ impl Drop for Pass<'_> {
     }
 }
 
-/// The right to write in the session's own thread.
-pub(super) struct InlineWrite<'a> {
-    one: &'a AtomicU32,
-    all: &'a AtomicU32,
-}
-
-impl Drop for InlineWrite<'_> {
-    fn drop(&mut self) {
-        self.one.fetch_sub(1, Ordering::Release);
-        self.all.fetch_sub(1, Ordering::Release);
-    }
-}
-
 impl Lease {
     pub(super) fn new(
         export: ExportName,
@@ -157,7 +146,8 @@ impl Lease {
             gate: Gate::default(),
             image: RwLock::new(Some(image)),
             holding: Default::default(),
-            inline_writes: AtomicU32::new(0),
+            inline_writes: Inside::default(),
+            inline_reads: Inside::default(),
             members: Mutex::default(),
             work: Mutex::default(),
             ending: Mutex::default(),
@@ -185,19 +175,22 @@ impl Lease {
         })
     }
 
-    pub(super) fn inline_write(&self) -> Option<InlineWrite<'_>> {
-        let below = |max: u32| move |n: u32| (n < max).then_some(n + 1);
-        let (one, all) = (&self.inline_writes, &self.shared.inline_writes);
+    /// For a write in the session's own thread.
+    pub(super) fn inline_write(&self) -> Option<Right<'_>> {
+        let max = self.shared.limits.inline_writes_per_lease;
+        self.inline(&self.inline_writes, max)
+    }
+
+    /// For a read from the page cache in the session's own thread.
+    pub(super) fn inline_read(&self) -> Option<Right<'_>> {
+        let max = self.shared.limits.inline_reads_per_lease;
+        self.inline(&self.inline_reads, max)
+    }
+
+    fn inline<'a>(&'a self, one: &'a Inside, max: u32) -> Option<Right<'a>> {
         // Half of the session threads never wait for a disk, however many disks hang.
         let max_all = u32::try_from(self.shared.limits.session_threads / 2).unwrap_or(u32::MAX);
-        let (acquire, relaxed) = (Ordering::Acquire, Ordering::Relaxed);
-        all.fetch_update(acquire, relaxed, below(max_all)).ok()?;
-        let max = self.shared.limits.inline_writes_per_lease;
-        if one.fetch_update(acquire, relaxed, below(max)).is_err() {
-            all.fetch_sub(1, Ordering::Release);
-            return None;
-        }
-        Some(InlineWrite { one, all })
+        one.right(max, &self.shared.inline, max_all)
     }
 
     /// What a client that comes now agrees to.

@@ -51,6 +51,9 @@ pub struct Limits {
     /// Session threads of one lease that may be inside a write at once; further writes go to disk threads. Of all
     /// leases together half of the session threads may.
     pub inline_writes_per_lease: u32,
+    /// The same for reads from the page cache, which wait only when they miss it and the disk's queue is full: more than run at
+    /// once on most machines.
+    pub inline_reads_per_lease: u32,
 }
 
 impl Default for Limits {
@@ -76,6 +79,7 @@ impl Default for Limits {
             disk_threads: 1024,
             disk_threads_per_lease: 16,
             inline_writes_per_lease: 4,
+            inline_reads_per_lease: 16,
         }
     }
 }

@@ -15,6 +15,7 @@ mod execute;
 mod gate;
 pub mod handshake;
 mod hidden;
+mod inline;
 mod lease;
 mod limits;
 mod listener;

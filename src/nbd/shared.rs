@@ -15,6 +15,7 @@ use super::conn::{Account, Conn, Wake, lock, prepare};
 use super::crew::Crew;
 use super::crowd::{Addresses, Handshakes};
 use super::handshake::Refusal;
+use super::inline::Inside;
 use super::lease::{DiskTask, Lease};
 use super::limits::Limits;
 use super::meter::Meter;
@@ -38,8 +39,8 @@ pub(super) struct Shared {
     pub(super) bounds: Bounds,
     pub(super) handshakes: Handshakes,
     pub(super) addresses: Arc<Addresses>,
-    /// Session threads of all leases that are inside a write.
-    pub(super) inline_writes: AtomicU32,
+    /// Session threads of all leases that are inside a call of an image.
+    pub(super) inline: Inside,
     /// Held for a few map operations, never over a call of an image or a report.
     pub(super) exports: Mutex<BTreeMap<ExportName, Export>>,
     /// Written once at start; the watcher must not block, it runs in session threads.
