@@ -156,7 +156,7 @@ fn left_alone(bed: &mut Bed, bus: Bus) -> Outcome<()> {
     let disk = node(bed, a)?;
     let came = Instant::now();
     let first = reads(bed, &disk)?;
-    // What the issue of this scenario is: the volume waits, and is looked at all the while.
+    // The time that matters: the volume waits, and is looked at all the while.
     let mut looks = 0;
     until(WAITS + STEP, "the volume's wait to end", || {
         let users = users(bed, &disk)?;

@@ -63,6 +63,14 @@ fn stock_server_writes_to_the_wrong_volume(shape: Shape) -> Outcome<()> {
             })?;
             write_one(bed, a, 1)?;
             write_one(bed, b, 1)?;
+            // A name is given again only when no one has the old disk open: not the server's child for the client that left, nor
+            // udevd, which looks at what a writer closed.
+            until(STEP, "the stock server to close both disks", || {
+                let servers = "grep -lsx nbd-server /proc/[0-9]*/comm | wc -l";
+                let children = bed.machine.agent.run(servers)?;
+                Ok((children.trim() == "1").then_some(()))
+            })?;
+            bed.machine.agent.run("udevadm settle")?;
             bed.unplug(a)?;
             bed.unplug(b)?;
             bed.plug_and_settle(b)?;
