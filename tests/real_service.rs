@@ -198,6 +198,10 @@ fn manager_that_reads_nothing_makes_no_one_wait() -> Outcome<()> {
         let (_device, _volume, home) = home(ground)?;
         let manager = Manager::new(ground)?;
         let mut daemon = start(&home, &manager)?;
+        // Ready is told before the disks are open.
+        support::until(STEP_LIMIT, "the export to serve", || {
+            Ok(Client::open(&home.endpoint(), "vol-a").ok().map(drop))
+        })?;
         for _ in 0..50 {
             daemon.signal(Signal::SIGHUP)?;
             Client::open(&home.endpoint(), "vol-a")?.leave()?;
