@@ -26,6 +26,7 @@ macro_rules! scenario {
 }
 
 mod claims;
+mod control;
 mod daemon;
 mod identities;
 mod moves;
