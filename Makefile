@@ -94,11 +94,11 @@ install: ## Install the built binary and all that ships with it, below DESTDIR
 
 uninstall: ## Remove what install put below DESTDIR; configuration and state stay
 	rm -f $(DESTDIR)$(PREFIX)/bin/nbdtrack
-	rm -f $(DESTDIR)$(PREFIX)/lib/systemd/system/nbdtrack.service
+	rm -f $(addprefix $(DESTDIR)$(PREFIX)/lib/systemd/system/nbdtrack.,service socket)
 	rm -f $(DESTDIR)$(PREFIX)/lib/sysusers.d/nbdtrack.conf $(DESTDIR)$(PREFIX)/lib/tmpfiles.d/nbdtrack.conf
 	rm -f $(DESTDIR)$(PREFIX)/share/dbus-1/system.d/org.nbdtrack1.conf
 	rm -f $(DESTDIR)$(PREFIX)/share/dbus-1/system-services/org.nbdtrack1.service
-	rm -f $(addprefix $(DESTDIR)$(PREFIX)/share/dbus-1/interfaces/org.nbdtrack1.,Manager.xml Volume.xml Export.xml)
+	rm -f $(addprefix $(DESTDIR)$(PREFIX)/share/dbus-1/interfaces/org.nbdtrack1.,Manager.xml Volume.xml Export.xml Job.xml)
 	rm -f $(DESTDIR)$(PREFIX)/lib/udev/rules.d/60-nbdtrack.rules $(DESTDIR)/etc/multipath/conf.d/nbdtrack.conf
 	rm -f $(addprefix $(DESTDIR)$(PREFIX)/share/man/man1/,$(notdir $(wildcard man/*.1))) $(DESTDIR)$(PREFIX)/share/man/man5/nbdtrack.toml.5
 	rm -rf $(DESTDIR)$(PREFIX)/share/doc/nbdtrack

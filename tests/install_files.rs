@@ -1,0 +1,66 @@
+//! `make install` and `make uninstall`: what the one puts there the other takes away, and nothing else.
+
+#![allow(clippy::unwrap_used, clippy::panic)] // A test ends where something is missing.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+fn make(target: &str, root: &Path) {
+    let ran = Command::new("make")
+        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .arg(format!("DESTDIR={}", root.display()))
+        .arg(concat!("BINARY=", env!("CARGO_BIN_EXE_nbdtrack")))
+        .args(["-s", target])
+        .output()
+        .expect("make is installed");
+    let said = String::from_utf8_lossy(&ran.stderr);
+    assert!(ran.status.success(), "make {target}: {said}");
+}
+
+/// All files below a folder, relative to it.
+fn files(root: &Path) -> BTreeSet<PathBuf> {
+    let mut found = BTreeSet::new();
+    let mut folders = vec![root.to_owned()];
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                folders.push(path);
+            } else {
+                found.insert(path.strip_prefix(root).unwrap().to_owned());
+            }
+        }
+    }
+    found
+}
+
+#[test]
+fn uninstall_takes_away_what_install_brought_and_leaves_what_is_the_operators() {
+    let root = tempfile::tempdir().unwrap();
+    let own = [
+        "etc/nbdtrack/nbdtrack.toml",
+        "etc/multipath/conf.d/own.conf",
+        "usr/lib/udev/rules.d/61-own.rules",
+        "var/lib/nbdtrack/nbdtrack.db",
+    ];
+    for file in own {
+        let file = root.path().join(file);
+        std::fs::create_dir_all(file.parent().unwrap()).unwrap();
+        std::fs::write(file, "own").unwrap();
+    }
+    let before = files(root.path());
+    make("install", root.path());
+    let installed = files(root.path());
+    for file in [
+        "usr/bin/nbdtrack",
+        "usr/lib/systemd/system/nbdtrack.service",
+        "usr/lib/udev/rules.d/60-nbdtrack.rules",
+        "usr/share/dbus-1/system.d/org.nbdtrack1.conf",
+        "usr/share/man/man1/nbdtrack.1",
+    ] {
+        assert!(installed.contains(Path::new(file)), "{file} is missing");
+    }
+    make("uninstall", root.path());
+    assert_eq!(files(root.path()), before);
+}
