@@ -15,7 +15,7 @@ use support::client::{Client, Endpoint};
 use support::daemon::{Home, free_port};
 use support::ground::{Ground, Need, real};
 use support::loops::LoopDevice;
-use support::process::{Running, command};
+use support::process::{Running, command, succeed};
 use support::scene::{STEP_LIMIT, Volume};
 use support::{Doing, Outcome};
 
@@ -148,6 +148,44 @@ fn watchdog_is_told_while_all_turns_and_not_while_the_loop_or_the_data_plane_is_
             );
         }
         Client::open(&home.endpoint(), "vol-a")?.leave()?;
+        daemon.signal(Signal::SIGTERM)?;
+        manager.wait("STOPPING=1", |line| line == "STOPPING=1")?;
+        hold!(daemon.wait(STEP_LIMIT)?.success(), "it ends in order");
+        Ok(())
+    })
+}
+
+/// Each message went over a new socket once: a daemon out of descriptors fell silent, and was killed by the watchdog in full health.
+#[test]
+fn watchdog_is_told_by_a_daemon_that_has_no_descriptor_to_spare() -> Outcome<()> {
+    real("service without descriptors", NEEDS, |ground| {
+        let (_device, _volume, home) = home(ground)?;
+        let manager = Manager::new(ground)?;
+        let mut daemon = start(&home, &manager)?;
+        let mut client = support::until(STEP_LIMIT, "the export to serve", || {
+            Ok(Client::open(&home.endpoint(), "vol-a").ok())
+        })?;
+        let pid = daemon.pid().to_string();
+        succeed("prlimit", &["--pid", &pid, "--nofile=3:1024"], STEP_LIMIT)?;
+        hold!(
+            Client::open(&home.endpoint(), "vol-a").is_err(),
+            "there is no descriptor for one more client"
+        );
+        // What was on its way before the limit.
+        manager.lives(WATCHDOG);
+        let lives = manager.lives(WATCHDOG);
+        hold!(lives >= 2, "in {WATCHDOG:?} it was told {lives} times");
+        let mut bytes = [0; 4096];
+        hold!(
+            client.read(0, &mut bytes)? == Ok(()),
+            "who is there is served"
+        );
+        succeed(
+            "prlimit",
+            &["--pid", &pid, "--nofile=1024:1024"],
+            STEP_LIMIT,
+        )?;
+        client.leave()?;
         daemon.signal(Signal::SIGTERM)?;
         manager.wait("STOPPING=1", |line| line == "STOPPING=1")?;
         hold!(daemon.wait(STEP_LIMIT)?.success(), "it ends in order");

@@ -3,6 +3,11 @@
 //! Alive is said only while the loop turns and the data plane answers it: the loop asks the door for a sign of life, and tells the
 //! manager's watchdog at the next turn if it came.
 
+use std::ffi::OsStr;
+use std::io;
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::time::Duration;
 
@@ -42,19 +47,59 @@ struct Watch {
     silent: bool,
 }
 
+/// The way to the manager, opened at the start and kept: a daemon that has no descriptor left is alive, and has to be able to say so.
+struct Manager {
+    ours: UnixDatagram,
+    address: SocketAddr,
+}
+
+impl Manager {
+    /// By NOTIFY_SOCKET: an absolute path, or `@` and the name of an abstract socket.
+    fn reach(named: &OsStr) -> io::Result<Manager> {
+        let address = match named.as_bytes() {
+            [b'@', name @ ..] => SocketAddr::from_abstract_name(name)?,
+            [b'/', ..] => SocketAddr::from_pathname(named)?,
+            _ => {
+                return Err(io::Error::new(
+                    io::ErrorKind::InvalidInput,
+                    "neither an absolute path nor an abstract name",
+                ));
+            }
+        };
+        let ours = UnixDatagram::unbound()?;
+        Ok(Manager { ours, address })
+    }
+
+    /// One message of all that is said at once (sd_notify(3), "Notes": one assignment a line, one datagram).
+    fn send(&self, states: &[NotifyState<'_>]) -> io::Result<()> {
+        let lines: Vec<String> = states.iter().map(ToString::to_string).collect();
+        self.ours
+            .send_to_addr(lines.join("\n").as_bytes(), &self.address)
+            .map(drop)
+    }
+}
+
 impl Service {
     /// Finds the manager by the environment that it gave.
     pub(super) fn new() -> Service {
-        if std::env::var_os("NOTIFY_SOCKET").is_none() {
-            return Service {
-                queue: None,
-                watch: None,
-                status: String::new(),
-            };
-        }
+        let none = Service {
+            queue: None,
+            watch: None,
+            status: String::new(),
+        };
+        let Some(named) = std::env::var_os("NOTIFY_SOCKET") else {
+            return none;
+        };
+        let manager = match Manager::reach(&named) {
+            Ok(manager) => manager,
+            Err(error) => {
+                tracing::warn!(%error, "NOTIFY_SOCKET={named:?}: the service manager is told nothing");
+                return none;
+            }
+        };
         let (queue, told) = sync_channel(WAITING_MAX);
         let thread = std::thread::Builder::new().name("notify".into());
-        let started = thread.spawn(move || tell(&told));
+        let started = thread.spawn(move || tell(&manager, &told));
         if let Err(error) = &started {
             tracing::warn!(%error, "no thread for the service manager: it is told nothing");
         }
@@ -124,21 +169,19 @@ impl Service {
 }
 
 /// The thread's body: one message each, as the manager takes them.
-fn tell(queue: &Receiver<Told>) {
+fn tell(manager: &Manager, queue: &Receiver<Told>) {
     while let Ok(told) = queue.recv() {
         let sent = match &told {
-            Told::Ready(status) => {
-                sd_notify::notify(&[NotifyState::Ready, NotifyState::Status(status)])
-            }
-            Told::Reloading(now) => sd_notify::notify(&[
+            Told::Ready(status) => manager.send(&[NotifyState::Ready, NotifyState::Status(status)]),
+            Told::Reloading(now) => manager.send(&[
                 NotifyState::Reloading,
                 NotifyState::MonotonicUsec(*now),
                 NotifyState::Status("Reading the configuration again."),
             ]),
             Told::Stopping(status) => {
-                sd_notify::notify(&[NotifyState::Stopping, NotifyState::Status(status)])
+                manager.send(&[NotifyState::Stopping, NotifyState::Status(status)])
             }
-            Told::Alive => sd_notify::notify(&[NotifyState::Watchdog]),
+            Told::Alive => manager.send(&[NotifyState::Watchdog]),
         };
         if let Err(error) = sent {
             tracing::warn!(%error, "the service manager cannot be told");
