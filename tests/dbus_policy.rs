@@ -29,7 +29,7 @@ const LOG: &str = "/org/freedesktop/LogControl1";
 const MANAGER: &str = "org.nbdtrack1.Manager";
 const PROPERTIES: &str = "org.freedesktop.DBus.Properties";
 
-const CALLS: [Row; 26] = [
+const CALLS: &[Row] = &[
     (ROOT, "org.freedesktop.DBus.Peer", "Ping", &[], true),
     (ROOT, "org.freedesktop.DBus.Peer", "GetMachineId", &[], true),
     (
@@ -124,6 +124,54 @@ const CALLS: [Row; 26] = [
     // What no table has is stopped by the bus, too, and does not reach the daemon.
     (ROOT, MANAGER, "NoSuchMethod", &[], false),
 ];
+
+/// Where each property is.
+const PROPERTIED: [(&str, &str); 4] = [
+    ("/org/nbdtrack1/exports/a", "org.nbdtrack1.Export"),
+    ("/org/nbdtrack1/volumes/loop_x", "org.nbdtrack1.Volume"),
+    ("/org/nbdtrack1/jobs/1", "org.nbdtrack1.Job"),
+    (LOG, "org.freedesktop.LogControl1"),
+];
+
+/// What is told in the test of signals; the last three are those of the standard interfaces.
+const SIGNALS: [&str; 11] = [
+    "VolumeAttached",
+    "VolumeDetached",
+    "VolumeRenamed",
+    "VolumeResized",
+    "ExportStateChanged",
+    "IdentityConflict",
+    "ConfigReloaded",
+    "Completed",
+    "PropertiesChanged",
+    "InterfacesAdded",
+    "InterfacesRemoved",
+];
+
+/// The names of an interface's members of one kind.
+fn named(interface: &str, kind: &str) -> Vec<String> {
+    if interface == "org.freedesktop.LogControl1" {
+        // systemd's own interface (org.freedesktop.LogControl1(5)): properties only.
+        let names: &[&str] = match kind {
+            "property" => &["LogLevel", "LogTarget", "SyslogIdentifier"],
+            _ => &[],
+        };
+        return names.iter().map(|name| (*name).to_owned()).collect();
+    }
+    let file = format!("{}/dbus/{interface}.xml", env!("CARGO_MANIFEST_DIR"));
+    let xml = std::fs::read_to_string(file).unwrap();
+    bus::members(&xml, interface)
+        .iter()
+        .filter_map(|member| {
+            member
+                .strip_prefix(kind)?
+                .trim_start()
+                .split([' ', ':'])
+                .next()
+        })
+        .map(str::to_owned)
+        .collect()
+}
 
 /// Root, a user whom the operator's own policy names, one of the group, and one who is neither.
 const USERS: [&str; 4] = ["root", "games", "nobody", "daemon"];
@@ -229,18 +277,27 @@ fn let_through(address: &str, user: &str, words: &[&str]) -> bool {
 }
 
 #[test]
-fn the_table_has_every_method_of_the_manager() {
-    let file = format!("{}/dbus/{MANAGER}.xml", env!("CARGO_MANIFEST_DIR"));
-    let xml = std::fs::read_to_string(file).unwrap();
-    let methods = bus::members(&xml, MANAGER);
-    let methods = methods
-        .iter()
-        .filter_map(|member| member.strip_prefix("method "));
-    for method in methods.map(|member| member.split(' ').next().unwrap()) {
-        let there = CALLS
-            .iter()
-            .any(|(_, interface, name, ..)| *interface == MANAGER && *name == method);
-        assert!(there, "{method} is not in the table");
+fn the_tables_have_every_method_property_and_signal() {
+    for interface in ["Manager", "Export", "Volume", "Job"] {
+        let interface = format!("org.nbdtrack1.{interface}");
+        for method in named(&interface, "method") {
+            let there = CALLS
+                .iter()
+                .any(|(_, on, name, ..)| *on == interface && *name == method);
+            assert!(there, "{interface}.{method} is not in the table");
+        }
+        for signal in named(&interface, "signal") {
+            assert!(SIGNALS.contains(&signal.as_str()), "{interface}.{signal}");
+        }
+        let propertied = PROPERTIED.iter().any(|(_, on)| *on == interface);
+        assert_eq!(
+            propertied,
+            !named(&interface, "property").is_empty(),
+            "{interface}"
+        );
+    }
+    for (_, interface) in PROPERTIED {
+        assert!(named(interface, "property").len() > 2, "{interface}");
     }
 }
 
@@ -262,7 +319,7 @@ fn root_and_named_users_do_all_the_group_reads_and_others_nothing() {
             }
         });
         println!("{:<62} {USERS:?}", "method or properties");
-        for (path, interface, method, arguments, group_may) in CALLS {
+        for &(path, interface, method, arguments, group_may) in CALLS {
             let mut words = vec!["call", "org.nbdtrack1", path, interface, method];
             words.extend(arguments);
             walk(
@@ -273,26 +330,22 @@ fn root_and_named_users_do_all_the_group_reads_and_others_nothing() {
             )
             .await;
         }
-        for (path, interface) in [
-            ("/org/nbdtrack1/exports/a", "org.nbdtrack1.Export"),
-            ("/org/nbdtrack1/volumes/loop_x", "org.nbdtrack1.Volume"),
-            ("/org/nbdtrack1/jobs/1", "org.nbdtrack1.Job"),
-        ] {
-            let file = format!("{}/dbus/{interface}.xml", env!("CARGO_MANIFEST_DIR"));
-            let members = bus::members(&std::fs::read_to_string(file).unwrap(), interface);
-            let properties = members
-                .iter()
-                .filter_map(|member| member.strip_prefix("property "));
-            let mut words = vec!["get-property", "org.nbdtrack1", path, interface];
-            words.extend(properties.map(|property| property.split(':').next().unwrap()));
-            assert!(words.len() > 10);
-            walk(
-                &address,
-                &format!("every property of {interface}"),
-                &words,
-                true,
-            )
-            .await;
+        for (path, interface) in PROPERTIED {
+            for property in named(interface, "property") {
+                let words = ["get-property", "org.nbdtrack1", path, interface, &property];
+                walk(&address, &format!("{interface}.{property}"), &words, true).await;
+                // The bus stops a Set by its name alone, whatever it would set.
+                let arguments = ["ssv", interface, &property, "u", "1"];
+                let mut words = vec!["call", "org.nbdtrack1", path, PROPERTIES, "Set"];
+                words.extend(arguments);
+                walk(
+                    &address,
+                    &format!("{interface}.{property} set"),
+                    &words,
+                    false,
+                )
+                .await;
+            }
         }
         drop(publisher);
         // Once the name is free, only root gets it.
@@ -406,23 +459,10 @@ fn every_signal_reaches_root_the_named_and_the_group_and_no_one_else() {
             }
             tokio::time::sleep(std::time::Duration::from_millis(100)).await;
         }
-        let signals = [
-            "VolumeAttached",
-            "VolumeDetached",
-            "VolumeRenamed",
-            "VolumeResized",
-            "ExportStateChanged",
-            "IdentityConflict",
-            "ConfigReloaded",
-            "Completed",
-            "PropertiesChanged",
-            "InterfacesAdded",
-            "InterfacesRemoved",
-        ];
         for (user, child) in listeners {
             let heard = tokio::task::spawn_blocking(move || child.wait_with_output().unwrap());
             let text = String::from_utf8(heard.await.unwrap().stdout).unwrap();
-            for signal in signals {
+            for signal in SIGNALS {
                 assert_eq!(text.contains(signal), may(user, true), "{user}: {signal}");
             }
         }

@@ -2,6 +2,8 @@
 //! is in its page, and what the README says to type is a command.
 #![allow(clippy::unwrap_used, clippy::panic)] // A test ends where something is missing.
 
+mod support;
+
 use std::process::Command;
 
 fn page(path: &str) -> String {
@@ -112,8 +114,8 @@ fn the_pages_of_the_commands_are_what_the_program_takes() {
 
 #[test]
 fn mandoc_finds_nothing_wrong_with_the_pages() {
-    if Command::new("mandoc").arg("-h").output().is_err() {
-        eprintln!("SKIPPED: manual pages: mandoc is not installed");
+    if !support::process::installed("mandoc") {
+        support::ground::skip("manual pages", "mandoc is not installed").unwrap();
         return;
     }
     for page in std::fs::read_dir(format!("{}/man", env!("CARGO_MANIFEST_DIR"))).unwrap() {
