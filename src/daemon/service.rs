@@ -48,14 +48,14 @@ struct Watch {
 }
 
 /// The way to the manager, opened at the start and kept: a daemon that has no descriptor left is alive, and has to be able to say so.
-struct Manager {
+struct NotifySocket {
     ours: UnixDatagram,
     address: SocketAddr,
 }
 
-impl Manager {
+impl NotifySocket {
     /// By NOTIFY_SOCKET: an absolute path, or `@` and the name of an abstract socket.
-    fn reach(named: &OsStr) -> io::Result<Manager> {
+    fn reach(named: &OsStr) -> io::Result<NotifySocket> {
         let address = match named.as_bytes() {
             [b'@', name @ ..] => SocketAddr::from_abstract_name(name)?,
             [b'/', ..] => SocketAddr::from_pathname(named)?,
@@ -67,7 +67,7 @@ impl Manager {
             }
         };
         let ours = UnixDatagram::unbound()?;
-        Ok(Manager { ours, address })
+        Ok(NotifySocket { ours, address })
     }
 
     /// One message of all that is said at once (sd_notify(3), "Notes": one assignment a line, one datagram).
@@ -90,7 +90,7 @@ impl Service {
         let Some(named) = std::env::var_os("NOTIFY_SOCKET") else {
             return none;
         };
-        let manager = match Manager::reach(&named) {
+        let manager = match NotifySocket::reach(&named) {
             Ok(manager) => manager,
             Err(error) => {
                 tracing::warn!(%error, "NOTIFY_SOCKET={named:?}: the service manager is told nothing");
@@ -169,7 +169,7 @@ impl Service {
 }
 
 /// The thread's body: one message each, as the manager takes them.
-fn tell(manager: &Manager, queue: &Receiver<Told>) {
+fn tell(manager: &NotifySocket, queue: &Receiver<Told>) {
     while let Ok(told) = queue.recv() {
         let sent = match &told {
             Told::Ready(status) => manager.send(&[NotifyState::Ready, NotifyState::Status(status)]),
