@@ -29,6 +29,10 @@ fn opened(minor: u32) -> Opened {
 }
 
 fn opened_in(minor: u32, dir: tempfile::TempDir) -> Opened {
+    opened_as(minor, dir, false)
+}
+
+fn opened_as(minor: u32, dir: tempfile::TempDir, direct: bool) -> Opened {
     let file = backing_file(dir.path(), "a", SIZE);
     let disk = Loop::make(minor);
     let order = OpenDisk {
@@ -39,6 +43,7 @@ fn opened_in(minor: u32, dir: tempfile::TempDir) -> Opened {
         diskseq: disk.attach(&file),
         identity: loop_identity(&file),
         write: true,
+        direct,
         within: Duration::from_secs(10),
     };
     let reader = |number| read_identities(Path::new("/sys"), number);
@@ -108,6 +113,44 @@ fn a_durable_write_is_in_the_backing_file_when_it_returns() {
     o.block.zero(at(12_345, 5000), fua).unwrap();
     assert_eq!(in_file(12_345, 5000), vec![0; 5000]);
     assert!(!o.block.latched());
+}
+
+/// What the kernel keeps of the disk is neither read nor written: other hosts may share it.
+#[test]
+fn direct_writes_are_on_the_disk_at_once_and_direct_reads_come_from_there() {
+    let o = opened_as(230, tempfile::tempdir().unwrap(), true);
+    let file = std::fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(&o.file)
+        .unwrap();
+    let block = u64::from(o.block.block_sizes().min);
+    assert!(block >= 512, "smaller requests are refused at the door");
+    assert!(!o.block.cached());
+    // Memory at any address: what comes over the wire lies as it comes.
+    for (index, len) in [block as usize, 4096, 256 << 10].into_iter().enumerate() {
+        let offset = (index as u64 + 1) << 20;
+        let data = pattern(offset, len + 1);
+        o.block.write(at(offset, len), &data[1..], false).unwrap();
+        let mut found = vec![0; len];
+        file.read_exact_at(&mut found, offset).unwrap();
+        assert!(found == data[1..], "{len} bytes, before any flush");
+        // Written behind the server's back, after it was read once.
+        assert!(read(&o.block, offset, len) == data[1..]);
+        found.fill(0x5a);
+        file.write_all_at(&found, offset).unwrap();
+        assert!(read(&o.block, offset, len) == found);
+        let mut nowait = vec![0; len];
+        let held = o.block.read_nowait(at(offset, len), &mut nowait).unwrap();
+        assert!(matches!(held, NoWait::WouldWait));
+        let whole = ZeroFlags {
+            no_hole: true,
+            ..ZeroFlags::default()
+        };
+        o.block.zero(at(offset, len), whole).unwrap();
+        assert!(read(&o.block, offset, len).iter().all(|byte| *byte == 0));
+    }
+    o.block.flush().unwrap();
 }
 
 #[test]

@@ -25,6 +25,7 @@ fn order(disk: &Loop, diskseq: DiskSeq, file: &Path) -> OpenDisk {
         diskseq,
         identity: loop_identity(file),
         write: true,
+        direct: false,
         within: Duration::from_secs(10),
     }
 }

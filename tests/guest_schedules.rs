@@ -16,6 +16,7 @@ fn definition() -> Definition {
         volume: VolumeId::parse("serial:twin").expect("a valid volume"),
         read_only: false,
         share: false,
+        direct: false,
         source: Source::Config,
     }
 }

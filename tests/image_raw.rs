@@ -23,6 +23,7 @@ fn order(path: &Path, roots: &Roots) -> OpenDisk {
         diskseq: roots.find(path).unwrap().incarnation,
         identity: Identity::new(Scheme::File, path),
         write: true,
+        direct: false,
         within: Duration::from_secs(10),
     }
 }

@@ -63,6 +63,7 @@ fn serve(minor: u32, size: u64) -> Served {
         diskseq: disk.attach(&file),
         identity: loop_identity(&file),
         write: true,
+        direct: false,
         within: Duration::from_secs(10),
     };
     let reader = |number| read_identities(Path::new("/sys"), number);

@@ -175,6 +175,78 @@ fn a_file_has_one_writer_whatever_it_is_called_and_whoever_asks() -> Outcome<()>
     })
 }
 
+/// Two writers of which one goes past the page cache would undo each other's halves of a page; a request of less than a block could
+/// only be done through it.
+#[test]
+fn direct_export_is_whole_blocks_only_and_shares_with_direct_writers_alone() -> Outcome<()> {
+    let needs = [
+        NEEDS,
+        &[Need::Loop, Need::Tool("qemu-io"), Need::Tool("nbdinfo")],
+    ]
+    .concat();
+    real("direct", &needs, |ground| {
+        let (mut scene, path) = serving(ground)?;
+        let other = path.with_file_name("b.raw");
+        sparse_file(path.parent().unwrap_or(&path), "b.raw", BYTES)?;
+        let device = LoopDevice::add()?;
+        device.attach(&other)?;
+        let options = |share: bool, direct: bool| {
+            [("share", share), ("direct", direct)]
+                .map(|(key, on)| (key, zbus::Variant::new(on)))
+                .into()
+        };
+        let volume = format!("loop:{}", other.display());
+        let caller = &scene.client;
+        caller.add_export_with("one", &volume, options(true, true))?;
+        let refused = caller.add_export_with("cached", &volume, options(true, false));
+        let told = refused.map_or_else(|refused| format!("{refused:?}"), |_| String::new());
+        hold!(
+            told.contains("InUse") && told.contains("say it on both"),
+            "a writer through the page cache beside it: {told:?}"
+        );
+        caller.add_export_with("two", &volume, options(true, true))?;
+
+        let uri = scene.endpoint().uri("one");
+        let said = process::succeed("nbdinfo", &["--json", &uri], STEP_LIMIT)?;
+        hold!(
+            said.contains("\"block_size_minimum\": 512"),
+            "the disk's own block: {said}"
+        );
+        let mut client = Client::open(&scene.endpoint(), "one")?;
+        let part = client.read(256, &mut [0; 512])?;
+        hold!(part == Err(22), "half of two blocks: {part:?}");
+        let script = [
+            "-c",
+            "write -P 7 1M 512",
+            "-c",
+            "write -P 8 2M 1M",
+            "-c",
+            "flush",
+        ];
+        let script = [&["-f", "raw", &uri][..], &script].concat();
+        process::succeed("qemu-io", &script, STEP_LIMIT)?;
+        let two = scene.endpoint().uri("two");
+        let script = ["-c", "read -P 7 1M 512", "-c", "read -P 8 2M 1M"];
+        let script = [&["-f", "raw", &two][..], &script].concat();
+        let said = process::succeed("qemu-io", &script, STEP_LIMIT)?;
+        hold!(!said.contains("verification failed"), "{said}");
+
+        let stamped = ground.file("stamped");
+        pattern::write_file(&stamped, "b", BYTES, 1)?;
+        let args = ["--flush", &stamped.to_string_lossy(), &uri];
+        process::succeed("nbdcopy", &args, STEP_LIMIT)?;
+        let tally = pattern::examine_whole(&other, "b", BYTES, 1)?;
+        hold!(tally.all_right(), "in the backing file: {tally}");
+        // It is kept: after a restart it is as direct as before.
+        scene.stop()?;
+        scene.start()?;
+        scene.client.reach_state("one", "Serving", STEP_LIMIT)?;
+        let part = Client::open(&scene.endpoint(), "one")?.read(256, &mut [0; 512])?;
+        hold!(part == Err(22), "after a restart: {part:?}");
+        scene.stop()
+    })
+}
+
 #[test]
 fn what_is_put_in_the_place_of_a_served_file_waits_for_a_person() -> Outcome<()> {
     real("file replaced", NEEDS, |ground| {

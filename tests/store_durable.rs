@@ -25,6 +25,7 @@ async fn every_change_is_there_after_a_new_start() {
             },
             Definition {
                 share: true,
+                direct: true,
                 source: Source::Config,
                 ..definition("größe", 2)
             },
@@ -56,6 +57,7 @@ async fn every_change_is_there_after_a_new_start() {
     let changed = Definition {
         read_only: false,
         share: true,
+        direct: true,
         ..definition("größe", 9)
     };
     store
@@ -282,6 +284,7 @@ fn definition(text: &str, number: u64) -> Definition {
         volume: volume(number),
         read_only: false,
         share: false,
+        direct: false,
         source: Source::Dbus,
     }
 }

@@ -247,6 +247,7 @@ fn put(name: &str) -> Change {
         volume: VolumeId::parse("serial:X17").expect("a volume"),
         read_only: false,
         share: false,
+        direct: false,
         source: Source::Dbus,
     })
 }

@@ -26,6 +26,7 @@ pub fn definition(number: u32) -> Outcome<Definition> {
         volume: VolumeId::parse(&format!("serial:BENCH{number:07}"))?,
         read_only: false,
         share: false,
+        direct: false,
         source: Source::Config,
     })
 }

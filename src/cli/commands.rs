@@ -108,7 +108,11 @@ async fn add(client: &Client, add: Add, as_json: bool) -> Result<std::io::Result
         .filter_map(|(key, text)| Some((key, Variant::new(text.as_deref()?))))
         .collect();
     // Only what was said, so that an older daemon is not asked for what it does not know.
-    for (key, set) in [("read_only", add.read_only), ("share", add.share)] {
+    for (key, set) in [
+        ("read_only", add.read_only),
+        ("share", add.share),
+        ("direct", add.direct),
+    ] {
         if set {
             options.insert(key, Variant::new(true));
         }

@@ -163,6 +163,9 @@ struct Add {
     /// Allow other writable exports of the volume that say so too
     #[arg(long)]
     share: bool,
+    /// Read and write past the page cache
+    #[arg(long)]
+    direct: bool,
     /// How long to wait until it serves [default: 10]
     #[arg(long, value_name = "SECONDS", value_parser = seconds)]
     wait: Option<Duration>,

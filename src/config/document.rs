@@ -318,6 +318,7 @@ fn export<'a>(value: Spanned<DeValue<'a>>, reading: &mut Reading<'a>) -> Option<
     };
     let read_only = table.get("read_only").is_some_and(Spanned::into_inner);
     let share = table.get("share").is_some_and(Spanned::into_inner);
+    let direct = table.get("direct").is_some_and(Spanned::into_inner);
     if let Some(word) = table.get::<String>("on_detach")
         && word.get_ref() != "disconnect"
     {
@@ -336,6 +337,7 @@ fn export<'a>(value: Spanned<DeValue<'a>>, reading: &mut Reading<'a>) -> Option<
         "format",
         "read_only",
         "share",
+        "direct",
         "on_detach",
     ]);
     let name = name.and_then(|name| match ExportName::parse(name.get_ref()) {
@@ -359,6 +361,7 @@ fn export<'a>(value: Spanned<DeValue<'a>>, reading: &mut Reading<'a>) -> Option<
         volume,
         read_only,
         share,
+        direct,
         source: Source::Config,
     };
     Some(FoundExport {

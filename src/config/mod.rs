@@ -244,10 +244,10 @@ fn check_writers(found: &[FoundExport<'_>], problems: &mut Vec<Problem>) {
             None => {
                 first.insert(&export.definition.volume, export);
             }
-            Some(earlier) if earlier.definition.share && export.definition.share => (),
+            Some(earlier) if earlier.definition.shares_with(&export.definition) => (),
             Some(earlier) => problems.push(export.volume_at.problem(format!(
                 "export \"{}\" is a second writable export of {}; the first is \"{}\" at {}; \
-                 set read_only = true on one, or share = true on both",
+                 set read_only = true on one, or share = true on both, with direct the same",
                 export.definition.name,
                 export.definition.volume,
                 earlier.definition.name,

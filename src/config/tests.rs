@@ -230,7 +230,7 @@ fn columns_count_characters() {
     assert_eq!(
         told,
         [
-            "/etc/nbdtrack/nbdtrack.toml:4:1: [[export]]: unknown key \"größe\", expected one of name, volume, path, format, read_only, share, on_detach"
+            "/etc/nbdtrack/nbdtrack.toml:4:1: [[export]]: unknown key \"größe\", expected one of name, volume, path, format, read_only, share, direct, on_detach"
         ]
     );
 }

@@ -64,6 +64,7 @@ impl Correlation {
                     diskseq,
                     identity: identity.clone(),
                     write: !export.definition.read_only && !disk.facts.read_only,
+                    direct: export.definition.direct,
                     within: self.settings.open_within,
                 }));
             }

@@ -181,7 +181,23 @@ pub struct Definition {
     pub read_only: bool,
     /// A second writable export of the same volume is allowed when all of them say so.
     pub share: bool,
+    /// Reads and writes go past the page cache.
+    pub direct: bool,
     pub source: Source,
+}
+
+impl Definition {
+    /// Whether the other serves the same bytes in the same way, whoever defined it and under whatever name.
+    pub fn serves_as(&self, other: &Definition) -> bool {
+        let of = |d: &Definition| (d.read_only, d.share, d.direct);
+        self.volume == other.volume && of(self) == of(other)
+    }
+
+    /// Whether both may write to one disk. One through the page cache and one past it may not: a page that one of them
+    /// has in memory and writes back whole would undo what the other wrote to a part of it (open(2), "O_DIRECT").
+    pub fn shares_with(&self, other: &Definition) -> bool {
+        self.share && other.share && self.direct == other.direct
+    }
 }
 
 /// The kernel's boot id; diskseq starts again with each.

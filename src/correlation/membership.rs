@@ -36,14 +36,13 @@ impl Correlation {
                 )));
             }
             let known = &export.definition;
-            if (&known.volume, known.read_only, known.share)
-                != (&definition.volume, definition.read_only, definition.share)
-            {
+            if !known.serves_as(&definition) {
                 return Err(RequestError::AlreadyExists(format!(
-                    "export {name} exists already with another definition: volume {}, read_only {}, share {}, from {}",
+                    "export {name} exists already with another definition: volume {}, read_only {}, share {}, direct {}, from {}",
                     known.volume,
                     known.read_only,
                     known.share,
+                    known.direct,
                     known.source.name(),
                 )));
             }
@@ -197,9 +196,14 @@ pub(super) fn judge_pair(definition: &Definition, other: &Definition) -> Result<
         )));
     }
     let both_write = !(definition.read_only || other.read_only);
-    if both_write && !(definition.share && other.share) {
+    if both_write && !definition.shares_with(other) {
+        let mend = if definition.share && other.share {
+            "and one of them is 'direct': say it on both, or make one of them read-only"
+        } else {
+            "make one of them read-only, or say 'share' on both"
+        };
         return Err(RequestError::InUse(format!(
-            "export {}: volume {} is already written to by export {}; make one of them read-only, or say 'share' on both",
+            "export {}: volume {} is already written to by export {}; {mend}",
             definition.name, definition.volume, other.name,
         )));
     }

@@ -211,6 +211,8 @@ pub struct OpenDisk {
     /// Read again on the opened device; this one has to be there.
     pub identity: Identity,
     pub write: bool,
+    /// Past the page cache.
+    pub direct: bool,
     /// From now; after it the answer is ignored.
     pub within: Duration,
 }

@@ -174,9 +174,7 @@ impl Correlation {
         let waiters = std::mem::take(&mut export.waiters);
         match leaving.replacement {
             Some(definition) => {
-                let known = &export.definition;
-                let same = (&known.volume, known.read_only, known.share)
-                    == (&definition.volume, definition.read_only, definition.share);
+                let same = export.definition.serves_as(&definition);
                 self.redefine(name, definition, generation);
                 if same {
                     self.keep_waiters(name, waiters);

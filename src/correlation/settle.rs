@@ -138,8 +138,8 @@ impl Correlation {
             let held = writer.binding.held().filter(|held| !held.read_only)?;
             let meets =
                 held.diskseq == diskseq || !writer.candidates.is_disjoint(&export.candidates);
-            let share = export.definition.share && writer.definition.share;
-            (meets && !share).then_some(writer)
+            let shares = export.definition.shares_with(&writer.definition);
+            (meets && !shares).then_some(writer)
         })
     }
 

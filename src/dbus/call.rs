@@ -214,6 +214,7 @@ mod tests {
                 volume: volume.clone(),
                 read_only: false,
                 share: false,
+                direct: false,
                 source: Source::Dbus,
             },
             wait: Duration::from_secs(600),

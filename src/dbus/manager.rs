@@ -214,6 +214,7 @@ fn add_export(name: &str, mut options: Options) -> Result<Call, RequestError> {
     }
     let read_only = options.truth("read_only")?.unwrap_or(false);
     let share = options.truth("share")?.unwrap_or(false);
+    let direct = options.truth("direct")?.unwrap_or(false);
     let wait = options.milliseconds("wait_ms", WAIT_MS)?;
     options.end()?;
     let definition = Definition {
@@ -221,6 +222,7 @@ fn add_export(name: &str, mut options: Options) -> Result<Call, RequestError> {
         volume,
         read_only,
         share,
+        direct,
         source: Source::Dbus,
     };
     Ok(Call::Request(Request::AddExport { definition, wait }))

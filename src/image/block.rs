@@ -13,6 +13,8 @@
 //!   (`blkdev_fallocate`): a punch that is then refused has lost acknowledged writes. So whether the device can is known
 //!   beforehand, from its queue, and a refusal all the same ends in zeroes, never in an error that
 //!   promises that nothing happened.
+//! - **Direct** images read and write past the page cache (see `direct`). Flushes, zeroes and discards are the same: they
+//!   are of the disk, whatever descriptor they are asked of.
 //! - **Allocation** is known of plain files, and of loop devices from their file (see `backing`). Other devices cannot be
 //!   asked and are allocated.
 
@@ -27,6 +29,7 @@ use nix::fcntl::{FallocateFlags, PosixFadviseAdvice, fallocate, posix_fadvise};
 use super::ahead::Streams;
 use super::backing::Backing;
 use super::claim::{self, Claim, Opened, Subject};
+use super::direct::Direct;
 use super::disk::Disk;
 use super::medium::Medium;
 use super::{Allocation, BlockSizes, Extent, Image, NoWait, Span, ZeroFlags, allocation, sys};
@@ -49,6 +52,8 @@ static ZEROES: [u8; 256 << 10] = [0; 256 << 10];
 
 /// One opened disk. Dropping the last of its images closes it, which can block.
 pub struct Block {
+    /// What reads and writes go through, if not the page cache. Before the claim, which says that all is closed when it is dropped.
+    direct: Option<Direct>,
     claim: Arc<Claim>,
     /// Only grows.
     size: AtomicU64,
@@ -83,6 +88,7 @@ impl Block {
     /// Asks what is open for what its I/O has to keep to.
     pub(super) fn new(opened: Opened) -> io::Result<Block> {
         let Opened {
+            direct,
             claim,
             size,
             read_only,
@@ -96,13 +102,14 @@ impl Block {
         Ok(Block {
             size: AtomicU64::new(size),
             read_only,
-            sizes: block_sizes(medium.likes(file)?),
+            sizes: block_sizes(medium.likes(file)?, direct.as_ref().map_or(1, Direct::unit)),
             logical_block: u64::from(medium.unit(file)?.max(1)),
             can_discard: can.discard,
             rotational: can.turn,
             zeroes_itself: AtomicBool::new(can.zero),
-            streams: (!read_only).then(Streams::default),
+            streams: (!read_only && direct.is_none()).then(Streams::default),
             backing: OnceLock::new(),
+            direct,
             claim,
         })
     }
@@ -156,19 +163,19 @@ impl Block {
         (from < to).then_some((from, to))
     }
 
-    fn write_out(&self, at: Extent, buf: &[u8]) -> io::Result<()> {
-        debug_assert!(at.offset() + u64::from(at.len()) <= self.size());
-        self.file()
-            .write_all_at(buf, at.offset())
-            .map_err(|e| self.inside_the_size(e))
+    fn write_out(&self, offset: u64, buf: &[u8]) -> io::Result<()> {
+        debug_assert!(offset + buf.len() as u64 <= self.size());
+        match &self.direct {
+            Some(direct) => direct.write(offset, buf),
+            None => self.file().write_all_at(buf, offset),
+        }
+        .map_err(|e| self.inside_the_size(e))
     }
 
     fn write_zeroes(&self, mut offset: u64, end: u64) -> io::Result<()> {
         while offset < end {
             let piece = usize::try_from(end - offset).map_or(ZEROES.len(), |n| n.min(ZEROES.len()));
-            self.file()
-                .write_all_at(&ZEROES[..piece], offset)
-                .map_err(|e| self.inside_the_size(e))?;
+            self.write_out(offset, &ZEROES[..piece])?;
             offset += piece as u64;
         }
         Ok(())
@@ -256,13 +263,18 @@ impl Image for Block {
     fn read(&self, at: Extent, buf: &mut [u8]) -> io::Result<()> {
         debug_assert_eq!(u32::try_from(buf.len()), Ok(at.len()));
         self.read_ahead(at);
-        self.file()
-            .read_exact_at(buf, at.offset())
-            .map_err(|e| self.inside_the_size(e))
+        match &self.direct {
+            Some(direct) => direct.read(at.offset(), buf),
+            None => self.file().read_exact_at(buf, at.offset()),
+        }
+        .map_err(|e| self.inside_the_size(e))
     }
 
     fn read_nowait(&self, at: Extent, buf: &mut [u8]) -> io::Result<NoWait> {
         debug_assert_eq!(u32::try_from(buf.len()), Ok(at.len()));
+        if self.direct.is_some() {
+            return Ok(NoWait::WouldWait);
+        }
         match sys::read_cached(self.file(), buf, at.offset()) {
             Ok(n) if n == buf.len() => Ok(NoWait::Done),
             // Less than all, or an error: the read that may wait finds out.
@@ -274,12 +286,12 @@ impl Image for Block {
         debug_assert_eq!(u32::try_from(buf.len()), Ok(at.len()));
         self.writable()?;
         if !fua {
-            return self.write_out(at, buf);
+            return self.write_out(at.offset(), buf);
         }
         if self.latched() {
             return Err(io::Error::from_raw_os_error(libc::EIO));
         }
-        self.make_durable(self.write_out(at, buf))
+        self.make_durable(self.write_out(at.offset(), buf))
     }
 
     fn flush(&self) -> io::Result<()> {
@@ -335,6 +347,10 @@ impl Image for Block {
         }])
     }
 
+    fn cached(&self) -> bool {
+        self.direct.is_none()
+    }
+
     fn rotational(&self) -> bool {
         self.rotational
     }
@@ -355,6 +371,10 @@ impl Image for Block {
     }
 
     fn cache(&self, at: Extent) -> io::Result<()> {
+        if self.direct.is_some() {
+            // Nothing is read from there.
+            return Ok(());
+        }
         let len = u64::from(at.len());
         advise(
             self.file(),
@@ -407,14 +427,14 @@ fn advise(file: &File, offset: u64, len: u64, advice: PosixFadviseAdvice) -> io:
     Ok(posix_fadvise(file, range(offset)?, range(len)?, advice)?)
 }
 
-fn block_sizes(likes: [u32; 2]) -> BlockSizes {
+/// `min`: 1 where the page cache takes any range.
+fn block_sizes(likes: [u32; 2], min: u32) -> BlockSizes {
     let preferred = likes
         .into_iter()
         .filter(|n| n.is_power_of_two() && *n <= PREFERRED_BYTES_MAX)
-        .fold(PAGE_BYTES, u32::max);
+        .fold(PAGE_BYTES.max(min), u32::max);
     BlockSizes {
-        // The page cache takes any range.
-        min: 1,
+        min,
         preferred,
         max: REQUEST_BYTES_MAX,
     }
@@ -441,7 +461,7 @@ mod tests {
 
     #[test]
     fn sizes_that_a_disk_wishes_for_are_followed_within_bounds() {
-        let preferred = |physical, optimal| block_sizes([physical, optimal]).preferred;
+        let preferred = |physical, optimal| block_sizes([physical, optimal], 1).preferred;
         assert_eq!(preferred(512, 0), 4096);
         assert_eq!(preferred(16384, 0), 16384);
         assert_eq!(preferred(4096, 1 << 20), 1 << 20);

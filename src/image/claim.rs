@@ -16,6 +16,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use super::beneath::FileError;
+use super::direct::Direct;
 use super::durable::Durable;
 use super::medium::Medium;
 use crate::correlation::{DeviceNode, DeviceNumber, DiskSeq, OpenDisk, OpenRefusal};
@@ -65,6 +66,13 @@ pub enum OpenError {
     /// Someone else has it.
     #[error("{node}: in use: {by}")]
     Busy { node: DeviceNode, by: String },
+    /// It cannot be read and written past the page cache.
+    #[error("{node}: no direct I/O: {source}; without 'direct' it can be served")]
+    NotDirect {
+        node: DeviceNode,
+        #[source]
+        source: io::Error,
+    },
     /// An earlier open of this disk hangs.
     #[error("{node}: the disk has not answered an earlier open")]
     Hangs { node: DeviceNode },
@@ -90,7 +98,7 @@ impl From<OpenError> for OpenRefusal {
             | OpenError::NoSize { .. } => OpenRefusal::Changed(text),
             OpenError::Busy { .. } => OpenRefusal::Busy(text),
             OpenError::Hangs { .. } => OpenRefusal::TimedOut(text),
-            OpenError::Kernel { .. } => OpenRefusal::Kernel(text),
+            OpenError::NotDirect { .. } | OpenError::Kernel { .. } => OpenRefusal::Kernel(text),
         }
     }
 }
@@ -172,6 +180,8 @@ impl Claim {
 
 /// A claim and what was found on the disk.
 pub struct Opened {
+    /// Before the claim, which says that all is closed when it is dropped.
+    pub direct: Option<Direct>,
     pub claim: Arc<Claim>,
     /// Bytes.
     pub size: u64,
@@ -195,8 +205,13 @@ pub(super) fn open(
         None => claim_new(order, subject, &place)?,
     };
     let size = verify(order, subject, claim.file())?;
+    let direct = match order.direct {
+        true => Some(open_direct(order, subject, &claim, size, !read_only)?),
+        false => None,
+    };
     lock(&place.state).claim = Arc::downgrade(&claim);
     Ok(Opened {
+        direct,
         claim,
         size,
         read_only,
@@ -348,6 +363,23 @@ fn share(
         }
     }
     Ok((claim, read_only || !order.write))
+}
+
+/// One more descriptor of what is claimed: O_DIRECT belongs to a descriptor, and others share the claim without it.
+fn open_direct(
+    order: &OpenDisk,
+    subject: &dyn Subject,
+    claim: &Claim,
+    size: u64,
+    write: bool,
+) -> Result<Direct, OpenError> {
+    let refused = |source| OpenError::NotDirect {
+        node: order.node.clone(),
+        source,
+    };
+    let file = reopen(claim.file(), write, libc::O_DIRECT).map_err(refused)?;
+    subject.same(&file)?;
+    Direct::new(file, claim.medium, size).map_err(refused)
 }
 
 fn reopen(path: &File, write: bool, flags: libc::c_int) -> io::Result<File> {

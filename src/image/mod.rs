@@ -10,6 +10,7 @@ mod backing;
 pub mod beneath;
 pub mod block;
 mod claim;
+mod direct;
 mod disk;
 mod durable;
 mod medium;
@@ -169,6 +170,10 @@ pub trait Image: Send + Sync {
             bytes: at.len(),
             hole: false,
         }])
+    }
+    /// Whether a write ends in memory, so that it can be done where nothing should wait for a disk.
+    fn cached(&self) -> bool {
+        true
     }
     /// Whether seeks cost time.
     fn rotational(&self) -> bool {

@@ -42,14 +42,15 @@ async fn apply_each(
     for change in changes {
         let query = match change {
             Change::PutExport(definition) => sqlx::query(
-                "INSERT INTO exports (name, volume, read_only, share, source) VALUES (?, ?, ?, ?, ?)
+                "INSERT INTO exports (name, volume, read_only, share, direct, source) VALUES (?, ?, ?, ?, ?, ?)
                  ON CONFLICT (name) DO UPDATE SET volume = excluded.volume, read_only = excluded.read_only,
-                 share = excluded.share, source = excluded.source",
+                 share = excluded.share, direct = excluded.direct, source = excluded.source",
             )
             .bind(definition.name.as_str())
             .bind(definition.volume.to_string())
             .bind(definition.read_only)
             .bind(definition.share)
+            .bind(definition.direct)
             .bind(definition.source.name()),
             Change::DeleteExport(name) => {
                 sqlx::query("DELETE FROM exports WHERE name = ?").bind(name.as_str())
@@ -88,10 +89,11 @@ pub(super) async fn load(
     file: &Path,
 ) -> Result<Remembered, sqlx::Error> {
     let mut transaction = connection.begin().await?;
-    let exports =
-        sqlx::query("SELECT name, volume, read_only, share, source FROM exports ORDER BY name")
-            .fetch_all(&mut *transaction)
-            .await?;
+    let exports = sqlx::query(
+        "SELECT name, volume, read_only, share, direct, source FROM exports ORDER BY name",
+    )
+    .fetch_all(&mut *transaction)
+    .await?;
     let releases = sqlx::query("SELECT boot, diskseq, volume FROM releases ORDER BY boot, diskseq")
         .fetch_all(&mut *transaction)
         .await?;
@@ -140,6 +142,7 @@ fn definition(row: &SqliteRow) -> Result<Definition, String> {
         volume: volume(row)?,
         read_only: flag(row, "read_only")?,
         share: flag(row, "share")?,
+        direct: flag(row, "direct")?,
         source,
     })
 }

@@ -9,7 +9,7 @@ use sqlx::{ConnectOptions, Connection, Row, SqliteConnection};
 use super::{BUSY_WITHIN, StoreError};
 
 /// One step each, from version N to N+1. Never edited once released: a new one is added.
-const MIGRATIONS: [&str; 1] = [
+const MIGRATIONS: [&str; 2] = [
     // Numbers that are 64 bits without a sign are text: SQLite's integers have a sign.
     "CREATE TABLE exports (
         name TEXT NOT NULL PRIMARY KEY,
@@ -29,6 +29,7 @@ const MIGRATIONS: [&str; 1] = [
         first TEXT,
         boot TEXT NOT NULL
     );",
+    "ALTER TABLE exports ADD COLUMN direct INTEGER NOT NULL DEFAULT 0;",
 ];
 
 /// Opens `file`, which exists (empty when it is new), for reading and writing.

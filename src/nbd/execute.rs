@@ -45,7 +45,8 @@ impl Transmission {
         if len > LARGE_BYTES {
             charge = Some(conn.account.charge(len)?);
         }
-        let Some(right) = self.lease.inline_read() else {
+        let right = self.lease.cached().then(|| self.lease.inline_read());
+        let Some(right) = right.flatten() else {
             let charge = charge.map_or_else(|| conn.account.charge(len), Ok)?;
             self.hand_over(conn, to, Command::Read(at), Vec::new(), Some(charge));
             return Ok(());
@@ -88,6 +89,9 @@ impl Transmission {
         data: &[u8],
     ) -> bool {
         let counters = &self.lease.shared.counters;
+        if !self.lease.cached() {
+            return false;
+        }
         let Some(_right) = self.lease.inline_write() else {
             return false;
         };

@@ -56,6 +56,8 @@ pub(super) struct Lease {
     pub(super) export: ExportName,
     pub(super) generation: Generation,
     pub(super) facts: Facts,
+    /// Of the image: see [`Image::cached`].
+    cached: bool,
     /// Bytes, as the next client is told; only grows. Each session keeps what it agreed to.
     size: AtomicU64,
     pub(super) shared: Arc<Shared>,
@@ -142,6 +144,7 @@ impl Lease {
             generation,
             size: AtomicU64::new(facts.size),
             facts,
+            cached: image.cached(),
             shared,
             gate: Gate::default(),
             image: RwLock::new(Some(image)),
@@ -173,6 +176,10 @@ impl Lease {
             image: Some(image),
             kind,
         })
+    }
+
+    pub(super) fn cached(&self) -> bool {
+        self.cached
     }
 
     /// For a write in the session's own thread.

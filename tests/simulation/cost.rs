@@ -40,6 +40,7 @@ fn serving(count: u32) -> Correlation {
         volume: VolumeId::parse(&format!("loop:/v{index}")).expect("a valid volume"),
         read_only: false,
         share: false,
+        direct: false,
         source: Source::Dbus,
     });
     let remembered = Remembered {
@@ -176,6 +177,7 @@ fn exports_have_a_limit_over_configuration_and_callers_together() {
         volume: VolumeId::parse(&format!("loop:/e{index}")).expect("a valid volume"),
         read_only: false,
         share: false,
+        direct: false,
         source,
     };
     let exports = (0..EXPORTS_MAX)

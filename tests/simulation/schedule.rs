@@ -272,7 +272,8 @@ pub fn take(world: &mut World, step: Step) {
             let mut definitions = Vec::new();
             for index in 0..NAMES {
                 if a >> index & 1 == 1 {
-                    let flags = (c >> (2 * index)) & 3;
+                    let direct = (a >> (NAMES + index) & 1) << 2;
+                    let flags = (c >> (2 * index)) & 3 | direct;
                     definitions.push(definition(
                         index,
                         b >> (2 * index) & 3,

@@ -77,6 +77,7 @@ pub struct Lease {
     pub volume: u8,
     write: bool,
     share: bool,
+    direct: bool,
     pub in_flight: u8,
     /// `Some(cut)` once it is to end.
     pub ending: Option<bool>,
@@ -197,6 +198,7 @@ pub fn definition(index: u8, volume_index: u8, flags: u8, source: Source) -> Def
         volume: volume(volume_index % VOLUMES),
         read_only: flags & 1 != 0,
         share: flags & 2 != 0,
+        direct: flags & 4 != 0,
         source,
     }
 }
@@ -1007,9 +1009,11 @@ impl World {
                 handle.write
             ));
         }
-        let share = self
+        let (share, direct) = self
             .definition_of(&export)
-            .is_some_and(|definition| definition.share);
+            .map_or((false, false), |definition| {
+                (definition.share, definition.direct)
+            });
         for ((other, other_generation), lease) in self.leases.clone() {
             // An orphan of another volume that its removed namesake left behind is no lease of this export.
             if other == export && !(lease.timed_out && lease.volume != wanted) {
@@ -1029,7 +1033,7 @@ impl World {
             } else if lease.volume == wanted
                 && lease.write
                 && handle.write
-                && !(lease.share && share)
+                && !(lease.share && share && lease.direct == direct)
             {
                 self.fail(format!(
                     "{export} and {other} both write to volume {wanted} and do not share"
@@ -1052,6 +1056,7 @@ impl World {
             volume: wanted,
             write: handle.write,
             share,
+            direct,
             in_flight: 0,
             ending: None,
             timed_out: false,

@@ -33,6 +33,7 @@ fn machine(disks: Vec<DiskFacts>) -> Correlation {
         volume: VolumeId::parse("loop:/b").unwrap(),
         read_only: false,
         share: false,
+        direct: false,
         source: Source::Config,
     };
     let now = Duration::from_secs(1);
@@ -147,6 +148,7 @@ fn a_value_that_differs_only_in_its_letters_is_called_near() {
         volume: VolumeId::parse("loop:/images/Vm-7").unwrap(),
         read_only: false,
         share: false,
+        direct: false,
         source: Source::Config,
     };
     let now = Duration::from_secs(2);
