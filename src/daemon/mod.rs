@@ -15,6 +15,7 @@ mod reload;
 mod rescan;
 mod service;
 mod sockets;
+mod sys;
 mod trail;
 
 use std::net::SocketAddr;
@@ -106,6 +107,7 @@ pub enum Error {
 /// What kept it from starting; once it serves, nothing from outside ends it.
 pub fn run(options: &Options) -> Result<(), Error> {
     log::start();
+    sys::give_large_buffers_back();
     let passed = activation::passed()?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
