@@ -98,7 +98,7 @@ async fn a_newer_store_and_a_strangers_are_refused_and_kept() {
             error,
             StoreError::Newer {
                 found: 1000,
-                known: 1,
+                known: 2,
                 ..
             }
         ),
@@ -124,10 +124,10 @@ async fn rows_that_are_not_understood_are_kept_and_not_used() {
     store.apply(&[put("good")]).await.expect("applies");
     store.close().await.expect("closes");
     for statement in [
-        "INSERT INTO exports VALUES ('bad', 'path:/dev/vdb', 0, 0, 'dbus')",
-        "INSERT INTO exports VALUES ('worse', 'serial:X1', 7, 0, 'dbus')",
-        "INSERT INTO exports VALUES ('worst', 'serial:X1', 0, 0, 'carrier pigeon')",
-        "INSERT INTO exports VALUES (x'ff00', 'serial:X1', 0, 0, 'dbus')",
+        "INSERT INTO exports (name, volume, read_only, share, source) VALUES ('bad', 'path:/dev/vdb', 0, 0, 'dbus')",
+        "INSERT INTO exports (name, volume, read_only, share, source) VALUES ('worse', 'serial:X1', 7, 0, 'dbus')",
+        "INSERT INTO exports (name, volume, read_only, share, source) VALUES ('worst', 'serial:X1', 0, 0, 'carrier pigeon')",
+        "INSERT INTO exports (name, volume, read_only, share, source) VALUES (x'ff00', 'serial:X1', 0, 0, 'dbus')",
         "INSERT INTO releases VALUES ('boot', '-1', 'serial:X1')",
         "INSERT INTO conflicts VALUES ('good', 'first', 'boot')",
     ] {
