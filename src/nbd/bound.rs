@@ -20,9 +20,10 @@ pub(super) enum Limit {
     SendTime,
     RequestTime,
     InFlightAll,
+    Accept,
 }
 
-const COUNT: usize = 8;
+const COUNT: usize = 9;
 
 impl Limit {
     fn counter(self, counters: &Counters) -> &AtomicU64 {
@@ -35,6 +36,7 @@ impl Limit {
             Limit::SendTime => &counters.sends_timed_out,
             Limit::RequestTime => &counters.requests_timed_out,
             Limit::InFlightAll => &counters.waits_all_full,
+            Limit::Accept => &counters.accept_errors,
         }
     }
 
@@ -66,6 +68,10 @@ impl Limit {
             Limit::InFlightAll => (
                 "requests wait: their data would be more than all clients may have in flight",
                 "max_in_flight_mib",
+            ),
+            Limit::Accept => (
+                "a client cannot be accepted, most likely for want of descriptors",
+                "max_connections, or LimitNOFILE= of the unit",
             ),
         }
     }

@@ -281,10 +281,15 @@ impl Conn {
         }
     }
 
-    /// Sends gathered replies straight from the caller's buffer; only what the peer does not take
-    /// now is copied.
-    pub(super) fn send_gathered(&self, bytes: &[u8]) {
-        if bytes.is_empty() {
+    /// Sends the first `used` bytes of `gathered`. What the peer does not take now is kept: in the buffer that was given, where most of
+    /// that is in use, else as a copy. It is charged in place of `charges`, so that no byte is counted twice.
+    pub(super) fn send_gathered(
+        &self,
+        gathered: &mut Vec<u8>,
+        used: usize,
+        charges: &mut Vec<Charge>,
+    ) {
+        if used == 0 {
             return;
         }
         let mut out = lock(&self.out);
@@ -293,7 +298,7 @@ impl Conn {
             out.sending = true;
             drop(out);
             let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
-            let result = send(self.socket.as_raw_fd(), bytes, flags);
+            let result = send(self.socket.as_raw_fd(), &gathered[..used], flags);
             out = lock(&self.out);
             out.sending = false;
             match result {
@@ -305,11 +310,18 @@ impl Conn {
                 }
             }
         }
-        if sent < bytes.len() {
+        if sent < used {
+            charges.clear();
+            let (bytes, done) = if gathered.capacity() < 2 * (used - sent) {
+                gathered.truncate(used);
+                (std::mem::take(gathered), sent)
+            } else {
+                (gathered[sent..used].to_vec(), 0)
+            };
             let chunk = Chunk {
-                bytes: bytes[sent..].to_vec(),
-                sent: 0,
-                _charge: Some(self.account.charge_held(bytes.len() - sent)),
+                _charge: Some(self.account.charge_held(bytes.capacity())),
+                bytes,
+                sent: done,
             };
             // In front: when we were the sender, the rest of a reply comes before all others.
             if sent > 0 {

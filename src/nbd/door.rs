@@ -50,6 +50,7 @@ impl Door {
             handshakes: Handshakes::default(),
             addresses: Arc::default(),
             inline: Inside::default(),
+            kept: Arc::default(),
             exports: Mutex::default(),
             watcher: RwLock::default(),
             witness: Witness::default(),

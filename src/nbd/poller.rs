@@ -282,8 +282,8 @@ pub(super) fn run(shared: &Arc<Shared>) {
                 let _ = poller.wake.read();
             } else if let Some(listener) = listeners.get(&token) {
                 if let Err(error) = poller.accept(shared, listener) {
-                    add(&poller.counters.accept_errors, 1);
-                    tracing::warn!(%error, again = ?ACCEPT_AGAIN, "cannot accept");
+                    tracing::debug!(%error, again = ?ACCEPT_AGAIN, "cannot accept");
+                    shared.reached(Limit::Accept);
                     arm(poller, listener, EpollFlags::empty());
                     poller.set_timer(Instant::now() + ACCEPT_AGAIN, token, Due::Listener);
                 }

@@ -1,4 +1,4 @@
-//! How fast one connection may ask, where the operator set a rate. PURE but for the time that it is given.
+//! How fast one connection may ask, where the operator set a rate, and how often it asks for room. PURE but for the time that it is given.
 
 use std::time::{Duration, Instant};
 
@@ -37,6 +37,23 @@ impl Rate {
     }
 }
 
+/// How long a session waits that found no room because all sessions together hold too much. Twice as long each time: a thousand that ask
+/// every 2 ms would take a processor from those who can be served.
+#[derive(Default)]
+pub(super) struct Again(u32);
+
+impl Again {
+    const FIRST: Duration = Duration::from_millis(2);
+    /// Of times that it was doubled: 64 ms.
+    const DOUBLED_MAX: u32 = 5;
+
+    pub(super) fn next(&mut self) -> Duration {
+        let wait = Again::FIRST * (1 << self.0);
+        self.0 = (self.0 + 1).min(Again::DOUBLED_MAX);
+        wait
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -55,5 +72,12 @@ mod tests {
         assert_eq!(through(&mut rate, later), 1);
         assert_eq!(through(&mut rate, start + Duration::from_secs(60)), 100);
         assert!(Rate::new(0, start).is_none());
+    }
+
+    #[test]
+    fn room_is_asked_for_less_and_less_often_and_never_less_than_sixteen_times_a_second() {
+        let mut again = Again::default();
+        let waits: Vec<u128> = (0..8).map(|_| again.next().as_millis()).collect();
+        assert_eq!(waits, [2, 4, 8, 16, 32, 64, 64, 64]);
     }
 }

@@ -1,6 +1,9 @@
 //! Replies of one session's thread, gathered so that one send carries all of them, and the receive buffer
 //! beside it. Memory only; kept by the thread, not by the session.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use super::conn::{Charge, Conn};
 use super::wire::{self, NbdError, ReplyTo};
 
@@ -13,6 +16,36 @@ pub(super) const GATHER_BYTES: usize = 256 << 10;
 /// A larger gather or payload buffer than this is not kept, in bytes.
 pub(super) const KEEP_BYTES: usize = 2 << 20;
 
+/// What all threads together keep from one task to the next, in bytes: the buffers of some eighty that answer small requests, or of eight
+/// that answer large ones. Why: a crowd that comes and goes would leave its buffers with every thread that served it.
+const KEEP_BYTES_ALL: u64 = 32 << 20;
+
+/// What threads keep while no session uses it.
+#[derive(Default)]
+pub(super) struct Kept(AtomicU64);
+
+/// A thread's part of [`Kept`], until dropped.
+struct Part {
+    of: Arc<Kept>,
+    bytes: u64,
+}
+
+impl Kept {
+    fn part(self: &Arc<Kept>, bytes: u64) -> Option<Part> {
+        let order = Ordering::Relaxed;
+        let fits = |now: u64| (now + bytes <= KEEP_BYTES_ALL).then_some(now + bytes);
+        self.0.fetch_update(order, order, fits).ok()?;
+        let of = Arc::clone(self);
+        Some(Part { of, bytes })
+    }
+}
+
+impl Drop for Part {
+    fn drop(&mut self) {
+        self.of.0.fetch_sub(self.bytes, Ordering::Relaxed);
+    }
+}
+
 /// The buffers of one thread.
 #[derive(Default)]
 pub(super) struct Scratch {
@@ -20,6 +53,24 @@ pub(super) struct Scratch {
     pub(super) gather: Gather,
     /// A payload buffer that was used before: no pages to fault in, nothing to zero.
     pub(super) spare: Vec<u8>,
+    part: Option<Part>,
+}
+
+impl Scratch {
+    /// At the end of a task: keeps the buffers for the next one while all threads together keep little, else gives them back.
+    pub(super) fn settle(&mut self, kept: &Arc<Kept>) {
+        let capacity =
+            self.received.buffer.capacity() + self.gather.buffer.capacity() + self.spare.capacity();
+        let bytes = capacity as u64;
+        if self.part.as_ref().is_some_and(|part| part.bytes == bytes) {
+            return;
+        }
+        self.part = None;
+        match kept.part(bytes) {
+            Some(part) => self.part = Some(part),
+            None => *self = Scratch::default(),
+        }
+    }
 }
 
 /// A buffer of zeroes of the kernel's. Why not `resize`: that writes them, so that each of many threads that have just answered one
@@ -115,7 +166,7 @@ impl Gather {
     }
 
     pub(super) fn send(&mut self, conn: &Conn) {
-        conn.send_gathered(&self.buffer[..self.used]);
+        conn.send_gathered(&mut self.buffer, self.used, &mut self.charges);
         self.used = 0;
         self.charges.clear();
         if self.buffer.len() > KEEP_BYTES {
@@ -136,5 +187,30 @@ impl Gather {
         self.room(small.len()).copy_from_slice(&small);
         self.used += small.len();
         self.small = small;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn threads_keep_their_buffers_until_all_of_them_keep_too_much() {
+        let kept = Arc::<Kept>::default();
+        let scratch = |bytes: usize| {
+            let mut scratch = Scratch {
+                spare: untouched(bytes),
+                ..Scratch::default()
+            };
+            scratch.settle(&kept);
+            scratch
+        };
+        let whole = usize::try_from(KEEP_BYTES_ALL).unwrap();
+        let first = scratch(whole / 2);
+        let second = scratch(whole / 2);
+        assert!(!first.spare.is_empty() && !second.spare.is_empty());
+        assert_eq!(scratch(1).spare.capacity(), 0, "no room for one byte more");
+        drop(first);
+        assert!(!scratch(whole / 2).spare.is_empty(), "a thread has ended");
     }
 }

@@ -153,6 +153,7 @@ impl Task for Box<Session> {
             }
         });
         let shared = self.shared.clone();
+        SCRATCH.with_borrow_mut(|scratch| scratch.settle(&shared.kept));
         match rest {
             Rest::Park(interest) => shared.poller.park(self, interest),
             Rest::Yield | Rest::Again => shared.poller.sessions.submit(self),

@@ -20,6 +20,7 @@ use super::lease::{DiskTask, Lease};
 use super::limits::Limits;
 use super::meter::Meter;
 use super::poller::Poller;
+use super::reply::Kept;
 use super::stats::{Counters, add, sub};
 use super::witness::Witness;
 
@@ -41,6 +42,7 @@ pub(super) struct Shared {
     pub(super) addresses: Arc<Addresses>,
     /// Session threads of all leases that are inside a call of an image.
     pub(super) inline: Inside,
+    pub(super) kept: Arc<Kept>,
     /// Held for a few map operations, never over a call of an image or a report.
     pub(super) exports: Mutex<BTreeMap<ExportName, Export>>,
     /// Written once at start; the watcher must not block, it runs in session threads.

@@ -2,7 +2,7 @@
 //! wait. Its lease never changes (invariant 1).
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use nix::errno::Errno;
 
@@ -16,7 +16,7 @@ use super::execute::DETACHED;
 use super::handshake::{Agreed, Facts};
 use super::lease::Lease;
 use super::meter::Tally;
-use super::rate::Rate;
+use super::rate::{Again, Rate};
 use super::reply::{KEEP_BYTES, Scratch, untouched};
 use super::session::{Interest, Rest};
 use super::stats::add;
@@ -27,8 +27,6 @@ use super::wire::{ReplyTo, RequestHeader, StatusFilter};
 const IN_BUFFER_BYTES: u32 = 64 << 10;
 /// Turns of one session while others wait for a thread.
 const ROUNDS: u32 = 32;
-/// All sessions together hold too much: how long until this one asks again.
-const FULL_AGAIN: Duration = Duration::from_millis(2);
 
 pub(super) struct Transmission {
     pub(super) lease: Arc<Lease>,
@@ -42,6 +40,7 @@ pub(super) struct Transmission {
     /// `None` for as many requests as come.
     pub(super) rate: Option<Rate>,
     pub(super) closing: Option<Closing>,
+    full: Again,
 }
 
 /// What the next bytes are.
@@ -101,6 +100,7 @@ impl Transmission {
             tally: Tally::default(),
             rate,
             closing: None,
+            full: Again::default(),
         }
     }
 
@@ -143,6 +143,9 @@ impl Transmission {
             let outcome = self.process(conn, scratch);
             scratch.gather.send(conn);
             self.tally.tell(&lease.meter);
+            if !matches!(outcome, Outcome::Full(Full::All)) {
+                self.full = Again::default();
+            }
             match outcome {
                 Outcome::GatherFull => {}
                 Outcome::Disconnect => self.closing = Some(Closing::Done),
@@ -171,7 +174,7 @@ impl Transmission {
                             output: false,
                             room: true,
                             epoch,
-                            until: (full == Full::All).then(|| Instant::now() + FULL_AGAIN),
+                            until: (full == Full::All).then(|| Instant::now() + self.full.next()),
                         });
                     }
                 }
