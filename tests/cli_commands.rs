@@ -100,6 +100,7 @@ async fn daemon(bus: &PrivateBus) -> Publisher {
                 read_only: false,
                 hidden: false,
                 source: Source::Config,
+                mapping: None,
             },
             clients: 2,
         },

@@ -91,6 +91,7 @@ fn export(name: &str, disk: Option<u64>) -> ExportView {
         read_only: false,
         hidden: false,
         source: Source::Dbus,
+        mapping: None,
     }
 }
 

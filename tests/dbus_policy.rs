@@ -84,6 +84,13 @@ const CALLS: &[Row] = &[
         &["sa{sv}", "a", "1", "volume", "s", "loop:/x"],
         false,
     ),
+    (
+        ROOT,
+        MANAGER,
+        "EnsureVmExport",
+        &["susa{sv}", "vm", "0", "web", "1", "volume", "s", "loop:/x"],
+        false,
+    ),
     (ROOT, MANAGER, "RemoveExport", &["sa{sv}", "a", "0"], false),
     (
         ROOT,
@@ -225,6 +232,7 @@ fn export(clients: u32) -> Publication {
         read_only: false,
         hidden: false,
         source: Source::Dbus,
+        mapping: None,
     };
     Publication::Export { view, clients }
 }

@@ -50,6 +50,7 @@ fn disk(minor: u32, diskseq: u64) -> DiskFacts {
 fn survivor_of_a_conflict_of_a_configured_export_is_refused_after_a_restart() {
     let boot = BootId("boot".to_owned());
     let remembered = Remembered {
+        mappings: Vec::new(),
         conflicts: vec![Conflict {
             export: definition().name,
             first: Some(DiskSeq(10)),

@@ -7,7 +7,8 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use nbdtrack::correlation::{
-    BootId, Change, Conflict, Definition, DiskSeq, ExportName, Release, Remembered, Source,
+    BootId, Change, Conflict, Definition, DiskSeq, ExportName, Mapping, Release, Remembered,
+    Source, VmDisk,
 };
 use nbdtrack::identity::VolumeId;
 use nbdtrack::mapping::Store;
@@ -39,6 +40,11 @@ async fn every_change_is_there_after_a_new_start() {
         conflicts: vec![
             conflict("a'; DROP TABLE exports; --", Some(7)),
             conflict("größe", None),
+        ],
+        mappings: vec![
+            mapping("4205784a-098a-40f1-1f1e-a5cd2597fd59", 0, "web 'größe'"),
+            mapping("4205784a-098a-40f1-1f1e-a5cd2597fd59", 1, ""),
+            mapping("b", 65_535, "db"),
         ],
     };
     let changes = changes_of(&put);
@@ -75,6 +81,8 @@ async fn every_change_is_there_after_a_new_start() {
             }),
             Change::DeleteConflict(name("a'; DROP TABLE exports; --")),
             Change::PutConflict(conflict("größe", Some(u64::MAX))),
+            Change::RetireMapping(put.mappings[1].disk.clone()),
+            Change::PutMapping(mapping("b", 65_535, "renamed")),
         ])
         .await
         .expect("applies");
@@ -91,6 +99,7 @@ async fn every_change_is_there_after_a_new_start() {
             release(1, "boot-2"),
         ],
         conflicts: vec![conflict("größe", Some(u64::MAX))],
+        mappings: vec![put.mappings[0].clone(), mapping("b", 65_535, "renamed")],
     };
     assert_eq!(sorted(store.load().await.expect("loads")), sorted(expected));
     let mode = |path: &Path| {
@@ -242,6 +251,51 @@ fn lines(file: &Path) -> u64 {
     fs::metadata(file).expect("there").len()
 }
 
+/// The appliances' software refers to a row by its id and sorts by its times.
+#[tokio::test]
+async fn a_mapping_that_is_retired_and_made_again_is_the_row_that_it_was() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let store = Store::open(folder.path()).await.expect("opens");
+    let web = mapping("4205784a", 2, "web");
+    let put = [Change::PutMapping(web.clone())];
+    let other = [Change::PutMapping(mapping("other", 0, ""))];
+    store.apply(&put).await.expect("applies");
+    let made = row(folder.path(), "4205784a").await;
+    store
+        .apply(&[Change::RetireMapping(web.disk)])
+        .await
+        .expect("applies");
+    let retired = row(folder.path(), "4205784a").await;
+    store.apply(&other).await.expect("applies");
+    store.apply(&put).await.expect("applies");
+    let again = row(folder.path(), "4205784a").await;
+    let statuses = [&made, &retired, &again].map(|row| row.2.as_str());
+    assert_eq!(statuses, ["active", "inactive", "active"]);
+    assert_eq!(
+        (made.0, made.1.as_str()),
+        (again.0, "migration-vm-4205784a-disk2")
+    );
+    assert_eq!(made.3, again.3, "it was created once");
+    assert!(made.4 <= retired.4 && retired.4 <= again.4);
+    // As MariaDB's DATETIME(3): 2026-11-25 04:00:00.123
+    assert_eq!(made.3.len(), "2026-11-25 04:00:00.123".len(), "{}", made.3);
+}
+
+/// Id, export, status, created and updated, as an operator's shell reads them while the store is held.
+async fn row(state: &Path, vm_id: &str) -> (i64, String, String, String, String) {
+    use sqlx::Connection;
+    let address = format!("sqlite://{}?mode=ro", state.join("nbdtrack.db").display());
+    let mut reader = sqlx::SqliteConnection::connect(&address)
+        .await
+        .expect("opens");
+    let statement = "SELECT id, export_name, status, created_at, updated_at FROM vm_export_mappings WHERE vm_id = ?";
+    sqlx::query_as(statement)
+        .bind(vm_id)
+        .fetch_one(&mut reader)
+        .await
+        .expect("a row")
+}
+
 /// Two rows in one transaction, so that half of it would show.
 fn changes_number(number: u64) -> Vec<Change> {
     vec![
@@ -258,7 +312,12 @@ fn changes_of(remembered: &Remembered) -> Vec<Change> {
         .iter()
         .cloned()
         .map(Change::PutConflict);
-    exports.chain(releases).chain(conflicts).collect()
+    let mappings = remembered.mappings.iter().cloned().map(Change::PutMapping);
+    exports
+        .chain(releases)
+        .chain(conflicts)
+        .chain(mappings)
+        .collect()
 }
 
 fn sorted(mut remembered: Remembered) -> Remembered {
@@ -267,7 +326,12 @@ fn sorted(mut remembered: Remembered) -> Remembered {
         .releases
         .sort_by_key(|r| (r.boot.clone(), r.diskseq));
     remembered.conflicts.sort_by(|a, b| a.export.cmp(&b.export));
+    remembered.mappings.sort_by(|a, b| a.disk.cmp(&b.disk));
     remembered
+}
+
+fn mapping(vm_id: &str, unit: u32, vm_name: &str) -> Mapping {
+    Mapping::new(VmDisk::new(vm_id, unit).expect("a disk"), vm_name).expect("a mapping")
 }
 
 fn name(text: &str) -> ExportName {

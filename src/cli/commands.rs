@@ -8,7 +8,8 @@ use zbus::Variant;
 
 use super::show::{self, print, print_json};
 use super::{
-    Add, Command, Explain, Failure, PrepareDetach, doctor, explain, history, metrics, top, watch,
+    Add, Command, Ensure, Explain, Failure, PrepareDetach, doctor, explain, history, metrics, top,
+    watch,
 };
 use crate::dbus::Bus;
 use crate::dbus::client::{Client, ClientError, Options};
@@ -33,6 +34,7 @@ pub async fn run(bus: &Bus, command: Command, as_json: bool) -> Result<(), Failu
             show::exports(&client.objects().await.map_err(failed)?, as_json)?;
         }
         Command::Add(add) => self::add(&client, add, as_json).await.map_err(failed)??,
+        Command::Ensure(asked) => ensure(&client, asked, as_json).await.map_err(failed)??,
         Command::Remove(remove) => {
             let mode = match (remove.safe, remove.hide, remove.hard) {
                 (true, ..) => "safe",
@@ -102,32 +104,70 @@ pub async fn run(bus: &Bus, command: Command, as_json: bool) -> Result<(), Failu
 }
 
 async fn add(client: &Client, add: Add, as_json: bool) -> Result<std::io::Result<()>, ClientError> {
-    let what = [("volume", &add.what.volume), ("path", &add.what.path)];
-    let mut options: Options = what
-        .into_iter()
-        .filter_map(|(key, text)| Some((key, Variant::new(text.as_deref()?))))
-        .collect();
-    // Only what was said, so that an older daemon is not asked for what it does not know.
-    for (key, set) in [
+    let texts = [("volume", &add.what.volume), ("path", &add.what.path)];
+    let flags = [
         ("read_only", add.read_only),
         ("share", add.share),
         ("direct", add.direct),
-    ] {
-        if set {
-            options.insert(key, Variant::new(true));
-        }
-    }
+    ];
+    let options = said(&texts, &flags);
     let (object, created) = client.add(&add.name, options, add.wait).await?;
-    Ok(if as_json {
-        print_json(&json!({ "name": add.name, "object": object, "created": created }))
+    Ok(serving(as_json, &add.name, &object, created))
+}
+
+async fn ensure(
+    client: &Client,
+    asked: Ensure,
+    as_json: bool,
+) -> Result<std::io::Result<()>, ClientError> {
+    let texts = [
+        ("volume", &asked.what.volume),
+        ("path", &asked.what.path),
+        ("job", &asked.job),
+    ];
+    let flags = [
+        ("read_only", asked.read_only),
+        ("share", asked.share),
+        ("move", asked.moves),
+    ];
+    let options = said(&texts, &flags);
+    let (object, name, created) = client
+        .ensure(
+            &asked.vm_id,
+            asked.disk,
+            &asked.vm_name,
+            options,
+            asked.wait,
+        )
+        .await?;
+    Ok(serving(as_json, &name, &object, created))
+}
+
+/// Only what was said, so that an older daemon is not asked for what it does not know.
+fn said<'a>(
+    texts: &[(&'static str, &'a Option<String>)],
+    flags: &[(&'static str, bool)],
+) -> Options<'a> {
+    let texts = texts
+        .iter()
+        .filter_map(|(key, text)| Some((*key, Variant::new(text.as_deref()?))));
+    let flags = flags
+        .iter()
+        .filter(|(_, set)| *set)
+        .map(|(key, _)| (*key, Variant::new(true)));
+    texts.chain(flags).collect()
+}
+
+fn serving(as_json: bool, name: &str, object: &str, created: bool) -> std::io::Result<()> {
+    if as_json {
+        return print_json(&json!({ "name": name, "object": object, "created": created }));
+    }
+    let what = if created {
+        "serving"
     } else {
-        let what = if created {
-            "serving"
-        } else {
-            "was there already, serving"
-        };
-        done(false, what, &add.name)
-    })
+        "was there already, serving"
+    };
+    done(false, what, name)
 }
 
 async fn prepare_detach(client: &Client, prepare: &PrepareDetach) -> Result<(), ClientError> {

@@ -31,6 +31,16 @@ pub fn volumes() -> Vec<CompletionCandidate> {
     })
 }
 
+/// Ids of VMs whose disks are exported.
+pub fn vms() -> Vec<CompletionCandidate> {
+    candidates(|objects| {
+        let exports = objects.exports.values();
+        exports
+            .map(|export| (text(export, "VmId"), text(export, "Name")))
+            .collect()
+    })
+}
+
 /// Nodes of attached disks.
 pub fn disks() -> Vec<CompletionCandidate> {
     candidates(|objects| {

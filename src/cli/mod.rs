@@ -65,6 +65,8 @@ enum Command {
     Exports,
     /// Export a volume, and wait until it serves
     Add(Add),
+    /// Have the disk of a VM exported under its own name, and wait until it serves
+    Ensure(Ensure),
     /// Take an export away
     Remove(Remove),
     /// Give a volume up, so that it is safe to detach
@@ -176,6 +178,46 @@ struct Add {
 struct What {
     /// The volume
     #[arg(long, value_name = "PROFILE:ID")]
+    volume: Option<String>,
+    /// A plain file, beneath one of the daemon's file_roots
+    #[arg(long, value_name = "PATH")]
+    path: Option<String>,
+}
+
+#[derive(Debug, Args)]
+struct Ensure {
+    /// The VM's id
+    #[arg(add = ArgValueCandidates::new(complete::vms))]
+    vm_id: String,
+    /// The number of its disk
+    disk: u32,
+    #[command(flatten)]
+    what: MaybeWhat,
+    /// The VM's name, for people; without it the one that it has
+    #[arg(long, value_name = "NAME", default_value = "")]
+    vm_name: String,
+    /// Refuse writes
+    #[arg(long)]
+    read_only: bool,
+    /// Allow other exports of the volume that say so too
+    #[arg(long)]
+    share: bool,
+    /// The disk is another volume from now on; refused while the export has clients
+    #[arg(long = "move")]
+    moves: bool,
+    /// What it is needed for, for the history
+    #[arg(long, value_name = "JOB")]
+    job: Option<String>,
+    /// How long to wait until it serves [default: 10]
+    #[arg(long, value_name = "SECONDS", value_parser = seconds)]
+    wait: Option<Duration>,
+}
+
+#[derive(Debug, Args)]
+#[group(multiple = false)]
+struct MaybeWhat {
+    /// The volume; not needed for a disk that has an export
+    #[arg(long, value_name = "PROFILE:ID", add = ArgValueCandidates::new(complete::volumes))]
     volume: Option<String>,
     /// A plain file, beneath one of the daemon's file_roots
     #[arg(long, value_name = "PATH")]

@@ -9,6 +9,15 @@ impl Correlation {
         self.disks.check()?;
         self.holds.check()?;
         for (name, export) in self.exports.iter() {
+            // One export for a VM's disk, and one disk for an export: its name says which.
+            if let Some(mapping) = &export.mapping
+                && mapping.disk.export() != *name
+            {
+                return Err(format!("export {name} belongs to {}", mapping.disk));
+            }
+            if export.moving.is_some() && !self.replacing.contains(name) {
+                return Err(format!("export {name} moves, and nothing stands beside it"));
+            }
             let Some(held) = export.binding.held() else {
                 continue;
             };

@@ -63,6 +63,7 @@ impl Correlation {
                 }
             }
         }
+        self.retire_leftovers();
         self.out.push(Action::Tell(Notice::Reloaded(difference)));
     }
 
@@ -84,7 +85,7 @@ impl Correlation {
                 .iter()
                 .filter(|(name, export)| standing(name).is_none() && !export.goes());
             for definition in known
-                .map(|(_, export)| export.planned())
+                .flat_map(|(_, export)| export.claims())
                 .chain(wanted.keys().filter_map(standing))
             {
                 for candidate in definition.volume.candidates() {
@@ -152,7 +153,11 @@ impl Correlation {
         let Some(export) = self.exports.get_mut(name) else {
             return;
         };
-        export.definition.source = Source::Config;
+        let replacement = export.leaving.as_mut();
+        let replacement = replacement.and_then(|leaving| leaving.replacement.as_mut());
+        // What it is about to be is what the configuration wants.
+        let planned = export.moving.as_mut().or(replacement);
+        planned.unwrap_or(&mut export.definition).source = Source::Config;
         export.durable = true;
         // Else it would be there again after it was taken out of the file.
         let changes = vec![Change::DeleteExport(name.clone())];
@@ -166,7 +171,7 @@ impl Correlation {
     }
 
     /// Ends the export's lease; then it goes, or is defined anew.
-    fn leave(&mut self, name: &ExportName, replacement: Option<Definition>) {
+    pub(super) fn leave(&mut self, name: &ExportName, replacement: Option<Definition>) {
         let how = EndHow::Drain {
             within: self.settings.drain_within,
         };
@@ -176,6 +181,7 @@ impl Correlation {
             self.replacing.remove(name);
         }
         if let Some(export) = self.exports.get_mut(name) {
+            export.moving = None;
             match &mut export.leaving {
                 // It leaves already, and whoever asked for that still waits for an answer.
                 Some(leaving) => leaving.replacement = replacement,
@@ -211,13 +217,15 @@ impl Correlation {
         self.insert_export(definition, true);
         if let Some(export) = self.exports.get_mut(name) {
             export.generation = generation;
-            // The same volume is as doubtful under its new definition as it was.
-            export.conflict = before.and_then(|before| before.conflict);
+            if let Some(before) = before {
+                // The same volume is as doubtful under its new definition as it was.
+                export.conflict = before.conflict;
+                export.mapping = before.mapping;
+                export.mapped_by = before.mapped_by;
+            }
         }
         // A removal that was under way may have hidden what comes back now.
-        self.out.push(Action::Show {
-            export: name.clone(),
-        });
+        self.show(name);
         self.inherit_conflict(name);
         self.refuse(name);
         self.settle(name);

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::fmt;
 
+use super::vm::{Mapping, VmDisk};
 use crate::identity::{Identity, VolumeId};
 
 /// The longest export name, in bytes (NBD proto.md, "Values": strings SHOULD NOT exceed 4096 bytes).
@@ -228,6 +229,8 @@ pub struct Remembered {
     pub exports: Vec<Definition>,
     pub releases: Vec<Release>,
     pub conflicts: Vec<Conflict>,
+    /// Those that are active.
+    pub mappings: Vec<Mapping>,
 }
 
 /// One change of the store. All changes of one order are one transaction.
@@ -236,7 +239,14 @@ pub enum Change {
     PutExport(Definition),
     DeleteExport(ExportName),
     PutRelease(Release),
-    DeleteRelease { diskseq: DiskSeq, boot: BootId },
+    DeleteRelease {
+        diskseq: DiskSeq,
+        boot: BootId,
+    },
     PutConflict(Conflict),
     DeleteConflict(ExportName),
+    /// The mapping of a VM's disk is active.
+    PutMapping(Mapping),
+    /// It is inactive: its export is gone.
+    RetireMapping(VmDisk),
 }

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::binding::{Binding, Failure};
-use super::requests::Persisting;
+use super::requests::{Persisting, Step};
 use super::{
     Action, Change, Correlation, Definition, EXPORTS_MAX, ExportName, Notice, Reply, RequestError,
     RequestId, State, Timer,
@@ -13,6 +13,8 @@ use super::{
 #[derive(Debug, Clone)]
 pub(super) struct Waiter {
     pub request: RequestId,
+    /// As what it is to serve: an export that is given another volume is not what was waited for.
+    pub wants: Definition,
     pub created: bool,
     pub due: Duration,
 }
@@ -29,10 +31,10 @@ impl Correlation {
         }
         let name = definition.name.clone();
         let removing = self.is_being_removed(&name);
-        if let Some(export) = self.exports.get_mut(&name) {
-            if export.leaving.is_some() || export.hidden || removing {
+        if let Some(export) = self.exports.get(&name) {
+            if export.leaving.is_some() || export.moving.is_some() || export.hidden || removing {
                 return Err(RequestError::NotReady(format!(
-                    "export {name} is being removed; try again"
+                    "export {name} is being changed or removed; try again"
                 )));
             }
             let known = &export.definition;
@@ -46,14 +48,7 @@ impl Correlation {
                     known.source.name(),
                 )));
             }
-            let due = self.now + wait;
-            export.waiters.push(Waiter {
-                request,
-                created: false,
-                due,
-            });
-            self.remind(due, Timer::Waiters(name.clone()));
-            self.answer_waiters(&name);
+            self.await_serving(request, &name, definition, false, wait);
             return Ok(());
         }
         if removing || self.is_being_added(&name) {
@@ -67,10 +62,7 @@ impl Correlation {
             )));
         }
         self.judge_definition(&definition)?;
-        self.insert_export(definition.clone(), false);
-        self.settle(&name);
-        self.refuse(&name);
-        self.out.push(Action::Tell(Notice::Export(name.clone())));
+        self.introduce(&definition);
         self.persist(
             request,
             Persisting::Add { name, wait },
@@ -79,15 +71,34 @@ impl Correlation {
         Ok(())
     }
 
+    /// An export that is not stored yet: its name is taken, and it opens nothing (invariant 5).
+    pub(super) fn introduce(&mut self, definition: &Definition) {
+        let name = &definition.name;
+        self.insert_export(definition.clone(), false);
+        self.settle(name);
+        self.refuse(name);
+        self.out.push(Action::Tell(Notice::Export(name.clone())));
+    }
+
     /// Refuses a definition that cannot stand beside those that are there, or are about to be.
-    fn judge_definition(&self, definition: &Definition) -> Result<(), RequestError> {
+    pub(super) fn judge_definition(&self, definition: &Definition) -> Result<(), RequestError> {
+        let others = self.beside(definition);
+        others
+            .iter()
+            .try_for_each(|other| judge_pair(definition, other))
+    }
+
+    /// The definitions of other exports that may be of the same volume.
+    pub(super) fn beside(&self, definition: &Definition) -> Vec<&Definition> {
         let mut names = self.exports_of(&definition.volume.candidates());
         names.extend(self.replacing.iter().cloned());
-        let mut others = names
+        names.remove(&definition.name);
+        names
             .iter()
             .filter_map(|name| self.exports.get(name))
-            .filter(|export| !export.goes());
-        others.try_for_each(|export| judge_pair(definition, export.planned()))
+            .filter(|export| !export.goes())
+            .flat_map(super::Export::claims)
+            .collect()
     }
 
     pub(super) fn added(&mut self, request: RequestId, name: &ExportName, wait: Duration) {
@@ -102,6 +113,7 @@ impl Correlation {
         export.durable = true;
         export.waiters.push(Waiter {
             request,
+            wants: export.definition.clone(),
             created: true,
             due,
         });
@@ -111,6 +123,21 @@ impl Correlation {
         self.answer_waiters(name);
     }
 
+    /// The store could not keep it.
+    pub(super) fn not_added(&mut self, request: RequestId, name: &ExportName, error: RequestError) {
+        // It may have been adopted by the configuration, which keeps it.
+        if self.exports.get(name).is_some_and(|export| !export.durable) {
+            self.forget(name, &error);
+        }
+        self.reply(request, Err(error));
+    }
+
+    pub(super) fn refuse_waiters(&mut self, waiters: Vec<Waiter>, error: &RequestError) {
+        for waiter in waiters {
+            self.reply(waiter.request, Err(error.clone()));
+        }
+    }
+
     /// Answers those who wait for the export to serve: when it does, or when their time is over.
     pub(super) fn answer_waiters(&mut self, name: &ExportName) {
         let now = self.now;
@@ -118,7 +145,8 @@ impl Correlation {
         let Some(export) = self.exports.get_mut(name) else {
             return;
         };
-        let serving = export.binding.state() == State::Serving && !removing;
+        let serving =
+            export.binding.state() == State::Serving && export.moving.is_none() && !removing;
         let (done, waiting): (Vec<Waiter>, Vec<Waiter>) = std::mem::take(&mut export.waiters)
             .into_iter()
             .partition(|waiter| serving || waiter.due <= now);
@@ -155,20 +183,25 @@ impl Correlation {
     }
 
     /// A definition of this name is being stored (its export may have gone since).
-    fn is_being_added(&self, name: &ExportName) -> bool {
-        self.persisting
-            .values()
-            .any(|purpose| matches!(purpose, Persisting::Add { name: added, .. } if added == name))
+    pub(super) fn is_being_added(&self, name: &ExportName) -> bool {
+        self.persisting.values().any(|purpose| match purpose {
+            Persisting::Add { name: added, .. }
+            | Persisting::Ensure {
+                name: added,
+                step: Step::Create,
+                ..
+            } => added == name,
+            _ => false,
+        })
     }
 
     pub(super) fn forget(&mut self, name: &ExportName, reason: &RequestError) {
         self.drop_conflict(name);
+        self.retire(name);
         let Some(export) = self.remove_export(name) else {
             return;
         };
-        for waiter in export.waiters {
-            self.reply(waiter.request, Err(reason.clone()));
-        }
+        self.refuse_waiters(export.waiters, reason);
         self.out.push(Action::Forget {
             export: name.clone(),
         });

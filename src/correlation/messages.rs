@@ -5,6 +5,7 @@ use std::time::Duration;
 use super::facts::{
     Change, Definition, DeviceNode, DeviceNumber, DiskFacts, DiskSeq, ExportName, Mark,
 };
+use super::vm::{Mapping, VmDisk};
 use crate::identity::{Identity, VolumeId};
 
 /// Which open an answer belongs to. An answer with an old ticket is ignored.
@@ -288,6 +289,8 @@ pub enum Request {
         definition: Definition,
         wait: Duration,
     },
+    /// Answers as `AddExport` does, once it is stored whose export it is.
+    EnsureVmExport(Ensure),
     /// Answers when the export is gone, or with `RemoveMode::Hide` when it is hidden.
     RemoveExport {
         name: ExportName,
@@ -307,6 +310,22 @@ pub enum Request {
         name: ExportName,
         diskseq: DiskSeq,
     },
+}
+
+/// The export that a VM's disk is to have. What is `None` is left as it is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Ensure {
+    pub disk: VmDisk,
+    /// Of this disk; without a name the VM keeps the one that it has.
+    pub mapping: Mapping,
+    pub volume: Option<VolumeId>,
+    pub read_only: Option<bool>,
+    pub share: Option<bool>,
+    /// Another definition than the one that it has is meant.
+    pub moves: bool,
+    /// What the caller needs it for, for the audit trail.
+    pub job: String,
+    pub wait: Duration,
 }
 
 /// What a removal does to the clients; the words are QEMU's (nbd-server-remove) and nbdtrack's D-Bus clients'.

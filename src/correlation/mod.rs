@@ -18,6 +18,7 @@ mod conflicts;
 mod detach;
 mod disks;
 mod enact;
+mod ensure;
 mod explain;
 mod facts;
 mod holds;
@@ -34,6 +35,7 @@ mod step;
 mod transitions;
 mod view;
 mod views;
+mod vm;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -43,6 +45,7 @@ pub use facts::*;
 pub use messages::*;
 pub use record::*;
 pub use view::*;
+pub use vm::*;
 
 use crate::identity::Identity;
 use binding::Binding;
@@ -118,6 +121,11 @@ struct Export {
     generation: Generation,
     /// Several disks claim the volume, or did: whom it was bound to before.
     conflict: Option<Option<DiskSeq>>,
+    /// Whose disk it is, as the store has it.
+    mapping: Option<Mapping>,
+    mapped_by: RequestId,
+    /// What it is from now on, once that is stored.
+    moving: Option<Definition>,
     leaving: Option<Leaving>,
     /// Removed, durably, but for the clients that it has.
     hidden: bool,
@@ -132,10 +140,17 @@ struct Export {
 impl Export {
     /// The definition that it has, or is about to have.
     fn planned(&self) -> &Definition {
-        self.leaving
+        let replacement = || self.leaving.as_ref()?.replacement.as_ref();
+        self.moving
             .as_ref()
-            .and_then(|leaving| leaving.replacement.as_ref())
+            .or_else(replacement)
             .unwrap_or(&self.definition)
+    }
+
+    /// The definitions beside which another one has to stand: until a move is stored it may not be.
+    fn claims(&self) -> impl Iterator<Item = &Definition> {
+        let before = self.moving.as_ref().map(|_| &self.definition);
+        std::iter::once(self.planned()).chain(before)
     }
 
     /// It leaves, and nothing of its name comes after it.
@@ -180,6 +195,8 @@ pub struct Correlation {
     remembered_releases: Vec<Release>,
     /// As the store gave them, until their export is defined: the configuration is read after the store.
     remembered_conflicts: BTreeMap<ExportName, Option<DiskSeq>>,
+    /// As the store gave them, until the configuration was first read.
+    remembered_mappings: BTreeMap<ExportName, Mapping>,
     detaches: BTreeMap<RequestId, Detach>,
     persisting: BTreeMap<RequestId, Persisting>,
     timers: BTreeSet<(Duration, Timer)>,
@@ -207,6 +224,11 @@ impl Correlation {
             released: BTreeMap::new(),
             remembered_releases: remembered.releases,
             remembered_conflicts: BTreeMap::new(),
+            remembered_mappings: remembered
+                .mappings
+                .into_iter()
+                .map(|mapping| (mapping.disk.export(), mapping))
+                .collect(),
             detaches: BTreeMap::new(),
             persisting: BTreeMap::new(),
             timers: BTreeSet::new(),
@@ -360,6 +382,9 @@ impl Correlation {
             // Above that of an orphan which an earlier export of this name left behind.
             generation: self.holds.newest(&definition.name),
             conflict: self.remembered_conflicts.remove(&definition.name),
+            mapping: self.remembered_mappings.remove(&definition.name),
+            mapped_by: INTERNAL,
+            moving: None,
             leaving: None,
             hidden: false,
             waiters: Vec::new(),

@@ -27,7 +27,7 @@ impl Correlation {
                 "export {name} stands in the configuration file: take it out there"
             )));
         }
-        if !export.durable || self.is_being_removed(name) {
+        if !export.durable || export.moving.is_some() || self.is_being_removed(name) {
             return Err(RequestError::NotReady(format!(
                 "export {name} is being added or removed; try again"
             )));
@@ -37,7 +37,8 @@ impl Correlation {
             self.removed(request, name, mode, within);
             return Ok(());
         }
-        let changes = vec![Change::DeleteExport(name.clone())];
+        let mut changes = vec![Change::DeleteExport(name.clone())];
+        changes.extend(self.retirement(name));
         let name = name.clone();
         self.persist(
             request,
@@ -50,7 +51,7 @@ impl Correlation {
         );
         if mode == RemoveMode::Safe {
             // It has no clients, and gets none while its removal is stored.
-            self.hide(&name);
+            self.hide(&name, "is being removed");
         }
         // It opens nothing and promises nothing any more; who is served is, until the removal is stored.
         self.settle(&name);
@@ -72,7 +73,7 @@ impl Correlation {
         if mode == RemoveMode::Hide {
             let first = !std::mem::replace(&mut export.hidden, true);
             if first {
-                self.hide(name);
+                self.hide(name, "is being removed");
                 self.out.push(Action::Tell(Notice::Export(name.clone())));
             }
             self.reply(request, Ok(Reply::Done));
@@ -107,19 +108,23 @@ impl Correlation {
         self.finish_leaving(name);
     }
 
-    fn hide(&mut self, name: &ExportName) {
+    pub(super) fn hide(&mut self, name: &ExportName, why: &str) {
         self.out.push(Action::Hide {
             export: name.clone(),
-            reason: format!("export {name} is being removed"),
+            reason: format!("export {name} {why}"),
+        });
+    }
+
+    pub(super) fn show(&mut self, name: &ExportName) {
+        self.out.push(Action::Show {
+            export: name.clone(),
         });
     }
 
     /// A removal that hid the export was not to be.
-    pub(super) fn show(&mut self, name: &ExportName, mode: RemoveMode) {
+    pub(super) fn show_if(&mut self, name: &ExportName, mode: RemoveMode) {
         if mode == RemoveMode::Safe {
-            self.out.push(Action::Show {
-                export: name.clone(),
-            });
+            self.show(name);
         }
     }
 
@@ -174,23 +179,18 @@ impl Correlation {
         let waiters = std::mem::take(&mut export.waiters);
         match leaving.replacement {
             Some(definition) => {
-                let same = export.definition.serves_as(&definition);
+                let (kept, gone) = waiters
+                    .into_iter()
+                    .partition(|waiter| waiter.wants.serves_as(&definition));
                 self.redefine(name, definition, generation);
-                if same {
-                    self.keep_waiters(name, waiters);
-                } else {
-                    let changed =
-                        RequestError::NotReady(format!("the definition of export {name} changed"));
-                    for waiter in waiters {
-                        self.reply(waiter.request, Err(changed.clone()));
-                    }
-                }
+                self.keep_waiters(name, kept);
+                let changed =
+                    RequestError::NotReady(format!("the definition of export {name} changed"));
+                self.refuse_waiters(gone, &changed);
             }
             None => {
                 let reason = RequestError::NotFound(format!("export {name} was removed"));
-                for waiter in waiters {
-                    self.reply(waiter.request, Err(reason.clone()));
-                }
+                self.refuse_waiters(waiters, &reason);
                 self.forget(name, &reason);
             }
         }

@@ -7,8 +7,8 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use super::{
-    Action, Change, Correlation, Decision, DiskSeq, ExportName, INTERNAL, Level, RemoveMode, Reply,
-    Request, RequestError, RequestId, Source,
+    Action, Change, Correlation, Decision, Definition, DiskSeq, ExportName, INTERNAL, Level,
+    Mapping, RemoveMode, Reply, Request, RequestError, RequestId, Source,
 };
 use crate::identity::{Identity, VolumeId};
 
@@ -18,6 +18,12 @@ pub(super) enum Persisting {
     Add {
         name: ExportName,
         wait: Duration,
+    },
+    Ensure {
+        name: ExportName,
+        mapping: Mapping,
+        wait: Duration,
+        step: Step,
     },
     Remove {
         name: ExportName,
@@ -34,10 +40,22 @@ pub(super) enum Persisting {
     },
 }
 
+/// What is stored with a mapping.
+#[derive(Debug, Clone)]
+pub(super) enum Step {
+    /// The export, which is new.
+    Create,
+    /// Nothing: the export is there, as the caller wants it.
+    Map(Definition),
+    /// What the export is from now on.
+    Move(Definition),
+}
+
 impl Correlation {
     pub(super) fn on_asked(&mut self, request: RequestId, what: Request) {
         let outcome = match what {
             Request::AddExport { definition, wait } => self.add(request, definition, wait),
+            Request::EnsureVmExport(ensure) => self.ensure(request, ensure),
             Request::RemoveExport { name, mode, within } => {
                 self.remove(request, &name, mode, within)
             }
@@ -82,17 +100,22 @@ impl Correlation {
         match (purpose, result) {
             (Persisting::Add { name, wait }, Ok(())) => self.added(request, &name, wait),
             (Persisting::Add { name, .. }, Err(error)) => {
-                // It may have been adopted by the configuration, which keeps it.
-                if self
-                    .exports
-                    .get(&name)
-                    .is_some_and(|export| !export.durable)
-                {
-                    self.forget(&name, &failed(&error));
-                }
-                self.reply(request, Err(failed(&error)));
+                self.not_added(request, &name, failed(&error));
+            }
+            (
+                Persisting::Ensure {
+                    name,
+                    mapping,
+                    wait,
+                    step,
+                },
+                result,
+            ) => {
+                let result = result.map_err(|error| failed(&error));
+                self.ensured(request, &name, mapping, wait, step, result);
             }
             (Persisting::Remove { name, mode, within }, Ok(())) => {
+                self.retired(&name);
                 let Some(export) = self.exports.get_mut(&name) else {
                     self.reply(request, Ok(Reply::Done));
                     return;
@@ -102,7 +125,7 @@ impl Correlation {
                         "export {name} stands in the configuration file now: take it out there"
                     );
                     self.reply(request, Err(RequestError::NotSupported(error)));
-                    self.show(&name, mode);
+                    self.show_if(&name, mode);
                     self.settle(&name);
                     self.answer_waiters(&name);
                     return;
@@ -135,7 +158,7 @@ impl Correlation {
             }
             (Persisting::Remove { name, mode, .. }, Err(error)) => {
                 self.reply(request, Err(failed(&error)));
-                self.show(&name, mode);
+                self.show_if(&name, mode);
                 self.settle(&name);
                 self.answer_waiters(&name);
             }

@@ -71,6 +71,9 @@ impl Correlation {
         if export.binding.kept().is_none() && self.is_being_removed(name) {
             return nothing("its removal is being stored");
         }
+        if export.binding.kept().is_none() && export.moving.is_some() {
+            return nothing("its move to another volume is being stored");
+        }
         if !self.surveyed {
             return nothing("the disks of this machine have not been surveyed yet");
         }

@@ -2,6 +2,7 @@
 
 use super::facts::{DeviceNode, DeviceNumber, DiskSeq, ExportName, Source};
 use super::messages::Generation;
+use super::vm::Mapping;
 use crate::identity::Identity;
 
 /// The states of an export. Their names are a promise to D-Bus clients.
@@ -58,6 +59,8 @@ pub struct ExportView {
     /// Removed, but for the clients that it has.
     pub hidden: bool,
     pub source: Source,
+    /// Whose disk it is, if it is a VM's.
+    pub mapping: Option<Mapping>,
 }
 
 /// One attached disk as it is now.

@@ -65,6 +65,7 @@ impl Correlation {
             read_only: held.map_or(export.definition.read_only, |held| held.read_only),
             hidden: export.hidden,
             source: export.definition.source,
+            mapping: export.mapping.clone(),
         })
     }
 

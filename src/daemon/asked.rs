@@ -6,6 +6,7 @@ use super::control::{Asker, Control};
 use super::log;
 use crate::correlation::{Event, RemoveMode, Request, RequestError, RequestId};
 use crate::dbus::{Answer, Call, Command, Filter, Publication, SessionView};
+use crate::identity::VolumeId;
 use crate::nbd::SessionFacts;
 
 impl Control {
@@ -22,11 +23,26 @@ impl Control {
                     Err(RequestError::NotReady("the daemon is stopping".to_owned())),
                 );
             }
-            Call::Request(ref what @ Request::AddExport { ref definition, .. })
-                if let Err(reason) = self.rules.permit(&definition.volume) =>
+            Call::Request(ref what)
+                if let Some(volume) = volume_named(what)
+                    && let Err(reason) = self.rules.permit(volume) =>
             {
                 self.trail.note_refused(what, &caller, &reason);
                 self.answer(reply, Err(RequestError::InvalidArgument(reason)));
+            }
+            // Who comes back under the name would write to another volume than it believes: no move happens under a client.
+            Call::Request(ref what @ Request::EnsureVmExport(ref ensure))
+                if ensure.moves
+                    && self.door.clients(&ensure.disk.export()) > 0
+                    && self.correlation.would_move(ensure) =>
+            {
+                let name = ensure.disk.export();
+                let error = format!(
+                    "export {name} has {} clients of the volume that it is now: end them before it is moved",
+                    self.door.clients(&name)
+                );
+                self.trail.note_refused(what, &caller, &error);
+                self.answer(reply, Err(RequestError::InUse(error)));
             }
             Call::Request(
                 ref what @ Request::RemoveExport {
@@ -150,6 +166,15 @@ impl Control {
             .map(|(name, value)| (name.to_owned(), value)),
         );
         stats
+    }
+}
+
+/// The volume that a request would have served.
+fn volume_named(what: &Request) -> Option<&VolumeId> {
+    match what {
+        Request::AddExport { definition, .. } => Some(&definition.volume),
+        Request::EnsureVmExport(ensure) => ensure.volume.as_ref(),
+        _ => None,
     }
 }
 

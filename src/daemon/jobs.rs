@@ -24,6 +24,7 @@ impl Control {
                 ("remove-export", name.to_string(), exports, *within)
             }
             Request::AddExport { .. }
+            | Request::EnsureVmExport(_)
             | Request::CancelDetach { .. }
             | Request::ResolveConflict { .. } => return None,
         };

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::control::{Asker, Control};
 use crate::correlation::{
-    Inquiry, Notice, Record, RecordKind, Reply, Request, RequestError, RequestId,
+    Ensure, Inquiry, Notice, Record, RecordKind, Reply, Request, RequestError, RequestId,
 };
 use crate::dbus::{Answer, Caller, Subject};
 use crate::mapping::{History, now_us};
@@ -84,9 +84,11 @@ impl Trail {
         };
         record.detail = match reply {
             Ok(Reply::Done) => "done".to_owned(),
-            Ok(Reply::Added { created: true, .. }) => "created".to_owned(),
-            Ok(Reply::Added { created: false, .. }) => "was there already".to_owned(),
-            Err(error) => format!("refused: {error}"),
+            Ok(Reply::Added { created: true, .. }) => format!("created{}", record.detail),
+            Ok(Reply::Added { created: false, .. }) => {
+                format!("was there already{}", record.detail)
+            }
+            Err(error) => format!("refused: {error}{}", record.detail),
         };
         self.history.note(record);
     }
@@ -181,6 +183,15 @@ fn called(what: &Request, caller: &Caller) -> Record {
             definition.name.to_string(),
             definition.volume.to_string(),
         ),
+        Request::EnsureVmExport(ensure) => (
+            "EnsureVmExport",
+            ensure.disk.export().to_string(),
+            ensure
+                .volume
+                .as_ref()
+                .map(ToString::to_string)
+                .unwrap_or_default(),
+        ),
         Request::RemoveExport { name, .. } => ("RemoveExport", name.to_string(), String::new()),
         Request::PrepareDetach { volume, .. } => {
             ("PrepareDetach", String::new(), volume.to_string())
@@ -197,8 +208,26 @@ fn called(what: &Request, caller: &Caller) -> Record {
             Request::ResolveConflict { diskseq, .. } => diskseq.0,
             _ => 0,
         },
+        // The answer comes before it.
+        detail: match what {
+            Request::EnsureVmExport(ensure) => purpose(ensure),
+            _ => String::new(),
+        },
         ..by(method, caller)
     }
+}
+
+/// What a caller says that it needs a VM's disk for.
+fn purpose(ensure: &Ensure) -> String {
+    let mut text = String::new();
+    if ensure.moves {
+        text.push_str("; it may move");
+    }
+    if !ensure.job.is_empty() {
+        text.push_str("; job ");
+        text.push_str(&ensure.job);
+    }
+    text
 }
 
 fn by(method: &str, caller: &Caller) -> Record {

@@ -114,7 +114,7 @@ impl Calls {
     /// `NotReady` when too many calls wait already, of all or of this caller.
     pub fn admit(&self, call: &Call, caller: &str) -> Result<Place, RequestError> {
         let places = match call {
-            Call::Request(Request::AddExport { .. }) => &self.adding,
+            Call::Request(Request::AddExport { .. } | Request::EnsureVmExport(_)) => &self.adding,
             Call::Request(_)
             | Call::Rescan
             | Call::Reload
@@ -178,6 +178,7 @@ fn stopping() -> RequestError {
 pub(super) fn time_for(call: &Call) -> Duration {
     let asked = match call {
         Call::Request(Request::AddExport { wait, .. }) => *wait,
+        Call::Request(Request::EnsureVmExport(ensure)) => ensure.wait,
         Call::Request(
             Request::RemoveExport { within, .. } | Request::PrepareDetach { within, .. },
         ) => *within,

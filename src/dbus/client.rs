@@ -141,6 +141,22 @@ impl Client {
         Ok((path.to_string(), created))
     }
 
+    /// Has an export for a VM's disk; returns its object, its name, and whether it is new.
+    pub async fn ensure(
+        &self,
+        vm_id: &str,
+        disk: u32,
+        vm_name: &str,
+        mut options: Options<'_>,
+        wait: Option<Duration>,
+    ) -> Result<(String, String, bool), ClientError> {
+        let within = limit(&mut options, "wait_ms", wait, WAIT_MS);
+        let body = (vm_id, disk, vm_name, options);
+        let answer = self.manager("EnsureVmExport", &body, within).await?;
+        let (path, name, created): (OwnedObjectPath, String, bool) = read(&answer)?;
+        Ok((path.to_string(), name, created))
+    }
+
     /// Removes an export; `mode` is `safe`, `hide`, `soft` or `hard`.
     pub async fn remove(
         &self,

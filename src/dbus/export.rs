@@ -33,6 +33,8 @@ pub const EXPORT: Interface = Interface {
 
 /// Returns all properties, in the order of the table. `volume` is the path of its disk's object.
 pub fn properties(view: &ExportView, clients: u32, volume: &ObjectPath<'static>) -> Properties {
+    let disk = view.mapping.as_ref().map(|mapping| &mapping.disk);
+    let (vm_id, unit) = disk.map_or(("", 0), |disk| (disk.vm_id(), disk.unit()));
     let node = view.node.as_ref().map_or("", |node| node.0.as_str());
     vec![
         ("Name", Variant::new(text(view.name.as_str()))),
@@ -46,9 +48,8 @@ pub fn properties(view: &ExportView, clients: u32, volume: &ObjectPath<'static>)
         ("Size", Variant::new(view.size)),
         ("ReadOnly", Variant::new(view.read_only)),
         ("Clients", Variant::new(clients)),
-        // No export belongs to a VM's disk yet.
-        ("VmId", Variant::new("")),
-        ("DiskUnit", Variant::new(0_u32)),
+        ("VmId", Variant::new(text(vm_id))),
+        ("DiskUnit", Variant::new(unit)),
         ("Source", Variant::new(view.source.name())),
         ("Hidden", Variant::new(view.hidden)),
     ]

@@ -11,7 +11,8 @@ use super::introspect::{Interface, Method, Signal};
 use super::options::{Options, bounded, short};
 use super::{Call, Filter};
 use crate::correlation::{
-    Definition, DiskSeq, ExportName, RemoveMode, Request, RequestError, Source,
+    Definition, DiskSeq, Ensure, ExportName, Mapping, RemoveMode, Request, RequestError, Source,
+    VmDisk, VmDiskError,
 };
 use crate::identity::VolumeId;
 
@@ -21,6 +22,9 @@ pub const WAIT_MS: u32 = 10_000;
 pub const TIMEOUT_MS: u32 = 30_000;
 /// How long a cut waits for the disk unless told, before the caller hears that it has not answered: the clients are gone at once.
 pub const CUT_TIMEOUT_MS: u32 = 5_000;
+
+/// The longest name of a job, in bytes: it goes into the audit trail, nowhere else.
+const JOB_BYTES_MAX: usize = 128;
 
 const NAME: (&str, &str) = ("name", "s");
 const VOLUME: (&str, &str) = ("volume", "s");
@@ -35,6 +39,11 @@ pub const MANAGER: Interface = Interface {
             name: "AddExport",
             takes: &[NAME, OPTIONS],
             gives: &[("export", "o"), ("created", "b")],
+        },
+        Method {
+            name: "EnsureVmExport",
+            takes: &[("vm_id", "s"), ("disk", "u"), ("vm_name", "s"), OPTIONS],
+            gives: &[("export", "o"), NAME, ("created", "b")],
         },
         Method {
             name: "RemoveExport",
@@ -150,6 +159,11 @@ pub fn parse(method: &str, message: &Message) -> Result<Call, RequestError> {
                 }
             }
         }
+        "EnsureVmExport" => {
+            let (vm_id, disk, vm_name, options): (&str, u32, &str, BTreeMap<String, OwnedVariant>) =
+                body.deserialize().map_err(unreadable)?;
+            ensure_vm_export(vm_id, disk, vm_name, Options::take(options)?)
+        }
         "ResolveConflict" => {
             let (named, diskseq, options): (&str, u64, BTreeMap<String, OwnedVariant>) =
                 body.deserialize().map_err(unreadable)?;
@@ -189,29 +203,11 @@ pub fn parse(method: &str, message: &Message) -> Result<Call, RequestError> {
 
 fn add_export(name: &str, mut options: Options) -> Result<Call, RequestError> {
     let name = export_name(name)?;
-    let volume = match (options.text("volume")?, options.text("path")?) {
-        (Some(volume), None) => volume_id("option volume", &volume)?,
-        (None, Some(path)) => VolumeId::of_file(&path)
-            .map_err(|error| RequestError::InvalidArgument(format!("option path: {error}")))?,
-        (Some(_), Some(_)) => {
-            return Err(RequestError::InvalidArgument(
-                "options volume and path: give one of them".to_owned(),
-            ));
-        }
-        (None, None) => {
-            return Err(RequestError::InvalidArgument(
-                "option volume is missing: say profile:id, or option path for a file".to_owned(),
-            ));
-        }
-    };
-    if let Some(format) = options.text("format")?
-        && format != "raw"
-    {
-        return Err(RequestError::NotSupported(format!(
-            "option format: {} is not served yet; say raw",
-            short(&format)
-        )));
-    }
+    let volume = some_volume(&mut options)?.ok_or_else(|| {
+        RequestError::InvalidArgument(
+            "option volume is missing: say profile:id, or option path for a file".to_owned(),
+        )
+    })?;
     let read_only = options.truth("read_only")?.unwrap_or(false);
     let share = options.truth("share")?.unwrap_or(false);
     let direct = options.truth("direct")?.unwrap_or(false);
@@ -226,6 +222,68 @@ fn add_export(name: &str, mut options: Options) -> Result<Call, RequestError> {
         source: Source::Dbus,
     };
     Ok(Call::Request(Request::AddExport { definition, wait }))
+}
+
+/// The volume that the options name, as itself or by the path of a file.
+fn some_volume(options: &mut Options) -> Result<Option<VolumeId>, RequestError> {
+    let volume =
+        match (options.text("volume")?, options.text("path")?) {
+            (Some(volume), None) => Some(volume_id("option volume", &volume)?),
+            (None, Some(path)) => {
+                let volume = VolumeId::of_file(&path);
+                Some(volume.map_err(|error| {
+                    RequestError::InvalidArgument(format!("option path: {error}"))
+                })?)
+            }
+            (Some(_), Some(_)) => {
+                return Err(RequestError::InvalidArgument(
+                    "options volume and path: give one of them".to_owned(),
+                ));
+            }
+            (None, None) => None,
+        };
+    if let Some(format) = options.text("format")?
+        && format != "raw"
+    {
+        return Err(RequestError::NotSupported(format!(
+            "option format: {} is not served yet; say raw",
+            short(&format)
+        )));
+    }
+    Ok(volume)
+}
+
+fn ensure_vm_export(
+    vm_id: &str,
+    disk: u32,
+    vm_name: &str,
+    mut options: Options,
+) -> Result<Call, RequestError> {
+    let unfit = |error: VmDiskError| RequestError::InvalidArgument(error.to_string());
+    let disk = VmDisk::new(vm_id, disk).map_err(unfit)?;
+    let mapping = Mapping::new(disk.clone(), vm_name).map_err(unfit)?;
+    let volume = some_volume(&mut options)?;
+    let read_only = options.truth("read_only")?;
+    let share = options.truth("share")?;
+    let moves = options.truth("move")?.unwrap_or(false);
+    let job = options.text("job")?.unwrap_or_default();
+    let wait = options.milliseconds("wait_ms", WAIT_MS)?;
+    options.end()?;
+    if job.len() > JOB_BYTES_MAX || job.chars().any(char::is_control) {
+        return Err(RequestError::InvalidArgument(format!(
+            "option job: at most {JOB_BYTES_MAX} bytes without control characters"
+        )));
+    }
+    Ok(Call::Request(Request::EnsureVmExport(Ensure {
+        disk,
+        mapping,
+        volume,
+        read_only,
+        share,
+        moves,
+        job,
+        wait,
+    })))
 }
 
 fn remove_export(name: &str, mut options: Options) -> Result<Call, RequestError> {
@@ -342,6 +400,54 @@ mod tests {
         assert_eq!(wait, Duration::from_secs(10));
         assert!(!definition.read_only && !definition.share);
         assert_eq!(definition.source, Source::Dbus);
+    }
+
+    #[test]
+    fn a_vm_disk_is_ensured_with_what_was_said_and_nothing_else() {
+        let ensure = |vm_id: &str, disk: u32, vm_name: &str, options| {
+            with("EnsureVmExport", &(vm_id, disk, vm_name, options))
+        };
+        let Ok(Call::Request(Request::EnsureVmExport(said))) =
+            ensure("4205784a", 2, "web 1", options([]))
+        else {
+            panic!("refused");
+        };
+        assert_eq!(said.disk.export().as_str(), "migration-vm-4205784a-disk2");
+        assert_eq!(said.wait, Duration::from_secs(10));
+        assert_eq!(
+            (said.volume, said.read_only, said.share, said.moves),
+            (None, None, None, false)
+        );
+        for (result, wanted) in [
+            (
+                ensure("a b", 0, "", options([])),
+                "InvalidArgument: vm_id: ' '",
+            ),
+            (
+                ensure("a", 65_536, "", options([])),
+                "InvalidArgument: disk: at most",
+            ),
+            (
+                ensure("a", 0, "x\n", options([])),
+                "InvalidArgument: vm_name",
+            ),
+            (
+                ensure(
+                    "a",
+                    0,
+                    "",
+                    options([("job", Variant::new("j".repeat(129)))]),
+                ),
+                "InvalidArgument: option job",
+            ),
+            (
+                ensure("a", 0, "", options([("move", Variant::new("yes"))])),
+                "InvalidArgument: option move",
+            ),
+        ] {
+            let found = refusal(result);
+            assert!(found.starts_with(wanted), "{found} is not {wanted}");
+        }
     }
 
     #[test]

@@ -43,5 +43,6 @@ pub fn export(text: &str, disk: Option<u64>) -> ExportView {
         read_only: false,
         hidden: false,
         source: Source::Config,
+        mapping: None,
     }
 }

@@ -316,7 +316,7 @@ impl Server {
             tracing::debug!(method, caller = caller.name, uid = caller.uid, "called");
             let outcome = server.calls.ask(call, caller).await;
             let response = match outcome {
-                Ok(outcome) => server.outcome(&message, outcome),
+                Ok(outcome) => server.outcome(method, &message, outcome),
                 Err(error) => Err(error.into()),
             };
             answer(&connection, &message, response).await;
@@ -324,11 +324,17 @@ impl Server {
         });
     }
 
-    fn outcome(&self, message: &Message, outcome: Answer) -> Response {
+    fn outcome(&self, method: &str, message: &Message, outcome: Answer) -> Response {
         match outcome {
             Answer::Done => response(message, &()),
             Answer::Added { name, created } => {
-                response(message, &(self.shared.tree().export_path(&name), created))
+                let path = self.shared.tree().export_path(&name);
+                if method == "EnsureVmExport" {
+                    // The name is what NBD clients ask for, and the caller did not choose it.
+                    response(message, &(path, name.as_str(), created))
+                } else {
+                    response(message, &(path, created))
+                }
             }
             Answer::Volumes(disks) => {
                 let tree = self.shared.tree();

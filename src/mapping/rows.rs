@@ -6,7 +6,8 @@ use sqlx::sqlite::SqliteRow;
 use sqlx::{Connection, Row, SqliteConnection};
 
 use crate::correlation::{
-    BootId, Change, Conflict, Definition, DiskSeq, ExportName, Release, Remembered, Source,
+    BootId, Change, Conflict, Definition, DiskSeq, ExportName, Mapping, Release, Remembered,
+    Source, VmDisk,
 };
 use crate::identity::VolumeId;
 
@@ -77,6 +78,23 @@ async fn apply_each(
             Change::DeleteConflict(export) => {
                 sqlx::query("DELETE FROM conflicts WHERE export = ?").bind(export.as_str())
             }
+            // A row of the appliances' table keeps its id for good: whoever refers to it finds it again.
+            Change::PutMapping(mapping) => sqlx::query(
+                "INSERT INTO vm_export_mappings (vm_id, disk_unit_number, vm_name, export_name) VALUES (?, ?, ?, ?)
+                 ON CONFLICT (vm_id, disk_unit_number) DO UPDATE SET vm_name = excluded.vm_name,
+                 export_name = excluded.export_name, status = 'active', updated_at = excluded.updated_at",
+            )
+            .bind(mapping.disk.vm_id())
+            .bind(mapping.disk.unit())
+            .bind(&mapping.vm_name)
+            .bind(mapping.disk.export().as_str().to_owned()),
+            Change::RetireMapping(disk) => sqlx::query(
+                "UPDATE vm_export_mappings SET status = 'inactive', device_path = '',
+                 updated_at = strftime('%Y-%m-%d %H:%M:%f', 'now')
+                 WHERE vm_id = ? AND disk_unit_number = ? AND status = 'active'",
+            )
+            .bind(disk.vm_id())
+            .bind(disk.unit()),
         };
         query.execute(&mut *connection).await?;
     }
@@ -100,8 +118,15 @@ pub(super) async fn load(
     let conflicts = sqlx::query("SELECT export, first, boot FROM conflicts ORDER BY export")
         .fetch_all(&mut *transaction)
         .await?;
+    let mappings = sqlx::query(
+        "SELECT export_name, vm_id, disk_unit_number, vm_name FROM vm_export_mappings
+         WHERE status = 'active' ORDER BY vm_id, disk_unit_number",
+    )
+    .fetch_all(&mut *transaction)
+    .await?;
     transaction.rollback().await?;
     Ok(Remembered {
+        mappings: parsed(&mappings, "vm_export_mappings", file, mapping),
         exports: parsed(&exports, "exports", file, definition),
         releases: parsed(&releases, "releases", file, release),
         conflicts: parsed(&conflicts, "conflicts", file, conflict),
@@ -162,6 +187,19 @@ fn conflict(row: &SqliteRow) -> Result<Conflict, String> {
         first: first.as_deref().map(diskseq).transpose()?,
         boot: BootId(column(row, "boot")?),
     })
+}
+
+fn mapping(row: &SqliteRow) -> Result<Mapping, String> {
+    let disk = VmDisk::new(
+        &column::<String>(row, "vm_id")?,
+        column(row, "disk_unit_number")?,
+    )
+    .map_err(|error| error.to_string())?;
+    let named = name(row, "export_name")?;
+    if disk.export() != named {
+        return Err(format!("{disk} has the export {}", disk.export()));
+    }
+    Mapping::new(disk, &column::<String>(row, "vm_name")?).map_err(|error| error.to_string())
 }
 
 fn column<'r, T>(row: &'r SqliteRow, column: &str) -> Result<T, String>

@@ -9,7 +9,7 @@ use sqlx::{ConnectOptions, Connection, Row, SqliteConnection};
 use super::{BUSY_WITHIN, StoreError};
 
 /// One step each, from version N to N+1. Never edited once released: a new one is added.
-const MIGRATIONS: [&str; 2] = [
+const MIGRATIONS: [&str; 3] = [
     // Numbers that are 64 bits without a sign are text: SQLite's integers have a sign.
     "CREATE TABLE exports (
         name TEXT NOT NULL PRIMARY KEY,
@@ -30,6 +30,19 @@ const MIGRATIONS: [&str; 2] = [
         boot TEXT NOT NULL
     );",
     "ALTER TABLE exports ADD COLUMN direct INTEGER NOT NULL DEFAULT 0;",
+    // The appliances' own table, column by column: what is ours will stand beside it, so that whatever reads theirs goes on. Times are UTC with milliseconds, as MariaDB's DATETIME(3) prints them.
+    "CREATE TABLE vm_export_mappings (
+        id INTEGER PRIMARY KEY AUTOINCREMENT,
+        vm_id VARCHAR(255) NOT NULL,
+        disk_unit_number INTEGER NOT NULL,
+        vm_name VARCHAR(255) NOT NULL,
+        export_name VARCHAR(255) NOT NULL UNIQUE,
+        device_path VARCHAR(255) NOT NULL DEFAULT '',
+        status VARCHAR(16) NOT NULL DEFAULT 'active' CHECK (status IN ('active', 'inactive')),
+        created_at DATETIME NOT NULL DEFAULT (strftime('%Y-%m-%d %H:%M:%f', 'now')),
+        updated_at DATETIME NOT NULL DEFAULT (strftime('%Y-%m-%d %H:%M:%f', 'now')),
+        UNIQUE (vm_id, disk_unit_number)
+    );",
 ];
 
 /// Opens `file`, which exists (empty when it is new), for reading and writing.

@@ -158,7 +158,11 @@ fn what_is_broken_on_purpose_is_caught() {
 fn the_schedules_reach_every_state_and_every_answer() {
     quiet();
     let mut reached = BTreeSet::new();
-    for seed in 0..4_000 {
+    // The rarest, a detach that is taken back while the store fails, comes once in some thousands.
+    for seed in 0..40_000 {
+        if EXPECTED.iter().all(|wanted| reached.contains(*wanted)) {
+            break;
+        }
         let schedule = draw(seed);
         let mut world = World::new(Broken::Nothing, &schedule.disks, &schedule.exports);
         world.reached = Some(std::mem::take(&mut reached));
@@ -216,6 +220,14 @@ const EXPECTED: &[&str] = &[
     "cancel: Err NotFound",
     "cancel: Err NotReady",
     "cancel: Ok Done",
+    "ensure: Err AlreadyExists",
+    "ensure: Err Ambiguous",
+    "ensure: Err Failed",
+    "ensure: Err InUse",
+    "ensure: Err NotFound",
+    "ensure: Err NotReady",
+    "ensure: Err NotSupported",
+    "ensure: Ok Added ",
     "detach: Err Failed",
     "detach: Err NotFound",
     "detach: Err NotReady",

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use nbdtrack::correlation::{Definition, DiskSeq, RemoveMode, Request, Source};
 
-use crate::world::{Broken, NAMES, SLOTS, VOLUMES, World, definition, name, volume};
+use crate::world::{Broken, NAMES, SLOTS, VOLUMES, World, definition, ensure, name, volume};
 
 /// SplitMix64: small, and good enough to choose steps.
 #[derive(Clone, Debug)]
@@ -50,6 +50,7 @@ pub enum Kind {
     Keep,
     KeepFails,
     Add,
+    Ensure,
     Remove,
     PrepareDetach,
     CancelDetach,
@@ -63,7 +64,7 @@ pub enum Kind {
 }
 
 /// How often each kind is drawn, and whether a seed may leave it out.
-const KINDS: [(Kind, u8, bool); 30] = [
+const KINDS: [(Kind, u8, bool); 31] = [
     (Kind::Attach, 10, false),
     (Kind::Detach, 6, true),
     (Kind::Swap, 3, true),
@@ -84,6 +85,7 @@ const KINDS: [(Kind, u8, bool); 30] = [
     (Kind::Keep, 8, false),
     (Kind::KeepFails, 1, true),
     (Kind::Add, 4, true),
+    (Kind::Ensure, 5, true),
     (Kind::Remove, 3, true),
     (Kind::PrepareDetach, 4, true),
     (Kind::CancelDetach, 2, true),
@@ -227,6 +229,10 @@ pub fn take(world: &mut World, step: Step) {
                 definition: definition(a, b, c, Source::Dbus),
                 wait,
             });
+        }
+        Kind::Ensure => {
+            let wait = Duration::from_millis(u64::from(c) * 100);
+            world.ask(Request::EnsureVmExport(ensure(a, a >> 4, b, wait)));
         }
         Kind::Remove => {
             let within = Duration::from_secs(u64::from(c & 31));

@@ -10,9 +10,9 @@ use std::time::Duration;
 
 use nbdtrack::correlation::{
     Action, BootId, Change, Conflict, Correlation, Definition, DeviceNode, DeviceNumber, DiskFacts,
-    DiskSeq, EndHow, Event, ExportName, Generation, INTERNAL, LeaseEnd, Mark, Notice, OpenDisk,
-    OpenRefusal, OpenedDisk, Reading, Release, Remembered, RemoveMode, Reply, Request,
-    RequestError, RequestId, Settings, Source, State, Ticket,
+    DiskSeq, EndHow, Ensure, Event, ExportName, Generation, INTERNAL, LeaseEnd, Mapping, Mark,
+    Notice, OpenDisk, OpenRefusal, OpenedDisk, Reading, Release, Remembered, RemoveMode, Reply,
+    Request, RequestError, RequestId, Settings, Source, State, Ticket, VmDisk,
 };
 use nbdtrack::identity::{Identity, Scheme, VolumeId};
 
@@ -93,6 +93,13 @@ enum Pending {
         wait: Duration,
         due: Option<Duration>,
     },
+    Ensure {
+        /// The volume that has to serve.
+        volume: Option<u8>,
+        disk: VmDisk,
+        wait: Duration,
+        due: Option<Duration>,
+    },
     Remove {
         name: ExportName,
         hide: bool,
@@ -113,6 +120,7 @@ impl Pending {
     fn kind(&self) -> &'static str {
         match self {
             Pending::Add { .. } => "add",
+            Pending::Ensure { .. } => "ensure",
             Pending::Remove { .. } => "remove",
             Pending::Detach { .. } => "detach",
             Pending::Cancel => "cancel",
@@ -126,6 +134,8 @@ pub struct Store {
     pub exports: BTreeMap<ExportName, Definition>,
     pub releases: Vec<Release>,
     pub conflicts: BTreeMap<ExportName, Conflict>,
+    /// Active ones by their disk; one of two on a disk would replace the other, as the table's key does.
+    pub mappings: BTreeMap<VmDisk, Mapping>,
 }
 
 #[derive(Clone, Debug)]
@@ -152,6 +162,8 @@ pub struct World {
     hidden: BTreeSet<ExportName>,
     newest: BTreeMap<ExportName, Generation>,
     pub store: Store,
+    /// Exports whose making was stored and of which nobody was told to have made them.
+    made: BTreeSet<ExportName>,
     pub writes: VecDeque<(RequestId, Vec<Change>)>,
     pub config: Vec<Definition>,
     config_refused: BTreeSet<ExportName>,
@@ -177,8 +189,32 @@ pub struct World {
     pub applied: u64,
 }
 
+/// The last two are those of disks of a VM.
 pub fn name(index: u8) -> ExportName {
-    ExportName::parse(&format!("e{}", index % NAMES)).expect("a valid name")
+    match index % NAMES {
+        plain @ 0..2 => ExportName::parse(&format!("e{plain}")).expect("a valid name"),
+        disk => vm_disk(disk).export(),
+    }
+}
+
+pub fn vm_disk(index: u8) -> VmDisk {
+    VmDisk::new("a", u32::from(index & 1)).expect("a valid disk")
+}
+
+/// What a caller that ensures an export wants: by its bits, so that most calls agree and some do not.
+pub fn ensure(index: u8, volume_index: u8, bits: u8, wait: Duration) -> Ensure {
+    let disk = vm_disk(index);
+    Ensure {
+        mapping: Mapping::new(disk.clone(), ["", "web", "db", ""][usize::from(bits & 3)])
+            .expect("a valid name"),
+        disk,
+        volume: (bits & 4 == 0).then(|| volume(volume_index % VOLUMES)),
+        read_only: (bits & 24 == 8).then_some(bits & 128 != 0),
+        share: (bits & 48 == 16).then_some(true),
+        moves: bits & 64 != 0,
+        job: String::new(),
+        wait,
+    }
 }
 
 pub fn volume(index: u8) -> VolumeId {
@@ -241,6 +277,7 @@ impl World {
             hidden: BTreeSet::new(),
             newest: BTreeMap::new(),
             store: Store::default(),
+            made: BTreeSet::new(),
             writes: VecDeque::new(),
             config: Vec::new(),
             config_refused: BTreeSet::new(),
@@ -552,7 +589,8 @@ impl World {
             request,
             result: Ok(()),
         } = &event
-            && let Some(Pending::Add { wait, due, .. }) = self.pending.get_mut(request)
+            && let Some(Pending::Add { wait, due, .. } | Pending::Ensure { wait, due, .. }) =
+                self.pending.get_mut(request)
         {
             *due = Some(self.now + *wait);
         }
@@ -653,6 +691,13 @@ impl World {
             self.forgetful |= request == INTERNAL;
             Err("disk full".to_owned())
         } else {
+            for change in &changes {
+                if let Change::PutExport(definition) = change
+                    && !self.store.exports.contains_key(&definition.name)
+                {
+                    self.made.insert(definition.name.clone());
+                }
+            }
             self.store.apply(&changes);
             Ok(())
         };
@@ -674,6 +719,12 @@ impl World {
                     due,
                 }
             }
+            Request::EnsureVmExport(ensure) => Pending::Ensure {
+                volume: (0..VOLUMES).find(|v| Some(volume(*v)) == ensure.volume),
+                disk: ensure.disk.clone(),
+                wait: ensure.wait,
+                due: None,
+            },
             Request::RemoveExport { name, mode, .. } => Pending::Remove {
                 name: name.clone(),
                 hide: *mode == RemoveMode::Hide,
@@ -819,6 +870,7 @@ impl World {
             } else {
                 conflicts
             },
+            mappings: self.store.mappings.values().cloned().collect(),
         };
         self.middle = Correlation::new(settings(self.boot), remembered);
         let actions = self.middle.start();
@@ -1123,7 +1175,11 @@ impl World {
                         self.cancels.entry(request).or_default().insert(*diskseq);
                     }
                 }
-                Change::PutExport(_) | Change::DeleteExport(_) | Change::DeleteConflict(_) => {}
+                Change::PutExport(_)
+                | Change::DeleteExport(_)
+                | Change::DeleteConflict(_)
+                | Change::PutMapping(_)
+                | Change::RetireMapping(_) => {}
             }
         }
         self.writes.push_back((request, changes));
@@ -1149,6 +1205,9 @@ impl World {
         };
         match (pending, reply) {
             (Pending::Add { name, .. }, Ok(Reply::Added { created, .. })) => {
+                if created {
+                    self.made.remove(&name);
+                }
                 if created && !self.store.exports.contains_key(&name) {
                     let adopted = self.config.iter().any(|definition| definition.name == name);
                     if !adopted {
@@ -1158,6 +1217,9 @@ impl World {
                 if !self.accepts(&name) {
                     self.fail(format!("{name} was told to serve and does not"));
                 }
+            }
+            (Pending::Ensure { disk, volume, .. }, Ok(Reply::Added { name, created })) => {
+                self.judge_ensured(&disk, volume, &name, created);
             }
             (Pending::Remove { name, hide: true }, Ok(_)) => {
                 if self.middle.export(&name).is_some() && !self.hidden.contains(&name) {
@@ -1207,6 +1269,47 @@ impl World {
             (Pending::Cancel, Ok(_)) => {}
             (_, Err(_)) => {}
             (Pending::Add { name, .. }, Ok(other)) => self.fail(format!("{name}: {other:?}")),
+            (Pending::Ensure { disk, .. }, Ok(other)) => self.fail(format!("{disk}: {other:?}")),
+        }
+    }
+
+    /// Who ensured a disk's export was told that it serves this volume, stored with whose it is; one was told to have made it.
+    fn judge_ensured(
+        &mut self,
+        disk: &VmDisk,
+        wanted: Option<u8>,
+        export: &ExportName,
+        created: bool,
+    ) {
+        if *export != disk.export() {
+            self.fail(format!("{disk} was told to be {export}"));
+        }
+        if !self.accepts(export) {
+            self.fail(format!("{export} was told to serve and does not"));
+        }
+        let served = self.lease_of(export).map(|lease| lease.volume);
+        if wanted.is_some() && served != wanted {
+            self.fail(format!(
+                "{export} was told to serve volume {wanted:?} and serves {served:?}"
+            ));
+        }
+        if !self.store.mappings.contains_key(disk) && !self.forgetful {
+            self.fail(format!(
+                "{disk} was told to have {export} before it is stored"
+            ));
+        }
+        let under_way = !self.writes.is_empty()
+            || self
+                .answers
+                .iter()
+                .any(|answer| matches!(answer, Event::Persisted { .. }));
+        if self.middle.mapping(disk) != self.store.mappings.get(disk) && !under_way {
+            self.fail(format!(
+                "{disk}: the store has another mapping than the export"
+            ));
+        }
+        if created && !self.made.remove(export) {
+            self.fail(format!("{export} was told twice to be made"));
         }
     }
 
@@ -1268,9 +1371,9 @@ impl World {
             .pending
             .iter()
             .filter(|(_, pending)| match pending {
-                Pending::Add { due: Some(due), .. } | Pending::Detach { due, .. } => {
-                    *due < self.now
-                }
+                Pending::Add { due: Some(due), .. }
+                | Pending::Ensure { due: Some(due), .. }
+                | Pending::Detach { due, .. } => *due < self.now,
                 _ => false,
             })
             .map(|(request, _)| *request)
@@ -1414,6 +1517,14 @@ impl World {
         for export in self.middle.export_names().cloned().collect::<Vec<_>>() {
             self.judge_export(&export);
         }
+        for disk in [vm_disk(0), vm_disk(1)] {
+            let (told, stored) = (self.middle.mapping(&disk), self.store.mappings.get(&disk));
+            if told != stored && !self.forgetful {
+                self.fail(format!(
+                    "{disk} is mapped as {told:?} and stored as {stored:?}"
+                ));
+            }
+        }
     }
 
     fn judge_export(&mut self, export: &ExportName) {
@@ -1503,6 +1614,12 @@ impl Store {
                 }
                 Change::DeleteConflict(export) => {
                     self.conflicts.remove(&export);
+                }
+                Change::PutMapping(mapping) => {
+                    self.mappings.insert(mapping.disk.clone(), mapping);
+                }
+                Change::RetireMapping(disk) => {
+                    self.mappings.remove(&disk);
                 }
             }
         }

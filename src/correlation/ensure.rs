@@ -1,0 +1,407 @@
+//! Exports of VMs' disks: made or found again, moved only when told, and whose they are (`EnsureVmExport`).
+//!
+//! A mapping stands on its export, whose name it determines; so a VM's disk has one export, and an export one VM's disk. It is
+//! in the store before it is on the export, and leaves both with the export.
+
+use super::membership::Waiter;
+use super::requests::{Persisting, Step};
+use super::{
+    Action, Change, Correlation, Decision, Definition, EXPORTS_MAX, Ensure, ExportName, INTERNAL,
+    Level, Mapping, Notice, RequestError, RequestId, Source, Timer, VmDisk,
+};
+
+impl Correlation {
+    pub(super) fn ensure(
+        &mut self,
+        request: RequestId,
+        ensure: Ensure,
+    ) -> Result<(), RequestError> {
+        if self.stopping {
+            return Err(RequestError::NotReady("the daemon is stopping".to_owned()));
+        }
+        let name = ensure.disk.export();
+        if self.is_being_removed(&name)
+            || self.exports.get(&name).is_some_and(super::Export::goes)
+            || self.exports.get(&name).is_none() && self.is_being_added(&name)
+        {
+            return Err(RequestError::NotReady(format!(
+                "export {name} is being added or removed; try again"
+            )));
+        }
+        let Some(wanted) = self.wanted(&ensure) else {
+            return Err(RequestError::NotFound(format!(
+                "{} has no export yet: say which volume it is",
+                ensure.disk
+            )));
+        };
+        let Some(export) = self.exports.get(&name) else {
+            return self.ensure_new(request, ensure, wanted);
+        };
+        if !export.planned().serves_as(&wanted) {
+            return self.ensure_moved(request, ensure, wanted);
+        }
+        self.judge_owner(&wanted)?;
+        let mapping = self.mapping_for(&ensure);
+        // What is being stored with the definition, those who wait for the export wait for anyway.
+        let kept = export.mapping.as_ref() == Some(&mapping)
+            || self.pending_mappings(&name).any(|(step, pending)| {
+                matches!(step, Step::Create | Step::Move(_)) && *pending == mapping
+            });
+        if kept {
+            self.await_serving(request, &name, wanted, false, ensure.wait);
+        } else {
+            self.persist(
+                request,
+                Persisting::Ensure {
+                    name,
+                    mapping: mapping.clone(),
+                    wait: ensure.wait,
+                    step: Step::Map(wanted),
+                },
+                vec![Change::PutMapping(mapping)],
+            );
+        }
+        Ok(())
+    }
+
+    /// The definition that the caller wants: what it does not say is as it is. `None` when neither says a volume.
+    fn wanted(&self, ensure: &Ensure) -> Option<Definition> {
+        let name = ensure.disk.export();
+        let known = self.exports.get(&name).map(super::Export::planned);
+        Some(Definition {
+            name,
+            volume: ensure
+                .volume
+                .clone()
+                .or_else(|| Some(known?.volume.clone()))?,
+            read_only: ensure
+                .read_only
+                .unwrap_or_else(|| known.is_some_and(|known| known.read_only)),
+            share: ensure
+                .share
+                .unwrap_or_else(|| known.is_some_and(|known| known.share)),
+            direct: known.is_some_and(|known| known.direct),
+            source: Source::Dbus,
+        })
+    }
+
+    /// What would be stored of whose the export is: a VM without a name keeps the one that it has.
+    fn mapping_for(&self, ensure: &Ensure) -> Mapping {
+        let mut mapping = ensure.mapping.clone();
+        if mapping.vm_name.is_empty()
+            && let Some(known) = self.owner(&ensure.disk.export())
+        {
+            mapping.vm_name.clone_from(&known.vm_name);
+        }
+        mapping
+    }
+
+    /// The request would put another volume, or other rights, under a name that clients may know.
+    pub fn would_move(&self, ensure: &Ensure) -> bool {
+        let known = self.exports.get(&ensure.disk.export());
+        known.is_some_and(|export| {
+            self.wanted(ensure)
+                .is_some_and(|wanted| !export.planned().serves_as(&wanted))
+        })
+    }
+
+    fn ensure_new(
+        &mut self,
+        request: RequestId,
+        ensure: Ensure,
+        definition: Definition,
+    ) -> Result<(), RequestError> {
+        if self.exports.len() >= EXPORTS_MAX {
+            return Err(RequestError::Failed(format!(
+                "there are {EXPORTS_MAX} exports already: remove some first"
+            )));
+        }
+        self.judge_owner(&definition)?;
+        self.judge_definition(&definition)?;
+        let name = definition.name.clone();
+        self.introduce(&definition);
+        let mapping = ensure.mapping;
+        let changes = vec![
+            Change::PutExport(definition),
+            Change::PutMapping(mapping.clone()),
+        ];
+        let purpose = Persisting::Ensure {
+            name,
+            mapping,
+            wait: ensure.wait,
+            step: Step::Create,
+        };
+        self.persist(request, purpose, changes);
+        Ok(())
+    }
+
+    /// Another volume under a name that clients may know: only when the caller says so, and never under a client. Whoever asks
+    /// has looked; one that comes in the same moment is drained before the new volume is opened (invariant 6).
+    fn ensure_moved(
+        &mut self,
+        request: RequestId,
+        ensure: Ensure,
+        definition: Definition,
+    ) -> Result<(), RequestError> {
+        let name = definition.name.clone();
+        let Some(export) = self.exports.get(&name) else {
+            return Ok(());
+        };
+        let known = export.planned();
+        if !ensure.moves {
+            return Err(RequestError::AlreadyExists(format!(
+                "{} is exported already as {name} with another definition: volume {}, read_only {}, share {}, from {}; \
+                 option move says that it is another one from now on",
+                ensure.disk,
+                known.volume,
+                known.read_only,
+                known.share,
+                known.source.name(),
+            )));
+        }
+        if known.source == Source::Config {
+            return Err(RequestError::NotSupported(format!(
+                "export {name} stands in the configuration file with volume {}: change it there",
+                known.volume
+            )));
+        }
+        if !export.durable || export.moving.is_some() || export.leaving.is_some() {
+            return Err(RequestError::NotReady(format!(
+                "export {name} is being added or changed; try again"
+            )));
+        }
+        self.judge_owner(&definition)?;
+        self.judge_definition(&definition)?;
+        let mapping = self.mapping_for(&ensure);
+        if let Some(export) = self.exports.get_mut(&name) {
+            export.moving = Some(definition.clone());
+        }
+        self.replacing.insert(name.clone());
+        let changes = vec![
+            Change::PutExport(definition.clone()),
+            Change::PutMapping(mapping.clone()),
+        ];
+        let purpose = Persisting::Ensure {
+            name: name.clone(),
+            mapping,
+            wait: ensure.wait,
+            step: Step::Move(definition),
+        };
+        self.persist(request, purpose, changes);
+        self.hide(&name, "is being given another volume");
+        Ok(())
+    }
+
+    /// Two VMs' disks share a volume only when both say so: even readers of one would be told of the other's data.
+    fn judge_owner(&self, definition: &Definition) -> Result<(), RequestError> {
+        for other in self.beside(definition) {
+            let Some(owner) = self.owner(&other.name) else {
+                continue;
+            };
+            if other.volume == definition.volume && !(other.share && definition.share) {
+                return Err(RequestError::InUse(format!(
+                    "export {}: volume {} belongs to {} (export {}); remove that export first, or say 'share' on both",
+                    definition.name, definition.volume, owner.disk, other.name,
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    /// What is stored, or about to be, of whose export this is.
+    fn owner(&self, name: &ExportName) -> Option<&Mapping> {
+        let pending = self.pending_mappings(name).last();
+        pending
+            .map(|(_, mapping)| mapping)
+            .or_else(|| self.exports.get(name)?.mapping.as_ref())
+    }
+
+    fn pending_mappings(&self, name: &ExportName) -> impl Iterator<Item = (&Step, &Mapping)> {
+        self.persisting
+            .values()
+            .filter_map(move |purpose| match purpose {
+                Persisting::Ensure {
+                    name: named,
+                    step,
+                    mapping,
+                    ..
+                } if named == name => Some((step, mapping)),
+                _ => None,
+            })
+    }
+
+    /// The store has kept it, or not: an export that was made, a mapping, or a move.
+    pub(super) fn ensured(
+        &mut self,
+        request: RequestId,
+        name: &ExportName,
+        mapping: Mapping,
+        wait: std::time::Duration,
+        step: Step,
+        result: Result<(), RequestError>,
+    ) {
+        let stored = result.is_ok();
+        // The store has what was ordered last, in whatever order its answers come.
+        if stored
+            && let Some(export) = self.exports.get_mut(name)
+            && export.mapped_by <= request
+        {
+            export.mapping = Some(mapping);
+            export.mapped_by = request;
+            self.out.push(Action::Tell(Notice::Export(name.clone())));
+        }
+        match (step, result) {
+            (Step::Create, Ok(())) => self.added(request, name, wait),
+            (Step::Create, Err(error)) => self.not_added(request, name, error),
+            (Step::Map(wanted), Ok(())) => self.await_serving(request, name, wanted, false, wait),
+            (Step::Map(_), Err(error)) => self.reply(request, Err(error)),
+            (Step::Move(wanted), result) => self.moved(request, name, wanted, wait, result),
+        }
+    }
+
+    fn moved(
+        &mut self,
+        request: RequestId,
+        name: &ExportName,
+        wanted: Definition,
+        wait: std::time::Duration,
+        result: Result<(), RequestError>,
+    ) {
+        let moving = self
+            .exports
+            .get_mut(name)
+            .and_then(|export| export.moving.take());
+        let Some(definition) = moving else {
+            // The configuration has defined it otherwise since, or taken it out.
+            return match result {
+                Ok(()) => self.await_serving(request, name, wanted, false, wait),
+                Err(error) => self.reply(request, Err(error)),
+            };
+        };
+        match result {
+            // The configuration wants it like this by now, whatever the store says.
+            Err(error) if definition.source != Source::Config => {
+                self.replacing.remove(name);
+                self.reply(request, Err(error.clone()));
+                if let Some(export) = self.exports.get_mut(name) {
+                    let (gone, kept) = std::mem::take(&mut export.waiters)
+                        .into_iter()
+                        .partition(|waiter| waiter.wants.serves_as(&definition));
+                    export.waiters = kept;
+                    self.refuse_waiters(gone, &error);
+                }
+                self.show(name);
+                self.settle(name);
+                self.answer_waiters(name);
+            }
+            _ => {
+                self.log_move(name, &definition);
+                self.leave(name, Some(definition));
+                self.await_serving(request, name, wanted, false, wait);
+            }
+        }
+    }
+
+    fn log_move(&mut self, name: &ExportName, definition: &Definition) {
+        let was = self
+            .exports
+            .get(name)
+            .map(|export| export.definition.volume.to_string())
+            .unwrap_or_default();
+        self.out.push(Action::Log(Decision {
+            level: Level::Info,
+            what: "moved",
+            export: Some(name.clone()),
+            volume: definition.volume.to_string(),
+            node: String::new(),
+            diskseq: 0,
+            generation: 0,
+            reason: format!("a caller said that it is another volume now: it was {was}"),
+        }));
+    }
+
+    /// Answers when the export serves as `wanted`, or after `wait`.
+    pub(super) fn await_serving(
+        &mut self,
+        request: RequestId,
+        name: &ExportName,
+        wanted: Definition,
+        created: bool,
+        wait: std::time::Duration,
+    ) {
+        let due = self.now + wait;
+        let Some(export) = self.exports.get_mut(name) else {
+            let error = RequestError::NotFound(format!("export {name} was removed"));
+            return self.reply(request, Err(error));
+        };
+        if export.goes() || !export.planned().serves_as(&wanted) {
+            let error = RequestError::NotReady(format!("the definition of export {name} changed"));
+            return self.reply(request, Err(error));
+        }
+        export.waiters.push(Waiter {
+            request,
+            wants: wanted,
+            created,
+            due,
+        });
+        self.remind(due, Timer::Waiters(name.clone()));
+        self.answer_waiters(name);
+    }
+
+    /// The changes of the store by which the export's mapping, if it has one or is about to, is retired with it.
+    pub(super) fn retirement(&self, name: &ExportName) -> Option<Change> {
+        self.owner(name)
+            .map(|mapping| Change::RetireMapping(mapping.disk.clone()))
+    }
+
+    /// The export is gone, and what is being stored of it must not come back on one of its name.
+    pub(super) fn retire(&mut self, name: &ExportName) {
+        let Some(change) = self.retirement(name) else {
+            return;
+        };
+        self.retired(name);
+        self.out.push(Action::Persist {
+            request: INTERNAL,
+            changes: vec![change],
+        });
+    }
+
+    /// The store has no active mapping of this export any more, whatever was on its way there before.
+    pub(super) fn retired(&mut self, name: &ExportName) {
+        if let Some(export) = self.exports.get_mut(name) {
+            export.mapping = None;
+        }
+        let overtaken: Vec<RequestId> = self
+            .persisting
+            .iter()
+            .filter(|(_, purpose)| {
+                matches!(purpose, Persisting::Ensure { name: named, .. } if named == name)
+            })
+            .map(|(request, _)| *request)
+            .collect();
+        for request in overtaken {
+            self.persisting.remove(&request);
+            let error = RequestError::NotFound(format!("export {name} was removed"));
+            self.reply(request, Err(error));
+        }
+    }
+
+    /// The configuration is known: what it does not name has no export that its mapping could be of.
+    pub(super) fn retire_leftovers(&mut self) {
+        let changes: Vec<Change> = std::mem::take(&mut self.remembered_mappings)
+            .into_values()
+            .map(|mapping| Change::RetireMapping(mapping.disk))
+            .collect();
+        if !changes.is_empty() {
+            self.out.push(Action::Persist {
+                request: INTERNAL,
+                changes,
+            });
+        }
+    }
+
+    /// Whose export this is, as the store has it.
+    pub fn mapping(&self, disk: &VmDisk) -> Option<&Mapping> {
+        self.exports.get(&disk.export())?.mapping.as_ref()
+    }
+}

@@ -1,0 +1,157 @@
+//! EnsureVmExport on a real bus, real disks and a daemon that is killed: one export for a VM's disk, and one caller that made it.
+
+mod support;
+
+use std::sync::Barrier;
+
+use support::bus::{Client, Options};
+use support::client::{Client as Nbd, Endpoint, Go, knock};
+use support::ground::{Need, real};
+use support::loops::LoopDevice;
+use support::scene::{STEP_LIMIT, Scene, Volume};
+use support::{Outcome, bus::Refused};
+use zbus::Variant;
+
+const NEEDS: &[Need] = &[Need::Loop, Need::Bus];
+const BYTES: u64 = 4 << 20;
+const CALLERS: usize = 32;
+const VM: &str = "4205784a-098a-40f1-1f1e-a5cd2597fd59";
+const DISK0: &str = "migration-vm-4205784a-098a-40f1-1f1e-a5cd2597fd59-disk0";
+
+fn ensure<'a>(
+    client: &Client,
+    disk: u32,
+    mut options: Options<'a>,
+    volume: &'a str,
+) -> Result<(String, bool), Refused> {
+    options.insert("volume", Variant::from(volume));
+    let answer = client.call("EnsureVmExport", &(VM, disk, "web 1", options))?;
+    let (_, name, created): (zbus::OwnedObjectPath, String, bool) = answer.body().deserialize()?;
+    Ok((name, created))
+}
+
+fn refused(answer: Result<(String, bool), Refused>, kind: &str) -> Outcome<()> {
+    match answer {
+        Err(refusal) if refusal.is(kind) => Ok(()),
+        other => trouble!("{other:?} and not {kind}"),
+    }
+}
+
+/// An empty daemon and two attached volumes.
+fn two_volumes(ground: &support::ground::Ground) -> Outcome<Scene> {
+    let mut scene = Scene::empty(ground)?;
+    for name in ["vol-a", "vol-b"] {
+        let volume = Volume::make(ground.path(), name, BYTES)?;
+        let device = LoopDevice::add()?;
+        device.attach(&volume.image)?;
+        scene.volumes.push(volume);
+        scene.devices.push(device);
+    }
+    Ok(scene)
+}
+
+#[test]
+fn of_32_callers_one_is_told_to_have_made_the_export_and_after_a_kill_none() -> Outcome<()> {
+    real("32 callers", NEEDS, |ground| {
+        let mut scene = two_volumes(ground)?;
+        let id = scene.volumes[0].id();
+        let address = scene.bus.address.clone();
+        let all_at_once = || -> Outcome<usize> {
+            let start = Barrier::new(CALLERS);
+            let clients: Vec<Client> = (0..CALLERS)
+                .map(|_| Client::connect_to(&address))
+                .collect::<Outcome<_>>()?;
+            let answers: Vec<_> = std::thread::scope(|scope| {
+                let calls: Vec<_> = clients
+                    .iter()
+                    .map(|client| {
+                        let (start, id) = (&start, id.as_str());
+                        scope.spawn(move || {
+                            start.wait();
+                            ensure(client, 0, Options::new(), id)
+                        })
+                    })
+                    .collect();
+                calls
+                    .into_iter()
+                    .filter_map(|call| call.join().ok())
+                    .collect()
+            });
+            hold!(answers.len() == CALLERS, "every caller is answered");
+            let mut created = 0;
+            for answer in answers {
+                let (name, made) = answer?;
+                hold!(name == DISK0, "{name}");
+                created += usize::from(made);
+            }
+            Ok(created)
+        };
+        let created = all_at_once()?;
+        hold!(created == 1, "{created} were told to have made it");
+        hold!(scene.client.objects("Export")?.len() == 1, "one export");
+        let export = scene.client.reach_state(DISK0, "Serving", STEP_LIMIT)?;
+        hold!(export["VmId"].text() == VM, "{export:?}");
+        scene.kill()?;
+        scene.start()?;
+        let created = all_at_once()?;
+        hold!(
+            created == 0,
+            "{created} were told to have made what was there"
+        );
+        let export = scene.client.reach_state(DISK0, "Serving", STEP_LIMIT)?;
+        hold!(
+            export["VmId"].text() == VM,
+            "it is kept whose it is: {export:?}"
+        );
+        scene.client.remove_export(DISK0, "soft")?;
+        let (_, made) = ensure(&scene.client, 0, Options::new(), &id)?;
+        hold!(made, "after its removal it is made anew");
+        scene.stop()
+    })
+}
+
+#[test]
+fn another_volume_is_a_move_in_so_many_words_and_never_under_a_client() -> Outcome<()> {
+    real("a move", NEEDS, |ground| {
+        let mut scene = two_volumes(ground)?;
+        let (a, b) = (scene.volumes[0].id(), scene.volumes[1].id());
+        let moved = || Options::from([("move", Variant::from(true))]);
+        ensure(&scene.client, 0, Options::new(), &a)?;
+        refused(
+            ensure(&scene.client, 0, Options::new(), &b),
+            "AlreadyExists",
+        )?;
+        refused(ensure(&scene.client, 1, Options::new(), &a), "InUse")?;
+        let endpoint: Endpoint = scene.endpoint();
+        let mut writer = Nbd::open(&endpoint, DISK0)?;
+        refused(ensure(&scene.client, 0, moved(), &b), "InUse")?;
+        let written = writer.write(0, &[0xa5; 4096], true)?;
+        hold!(written.is_ok(), "the client of the refused move goes on");
+        writer.leave()?;
+        // The daemon sees the client leave a moment after it did.
+        support::until(STEP_LIMIT, "the move", || {
+            match ensure(&scene.client, 0, moved(), &b) {
+                Ok((_, created)) => Ok(Some(created)),
+                Err(refusal) if refusal.is("InUse") => Ok(None),
+                Err(refusal) => Err(refusal.into()),
+            }
+        })?;
+        let export = scene.client.reach_state(DISK0, "Serving", STEP_LIMIT)?;
+        hold!(export["VolumeId"].text() == b, "{export:?}");
+        let mut reader = Nbd::open(&endpoint, DISK0)?;
+        let mut found = [1; 4096];
+        let read = reader.read(0, &mut found)?;
+        hold!(
+            read.is_ok() && found == [0; 4096],
+            "the other volume's bytes"
+        );
+        reader.leave()?;
+        scene.kill()?;
+        scene.start()?;
+        let export = scene.client.reach_state(DISK0, "Serving", STEP_LIMIT)?;
+        hold!(export["VolumeId"].text() == b, "a move is kept: {export:?}");
+        let free = matches!(knock(&endpoint, DISK0)?, Go::Agreed { .. });
+        hold!(free, "it is in the list again, and lets clients in");
+        scene.stop()
+    })
+}
