@@ -85,6 +85,7 @@ install: ## Install the built binary and all that ships with it, below DESTDIR
 	install -D -m 644 dbus/org.nbdtrack1.conf $(DESTDIR)$(PREFIX)/share/dbus-1/system.d/org.nbdtrack1.conf
 	install -D -m 644 dbus/org.nbdtrack1.service $(DESTDIR)$(PREFIX)/share/dbus-1/system-services/org.nbdtrack1.service
 	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/dbus-1/interfaces dbus/org.nbdtrack1.Manager.xml dbus/org.nbdtrack1.Volume.xml dbus/org.nbdtrack1.Export.xml dbus/org.nbdtrack1.Job.xml
+	install -D -m 644 packaging/nbdtrack.catalog $(DESTDIR)$(PREFIX)/lib/systemd/catalog/nbdtrack.catalog
 	install -D -m 644 rules/60-nbdtrack.rules $(DESTDIR)$(PREFIX)/lib/udev/rules.d/60-nbdtrack.rules
 	install -D -m 644 rules/multipath.conf $(DESTDIR)/etc/multipath/conf.d/nbdtrack.conf
 	install -D -m 644 examples/appliance.toml $(DESTDIR)$(PREFIX)/share/doc/nbdtrack/appliance.toml
@@ -95,6 +96,7 @@ install: ## Install the built binary and all that ships with it, below DESTDIR
 uninstall: ## Remove what install put below DESTDIR; configuration and state stay
 	rm -f $(DESTDIR)$(PREFIX)/bin/nbdtrack
 	rm -f $(addprefix $(DESTDIR)$(PREFIX)/lib/systemd/system/nbdtrack.,service socket)
+	rm -f $(DESTDIR)$(PREFIX)/lib/systemd/catalog/nbdtrack.catalog
 	rm -f $(DESTDIR)$(PREFIX)/lib/sysusers.d/nbdtrack.conf $(DESTDIR)$(PREFIX)/lib/tmpfiles.d/nbdtrack.conf
 	rm -f $(DESTDIR)$(PREFIX)/share/dbus-1/system.d/org.nbdtrack1.conf
 	rm -f $(DESTDIR)$(PREFIX)/share/dbus-1/system-services/org.nbdtrack1.service

@@ -55,6 +55,7 @@ fn uninstall_takes_away_what_install_brought_and_leaves_what_is_the_operators() 
     for file in [
         "usr/bin/nbdtrack",
         "usr/lib/systemd/system/nbdtrack.service",
+        "usr/lib/systemd/catalog/nbdtrack.catalog",
         "usr/lib/udev/rules.d/60-nbdtrack.rules",
         "usr/share/dbus-1/system.d/org.nbdtrack1.conf",
         "usr/share/man/man1/nbdtrack.1",

@@ -149,6 +149,7 @@ impl Control {
         let (kept, lost) = self.trail.history.counts();
         stats.extend(
             [
+                ("log_lines_lost", log::lost()),
                 ("history_records", kept),
                 ("history_lost", lost),
                 ("exports", count(self.correlation.export_names().count())),

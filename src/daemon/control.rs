@@ -182,6 +182,8 @@ impl Control {
     /// Offers what the store remembers; the sockets are opened to clients after the first survey.
     pub fn start(&mut self, sockets: Sockets) {
         self.sockets = Some(sockets);
+        self.publisher
+            .offer(vec![crate::dbus::Publication::Log(super::log::state())]);
         let actions = self.correlation.start();
         self.carry_out(actions);
     }
@@ -219,7 +221,7 @@ impl Control {
                 }
                 stop = stop_signal(&mut term, &mut interrupt) => match stop_by {
                     None => {
-                        tracing::info!(signal = stop, "stopping: draining every export");
+                        tracing::info!(name: "stopping", signal = stop, "stopping: draining every export");
                         stop_by = Some(self.begin_stop());
                     }
                     Some(_) => {
@@ -245,7 +247,7 @@ impl Control {
                 () = clients.some.notified() => self.publish_clients(),
                 () = sleep_until(self.service.due()) => self.service.turn(&self.door),
                 () = sleep_until(stop_by) => {
-                    tracing::warn!("stopping: the time to drain is over and some disks have not answered");
+                    tracing::warn!(name: "drain_over", "stopping: the time to drain is over and some disks have not answered");
                     break;
                 }
             }
@@ -260,7 +262,7 @@ impl Control {
                 stop_by = Some(self.begin_stop());
             }
             if self.stopping && self.correlation.is_idle() {
-                tracing::info!("stopped: everything is flushed and closed");
+                tracing::info!(name: "stopped", "stopped: everything is flushed and closed");
                 break;
             }
         }
@@ -341,6 +343,7 @@ impl Control {
         }
         let exports = self.correlation.export_names().count();
         tracing::info!(
+            name: "ready",
             exports,
             disks = self.correlation.diskseqs().count(),
             "ready"

@@ -106,8 +106,10 @@ pub enum Error {
 /// # Errors
 /// What kept it from starting; once it serves, nothing from outside ends it.
 pub fn run(options: &Options) -> Result<(), Error> {
-    log::start();
+    // Before the log has its thread.
     sys::give_large_buffers_back();
+    // Dropped last: the end is logged, too.
+    let _log = log::start();
     let passed = activation::passed()?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()

@@ -80,7 +80,7 @@ impl Control {
             }
             Err(problems) => {
                 for problem in &problems {
-                    tracing::error!("configuration refused, everything stays as it was: {problem}");
+                    tracing::error!(name: "config_refused", "configuration refused, everything stays as it was: {problem}");
                 }
                 let mut text = problems.join("\n");
                 if text.len() > PROBLEMS_BYTES_MAX {
@@ -105,6 +105,7 @@ impl Control {
             return Vec::new();
         }
         tracing::info!(
+            name: "config_reloaded",
             added = difference.added.len(),
             changed = difference.changed.len(),
             removed = difference.removed.len(),

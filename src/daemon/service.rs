@@ -150,6 +150,7 @@ impl Service {
         let alive = watch.pulse.as_ref().is_none_or(Pulse::came);
         if !alive && !watch.silent {
             tracing::error!(
+                name: "watchdog_silent",
                 "the data plane gives no sign of life: the watchdog is not told that all is well"
             );
         }
@@ -169,19 +170,19 @@ impl Service {
 }
 
 /// The thread's body: one message each, as the manager takes them.
-fn tell(manager: &NotifySocket, queue: &Receiver<Told>) {
+fn tell(socket: &NotifySocket, queue: &Receiver<Told>) {
     while let Ok(told) = queue.recv() {
         let sent = match &told {
-            Told::Ready(status) => manager.send(&[NotifyState::Ready, NotifyState::Status(status)]),
-            Told::Reloading(now) => manager.send(&[
+            Told::Ready(status) => socket.send(&[NotifyState::Ready, NotifyState::Status(status)]),
+            Told::Reloading(now) => socket.send(&[
                 NotifyState::Reloading,
                 NotifyState::MonotonicUsec(*now),
                 NotifyState::Status("Reading the configuration again."),
             ]),
             Told::Stopping(status) => {
-                manager.send(&[NotifyState::Stopping, NotifyState::Status(status)])
+                socket.send(&[NotifyState::Stopping, NotifyState::Status(status)])
             }
-            Told::Alive => manager.send(&[NotifyState::Watchdog]),
+            Told::Alive => socket.send(&[NotifyState::Watchdog]),
         };
         if let Err(error) = sent {
             tracing::warn!(%error, "the service manager cannot be told");

@@ -179,7 +179,7 @@ async fn send(shared: &Shared, messages: &[Message]) {
         Err(_) => format!("it takes nothing since {} s", SEND_WITHIN.as_secs()),
     };
     // A message may have gone out in part, so nothing can follow it. The server connects anew.
-    tracing::warn!(reason, "the bus is lost");
+    tracing::warn!(name: "bus_lost", reason, "the bus is lost");
     *shared.link() = None;
     let _ = timeout(Duration::from_secs(1), connection.close()).await;
 }

@@ -63,7 +63,7 @@ pub async fn serve(bus: &Bus, commands: mpsc::Sender<Command>) -> Result<Publish
         }
         // Volumes are worth serving without a bus; it may come later, as on a machine that boots.
         Err(error @ BusError::Connect { .. }) => {
-            tracing::warn!("{error}; exports are served, and the bus is tried again");
+            tracing::warn!(name: "bus_lost", "{error}; exports are served, and the bus is tried again");
             None
         }
         Err(error) => return Err(error),
@@ -87,11 +87,11 @@ async fn run(server: Arc<Server>, bus: Bus, first: Option<(Connection, MessageSt
                 }
             }
             *server.shared.link() = None;
-            tracing::warn!(%bus, "the bus went away; exports are served on, the bus is tried again");
+            tracing::warn!(name: "bus_lost", %bus, "the bus went away; exports are served on, the bus is tried again");
         }
         let (connection, stream) = reach(&bus).await;
         *server.shared.link() = Some(connection.clone());
-        tracing::info!(%bus, "on the bus");
+        tracing::info!(name: "bus_joined", %bus, "on the bus");
         pair = Some((connection, stream));
     }
 }

@@ -263,13 +263,14 @@ impl Keeper {
                 self.kept.fetch_add(count, Ordering::Relaxed);
                 self.told_lost = lost;
                 if self.trouble.take().is_some() {
-                    tracing::info!(file = %self.file.display(), "the history is kept again");
+                    tracing::info!(name: "history_kept", file = %self.file.display(), "the history is kept again");
                 }
             }
             Err(reason) => {
                 self.lost.fetch_add(count, Ordering::Relaxed);
                 if self.trouble.as_ref() != Some(&reason) {
                     tracing::warn!(
+                        name: "history_lost",
                         file = %self.file.display(), reason,
                         "the history cannot be kept; exports are served on, what happens is counted as lost"
                     );

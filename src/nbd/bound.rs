@@ -110,7 +110,7 @@ impl Bounds {
     pub(super) fn say(&self, limit: Limit) {
         if let Some(before) = self.cells[limit as usize].due(self.began.elapsed()) {
             let (what, key) = limit.words();
-            tracing::warn!(key, before, "a limit was reached: {what}");
+            tracing::warn!(name: "limit_reached", key, before, "a limit was reached: {what}");
         }
     }
 }

@@ -109,7 +109,7 @@ impl Lease {
             told = true;
         }
         if told {
-            tracing::warn!(export = %self.export, generation = self.generation.0, ?end, "the disk has not let go");
+            tracing::warn!(name: "disk_hung", export = %self.export, generation = self.generation.0, ?end, "the disk has not let go");
         }
     }
 

@@ -54,6 +54,7 @@ impl Watch {
             Done::Slow(number, read) => {
                 count(&self.shared.counters.late_reads);
                 tracing::warn!(
+                    name: "disk_hung",
                     disk = %number,
                     deadline_ms = u64::try_from(self.settings.read_deadline.as_millis()).unwrap_or(u64::MAX),
                     "the disk does not answer: it is reported without its identity"
@@ -66,7 +67,7 @@ impl Watch {
                 Ok(())
             }
             Done::Late(number, result) => {
-                tracing::info!(disk = %number, "the disk has answered, late");
+                tracing::info!(name: "disk_answered", disk = %number, "the disk has answered, late");
                 if let Ok(Found::Disk(disk)) = result
                     && let Ok(attributes) = disk.attributes
                 {

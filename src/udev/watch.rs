@@ -260,7 +260,7 @@ impl Watch {
 
     fn overrun(&mut self, group: &'static str) {
         count(&self.shared.counters.overruns);
-        tracing::warn!(group, "device events were lost: surveying all disks");
+        tracing::warn!(name: "events_lost", group, "device events were lost: surveying all disks");
         self.start_survey("device events were lost");
     }
 
