@@ -7,10 +7,10 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use nbdtrack::correlation::{
-    BootId, Change, Conflict, Definition, DiskSeq, ExportName, Mapping, Release, Remembered,
-    Source, VmDisk,
+    BootId, Change, Conflict, Definition, DiskSeq, ExportName, Mapping, Pin, PinnedTo, Release,
+    Remembered, Source, VmDisk,
 };
-use nbdtrack::identity::VolumeId;
+use nbdtrack::identity::{Identity, Scheme, VolumeId};
 use nbdtrack::mapping::Store;
 
 #[tokio::test]
@@ -45,6 +45,13 @@ async fn every_change_is_there_after_a_new_start() {
             mapping("4205784a-098a-40f1-1f1e-a5cd2597fd59", 0, "web 'größe'"),
             mapping("4205784a-098a-40f1-1f1e-a5cd2597fd59", 1, ""),
             mapping("b", 65_535, "db"),
+        ],
+        pins: vec![
+            pin("a'; DROP TABLE pins; --", "/dev/disk/by-id/größe", 1),
+            pin("moves", "/dev/vdb", 2),
+            attached("numbered", u64::MAX),
+            pin("unpinned", "/dev/vdc", 3),
+            doubtful("unsure"),
         ],
     };
     let changes = changes_of(&put);
@@ -83,6 +90,10 @@ async fn every_change_is_there_after_a_new_start() {
             Change::PutConflict(conflict("größe", Some(u64::MAX))),
             Change::RetireMapping(put.mappings[1].disk.clone()),
             Change::PutMapping(mapping("b", 65_535, "renamed")),
+            Change::PutPin(attached("moves", 7)),
+            Change::PutPin(pin("numbered", "/dev/vdd", 4)),
+            Change::DeletePin(name("unpinned")),
+            Change::DeletePin(name("never there")),
         ])
         .await
         .expect("applies");
@@ -100,6 +111,12 @@ async fn every_change_is_there_after_a_new_start() {
         ],
         conflicts: vec![conflict("größe", Some(u64::MAX))],
         mappings: vec![put.mappings[0].clone(), mapping("b", 65_535, "renamed")],
+        pins: vec![
+            put.pins[0].clone(),
+            attached("moves", 7),
+            pin("numbered", "/dev/vdd", 4),
+            doubtful("unsure"),
+        ],
     };
     assert_eq!(sorted(store.load().await.expect("loads")), sorted(expected));
     let mode = |path: &Path| {
@@ -313,10 +330,12 @@ fn changes_of(remembered: &Remembered) -> Vec<Change> {
         .cloned()
         .map(Change::PutConflict);
     let mappings = remembered.mappings.iter().cloned().map(Change::PutMapping);
+    let pins = remembered.pins.iter().cloned().map(Change::PutPin);
     exports
         .chain(releases)
         .chain(conflicts)
         .chain(mappings)
+        .chain(pins)
         .collect()
 }
 
@@ -332,6 +351,34 @@ fn sorted(mut remembered: Remembered) -> Remembered {
 
 fn mapping(vm_id: &str, unit: u32, vm_name: &str) -> Mapping {
     Mapping::new(VmDisk::new(vm_id, unit).expect("a disk"), vm_name).expect("a mapping")
+}
+
+fn pin(export: &str, path: &str, number: u64) -> Pin {
+    let value = format!("volume-{number}");
+    Pin {
+        export: name(export),
+        path: path.to_owned(),
+        to: PinnedTo::Volume(Identity::new(Scheme::VirtioSerial, value)),
+    }
+}
+
+/// A pin to a disk without an identity.
+fn attached(export: &str, diskseq: u64) -> Pin {
+    Pin {
+        export: name(export),
+        path: "/dev/vdc".to_owned(),
+        to: PinnedTo::Attachment {
+            boot: BootId("boot-1".to_owned()),
+            diskseq: DiskSeq(diskseq),
+        },
+    }
+}
+
+fn doubtful(export: &str) -> Pin {
+    Pin {
+        to: PinnedTo::Doubtful,
+        ..pin(export, "/dev/vdc", 0)
+    }
 }
 
 fn name(text: &str) -> ExportName {

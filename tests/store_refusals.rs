@@ -98,7 +98,7 @@ async fn a_newer_store_and_a_strangers_are_refused_and_kept() {
             error,
             StoreError::Newer {
                 found: 1000,
-                known: 3,
+                known: 4,
                 ..
             }
         ),
@@ -130,6 +130,11 @@ async fn rows_that_are_not_understood_are_kept_and_not_used() {
         "INSERT INTO exports (name, volume, read_only, share, source) VALUES (x'ff00', 'serial:X1', 0, 0, 'dbus')",
         "INSERT INTO releases VALUES ('boot', '-1', 'serial:X1')",
         "INSERT INTO conflicts VALUES ('good', 'first', 'boot')",
+        // Where a disk is plugged in is no volume, and half of an attachment is none.
+        "INSERT INTO pins VALUES ('slot', '/dev/vdb', 'slot:pci-0000:00:07.0', NULL, NULL)",
+        "INSERT INTO pins VALUES ('inside', '/dev/vdb', 'attachment:boot/7', NULL, NULL)",
+        "INSERT INTO pins VALUES ('text', '/dev/vdb', 'anything', NULL, NULL)",
+        "INSERT INTO pins VALUES ('number', '/dev/vdb', NULL, 'boot', 'seven')",
     ] {
         sql(&file, statement).await;
     }
@@ -138,6 +143,7 @@ async fn rows_that_are_not_understood_are_kept_and_not_used() {
     let names: Vec<&str> = remembered.exports.iter().map(|e| e.name.as_str()).collect();
     assert_eq!(names, ["good"]);
     assert!(remembered.releases.is_empty() && remembered.conflicts.is_empty());
+    assert_eq!(remembered.pins, []);
     store.close().await.expect("closes");
     let mut connection = options(&file).connect().await.expect("opens");
     let kept: i64 = sqlx::query_scalar("SELECT count(*) FROM exports")

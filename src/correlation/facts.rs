@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::fmt;
 
+use super::pin_rule::Pin;
 use super::vm::{Mapping, VmDisk};
 use crate::identity::{Identity, VolumeId};
 
@@ -231,6 +232,7 @@ pub struct Remembered {
     pub conflicts: Vec<Conflict>,
     /// Those that are active.
     pub mappings: Vec<Mapping>,
+    pub pins: Vec<Pin>,
 }
 
 /// One change of the store. All changes of one order are one transaction.
@@ -249,4 +251,6 @@ pub enum Change {
     PutMapping(Mapping),
     /// It is inactive: its export is gone.
     RetireMapping(VmDisk),
+    PutPin(Pin),
+    DeletePin(ExportName),
 }

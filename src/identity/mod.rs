@@ -68,11 +68,13 @@ pub enum Scheme {
     AzureLun,
     /// udev's `ID_PATH`. A slot: says where, not which.
     Slot,
+    /// One attachment of a disk in one boot. No disk says it and no one can write it: it is given to what has no other identity.
+    Attachment,
 }
 
 impl Scheme {
     /// All schemes, by precedence.
-    pub const ALL: [Scheme; 17] = [
+    pub const ALL: [Scheme; 18] = [
         Scheme::NvmeNguid,
         Scheme::ScsiNaa,
         Scheme::NvmeSerial,
@@ -90,6 +92,7 @@ impl Scheme {
         Scheme::GptGuid,
         Scheme::AzureLun,
         Scheme::Slot,
+        Scheme::Attachment,
     ];
 
     /// The scheme's name on D-Bus, in logs and in `--json`. A promise: it never changes.
@@ -112,13 +115,17 @@ impl Scheme {
             Scheme::GptGuid => "gpt",
             Scheme::AzureLun => "azure-lun",
             Scheme::Slot => "slot",
+            Scheme::Attachment => "attachment",
         }
     }
 
     /// Whether the value says which volume it is. A slot says only where it is plugged in, and a partition
-    /// table's GUID is data that a copy of the volume carries too: neither may name a disk.
+    /// table's GUID is data that a copy of the volume carries too: neither may name a disk, nor may the number that it has now.
     pub fn names_a_volume(self) -> bool {
-        !matches!(self, Scheme::GptGuid | Scheme::AzureLun | Scheme::Slot)
+        !matches!(
+            self,
+            Scheme::GptGuid | Scheme::AzureLun | Scheme::Slot | Scheme::Attachment
+        )
     }
 }
 
@@ -135,6 +142,20 @@ impl Identity {
             scheme,
             value: value.into(),
         }
+    }
+
+    /// Reads `scheme:value` as it is displayed; `None` when there is no such scheme, or no value.
+    pub fn parse(text: &str) -> Option<Identity> {
+        let (name, value) = text.split_once(':')?;
+        let scheme = Scheme::ALL
+            .into_iter()
+            .find(|scheme| scheme.name() == name)?;
+        (!value.is_empty()).then(|| Identity::new(scheme, value))
+    }
+
+    /// One attachment of a disk, in one boot.
+    pub fn of_attachment(boot: &str, diskseq: u64) -> Identity {
+        Identity::new(Scheme::Attachment, format!("{boot}/{diskseq}"))
     }
 
     /// The path, of a plain file.

@@ -49,7 +49,28 @@ pub(super) fn find(name: &str) -> Option<&'static Profile> {
     PROFILES.iter().find(|profile| profile.name == name)
 }
 
-static PROFILES: [Profile; 12] = [
+/// A disk by its number in one boot. Not in the table: no one can write it.
+pub(super) static ATTACHMENT: Profile = Profile {
+    name: "attachment",
+    expects: "nothing that can be written",
+    example: "",
+    normalise: |_| None,
+    candidates: |id| vec![Identity::new(Scheme::Attachment, id)],
+    opt_in: never,
+};
+
+/// A path of which it is not known which volume it means. Not in the table: no disk is this, and no one can write it.
+pub(super) static PATH: Profile = Profile {
+    name: "path",
+    expects: "nothing that can be written",
+    example: "",
+    normalise: |_| None,
+    // No boot has this id.
+    candidates: |id| vec![Identity::new(Scheme::Attachment, format!("path/{id}"))],
+    opt_in: never,
+};
+
+static PROFILES: [Profile; 13] = [
     // apache/cloudstack LibvirtComputingResource.java diskUuidToSerial: dashes out, first 20. QEMU's scsi-hd says the
     // same on page 0x80 and, as its device_id, on page 0x83.
     Profile {
@@ -232,6 +253,20 @@ static PROFILES: [Profile; 12] = [
         example: "file:/backups/vm7/disk0.raw",
         normalise: absolute,
         candidates: |id| vec![Identity::new(Scheme::File, id)],
+        opt_in: never,
+    },
+    // One thing that a disk says of itself, as nbdtrack shows it: what a path is pinned to.
+    Profile {
+        name: "disk",
+        expects: "an identity that names a volume, scheme:value as 'nbdtrack volumes' shows it",
+        example: "disk:virtio-serial:5f0c2a1e7b1d4c559c39",
+        normalise: |text| {
+            let identity = Identity::parse(text)?;
+            let fits = text.len() <= PATH_BYTES_MAX && !text.chars().any(char::is_control);
+            (fits && identity.scheme.names_a_volume() && identity.scheme != Scheme::File)
+                .then(|| text.to_owned())
+        },
+        candidates: |id| Identity::parse(id).into_iter().collect(),
         opt_in: never,
     },
     Profile {

@@ -129,6 +129,51 @@ fn what_is_no_id_is_refused_with_an_example() {
     ));
 }
 
+/// A number of this boot says nothing in the next one, and what a path means is decided once: neither can be written.
+#[test]
+fn what_is_made_inside_cannot_be_written_outside() {
+    for made in [
+        VolumeId::of_attachment("8cb1c1b4-0a2f-4b1e-9d55-0c7b8f4c3a11", 7),
+        VolumeId::of_path("/dev/vdc"),
+    ] {
+        let text = made.to_string();
+        assert!(VolumeId::parse(&text).is_err(), "{text}");
+        assert!(!made.candidates().is_empty());
+        for candidate in made.candidates() {
+            assert!(VolumeId::of_identity(&candidate).is_err(), "{candidate}");
+            let text = format!("disk:{candidate}");
+            assert!(VolumeId::parse(&text).is_err(), "{text}");
+        }
+    }
+    assert_eq!(VolumeId::of_path("/dev/vdc").path(), Some("/dev/vdc"));
+    assert_eq!(VolumeId::of_attachment("b", 7).path(), None);
+}
+
+#[test]
+fn a_disk_is_named_by_one_thing_that_it_says_of_itself() {
+    for text in [
+        "virtio-serial:Ab Cd",
+        "loop:/srv/a.img",
+        "scsi-naa:6001405d27e5d8988294b1f9c0a7e3d2",
+    ] {
+        let identity = Identity::parse(text).unwrap();
+        assert_eq!(identity.to_string(), text);
+        let volume = VolumeId::of_identity(&identity).unwrap();
+        assert_eq!(volume.candidates(), [identity].into());
+        assert_eq!(VolumeId::parse(&volume.to_string()), Ok(volume));
+    }
+    for text in [
+        "slot:pci-0000:00:07.0",
+        "gpt:93623f30-edc3-42fe-9def-a2aef1725f9d",
+        "file:/srv/a.raw",
+        "virtio-serial:0000",
+        "virtio-serial:",
+        "serial:x",
+    ] {
+        assert!(VolumeId::parse(&format!("disk:{text}")).is_err(), "{text}");
+    }
+}
+
 #[test]
 fn every_profile_takes_its_own_example() {
     for name in super::profile::profile_names() {

@@ -62,6 +62,35 @@ impl VolumeId {
         VolumeId::parse(&format!("file:{path}"))
     }
 
+    /// The disk that says this of itself, and no other.
+    ///
+    /// # Errors
+    /// The identity names no volume, or many disks could carry it.
+    pub fn of_identity(identity: &Identity) -> Result<VolumeId, VolumeIdError> {
+        VolumeId::parse(&format!("disk:{identity}"))
+    }
+
+    /// A disk that has no identity, by its number in one boot. Nothing that is written is this.
+    pub fn of_attachment(boot: &str, diskseq: u64) -> VolumeId {
+        VolumeId {
+            profile: &profile::ATTACHMENT,
+            id: Identity::of_attachment(boot, diskseq).value,
+        }
+    }
+
+    /// What a path means, while that is not known: no disk is this. Nothing that is written is this.
+    pub fn of_path(path: &str) -> VolumeId {
+        VolumeId {
+            profile: &profile::PATH,
+            id: path.to_owned(),
+        }
+    }
+
+    /// The path of which it is not known which volume it means.
+    pub fn path(&self) -> Option<&str> {
+        std::ptr::eq(self.profile, &profile::PATH).then_some(self.id.as_str())
+    }
+
     /// The path, of a plain file.
     pub fn file(&self) -> Option<&str> {
         (self.profile.name == "file").then_some(self.id.as_str())
@@ -103,7 +132,7 @@ fn counts(candidate: &Identity) -> bool {
         | Scheme::ScsiT10
         | Scheme::GceName
         | Scheme::AzureName => worthless::serial(&candidate.value) == Some(&candidate.value),
-        Scheme::Loop | Scheme::File | Scheme::AzureLun | Scheme::Slot => true,
+        Scheme::Loop | Scheme::File | Scheme::AzureLun | Scheme::Slot | Scheme::Attachment => true,
     }
 }
 

@@ -1,4 +1,4 @@
-//! What has to outlive the daemon: exports made at run time, releases, conflicts. EDGE: a SQLite file in the state
+//! What has to outlive the daemon: exports made at run time, releases, conflicts, pins. EDGE: a SQLite file in the state
 //! directory; decides nothing about disks.
 //!
 //! | file | does |

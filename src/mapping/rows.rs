@@ -6,10 +6,10 @@ use sqlx::sqlite::SqliteRow;
 use sqlx::{Connection, Row, SqliteConnection};
 
 use crate::correlation::{
-    BootId, Change, Conflict, Definition, DiskSeq, ExportName, Mapping, Release, Remembered,
-    Source, VmDisk,
+    BootId, Change, Conflict, Definition, DiskSeq, ExportName, Mapping, Pin, PinnedTo, Release,
+    Remembered, Source, VmDisk,
 };
-use crate::identity::VolumeId;
+use crate::identity::{Identity, VolumeId};
 
 /// Carries out all changes or none. Every one is a put or a delete by key: to carry it out twice changes nothing more.
 pub(super) async fn apply(
@@ -95,6 +95,28 @@ async fn apply_each(
             )
             .bind(disk.vm_id())
             .bind(disk.unit()),
+            Change::PutPin(pin) => {
+                let (identity, boot, diskseq) = match &pin.to {
+                    PinnedTo::Volume(identity) => (Some(identity.to_string()), None, None),
+                    PinnedTo::Attachment { boot, diskseq } => {
+                        (None, Some(boot.0.as_str()), Some(diskseq.to_string()))
+                    }
+                    PinnedTo::Doubtful => (None, None, None),
+                };
+                sqlx::query(
+                    "INSERT INTO pins (export, path, identity, boot, diskseq) VALUES (?, ?, ?, ?, ?)
+                     ON CONFLICT (export) DO UPDATE SET path = excluded.path, identity = excluded.identity,
+                     boot = excluded.boot, diskseq = excluded.diskseq",
+                )
+                .bind(pin.export.as_str())
+                .bind(&pin.path)
+                .bind(identity)
+                .bind(boot)
+                .bind(diskseq)
+            }
+            Change::DeletePin(export) => {
+                sqlx::query("DELETE FROM pins WHERE export = ?").bind(export.as_str())
+            }
         };
         query.execute(&mut *connection).await?;
     }
@@ -124,8 +146,13 @@ pub(super) async fn load(
     )
     .fetch_all(&mut *transaction)
     .await?;
+    let pins =
+        sqlx::query("SELECT export, path, identity, boot, diskseq FROM pins ORDER BY export")
+            .fetch_all(&mut *transaction)
+            .await?;
     transaction.rollback().await?;
     Ok(Remembered {
+        pins: parsed(&pins, "pins", file, pin),
         mappings: parsed(&mappings, "vm_export_mappings", file, mapping),
         exports: parsed(&exports, "exports", file, definition),
         releases: parsed(&releases, "releases", file, release),
@@ -186,6 +213,30 @@ fn conflict(row: &SqliteRow) -> Result<Conflict, String> {
         export: name(row, "export")?,
         first: first.as_deref().map(diskseq).transpose()?,
         boot: BootId(column(row, "boot")?),
+    })
+}
+
+fn pin(row: &SqliteRow) -> Result<Pin, String> {
+    let identity: Option<String> = column(row, "identity")?;
+    let boot: Option<String> = column(row, "boot")?;
+    let to = match (identity, boot) {
+        (Some(text), _) => {
+            let identity =
+                Identity::parse(&text).ok_or_else(|| format!("\"{text}\" is no identity"))?;
+            // Else no export could be of it.
+            VolumeId::of_identity(&identity).map_err(|error| error.to_string())?;
+            PinnedTo::Volume(identity)
+        }
+        (None, Some(boot)) => PinnedTo::Attachment {
+            boot: BootId(boot),
+            diskseq: diskseq(&column::<String>(row, "diskseq")?)?,
+        },
+        (None, None) => PinnedTo::Doubtful,
+    };
+    Ok(Pin {
+        export: name(row, "export")?,
+        path: column(row, "path")?,
+        to,
     })
 }
 

@@ -9,7 +9,7 @@ use sqlx::{ConnectOptions, Connection, Row, SqliteConnection};
 use super::{BUSY_WITHIN, StoreError};
 
 /// One step each, from version N to N+1. Never edited once released: a new one is added.
-const MIGRATIONS: [&str; 3] = [
+const MIGRATIONS: [&str; 4] = [
     // Numbers that are 64 bits without a sign are text: SQLite's integers have a sign.
     "CREATE TABLE exports (
         name TEXT NOT NULL PRIMARY KEY,
@@ -42,6 +42,16 @@ const MIGRATIONS: [&str; 3] = [
         created_at DATETIME NOT NULL DEFAULT (strftime('%Y-%m-%d %H:%M:%f', 'now')),
         updated_at DATETIME NOT NULL DEFAULT (strftime('%Y-%m-%d %H:%M:%f', 'now')),
         UNIQUE (vm_id, disk_unit_number)
+    );",
+    // What the paths of nbd-server's configuration mean: a volume, one attachment of a disk that has no identity, or what a person has to say.
+    "CREATE TABLE pins (
+        export TEXT NOT NULL PRIMARY KEY,
+        path TEXT NOT NULL,
+        identity TEXT,
+        boot TEXT,
+        diskseq TEXT,
+        CHECK (identity IS NULL OR boot IS NULL),
+        CHECK ((boot IS NULL) = (diskseq IS NULL))
     );",
 ];
 

@@ -11,8 +11,8 @@ use std::time::Duration;
 use nbdtrack::correlation::{
     Action, BootId, Change, Conflict, Correlation, Definition, DeviceNode, DeviceNumber, DiskFacts,
     DiskSeq, EndHow, Ensure, Event, ExportName, Generation, INTERNAL, LeaseEnd, Mapping, Mark,
-    Notice, OpenDisk, OpenRefusal, OpenedDisk, Reading, Release, Remembered, RemoveMode, Reply,
-    Request, RequestError, RequestId, Settings, Source, State, Ticket, VmDisk,
+    Notice, OpenDisk, OpenRefusal, OpenedDisk, Pin, Reading, Release, Remembered, RemoveMode,
+    Reply, Request, RequestError, RequestId, Settings, Source, State, Ticket, VmDisk,
 };
 use nbdtrack::identity::{Identity, Scheme, VolumeId};
 
@@ -136,6 +136,7 @@ pub struct Store {
     pub conflicts: BTreeMap<ExportName, Conflict>,
     /// Active ones by their disk; one of two on a disk would replace the other, as the table's key does.
     pub mappings: BTreeMap<VmDisk, Mapping>,
+    pub pins: BTreeMap<ExportName, Pin>,
 }
 
 #[derive(Clone, Debug)]
@@ -871,6 +872,7 @@ impl World {
                 conflicts
             },
             mappings: self.store.mappings.values().cloned().collect(),
+            pins: self.store.pins.values().cloned().collect(),
         };
         self.middle = Correlation::new(settings(self.boot), remembered);
         let actions = self.middle.start();
@@ -1179,7 +1181,9 @@ impl World {
                 | Change::DeleteExport(_)
                 | Change::DeleteConflict(_)
                 | Change::PutMapping(_)
-                | Change::RetireMapping(_) => {}
+                | Change::RetireMapping(_)
+                | Change::PutPin(_)
+                | Change::DeletePin(_) => {}
             }
         }
         self.writes.push_back((request, changes));
@@ -1620,6 +1624,12 @@ impl Store {
                 }
                 Change::RetireMapping(disk) => {
                     self.mappings.remove(&disk);
+                }
+                Change::PutPin(pin) => {
+                    self.pins.insert(pin.export.clone(), pin);
+                }
+                Change::DeletePin(export) => {
+                    self.pins.remove(&export);
                 }
             }
         }
