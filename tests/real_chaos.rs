@@ -8,9 +8,10 @@
 mod support;
 
 use std::collections::BTreeMap;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use support::bus::Refused;
+use support::dice::{self, Dice};
 use support::ground::{Need, real, tell};
 use support::loops::{Detached, LoopDevice};
 use support::pattern;
@@ -29,19 +30,6 @@ const PACE: Pace = Pace {
 /// Sequence numbers of one stream stay below the next one's.
 const STREAM_SPAN: u64 = 1 << 32;
 
-/// xorshift64*: enough to choose with, and the same everywhere.
-struct Dice(u64);
-
-impl Dice {
-    fn roll(&mut self, sides: usize) -> usize {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        let high = self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 33;
-        usize::try_from(high).unwrap_or(0) % sides
-    }
-}
-
 struct Chaos {
     scene: Scene,
     dice: Dice,
@@ -53,22 +41,17 @@ struct Chaos {
     counts: BTreeMap<&'static str, u64>,
 }
 
-fn environment(name: &str) -> Option<u64> {
-    std::env::var(name).ok()?.parse().ok()
-}
-
 #[test]
 fn in_any_disorder_every_byte_is_its_own_volumes() -> Outcome<()> {
     real("chaos", NEEDS, |ground| {
-        let clock = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs();
-        let seed = environment("NBDTRACK_SEED").unwrap_or(clock);
-        let seconds = environment("NBDTRACK_CHAOS_SECONDS").unwrap_or(20);
+        let seed = dice::seed()?;
+        let seconds = dice::environment("NBDTRACK_CHAOS_SECONDS").unwrap_or(20);
         tell(&format!(
             "chaos: NBDTRACK_SEED={seed} NBDTRACK_CHAOS_SECONDS={seconds}"
         ));
         let mut chaos = Chaos {
             scene: Scene::serving(ground, &NAMES, BYTES)?,
-            dice: Dice(seed | 1),
+            dice: Dice::new(seed),
             twin: LoopDevice::add()?,
             streams: BTreeMap::new(),
             reports: vec![Vec::new(); NAMES.len()],

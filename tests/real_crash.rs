@@ -1,13 +1,18 @@
-//! kill -9 at ten points of AddExport and at ten of a swap: what was told is there again, and no byte moves.
+//! kill -9 at ten points of AddExport and at ten of a swap: what was told is there again, and no byte moves. And at any moment
+//! under clients that write: what one of them was told is written is there, of a disk and of a file.
 
 mod support;
 
 use std::time::{Duration, Instant};
 
 use support::bus::Options;
-use support::ground::{Need, real, tell};
+use support::chorus::{Chorus, Score};
+use support::dice::{self, Dice};
+use support::ground::{Ground, Need, real, tell};
+use support::loops::{LoopDevice, sparse_file};
 use support::scene::{STEP_LIMIT, Scene, Volume};
-use support::{Outcome, loops::LoopDevice};
+use support::stream::Held;
+use support::{Doing, Outcome};
 
 const NEEDS: &[Need] = &[Need::Loop, Need::Bus, Need::Tool("nbdcopy")];
 const BYTES: u64 = 4 << 20;
@@ -111,7 +116,7 @@ fn no_byte_moves_when_the_daemon_is_killed_at_ten_points_of_a_swap() -> Outcome<
     })
 }
 
-fn swap_killed_at(ground: &support::ground::Ground, point: u32) -> Outcome<()> {
+fn swap_killed_at(ground: &Ground, point: u32) -> Outcome<()> {
     let mut scene = Scene::serving(ground, &["vol-a", "vol-b"], BYTES)?;
     scene.fill(ground, 0, 1)?;
     scene.fill(ground, 1, 1)?;
@@ -176,4 +181,81 @@ fn swap_killed_at(ground: &support::ground::Ground, point: u32) -> Outcome<()> {
         hold!(tally.all_right(), "point {point}, {}: {tally}", volume.name);
     }
     Ok(())
+}
+
+#[test]
+fn what_was_told_to_be_written_to_a_disk_survives_kill_at_any_moment() -> Outcome<()> {
+    real(
+        "kill under writers, disk",
+        &[Need::Loop, Need::Bus],
+        |ground| {
+            let bytes = score(0).region();
+            let volume = Volume::make(ground.path(), "vol", bytes)?;
+            let device = LoopDevice::add()?;
+            device.attach(&volume.image)?;
+            let scene = Scene::empty(ground)?;
+            scene.client.add_export("vol", &volume.id())?;
+            killed_under_writers(scene, &volume.image, |judge| {
+                // The kernel writes back what it holds when the disk goes.
+                device.detach_now()?;
+                judge()?;
+                device.attach(&volume.image)
+            })
+        },
+    )
+}
+
+#[test]
+fn what_was_told_to_be_written_to_a_file_survives_kill_at_any_moment() -> Outcome<()> {
+    real("kill under writers, file", &[Need::Bus], |ground| {
+        let folder = ground.file("files");
+        std::fs::create_dir(&folder)?;
+        let path = sparse_file(&folder, "vol.raw", score(0).region())?;
+        let roots = format!("file_roots = [{:?}]\n", folder.display().to_string());
+        let scene = Scene::told(
+            ground,
+            roots,
+            &[("vol", format!("file:{}", path.display()))],
+        )?;
+        killed_under_writers(scene, &path, |judge| judge())
+    })
+}
+
+fn score(seed: u64) -> Score {
+    Score::new("vol", "vol", 4, 0, seed)
+}
+
+/// The kernel keeps what the daemon has given it: the judge holds the file to every acknowledged write, flushed or not.
+/// `while_down` calls what it is given when the file can be read.
+fn killed_under_writers(
+    mut scene: Scene,
+    file: &std::path::Path,
+    while_down: impl Fn(&dyn Fn() -> Outcome<()>) -> Outcome<()>,
+) -> Outcome<()> {
+    let (seed, rounds) = (
+        dice::seed()?,
+        dice::environment("NBDTRACK_KILLS").unwrap_or(10),
+    );
+    tell(&format!(
+        "kill under writers: NBDTRACK_SEED={seed} NBDTRACK_KILLS={rounds}"
+    ));
+    let mut dice = Dice::new(seed);
+    let mut score = score(seed);
+    let mut writes = 0;
+    for round in 0..rounds {
+        scene.client.reach_state("vol", "Serving", STEP_LIMIT)?;
+        let chorus = Chorus::start(&scene.endpoint(), &score)?;
+        chorus.wait_for(dice.roll(400) as u64)?;
+        scene.kill()?;
+        let sung = chorus.finish()?;
+        let what = format!("NBDTRACK_SEED={seed}, round {round}");
+        while_down(&|| sung.judge(file, "vol", Held::Acknowledged).doing(&what))?;
+        writes += sung.report.writes;
+        score.goes_on(&sung, Held::Acknowledged);
+        scene.start()?;
+    }
+    tell(&format!(
+        "kill under writers: {writes} acknowledged writes over {rounds} kills"
+    ));
+    scene.stop()
 }

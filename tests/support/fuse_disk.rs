@@ -9,7 +9,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -17,6 +17,8 @@ use std::thread::JoinHandle;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
+use super::dice::Dice;
+use super::forgetful::{Cut, Forgetful};
 use super::loops::LoopDevice;
 use super::{Doing, Outcome};
 
@@ -47,7 +49,8 @@ const NO_REPLY: [u32; 3] = [2, 36, 42];
 const HEADER: usize = 40;
 
 struct Shared {
-    back: File,
+    /// Lock: one request at a time; the serving thread's, and the one's who cuts the power.
+    disk: Mutex<Forgetful>,
     bytes: u64,
     hang: AtomicU8,
     fail: AtomicU8,
@@ -84,6 +87,10 @@ impl Shared {
         self.hang.store(0, Ordering::SeqCst);
     }
 
+    fn disk(&self) -> std::sync::MutexGuard<'_, Forgetful> {
+        self.disk.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn waiting(&self) -> std::sync::MutexGuard<'_, Vec<Vec<u8>>> {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -91,6 +98,15 @@ impl Shared {
 
 impl FuseDisk {
     pub fn make(folder: &Path, name: &str, bytes: u64) -> Outcome<FuseDisk> {
+        FuseDisk::with(folder, name, bytes, false)
+    }
+
+    /// A disk with a cache of its own that a power cut takes away.
+    pub fn forgetful(folder: &Path, name: &str, bytes: u64) -> Outcome<FuseDisk> {
+        FuseDisk::with(folder, name, bytes, true)
+    }
+
+    fn with(folder: &Path, name: &str, bytes: u64, caches: bool) -> Outcome<FuseDisk> {
         let back = super::loops::sparse_file(folder, &format!("{name}.back"), bytes)?;
         let file = super::loops::sparse_file(folder, &format!("{name}.disk"), 0)?;
         let door = OpenOptions::new()
@@ -105,7 +121,7 @@ impl FuseDisk {
         );
         mount(&file, &options).doing("mount a FUSE file")?;
         let shared = Arc::new(Shared {
-            back: OpenOptions::new().read(true).write(true).open(&back)?,
+            disk: Mutex::new(Forgetful::open(&back, caches)?),
             bytes,
             hang: AtomicU8::new(0),
             fail: AtomicU8::new(0),
@@ -140,6 +156,20 @@ impl FuseDisk {
     /// From now on these requests answer EIO.
     pub fn fail(&self, which: u8) {
         self.shared.fail.store(which, Ordering::SeqCst);
+    }
+
+    /// From now on no 4 KiB of a write are torn.
+    pub fn keep_pages_whole(&self) {
+        self.shared.disk().whole_sectors = 8;
+    }
+
+    /// Takes the power away; every request fails until [`Self::power_up`].
+    pub fn cut(&self, dice: &mut Dice) -> Outcome<Cut> {
+        Ok(self.shared.disk().cut(dice)?)
+    }
+
+    pub fn power_up(&self) {
+        self.shared.disk().power_up();
     }
 
     /// Everything is well again; what was held is answered.
@@ -299,22 +329,25 @@ fn perform(shared: &Shared, opcode: u32, body: &[u8]) -> Result<Vec<u8>, i32> {
         READ => {
             let size = word(body, 16).min(1 << 20);
             let mut out = vec![0u8; size as usize];
-            shared
-                .back
-                .read_exact_at(&mut out, long(body, 8))
-                .map_err(eio)?;
+            let disk = shared.disk();
+            disk.read(long(body, 8), &mut out).map_err(eio)?;
             Ok(out)
         }
         WRITE => {
             let size = word(body, 16);
             let data = body.get(40..40 + size as usize).ok_or(libc::EIO)?;
-            shared.back.write_all_at(data, long(body, 8)).map_err(eio)?;
+            let mut disk = shared.disk();
+            disk.write(long(body, 8), data, false).map_err(eio)?;
             let mut out = size.to_ne_bytes().to_vec();
             out.extend_from_slice(&[0; 4]);
             Ok(out)
         }
         STATFS => Ok(vec![0; 80]),
-        FSYNC | FLUSH | RELEASE | DESTROY => Ok(Vec::new()),
+        FSYNC => {
+            shared.disk().flush().map_err(eio)?;
+            Ok(Vec::new())
+        }
+        FLUSH | RELEASE | DESTROY => Ok(Vec::new()),
         _ => Err(libc::ENOSYS),
     }
 }

@@ -8,8 +8,11 @@
 #![allow(clippy::duplicate_mod)]
 
 pub mod bus;
+pub mod chorus;
 pub mod client;
 pub mod daemon;
+pub mod dice;
+pub mod forgetful;
 pub mod fuse_disk;
 pub mod ground;
 pub mod loops;

@@ -85,19 +85,25 @@ pub enum Held {
     Flushed,
 }
 
+impl Held {
+    /// The oldest write that the promise allows.
+    pub fn least(self, promise: &Promise) -> u64 {
+        match self {
+            Held::Acknowledged => promise.acknowledged,
+            Held::Flushed => promise.flushed,
+        }
+    }
+}
+
 impl Report {
     /// Compares a backing file with the promises: each sector of the region shows a write that is not older than the
     /// promised and not newer than the sent one.
     pub fn verify(&self, file: &Path, volume: &str, held: Held) -> Outcome<Tally> {
         let may = |offset: u64, sequence: u64| {
             let block = usize::try_from(offset / BLOCK as u64).unwrap_or(usize::MAX);
-            self.blocks.get(block).is_some_and(|promise| {
-                let least = match held {
-                    Held::Acknowledged => promise.acknowledged,
-                    Held::Flushed => promise.flushed,
-                };
-                (least..=promise.sent).contains(&sequence)
-            })
+            self.blocks
+                .get(block)
+                .is_some_and(|promise| (held.least(promise)..=promise.sent).contains(&sequence))
         };
         let region = self.blocks.len() as u64 * BLOCK as u64;
         let source = std::fs::File::open(file).doing(file.display())?;

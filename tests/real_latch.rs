@@ -1,0 +1,235 @@
+//! Invariant 9 on disks that really fail: once a flush or a durable write has failed, no later one of any connection succeeds until
+//! the export has a new generation, however well the disk is again; and what was promised before is on the disk.
+
+mod support;
+
+use std::fs::File;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use support::chorus::{Chorus, Score};
+use support::client::Client;
+use support::dice::{self, Dice};
+use support::fuse_disk::{FLUSHES, FuseDisk, WRITES};
+use support::ground::{Need, real, tell};
+use support::loops::{LoopDevice, sparse_file};
+use support::pattern;
+use support::process;
+use support::scene::{STEP_LIMIT, Scene};
+use support::stream::Held;
+use support::{Doing, Outcome};
+
+const NEEDS: &[Need] = &[Need::Loop, Need::Bus];
+const MOUNTS: &[Need] = &[
+    Need::Loop,
+    Need::Bus,
+    Need::Tool("mount"),
+    Need::Tool("mkfs.ext4"),
+];
+const EIO: u32 = 5;
+/// A program of the system.
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// Unmounted when dropped.
+struct Mounted(PathBuf);
+
+impl Mounted {
+    fn new(at: PathBuf, args: &[&str]) -> Outcome<Mounted> {
+        std::fs::create_dir(&at)?;
+        let place = at.to_string_lossy().into_owned();
+        let args: Vec<&str> = args.iter().copied().chain([place.as_str()]).collect();
+        process::succeed("mount", &args, LIMIT)?;
+        Ok(Mounted(at))
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let _ = process::run("umount", &[&self.0], LIMIT);
+    }
+}
+
+/// Writes until nothing more fits.
+fn fill(path: &Path) -> Outcome<()> {
+    let mut file = File::create(path)?;
+    let block = vec![0xff; 64 << 10];
+    loop {
+        match file.write(&block) {
+            Ok(_) => {}
+            Err(e) if e.raw_os_error() == Some(libc::ENOSPC) => return Ok(()),
+            Err(e) => trouble!("fill {}: {e}", path.display()),
+        }
+    }
+}
+
+/// All that may not succeed any more, on connections that were there and on one that comes now.
+fn nothing_is_durable(scene: &Scene, export: &str, there: &mut [&mut Client]) -> Outcome<()> {
+    let mut late = Client::open(&scene.endpoint(), export)?;
+    for client in there.iter_mut().map(|c| &mut **c).chain([&mut late]) {
+        hold!(client.flush()? == Err(EIO), "a flush succeeded");
+        let said = client.write(256 << 10, &[9; 4096], true)?;
+        hold!(said == Err(EIO), "a durable write succeeded");
+        hold!(client.flush()? == Err(EIO), "a second flush succeeded");
+        let said = client.write(264 << 10, &[9; 4096], false)?;
+        hold!(said == Ok(()), "what promises nothing goes on: {said:?}");
+    }
+    Ok(())
+}
+
+fn detach_names_the_flush(scene: &Scene, volume: &str) -> Outcome<()> {
+    match scene.client.prepare_detach(volume) {
+        Err(e) if e.is("Failed") && e.text.contains("flush") => Ok(()),
+        other => trouble!("expected Failed that names the flush, got {other:?}"),
+    }
+}
+
+#[test]
+fn a_disk_without_room_fails_one_durable_write_and_all_after_it_of_every_connection() -> Outcome<()>
+{
+    real("no room under the disk", MOUNTS, |ground| {
+        let small = Mounted::new(
+            ground.file("small"),
+            &["-t", "tmpfs", "-o", "size=8m", "small"],
+        )?;
+        // Thin: it promises more than there is room for.
+        let image = sparse_file(&small.0, "thin.img", 16 << 20)?;
+        let device = LoopDevice::add()?;
+        device.attach(&image)?;
+        let mut scene = Scene::empty(ground)?;
+        let id = format!("loop:{}", image.display());
+        scene.client.add_export("thin", &id)?;
+        let (mut one, mut two) = (
+            Client::open(&scene.endpoint(), "thin")?,
+            Client::open(&scene.endpoint(), "thin")?,
+        );
+        let said = one.write(0, &[1; 65536], true)?;
+        hold!(said == Ok(()), "while there is room: {said:?}");
+        let rest = small.0.join("rest");
+        fill(&rest)?;
+        // The page cache takes it; that there is no room is found when it is written back, on behalf of another.
+        let said = one.write(4 << 20, &[2; 1 << 20], false)?;
+        hold!(said == Ok(()), "into the page cache: {said:?}");
+        let said = two.write(65536, &[3; 4096], true)?;
+        hold!(
+            said == Err(EIO),
+            "a durable write while there is no room: {said:?}"
+        );
+        std::fs::remove_file(&rest)?;
+        nothing_is_durable(&scene, "thin", &mut [&mut one, &mut two])?;
+        detach_names_the_flush(&scene, &id)?;
+        device.detach_now()?;
+        let mark = scene.client.mark();
+        device.attach(&image)?;
+        scene
+            .client
+            .wait_state(mark, "thin", "Serving", STEP_LIMIT)?;
+        let mut three = Client::open(&scene.endpoint(), "thin")?;
+        let said = three.write(4 << 20, &[4; 4096], true)?;
+        hold!(said == Ok(()), "a new generation begins anew: {said:?}");
+        let bytes = std::fs::read(&image)?;
+        hold!(bytes[..65536] == [1; 65536], "the promise of before");
+        hold!(bytes[4 << 20..][..4096] == [4; 4096], "and that of now");
+        scene.stop()?;
+        device.detach_now()
+    })
+}
+
+#[test]
+fn a_file_whose_file_system_loses_a_write_is_latched_as_a_disk_is() -> Outcome<()> {
+    real("failed write-back of a file", MOUNTS, |ground| {
+        let disk = FuseDisk::make(ground.path(), "ill", 16 << 20)?;
+        let node = disk.device.node();
+        // Without a journal: a failed block of it would make the file system read-only, and the fault another one.
+        process::succeed("mkfs.ext4", &["-q", "-O", "^has_journal", &node], LIMIT)?;
+        let mounted = Mounted::new(ground.file("files"), &["-o", "errors=continue", &node])?;
+        let path = mounted.0.join("a.raw");
+        pattern::write_file(&path, "a", 1 << 20, 1)?;
+        let roots = format!("file_roots = [{:?}]\n", mounted.0.display().to_string());
+        let id = format!("file:{}", path.display());
+        let mut scene = Scene::told(ground, roots, &[("a", id.clone())])?;
+        let healer = disk.healer();
+        scene.client.reach_state("a", "Serving", STEP_LIMIT)?;
+        let (mut one, mut two) = (
+            Client::open(&scene.endpoint(), "a")?,
+            Client::open(&scene.endpoint(), "a")?,
+        );
+        let said = one.write(0, &[1; 65536], false)?;
+        hold!(said == Ok(()) && two.flush()? == Ok(()), "a healthy disk");
+        disk.fail(WRITES);
+        let said = one.write(1 << 19, &[2; 65536], false)?;
+        hold!(said == Ok(()), "into the page cache: {said:?}");
+        hold!(two.flush()? == Err(EIO), "a flush that loses a write");
+        disk.heal();
+        nothing_is_durable(&scene, "a", &mut [&mut one, &mut two])?;
+        detach_names_the_flush(&scene, &id)?;
+        let mark = scene.client.mark();
+        scene.client.cancel_detach(&id)?;
+        if scene.state("a")? != "Serving" {
+            scene.client.wait_state(mark, "a", "Serving", STEP_LIMIT)?;
+        }
+        let mut three = Client::open(&scene.endpoint(), "a")?;
+        let said = three.write(1 << 19, &[4; 4096], true)?;
+        hold!(said == Ok(()), "a new generation begins anew: {said:?}");
+        drop(healer);
+        scene.stop()
+    })
+}
+
+#[test]
+fn at_whatever_moment_the_disk_fails_no_promise_is_broken_and_none_follows() -> Outcome<()> {
+    real("latch under load", NEEDS, |ground| {
+        let seed = dice::seed()?;
+        let rounds = dice::environment("NBDTRACK_FAULTS").unwrap_or(12);
+        tell(&format!(
+            "latch under load: NBDTRACK_SEED={seed} NBDTRACK_FAULTS={rounds}"
+        ));
+        let mut dice = Dice::new(seed);
+        let mut score = Score::new("ill", "ill", 3, 0, seed);
+        let disk = FuseDisk::make(ground.path(), "ill", score.region())?;
+        let mut scene = Scene::empty(ground)?;
+        let id = format!("loop:{}", disk.file.display());
+        let _healer = disk.healer();
+        disk.device.detach_now()?;
+        let (mut promised, mut refused) = (0, 0);
+        for round in 0..rounds {
+            let mark = scene.client.mark();
+            disk.device.attach(&disk.file)?;
+            if round == 0 {
+                scene.client.add_export("ill", &id)?;
+            } else {
+                scene
+                    .client
+                    .wait_state(mark, "ill", "Serving", STEP_LIMIT)?;
+            }
+            let chorus = Chorus::start(&scene.endpoint(), &score)?;
+            chorus.wait_for(dice.roll(200) as u64)?;
+            fail_for_a_moment(&disk, &mut dice)?;
+            chorus.wait_failed()?;
+            disk.heal();
+            chorus.wait_for(40)?;
+            let sung = chorus.finish()?;
+            let what = format!("NBDTRACK_SEED={seed}, round {round}");
+            sung.latched().doing(&what)?;
+            detach_names_the_flush(&scene, &id).doing(&what)?;
+            disk.device.detach_now()?;
+            sung.judge(&disk.back, "ill", Held::Flushed).doing(&what)?;
+            promised += sung.report.flushes + sung.forced;
+            refused += sung.refused;
+            score.goes_on(&sung, Held::Flushed);
+        }
+        tell(&format!(
+            "latch under load: {rounds} faults, {promised} promises before them, {refused} refused after"
+        ));
+        scene.stop()
+    })
+}
+
+/// Every write, every flush or both fail; sometimes someone else syncs the disk meanwhile, and takes note of the error first.
+fn fail_for_a_moment(disk: &FuseDisk, dice: &mut Dice) -> Outcome<()> {
+    disk.fail([WRITES, FLUSHES, WRITES | FLUSHES][dice.roll(3)]);
+    if dice.happens(50) {
+        let _ = process::run("sync", &[disk.device.node()], LIMIT)?;
+    }
+    Ok(())
+}
