@@ -1,6 +1,5 @@
 //! A guest with volumes, the daemon in it, clients outside, and the judge: what every scenario stands on.
 
-use std::collections::{BTreeSet, VecDeque};
 use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -8,18 +7,22 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
+use super::fences::Fence;
 use super::ledger::Ledger;
 use super::machine::{Bus, Machine, Plug, Slots};
+use super::stock::Stock;
 use crate::support::client::{Client, Endpoint, Go, knock};
 use crate::support::pattern::{self, Tally};
 use crate::support::stream::{BLOCK, Report};
-use crate::support::{Doing, Outcome, process, until};
+use crate::support::{Doing, Outcome, Trouble, process, until};
 use crate::{hold, trouble};
 
 /// How long one step may take in an emulated guest on a busy machine.
 pub const STEP: Duration = Duration::from_secs(40);
 /// Bytes of a volume that a scenario needs no other size of.
 pub const BYTES: u64 = 8 << 20;
+/// How long a guest may take to say its last words; one that hangs takes for ever.
+const LAST_WORDS: Duration = Duration::from_secs(15);
 const UNIT: &str = "nbdtrack.service";
 
 /// A volume: its backing file on the host, and how a disk of it looks.
@@ -45,7 +48,7 @@ pub struct Volume {
 pub struct Row {
     /// How often it did what its name says.
     pub count: u64,
-    pub fence_us: Vec<u64>,
+    pub fences: Vec<Fence>,
     pub serving: Vec<Serving>,
     pub notes: Vec<String>,
 }
@@ -61,8 +64,18 @@ pub struct Serving {
     pub serving: Duration,
 }
 
+/// What clients were told of their writes, for the table of the controls.
+#[derive(Default)]
+pub struct Told {
+    pub acknowledged: u64,
+    pub refused: u64,
+}
+
 pub struct Bed {
     pub machine: Machine,
+    /// The stock server in the daemon's place: the same moves, without the daemon's states and signals.
+    pub stock: Option<Stock>,
+    pub told: Told,
     pub slots: Slots,
     pub volumes: Vec<Volume>,
     pub row: Row,
@@ -77,6 +90,8 @@ impl Bed {
         let slots = Slots::of(machine.shape);
         Bed {
             machine,
+            stock: None,
+            told: Told::default(),
             slots,
             volumes: Vec::new(),
             row: Row::default(),
@@ -129,8 +144,17 @@ impl Bed {
         Ok(self.volumes.len() - 1)
     }
 
+    /// Whether the daemon serves: what only it has (states, signals, words) can be asked for.
+    pub fn ours(&self) -> bool {
+        self.stock.is_none()
+    }
+
     /// Writes the configuration: an export for each of these volumes.
     pub fn configure(&mut self, volumes: &[usize]) -> Outcome<()> {
+        if let Some(stock) = &mut self.stock {
+            stock.wanted = volumes.to_vec();
+            return Ok(());
+        }
         let mut text =
             "[server]\nlisten = [\"0.0.0.0:10809\"]\nsocket = \"/run/nbdtrack/nbd.sock\"\n"
                 .to_owned();
@@ -146,6 +170,9 @@ impl Bed {
     }
 
     pub fn start_daemon(&mut self) -> Outcome<()> {
+        if !self.ours() {
+            return self.start_stock();
+        }
         let said = self.machine.agent.attempt(&format!(
             "systemctl start {UNIT} || {{ journalctl -u {UNIT} --no-pager; false; }}"
         ))?;
@@ -156,6 +183,30 @@ impl Bed {
             said.stderr
         );
         Ok(())
+    }
+
+    pub fn stop_daemon(&mut self) -> Outcome<()> {
+        if !self.ours() {
+            return self.kill_stock();
+        }
+        self.machine.agent.run("systemctl stop nbdtrack").map(drop)
+    }
+
+    /// Kills it without a warning; who serves is started again by the unit, or by [`Self::daemon_back`].
+    pub fn kill_daemon(&mut self) -> Outcome<()> {
+        if !self.ours() {
+            return self.kill_stock();
+        }
+        let kill = "systemctl kill --signal=KILL nbdtrack";
+        self.machine.agent.run(kill).map(drop)
+    }
+
+    /// Waits until a daemon that was killed serves again.
+    pub fn daemon_back(&mut self) -> Outcome<()> {
+        if !self.ours() {
+            return self.start_stock();
+        }
+        self.guest_until("the daemon to be back", "nbdtrack status")
     }
 
     /// Plugs all volumes in their order, starts the daemon with an export for each, waits until all are served.
@@ -204,6 +255,9 @@ impl Bed {
 
     /// Plugs a volume and waits until its name is given and udev has made its links; for when no daemon tells.
     pub fn plug_and_settle(&mut self, index: usize) -> Outcome<()> {
+        if !self.ours() {
+            return self.attach_stock(&[index]);
+        }
         self.plug(index)?;
         self.wait_udev(index)
     }
@@ -234,6 +288,14 @@ impl Bed {
         until(STEP, what, || {
             Ok((self.machine.agent.attempt(command)?.code == 0).then_some(()))
         })
+    }
+
+    /// Unplugs a volume's disk from QEMU; the guest may hear of it later.
+    pub fn forget(&mut self, index: usize) -> Outcome<()> {
+        let Some(plug) = self.volumes[index].plug.take() else {
+            trouble!("{} is not plugged", self.volumes[index].name);
+        };
+        self.machine.unplug(&mut self.slots, plug)
     }
 
     /// Unplugs a volume's disk and waits until it is gone from QEMU and from the guest.
@@ -269,14 +331,21 @@ impl Bed {
             })
     }
 
-    /// The device node of an export.
+    /// The device node of an export's volume, wherever it is now.
     pub fn node(&self, index: usize) -> Outcome<String> {
+        if !self.ours() {
+            return self.node_by_link(index);
+        }
         let found = self.export(index)?;
         Ok(found["device_node"].as_str().unwrap_or_default().to_owned())
     }
 
     /// `PrepareDetach` through the CLI.
     pub fn prepare_detach(&self, index: usize) -> Outcome<()> {
+        // The stock server has nothing of the kind.
+        if !self.ours() {
+            return Ok(());
+        }
         let id = &self.volumes[index].id;
         self.machine
             .agent
@@ -286,6 +355,9 @@ impl Bed {
 
     /// Plugs a volume and waits until its export serves it; the times go into the table.
     pub fn attach(&mut self, index: usize) -> Outcome<()> {
+        if !self.ours() {
+            return self.attach_stock(&[index]);
+        }
         let (bus, udev) = (self.machine.bus.mark(), self.machine.udev.mark());
         let began = Instant::now();
         self.plug(index)?;
@@ -299,6 +371,22 @@ impl Bed {
             udev: None,
             serving,
         });
+        Ok(())
+    }
+
+    /// Plugs volumes one right after the other, and waits until all are served.
+    pub fn attach_all(&mut self, indexes: &[usize]) -> Outcome<()> {
+        if !self.ours() {
+            return self.attach_stock(indexes);
+        }
+        let mark = self.machine.bus.mark();
+        for index in indexes {
+            self.plug(*index)?;
+        }
+        let limit = STEP * u32::try_from(indexes.len())?;
+        for index in indexes {
+            self.wait_state_within(limit, mark, *index, "Serving")?;
+        }
         Ok(())
     }
 
@@ -326,9 +414,19 @@ impl Bed {
 
     /// Waits for the signal that an export came into a state, after `mark` on the bus.
     pub fn wait_state(&self, mark: usize, index: usize, state: &str) -> Outcome<()> {
+        self.wait_state_within(STEP, mark, index, state)
+    }
+
+    fn wait_state_within(
+        &self,
+        limit: Duration,
+        mark: usize,
+        index: usize,
+        state: &str,
+    ) -> Outcome<()> {
         let name = &self.volumes[index].name;
         let what = format!("{name} to be {state}");
-        self.machine.bus.wait(mark, STEP, what, |line| {
+        self.machine.bus.wait(mark, limit, what, |line| {
             let data = signal(&line.text, "ExportStateChanged")?;
             (data[1] == name.as_str() && data[3] == state).then_some(())
         })
@@ -336,6 +434,9 @@ impl Bed {
 
     /// Waits until an export is in a state, from before or by a signal.
     pub fn reach(&self, index: usize, state: &str) -> Outcome<()> {
+        if !self.ours() {
+            return Ok(());
+        }
         let mark = self.machine.bus.mark();
         if self.export(index)?["state"] == state {
             return Ok(());
@@ -377,6 +478,14 @@ impl Bed {
         }
     }
 
+    /// A client comes for a volume that is not there. The daemon has to refuse it; what the other lets it write is written.
+    pub fn come_for_absent(&mut self, index: usize, block: usize) -> Outcome<()> {
+        if self.ours() {
+            return self.refused(index).map(drop);
+        }
+        self.write(index, block)
+    }
+
     /// The next sequence number of a write.
     pub fn sequence(&mut self) -> u64 {
         self.sequence += 1;
@@ -388,8 +497,12 @@ impl Bed {
         self.sequence = self.sequence.max(sequence);
     }
 
-    /// Writes one block durably through the export, over a connection of its own.
+    /// Writes one block durably through the export, over a connection of its own. What the stock server does not take is
+    /// counted: it may be wrong, and the judge says so.
     pub fn write(&mut self, index: usize, block: usize) -> Outcome<()> {
+        if !self.ours() {
+            return self.write_stock(index, block);
+        }
         let mut client = Client::open(&self.endpoint(), &self.volumes[index].name)?;
         let said = self.write_on(&mut client, index, block)?;
         hold!(
@@ -431,15 +544,25 @@ impl Bed {
         }
         let uri = Endpoint::Tcp(self.machine.nbd).uri(&volume.name);
         let args = ["--flush", &file.to_string_lossy(), &uri];
-        process::succeed("nbdcopy", &args, Duration::from_secs(120))?;
+        let copied = process::succeed("nbdcopy", &args, Duration::from_secs(120));
+        if self.stock.is_some() && copied.is_err() {
+            self.told.refused += 1;
+            return Ok(());
+        }
+        copied?;
+        self.told.acknowledged += 1;
+        let volume = &mut self.volumes[index];
         for block in 0..volume.ledger.blocks() {
             volume.ledger.durable(block, sequence);
         }
-        Ok(())
+        self.closed_stock(index)
     }
 
-    /// Reads a whole volume through its export with nbdcopy, and compares every byte.
+    /// Reads a whole volume through its export with nbdcopy, and compares every byte. Of the stock server the judge does it.
     pub fn compare(&self, index: usize) -> Outcome<()> {
+        if !self.ours() {
+            return Ok(());
+        }
         let volume = &self.volumes[index];
         let file = self.folder.join("copy");
         let uri = self.endpoint().uri(&volume.name);
@@ -460,10 +583,10 @@ impl Bed {
         self.volumes[index].ledger.add(report);
         let last = report.blocks.iter().map(|b| b.sent).max().unwrap_or(0);
         self.skip_to(last);
-        if let Some(wrong) = &report.wrong_read {
-            trouble!("{} read {wrong}", self.volumes[index].name);
+        match &report.wrong_read {
+            Some(wrong) if self.ours() => trouble!("{} read {wrong}", self.volumes[index].name),
+            _ => self.closed_stock(index),
         }
-        Ok(())
     }
 
     /// Reads every backing file, after the guest has written all that it holds and was stopped.
@@ -484,76 +607,55 @@ impl Bed {
         judged.collect()
     }
 
-    /// Traces the guest's kernel: block devices' uevents, and the daemon's shutdown(2) of its clients' sockets.
-    pub fn trace_fences(&self) -> Outcome<()> {
-        // kobject_uevent_env itself is not traceable in Debian's kernel. block_uevent is what it calls for a disk just
-        // before it sends; the first one after device_del of the disk is the `remove`. Both take a struct device, whose
-        // first member is its kobject, whose first member is the name. The clock is CLOCK_MONOTONIC.
-        self.machine.agent.run(
-            "cd /sys/kernel/tracing && echo mono >trace_clock && \
-             echo 'p:bed_del device_del name=+0(+0(%di)):string' >kprobe_events && \
-             echo 'p:bed_uevent block_uevent name=+0(+0(%di)):string' >>kprobe_events && \
-             echo 1 >events/kprobes/enable && echo 1 >events/syscalls/sys_enter_shutdown/enable && echo 1 >tracing_on",
-        )?;
-        Ok(())
-    }
-
-    /// Says whether the pulls from here on are to be measured: a disk whose session was drained before has no fence.
-    pub fn measure(&self, measured: bool) -> Outcome<()> {
-        let word = if measured { "on" } else { "off" };
-        let command = format!("echo bed_measure={word} >/sys/kernel/tracing/trace_marker");
-        self.machine.agent.run(&command).map(drop)
-    }
-
-    /// Takes the fences since the last call: from the kernel's `remove` of a disk to the first socket that was shut
-    /// down after it, in microseconds of the guest's clock.
-    pub fn take_fences(&mut self) -> Outcome<()> {
-        let text = self
-            .machine
-            .agent
-            .run("cd /sys/kernel/tracing && cat trace && echo >trace")?;
-        let mut going: BTreeSet<&str> = BTreeSet::new();
-        // In their order; a disk without a session has no fence, and is forgotten at the next event that is no `remove`.
-        let mut removed: VecDeque<u64> = VecDeque::new();
-        let mut measured = true;
-        for line in text.lines() {
-            let Some(at) = trace_us(line) else { continue };
-            let name = line.rsplit("name=").next().unwrap_or_default();
-            if let Some((_, word)) = line.split_once("bed_measure=") {
-                measured = word == "on";
-                removed.clear();
-            } else if line.contains("bed_del:") {
-                going.insert(name);
-            } else if line.contains("bed_uevent:") {
-                if going.remove(name) && measured {
-                    removed.push_back(at);
-                } else {
-                    removed.clear();
-                }
-            } else if line.contains("sys_shutdown(")
-                && let Some(removed) = removed.pop_front()
-            {
-                self.row.fence_us.push(at.saturating_sub(removed));
-            }
-        }
-        Ok(())
-    }
-
-    /// Leaves what the guest knows in the folder of logs.
-    pub fn keep_journal(&self, logs: &Path) -> Outcome<()> {
+    /// Leaves what the guest knows in the folder of logs; of a guest that does not answer, what QEMU knows of it. What its
+    /// journal said until then is in serial.log.
+    pub fn keep_journal(&mut self, logs: &Path) -> Outcome<()> {
         for (name, command) in [
             ("journal.log", "journalctl -b -o short-monotonic --no-pager"),
             (
                 "state.log",
-                "nbdtrack exports; nbdtrack volumes; lsblk; ls -l /dev/disk/by-id; ps aux; cat /etc/nbdtrack/nbdtrack.toml",
+                "nbdtrack exports; nbdtrack volumes; lsblk; ls -l /dev/disk/by-id; busybox ps; cat /etc/nbdtrack/nbdtrack.toml",
             ),
         ] {
-            let ran = self.machine.agent.attempt(command)?;
+            let asked = self.machine.agent.begin(command, &[]);
+            let ran = asked.and_then(|id| self.machine.agent.finish(id, command, LAST_WORDS));
+            let ran = match ran {
+                Ok(ran) => ran,
+                Err(e) => return self.keep_machine(logs, &e),
+            };
             let mut file = File::create(logs.join(name))?;
             file.write_all(ran.stdout.as_bytes())?;
             file.write_all(ran.stderr.as_bytes())?;
         }
         Ok(())
+    }
+
+    /// As [`Self::keep_journal`], when the guest is gone or hangs.
+    fn keep_machine(&mut self, logs: &Path, why: &Trouble) -> Outcome<()> {
+        let mut text = format!(
+            "The guest did not answer ({why}).\nIts journal could not be read; every line of it up to here is in serial.log.\n"
+        );
+        for (command, arguments) in [
+            ("query-status", json!({})),
+            ("query-cpus-fast", json!({})),
+            (
+                "human-monitor-command",
+                json!({ "command-line": "info registers" }),
+            ),
+            (
+                "human-monitor-command",
+                json!({ "command-line": "info block" }),
+            ),
+        ] {
+            let said = match self.machine.qmp.try_ask(command, &arguments) {
+                Ok(Ok(Value::String(said))) => said,
+                Ok(Ok(said)) => said.to_string(),
+                Ok(Err(refusal)) => format!("refused: {refusal}"),
+                Err(e) => format!("no answer: {e}"),
+            };
+            text.push_str(&format!("\nQMP {command} {arguments}:\n{said}\n"));
+        }
+        std::fs::write(logs.join("hung.log"), text).doing("keep hung.log")
     }
 }
 
@@ -567,13 +669,4 @@ pub fn signal(line: &str, member: &str) -> Option<Vec<Value>> {
         return None;
     }
     message["payload"]["data"].as_array().cloned()
-}
-
-/// The time of a line of trace: `comm-pid [cpu] flags seconds.micros: event`.
-fn trace_us(line: &str) -> Option<u64> {
-    let word = line
-        .split_whitespace()
-        .find(|w| w.ends_with(':') && w.contains('.') && w.as_bytes()[0].is_ascii_digit())?;
-    let (s, us) = word.trim_end_matches(':').split_once('.')?;
-    Some(s.parse::<u64>().ok()? * 1_000_000 + us.parse::<u64>().ok()?)
 }

@@ -195,6 +195,11 @@ impl Machine {
         self.qmp.ask("stop", json!({})).map(drop)
     }
 
+    /// Lets them run again.
+    pub fn resume_processors(&mut self) -> Outcome<()> {
+        self.qmp.ask("cont", json!({})).map(drop)
+    }
+
     /// Ends QEMU, and waits for its end.
     pub fn quit(mut self) -> Outcome<()> {
         self.qmp.try_ask("quit", &json!({})).ok();

@@ -9,9 +9,11 @@ mod support;
 
 mod agent;
 mod bed;
+mod fences;
 mod ledger;
 mod lines;
 mod machine;
 mod qmp;
 mod scenarios;
 mod stage;
+mod stock;

@@ -7,8 +7,10 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::bed::{Bed, Row};
+use super::bed::{Bed, Row, Told};
+use super::fences::Fence;
 use super::machine::{Machine, Shape};
+use super::stock::Stock;
 use crate::support::ground::{skip, tell};
 use crate::support::pattern::Tally;
 use crate::support::process::{self, installed};
@@ -33,6 +35,39 @@ pub enum Verdict {
     NoWrongByte,
     /// The control: the stock server has to be found out.
     WrongBytes,
+    /// The control: bytes that the stock server has said to be durable are to be missing, and none is to be on a wrong volume.
+    LostBytes,
+}
+
+/// Runs a scenario's moves with the stock server in the daemon's place: its exports are the paths that the volumes have at its start.
+pub fn control(
+    name: &str,
+    shape: Shape,
+    verdict: Verdict,
+    body: impl FnOnce(&mut Bed) -> Outcome<()>,
+) -> Outcome<()> {
+    control_on(name, shape, &Start::Resumed, verdict, body)
+}
+
+pub fn control_on(
+    name: &str,
+    shape: Shape,
+    start: &Start<'_>,
+    verdict: Verdict,
+    body: impl FnOnce(&mut Bed) -> Outcome<()>,
+) -> Outcome<()> {
+    let title = format!("control nbd-server, {name}");
+    staged(&title, shape, start, verdict, |bed| {
+        bed.stock = Some(Stock::default());
+        body(bed)?;
+        let Told {
+            acknowledged,
+            refused,
+        } = bed.told;
+        let told = format!("{acknowledged} writes acknowledged, {refused} refused");
+        bed.row.notes.push(told);
+        Ok(())
+    })
 }
 
 /// Runs a scenario on a resumed machine; not one byte may be wrong.
@@ -102,13 +137,19 @@ pub fn staged(
     match &judged {
         Err(e) => text.push_str(&format!("\nthe judge: {e}")),
         Ok(tallies) => {
-            for (volume, tally) in names.iter().filter(|v| v.judged).zip(tallies) {
-                if !tally.all_right() && verdict == Verdict::NoWrongByte {
+            if !expected(verdict, tallies) {
+                for (volume, tally) in names.iter().filter(|v| v.judged).zip(tallies) {
                     let _ = write!(text, "\n{}: {tally}", volume.name);
                 }
-            }
-            if verdict == Verdict::WrongBytes && !tallies.iter().any(|t| t.of_others() > 0) {
-                text.push_str("\nthe control wrote nothing to a wrong volume: the bed is broken");
+                text.push_str(match verdict {
+                    Verdict::NoWrongByte => "\nno byte may be wrong",
+                    Verdict::WrongBytes => {
+                        "\nthe control wrote nothing to a wrong volume: the bed is broken"
+                    }
+                    Verdict::LostBytes => {
+                        "\nthe control was to lose bytes, and to put none on a wrong volume"
+                    }
+                });
             }
         }
     }
@@ -161,6 +202,17 @@ fn turn(target: &Path, alone: bool) -> Outcome<[Option<File>; 2]> {
     })
 }
 
+/// Whether the judge found what was to be found.
+fn expected(verdict: Verdict, tallies: &[Tally]) -> bool {
+    let strayed = tallies.iter().any(|t| t.of_others() > 0);
+    match verdict {
+        Verdict::NoWrongByte => tallies.iter().all(Tally::all_right),
+        Verdict::WrongBytes => strayed,
+        // An older write stands where a durable one was promised.
+        Verdict::LostBytes => !strayed && tallies.iter().any(|t| t.misplaced > 0),
+    }
+}
+
 /// Bytes that are not what they should be.
 fn wrong_bytes(tally: &Tally) -> u64 {
     tally.of_others() + tally.zero + tally.misplaced + tally.foreign + tally.missing
@@ -181,17 +233,26 @@ fn line(
         if passed { "ok" } else { "FAILED" },
         row.count.max(1)
     );
-    let mut fences = row.fence_us.clone();
-    fences.sort_unstable();
-    match fences.as_slice() {
+    let sorted = |of: fn(&Fence) -> u64| {
+        let mut all: Vec<u64> = row.fences.iter().map(of).collect();
+        all.sort_unstable();
+        all
+    };
+    let ms = |all: &[u64]| {
+        let [half, most] = [50, 99].map(|percent| *part(all, percent) as f64 / 1e3);
+        format!("{half:.2} ms median, {most:.2} p99")
+    };
+    match sorted(|fence| fence.cut).as_slice() {
         [] => out.push_str("|fence -"),
         all => {
             let _ = write!(
                 out,
-                "|fence {:.2} ms median, {:.2} p99 ({} samples)",
-                *part(all, 50) as f64 / 1e3,
-                *part(all, 99) as f64 / 1e3,
-                all.len()
+                "|fence {} ({} samples; until woken {}; waiting for the processor {}; from there {})",
+                ms(all),
+                all.len(),
+                ms(&sorted(|fence| fence.woken)),
+                ms(&sorted(|fence| fence.running - fence.woken)),
+                ms(&sorted(|fence| fence.cut - fence.running)),
             );
         }
     }

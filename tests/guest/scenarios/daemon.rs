@@ -41,71 +41,76 @@ fn check(bed: &mut Bed, a: usize, b: usize) -> Outcome<()> {
 }
 
 fn daemon_killed_between_events_serves_what_is_there_now(shape: Shape) -> Outcome<()> {
-    scenario("kill -9 between events", shape, |bed| {
-        let (a, b) = two(bed)?;
-        let kill = "systemctl kill --signal=KILL nbdtrack";
-        // The unit starts it again after a second; the kill falls at another place each time.
-        for place in 0..4 {
-            if place == 0 {
-                bed.machine.agent.run(kill)?;
-            }
-            bed.unplug(a)?;
-            if place == 1 {
-                bed.machine.agent.run(kill)?;
-            }
-            bed.unplug(b)?;
-            if place == 2 {
-                bed.machine.agent.run(kill)?;
-            }
-            bed.plug_and_settle(b)?;
-            if place == 3 {
-                bed.machine.agent.run(kill)?;
-            }
-            bed.plug_and_settle(a)?;
-            bed.guest_until("the daemon to be back", "nbdtrack status")?;
-            check(bed, a, b)?;
+    scenario("kill -9 between events", shape, kill_between)
+}
+
+pub fn kill_between(bed: &mut Bed) -> Outcome<()> {
+    let (a, b) = two(bed)?;
+    // The unit starts it again after a second; the kill falls at another place each time.
+    for place in 0..4 {
+        if place == 0 {
+            bed.kill_daemon()?;
         }
-        Ok(())
-    })
+        bed.unplug(a)?;
+        if place == 1 {
+            bed.kill_daemon()?;
+        }
+        bed.unplug(b)?;
+        if place == 2 {
+            bed.kill_daemon()?;
+        }
+        bed.plug_and_settle(b)?;
+        if place == 3 {
+            bed.kill_daemon()?;
+        }
+        bed.plug_and_settle(a)?;
+        bed.daemon_back()?;
+        check(bed, a, b)?;
+    }
+    Ok(())
 }
 
 fn daemon_started_after_everything_moved_serves_what_is_there_now(shape: Shape) -> Outcome<()> {
-    scenario("started late", shape, |bed| {
-        let (a, b) = two(bed)?;
-        bed.machine.agent.run("systemctl stop nbdtrack")?;
-        bed.unplug_all(&[a, b])?;
-        bed.plug_and_settle(b)?;
-        bed.plug_and_settle(a)?;
-        bed.start_daemon()?;
-        check(bed, a, b)
-    })
+    scenario("started late", shape, start_late)
+}
+
+pub fn start_late(bed: &mut Bed) -> Outcome<()> {
+    let (a, b) = two(bed)?;
+    bed.stop_daemon()?;
+    bed.unplug_all(&[a, b])?;
+    bed.plug_and_settle(b)?;
+    bed.plug_and_settle(a)?;
+    bed.start_daemon()?;
+    check(bed, a, b)
 }
 
 fn reboot_between_detach_and_attach_changes_nothing(shape: Shape) -> Outcome<()> {
-    scenario("reboot", shape, |bed| {
-        let (a, b) = two(bed)?;
-        let agent = &bed.machine.agent;
-        agent.run("systemctl enable nbdtrack && sync")?;
-        let id = "cat /proc/sys/kernel/random/boot_id";
-        let before = agent.run(id)?;
-        bed.prepare_detach(a)?;
-        bed.unplug(a)?;
-        bed.unplug(b)?;
-        let agent = &bed.machine.agent;
-        // Its answer may be lost with the guest.
-        let _ = agent.begin("systemctl reboot", &[])?;
-        until(4 * STEP, "the guest to be back", || {
-            let asked = agent.begin(id, &[])?;
-            match agent.finish(asked, id, Duration::from_secs(5)) {
-                Ok(ran) => Ok((ran.code == 0 && ran.stdout != before).then_some(())),
-                Err(_) => Ok(None),
-            }
-        })?;
-        bed.guest_until("the daemon to be back", "nbdtrack status")?;
-        bed.plug_and_settle(b)?;
-        bed.plug_and_settle(a)?;
-        check(bed, a, b)
-    })
+    scenario("reboot", shape, reboot_between)
+}
+
+pub fn reboot_between(bed: &mut Bed) -> Outcome<()> {
+    let (a, b) = two(bed)?;
+    let agent = &bed.machine.agent;
+    agent.run("systemctl enable nbdtrack && sync")?;
+    let id = "cat /proc/sys/kernel/random/boot_id";
+    let before = agent.run(id)?;
+    bed.prepare_detach(a)?;
+    bed.unplug(a)?;
+    bed.unplug(b)?;
+    let agent = &bed.machine.agent;
+    // Its answer may be lost with the guest.
+    let _ = agent.begin("systemctl reboot", &[])?;
+    until(4 * STEP, "the guest to be back", || {
+        let asked = agent.begin(id, &[])?;
+        match agent.finish(asked, id, Duration::from_secs(5)) {
+            Ok(ran) => Ok((ran.code == 0 && ran.stdout != before).then_some(())),
+            Err(_) => Ok(None),
+        }
+    })?;
+    bed.daemon_back()?;
+    bed.plug_and_settle(b)?;
+    bed.plug_and_settle(a)?;
+    check(bed, a, b)
 }
 
 const UDEVD: &str =
@@ -118,42 +123,49 @@ fn swap(bed: &mut Bed, a: usize, b: usize) -> Outcome<()> {
 }
 
 fn swap_without_udevd_is_followed(shape: Shape) -> Outcome<()> {
-    scenario("udevd stopped", shape, |bed| {
-        let (a, b) = two(bed)?;
-        bed.machine.agent.run(&format!("systemctl stop {UDEVD}"))?;
-        swap(bed, a, b)?;
-        check(bed, a, b)
-    })
+    scenario("udevd stopped", shape, stop_udevd)
+}
+
+pub fn stop_udevd(bed: &mut Bed) -> Outcome<()> {
+    let (a, b) = two(bed)?;
+    bed.machine.agent.run(&format!("systemctl stop {UDEVD}"))?;
+    swap(bed, a, b)?;
+    check(bed, a, b)
 }
 
 fn swap_under_a_rule_of_three_seconds_is_followed(shape: Shape) -> Outcome<()> {
-    scenario("udevd slow", shape, |bed| {
-        let (a, b) = two(bed)?;
-        bed.machine.agent.put(
-            "/etc/udev/rules.d/10-slow.rules",
-            "SUBSYSTEM==\"block\", PROGRAM=\"/bin/sleep 3\"\n",
-        )?;
-        bed.machine.agent.run("udevadm control --reload")?;
-        swap(bed, a, b)?;
-        check(bed, a, b)?;
-        // Again, while the slow events of the first swap are still on their way.
-        swap(bed, a, b)?;
-        check(bed, a, b)?;
-        bed.machine.agent.run("udevadm settle --timeout=60")?;
-        check(bed, a, b)
-    })
+    scenario("udevd slow", shape, slow_udevd)
+}
+
+pub fn slow_udevd(bed: &mut Bed) -> Outcome<()> {
+    let (a, b) = two(bed)?;
+    bed.machine.agent.put(
+        "/etc/udev/rules.d/10-slow.rules",
+        "SUBSYSTEM==\"block\", PROGRAM=\"/bin/sleep 3\"\n",
+    )?;
+    bed.machine.agent.run("udevadm control --reload")?;
+    swap(bed, a, b)?;
+    check(bed, a, b)?;
+    // Again, while the slow events of the first swap are still on their way.
+    swap(bed, a, b)?;
+    check(bed, a, b)?;
+    bed.machine.agent.run("udevadm settle --timeout=60")?;
+    check(bed, a, b)
 }
 
 fn swap_over_a_restart_of_udevd_is_followed(shape: Shape) -> Outcome<()> {
-    scenario("udevd restarted", shape, |bed| {
-        let (a, b) = two(bed)?;
-        bed.unplug_all(&[a, b])?;
-        let restart = format!("systemctl restart {UDEVD}");
-        let restarting = bed.machine.agent.begin(&restart, &[])?;
-        bed.attach(b)?;
-        let ran = bed.machine.agent.finish(restarting, &restart, STEP)?;
-        hold!(ran.code == 0, "{restart}: {}", ran.stderr);
-        bed.attach(a)?;
-        check(bed, a, b)
-    })
+    scenario("udevd restarted", shape, restart_udevd)
+}
+
+pub fn restart_udevd(bed: &mut Bed) -> Outcome<()> {
+    let (a, b) = two(bed)?;
+    bed.unplug_all(&[a, b])?;
+    // Its sockets stay: a socket whose service an event has started meanwhile could not be started again.
+    let restart = "systemctl restart systemd-udevd.service";
+    let restarting = bed.machine.agent.begin(restart, &[])?;
+    bed.attach(b)?;
+    let ran = bed.machine.agent.finish(restarting, restart, STEP)?;
+    hold!(ran.code == 0, "{restart}: {}", ran.stderr);
+    bed.attach(a)?;
+    check(bed, a, b)
 }

@@ -28,6 +28,7 @@ macro_rules! scenario {
 mod claims;
 mod control;
 mod daemon;
+mod hasty;
 mod identities;
 mod moves;
 mod swap;

@@ -1,5 +1,6 @@
 //! Disks that fail, hang, come in crowds, and a guest that has little of anything.
 
+use std::io::Write;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
@@ -8,26 +9,57 @@ use crate::bed::{Bed, STEP};
 use crate::hold;
 use crate::machine::{PC_SLOTS, Q35_PORTS, Shape};
 use crate::stage::{part, scenario};
-use crate::support::client::Client;
+use crate::support::client::{CMD_WRITE, Client, FLAG_FUA, request};
+use crate::support::pattern;
 use crate::support::stream::BLOCK;
 use crate::support::{Outcome, until};
 
 scenario!(errors, disk_with_errors_ends_only_its_own_requests);
 scenario!(hang, hanging_disk_keeps_no_one_else_waiting);
+scenario!(hung, guest_that_hangs_leaves_what_can_be_had);
 scenario!(flood, thirty_two_disks_at_once_each_find_their_export);
 scenario!(scarce, few_descriptors_refuse_exports_with_a_reason);
 
 /// The block whose first sector cannot be written.
-const BAD: usize = 5;
+pub const BAD: usize = 5;
+
+/// A disk on which that sector cannot be written.
+pub fn bad_block(mut blocks: Value) -> Value {
+    let file = blocks["file"].take();
+    let fault =
+        json!({ "event": "none", "iotype": "write", "errno": 5, "sector": BAD * BLOCK / 512 });
+    json!({ "driver": "raw", "file": { "driver": "blkdebug", "image": file, "inject-error": [fault] } })
+}
+
+/// A disk that [`throttle`] makes hang.
+pub fn slow(mut blocks: Value) -> Value {
+    let file = blocks["file"].take();
+    json!({ "driver": "raw", "file": { "driver": "throttle", "throttle-group": "slow", "file": file } })
+}
+
+/// Sends so many durable writes, and does not wait for their replies.
+pub fn send_writes(bed: &mut Bed, client: &Client, index: usize, count: u64) -> Outcome<()> {
+    let mut socket = client.socket.try_clone()?;
+    for number in 0..count {
+        let sequence = bed.sequence();
+        let block = 10 + usize::try_from(number)?;
+        let offset = (block * BLOCK) as u64;
+        let mut data = vec![0; BLOCK];
+        let volume = &mut bed.volumes[index];
+        pattern::stamp(&mut data, &volume.name, offset, sequence);
+        volume.ledger.sent(block, sequence);
+        let bytes = u32::try_from(BLOCK)?;
+        let mut message = request(CMD_WRITE, FLAG_FUA, 100 + number, offset, bytes).to_vec();
+        message.extend_from_slice(&data);
+        socket.write_all(&message)?;
+    }
+    Ok(())
+}
 
 fn disk_with_errors_ends_only_its_own_requests(shape: Shape) -> Outcome<()> {
     scenario("I/O errors (blkdebug)", shape, |bed| {
         let (a, b) = (bed.add("vol-a")?, bed.add("vol-b")?);
-        bed.volumes[a].layer = Some(|mut blocks: Value| {
-            let file = blocks["file"].take();
-            let fault = json!({ "event": "none", "iotype": "write", "errno": 5, "sector": BAD * BLOCK / 512 });
-            json!({ "driver": "raw", "file": { "driver": "blkdebug", "image": file, "inject-error": [fault] } })
-        });
+        bed.volumes[a].layer = Some(bad_block);
         bed.serve_all()?;
         let mut on_a = Client::open(&bed.endpoint(), "vol-a")?;
         let mut on_b = Client::open(&bed.endpoint(), "vol-b")?;
@@ -64,30 +96,14 @@ fn hanging_disk_keeps_no_one_else_waiting(shape: Shape) -> Outcome<()> {
             json!({ "qom-type": "throttle-group", "id": "slow" }),
         )?;
         let (a, b) = (bed.add("vol-a")?, bed.add("vol-b")?);
-        bed.volumes[a].layer = Some(|mut blocks: Value| {
-            let file = blocks["file"].take();
-            json!({ "driver": "raw", "file": { "driver": "throttle", "throttle-group": "slow", "file": file } })
-        });
+        bed.volumes[a].layer = Some(slow);
         bed.serve_all()?;
         let mut on_b = Client::open(&bed.endpoint(), "vol-b")?;
         let before = latencies(bed, &mut on_b, b)?;
         let on_a = Client::open(&bed.endpoint(), "vol-a")?;
         throttle(bed, 1000)?;
         // Requests that the disk answers after half a minute: QEMU lets what is queued wait also when the limit is gone.
-        let mut waiting = on_a.socket.try_clone()?;
-        for number in 0..3u64 {
-            let sequence = bed.sequence();
-            let block = 10 + usize::try_from(number)?;
-            let offset = (block * BLOCK) as u64;
-            let mut data = vec![0; BLOCK];
-            crate::support::pattern::stamp(&mut data, "vol-a", offset, sequence);
-            bed.volumes[a].ledger.sent(block, sequence);
-            let mut message =
-                crate::support::client::request(1, 1, 100 + number, offset, u32::try_from(BLOCK)?)
-                    .to_vec();
-            message.extend_from_slice(&data);
-            std::io::Write::write_all(&mut waiting, &message)?;
-        }
+        send_writes(bed, &on_a, a, 3)?;
         // Thread: the hanging export's client; ends with its session.
         let client = std::thread::spawn(move || {
             // The first request may have been carried out before the disk hung.
@@ -181,7 +197,7 @@ fn hanging_disk_keeps_no_one_else_waiting(shape: Shape) -> Outcome<()> {
 }
 
 /// Bytes a second that the slow disk carries; 0 is no limit.
-fn throttle(bed: &mut Bed, bytes: u64) -> Outcome<()> {
+pub fn throttle(bed: &mut Bed, bytes: u64) -> Outcome<()> {
     let limits = json!({ "bps-total": bytes });
     bed.machine
         .qmp
@@ -261,59 +277,79 @@ fn calls(bed: &Bed) -> Outcome<Vec<Duration>> {
     Ok(took)
 }
 
-fn thirty_two_disks_at_once_each_find_their_export(shape: Shape) -> Outcome<()> {
-    scenario("32 disks at once", shape, |bed| {
-        let virtio = match shape {
-            Shape::Pc => PC_SLOTS.min(16),
-            Shape::Q35 => Q35_PORTS,
-        };
-        let mut all = Vec::new();
-        for number in 0..32 {
-            let name = format!("vol-{number}");
-            // The others on SCSI: there are not that many slots.
-            all.push(if number < virtio {
-                bed.add(&name)?
-            } else {
-                bed.add_scsi(&name)?
-            });
-        }
-        bed.configure(&all)?;
-        bed.start_daemon()?;
-        let mark = bed.machine.bus.mark();
-        let began = Instant::now();
-        for index in &all {
-            bed.plug(*index)?;
-        }
-        let asked = began.elapsed();
-        for index in &all {
-            bed.wait_state(mark, *index, "Serving")?;
-        }
-        bed.row.count = 32;
-        bed.row.notes.push(format!(
-            "{virtio} on virtio-blk; QMP took them in {:.1} s, all served after {:.1} s",
-            asked.as_secs_f32(),
-            began.elapsed().as_secs_f32()
-        ));
-        for index in &all {
-            bed.write(*index, *index % 16)?;
-        }
-        // All places are used again at once, so each disk that asks its guest is let go before the next one is asked: ACPI tells
-        // the guest of every slot that wants to go at each of its interrupts, and a slot that was told of twice is ejected twice,
-        // the second time with the next disk in it.
-        let (asking, surprised) = all.split_at(virtio);
-        bed.unplug_all(surprised)?;
-        for index in asking {
-            bed.unplug(*index)?;
-        }
-        for index in all.iter().rev() {
-            bed.plug(*index)?;
-        }
-        for index in all {
-            bed.reach(index, "Serving")?;
-            bed.write(index, 20 + index % 16)?;
+/// A failed scenario of a guest that answers no more once left an empty folder, and no one knew whether it was the guest or the test.
+fn guest_that_hangs_leaves_what_can_be_had(shape: Shape) -> Outcome<()> {
+    scenario("guest hangs", shape, |bed| {
+        let a = bed.add("vol-a")?;
+        bed.serve_all()?;
+        bed.write(a, 1)?;
+        let logs = tempfile::tempdir()?;
+        bed.keep_journal(logs.path())?;
+        let journal = std::fs::read_to_string(logs.path().join("journal.log"))?;
+        hold!(journal.contains("nbdtrack"), "the journal: {journal}");
+        // As good as hung: it does not answer.
+        bed.machine.stop()?;
+        bed.keep_journal(logs.path())?;
+        bed.machine.resume_processors()?;
+        let said = std::fs::read_to_string(logs.path().join("hung.log"))?;
+        for word in ["serial.log", "\"status\":\"paused\"", "RIP=", "blocks1"] {
+            hold!(said.contains(word), "no {word} in: {said}");
         }
         Ok(())
     })
+}
+
+fn thirty_two_disks_at_once_each_find_their_export(shape: Shape) -> Outcome<()> {
+    scenario("32 disks at once", shape, plug_32)
+}
+
+pub fn plug_32(bed: &mut Bed) -> Outcome<()> {
+    let virtio = match bed.machine.shape {
+        Shape::Pc => PC_SLOTS.min(16),
+        Shape::Q35 => Q35_PORTS,
+    };
+    let mut all = Vec::new();
+    for number in 0..32 {
+        let name = format!("vol-{number}");
+        // The others on SCSI: there are not that many slots.
+        all.push(if number < virtio {
+            bed.add(&name)?
+        } else {
+            bed.add_scsi(&name)?
+        });
+    }
+    bed.configure(&all)?;
+    if bed.ours() {
+        bed.start_daemon()?;
+    }
+    let began = Instant::now();
+    bed.attach_all(&all)?;
+    bed.row.count = 32;
+    bed.row.notes.push(format!(
+        "{virtio} on virtio-blk, all there after {:.1} s",
+        began.elapsed().as_secs_f32()
+    ));
+    if !bed.ours() {
+        // Only now there are paths.
+        bed.start_daemon()?;
+    }
+    for index in &all {
+        bed.write(*index, *index % 16)?;
+    }
+    // All places are used again at once, so each disk that asks its guest is let go before the next one is asked: ACPI tells
+    // the guest of every slot that wants to go at each of its interrupts, and a slot that was told of twice is ejected twice,
+    // the second time with the next disk in it.
+    let (asking, surprised) = all.split_at(virtio);
+    bed.unplug_all(surprised)?;
+    for index in asking {
+        bed.unplug(*index)?;
+    }
+    all.reverse();
+    bed.attach_all(&all)?;
+    for index in all {
+        bed.write(index, 20 + index % 16)?;
+    }
+    Ok(())
 }
 
 fn few_descriptors_refuse_exports_with_a_reason(shape: Shape) -> Outcome<()> {

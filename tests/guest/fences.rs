@@ -1,0 +1,131 @@
+//! How long a client's session outlives its disk, and where that time goes: by tracing the guest's kernel, on its clock.
+
+use std::collections::{BTreeSet, VecDeque};
+
+use super::bed::Bed;
+use crate::support::Outcome;
+
+/// One fence, in microseconds since the kernel's `remove`.
+#[derive(Debug, Clone, Copy)]
+pub struct Fence {
+    /// The daemon's thread of control was woken; 0 when it was about to run anyway.
+    pub woken: u64,
+    /// It had the processor.
+    pub running: u64,
+    /// It shut the client's socket down.
+    pub cut: u64,
+}
+
+/// A `remove` whose session is not cut yet.
+struct Removed {
+    at: u64,
+    woken: Option<u64>,
+    running: Option<u64>,
+}
+
+impl Bed {
+    /// Traces the guest's kernel: block devices' uevents, the daemon's shutdown(2) of its clients' sockets, and when its
+    /// thread of control is woken and runs.
+    pub fn trace_fences(&self) -> Outcome<()> {
+        if !self.ours() {
+            return Ok(());
+        }
+        // kobject_uevent_env itself is not traceable in Debian's kernel. block_uevent is what it calls for a disk just
+        // before it sends; the first one after device_del of the disk is the `remove`. Both take a struct device, whose
+        // first member is its kobject, whose first member is the name. The clock is CLOCK_MONOTONIC. Only the thread of control
+        // cuts sessions for a removal: one whose client left because its I/O failed, often before the `remove`, shuts its socket
+        // down by itself, and counts as no fence.
+        self.machine.agent.run(
+            "cd /sys/kernel/tracing && p=$(systemctl show -P MainPID nbdtrack) && echo mono >trace_clock && \
+             echo 'p:bed_del device_del name=+0(+0(%di)):string' >kprobe_events && \
+             echo 'p:bed_uevent block_uevent name=+0(+0(%di)):string' >>kprobe_events && \
+             echo 1 >events/kprobes/enable && \
+             echo \"common_pid == $p && how == 2\" >events/syscalls/sys_enter_shutdown/filter && \
+             echo 1 >events/syscalls/sys_enter_shutdown/enable && \
+             echo \"pid == $p\" >events/sched/sched_waking/filter && echo 1 >events/sched/sched_waking/enable && \
+             echo \"next_pid == $p\" >events/sched/sched_switch/filter && echo 1 >events/sched/sched_switch/enable && \
+             echo 1 >tracing_on",
+        )?;
+        Ok(())
+    }
+
+    /// Says whether the pulls from here on are to be measured: a disk whose session was drained before has no fence.
+    pub fn measure(&self, measured: bool) -> Outcome<()> {
+        if !self.ours() {
+            return Ok(());
+        }
+        let word = if measured { "on" } else { "off" };
+        let command = format!("echo bed_measure={word} >/sys/kernel/tracing/trace_marker");
+        self.machine.agent.run(&command).map(drop)
+    }
+
+    /// Takes the fences since the last call: from the kernel's `remove` of a disk to the first socket that was shut down
+    /// after it.
+    pub fn take_fences(&mut self) -> Outcome<()> {
+        if !self.ours() {
+            return Ok(());
+        }
+        let text = self
+            .machine
+            .agent
+            .run("cd /sys/kernel/tracing && cat trace && echo >trace")?;
+        self.row.fences.extend(fences(&text));
+        Ok(())
+    }
+}
+
+fn fences(trace: &str) -> Vec<Fence> {
+    let mut found = Vec::new();
+    let mut going: BTreeSet<&str> = BTreeSet::new();
+    // In their order; a disk without a session has no fence, and is forgotten at the next event that is no `remove`.
+    let mut removed: VecDeque<Removed> = VecDeque::new();
+    let mut measured = true;
+    for line in trace.lines() {
+        let Some(at) = trace_us(line) else { continue };
+        let name = line.rsplit("name=").next().unwrap_or_default();
+        if let Some((_, word)) = line.split_once("bed_measure=") {
+            measured = word == "on";
+            removed.clear();
+        } else if line.contains("bed_del:") {
+            going.insert(name);
+        } else if line.contains("bed_uevent:") {
+            if going.remove(name) && measured {
+                removed.push_back(Removed {
+                    at,
+                    woken: None,
+                    running: None,
+                });
+            } else {
+                removed.clear();
+            }
+        } else if line.contains("sched_waking:") {
+            for one in &mut removed {
+                one.woken.get_or_insert(at);
+            }
+        } else if line.contains("sched_switch:") {
+            for one in &mut removed {
+                one.running.get_or_insert(at);
+            }
+        } else if line.contains("sys_shutdown(")
+            && let Some(one) = removed.pop_front()
+        {
+            let since = |at: Option<u64>| at.unwrap_or(one.at).saturating_sub(one.at);
+            let running = since(one.running);
+            found.push(Fence {
+                woken: since(one.woken).min(running),
+                running,
+                cut: since(Some(at)),
+            });
+        }
+    }
+    found
+}
+
+/// The time of a line of trace: `comm-pid [cpu] flags seconds.micros: event`.
+fn trace_us(line: &str) -> Option<u64> {
+    let word = line
+        .split_whitespace()
+        .find(|w| w.ends_with(':') && w.contains('.') && w.as_bytes()[0].is_ascii_digit())?;
+    let (s, us) = word.trim_end_matches(':').split_once('.')?;
+    Some(s.parse::<u64>().ok()? * 1_000_000 + us.parse::<u64>().ok()?)
+}
