@@ -6,7 +6,7 @@ RELEASE := target/release
 BENCH := $(CARGO) bench --locked --bench
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build run compare bench bench-quick bench-control bench-control-quick check test test-guest soak-guest fuzz crowd power-cuts deb test-deb man install uninstall deny clean
+.PHONY: help setup build run compare bench bench-quick bench-control bench-control-quick check test test-guest soak-guest model fuzz crowd power-cuts power-cuts-guest deb test-deb man install uninstall deny clean
 
 # Where `make install` puts things; below DESTDIR, for a package or a guest's root.
 DESTDIR ?=
@@ -51,11 +51,17 @@ check: ## Format, lints, unit tests, arrows, a short simulation: under two minut
 test: setup ## Everything that is a test; ends with `N passed, N failed, N skipped`
 	@scripts/test
 
+model: ## The data plane's threads under a model checker: SCHEDULES of each test (20000)
+	NBDTRACK_SCHEDULES=$(or $(SCHEDULES),20000) $(CARGO) test --locked --features model --lib -- model:: --nocapture
+
 fuzz: ## libFuzzer on every target, SECONDS each (60); one with TARGET=session
 	@scripts/fuzz $(or $(SECONDS),60) $(TARGET)
 
 crowd: setup ## 10,000 idle connections, 1,000 slow readers, 200 resets, 100 streams beside 1,000 exports
 	NBDTRACK_CROWD=all $(CARGO) test --locked --test real_crowd -- --test-threads=1 --nocapture
+
+power-cuts-guest: setup ## N power cuts of a QEMU guest whose disk forgets what was not flushed (N=100)
+	@NBDTRACK_GUEST_POWER_CUTS=$(or $(N),100) scripts/guest-test power
 
 power-cuts: setup ## N power cuts, disk faults and kills under clients that write, by a new seed (N=1000)
 	NBDTRACK_POWER_CUTS=$(or $(N),1000) NBDTRACK_FAULTS=$(or $(N),1000) NBDTRACK_KILLS=$(or $(N),1000) $(CARGO) test --locked --test real_power --test real_latch --test real_crash -- --test-threads=1 --nocapture

@@ -14,8 +14,9 @@
 //! | [`files`] | EDGE: what stands under the paths of exports that are files | `image`, `correlation`, `identity` |
 //! | [`mapping`] | EDGE: what is durable: exports made at run time, releases, conflicts | `correlation`, `identity` |
 //! | [`claim`] | EDGE: which disks udev's rules keep the machine's hands off; its `list` and `spec` are pure | `udev`, `correlation`, `identity` |
-//! | [`image`] | EDGE: one opened disk: read, write, flush, zero, discard | `correlation`, `identity` |
-//! | [`nbd`] | EDGE: clients; its `wire`, `command` and `handshake` are pure | `image`, `correlation` |
+//! | [`image`] | EDGE: one opened disk: read, write, flush, zero, discard | `correlation`, `identity`, `sync` |
+//! | [`nbd`] | EDGE: clients; its `wire`, `command` and `handshake` are pure | `image`, `correlation`, `sync` |
+//! | [`sync`] | the locks and threads of these two, or a model checker's | – |
 //! | [`dbus`] | EDGE: the objects on the bus, and the client that the command line uses | `correlation`, `identity` |
 //! | [`daemon`] | the loop, the only place where the edges meet | all of the above |
 //! | [`cli`] | the command line | `daemon`, `dbus`, `config`, `claim` |
@@ -59,4 +60,5 @@ pub mod identity;
 pub mod image;
 pub mod mapping;
 pub mod nbd;
+pub mod sync;
 pub mod udev;

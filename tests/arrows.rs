@@ -46,8 +46,9 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("files", &["image", "correlation", "identity"]),
     ("mapping", &["correlation", "identity"]),
     ("config", &["correlation", "identity"]),
-    ("nbd", &["image", "correlation", "identity"]),
-    ("image", &["correlation", "identity"]),
+    ("nbd", &["image", "correlation", "identity", "sync"]),
+    ("image", &["correlation", "identity", "sync"]),
+    ("sync", &[]),
     ("correlation", &["identity"]),
     ("identity", &[]),
 ];

@@ -1,7 +1,9 @@
 //! Flushes of one opened disk: grouped, and latched by the first that fails (invariant 9).
 
 use std::io;
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::PoisonError;
+
+use crate::sync::{Condvar, Mutex, MutexGuard};
 
 /// Runs at most one sync at a time; callers that come while one runs share the next one.
 ///
@@ -128,5 +130,71 @@ mod tests {
             thread.join().unwrap();
         }
         assert!(syncs.load(Ordering::SeqCst) < 400, "callers share rounds");
+    }
+}
+
+#[cfg(all(test, feature = "model"))]
+mod model {
+    use super::*;
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+
+    use crate::sync::thread;
+
+    /// Each thread writes and syncs, `rounds` times; the disk fails the `failing`th sync and no other, as the kernel does that tells an
+    /// error once. Marks are std's: what the test writes down is no step of what it tests.
+    fn writers(threads: u32, rounds: u32, failing: Option<u32>) {
+        let durable = Arc::new(Durable::default());
+        let (syncs, lost) = (
+            Arc::new(AtomicU32::new(0)),
+            Arc::new(AtomicBool::new(false)),
+        );
+        let (written, stable) = (Arc::new(AtomicU32::new(0)), Arc::new(AtomicU32::new(0)));
+        let joins: Vec<_> = (0..threads)
+            .map(|number| {
+                let (durable, syncs, lost) = (durable.clone(), syncs.clone(), lost.clone());
+                let (written, stable) = (written.clone(), stable.clone());
+                thread::spawn(move || {
+                    for round in 0..rounds {
+                        let mine = 1 << (rounds * number + round);
+                        written.fetch_or(mine, Ordering::SeqCst);
+                        let was_lost = lost.load(Ordering::SeqCst);
+                        let done = durable.sync(|| {
+                            let covered = written.load(Ordering::SeqCst);
+                            thread::yield_now();
+                            if failing == Some(syncs.fetch_add(1, Ordering::SeqCst)) {
+                                return Err(io::Error::other("lost"));
+                            }
+                            stable.fetch_or(covered, Ordering::SeqCst);
+                            Ok(())
+                        });
+                        match done {
+                            Ok(()) => {
+                                assert!(!was_lost, "a success after a failure was told");
+                                assert!(stable.load(Ordering::SeqCst) & mine != 0, "not covered");
+                            }
+                            Err(_) => lost.store(true, Ordering::SeqCst),
+                        }
+                    }
+                })
+            })
+            .collect();
+        for join in joins {
+            join.join().unwrap();
+        }
+        let count = syncs.load(Ordering::SeqCst);
+        assert_eq!(durable.latched(), failing.is_some_and(|n| n < count));
+    }
+
+    #[test]
+    fn in_every_schedule_a_sync_covers_what_was_written_before_and_none_succeeds_after_a_failure() {
+        for failing in [None, Some(0), Some(1), Some(2)] {
+            // All schedules there are, of one sync each; of more, some.
+            shuttle::check_dfs(move || writers(2, 1, failing), None);
+            shuttle::check_random(
+                move || writers(3, 2, failing),
+                10 * crate::sync::schedules(),
+            );
+        }
     }
 }

@@ -2,10 +2,10 @@
 //! 6, 9).
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use crate::correlation::{EndHow, LeaseEnd};
+use crate::sync::atomic::Ordering;
 
 use super::conn::{Conn, lock};
 use super::lease::{DiskTask, KINDS, Lease, Report};

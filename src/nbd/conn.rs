@@ -4,12 +4,15 @@
 use std::collections::VecDeque;
 use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, PoisonError};
 use std::time::Instant;
 
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, Shutdown, recv, send, sendmsg, shutdown};
+
+use crate::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use crate::sync::{self, Mutex, MutexGuard};
 
 use super::crowd::Seat;
 use super::limits::Limits;
@@ -182,7 +185,8 @@ impl Conn {
 
     /// recv(2). With `wait`, for as long as the socket's receive timeout.
     pub(super) fn receive(&self, into: &mut [u8], wait: bool) -> nix::Result<usize> {
-        let flags = if wait {
+        sync::before_call();
+        let flags = if wait && sync::MAY_WAIT {
             MsgFlags::empty()
         } else {
             MsgFlags::MSG_DONTWAIT
@@ -298,6 +302,7 @@ impl Conn {
             out.sending = true;
             drop(out);
             let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+            sync::before_call();
             let result = send(self.socket.as_raw_fd(), &gathered[..used], flags);
             out = lock(&self.out);
             out.sending = false;
@@ -407,6 +412,7 @@ impl Conn {
             .map(|chunk| IoSlice::new(&chunk.bytes[chunk.sent..]))
             .collect();
         let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+        sync::before_call();
         sendmsg::<()>(self.socket.as_raw_fd(), &slices, &[], flags, None)
     }
 }

@@ -3,10 +3,11 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, unbounded};
+use crate::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use crate::sync::channel::{Receiver, RecvTimeoutError, Sender, unbounded};
+use crate::sync::thread;
 
 use super::stats::{Counters, add};
 
@@ -105,7 +106,7 @@ impl<T: Task> Crew<T> {
             self.count.clone(),
             self.counters.clone(),
         );
-        let spawned = std::thread::Builder::new()
+        let spawned = thread::Builder::new()
             .name(self.name.into())
             .stack_size(STACK_BYTES)
             .spawn(move || work(&tasks, &count, &counters));

@@ -4,12 +4,13 @@
 use std::io;
 use std::net::TcpListener;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, RwLock};
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::correlation::{EndHow, ExportName, Generation, LeaseEnd, RefusalKind};
 use crate::image::Image;
+use crate::sync::atomic::{AtomicBool, Ordering};
+use crate::sync::{Mutex, RwLock, thread};
 
 use super::bound::Bounds;
 use super::conn::lock;
@@ -56,7 +57,7 @@ impl Door {
             witness: Witness::default(),
         });
         let polled = shared.clone();
-        std::thread::Builder::new()
+        thread::Builder::new()
             .name("nbd-poller".into())
             .spawn(move || poller::run(&polled))?;
         Ok(Door(Arc::new(Handle(shared))))

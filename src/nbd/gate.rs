@@ -1,6 +1,6 @@
 //! The fence of a lease and the count of its image calls. Memory only.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use crate::sync::atomic::{AtomicU64, Ordering};
 
 /// One word that holds the fence and the count of image calls, so that "not fenced" and "one more"
 /// are one atomic step: a call that began before the fence is in the count that the fence

@@ -5,7 +5,7 @@
 //! `mm/filemap.c`, `filemap_get_pages`; `block/blk-mq-tag.c`, `blk_mq_get_tag`). A hung disk so keeps every thread that is inside,
 //! and these bounds say how many that can be. Whoever gets no right hands over to the disk crew.
 
-use std::sync::atomic::{AtomicU32, Ordering};
+use crate::sync::atomic::{AtomicU32, Ordering};
 
 /// How many threads are inside.
 #[derive(Debug, Default)]

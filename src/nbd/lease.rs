@@ -8,11 +8,12 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, RwLock, RwLockReadGuard};
+use std::sync::Arc;
 
 use crate::correlation::{ExportName, Generation, LeaseEnd};
 use crate::image::Image;
+use crate::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use crate::sync::{Mutex, RwLock, RwLockReadGuard};
 
 use super::closing::Ending;
 use super::conn::{Conn, lock};

@@ -20,6 +20,8 @@ mod lease;
 mod limits;
 mod listener;
 mod meter;
+#[cfg(all(test, feature = "model"))]
+mod model;
 mod poller;
 mod pulse;
 mod rate;

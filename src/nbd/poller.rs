@@ -3,13 +3,15 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::io;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, Sender, unbounded};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::eventfd::{EfdFlags, EventFd};
+
+use crate::sync::atomic::{AtomicU64, Ordering};
+use crate::sync::channel::{Receiver, Sender, unbounded};
+use crate::sync::{self, Mutex};
 
 use super::bound::Limit;
 use super::conn::{Conn, Parked, Wake, lock};
@@ -26,6 +28,9 @@ const WAKE_TOKEN: u64 = 0;
 const ACCEPTS: usize = 64;
 /// accept(2) failed (out of descriptors): how long until it is tried again.
 const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
+
+/// Nearer than any deadline that a test has to reach.
+const SOON: Duration = Duration::from_secs(1);
 
 pub(super) struct Poller {
     epoll: Epoll,
@@ -225,6 +230,21 @@ impl Poller {
         self.park(session, interest);
     }
 
+    /// How many events there are, waiting for the first until `next`.
+    fn wait(&self, events: &mut [EpollEvent], next: Option<Duration>) -> nix::Result<usize> {
+        if sync::MAY_WAIT {
+            return self.epoll.wait(events, timeout(next));
+        }
+        // Under the model checker: again and again, until others have brought something. What is due soon is due now.
+        loop {
+            sync::before_call();
+            let count = self.epoll.wait(events, EpollTimeout::ZERO)?;
+            if count > 0 || next.is_some_and(|next| next < SOON) {
+                return Ok(count);
+            }
+        }
+    }
+
     /// What is due now, and how long until the next.
     fn due(&self, now: Instant) -> (Vec<(u64, Due)>, Option<Duration>) {
         let mut table = lock(&self.table);
@@ -270,7 +290,7 @@ pub(super) fn run(shared: &Arc<Shared>) {
                 }
             }
         }
-        let count = match poller.epoll.wait(&mut events, timeout(next)) {
+        let count = match poller.wait(&mut events, next) {
             Ok(count) => count,
             // A signal (EINTR): nothing else can be wrong with a set of our own (epoll_wait(2)).
             Err(_) => continue,

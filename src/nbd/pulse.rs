@@ -1,7 +1,8 @@
 //! A sign of life of the data plane: the thread that waits for everything turns, and sessions that wait for a thread get one.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+
+use crate::sync::atomic::{AtomicBool, Ordering};
 
 use super::door::Door;
 

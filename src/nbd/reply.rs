@@ -2,7 +2,8 @@
 //! beside it. Memory only; kept by the thread, not by the session.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::sync::atomic::{AtomicU64, Ordering};
 
 use super::conn::{Charge, Conn};
 use super::wire::{self, NbdError, ReplyTo};

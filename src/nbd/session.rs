@@ -3,12 +3,13 @@
 
 use std::cell::RefCell;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use nix::errno::Errno;
 
 use crate::correlation::{ExportName, RefusalKind};
+use crate::sync::atomic::Ordering;
+use crate::sync::thread_local;
 
 use super::bound::Limit;
 use super::conn::Conn;
@@ -143,7 +144,8 @@ impl Session {
 impl Task for Box<Session> {
     fn run(mut self) {
         self.conn.unpark();
-        let rest = SCRATCH.with_borrow_mut(|scratch| {
+        let rest = SCRATCH.with(|scratch| {
+            let scratch = &mut *scratch.borrow_mut();
             scratch.gather.clear();
             loop {
                 match self.turn(scratch) {
@@ -153,7 +155,7 @@ impl Task for Box<Session> {
             }
         });
         let shared = self.shared.clone();
-        SCRATCH.with_borrow_mut(|scratch| scratch.settle(&shared.kept));
+        SCRATCH.with(|scratch| scratch.borrow_mut().settle(&shared.kept));
         match rest {
             Rest::Park(interest) => shared.poller.park(self, interest),
             Rest::Yield | Rest::Again => shared.poller.sessions.submit(self),

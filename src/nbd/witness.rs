@@ -2,9 +2,11 @@
 //! connection and choice.
 
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::{PoisonError, RwLock};
+use std::sync::PoisonError;
 
 use nix::sys::socket::{SockaddrStorage, getpeername, getsockopt, sockopt};
+
+use crate::sync::RwLock;
 
 /// What a client did.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
