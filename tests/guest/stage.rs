@@ -296,7 +296,7 @@ fn target() -> PathBuf {
 }
 
 /// The guest's image, made once for this run.
-fn image() -> Outcome<PathBuf> {
+pub fn image() -> Outcome<PathBuf> {
     static MADE: Mutex<Option<PathBuf>> = Mutex::new(None);
     // Lock: the first test makes the image, the others wait for it.
     let mut made = MADE.lock().unwrap_or_else(PoisonError::into_inner);

@@ -5,7 +5,7 @@
 //! answered before it was sent, of whatever connection. A durable write (FUA) that succeeded covers itself. And once any
 //! of the two has failed, none that is sent later may succeed (invariant 9): the disk may have lost what it would promise.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::{Read, Write};
 use std::path::Path;
@@ -15,7 +15,8 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use super::client::{
-    CMD_DISC, CMD_FLUSH, CMD_WRITE, Client, Endpoint, FLAG_FUA, read_reply, request,
+    CMD_DISC, CMD_FLUSH, CMD_WRITE, CMD_WRITE_ZEROES, Client, Endpoint, FLAG_FUA, FLAG_NO_HOLE,
+    read_reply, request,
 };
 use super::dice::Dice;
 use super::pattern::{self, SECTOR};
@@ -37,6 +38,8 @@ pub struct Score {
     pub before: Vec<Promise>,
     /// Sequence numbers begin after this one.
     pub after: u64,
+    /// Of each block the writes so far that were zeroes, by their sequence numbers: they leave no stamp.
+    pub zeroed: Vec<BTreeSet<u64>>,
     pub seed: u64,
 }
 
@@ -53,6 +56,7 @@ impl Score {
             volume: volume.to_owned(),
             before: vec![promise; voices * BLOCKS_EACH],
             after: first,
+            zeroed: vec![BTreeSet::from([0]); voices * BLOCKS_EACH],
             seed,
         }
     }
@@ -69,6 +73,7 @@ impl Score {
         });
         self.before = carried.collect();
         self.after = sung.last;
+        self.zeroed = sung.zeroed.clone();
         self.seed = self.seed.wrapping_add(100);
     }
 
@@ -90,11 +95,14 @@ pub struct Sung {
     pub late: Option<String>,
     /// The highest sequence number that was sent.
     pub last: u64,
+    /// As [`Score::zeroed`].
+    pub zeroed: Vec<BTreeSet<u64>>,
 }
 
 impl Sung {
     /// Compares every sector of the region in a backing file with the promises: it shows a write of this volume and this
-    /// place, not older than was promised and not newer than was sent; or zeroes, where nothing was promised.
+    /// place, not older than was promised and not newer than was sent; or zeroes, where such a
+    /// write was zeroes.
     pub fn judge(&self, file: &Path, volume: &str, held: Held) -> Outcome<()> {
         let mut source = File::open(file).doing(file.display())?;
         let mut sector = [0; SECTOR];
@@ -109,7 +117,10 @@ impl Sung {
                             && stamp.offset == at as u64
                             && (least..=promise.sent).contains(&stamp.sequence)
                     }
-                    None => least == 0 && sector == [0; SECTOR],
+                    None => {
+                        let mut zeroes = self.zeroed[block].range(least..=promise.sent);
+                        sector == [0; SECTOR] && zeroes.next().is_some()
+                    }
                 };
                 let shown = found.map_or("no stamp".to_owned(), |stamp| stamp.to_string());
                 crate::hold!(
@@ -180,6 +191,7 @@ impl Chorus {
                 blocks: score.before.clone(),
                 ..Report::default()
             },
+            zeroed: score.zeroed.clone(),
             ..Sung::default()
         };
         let account = Arc::new(Account {
@@ -278,6 +290,7 @@ impl Voice {
             let sent = match self.dice.roll(10) {
                 0 | 1 => self.post_flush()?,
                 2 | 3 => self.post_write(block, true)?,
+                4 => self.post_zeroes(block)?,
                 _ => self.post_write(block, false)?,
             };
             block = self.blocks.start + (block + 1 - self.blocks.start) % BLOCKS_EACH;
@@ -303,8 +316,7 @@ impl Voice {
     }
 
     fn post_write(&mut self, block: usize, forced: bool) -> Outcome<Sent> {
-        let sequence = self.account.sequence.fetch_add(1, Ordering::Relaxed) + 1;
-        self.account.sung().report.blocks[block].sent = sequence;
+        let sequence = self.next_write(block);
         let offset = (block * BLOCK) as u64;
         let flags = if forced { FLAG_FUA } else { 0 };
         let length = u32::try_from(BLOCK)?;
@@ -318,6 +330,38 @@ impl Voice {
             sequence,
             forced,
         })
+    }
+
+    /// Zeroes, with a hole or without, half of them durably.
+    fn post_zeroes(&mut self, block: usize) -> Outcome<Sent> {
+        let sequence = self.next_write(block);
+        self.account.sung().zeroed[block].insert(sequence);
+        let forced = self.dice.happens(50);
+        let mut flags = if forced { FLAG_FUA } else { 0 };
+        if self.dice.happens(50) {
+            flags |= FLAG_NO_HOLE;
+        }
+        let offset = (block * BLOCK) as u64;
+        let message = request(
+            CMD_WRITE_ZEROES,
+            flags,
+            self.cookie,
+            offset,
+            u32::try_from(BLOCK)?,
+        );
+        (&self.client.socket).write_all(&message).doing("send")?;
+        Ok(Sent::Write {
+            block,
+            sequence,
+            forced,
+        })
+    }
+
+    /// The sequence number of a write that is about to be sent.
+    fn next_write(&self, block: usize) -> u64 {
+        let sequence = self.account.sequence.fetch_add(1, Ordering::Relaxed) + 1;
+        self.account.sung().report.blocks[block].sent = sequence;
+        sequence
     }
 
     fn hear(&self, sent: Sent, failed: bool, error: u32) {

@@ -79,7 +79,9 @@ pub const CMD_READ: u16 = 0;
 pub const CMD_WRITE: u16 = 1;
 pub const CMD_DISC: u16 = 2;
 pub const CMD_FLUSH: u16 = 3;
+pub const CMD_WRITE_ZEROES: u16 = 6;
 pub const FLAG_FUA: u16 = 1;
+pub const FLAG_NO_HOLE: u16 = 2;
 pub const STRUCTURED_REPLY_MAGIC: u32 = 0x668e_33ef;
 /// The longest option reply or read that we take, in bytes.
 const REPLY_BYTES_MAX: u32 = 64 << 20;
