@@ -5,7 +5,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use crate::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use crate::sync::channel::{Receiver, RecvTimeoutError, Sender, unbounded};
 use crate::sync::thread;
 
@@ -14,7 +14,7 @@ use super::stats::{Counters, add};
 /// How long a thread stays for the next task. Long against bursts, short against a day.
 const STAY: Duration = Duration::from_secs(10);
 /// Threads that stay for good, so that a first request finds one ready.
-const READY: usize = 2;
+const READY: u64 = 2;
 /// Virtual; our frames are small because buffers are on the heap.
 const STACK_BYTES: usize = 256 << 10;
 
@@ -37,15 +37,31 @@ pub(super) struct Crew<T> {
     counters: Arc<Counters>,
 }
 
+/// One word for both numbers, so that "one more task" and "one more thread for it", or "no task for me" and "one thread
+/// less", are one atomic step. As two words two submits could each take the other's thread for their own, and a task
+/// waited behind hung ones while there was room for another thread.
 #[derive(Default)]
 struct Count {
-    /// Tasks queued or running.
-    pending: AtomicUsize,
-    threads: AtomicUsize,
+    /// Tasks queued or running in the lower half, threads in the upper.
+    word: AtomicU64,
     /// Tasks that a thread has begun, ever.
     begun: AtomicUsize,
     /// A spawn failed: said once. The next submit tries again.
     failed: AtomicBool,
+}
+
+/// One thread in [`Count::word`]; one task is 1.
+const THREAD: u64 = 1 << 32;
+
+impl Count {
+    fn load(&self) -> (u64, u64) {
+        split(self.word.load(Ordering::Acquire))
+    }
+}
+
+/// Tasks and threads.
+fn split(word: u64) -> (u64, u64) {
+    (word % THREAD, word / THREAD)
 }
 
 impl<T: Task> Crew<T> {
@@ -64,20 +80,29 @@ impl<T: Task> Crew<T> {
     /// Queues a task; never waits. There is a thread for every pending task up to the maximum: a
     /// task waits in the queue only while all of them are busy.
     pub(super) fn submit(&self, task: T) {
-        // `pending` is raised before `threads` is read; a thread that leaves lowers `threads`
-        // before it reads `pending` (`leave`). In any order one of the two sees the other, so that
-        // no task is left without a thread.
-        let pending = self.count.pending.fetch_add(1, Ordering::SeqCst) + 1;
+        let max = self.threads_max as u64;
+        let lacks = |word: u64| {
+            let (pending, threads) = split(word + 1);
+            (pending > threads, threads < max)
+        };
+        let more = |word: u64| match lacks(word) {
+            (true, true) => Some(word + 1 + THREAD),
+            _ => Some(word + 1),
+        };
+        let order = Ordering::AcqRel;
+        let before = self.count.word.fetch_update(order, Ordering::Acquire, more);
         // Cannot fail: `self.tasks` keeps the channel open.
         let _ = self.queue.send(task);
-        if pending > self.count.threads.load(Ordering::SeqCst) {
-            self.grow();
+        match lacks(before.unwrap_or_else(|word| word)) {
+            (true, true) => self.start(),
+            (true, false) => add(&self.counters.threads_over_limit, 1),
+            (false, _) => {}
         }
     }
 
     /// True while half of the threads that there can be are taken.
     pub(super) fn is_crowded(&self) -> bool {
-        self.count.pending.load(Ordering::Relaxed) >= self.threads_max / 2
+        self.count.load().0 >= self.threads_max as u64 / 2
     }
 
     /// True while tasks wait for a thread.
@@ -90,17 +115,8 @@ impl<T: Task> Crew<T> {
         (self.count.begun.load(Ordering::Relaxed), self.has_backlog())
     }
 
-    fn grow(&self) {
-        let grown = self
-            .count
-            .threads
-            .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |n| {
-                (n < self.threads_max).then_some(n + 1)
-            });
-        if grown.is_err() {
-            add(&self.counters.threads_over_limit, 1);
-            return;
-        }
+    /// Makes the thread that was counted.
+    fn start(&self) {
         let (tasks, count, counters) = (
             self.tasks.clone(),
             self.count.clone(),
@@ -113,7 +129,7 @@ impl<T: Task> Crew<T> {
         match spawned {
             Ok(_) => add(&self.counters.threads_started, 1),
             Err(error) => {
-                self.count.threads.fetch_sub(1, Ordering::SeqCst);
+                self.count.word.fetch_sub(THREAD, Ordering::AcqRel);
                 add(&self.counters.thread_errors, 1);
                 if !self.count.failed.swap(true, Ordering::Relaxed) {
                     tracing::warn!(%error, crew = self.name, "no thread to be had");
@@ -132,7 +148,7 @@ fn work<T: Task>(tasks: &Receiver<T>, count: &Count, counters: &Counters) {
                     add(&counters.panics, 1);
                     tracing::error!("a task panicked; its connection is lost");
                 }
-                count.pending.fetch_sub(1, Ordering::SeqCst);
+                count.word.fetch_sub(1, Ordering::AcqRel);
             }
             Err(RecvTimeoutError::Timeout) if leave(count) => return,
             Err(RecvTimeoutError::Timeout) => {}
@@ -143,12 +159,16 @@ fn work<T: Task>(tasks: &Receiver<T>, count: &Count, counters: &Counters) {
 
 /// True when this thread is not needed any more; it is no longer counted then.
 fn leave(count: &Count) -> bool {
-    let left = count.threads.fetch_sub(1, Ordering::SeqCst) - 1;
-    if left >= READY && count.pending.load(Ordering::SeqCst) <= left {
-        return true;
-    }
-    count.threads.fetch_add(1, Ordering::SeqCst);
-    false
+    let less = |word: u64| {
+        let (pending, threads) = split(word);
+        let left = threads - 1;
+        (left >= READY && pending <= left).then_some(word - THREAD)
+    };
+    let order = Ordering::AcqRel;
+    count
+        .word
+        .fetch_update(order, Ordering::Acquire, less)
+        .is_ok()
 }
 
 #[cfg(test)]
@@ -195,7 +215,7 @@ mod tests {
         for _ in 0..100 {
             answers.recv_timeout(Duration::from_secs(10)).unwrap();
         }
-        assert!(crew.count.threads.load(Ordering::SeqCst) <= 3);
+        assert!(crew.count.load().1 <= 3);
     }
 
     #[test]
@@ -206,5 +226,59 @@ mod tests {
         crew.submit(Box::new(move || done.send(()).unwrap()));
         answer.recv_timeout(Duration::from_secs(10)).unwrap();
         assert_eq!(crew.counters.snapshot().panics, 1);
+    }
+}
+
+#[cfg(all(test, feature = "model"))]
+mod model {
+    use super::super::model::check;
+    use super::*;
+    use crate::sync::before_call;
+    // The test's marks are std's: they are no steps of what it tests.
+    use std::sync::atomic::AtomicU32;
+
+    /// How many tasks have come, and how many have gone.
+    type Meeting = Arc<(AtomicU32, AtomicU32)>;
+
+    /// Waits, as calls of a hung disk do: here, until all of its meeting are there.
+    struct Meet(Meeting);
+
+    const THREADS: u32 = 4;
+
+    impl Task for Meet {
+        fn run(self) {
+            let (come, gone) = &*self.0;
+            assert!(come.fetch_add(1, Ordering::SeqCst) < THREADS);
+            while come.load(Ordering::SeqCst) < THREADS {
+                before_call();
+            }
+            gone.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+
+    #[test]
+    fn a_crew_has_a_thread_for_each_task_while_threads_come_and_go() {
+        check(|| {
+            let crew = Arc::new(Crew::new("model", THREADS as usize, Arc::default()));
+            for _ in 0..3 {
+                let meeting = Meeting::default();
+                let submitters: Vec<_> = (0..2)
+                    .map(|_| {
+                        let (crew, meeting) = (crew.clone(), meeting.clone());
+                        thread::spawn(move || {
+                            for _ in 0..THREADS / 2 {
+                                crew.submit(Meet(meeting.clone()));
+                            }
+                        })
+                    })
+                    .collect();
+                for submitter in submitters {
+                    submitter.join().unwrap();
+                }
+                while meeting.1.load(Ordering::SeqCst) < THREADS {
+                    before_call();
+                }
+            }
+        });
     }
 }

@@ -30,7 +30,7 @@ const FUA: u16 = 1;
 const ESHUTDOWN: u32 = 108;
 const BYTES: u32 = 512;
 
-fn check(test: impl Fn() + Send + Sync + 'static) {
+pub(super) fn check(test: impl Fn() + Send + Sync + 'static) {
     let test = Arc::new(test);
     let config = || {
         let mut config = Config::new();
