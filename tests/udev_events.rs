@@ -132,6 +132,28 @@ async fn a_removed_device_is_told_with_its_diskseq() {
     }
 }
 
+/// The daemon's loop cut a removed disk's clients off after this task had handed out the next readings and their threads had
+/// had the processor: two wake-ups and a look at every socket between the kernel's word and the fence.
+#[tokio::test]
+async fn a_removal_is_told_before_anything_is_read_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = backing_file(dir.path(), "a", 1 << 20);
+    let disk = Loop::make(224);
+    let mut watched = watch(quiet()).await;
+    let (number, diskseq) = (disk.number(), disk.attach(&file));
+    watched.seen(number, diskseq).await;
+    // Whatever else is on its way for the attached disk.
+    while timeout(Duration::from_millis(500), watched.events.recv())
+        .await
+        .is_ok()
+    {}
+    let reads = watched.observer.counters().reads;
+    // Both in one turn of this thread, so that the watch finds them together: the detach asks for a reading.
+    drop(disk);
+    watched.gone(number).await;
+    assert_eq!(watched.observer.counters().reads, reads);
+}
+
 #[tokio::test]
 async fn a_remove_that_someone_wrote_removes_nothing() {
     let dir = tempfile::tempdir().unwrap();

@@ -234,6 +234,9 @@ impl Watch {
                 diskseq: hint.diskseq,
             })
             .await?;
+            // The loop cuts the disk's clients off in its own turn: before this task hands out readings, each of which wakes a
+            // thread that may take the processor.
+            tokio::task::yield_now().await;
         }
         // Also after a removal: the number may have its next disk already (invariant 4).
         self.slots.want(hint.number, Why::Event);
