@@ -607,8 +607,8 @@ impl Bed {
         judged.collect()
     }
 
-    /// Leaves what the guest knows in the folder of logs; of a guest that does not answer, what QEMU knows of it. What its
-    /// journal said until then is in serial.log.
+    /// Leaves what the guest knows in the folder of logs; of a guest that does not answer, what QEMU knows of it; its
+    /// journal goes to serial.log line by line, as far as a slow console keeps up.
     pub fn keep_journal(&mut self, logs: &Path) -> Outcome<()> {
         for (name, command) in [
             ("journal.log", "journalctl -b -o short-monotonic --no-pager"),
@@ -633,7 +633,7 @@ impl Bed {
     /// As [`Self::keep_journal`], when the guest is gone or hangs.
     fn keep_machine(&mut self, logs: &Path, why: &Trouble) -> Outcome<()> {
         let mut text = format!(
-            "The guest did not answer ({why}).\nIts journal could not be read; every line of it up to here is in serial.log.\n"
+            "The guest did not answer ({why}).\nIts journal could not be read; serial.log has the lines of it that reached the console.\n"
         );
         for (command, arguments) in [
             ("query-status", json!({})),
