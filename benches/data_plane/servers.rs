@@ -1,11 +1,13 @@
 //! The servers of the comparison: how each is started on one disk, and what it is called in the table.
 
 use std::fmt::Write as _;
+use std::fs::File;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use nix::unistd::Pid;
 
 use crate::support::client::{Endpoint, Go, knock};
@@ -90,7 +92,12 @@ pub struct Disk {
 }
 
 impl Disk {
+    /// Nothing of it is in the page cache: what made the file leaves large folios there, which every server would inherit, whatever it
+    /// does by itself (docs/benchmarks.md).
     pub fn make(image: PathBuf, kind: DiskKind) -> Outcome<Disk> {
+        let file = File::open(&image)?;
+        file.sync_all()?;
+        posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED)?;
         let device = match kind {
             DiskKind::File => None,
             DiskKind::Loop | DiskKind::LoopDirect => Some(LoopDevice::add()?),

@@ -32,6 +32,7 @@ use super::claim::{self, Claim, Opened, Subject};
 use super::direct::Direct;
 use super::disk::Disk;
 use super::medium::Medium;
+use super::pages::Pages;
 use super::{Allocation, BlockSizes, Extent, Image, NoWait, Span, ZeroFlags, allocation, sys};
 use crate::correlation::{OpenDisk, OpenedDisk};
 
@@ -279,6 +280,13 @@ impl Image for Block {
             Ok(n) if n == buf.len() => Ok(NoWait::Done),
             // Less than all, or an error: the read that may wait finds out.
             Ok(_) | Err(_) => Ok(NoWait::WouldWait),
+        }
+    }
+
+    fn share(&self, at: Extent, pages: &mut Pages) -> io::Result<NoWait> {
+        match &self.direct {
+            Some(_) => Ok(NoWait::WouldWait),
+            None => pages.take_cached(self.file(), at),
         }
     }
 

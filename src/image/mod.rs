@@ -14,9 +14,12 @@ mod direct;
 mod disk;
 mod durable;
 mod medium;
+pub mod pages;
 pub mod raw;
 mod sys;
 mod users;
+
+use pages::Pages;
 
 /// A byte range that was checked against the image's size once (invariant 8). `len` is never 0.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -147,6 +150,12 @@ pub trait Image: Send + Sync {
     fn read(&self, at: Extent, buf: &mut [u8]) -> io::Result<()>;
     /// As `read`, but only from memory.
     fn read_nowait(&self, at: Extent, buf: &mut [u8]) -> io::Result<NoWait>;
+    /// As `read_nowait`, but puts references to the pages into `pages`, which is empty before and holds all of the range or none of it
+    /// after. Images that have no page cache never do. It can wait for the disk, when the kernel drops a page from the cache meanwhile.
+    fn share(&self, at: Extent, pages: &mut Pages) -> io::Result<NoWait> {
+        let _ = (at, pages);
+        Ok(NoWait::WouldWait)
+    }
     /// Writes `buf`, whose length is `at.len()`; with `fua`, durable at return.
     fn write(&self, at: Extent, buf: &[u8], fua: bool) -> io::Result<()>;
     /// All writes that returned before this call are durable at return (invariant 9).

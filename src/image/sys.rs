@@ -169,3 +169,43 @@ pub fn read_cached(disk: &File, buf: &mut [u8], offset: u64) -> io::Result<usize
     };
     usize::try_from(read).map_err(|_| io::Error::last_os_error())
 }
+
+/// `struct cachestat_range` and `struct cachestat` of linux/mman.h.
+#[repr(C)]
+struct CacheRange {
+    offset: u64,
+    len: u64,
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct CacheStat {
+    cached: u64,
+    dirty: u64,
+    writeback: u64,
+    evicted: u64,
+    recently_evicted: u64,
+}
+
+/// linux/asm-generic/unistd.h; the C library crate has no name for it on every machine.
+const SYS_CACHESTAT: libc::c_long = 451;
+
+/// `cachestat`: how many pages of the range (bytes) are in the page cache; ENOSYS before Linux 6.5.
+pub fn cached_pages(disk: &File, offset: u64, len: u64) -> io::Result<u64> {
+    let range = CacheRange { offset, len };
+    let mut stat = CacheStat::default();
+    // SAFETY: the descriptor is open, and the kernel reads one live range and writes one live stat of those layouts.
+    let done = unsafe {
+        libc::syscall(
+            SYS_CACHESTAT,
+            disk.as_raw_fd(),
+            &raw const range,
+            &raw mut stat,
+            0,
+        )
+    };
+    if done < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(stat.cached)
+}

@@ -2,110 +2,33 @@
 //! never interleave, and no send ever waits. Knows nothing of requests.
 
 use std::collections::VecDeque;
-use std::io::{self, IoSlice};
+use std::io::IoSlice;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, Shutdown, recv, send, sendmsg, shutdown};
 
+use crate::image::pages::Pages;
 use crate::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use crate::sync::{self, Mutex, MutexGuard};
 
+use super::account::{Account, Charge};
 use super::crowd::Seat;
-use super::limits::Limits;
-use super::stats::{Counters, add, sub};
+use super::stats::sub;
 use super::witness::Peer;
 
 /// Chunks in one sendmsg(2); the kernel takes at most UIO_MAXIOV = 1,024.
 const CHUNKS_PER_SEND: usize = 64;
 
+/// Linux's default of wmem_max, in bytes.
+const SEND_BYTES: usize = 212_992;
+
 /// Locks a mutex; a panic of ours elsewhere leaves no half-made value behind any lock of the door.
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Payload bytes that one connection holds, of the share of one and of the whole (invariant 10).
-pub(super) struct Account {
-    used: AtomicU64,
-    limit: u64,
-    limit_all: u64,
-    counters: Arc<Counters>,
-}
-
-/// Which share is used up.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Full {
-    Connection,
-    All,
-}
-
-/// Bytes taken out of an [`Account`] until dropped.
-pub(super) struct Charge {
-    account: Arc<Account>,
-    bytes: u64,
-}
-
-impl Account {
-    pub(super) fn new(limits: &Limits, counters: Arc<Counters>) -> Arc<Account> {
-        Arc::new(Account {
-            used: AtomicU64::new(0),
-            limit: limits.in_flight_bytes,
-            limit_all: limits.in_flight_bytes_all,
-            counters,
-        })
-    }
-
-    /// Takes `bytes`. A request larger than a whole share is let in when nothing else is held,
-    /// so that small limits never mean a request that can never be served.
-    pub(super) fn charge(self: &Arc<Account>, bytes: usize) -> Result<Charge, Full> {
-        let bytes = bytes as u64;
-        let fits = |limit: u64| {
-            move |used: u64| (used == 0 || used + bytes <= limit).then_some(used + bytes)
-        };
-        let order = Ordering::Relaxed;
-        let all = &self.counters.in_flight_bytes_now;
-        if self
-            .used
-            .fetch_update(order, order, fits(self.limit))
-            .is_err()
-        {
-            add(&self.counters.waits_connection_full, 1);
-            return Err(Full::Connection);
-        }
-        if all
-            .fetch_update(order, order, fits(self.limit_all))
-            .is_err()
-        {
-            self.used.fetch_sub(bytes, order);
-            add(&self.counters.waits_all_full, 1);
-            return Err(Full::All);
-        }
-        Ok(Charge {
-            account: self.clone(),
-            bytes,
-        })
-    }
-
-    /// Takes `bytes` that are held already and bounded otherwise, so that they are counted.
-    pub(super) fn charge_held(self: &Arc<Account>, bytes: usize) -> Charge {
-        let bytes = bytes as u64;
-        add(&self.used, bytes);
-        add(&self.counters.in_flight_bytes_now, bytes);
-        Charge {
-            account: self.clone(),
-            bytes,
-        }
-    }
-}
-
-impl Drop for Charge {
-    fn drop(&mut self) {
-        sub(&self.account.used, self.bytes);
-        sub(&self.account.counters.in_flight_bytes_now, self.bytes);
-    }
 }
 
 /// Wakes the parked session of a connection; the poller.
@@ -120,6 +43,9 @@ pub(super) struct Conn {
     /// Asked for while it was there: of a socket that was reset the kernel tells nothing.
     pub(super) peer: Peer,
     socket: OwnedFd,
+    /// A Unix socket.
+    pub(super) local: bool,
+    roomy: AtomicBool,
     pub(super) began: Instant,
     wake: Arc<dyn Wake>,
     /// Of its address; lasts as long as the descriptor.
@@ -164,8 +90,11 @@ impl Conn {
         account: Arc<Account>,
         wake: Arc<dyn Wake>,
         seat: Option<Seat>,
+        local: bool,
     ) -> Conn {
         Conn {
+            local,
+            roomy: AtomicBool::new(false),
             token,
             account,
             peer: Peer::of(socket.as_fd()),
@@ -197,6 +126,19 @@ impl Conn {
                 other => return other,
             }
         }
+    }
+
+    /// Waits at most `limit` until the peer takes more, or is gone; false when it did neither, and at a signal.
+    pub(super) fn wait_writable(&self, limit: Duration) -> bool {
+        let mut fds = [PollFd::new(self.fd(), PollFlags::POLLOUT)];
+        sync::before_call();
+        let limit = if sync::MAY_WAIT {
+            limit
+        } else {
+            Duration::ZERO
+        };
+        let limit = PollTimeout::try_from(limit).unwrap_or(PollTimeout::MAX);
+        poll(&mut fds, limit).is_ok_and(|count| count > 0)
     }
 
     pub(super) fn is_dead(&self) -> bool {
@@ -340,6 +282,75 @@ impl Conn {
         }
     }
 
+    /// Asks for twice the room that a socket has (socket(7): wmem_max, doubled): a reply of the usual size fits. Of pages it costs no memory.
+    fn make_room(&self) {
+        if !self.roomy.swap(true, Ordering::Relaxed) {
+            // A wish: with less room it goes on as before.
+            let _ = socket2::SockRef::from(&self.socket).set_send_buffer_size(SEND_BYTES);
+        }
+    }
+
+    /// Sends the first `used` bytes of `gathered` and then the range in `pages`, which is empty afterwards. A peer that takes no more for
+    /// `idle` gets the rest by and by; that is a copy, so that a slow one holds no pages and no pipe.
+    pub(super) fn send_pages(
+        &self,
+        gathered: &[u8],
+        used: usize,
+        pages: &mut Pages,
+        idle: Duration,
+    ) {
+        self.make_room();
+        let mut out = lock(&self.out);
+        let turn = !out.sending && out.chunks.is_empty();
+        let mut sent = 0;
+        let mut result = Ok(());
+        if turn {
+            out.sending = true;
+            drop(out);
+            let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+            while result.is_ok() && (sent < used || pages.held() > 0) {
+                let step = if sent < used {
+                    send(self.socket.as_raw_fd(), &gathered[sent..used], flags)
+                        .map(|count| sent += count)
+                } else {
+                    pages.send(self.fd()).map(drop)
+                };
+                match step {
+                    Err(Errno::EINTR) => {}
+                    Err(Errno::EAGAIN) if self.wait_writable(idle) => {}
+                    other => result = other,
+                }
+            }
+            out = lock(&self.out);
+            out.sending = false;
+        }
+        let rest = match result {
+            Ok(()) | Err(Errno::EAGAIN) => pages.copy_out(),
+            Err(error) => Err(error.into()),
+        };
+        let Ok(rest) = rest else {
+            drop(out);
+            return self.kill();
+        };
+        let bytes = [&gathered[sent..used], &rest].concat();
+        if !bytes.is_empty() {
+            let chunk = Chunk {
+                _charge: Some(self.account.charge_held(bytes.len())),
+                bytes,
+                sent: 0,
+            };
+            // In front: the rest of a reply comes before all others.
+            if turn {
+                out.chunks.push_front(chunk);
+            } else {
+                out.chunks.push_back(chunk);
+            }
+        }
+        if !out.sending && !out.chunks.is_empty() {
+            self.pump(out);
+        }
+    }
+
     /// Sends what is queued, as far as the peer takes it.
     pub(super) fn flush(&self) {
         let out = lock(&self.out);
@@ -435,19 +446,4 @@ fn consume(batch: &mut VecDeque<Chunk>, mut sent: usize) {
         sent -= left;
         batch.pop_front();
     }
-}
-
-/// Prepares an accepted socket: replies leave at once, and receives return after `idle`.
-pub(super) fn prepare(socket: &OwnedFd, idle: std::time::Duration, tcp: bool) -> io::Result<()> {
-    let socket = socket2::SockRef::from(socket);
-    socket.set_read_timeout(Some(idle))?;
-    if tcp {
-        socket.set_tcp_nodelay(true)?;
-        // A peer whose machine is gone says nothing for ever: keepalive finds out.
-        let alive = socket2::TcpKeepalive::new()
-            .with_time(std::time::Duration::from_secs(60))
-            .with_interval(std::time::Duration::from_secs(10));
-        socket.set_tcp_keepalive(&alive)?;
-    }
-    Ok(())
 }

@@ -22,6 +22,7 @@ use super::lease::{Lease, Report};
 use super::limits::Limits;
 use super::listener::Listener;
 use super::meter::{Measured, Meter};
+use super::pipes::Pipes;
 use super::poller::{self, Poller};
 use super::shared::{ClientsWatcher, Export, Shared};
 use super::stats::{Counters, Stats};
@@ -52,6 +53,7 @@ impl Door {
             addresses: Arc::default(),
             inline: Inside::default(),
             kept: Arc::default(),
+            pipes: Pipes::default(),
             exports: Mutex::default(),
             watcher: RwLock::default(),
             witness: Witness::default(),

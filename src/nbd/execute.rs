@@ -8,8 +8,9 @@ use std::sync::Arc;
 
 use crate::image::{Extent, NoWait, Span, ZeroFlags};
 
+use super::account::{Charge, Full};
 use super::command::{Command, Refused};
-use super::conn::{Charge, Conn, Full};
+use super::conn::Conn;
 use super::lease::{Kind, wire_error};
 use super::meter::Operation;
 use super::reply::Gather;
@@ -20,6 +21,8 @@ use super::work::Job;
 
 /// A reply of more bytes than this counts as held payload.
 const LARGE_BYTES: usize = 256 << 10;
+/// A read of at least this many bytes is answered without a copy where that can be: below it the calls cost more than the copy.
+const SHARE_BYTES_MIN: usize = 64 << 10;
 
 pub(super) const DETACHED: Refused = Refused {
     error: NbdError::Shutdown,
@@ -41,6 +44,9 @@ impl Transmission {
         at: Extent,
     ) -> Result<(), Full> {
         let len = at.len() as usize;
+        if conn.local && len >= SHARE_BYTES_MIN && self.share(conn, gather, to, at) {
+            return Ok(());
+        }
         let mut charge = None;
         if len > LARGE_BYTES {
             charge = Some(conn.account.charge(len)?);
@@ -78,6 +84,37 @@ impl Transmission {
             }
         }
         Ok(())
+    }
+
+    /// Answers with the pages themselves; false when that cannot be, and nothing was done.
+    fn share(&self, conn: &Conn, gather: &mut Gather, to: ReplyTo, at: Extent) -> bool {
+        let shared = &self.lease.shared;
+        if !self.lease.cached() || conn.has_output() {
+            return false;
+        }
+        let (Some(right), Some(mut lent)) = (self.lease.inline_read(), shared.pipes.lend()) else {
+            return false;
+        };
+        let (Some(pages), Some(pass)) = (lent.pages(), self.lease.begin(None)) else {
+            return false;
+        };
+        let began = self.tally.begin(Operation::Read);
+        let done = pass.image().share(at, pages);
+        drop((pass, right));
+        // The read that copies says what is wrong.
+        if !matches!(done, Ok(NoWait::Done)) {
+            return false;
+        }
+        let header = wire::read_header_bytes(to.headers);
+        wire::put_read_header(gather.room(header), to, at.len());
+        gather.commit(header, None);
+        add(&shared.counters.reads_inline, 1);
+        add(&shared.counters.reads_shared, 1);
+        let bytes = u64::from(at.len());
+        self.tally
+            .done(&self.lease.meter, Operation::Read, bytes, began);
+        gather.send_with(conn, pages, shared.limits.idle);
+        true
     }
 
     /// False when the write has to be handed over.

@@ -4,6 +4,7 @@ use std::io;
 use std::net::{IpAddr, TcpListener};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener;
+use std::time::Duration;
 
 pub(super) struct Listener {
     pub(super) token: u64,
@@ -47,4 +48,21 @@ impl AsFd for Listener {
             Socket::Unix(socket) => socket.as_fd(),
         }
     }
+}
+
+/// Prepares an accepted socket: replies leave at once, and what waits for the peer returns after `idle`.
+pub(super) fn prepare(socket: &OwnedFd, idle: Duration, tcp: bool) -> io::Result<()> {
+    let socket = socket2::SockRef::from(socket);
+    socket.set_read_timeout(Some(idle))?;
+    // Only for pages: splice(2) to a socket waits as long as this, whatever its flags say; all other sends do not wait.
+    socket.set_write_timeout(Some(idle))?;
+    if tcp {
+        socket.set_tcp_nodelay(true)?;
+        // A peer whose machine is gone says nothing for ever: keepalive finds out.
+        let alive = socket2::TcpKeepalive::new()
+            .with_time(Duration::from_secs(60))
+            .with_interval(Duration::from_secs(10));
+        socket.set_tcp_keepalive(&alive)?;
+    }
+    Ok(())
 }

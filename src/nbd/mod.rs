@@ -3,6 +3,7 @@
 //! A connection flows `listener → poller → session → transmission → command → execute → lease → image → conn`;
 //! `door` is what the daemon calls. Two kinds of thread (`crew`) and one that waits for all of them (`poller`).
 
+mod account;
 mod bound;
 mod closing;
 mod command;
@@ -22,6 +23,7 @@ mod listener;
 mod meter;
 #[cfg(all(test, feature = "model"))]
 mod model;
+mod pipes;
 mod poller;
 mod pulse;
 mod rate;

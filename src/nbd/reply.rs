@@ -2,10 +2,13 @@
 //! beside it. Memory only; kept by the thread, not by the session.
 
 use std::sync::Arc;
+use std::time::Duration;
 
+use crate::image::pages::Pages;
 use crate::sync::atomic::{AtomicU64, Ordering};
 
-use super::conn::{Charge, Conn};
+use super::account::Charge;
+use super::conn::Conn;
 use super::wire::{self, NbdError, ReplyTo};
 
 /// One receive takes at most this much, in bytes: many small requests, or a middling write whole. A session that
@@ -173,6 +176,13 @@ impl Gather {
         if self.buffer.len() > KEEP_BYTES {
             self.buffer = Vec::new();
         }
+    }
+
+    /// As `send`, and the range in `pages` after it: the header of its reply is the last that was gathered.
+    pub(super) fn send_with(&mut self, conn: &Conn, pages: &mut Pages, idle: Duration) {
+        conn.send_pages(&self.buffer, self.used, pages, idle);
+        self.used = 0;
+        self.charges.clear();
     }
 
     /// Forgets what a session that panicked left behind.

@@ -11,15 +11,18 @@ use crate::correlation::{ExportName, RefusalKind};
 use crate::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use crate::sync::{Mutex, RwLock};
 
+use super::account::Account;
 use super::bound::{Bounds, Limit};
-use super::conn::{Account, Conn, Wake, lock, prepare};
+use super::conn::{Conn, Wake, lock};
 use super::crew::Crew;
 use super::crowd::{Addresses, Handshakes};
 use super::handshake::Refusal;
 use super::inline::Inside;
 use super::lease::{DiskTask, Lease};
 use super::limits::Limits;
+use super::listener::prepare;
 use super::meter::Meter;
+use super::pipes::Pipes;
 use super::poller::Poller;
 use super::reply::Kept;
 use super::stats::{Counters, add, sub};
@@ -44,6 +47,7 @@ pub(super) struct Shared {
     /// Session threads of all leases that are inside a call of an image.
     pub(super) inline: Inside,
     pub(super) kept: Arc<Kept>,
+    pub(super) pipes: Pipes,
     /// Held for a few map operations, never over a call of an image or a report.
     pub(super) exports: Mutex<BTreeMap<ExportName, Export>>,
     /// Written once at start; the watcher must not block, it runs in session threads.
@@ -118,6 +122,7 @@ impl Shared {
             account,
             wake,
             seat.flatten(),
+            peer.is_none(),
         )))
     }
 

@@ -59,6 +59,8 @@ counters! {
     bytes_written,
     /// Reads answered from memory in the session's own thread.
     reads_inline,
+    /// Of those, the READs that were answered with the pages of the cache, without a copy.
+    reads_shared,
     /// Requests that went to a disk thread.
     handed_over,
     /// Requests answered with an error.

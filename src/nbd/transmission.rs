@@ -8,9 +8,10 @@ use nix::errno::Errno;
 
 use crate::image::Extent;
 
+use super::account::{Charge, Full};
 use super::bound::Limit;
 use super::command::{self, Command, Refused, Terms};
-use super::conn::{Charge, Conn, Full};
+use super::conn::Conn;
 use super::ending::Closing;
 use super::execute::DETACHED;
 use super::handshake::{Agreed, Facts};
@@ -196,10 +197,19 @@ impl Transmission {
         }
     }
 
-    /// While the peer takes no replies, nothing more is begun for it.
+    /// While the peer takes no replies, nothing more is begun for it. A reader that takes them as they come is waited for here: what it
+    /// is sent at once of a large reply is only what its socket holds.
     fn wait_for_reader(&self, conn: &Conn, epoch: u64) -> Option<Rest> {
         conn.blocked_since()?;
         conn.flush();
+        let shared = &self.lease.shared;
+        while conn.blocked_since().is_some()
+            && !shared.poller.sessions.has_backlog()
+            && !self.lease.fenced()
+            && conn.wait_writable(shared.limits.idle)
+        {
+            conn.flush();
+        }
         let until = conn.blocked_since()? + self.lease.shared.limits.send;
         if Instant::now() >= until {
             self.lease.shared.reached(Limit::SendTime);

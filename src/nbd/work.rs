@@ -7,8 +7,9 @@ use std::time::Instant;
 
 use crate::image::{Image, Span};
 
+use super::account::Charge;
 use super::command::Command;
-use super::conn::{Charge, Conn};
+use super::conn::Conn;
 use super::lease::{Kind, Lease, wire_error};
 use super::meter::Operation;
 use super::stats::add;
