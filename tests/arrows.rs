@@ -61,6 +61,7 @@ const PURE: &[&str] = &[
     "claim/spec",
     "config/document",
     "config/limits",
+    "config/nbd_server",
     "config/place",
     "config/table",
     "files/known",

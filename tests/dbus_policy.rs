@@ -128,6 +128,16 @@ const CALLS: &[Row] = &[
         true,
     ),
     (ROOT, MANAGER, "GetHistory", &["a{sv}", "0"], true),
+    (ROOT, MANAGER, "ListPins", &["a{sv}", "0"], true),
+    (
+        ROOT,
+        MANAGER,
+        "ConfirmPin",
+        &["sta{sv}", "a", "1", "0"],
+        false,
+    ),
+    (ROOT, MANAGER, "Repin", &["sta{sv}", "a", "1", "0"], false),
+    (ROOT, MANAGER, "Unpin", &["sa{sv}", "a", "0"], false),
     // What no table has is stopped by the bus, too, and does not reach the daemon.
     (ROOT, MANAGER, "NoSuchMethod", &[], false),
 ];

@@ -29,6 +29,11 @@ pub fn check(path: &Path, json: bool) -> Result<(), Failure> {
 
 /// Reads and parses: one line for each problem.
 pub fn problems(path: &Path) -> Vec<String> {
+    if config::is_ini(path) {
+        let files = config::read_ini(path).files;
+        let judged = config::nbd_server::judge(&files, &Default::default(), false);
+        return judged.problems.iter().map(ToString::to_string).collect();
+    }
     match config::read(path) {
         Ok(files) => match config::parse(&files) {
             Ok(_) => Vec::new(),

@@ -8,8 +8,8 @@ use zbus::Variant;
 
 use super::show::{self, print, print_json};
 use super::{
-    Add, Command, Ensure, Explain, Failure, PrepareDetach, doctor, explain, history, metrics, top,
-    watch,
+    Add, Command, Ensure, Explain, Failure, PrepareDetach, doctor, explain, history, metrics, pins,
+    top, watch,
 };
 use crate::dbus::Bus;
 use crate::dbus::client::{Client, ClientError, Options};
@@ -64,6 +64,17 @@ pub async fn run(bus: &Bus, command: Command, as_json: bool) -> Result<(), Failu
         Command::Resolve { name, diskseq } => {
             client.resolve(&name, diskseq).await.map_err(failed)?;
             done(as_json, "resolved", &name)?;
+        }
+        Command::Pins(asked) => pins::pins(&client, &asked, as_json)
+            .await
+            .map_err(failed)??,
+        Command::Repin { name, diskseq } => {
+            client.pin(&name, diskseq, true).await.map_err(failed)?;
+            done(as_json, "pinned anew", &name)?;
+        }
+        Command::Unpin { name } => {
+            client.unpin(&name).await.map_err(failed)?;
+            done(as_json, "judged anew", &name)?;
         }
         Command::Rescan => {
             client.rescan().await.map_err(failed)?;
@@ -193,7 +204,7 @@ async fn prepare_detach(client: &Client, prepare: &PrepareDetach) -> Result<(), 
     outcome
 }
 
-fn done(as_json: bool, what: &str, whose: &str) -> std::io::Result<()> {
+pub fn done(as_json: bool, what: &str, whose: &str) -> std::io::Result<()> {
     if as_json {
         return print_json(&json!({ "done": what, "of": whose }));
     }

@@ -12,6 +12,7 @@ mod failure;
 mod history;
 mod manual;
 mod metrics;
+mod pins;
 mod show;
 mod table;
 mod top;
@@ -85,6 +86,23 @@ enum Command {
         /// The disk, by the DISKSEQ of `nbdtrack volumes`
         #[arg(long, value_name = "N", add = ArgValueCandidates::new(complete::diskseqs))]
         diskseq: u64,
+    },
+    /// Show what the paths of nbd-server's configuration mean, and confirm it
+    Pins(pins::Pins),
+    /// Say that the path of an export means another disk, which is there now
+    Repin {
+        /// The export
+        #[arg(add = ArgValueCandidates::new(complete::exports))]
+        name: String,
+        /// The disk, by the DISKSEQ of `nbdtrack pins`
+        #[arg(long, value_name = "N", add = ArgValueCandidates::new(complete::diskseqs))]
+        diskseq: u64,
+    },
+    /// Have it judged anew what the path of an export means
+    Unpin {
+        /// The export
+        #[arg(add = ArgValueCandidates::new(complete::exports))]
+        name: String,
     },
     /// Look at the attached disks anew
     Rescan,

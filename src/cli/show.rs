@@ -81,6 +81,20 @@ pub fn sessions(sessions: &[Properties], as_json: bool) -> std::io::Result<()> {
     table(&header, &rows, Look::of_stdout(), "no sessions")
 }
 
+/// Prints these columns of what the daemon listed.
+pub fn table_of<const N: usize>(
+    header: &[&str; N],
+    columns: &[&str; N],
+    list: &[Properties],
+    none: &str,
+) -> std::io::Result<()> {
+    let rows: Vec<Vec<String>> = list
+        .iter()
+        .map(|one| columns.map(|column| text(one, column)).into())
+        .collect();
+    table(header, &rows, Look::of_stdout(), none)
+}
+
 /// Prints what a reload changed: a line for each export.
 pub fn reload(difference: &Properties, as_json: bool) -> std::io::Result<()> {
     if as_json {
@@ -242,7 +256,7 @@ fn list(objects: &BTreeMap<String, Properties>) -> Value {
     objects.iter().map(one).collect()
 }
 
-fn object(properties: &Properties) -> Value {
+pub fn object(properties: &Properties) -> Value {
     let one = |(name, value): (&String, &OwnedVariant)| (snake(name), to_json(value));
     properties
         .iter()

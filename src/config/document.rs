@@ -47,8 +47,8 @@ impl<'a> Document<'a> {
         if is_nbd_server(&file.text) {
             reading.tell(
                 0..0,
-                "this is an nbd-server configuration (it begins with [generic]); such files are not read yet, \
-                 write TOML with [[export]] tables",
+                "this is an nbd-server configuration (it begins with [generic]); such a file is the main file or is \
+                 included by one, and does not stand beside TOML",
             );
             problems.append(&mut reading.problems);
             return document;
@@ -372,7 +372,7 @@ fn export<'a>(value: Spanned<DeValue<'a>>, reading: &mut Reading<'a>) -> Option<
 }
 
 /// Whether the first line that says anything is nbd-server's (its manual: the first section must be [generic]).
-fn is_nbd_server(text: &str) -> bool {
+pub(super) fn is_nbd_server(text: &str) -> bool {
     text.lines()
         .map(str::trim)
         .find(|line| !line.is_empty() && !line.starts_with(['#', ';']))

@@ -14,9 +14,9 @@ const CONF_D: &str = "conf.d";
 /// Bytes of one file: 10,000 exports of some 150 bytes fit, a disk image given by mistake does not.
 pub const FILE_BYTES_MAX: u64 = 4 << 20;
 /// Files in `conf.d`: one for each of 10,000 exports, which is what the daemon is measured with.
-const FILES_MAX: usize = 10_000;
+pub(super) const FILES_MAX: usize = 10_000;
 /// Bytes of all files, which are in memory at once.
-const TOTAL_BYTES_MAX: u64 = 64 << 20;
+pub(super) const TOTAL_BYTES_MAX: u64 = 64 << 20;
 
 /// Why the configuration could not be read.
 #[derive(Debug, thiserror::Error)]

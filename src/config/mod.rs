@@ -9,6 +9,8 @@
 //! | `table.rs` | one TOML table: keys out by name, the rest is unknown |
 //! | `place.rs` | where something stands, and problems |
 //! | `files.rs` | EDGE: the reading of `nbdtrack.toml` and `conf.d/*.toml` |
+//! | `ini_files.rs` | EDGE: the reading of nbd-server's files |
+//! | `nbd_server/` | nbd-server's files, as values |
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{Ipv4Addr, SocketAddr};
@@ -20,6 +22,7 @@ use crate::identity::{OptIn, VolumeId, collisions};
 
 mod document;
 mod files;
+mod ini_files;
 mod limits;
 pub mod nbd_server;
 mod place;
@@ -27,6 +30,7 @@ mod table;
 
 use document::{Document, FoundExport};
 pub use files::{FILE_BYTES_MAX, ReadError, read};
+pub use ini_files::{IniFiles, is_ini, read_ini};
 pub use limits::Limits;
 pub use place::Problem;
 

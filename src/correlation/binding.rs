@@ -21,6 +21,8 @@ pub(super) enum Failure {
     Busy,
     /// Another export writes to the disk.
     InUse,
+    /// A person has to say which volume a path means.
+    Unpinned,
     Orphan,
 }
 

@@ -1,7 +1,7 @@
 //! The invariants of the model, checked after every step in debug builds and in the simulation.
 
-use super::Correlation;
 use super::binding::Binding;
+use super::{Correlation, Export};
 
 impl Correlation {
     /// Says which invariant does not hold.
@@ -21,6 +21,7 @@ impl Correlation {
             let Some(held) = export.binding.held() else {
                 continue;
             };
+            self.check_pin(export)?;
             let present = self.disks.get(held.diskseq);
             let claims =
                 present.is_some_and(|disk| !disk.identities.is_disjoint(&export.candidates));
@@ -107,5 +108,24 @@ impl Correlation {
             }
         }
         Ok(())
+    }
+
+    /// Invariants 5 and 12: what a path means is stored before anything is opened by it, and then only that is.
+    fn check_pin(&self, export: &Export) -> Result<(), String> {
+        let definition = &export.definition;
+        if let Some(path) = definition.volume.path() {
+            return Err(format!(
+                "export {} holds a disk and {path} means nothing",
+                definition.name
+            ));
+        }
+        let going = export.leaving.is_some() || self.stopping;
+        match self.pinned_volume(&definition.name) {
+            Some(pinned) if !going && pinned.as_ref() != Some(&definition.volume) => Err(format!(
+                "export {} serves {}, and is pinned to {pinned:?}",
+                definition.name, definition.volume
+            )),
+            _ => Ok(()),
+        }
     }
 }

@@ -12,6 +12,11 @@ use crate::identity::Identity;
 impl Correlation {
     /// Applies the difference: what did not change notices nothing.
     pub(super) fn on_configured(&mut self, exports: Vec<Definition>) {
+        let difference = self.configure(exports);
+        self.out.push(Action::Tell(Notice::Reloaded(difference)));
+    }
+
+    pub(super) fn configure(&mut self, exports: Vec<Definition>) -> Difference {
         let wanted: BTreeMap<ExportName, Definition> = exports
             .into_iter()
             .map(|definition| (definition.name.clone(), definition))
@@ -20,7 +25,7 @@ impl Correlation {
             .exports
             .iter()
             .filter(|(name, export)| {
-                export.planned().source == Source::Config && !wanted.contains_key(*name)
+                export.planned().source.is_file() && !wanted.contains_key(*name)
             })
             .map(|(name, _)| name.clone())
             .collect();
@@ -45,7 +50,7 @@ impl Correlation {
             {
                 Some((known, false)) if known == definition => {}
                 Some((known, false)) if known.source == Source::Dbus => {
-                    self.adopt(&name);
+                    self.adopt(&name, definition.source);
                     difference.changed.push(name);
                 }
                 // It changes; or it is on its way out, and comes back as this.
@@ -64,7 +69,7 @@ impl Correlation {
             }
         }
         self.retire_leftovers();
-        self.out.push(Action::Tell(Notice::Reloaded(difference)));
+        difference
     }
 
     /// Which of these definitions cannot stand, and why. Exports that exchange their volumes do not collide; one that is
@@ -128,7 +133,7 @@ impl Correlation {
         self.exports.get(&definition.name).is_some_and(|export| {
             !export.goes()
                 && Definition {
-                    source: Source::Config,
+                    source: definition.source,
                     ..export.planned().clone()
                 } == *definition
         })
@@ -149,7 +154,7 @@ impl Correlation {
     }
 
     /// An export that was added over D-Bus stands in the configuration now, which keeps it from here on.
-    fn adopt(&mut self, name: &ExportName) {
+    fn adopt(&mut self, name: &ExportName, source: Source) {
         let Some(export) = self.exports.get_mut(name) else {
             return;
         };
@@ -157,7 +162,7 @@ impl Correlation {
         let replacement = replacement.and_then(|leaving| leaving.replacement.as_mut());
         // What it is about to be is what the configuration wants.
         let planned = export.moving.as_mut().or(replacement);
-        planned.unwrap_or(&mut export.definition).source = Source::Config;
+        planned.unwrap_or(&mut export.definition).source = source;
         export.durable = true;
         // Else it would be there again after it was taken out of the file.
         let changes = vec![Change::DeleteExport(name.clone())];

@@ -4,17 +4,20 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::time::Duration;
 
-use super::facts::{DeviceNumber, DiskFacts, DiskSeq, Mark, Reading};
+use super::facts::{BootId, DeviceNode, DeviceNumber, DiskFacts, DiskSeq, Mark, Reading};
 use super::index::Index;
-use crate::identity::{self, Identity};
+use crate::identity::{self, Identity, Scheme};
 
 /// One attached disk.
 #[derive(Debug, Clone)]
 pub(super) struct Disk {
     pub facts: DiskFacts,
-    /// What is known of its identity, also while a newer reading is outstanding.
+    /// What is known of its identity, also while a newer reading is outstanding; and, of a disk, this attachment of it.
     pub identities: Arc<BTreeSet<Identity>>,
+    /// When it was first seen at its node, since the start.
+    pub seen: Duration,
     /// Its identity has been read at least once, so subscribers were told of it.
     pub announced: bool,
     /// What the last open that met a busy device said.
@@ -27,6 +30,12 @@ impl Disk {
         identity::primary(&self.identities)
             .map(ToString::to_string)
             .unwrap_or_default()
+    }
+
+    /// What the disk says of itself.
+    pub fn said(&self) -> impl Iterator<Item = &Identity> {
+        let made = |identity: &&Identity| identity.scheme != Scheme::Attachment;
+        self.identities.iter().filter(made)
     }
 
     /// Members of a multipath or md device are never candidates; what is built on them may be.
@@ -46,11 +55,15 @@ pub(super) enum DiskChange {
     Left(Box<Disk>),
 }
 
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub(super) struct Disks {
+    boot: BootId,
+    /// The time of what is observed now, since the start.
+    pub now: Duration,
     /// Boxed: a disk that comes or goes moves its neighbours in the map.
     disks: BTreeMap<DiskSeq, Box<Disk>>,
     by_number: Index<DeviceNumber, DiskSeq>,
+    by_node: Index<DeviceNode, DiskSeq>,
     by_identity: Index<Identity, BTreeSet<DiskSeq>>,
     /// The newest observation of each device number. Pruned by each survey.
     touched: BTreeMap<DeviceNumber, Mark>,
@@ -59,6 +72,24 @@ pub(super) struct Disks {
 }
 
 impl Disks {
+    pub fn new(boot: BootId) -> Disks {
+        Disks {
+            boot,
+            now: Duration::ZERO,
+            disks: BTreeMap::new(),
+            by_number: Index::default(),
+            by_node: Index::default(),
+            by_identity: Index::default(),
+            touched: BTreeMap::new(),
+            surveyed_at: Mark::default(),
+        }
+    }
+
+    /// The disk of this node.
+    pub fn at(&self, node: &DeviceNode) -> Option<&Disk> {
+        self.get(*self.by_node.get(node)?)
+    }
+
     pub fn get(&self, diskseq: DiskSeq) -> Option<&Disk> {
         self.disks.get(&diskseq).map(Box::as_ref)
     }
@@ -176,10 +207,16 @@ impl Disks {
         let diskseq = facts.diskseq;
         let before = self.disks.get(&diskseq).cloned();
         let identities = match (&facts.identities, &before) {
-            (Reading::Known(identities), _) => Arc::new(identities.clone()),
+            (Reading::Known(identities), _) => Arc::new(self.with_attachment(diskseq, identities)),
             (Reading::Unknown(_), Some(before)) => before.identities.clone(),
-            (Reading::Unknown(_), None) => Arc::default(),
+            (Reading::Unknown(_), None) => {
+                Arc::new(self.with_attachment(diskseq, &BTreeSet::new()))
+            }
         };
+        let stayed = before
+            .as_ref()
+            .filter(|before| before.facts.node == facts.node);
+        let seen = stayed.map_or(self.now, |before| before.seen);
         self.unindex(diskseq);
         for identity in identities.iter() {
             self.by_identity
@@ -187,7 +224,9 @@ impl Disks {
                 .insert(diskseq);
         }
         self.by_number.insert(facts.number, diskseq);
+        self.by_node.insert(facts.node.clone(), diskseq);
         let disk = Disk {
+            seen,
             announced: before.as_ref().is_some_and(|before| before.announced),
             busy: before
                 .as_ref()
@@ -216,10 +255,20 @@ impl Disks {
         Some(DiskChange::Left(disk))
     }
 
+    /// A file has no attachment: it is known by what it is.
+    fn with_attachment(&self, diskseq: DiskSeq, said: &BTreeSet<Identity>) -> BTreeSet<Identity> {
+        let attachment =
+            (!diskseq.is_file()).then(|| Identity::of_attachment(&self.boot.0, diskseq.0));
+        said.iter().cloned().chain(attachment).collect()
+    }
+
     fn unindex(&mut self, diskseq: DiskSeq) {
         let Some(disk) = self.disks.get(&diskseq) else {
             return;
         };
+        if self.by_node.get(&disk.facts.node) == Some(&diskseq) {
+            self.by_node.remove(&disk.facts.node);
+        }
         for identity in disk.identities.iter() {
             if let Some(sharers) = self.by_identity.get_mut(identity) {
                 sharers.remove(&diskseq);

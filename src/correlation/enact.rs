@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::binding::{Binding, Context, Cue, Failure, Order, Want};
 use super::{
     Action, Correlation, Decision, DiskSeq, EndHow, ExportName, Generation, Level, Notice,
-    OpenDisk, RefusalKind, State, Ticket, Timer,
+    OpenDisk, RefusalKind, Source, State, Ticket, Timer, Turns,
 };
 
 /// A failed open is tried again after this, doubled each time up to the maximum: nothing tells us when whoever
@@ -76,6 +76,11 @@ impl Correlation {
             Order::Serve { ticket, held } => {
                 export.generation = held.generation;
                 export.attempts = 0;
+                let turns = (export.definition.source == Source::NbdServer && !held.read_only)
+                    .then_some(Turns {
+                        diskseq: held.diskseq,
+                        share: export.definition.share,
+                    });
                 let identities = self
                     .disks
                     .get(held.diskseq)
@@ -88,6 +93,7 @@ impl Correlation {
                     ticket,
                     generation: held.generation,
                     read_only: held.read_only,
+                    turns,
                 });
             }
             Order::Unseal { generation } => {

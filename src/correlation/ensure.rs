@@ -159,7 +159,7 @@ impl Correlation {
                 known.source.name(),
             )));
         }
-        if known.source == Source::Config {
+        if known.source.is_file() {
             return Err(RequestError::NotSupported(format!(
                 "export {name} stands in the configuration file with volume {}: change it there",
                 known.volume
@@ -280,7 +280,7 @@ impl Correlation {
         };
         match result {
             // The configuration wants it like this by now, whatever the store says.
-            Err(error) if definition.source != Source::Config => {
+            Err(error) if !definition.source.is_file() => {
                 self.replacing.remove(name);
                 self.reply(request, Err(error.clone()));
                 if let Some(export) = self.exports.get_mut(name) {

@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use super::binding::{Binding, Failure};
 use super::disks::Disk;
 use super::{Correlation, DiskSeq, Export, ExportName, Reading};
-use crate::identity::Identity;
+use crate::identity::{Identity, Scheme};
 
 /// Disks that match are all told (a machine has few twins); of those that do not, the nearest so many.
 pub const OTHERS_MAX: usize = 8;
@@ -110,7 +110,7 @@ impl Correlation {
             format!("it serves {}", serving.join(", "))
         } else if let Some(reason) = unread(disk) {
             format!("its identity could not be read: {reason}")
-        } else if disk.identities.is_empty() {
+        } else if disk.said().next().is_none() {
             "it presents no identity, so no export can be bound to it".to_owned()
         } else if candidates.is_empty() {
             "no export looks for any identity that it presents".to_owned()
@@ -125,7 +125,7 @@ impl Correlation {
                     candidate.export
                 )),
                 None if unread(disk).is_some() => advice.push(READ_AGAIN.to_owned()),
-                None if disk.identities.is_empty() => advice.push(
+                None if disk.said().next().is_none() => advice.push(
                     "give the disk a serial in the hypervisor (or a backing file), then attach it again"
                         .to_owned(),
                 ),
@@ -140,7 +140,7 @@ impl Correlation {
             state: "attached".to_owned(),
             why,
             volume: disk.id(),
-            identities: disk.identities.iter().map(Identity::to_string).collect(),
+            identities: disk.said().map(Identity::to_string).collect(),
             candidates,
             more: 0,
             advice,
@@ -278,6 +278,9 @@ impl Correlation {
                 Failure::InUse => {
                     "make one of the two exports read-only, or say 'share' on both".to_owned()
                 }
+                Failure::Unpinned => {
+                    "look whether the disk at the path is the one that is meant, and confirm it; 'nbdtrack pins' shows it".to_owned()
+                }
                 Failure::Orphan => {
                     "find out why the disk does not answer ('dmesg', the hypervisor); the export comes back when it lets go"
                         .to_owned()
@@ -311,8 +314,14 @@ fn unread(disk: &Disk) -> Option<&str> {
     }
 }
 
+/// The number of an attachment says nothing to a person.
 fn difference(these: &BTreeSet<Identity>, those: &BTreeSet<Identity>) -> Vec<String> {
-    these.difference(those).map(Identity::to_string).collect()
+    let made = |identity: &&Identity| identity.scheme != Scheme::Attachment;
+    these
+        .difference(those)
+        .filter(made)
+        .map(Identity::to_string)
+        .collect()
 }
 
 /// 0 could not be read, 1 nearly equal, 2 presents a scheme that is looked for, 3 anything else.
@@ -327,7 +336,7 @@ fn distance(export: &Export, disk: &Disk) -> usize {
         0
     } else if near_miss(export, disk).is_some() {
         1
-    } else if disk.identities.iter().any(schemes) {
+    } else if disk.said().any(schemes) {
         2
     } else {
         3
@@ -344,7 +353,7 @@ fn near_miss(export: &Export, disk: &Disk) -> Option<String> {
             .collect()
     };
     let wanted: Vec<String> = export.candidates.iter().map(|c| bare(&c.value)).collect();
-    let near = disk.identities.iter().find(|identity| {
+    let near = disk.said().find(|identity| {
         let value = bare(&identity.value);
         value.len() >= NEAR_CHARS_MIN && wanted.contains(&value)
     })?;

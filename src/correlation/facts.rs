@@ -164,6 +164,8 @@ pub struct DiskFacts {
 pub enum Source {
     Config,
     Dbus,
+    /// A section of nbd-server's configuration.
+    NbdServer,
 }
 
 impl Source {
@@ -171,7 +173,13 @@ impl Source {
         match self {
             Source::Config => "config",
             Source::Dbus => "dbus",
+            Source::NbdServer => "nbd-server",
         }
+    }
+
+    /// It stands in a file, and goes when it is taken out there.
+    pub fn is_file(self) -> bool {
+        self != Source::Dbus
     }
 }
 
@@ -193,6 +201,12 @@ impl Definition {
     pub fn serves_as(&self, other: &Definition) -> bool {
         let of = |d: &Definition| (d.read_only, d.share, d.direct);
         self.volume == other.volume && of(self) == of(other)
+    }
+
+    /// Whether both may be defined as writers of one disk, because of two sections the first that a client binds has it: that is
+    /// judged at each connection, and not here.
+    pub fn takes_turns_with(&self, other: &Definition) -> bool {
+        self.source == Source::NbdServer && other.source == Source::NbdServer
     }
 
     /// Whether both may write to one disk. One through the page cache and one past it may not: a page that one of them

@@ -229,7 +229,7 @@ pub(super) fn judge_pair(definition: &Definition, other: &Definition) -> Result<
         )));
     }
     let both_write = !(definition.read_only || other.read_only);
-    if both_write && !definition.shares_with(other) {
+    if both_write && !definition.shares_with(other) && !definition.takes_turns_with(other) {
         let mend = if definition.share && other.share {
             "and one of them is 'direct': say it on both, or make one of them read-only"
         } else {

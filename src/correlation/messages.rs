@@ -1,10 +1,12 @@
 //! What the middle is told and what it orders: events in, actions out, requests and their replies.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use super::facts::{
     Change, Definition, DeviceNode, DeviceNumber, DiskFacts, DiskSeq, ExportName, Mark,
 };
+use super::pins::ConfiguredSection;
 use super::vm::{Mapping, VmDisk};
 use crate::identity::{Identity, VolumeId};
 
@@ -62,6 +64,12 @@ pub enum Event {
     Asked { request: RequestId, what: Request },
     /// The definitions in the configuration files, complete.
     Configured { exports: Vec<Definition> },
+    /// The sections of nbd-server's configuration. `refused` are those that cannot be taken; `None` when not all files could be read:
+    /// else what has no section has no pin.
+    Sections {
+        sections: Vec<ConfiguredSection>,
+        refused: Option<BTreeSet<ExportName>>,
+    },
     /// A hidden export has no clients any more.
     Unused { export: ExportName },
     /// `Correlation::deadline` has come.
@@ -141,6 +149,8 @@ pub enum Action {
         ticket: Ticket,
         generation: Generation,
         read_only: bool,
+        /// The disk, when of its exports only one at a time may have clients that write, but for those that share.
+        turns: Option<Turns>,
     },
     /// Answer new clients of `export` with this; sessions that exist go on.
     Refuse {
@@ -199,6 +209,14 @@ pub enum Action {
     Tell(Notice),
     /// One decision in words, for the log.
     Log(Decision),
+}
+
+/// Who writes to a disk that several exports offer: the first that a client binds, for as long as it has clients.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Turns {
+    pub diskseq: DiskSeq,
+    /// It may write beside others that say so too.
+    pub share: bool,
 }
 
 /// Orders an open with everything that has to hold on the opened device (invariant 3).
@@ -309,6 +327,16 @@ pub enum Request {
     ResolveConflict {
         name: ExportName,
         diskseq: DiskSeq,
+    },
+    /// The path of this export's section means the disk that is there, and has this diskseq. `anew` when the section has a pin.
+    Pin {
+        name: ExportName,
+        diskseq: DiskSeq,
+        anew: bool,
+    },
+    /// What the path means is judged anew.
+    Unpin {
+        name: ExportName,
     },
 }
 

@@ -26,7 +26,10 @@ mod index;
 mod membership;
 mod messages;
 mod observe;
+mod pin_calls;
 pub mod pin_rule;
+mod pin_steps;
+mod pins;
 mod record;
 mod removal;
 mod requests;
@@ -44,7 +47,9 @@ use std::time::Duration;
 pub use explain::{Candidate, Explanation};
 pub use facts::*;
 pub use messages::*;
-pub use pin_rule::{AtPath, BOOT_SLACK_US, FoundDisk, Pin, PinnedTo, Written};
+pub use pin_calls::PinView;
+pub use pin_rule::{AtPath, FoundDisk, Pin, PinnedTo, Written};
+pub use pins::{ConfiguredSection, NamedPath, PathFound};
 pub use record::*;
 pub use view::*;
 pub use vm::*;
@@ -56,6 +61,7 @@ use disks::Disks;
 use holds::Holds;
 use index::{Index, Ordered};
 use membership::Waiter;
+use pins::Pins;
 use requests::Persisting;
 
 /// Nobody waits for the answer to this request.
@@ -76,6 +82,8 @@ pub struct Settings {
     pub drain_within: Duration,
     /// A released disk that is still attached after this is worth a warning.
     pub detach_grace: Duration,
+    /// When the daemon began, in microseconds since 1970 by the machine's clock.
+    pub started_us: u64,
 }
 
 impl Settings {
@@ -86,6 +94,7 @@ impl Settings {
             cut_within: Duration::from_secs(5),
             drain_within: Duration::from_secs(30),
             detach_grace: Duration::from_secs(300),
+            started_us: 0,
         }
     }
 }
@@ -203,6 +212,7 @@ pub struct Correlation {
     persisting: BTreeMap<RequestId, Persisting>,
     timers: BTreeSet<(Duration, Timer)>,
     last_nodes: Index<String, DeviceNode>,
+    pins: Pins,
     /// Why there is no file under a path that an export wants; at most one for each.
     absent_files: Index<String, String>,
     last_ticket: Ticket,
@@ -213,9 +223,9 @@ pub struct Correlation {
 impl Correlation {
     pub fn new(settings: Settings, remembered: Remembered) -> Correlation {
         let mut correlation = Correlation {
-            settings,
             now: Duration::ZERO,
-            disks: Disks::default(),
+            disks: Disks::new(settings.boot.clone()),
+            settings,
             surveyed: false,
             exports: Ordered::default(),
             by_candidate: Index::default(),
@@ -235,6 +245,7 @@ impl Correlation {
             persisting: BTreeMap::new(),
             timers: BTreeSet::new(),
             last_nodes: Index::default(),
+            pins: Pins::new(remembered.pins),
             absent_files: Index::default(),
             last_ticket: Ticket(0),
             stopping: false,
@@ -269,6 +280,7 @@ impl Correlation {
     /// the start and never goes back.
     pub fn apply(&mut self, now: Duration, event: Event) -> Vec<Action> {
         self.now = self.now.max(now);
+        self.disks.now = self.now;
         match event {
             Event::DiskSeen { mark, facts } => {
                 let changes = self.disks.seen(mark, facts);
@@ -298,6 +310,7 @@ impl Correlation {
             Event::Persisted { request, result } => self.on_persisted(request, result),
             Event::Asked { request, what } => self.on_asked(request, what),
             Event::Configured { exports } => self.on_configured(exports),
+            Event::Sections { sections, refused } => self.on_sections(sections, refused),
             Event::Unused { export } => self.on_unused(&export),
             Event::TimePassed => self.on_time_passed(),
             Event::Stopping => self.on_stopping(),

@@ -42,6 +42,7 @@ impl Correlation {
                 self.settle(&name);
             }
         }
+        self.judge_open_pins();
     }
 
     pub(super) fn observe(&mut self, changes: Vec<DiskChange>) {
@@ -52,6 +53,7 @@ impl Correlation {
                     self.announce(diskseq);
                     self.tell_disk(diskseq);
                     self.settle_disk(diskseq, None);
+                    self.judge_pins_at(diskseq, None);
                 }
                 DiskChange::Changed { diskseq, before } => {
                     self.announce(diskseq);
@@ -59,8 +61,12 @@ impl Correlation {
                     self.tell_disk(diskseq);
                     self.retry_failed(diskseq);
                     self.settle_disk(diskseq, Some(&before));
+                    self.judge_pins_at(diskseq, Some(&before.facts.node));
                 }
-                DiskChange::Left(disk) => self.disk_left(&disk),
+                DiskChange::Left(disk) => {
+                    self.disk_left(&disk);
+                    self.judge_pins_at(disk.facts.diskseq, Some(&disk.facts.node));
+                }
             }
         }
     }

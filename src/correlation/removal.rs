@@ -6,7 +6,7 @@ use super::binding::{Binding, Failure};
 use super::requests::Persisting;
 use super::{
     Action, Change, Correlation, EndHow, ExportName, Leaving, Notice, RemoveMode, Reply,
-    RequestError, RequestId, Source,
+    RequestError, RequestId,
 };
 
 impl Correlation {
@@ -22,7 +22,7 @@ impl Correlation {
                 "there is no export {name}; 'nbdtrack exports' lists them"
             ))
         })?;
-        if export.planned().source == Source::Config && !export.goes() {
+        if export.planned().source.is_file() && !export.goes() {
             return Err(RequestError::NotSupported(format!(
                 "export {name} stands in the configuration file: take it out there"
             )));

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use super::{
     Action, Change, Correlation, Decision, Definition, DiskSeq, ExportName, INTERNAL, Level,
-    Mapping, RemoveMode, Reply, Request, RequestError, RequestId, Source,
+    Mapping, Pin, RemoveMode, Reply, Request, RequestError, RequestId,
 };
 use crate::identity::{Identity, VolumeId};
 
@@ -38,6 +38,8 @@ pub(super) enum Persisting {
         name: ExportName,
         diskseq: DiskSeq,
     },
+    Pins(Vec<Pin>),
+    Unpin(ExportName),
 }
 
 /// What is stored with a mapping.
@@ -66,6 +68,12 @@ impl Correlation {
             } => self.prepare_detach(request, volume, hard, within),
             Request::CancelDetach { volume } => self.cancel_detach(request, &volume),
             Request::ResolveConflict { name, diskseq } => self.resolve(request, &name, diskseq),
+            Request::Pin {
+                name,
+                diskseq,
+                anew,
+            } => self.pin_by_person(request, &name, diskseq, anew),
+            Request::Unpin { name } => self.unpin(request, &name),
         };
         if let Err(error) = outcome {
             self.reply(request, Err(error));
@@ -120,7 +128,7 @@ impl Correlation {
                     self.reply(request, Ok(Reply::Done));
                     return;
                 };
-                if export.planned().source == Source::Config {
+                if export.planned().source.is_file() {
                     let error = format!(
                         "export {name} stands in the configuration file now: take it out there"
                     );
@@ -131,6 +139,12 @@ impl Correlation {
                     return;
                 }
                 self.removed(request, &name, mode, within);
+            }
+            (Persisting::Pins(pins), result) => {
+                self.pinned(request, pins, result.map_err(|error| failed(&error)));
+            }
+            (Persisting::Unpin(name), result) => {
+                self.unpinned(request, &name, result.map_err(|error| failed(&error)));
             }
             (Persisting::Cancel { disks }, Ok(())) => self.cancelled(request, &disks),
             (Persisting::Resolve { name, diskseq }, Ok(())) => {

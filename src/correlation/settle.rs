@@ -77,6 +77,9 @@ impl Correlation {
         if !self.surveyed {
             return nothing("the disks of this machine have not been surveyed yet");
         }
+        if let Some(want) = self.want_unpinned(export) {
+            return Some(want);
+        }
         if export.binding.kept().is_none()
             && let Some((diskseq, orphan)) = self.holds.orphan_of(&export.candidates)
         {
@@ -142,7 +145,8 @@ impl Correlation {
             let meets =
                 held.diskseq == diskseq || !writer.candidates.is_disjoint(&export.candidates);
             let shares = export.definition.shares_with(&writer.definition);
-            (meets && !shares).then_some(writer)
+            let turns = export.definition.takes_turns_with(&writer.definition);
+            (meets && !shares && !turns).then_some(writer)
         })
     }
 
@@ -218,7 +222,8 @@ impl Correlation {
                 None => format!("{path} has not been looked up yet"),
             }
         } else {
-            format!("no attached disk presents the identity of {volume}")
+            self.absent_by_pin(export)
+                .unwrap_or_else(|| format!("no attached disk presents the identity of {volume}"))
         };
         Want::Nothing { reason }
     }

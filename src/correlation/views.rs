@@ -90,7 +90,7 @@ impl Correlation {
         Some(DiskView {
             id: disk.id(),
             twin: self.disks.has_twin(disk),
-            identities: disk.identities.iter().cloned().collect(),
+            identities: disk.said().cloned().collect(),
             serial: disk.facts.serial.clone(),
             wwid: disk.facts.wwid.clone(),
             node: disk.facts.node.clone(),

@@ -44,6 +44,17 @@ impl Control {
                 self.trail.note_refused(what, &caller, &error);
                 self.answer(reply, Err(RequestError::InUse(error)));
             }
+            // As with a move.
+            Call::Request(
+                ref what @ (Request::Pin { ref name, .. } | Request::Unpin { ref name }),
+            ) if self.door.clients(name) > 0 => {
+                let error = format!(
+                    "export {name} has {} clients of the volume that it is now: end them before its path means another",
+                    self.door.clients(name)
+                );
+                self.trail.note_refused(what, &caller, &error);
+                self.answer(reply, Err(RequestError::InUse(error)));
+            }
             Call::Request(
                 ref what @ Request::RemoveExport {
                     ref name,
@@ -86,6 +97,11 @@ impl Control {
                 self.trail.note_other("EndSession", &caller, detail);
                 let none = || RequestError::NotFound(format!("there is no session {id}"));
                 self.answer(reply, ended.then_some(Answer::Done).ok_or_else(none));
+            }
+            Call::Pins { pending } => {
+                let mut pins = self.correlation.pins();
+                pins.retain(|pin| pin.pending || !pending);
+                self.answer(reply, Ok(Answer::Pins(pins)));
             }
             Call::SetLogLevel(level) => {
                 let state = log::set_level(level);

@@ -12,6 +12,7 @@ use super::claims::ClaimsFile;
 use super::metrics::ServingTimes;
 use super::reload::{Read, Reload};
 use super::rescan::Rescan;
+use super::sections::Clock;
 use super::service::Service;
 use super::sockets::Sockets;
 use super::trail::Trail;
@@ -124,6 +125,7 @@ impl Control {
         rules: IdentityRules,
         roots: Arc<Roots>,
         options: Options,
+        clock: Clock,
     ) -> Control {
         let Edges {
             door,
@@ -158,7 +160,8 @@ impl Control {
             roots,
             claims: Arc::new(Claims::default()),
             claims_file: ClaimsFile::default(),
-            started: Instant::now(),
+            // The same moment that the middle was told as the start: else what is seen would seem to be older than it is.
+            started: clock.started,
             drain_within,
             rules,
             opened: HashMap::new(),
@@ -169,7 +172,7 @@ impl Control {
             report_receiver: Some(report_receiver),
             writes,
             keeper: Some(keeper),
-            reload: Reload::default(),
+            reload: Reload::new(clock),
             service: Service::new(),
             options,
             jobs: BTreeMap::new(),

@@ -26,7 +26,9 @@ impl Control {
             Request::AddExport { .. }
             | Request::EnsureVmExport(_)
             | Request::CancelDetach { .. }
-            | Request::ResolveConflict { .. } => return None,
+            | Request::ResolveConflict { .. }
+            | Request::Pin { .. }
+            | Request::Unpin { .. } => return None,
         };
         let clients = self.clients_of(&exports);
         let now = SystemTime::now();

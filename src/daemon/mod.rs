@@ -13,11 +13,13 @@ mod metrics;
 mod perform;
 mod reload;
 mod rescan;
+mod sections;
 mod service;
 mod sockets;
 mod sys;
 mod trail;
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -35,6 +37,7 @@ use crate::mapping::{Bounds, History, Store, StoreError};
 use crate::nbd::{Door, Limits};
 use crate::udev;
 use control::{Control, Edges};
+use sections::{Clock, Reading};
 
 use sockets::Sockets;
 
@@ -57,7 +60,7 @@ const BLOCKING_THREADS_MAX: usize = 2_048;
 /// What `serve` was told on the command line; each overrides the configuration file.
 #[derive(Debug, Clone, Default)]
 pub struct Options {
-    /// A file, or a folder with `nbdtrack.toml` in it. Without one the defaults hold.
+    /// A file (nbd-server's, too), or a folder with `nbdtrack.toml` in it. Without one the defaults hold.
     pub config: Option<PathBuf>,
     pub listen: Option<Vec<String>>,
     pub socket: Option<PathBuf>,
@@ -125,11 +128,21 @@ pub fn run(options: &Options) -> Result<(), Error> {
     outcome
 }
 
-/// The configuration with the command line's words in it.
-fn configure(options: &Options) -> Result<Config, Error> {
-    let mut config = match &options.config {
-        Some(path) => config::parse(&config::read(path)?).map_err(Error::Config)?,
-        None => Config::default(),
+/// The configuration with the command line's words in it, and nbd-server's sections when it is of that kind.
+fn configure(options: &Options, clock: Clock) -> Result<(Config, Option<Reading>), Error> {
+    let (mut config, reading) = match &options.config {
+        Some(path) if config::is_ini(path) => {
+            let reading = sections::read(path, &BTreeMap::new(), clock);
+            let Some(generic) = &reading.generic else {
+                return Err(Error::Config(reading.problems));
+            };
+            (sections::server_of(generic)?, Some(reading))
+        }
+        Some(path) => {
+            let config = config::parse(&config::read(path)?).map_err(Error::Config)?;
+            (config, None)
+        }
+        None => (Config::default(), None),
     };
     let server = &mut config.server;
     if let Some(listen) = &options.listen {
@@ -155,13 +168,14 @@ fn configure(options: &Options) -> Result<Config, Error> {
             reason,
         })?;
     }
-    Ok(config)
+    Ok((config, reading))
 }
 
 async fn serve(options: &Options, passed: Option<Sockets>) -> Result<(), Error> {
     // From now on a SIGHUP asks for a reload, and does not end a daemon that is starting.
     let hangup = control::listen(SignalKind::hangup());
-    let config = configure(options)?;
+    let clock = Clock::now();
+    let (config, reading) = configure(options, clock)?;
     let bus = match &config.server.bus {
         config::Bus::System => Bus::System,
         config::Bus::None => Bus::None,
@@ -187,6 +201,7 @@ async fn serve(options: &Options, passed: Option<Sockets>) -> Result<(), Error> 
 
     let mut settings = Settings::new(boot);
     settings.detach_grace = config.server.detach_grace;
+    settings.started_us = clock.started_us;
     let drain_within = settings.drain_within;
     let correlation = Correlation::new(settings, remembered);
 
@@ -223,12 +238,16 @@ async fn serve(options: &Options, passed: Option<Sockets>) -> Result<(), Error> 
         config.identity,
         roots,
         options.clone(),
+        clock,
     );
     control.claims_file.rule(config.claim);
     control.start(sockets);
-    control.apply(Event::Configured {
-        exports: config.exports,
-    });
+    match reading {
+        Some(reading) => control.take_sections(reading),
+        None => control.apply(Event::Configured {
+            exports: config.exports,
+        }),
+    }
     let ended = control.run(events, files, commands, hangup).await;
     // Whoever listens hears of the end, if the bus takes it.
     control.publisher.flush(FAREWELL).await;

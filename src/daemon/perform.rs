@@ -26,11 +26,13 @@ impl Control {
                     ticket,
                     generation,
                     read_only,
+                    turns,
                 } => {
                     let image = self
                         .opened
                         .remove(&ticket)
                         .expect("the middle serves a ticket once, after its open");
+                    self.door.take_turns(&export, turns);
                     self.door.serve(&export, generation, image, read_only);
                 }
                 Action::Refuse {

@@ -4,6 +4,8 @@ use std::path::Path;
 
 use super::Options;
 use super::control::{Asker, Control, Report};
+use super::sections::{self, Clock, Reading};
+use crate::config::nbd_server::LastGood;
 use crate::config::{self, ClaimRules};
 use crate::correlation::{Definition, Difference, Event, RequestError};
 use crate::dbus::{Answer, Publication};
@@ -12,8 +14,12 @@ use crate::dbus::{Answer, Publication};
 const PROBLEMS_BYTES_MAX: usize = 16 << 10;
 
 /// Only one reading goes on at a time: of two, the older could be applied last.
-#[derive(Default)]
 pub(super) struct Reload {
+    clock: Clock,
+    /// Of nbd-server's configuration, what was read last; `None` when the configuration is not of that kind.
+    last: Option<LastGood>,
+    /// What was wrong in what is being applied, for those who asked.
+    told: Vec<String>,
     reading: bool,
     /// Asked for again since the reading began.
     again: bool,
@@ -24,6 +30,18 @@ pub(super) struct Reload {
 }
 
 impl Reload {
+    pub(super) fn new(clock: Clock) -> Reload {
+        Reload {
+            clock,
+            last: None,
+            told: Vec::new(),
+            reading: false,
+            again: false,
+            served: Vec::new(),
+            waiting: Vec::new(),
+        }
+    }
+
     pub(super) fn is_reading(&self) -> bool {
         self.reading
     }
@@ -57,9 +75,16 @@ impl Control {
         self.reload.served = std::mem::take(&mut self.reload.waiting);
         self.service.reloading();
         let reports = self.reports.clone();
+        let (last, clock) = (self.reload.last.clone(), self.reload.clock);
         tokio::task::spawn_blocking(move || {
+            let read = match last {
+                Some(last) => Ok(Read::Sections(Box::new(sections::read(
+                    &path, &last, clock,
+                )))),
+                None => read_again(&path),
+            };
             // The loop is gone only when the daemon stops.
-            let _stopped = reports.send(Report::Reloaded(read_again(&path)));
+            let _stopped = reports.send(Report::Reloaded(read));
         });
     }
 
@@ -70,25 +95,17 @@ impl Control {
                 let stopping = RequestError::NotReady("the daemon is stopping".to_owned());
                 self.answer_reload(&Err(stopping));
             }
-            Ok(read) => {
-                tracing::info!(exports = read.exports.len(), "configuration read again");
-                self.claims_file.rule(read.claim);
-                self.apply(Event::Configured {
-                    exports: read.exports,
-                });
+            Ok(Read::Exports { exports, claim }) => {
+                tracing::info!(exports = exports.len(), "configuration read again");
+                self.claims_file.rule(claim);
+                self.apply(Event::Configured { exports });
                 let _asked = self.files.check();
             }
-            Err(problems) => {
-                for problem in &problems {
-                    tracing::error!(name: "config_refused", "configuration refused, everything stays as it was: {problem}");
-                }
-                let mut text = problems.join("\n");
-                if text.len() > PROBLEMS_BYTES_MAX {
-                    text.truncate(text.floor_char_boundary(PROBLEMS_BYTES_MAX));
-                    text.push_str("\n… and more, in the log");
-                }
-                self.answer_reload(&Err(RequestError::InvalidConfig(text)));
+            Ok(Read::Sections(reading)) => {
+                tracing::info!(exports = reading.sections.len(), "configuration read again");
+                self.take_sections(*reading);
             }
+            Err(problems) => self.refuse_all(&problems),
         }
         self.reload.reading = false;
         if std::mem::take(&mut self.reload.again) {
@@ -96,6 +113,37 @@ impl Control {
         } else if !self.stopping {
             self.tell_ready();
         }
+    }
+
+    fn refuse_all(&mut self, problems: &[String]) {
+        for problem in problems {
+            tracing::error!(name: "config_refused", "configuration refused, everything stays as it was: {problem}");
+        }
+        self.answer_reload(&Err(RequestError::InvalidConfig(bounded(problems))));
+    }
+
+    /// Applies nbd-server's configuration: what is wrong in it keeps its last good state and the rest is taken.
+    pub(super) fn take_sections(&mut self, reading: Reading) {
+        for warning in &reading.warnings {
+            tracing::warn!(name: "config_odd", "{warning}");
+        }
+        let problems: Vec<String> = reading.problems.iter().map(ToString::to_string).collect();
+        if reading.generic.is_none() {
+            self.refuse_all(&problems);
+            return;
+        }
+        for problem in &problems {
+            tracing::error!(name: "config_refused", "refused, and what it was before stays: {problem}");
+        }
+        self.reload.last = Some(reading.last);
+        self.reload.told = problems;
+        // Before what is served: a client that comes to a new export meets its rules.
+        self.door.rule(reading.rules);
+        self.apply(Event::Sections {
+            sections: reading.sections,
+            refused: reading.refused,
+        });
+        self.reload.told.clear();
     }
 
     /// The middle has applied a configuration: the signal for a reload, and the answers. Nothing at the start, when no one
@@ -115,11 +163,15 @@ impl Control {
         let mut told = vec![Publication::Signal(crate::correlation::Notice::Reloaded(
             difference.clone(),
         ))];
+        let answer = match self.reload.told.as_slice() {
+            [] => Ok(Answer::Reloaded(difference)),
+            problems => Err(RequestError::InvalidConfig(format!(
+                "{}\nwhat this concerns stays as it was, the rest was applied",
+                bounded(problems)
+            ))),
+        };
         let answers = std::mem::take(&mut self.reload.served).into_iter();
-        told.extend(
-            answers
-                .map(|asker| Publication::Reply(asker, Ok(Answer::Reloaded(difference.clone())))),
-        );
+        told.extend(answers.map(|asker| Publication::Reply(asker, answer.clone())));
         told
     }
 
@@ -131,9 +183,21 @@ impl Control {
 }
 
 /// What of the configuration can change while the daemon runs.
-pub(super) struct Read {
-    pub exports: Vec<Definition>,
-    pub claim: Option<ClaimRules>,
+pub(super) enum Read {
+    Exports {
+        exports: Vec<Definition>,
+        claim: Option<ClaimRules>,
+    },
+    Sections(Box<Reading>),
+}
+
+fn bounded(problems: &[String]) -> String {
+    let mut text = problems.join("\n");
+    if text.len() > PROBLEMS_BYTES_MAX {
+        text.truncate(text.floor_char_boundary(PROBLEMS_BYTES_MAX));
+        text.push_str("\n… and more, in the log");
+    }
+    text
 }
 
 /// Reads and judges all files; a problem keeps everything as it was and is told by file, line and column.
@@ -141,7 +205,7 @@ pub(super) fn read_again(path: &Path) -> Result<Read, Vec<String>> {
     let files = config::read(path).map_err(|error| vec![error.to_string()])?;
     let config = config::parse(&files)
         .map_err(|problems| problems.iter().map(ToString::to_string).collect::<Vec<_>>())?;
-    Ok(Read {
+    Ok(Read::Exports {
         exports: config.exports,
         claim: config.claim,
     })

@@ -200,12 +200,17 @@ fn called(what: &Request, caller: &Caller) -> Record {
         Request::ResolveConflict { name, .. } => {
             ("ResolveConflict", name.to_string(), String::new())
         }
+        Request::Pin { name, anew, .. } => {
+            let method = if *anew { "Repin" } else { "ConfirmPin" };
+            (method, name.to_string(), String::new())
+        }
+        Request::Unpin { name } => ("Unpin", name.to_string(), String::new()),
     };
     Record {
         export,
         volume,
         diskseq: match what {
-            Request::ResolveConflict { diskseq, .. } => diskseq.0,
+            Request::ResolveConflict { diskseq, .. } | Request::Pin { diskseq, .. } => diskseq.0,
             _ => 0,
         },
         // The answer comes before it.

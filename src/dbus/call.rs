@@ -122,6 +122,7 @@ impl Calls {
             | Call::SetLogLevel(_) => &self.changing,
             Call::ResolveVolume(_)
             | Call::Sessions(_)
+            | Call::Pins { .. }
             | Call::Stats
             | Call::Explain(_)
             | Call::History(_)
@@ -182,7 +183,13 @@ pub(super) fn time_for(call: &Call) -> Duration {
         Call::Request(
             Request::RemoveExport { within, .. } | Request::PrepareDetach { within, .. },
         ) => *within,
-        Call::Request(Request::CancelDetach { .. } | Request::ResolveConflict { .. })
+        Call::Request(
+            Request::CancelDetach { .. }
+            | Request::ResolveConflict { .. }
+            | Request::Pin { .. }
+            | Request::Unpin { .. },
+        )
+        | Call::Pins { .. }
         | Call::Rescan
         | Call::Reload
         | Call::ResolveVolume(_)

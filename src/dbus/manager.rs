@@ -9,6 +9,7 @@ use zbus::{Message, OwnedVariant};
 use super::inquiries;
 use super::introspect::{Interface, Method, Signal};
 use super::options::{Options, bounded, short};
+use super::pins;
 use super::{Call, Filter};
 use crate::correlation::{
     Definition, DiskSeq, Ensure, ExportName, Mapping, RemoveMode, Request, RequestError, Source,
@@ -100,6 +101,10 @@ pub const MANAGER: Interface = Interface {
         inquiries::GET_HISTORY,
         inquiries::GET_EXPORT_STATS,
         inquiries::GET_METRICS,
+        pins::LIST_PINS,
+        pins::CONFIRM_PIN,
+        pins::REPIN,
+        pins::UNPIN,
     ],
     signals: &[
         Signal {
@@ -195,6 +200,7 @@ pub fn parse(method: &str, message: &Message) -> Result<Call, RequestError> {
         "ExplainExport" | "ExplainDisk" | "GetHistory" | "GetExportStats" | "GetMetrics" => {
             inquiries::parse(method, message)
         }
+        "ListPins" | "ConfirmPin" | "Repin" | "Unpin" => pins::parse(method, message),
         other => Err(RequestError::NotSupported(format!(
             "{other} does not exist"
         ))),
@@ -355,7 +361,7 @@ fn volume_id(argument: &str, text: &str) -> Result<VolumeId, RequestError> {
         .map_err(|error| RequestError::InvalidArgument(format!("{argument}: {error}")))
 }
 
-fn some_diskseq(number: u64) -> Result<DiskSeq, RequestError> {
+pub(super) fn some_diskseq(number: u64) -> Result<DiskSeq, RequestError> {
     if number == 0 {
         return Err(RequestError::InvalidArgument(
             "diskseq: 0 is no disk; the volumes' DiskSeq says which there are".to_owned(),

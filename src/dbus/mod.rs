@@ -20,6 +20,7 @@
 mod call;
 pub mod client;
 mod client_inquiries;
+mod client_pins;
 mod connect;
 mod error;
 mod export;
@@ -30,6 +31,7 @@ mod log_control;
 mod manager;
 mod options;
 mod paths;
+mod pins;
 mod publish;
 mod queue;
 mod reply;
@@ -53,7 +55,7 @@ pub use publish::Publisher;
 
 use crate::correlation::{
     Difference, DiskSeq, DiskView, Explanation, ExportName, ExportView, Generation, Inquiry,
-    Notice, Record, Request, RequestError,
+    Notice, PinView, Record, Request, RequestError,
 };
 use crate::identity::VolumeId;
 
@@ -133,6 +135,10 @@ pub enum Call {
     Sessions(Option<ExportName>),
     EndSession(u64),
     SetLogLevel(LogLevel),
+    /// What paths mean, or only what waits for someone.
+    Pins {
+        pending: bool,
+    },
     Stats,
     /// What each export carried.
     Measures,
@@ -227,6 +233,7 @@ pub enum Answer {
     Volumes(Vec<DiskSeq>),
     Reloaded(Difference),
     Sessions(Vec<SessionView>),
+    Pins(Vec<PinView>),
     Stats(BTreeMap<String, u64>),
     Explained {
         explanation: Box<Explanation>,

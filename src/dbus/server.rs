@@ -24,7 +24,7 @@ use super::reply::{
 };
 use super::signals::{by_name, words};
 use super::tree::{Object, Properties};
-use super::{Answer, Bus, BusError, Call, Command, export, inquiries, paths, volume};
+use super::{Answer, Bus, BusError, Call, Command, export, inquiries, paths, pins, volume};
 
 /// Between attempts to reach a bus that went away: from, and at most.
 const RETRY: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(10));
@@ -349,6 +349,7 @@ impl Server {
                 let sessions: Vec<_> = sessions.iter().map(job::session).collect();
                 response(message, &sessions)
             }
+            Answer::Pins(views) => response(message, &pins::pins(&views)),
             Answer::Stats(mut stats) => {
                 stats.insert("bus_calls_refused".to_owned(), self.calls.refused());
                 stats.insert("bus_signals_dropped".to_owned(), self.shared.dropped());

@@ -11,7 +11,7 @@ use super::claim::{OpenError, Subject};
 use super::medium::Medium;
 use super::{sys, users};
 use crate::correlation::{DeviceNumber, DiskSeq, OpenDisk};
-use crate::identity::Identity;
+use crate::identity::{Identity, Scheme};
 
 /// Reads diskseq and identities of the disk behind a device number; may block.
 pub type ReadIdentities<'a> = &'a dyn Fn(DeviceNumber) -> io::Result<(DiskSeq, BTreeSet<Identity>)>;
@@ -79,7 +79,8 @@ impl Subject for Disk<'_> {
         let order = self.order;
         let (diskseq, found) = (self.identities)(order.number).map_err(|e| self.refused(e))?;
         self.is_announced(diskseq)?;
-        if !found.contains(&order.identity) {
+        // An attachment is its diskseq, and that was compared.
+        if order.identity.scheme != Scheme::Attachment && !found.contains(&order.identity) {
             return Err(OpenError::OtherIdentity {
                 node: order.node.clone(),
                 expected: order.identity.clone(),

@@ -185,7 +185,7 @@ fn parsed<T>(
 
 fn definition(row: &SqliteRow) -> Result<Definition, String> {
     let source: String = column(row, "source")?;
-    let source = [Source::Config, Source::Dbus]
+    let source = [Source::Config, Source::Dbus, Source::NbdServer]
         .into_iter()
         .find(|known| known.name() == source)
         .ok_or_else(|| format!("source \"{source}\" is unknown"))?;

@@ -19,6 +19,8 @@ pub struct Terms {
     pub block_min: u32,
     /// Payload of a READ or WRITE in bytes.
     pub request_max: u32,
+    /// Every change is durable before it is answered, as if the client had set FUA.
+    pub sync: bool,
 }
 
 /// A request whose flags, range and permission hold.
@@ -171,7 +173,7 @@ fn with_payload(header: &RequestHeader, terms: &Terms) -> Result<Command, Refuse
     let Some(at) = Extent::checked(header.offset, length, terms.size) else {
         return refuse(past_end(header.kind), PAST_END);
     };
-    let fua = header.flags & cmd_flag::FUA != 0;
+    let fua = terms.sync || header.flags & cmd_flag::FUA != 0;
     Ok(if read {
         Command::Read(at)
     } else {
@@ -192,7 +194,7 @@ fn with_effect(header: &RequestHeader, terms: &Terms) -> Result<Command, Refused
     let Some(at) = Span::checked(header.offset, header.length, terms.size) else {
         return refuse(past_end(header.kind), PAST_END);
     };
-    let fua = has(cmd_flag::FUA);
+    let fua = terms.sync || has(cmd_flag::FUA);
     Ok(match header.kind {
         cmd::TRIM => Command::Trim { at, fua },
         cmd::CACHE => Command::Cache(at.at_most(CACHE_BYTES_MAX)),
@@ -256,6 +258,7 @@ mod tests {
             allocation: true,
             block_min: 1,
             request_max: 32 * MIB,
+            sync: false,
         }
     }
 
@@ -358,6 +361,22 @@ mod tests {
             ask(simple, cmd::READ, cmd_flag::DF, 0, 1),
             Err(NbdError::Inval)
         );
+    }
+
+    #[test]
+    fn an_export_that_syncs_takes_every_change_for_one_with_fua() {
+        let terms = Terms {
+            sync: true,
+            ..terms()
+        };
+        let fua_of = |kind| match ask(terms, kind, 0, 0, 512).unwrap() {
+            Command::Write { fua, .. } | Command::Trim { fua, .. } => fua,
+            Command::Zero { flags, .. } => flags.fua,
+            other => panic!("{other:?}"),
+        };
+        for kind in [cmd::WRITE, cmd::TRIM, cmd::WRITE_ZEROES] {
+            assert!(fua_of(kind), "{kind}");
+        }
     }
 
     #[test]

@@ -12,6 +12,7 @@ use crate::image::Image;
 use crate::sync::atomic::{AtomicBool, Ordering};
 use crate::sync::{Mutex, RwLock, thread};
 
+use super::access::Gatekeeper;
 use super::bound::Bounds;
 use super::conn::lock;
 use super::crew::Crew;
@@ -57,6 +58,7 @@ impl Door {
             exports: Mutex::default(),
             watcher: RwLock::default(),
             witness: Witness::default(),
+            gatekeeper: Gatekeeper::default(),
         });
         let polled = shared.clone();
         thread::Builder::new()

@@ -10,7 +10,7 @@ use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::sync::Arc;
 
-use crate::correlation::{ExportName, Generation, LeaseEnd};
+use crate::correlation::{ExportName, Generation, LeaseEnd, RefusalKind, Turns};
 use crate::image::Image;
 use crate::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use crate::sync::{Mutex, RwLock, RwLockReadGuard};
@@ -19,7 +19,7 @@ use super::closing::Ending;
 use super::conn::{Conn, lock};
 use super::crew::Task;
 use super::gate::Gate;
-use super::handshake::Facts;
+use super::handshake::{Facts, Refusal};
 use super::inline::{Inside, Right};
 use super::meter::Meter;
 use super::shared::Shared;
@@ -59,6 +59,8 @@ pub(super) struct Lease {
     pub(super) facts: Facts,
     /// Of the image: see [`Image::cached`].
     cached: bool,
+    /// Whose turn it is to write is asked at each client; see `access`.
+    pub(super) turns: Option<Turns>,
     /// Bytes, as the next client is told; only grows. Each session keeps what it agreed to.
     size: AtomicU64,
     pub(super) shared: Arc<Shared>,
@@ -141,6 +143,7 @@ impl Lease {
             blocks,
         };
         Arc::new(Lease {
+            turns: shared.gatekeeper.turns_of(&export),
             export,
             generation,
             size: AtomicU64::new(facts.size),
@@ -226,24 +229,42 @@ impl Lease {
         self.gate.fenced()
     }
 
-    /// Binds a connection to this lease for life (invariant 1); `false` when it is ending.
-    pub(super) fn attach(&self, conn: &Arc<Conn>) -> bool {
+    /// Takes a connection in, unless the lease is ending or the export has `clients_max` (0 for any number).
+    pub(super) fn attach(&self, conn: &Arc<Conn>, clients_max: u32) -> Result<(), Refusal> {
         let mut members = lock(&self.members);
         // `end` fences first and closes the list after, under this lock: a member is either seen by
         // the one who ends, or not taken.
         if members.closed || self.fenced() {
-            return false;
+            return Err(Refusal {
+                kind: RefusalKind::ShuttingDown,
+                reason: format!("export {} is being detached", self.export),
+            });
         }
+        let order = Ordering::AcqRel;
+        let seat = self.clients.fetch_update(order, Ordering::Acquire, |n| {
+            (clients_max == 0 || n < clients_max).then_some(n + 1)
+        });
+        let Ok(before) = seat else {
+            return Err(Refusal {
+                kind: RefusalKind::Policy,
+                reason: format!(
+                    "export {} has {clients_max} clients, as many as it may",
+                    self.export
+                ),
+            });
+        };
         members.conns.insert(conn.token, conn.clone());
         drop(members);
-        let clients = self.clients.fetch_add(1, Ordering::AcqRel) + 1;
-        self.shared.clients_changed(&self.export, clients);
+        self.shared.clients_changed(&self.export, before + 1);
         self.tell(conn, Seen::Came);
-        true
+        Ok(())
     }
 
     pub(super) fn detach(&self, conn: &Conn) {
         if lock(&self.members).conns.remove(&conn.token).is_some() {
+            if let Some(turns) = self.turns {
+                self.shared.gatekeeper.leave(&self.export, turns);
+            }
             let clients = self.clients.fetch_sub(1, Ordering::AcqRel) - 1;
             self.shared.clients_changed(&self.export, clients);
             self.tell(conn, Seen::Left);

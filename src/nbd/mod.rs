@@ -3,6 +3,7 @@
 //! A connection flows `listener → poller → session → transmission → command → execute → lease → image → conn`;
 //! `door` is what the daemon calls. Two kinds of thread (`crew`) and one that waits for all of them (`poller`).
 
+mod access;
 mod account;
 mod bound;
 mod closing;
@@ -37,6 +38,7 @@ pub mod wire;
 mod witness;
 mod work;
 
+pub use access::{Access, AllowList, Rules};
 pub use door::Door;
 pub use lease::Report;
 pub use limits::Limits;

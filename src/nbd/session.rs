@@ -7,14 +7,14 @@ use std::time::Instant;
 
 use nix::errno::Errno;
 
-use crate::correlation::{ExportName, RefusalKind};
+use crate::correlation::ExportName;
 use crate::sync::atomic::Ordering;
 use crate::sync::thread_local;
 
 use super::bound::Limit;
 use super::conn::Conn;
 use super::crew::Task;
-use super::handshake::{ExpectFlags, ExpectOption, Next, Reason, Refusal};
+use super::handshake::{ExpectFlags, ExpectOption, Next, Reason};
 use super::reply::Scratch;
 use super::shared::Shared;
 use super::stats::add;
@@ -321,6 +321,10 @@ impl Handshake {
                     return Ok(Took::One);
                 }
                 Next::List(list) => {
+                    if shared.gatekeeper.rules().unlisted {
+                        next = list.refuse("the configuration does not allow listing", &mut out);
+                        continue;
+                    }
                     let names = shared.names(shared.limits.list_bytes);
                     if names.is_none() {
                         add(&shared.counters.lists_too_big, 1);
@@ -343,19 +347,21 @@ impl Handshake {
                     next
                 }
                 Next::Contexts(contexts) => {
-                    let verdict = shared.look_up(contexts.name()).map(|_| ());
+                    let verdict = shared.look_up_for(contexts.name(), conn).map(|_| ());
                     if verdict.is_err() {
                         add(&shared.counters.exports_refused, 1);
                     }
                     contexts.answer(verdict, &mut out)
                 }
                 Next::Choose(choose) => {
-                    let found = shared.look_up(choose.name());
+                    let bind = |found: Arc<super::lease::Lease>| {
+                        if choose.binds() {
+                            found.bind(conn)?;
+                        }
+                        Ok(found)
+                    };
+                    let found = shared.look_up_for(choose.name(), conn).and_then(bind);
                     let verdict = match found {
-                        Ok(found) if choose.binds() && !found.attach(conn) => Err(Refusal {
-                            kind: RefusalKind::ShuttingDown,
-                            reason: format!("export {} is being detached", found.export),
-                        }),
                         Ok(found) => {
                             let facts = found.facts();
                             if choose.binds() {

@@ -11,6 +11,7 @@ use crate::correlation::{ExportName, RefusalKind};
 use crate::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use crate::sync::{Mutex, RwLock};
 
+use super::access::Gatekeeper;
 use super::account::Account;
 use super::bound::{Bounds, Limit};
 use super::conn::{Conn, Wake, lock};
@@ -53,6 +54,7 @@ pub(super) struct Shared {
     /// Written once at start; the watcher must not block, it runs in session threads.
     pub(super) watcher: RwLock<Option<ClientsWatcher>>,
     pub(super) witness: Witness,
+    pub(super) gatekeeper: Gatekeeper,
 }
 
 pub(super) struct Export {

@@ -91,6 +91,7 @@ impl Transmission {
             allocation: agreed.allocation,
             block_min: facts.blocks.min,
             request_max: facts.blocks.max,
+            sync: lease.syncs(),
         };
         Transmission {
             lease,

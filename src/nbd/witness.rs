@@ -1,6 +1,7 @@
 //! Tells who came, who left and who was turned away, for the audit trail. Off the path of requests: once for each
 //! connection and choice.
 
+use std::net::IpAddr;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::PoisonError;
 
@@ -45,6 +46,8 @@ pub struct Peer {
     pub address: String,
     /// Of a Unix socket.
     pub uid: Option<u32>,
+    /// Of a TCP socket.
+    pub ip: Option<IpAddr>,
 }
 
 impl Peer {
@@ -52,16 +55,17 @@ impl Peer {
     pub(super) fn of(socket: BorrowedFd<'_>) -> Peer {
         use std::os::fd::AsRawFd;
         let name = getpeername::<SockaddrStorage>(socket.as_raw_fd()).ok();
-        let address = |text: String| Peer {
+        let address = |text: String, ip: IpAddr| Peer {
             address: text,
             uid: None,
+            ip: Some(ip),
         };
         if let Some(name) = name {
             if let Some(v4) = name.as_sockaddr_in() {
-                return address(v4.to_string());
+                return address(v4.to_string(), v4.ip().into());
             }
             if let Some(v6) = name.as_sockaddr_in6() {
-                return address(v6.to_string());
+                return address(v6.to_string(), v6.ip().into());
             }
         }
         // unix(7): the credentials of whoever called connect.
@@ -69,6 +73,7 @@ impl Peer {
             Ok(credentials) => Peer {
                 address: format!("pid {}", credentials.pid()),
                 uid: Some(credentials.uid()),
+                ip: None,
             },
             Err(_) => Peer::default(),
         }

@@ -22,6 +22,7 @@ mod kernel_socket;
 mod node;
 mod nvme;
 mod observer;
+mod path;
 mod reads;
 mod shared;
 mod slots;
@@ -38,6 +39,7 @@ use std::time::Duration;
 pub use attributes::read_identities;
 pub use counters::Counters;
 pub use observer::{IdentityReader, Observer, observe};
+pub use path::look_up;
 
 use crate::correlation::BootId;
 

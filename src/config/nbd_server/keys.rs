@@ -126,7 +126,11 @@ pub const SECTION: [Key; 32] = [
         Boolean,
         Accepted("how bytes are moved is the daemon's choice"),
     ),
-    key("virtstyle", Text, Works),
+    key(
+        "virtstyle",
+        Text,
+        Accepted("says something only with %s in exportname, which is refused"),
+    ),
     key(
         "listenaddr",
         Text,
@@ -202,6 +206,10 @@ pub const SECTION: [Key; 32] = [
 pub const GENERIC_OURS: [Key; 4] = [
     key("x-state", Text, Works),
     key("x-bus", Text, Works),
-    key("x-watch-config", Boolean, Works),
+    key(
+        "x-watch-config",
+        Boolean,
+        Refused("files are not watched yet; send SIGHUP or call Reload"),
+    ),
     key("x-missing-authfile", Text, Works),
 ];

@@ -10,7 +10,7 @@
 //! A section that cannot be honoured is refused by name and the others are read on; a file that GLib would not read
 //! leaves all its sections as they were. So one appliance's half-written file ends nobody's session.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 #[cfg(test)]
@@ -50,7 +50,6 @@ pub struct Generic {
     pub list: bool,
     pub state: Option<PathBuf>,
     pub bus: Option<String>,
-    pub watch: bool,
     /// Everyone may connect where an authfile cannot be read, as with the stock server.
     pub missing_authfile_allows: bool,
 }
@@ -67,6 +66,10 @@ pub struct Judged {
     pub sections: LastGood,
     /// Refused by name, and not served before either.
     pub refused: usize,
+    /// The sections that stand in the files, taken or not.
+    pub standing: BTreeSet<String>,
+    /// A file could not be read or parsed.
+    pub unread: bool,
     pub problems: Vec<Problem>,
     pub warnings: Vec<Problem>,
 }
@@ -91,6 +94,7 @@ pub fn judge(files: &[IniFile], last: &LastGood, strict: bool) -> Judged {
         let text = match &file.text {
             Ok(text) => text,
             Err(message) => {
+                judged.unread = true;
                 judged.keep_file(&file.path, last);
                 judged.problems.push(whole(&file.path, message.clone()));
                 continue;
@@ -99,6 +103,7 @@ pub fn judge(files: &[IniFile], last: &LastGood, strict: bool) -> Judged {
         let parsed = match KeyFile::parse(&file.path, text) {
             Ok(parsed) => parsed,
             Err(problem) => {
+                judged.unread = true;
                 judged.keep_file(&file.path, last);
                 judged.problems.push(problem);
                 continue;
@@ -149,6 +154,7 @@ impl Judged {
             );
             return;
         }
+        self.standing.insert(group.name.to_owned());
         let section = section::read(file, group, &mut remarks);
         self.note(&mut remarks, strict);
         if let Some((other, line)) = origin.get(group.name) {
@@ -192,7 +198,9 @@ impl Judged {
     }
 
     fn keep_file(&mut self, file: &Path, last: &LastGood) {
-        for (name, section) in last.iter().filter(|(_, section)| section.file == file) {
+        // Of a folder that cannot be listed, all its files.
+        let of = |section: &Section| section.file == file || section.file.parent() == Some(file);
+        for (name, section) in last.iter().filter(|(_, section)| of(section)) {
             self.sections
                 .entry(name.clone())
                 .or_insert_with(|| section.clone());
@@ -230,7 +238,6 @@ fn generic(group: &Group<'_>, remarks: &mut Remarks) -> Generic {
         list: values.truth("allowlist"),
         state: text("x-state").map(PathBuf::from),
         bus: text("x-bus"),
-        watch: values.truth("x-watch-config"),
         missing_authfile_allows: missing.is_some_and(|(word, _)| word == "allow"),
     }
 }

@@ -238,3 +238,45 @@ fn hostile_bytes_end_in_words_and_never_in_a_panic() {
         }
     }
 }
+
+/// The table that people read is this one.
+#[test]
+fn the_manual_has_every_key_and_its_fate() {
+    const PLACE: &str = "docs/migrate-from-nbd-server.md";
+    const MARKS: [&str; 2] = [
+        "<!-- keys: written by a test -->\n",
+        "<!-- end of keys -->\n",
+    ];
+    let mut table = String::new();
+    for (group, keys) in [
+        (
+            "[generic]",
+            GENERIC.iter().chain(&GENERIC_OURS).collect::<Vec<_>>(),
+        ),
+        ("an export", SECTION.iter().collect()),
+    ] {
+        table.push_str(&format!("\n| in {group} | | |\n|---|---|---|\n"));
+        for key in keys {
+            let (fate, why) = match key.fate {
+                Fate::Works => ("works", ""),
+                Fate::Accepted(why) => ("changes nothing", why),
+                Fate::Refused(why) => ("refused", why),
+            };
+            table.push_str(&format!("| `{}` | {fate} | {why} |\n", key.name));
+        }
+    }
+    table.push('\n');
+    let path = format!("{}/{PLACE}", env!("CARGO_MANIFEST_DIR"));
+    let text = std::fs::read_to_string(&path).unwrap();
+    let (before, rest) = text.split_once(MARKS[0]).unwrap();
+    let (kept, after) = rest.split_once(MARKS[1]).unwrap();
+    if std::env::var_os("NBDTRACK_ACCEPT").is_some() {
+        let text = format!("{before}{}{table}{}{after}", MARKS[0], MARKS[1]);
+        std::fs::write(&path, text).unwrap();
+        return;
+    }
+    assert!(
+        kept == table,
+        "{PLACE}: accept with NBDTRACK_ACCEPT=1\n{table}"
+    );
+}

@@ -361,6 +361,11 @@ impl List {
         wire::push_option_reply(out, option::LIST, rep::ACK, &[]);
         Next::ExpectOption(self.back)
     }
+
+    /// Tells nothing, by the server's policy.
+    pub fn refuse(self, reason: &str, out: &mut Vec<u8>) -> Next {
+        self.back.fail(out, option::LIST, rep::ERR_POLICY, reason)
+    }
 }
 
 type Fault = (u32, &'static str);

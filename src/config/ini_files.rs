@@ -1,0 +1,174 @@
+//! EDGE: reads nbd-server's configuration, bounded: the main file and the `*.conf` of its `includedir`. A file that cannot be read is
+//! told as such, so that what stood in it before stays.
+
+use std::collections::BTreeMap;
+use std::fs::{self, OpenOptions};
+use std::io::Read;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::time::UNIX_EPOCH;
+
+use super::files::{FILE_BYTES_MAX, FILES_MAX, TOTAL_BYTES_MAX};
+use super::nbd_server::{IniFile, include_of};
+
+/// All files as they were read.
+#[derive(Debug, Default)]
+pub struct IniFiles {
+    /// The main file, then the others in byte order of their names.
+    pub files: Vec<IniFile>,
+    /// When each was last written, in microseconds since 1970; without those that could not be read.
+    pub written_us: BTreeMap<PathBuf, u64>,
+}
+
+/// Whether the configuration at `path` is nbd-server's: a file whose first line that says anything is `[generic]`.
+///
+/// What cannot be read is not.
+pub fn is_ini(path: &Path) -> bool {
+    let mut left = TOTAL_BYTES_MAX;
+    !path.is_dir()
+        && source(path, &mut left).is_ok_and(|(text, _)| super::document::is_nbd_server(&text))
+}
+
+/// Reads everything. Blocks as files do: not for the event loop.
+pub fn read_ini(main: &Path) -> IniFiles {
+    let mut read = IniFiles::default();
+    let mut left = TOTAL_BYTES_MAX;
+    read.take(main, &mut left);
+    let Some(folder) = read.files.first().and_then(include_of) else {
+        return read;
+    };
+    match conf_files(&folder) {
+        Ok(paths) => {
+            for path in paths {
+                read.take(&path, &mut left);
+            }
+        }
+        // As a file that cannot be read: what stood in the folder's files stays.
+        Err(message) => read.files.push(IniFile {
+            path: folder,
+            text: Err(message),
+        }),
+    }
+    read
+}
+
+impl IniFiles {
+    fn take(&mut self, path: &Path, left: &mut u64) {
+        let text = match source(path, left) {
+            Ok((text, written_us)) => {
+                self.written_us.insert(path.to_owned(), written_us);
+                Ok(text)
+            }
+            Err(message) => Err(message),
+        };
+        self.files.push(IniFile {
+            path: path.to_owned(),
+            text,
+        });
+    }
+}
+
+/// The folder's files, sorted; the stock server takes them in the order of the directory, which is none.
+fn conf_files(folder: &Path) -> Result<Vec<PathBuf>, String> {
+    let failed = |error: std::io::Error| format!("includedir: {error}");
+    let mut found = Vec::new();
+    for entry in fs::read_dir(folder).map_err(failed)? {
+        let name = entry.map_err(failed)?.file_name();
+        let bytes = name.as_encoded_bytes();
+        // An editor's, or one that is being written beside its place.
+        if !bytes.ends_with(b".conf") || bytes.starts_with(b".") || bytes.starts_with(b"#") {
+            continue;
+        }
+        let path = folder.join(name);
+        if !fs::metadata(&path).is_ok_and(|facts| facts.is_dir()) {
+            found.push(path);
+        }
+        if found.len() > FILES_MAX {
+            return Err(format!("includedir: more than {FILES_MAX} files"));
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
+/// One file's text and the time of its last writing, asked before it was read.
+fn source(path: &Path, left: &mut u64) -> Result<(String, u64), String> {
+    // O_NONBLOCK: a FIFO in the place of a file must not stop the daemon.
+    let file = OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC)
+        .open(path)
+        .map_err(|error| error.to_string())?;
+    let facts = file.metadata().map_err(|error| error.to_string())?;
+    if !facts.is_file() {
+        return Err("not a regular file".to_owned());
+    }
+    let since = facts.modified().ok();
+    let since = since.and_then(|time| time.duration_since(UNIX_EPOCH).ok());
+    let written_us = since.map_or(0, |since| {
+        u64::try_from(since.as_micros()).unwrap_or(u64::MAX)
+    });
+    let mut bytes = Vec::new();
+    file.take(FILE_BYTES_MAX + 1)
+        .read_to_end(&mut bytes)
+        .map_err(|error| error.to_string())?;
+    let len = u64::try_from(bytes.len()).unwrap_or(u64::MAX);
+    if len > FILE_BYTES_MAX {
+        return Err(format!(
+            "more than {FILE_BYTES_MAX} bytes; this is no configuration"
+        ));
+    }
+    *left = left.checked_sub(len).ok_or_else(|| {
+        format!("with this file the configuration has more than {TOTAL_BYTES_MAX} bytes")
+    })?;
+    // Taken for a file that is being written: as "no exports" it would end every session at the next reload.
+    if bytes.iter().all(u8::is_ascii_whitespace) {
+        return Err("the file is empty; one without exports has at least a comment".to_owned());
+    }
+    Ok((String::from_utf8_lossy(&bytes).into_owned(), written_us))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_folder_is_read_in_the_order_of_names_without_what_is_no_configuration() {
+        let folder = tempfile::tempdir().unwrap();
+        let main = folder.path().join("config");
+        let conf = folder.path().join("conf.d");
+        fs::create_dir(&conf).unwrap();
+        fs::create_dir(conf.join("folder.conf")).unwrap();
+        let text = format!("# ours\n[generic]\nincludedir = {}\n", conf.display());
+        fs::write(&main, text).unwrap();
+        for name in [
+            "b.conf",
+            "a.conf",
+            ".a.conf.swp",
+            ".hidden.conf",
+            "#a.conf",
+            "a.conf~",
+            "c.txt",
+        ] {
+            fs::write(conf.join(name), "# nothing\n").unwrap();
+        }
+        fs::write(conf.join("z.conf"), "").unwrap();
+        fs::write(conf.join("y.conf"), b"# \xff\n").unwrap();
+        assert!(is_ini(&main) && !is_ini(&conf.join("a.conf")) && !is_ini(folder.path()));
+        let read = read_ini(&main);
+        let names: Vec<_> = read
+            .files
+            .iter()
+            .map(|file| file.path.file_name().unwrap().to_str().unwrap())
+            .collect();
+        assert_eq!(names, ["config", "a.conf", "b.conf", "y.conf", "z.conf"]);
+        assert!(read.files[4].text.is_err());
+        assert_eq!(read.files[3].text.as_deref(), Ok("# \u{fffd}\n"));
+        assert_eq!(read.written_us.len(), 4);
+        fs::remove_dir_all(&conf).unwrap();
+        let read = read_ini(&main);
+        assert_eq!(read.files.len(), 2);
+        assert_eq!(read.files[1].path, conf);
+        assert!(read.files[1].text.is_err());
+    }
+}

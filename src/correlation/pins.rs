@@ -1,0 +1,121 @@
+//! The sections of nbd-server's configuration that name a path, and what is known of their pins. PURE.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::pin_rule::{Pin, PinnedTo, Written};
+use super::{Definition, DeviceNode, DiskSeq, ExportName, RequestId};
+use crate::identity::VolumeId;
+
+/// One section of nbd-server's configuration.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ConfiguredSection {
+    /// With the volume `path:PATH` when there is a path.
+    pub definition: Definition,
+    pub path: Option<NamedPath>,
+}
+
+/// A path of a section, as far as it could be looked up.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NamedPath {
+    pub path: String,
+    /// `x-trust-path`
+    pub trust: bool,
+    pub written: Written,
+    /// Where it leads, or why nowhere.
+    pub at: Result<PathFound, String>,
+}
+
+/// Where a path led when it was looked up.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PathFound {
+    /// The end of its links.
+    pub node: DeviceNode,
+    /// The disk that the node stood for.
+    pub diskseq: Option<DiskSeq>,
+    /// Since when that disk has had that node, where the machine knows; microseconds since 1970.
+    pub born_us: Option<u64>,
+    /// Since when the links have led there; `None` when the path is no link.
+    pub linked_us: Option<u64>,
+}
+
+#[derive(Debug, Clone, Default)]
+pub(super) struct Pins {
+    pub(super) sections: BTreeMap<ExportName, NamedPath>,
+    pub(super) by_node: BTreeMap<DeviceNode, BTreeSet<ExportName>>,
+    /// As the store has them.
+    pub(super) known: BTreeMap<ExportName, Pin>,
+    /// Sections of which something is on its way to the store.
+    pub(super) storing: BTreeSet<ExportName>,
+    /// The disks that are being pinned to, and by whom.
+    pub(super) claimed: BTreeMap<DiskSeq, BTreeSet<ExportName>>,
+    /// What one step has to store goes as one write.
+    pub(super) batch: Vec<Pin>,
+    /// What was said of a section last, so that the log has it once.
+    pub(super) said: BTreeMap<ExportName, String>,
+    last_request: u64,
+}
+
+/// Requests of the middle's own, apart from those that callers are counted by.
+pub(super) const OWN_REQUESTS: u64 = 1 << 63;
+
+impl Pins {
+    pub fn new(known: Vec<Pin>) -> Pins {
+        Pins {
+            known: known
+                .into_iter()
+                .map(|pin| (pin.export.clone(), pin))
+                .collect(),
+            ..Pins::default()
+        }
+    }
+
+    pub(super) fn request(&mut self) -> RequestId {
+        self.last_request += 1;
+        RequestId(OWN_REQUESTS | self.last_request)
+    }
+
+    /// Takes over what the configuration says. A line that is as it was keeps the earlier time: the file may have been written for
+    /// the sake of another one.
+    pub(super) fn configure(&mut self, sections: BTreeMap<ExportName, NamedPath>) {
+        let mut before = std::mem::take(&mut self.sections);
+        self.by_node.clear();
+        for (name, mut section) in sections {
+            if let Some(known) = before
+                .remove(&name)
+                .filter(|known| known.path == section.path)
+            {
+                section.written = match (known.written, section.written) {
+                    (Written::At(old), Written::At(new)) => Written::At(old.min(new)),
+                    (unknown @ Written::Unknown(_), _) | (_, unknown) => unknown,
+                };
+            }
+            if let Ok(found) = &section.at {
+                self.by_node
+                    .entry(found.node.clone())
+                    .or_default()
+                    .insert(name.clone());
+            }
+            // What is not there yet may come by that name; a link has to be looked up again.
+            self.by_node
+                .entry(DeviceNode(section.path.clone()))
+                .or_default()
+                .insert(name.clone());
+            self.sections.insert(name, section);
+        }
+        let sections = &self.sections;
+        self.said.retain(|name, _| sections.contains_key(name));
+    }
+}
+
+impl PinnedTo {
+    /// The volume that an export pinned to this serves; `None` when no disk can be that.
+    pub(super) fn volume(&self) -> Option<VolumeId> {
+        match self {
+            PinnedTo::Volume(identity) => VolumeId::of_identity(identity).ok(),
+            PinnedTo::Attachment { boot, diskseq } => {
+                Some(VolumeId::of_attachment(&boot.0, diskseq.0))
+            }
+            PinnedTo::Doubtful => None,
+        }
+    }
+}

@@ -1,0 +1,353 @@
+//! nbd-server's configuration as the daemon takes it: read, judged, its paths and authfiles looked up. In a thread of the blocking pool.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::net::{SocketAddr, ToSocketAddrs};
+use std::path::Path;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use super::Error;
+use crate::config::nbd_server::{self, Access, Backing, Generic, LastGood, Section};
+use crate::config::{self, Config, IniFiles, Problem, Server};
+use crate::correlation::{ConfiguredSection, Definition, ExportName, NamedPath, Source, Written};
+use crate::identity::VolumeId;
+use crate::nbd::{self, AllowList, Rules};
+use crate::udev;
+
+/// IANA's port of nbd, which the stock server takes by default.
+const PORT: u16 = 10809;
+/// Bytes of an authfile: some 100,000 addresses.
+const AUTHFILE_BYTES_MAX: u64 = 2 << 20;
+
+/// The configuration, judged, with what was looked up for it.
+pub(super) struct Reading {
+    /// `None` when the main file cannot be used: then everything stays as it was.
+    pub generic: Option<Generic>,
+    pub sections: Vec<ConfiguredSection>,
+    /// Those that stand in the files and are not taken; `None` when not every file could be read.
+    pub refused: Option<BTreeSet<ExportName>>,
+    pub rules: Rules,
+    /// For what cannot be read next time.
+    pub last: LastGood,
+    pub problems: Vec<Problem>,
+    pub warnings: Vec<Problem>,
+}
+
+/// What the times of files are compared with.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Clock {
+    /// Microseconds since 1970, when the daemon began.
+    pub started_us: u64,
+    /// By a clock that nobody sets.
+    pub started: std::time::Instant,
+}
+
+impl Clock {
+    pub(super) fn now() -> Clock {
+        Clock {
+            started_us: since_1970(SystemTime::now()),
+            started: std::time::Instant::now(),
+        }
+    }
+
+    fn written(&self, modified_us: Option<u64>) -> Written {
+        let Some(modified_us) = modified_us else {
+            return Written::Unknown("the file could not be read");
+        };
+        let Ok(up) = up() else {
+            return Written::Unknown("since when this machine runs cannot be read");
+        };
+        let now_us = since_1970(SystemTime::now());
+        Written::of_file(
+            modified_us,
+            now_us,
+            now_us.saturating_sub(micros(up)),
+            self.started_us,
+            micros(self.started.elapsed()),
+        )
+    }
+}
+
+/// Reads everything. `last` is what was read before.
+pub(super) fn read(main: &Path, last: &LastGood, clock: Clock) -> Reading {
+    let IniFiles { files, written_us } = config::read_ini(main);
+    let mut judged = nbd_server::judge(&files, last, false);
+    let missing_allows = judged
+        .generic
+        .as_ref()
+        .is_some_and(|generic| generic.missing_authfile_allows);
+    let mut rules = Rules {
+        unlisted: judged.generic.as_ref().is_some_and(|generic| !generic.list),
+        exports: BTreeMap::new(),
+    };
+    let mut sections = Vec::with_capacity(judged.sections.len());
+    for section in judged.sections.values() {
+        let written = clock.written(written_us.get(&section.file).copied());
+        match configured(section, written) {
+            Ok(configured) => {
+                let access = access(section, missing_allows, &mut judged.warnings);
+                if access != nbd::Access::default() {
+                    rules.exports.insert(section.name.clone(), access);
+                }
+                sections.push(configured);
+            }
+            Err(message) => {
+                judged.refused += 1;
+                judged.problems.push(at(section, message));
+            }
+        }
+    }
+    let taken: BTreeSet<&ExportName> = sections
+        .iter()
+        .map(|section: &ConfiguredSection| &section.definition.name)
+        .collect();
+    let refused = judged
+        .standing
+        .iter()
+        .filter_map(|name| ExportName::parse(name).ok())
+        .filter(|name| !taken.contains(name))
+        .collect();
+    Reading {
+        refused: (!judged.unread).then_some(refused),
+        generic: judged.generic,
+        sections,
+        rules,
+        last: judged.sections,
+        problems: judged.problems,
+        warnings: judged.warnings,
+    }
+}
+
+fn configured(section: &Section, written: Written) -> Result<ConfiguredSection, String> {
+    let (volume, path) = match &section.backing {
+        Backing::Volume(volume) if volume.opt_in().is_some() => {
+            return Err(format!(
+                "[{}]: x-volume {volume} does not prove which volume it is, and is not served",
+                section.name
+            ));
+        }
+        Backing::Volume(volume) if volume.file().is_some() => return Err(no_file(&section.name)),
+        Backing::Volume(volume) => (volume.clone(), None),
+        Backing::Device(path) => {
+            let path = path
+                .to_str()
+                .ok_or_else(|| format!("[{}]: exportname is not UTF-8", section.name))?;
+            let named = NamedPath {
+                path: path.to_owned(),
+                trust: section.trust_path,
+                written,
+                at: udev::look_up(path),
+            };
+            (VolumeId::of_path(path), Some(named))
+        }
+        Backing::File(_) => return Err(no_file(&section.name)),
+    };
+    let definition = Definition {
+        name: section.name.clone(),
+        volume,
+        read_only: section.read_only,
+        share: section.share,
+        direct: false,
+        source: Source::NbdServer,
+    };
+    Ok(ConfiguredSection { definition, path })
+}
+
+fn no_file(name: &ExportName) -> String {
+    format!(
+        "[{name}]: a plain file is refused: files are served from nbdtrack.toml, whose file_roots say which folders"
+    )
+}
+
+fn access(section: &Section, missing_allows: bool, warnings: &mut Vec<Problem>) -> nbd::Access {
+    let Access {
+        authfile,
+        connections_max,
+        sync,
+    } = &section.access;
+    let addresses = authfile.as_deref().and_then(|path| match text(path) {
+        Ok(text) => {
+            let (list, strange) = AllowList::parse(&text);
+            for line in strange {
+                let message = format!(
+                    "[{}]: authfile {}: \"{line}\" is no address and admits no one",
+                    section.name,
+                    path.display()
+                );
+                warnings.push(at(section, message));
+            }
+            Some(list)
+        }
+        Err(error) => {
+            let (who, list) = match missing_allows {
+                true => ("everyone", None),
+                false => ("no one", Some(AllowList::default())),
+            };
+            let message = format!(
+                "[{}]: authfile {}: {error}; {who} is admitted",
+                section.name,
+                path.display()
+            );
+            warnings.push(at(section, message));
+            list
+        }
+    });
+    nbd::Access {
+        addresses,
+        clients_max: *connections_max,
+        sync: *sync,
+    }
+}
+
+fn text(path: &Path) -> io::Result<String> {
+    use std::os::unix::fs::OpenOptionsExt;
+    // A FIFO in the place of a file must not stop the daemon.
+    let file: File = fs::OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC)
+        .open(path)?;
+    let mut bytes = Vec::new();
+    file.take(AUTHFILE_BYTES_MAX + 1).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > AUTHFILE_BYTES_MAX {
+        return Err(io::Error::other(format!(
+            "more than {AUTHFILE_BYTES_MAX} bytes"
+        )));
+    }
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
+}
+
+fn at(section: &Section, message: String) -> Problem {
+    Problem {
+        file: section.file.clone(),
+        line: section.line,
+        column: 1,
+        message,
+    }
+}
+
+/// What `[generic]` says of the server as a whole. Blocks on the names of hosts.
+///
+/// # Errors
+/// An address, a port or a bus that cannot be.
+pub(super) fn server_of(generic: &Generic) -> Result<Config, Error> {
+    let mut server = Server {
+        listen: Vec::new(),
+        socket: generic.unix.clone(),
+        ..Server::default()
+    };
+    if generic.unix.is_none() || generic.dual {
+        server.listen = addresses(generic)?;
+    }
+    if let Some(state) = &generic.state {
+        server.state.clone_from(state);
+    }
+    if let Some(bus) = &generic.bus {
+        server.bus = config::Bus::parse(bus).map_err(|reason| Error::Option {
+            what: "x-bus",
+            text: bus.clone(),
+            reason,
+        })?;
+    }
+    Ok(Config {
+        server,
+        ..Config::default()
+    })
+}
+
+fn addresses(generic: &Generic) -> Result<Vec<SocketAddr>, Error> {
+    let port = match generic.port.as_deref() {
+        None | Some("nbd") => PORT,
+        Some(text) => text.parse().map_err(|_| Error::Option {
+            what: "port",
+            text: text.to_owned(),
+            reason: "expected a number, or nbd; names of other services are refused".to_owned(),
+        })?,
+    };
+    if generic.listen.is_empty() {
+        let all = [
+            SocketAddr::from(([0; 4], port)),
+            SocketAddr::from(([0u16; 8], port)),
+        ];
+        let has_v6 = !fs::read("/proc/net/if_inet6")
+            .unwrap_or_default()
+            .is_empty();
+        return Ok(all.into_iter().filter(|a| a.is_ipv4() || has_v6).collect());
+    }
+    let mut found: Vec<SocketAddr> = Vec::new();
+    for host in &generic.listen {
+        let resolved = (host.as_str(), port)
+            .to_socket_addrs()
+            .map_err(|error| Error::Option {
+                what: "listenaddr",
+                text: host.clone(),
+                reason: error.to_string(),
+            })?;
+        for address in resolved {
+            if !found.contains(&address) {
+                found.push(address);
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// How long this machine has run.
+fn up() -> io::Result<Duration> {
+    let text = fs::read_to_string("/proc/uptime")?;
+    let seconds = text.split(' ').next().and_then(|word| word.parse().ok());
+    let seconds: f64 = seconds.ok_or(io::ErrorKind::InvalidData)?;
+    Duration::try_from_secs_f64(seconds).map_err(io::Error::other)
+}
+
+/// Times before 1970 are 0.
+fn since_1970(time: SystemTime) -> u64 {
+    micros(time.duration_since(UNIX_EPOCH).unwrap_or_default())
+}
+
+fn micros(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use super::*;
+
+    fn generic(text: &str) -> Generic {
+        let file = nbd_server::IniFile {
+            path: PathBuf::from("config"),
+            text: Ok(format!("[generic]\n{text}")),
+        };
+        nbd_server::judge(&[file], &LastGood::new(), false)
+            .generic
+            .unwrap()
+    }
+
+    #[test]
+    fn the_servers_sockets_are_those_of_the_stock_server() {
+        let listen = |text: &str| {
+            let server = server_of(&generic(text)).unwrap().server;
+            let listen: Vec<String> = server.listen.iter().map(ToString::to_string).collect();
+            (listen.join(" "), server.socket)
+        };
+        let all = listen("").0;
+        assert!(all.starts_with("0.0.0.0:10809"), "{all}");
+        assert_eq!(listen("listenaddr = 127.0.0.1\nport = 5").0, "127.0.0.1:5");
+        assert_eq!(
+            listen("listenaddr = 127.0.0.1, ::1\nport = nbd").0,
+            "127.0.0.1:10809 [::1]:10809"
+        );
+        let socket = Some(PathBuf::from("/run/nbd"));
+        assert_eq!(
+            listen("unixsock = /run/nbd"),
+            (String::new(), socket.clone())
+        );
+        let both = "unixsock = /run/nbd\nduallisten = true\nlistenaddr = 127.0.0.1";
+        assert_eq!(listen(both), ("127.0.0.1:10809".to_owned(), socket));
+        for wrong in ["port = telnet", "port = 70000", "x-bus = nowhere"] {
+            assert!(server_of(&generic(wrong)).is_err(), "{wrong}");
+        }
+    }
+}

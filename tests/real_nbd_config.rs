@@ -1,0 +1,428 @@
+//! nbd-server's configuration, served by nbdtrack: a path is pinned to the volume that was there, a newcomer gets no byte, and the keys
+//! that the table says work do.
+
+mod support;
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::SystemTime;
+
+use nix::sys::signal::Signal;
+use support::bus::{Bus, Client as Caller};
+use support::client::{Client, Go, knock};
+use support::daemon::{Daemon, Home, binary};
+use support::ground::{Ground, Need, real};
+use support::loops::LoopDevice;
+use support::scene::{STEP_LIMIT, Volume};
+use support::{Outcome, pattern, process, until};
+
+const NEEDS: &[Need] = &[Need::Loop, Need::Bus, Need::Tool("nbdcopy")];
+const BYTES: u64 = 8 << 20;
+
+/// A daemon that was started with nbd-server's configuration, and its caller.
+struct Place {
+    caller: Caller,
+    daemon: Option<Daemon>,
+    home: Home,
+    conf: PathBuf,
+    _bus: Bus,
+}
+
+impl Place {
+    fn begin(ground: &Ground, generic: &str) -> Outcome<Place> {
+        let bus = Bus::start(ground.path())?;
+        let mut home = Home::new(ground.path(), &bus.address)?;
+        let conf = ground.file("conf.d");
+        fs::create_dir_all(&conf)?;
+        home.config = ground.file("nbd-server.conf");
+        let text = format!("[generic]\nincludedir = {}\n{generic}", conf.display());
+        fs::write(&home.config, text)?;
+        let daemon = Some(home.start()?);
+        Ok(Place {
+            caller: Caller::connect(&bus)?,
+            daemon,
+            home,
+            conf,
+            _bus: bus,
+        })
+    }
+
+    /// Writes one file of `conf.d`; whole or not at all, as an appliance does.
+    fn write(&self, file: &str, text: &str) -> Outcome<()> {
+        let new = self.conf.join(format!(".{file}.new"));
+        // The time of a file is that of the last tick of the kernel's clock, which lies up to 10 ms back.
+        let now = SystemTime::now();
+        until(STEP_LIMIT, "the file's time to be now", || {
+            fs::write(&new, text)?;
+            Ok((fs::metadata(&new)?.modified()? >= now).then_some(()))
+        })?;
+        fs::rename(&new, self.conf.join(file))?;
+        Ok(())
+    }
+
+    /// Reads the configuration again, and gives what was wrong in it.
+    fn reload(&self) -> Result<(), String> {
+        let options = std::collections::BTreeMap::<&str, zbus::Variant<'_>>::new();
+        match self.caller.call("Reload", &options) {
+            Ok(_) => Ok(()),
+            Err(refused) => Err(refused.text),
+        }
+    }
+
+    fn hang_up(&self) -> Outcome<()> {
+        match &self.daemon {
+            Some(daemon) => daemon.running.signal(Signal::SIGHUP),
+            None => trouble!("no daemon"),
+        }
+    }
+
+    fn reason(&self, export: &str) -> Outcome<String> {
+        let found = self.caller.export(export)?.unwrap_or_default();
+        Ok(found
+            .get("Reason")
+            .map_or(String::new(), |w| w.text().to_owned()))
+    }
+
+    fn fill(&self, ground: &Ground, export: &str, volume: &Volume, sequence: u64) -> Outcome<()> {
+        let file = ground.file("fill.pattern");
+        pattern::write_file(&file, &volume.name, volume.bytes, sequence)?;
+        let uri = self.home.endpoint().uri(export);
+        process::succeed(
+            "nbdcopy",
+            &["--flush", &file.to_string_lossy(), &uri],
+            STEP_LIMIT,
+        )?;
+        Ok(())
+    }
+
+    /// The refusal that a client who asks for the export is told.
+    fn refusal(&self, export: &str) -> Outcome<String> {
+        match knock(&self.home.endpoint(), export)? {
+            Go::Refused { text, .. } => Ok(text),
+            other => trouble!("{export} was not refused: {other:?}"),
+        }
+    }
+
+    /// A command of nbdtrack, on this daemon's bus.
+    fn nbdtrack(&self, args: &[&str]) -> Outcome<String> {
+        let output = Command::new(binary())
+            .args(["--bus", &self.home.bus])
+            .args(args)
+            .output()?;
+        let said = String::from_utf8_lossy(&output.stdout).into_owned();
+        let complained = String::from_utf8_lossy(&output.stderr);
+        hold!(output.status.success(), "{args:?}: {complained}");
+        Ok(said)
+    }
+}
+
+fn section(name: &str, node: &str, more: &str) -> String {
+    format!("[{name}]\nexportname = {node}\n{more}")
+}
+
+/// What the stock server does wrong after a swap: it opens the path for each connection, so the next client writes to the newcomer and
+/// is told that all is well.
+#[test]
+fn newcomer_at_the_path_gets_no_byte_and_the_volume_is_followed() -> Outcome<()> {
+    real("nbd-server's paths", NEEDS, |ground| {
+        let place = Place::begin(ground, "")?;
+        let (first, second) = (LoopDevice::add()?, LoopDevice::add()?);
+        let a = Volume::make(ground.path(), "vol-a", BYTES)?;
+        let b = Volume::make(ground.path(), "vol-b", BYTES)?;
+        first.attach(&a.image)?;
+        until(STEP_LIMIT, "the daemon to see the disk", || {
+            let seen = place.caller.objects("Volume")?;
+            let here = |v: &&support::bus::Properties| v["DeviceNode"].text() == first.node();
+            Ok(seen.values().find(here).map(|_| ()))
+        })?;
+        place.write("job.conf", &section("job", &first.node(), ""))?;
+        place.hang_up()?;
+        place.caller.reach_state("job", "Serving", STEP_LIMIT)?;
+        place.fill(ground, "job", &a, 1)?;
+
+        // The volume leaves and another one has its name.
+        place.caller.prepare_detach(&a.id())?;
+        first.detach_now()?;
+        first.attach(&b.image)?;
+        until(STEP_LIMIT, "the daemon to see the newcomer", || {
+            Ok(place
+                .reason("job")?
+                .contains("IdentityMismatch")
+                .then_some(()))
+        })?;
+        let told = place.refusal("job")?;
+        for part in [
+            "IdentityMismatch",
+            "vol-a.img",
+            "vol-b.img",
+            "nbdtrack repin job --diskseq",
+        ] {
+            hold!(told.contains(part), "{told}");
+        }
+        // A reload, with the file as it was or written again, changes nothing about that.
+        place.write("job.conf", &section("job", &first.node(), ""))?;
+        hold!(place.reload().is_ok(), "reload");
+        hold!(
+            place.refusal("job")?.contains("IdentityMismatch"),
+            "after a reload"
+        );
+
+        second.attach(&a.image)?;
+        let served = place.caller.reach_state("job", "Serving", STEP_LIMIT)?;
+        hold!(served["DeviceNode"].text() == second.node(), "{served:?}");
+        place.fill(ground, "job", &a, 2)?;
+
+        place.caller.prepare_detach(&a.id())?;
+        second.detach_now()?;
+        let written = a.examine(2)?;
+        hold!(written.all_right(), "vol-a: {written}");
+        hold!(
+            fs::read(&b.image)?.iter().all(|byte| *byte == 0),
+            "vol-b was written to"
+        );
+        Ok(())
+    })
+}
+
+#[test]
+fn disk_that_was_there_before_the_daemon_waits_to_be_confirmed_and_stays_so_over_a_restart()
+-> Outcome<()> {
+    real("pins of nbd-server's paths", NEEDS, |ground| {
+        let device = LoopDevice::add()?;
+        let a = Volume::make(ground.path(), "vol-a", BYTES)?;
+        device.attach(&a.image)?;
+        let mut place = Place::begin(ground, "")?;
+        place.write("job.conf", &section("job", &device.node(), ""))?;
+        // A loop device's node is older than what is attached to it: nothing says that it was there before the line, but the daemon,
+        // and that one has seen it only now. Unless it has: then it is pinned.
+        hold!(place.reload().is_ok(), "reload");
+        place.caller.reach_state("job", "Serving", STEP_LIMIT)?;
+        // Another one, whose disk comes after its line.
+        let late = LoopDevice::add()?;
+        let b = Volume::make(ground.path(), "vol-b", BYTES)?;
+        place.write("late.conf", &section("late", &late.node(), ""))?;
+        hold!(place.reload().is_ok(), "reload");
+        late.attach(&b.image)?;
+        place.caller.reach_state("late", "Failed", STEP_LIMIT)?;
+        hold!(
+            place.refusal("late")?.contains("pin needs confirmation"),
+            "{}",
+            place.refusal("late")?
+        );
+        let pending = place.nbdtrack(&["pins", "--pending"])?;
+        hold!(
+            pending.contains("vol-b.img") && !pending.contains("vol-a.img"),
+            "{pending}"
+        );
+
+        let daemon = place.daemon.take();
+        if let Some(daemon) = daemon {
+            daemon.stop()?;
+        }
+        place.daemon = Some(place.home.start()?);
+        place.caller.reach_state("job", "Serving", STEP_LIMIT)?;
+        place.caller.reach_state("late", "Failed", STEP_LIMIT)?;
+        let said = place.nbdtrack(&["pins", "confirm", "--all"])?;
+        hold!(said.contains("late") && !said.contains("job"), "{said}");
+        place.caller.reach_state("late", "Serving", STEP_LIMIT)?;
+        place.fill(ground, "late", &b, 1)?;
+        let all = place.nbdtrack(&["--json", "pins"])?;
+        hold!(all.contains("\"pinned_to\": \"loop:"), "{all}");
+        let wrong = place.nbdtrack(&["repin", "late", "--diskseq", "999999999"]);
+        hold!(wrong.is_err(), "a disk that is not there was taken");
+        place.nbdtrack(&["unpin", "late"])?;
+        place.caller.reach_state("late", "Failed", STEP_LIMIT)?;
+        Ok(())
+    })
+}
+
+#[test]
+fn broken_file_keeps_its_last_good_state_and_the_rest_is_applied() -> Outcome<()> {
+    real("nbd-server's files", NEEDS, |ground| {
+        let place = Place::begin(ground, "")?;
+        let device = LoopDevice::add()?;
+        let a = Volume::make(ground.path(), "vol-a", BYTES)?;
+        device.attach(&a.image)?;
+        let volume = format!("x-volume = {}\n", a.id());
+        place.write("a.conf", &section("one", &device.node(), &volume))?;
+        hold!(place.reload().is_ok(), "reload");
+        place.caller.reach_state("one", "Serving", STEP_LIMIT)?;
+        let mut client = Client::open(&place.home.endpoint(), "one")?;
+        for broken in ["[one", "", "[one]\nreadonly = yes\nexportname = /dev/x\n"] {
+            place.write("a.conf", broken)?;
+            place.write(
+                "b.conf",
+                &section("two", "/dev/none", "x-volume = serial:WD-WMAP9A966149\n"),
+            )?;
+            let told = place.reload();
+            hold!(
+                told.as_ref()
+                    .is_err_and(|text| text.contains("a.conf:1:") || text.contains("a.conf:2:")),
+                "{broken:?}: {told:?}"
+            );
+            place.caller.reach_state("two", "Absent", STEP_LIMIT)?;
+            hold!(client.flush()?.is_ok(), "the client of [one] was disturbed");
+            fs::remove_file(place.conf.join("b.conf"))?;
+        }
+        // What goes, goes.
+        fs::remove_file(place.conf.join("a.conf"))?;
+        hold!(place.reload().is_ok(), "reload");
+        let gone = until(STEP_LIMIT, "the export to go", || {
+            Ok(place.caller.export("one")?.is_none().then_some(()))
+        });
+        gone?;
+        // TLS is refused loudly, and so is what is not built.
+        for line in [
+            "force_tls = true",
+            "tlsonly = true",
+            "copyonwrite = true",
+            "transactionlog = /tmp/x",
+        ] {
+            place.write("a.conf", &section("one", &device.node(), line))?;
+            let told = place.reload();
+            let key = line.split(' ').next().unwrap_or_default();
+            hold!(
+                told.as_ref()
+                    .is_err_and(|text| text.contains(&format!("{key} is refused"))),
+                "{line}: {told:?}"
+            );
+            hold!(
+                place.caller.export("one")?.is_none(),
+                "{line}: it is served"
+            );
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn keys_that_work_do_what_the_stock_server_does() -> Outcome<()> {
+    real("nbd-server's keys", NEEDS, |ground| {
+        let mut place = Place::begin(ground, "")?;
+        let device = LoopDevice::add()?;
+        let a = Volume::make(ground.path(), "vol-a", BYTES)?;
+        device.attach(&a.image)?;
+        let volume = format!("x-volume = {}\n", a.id());
+        let allowed = ground.file("allowed");
+        fs::write(&allowed, "10.1.2.3\n")?;
+        let of = |more: &str| section("one", &device.node(), &format!("{volume}{more}"));
+        let text = format!(
+            "{}{}",
+            of("maxconnections = 1\nsync = true\n"),
+            section("two", &device.node(), &format!("{volume}readonly = true\n"))
+        );
+        place.write("a.conf", &text)?;
+        hold!(place.reload().is_ok(), "reload");
+        place.caller.reach_state("one", "Serving", STEP_LIMIT)?;
+        place.caller.reach_state("two", "Serving", STEP_LIMIT)?;
+        // maxconnections is of live ones; the stock server counts those that have left, too.
+        for _ in 0..3 {
+            let mut client = Client::open(&place.home.endpoint(), "one")?;
+            hold!(
+                place.refusal("one")?.contains("has 1 clients"),
+                "{}",
+                place.refusal("one")?
+            );
+            hold!(client.write(0, &[7; 4096], false)?.is_ok(), "a write");
+            client.leave()?;
+            until(STEP_LIMIT, "the client to be gone", || {
+                let export = place.caller.export("one")?.unwrap_or_default();
+                Ok((export["Clients"].number() == 0).then_some(()))
+            })?;
+        }
+        let mut client = Client::open(&place.home.endpoint(), "two")?;
+        hold!(
+            client.write(0, &[7; 4096], false)?.is_err(),
+            "readonly was written to"
+        );
+        client.leave()?;
+        // authfile: a client on a Unix socket has no address; no file admits no one.
+        for authfile in [allowed.display().to_string(), "/nowhere/at/all".to_owned()] {
+            place.write("a.conf", &of(&format!("authfile = {authfile}\n")))?;
+            hold!(place.reload().is_ok(), "reload");
+            hold!(
+                place.refusal("one")?.contains("authfile"),
+                "{}",
+                place.refusal("one")?
+            );
+        }
+        // Two sections of one volume: it is the first one's that a client binds, and free when that has left.
+        let both = |share: &str| {
+            format!(
+                "{}{}",
+                section("one", &device.node(), &format!("{volume}{share}")),
+                section("other", &device.node(), &format!("{volume}{share}"))
+            )
+        };
+        place.write("a.conf", &both(""))?;
+        hold!(place.reload().is_ok(), "reload");
+        place.caller.reach_state("one", "Serving", STEP_LIMIT)?;
+        place.caller.reach_state("other", "Serving", STEP_LIMIT)?;
+        let client = Client::open(&place.home.endpoint(), "one")?;
+        let told = place.refusal("other")?;
+        hold!(
+            told.contains("InUse") && told.contains("export one"),
+            "{told}"
+        );
+        client.leave()?;
+        let other = until(STEP_LIMIT, "the volume to be free", || {
+            Ok(Client::open(&place.home.endpoint(), "other").ok())
+        })?;
+        other.leave()?;
+        place.write("a.conf", &both("x-share = true\n"))?;
+        hold!(place.reload().is_ok(), "reload");
+        place.caller.reach_state("one", "Serving", STEP_LIMIT)?;
+        place.caller.reach_state("other", "Serving", STEP_LIMIT)?;
+        let (one, other) = (
+            Client::open(&place.home.endpoint(), "one")?,
+            Client::open(&place.home.endpoint(), "other")?,
+        );
+        one.leave()?;
+        other.leave()?;
+        // allowlist.
+        let list = |place: &Place| {
+            let uri = place.home.endpoint().uri("");
+            process::run("nbdinfo", &["--list", &uri], STEP_LIMIT)
+        };
+        if process::installed("nbdinfo") {
+            let found = list(&place)?;
+            hold!(!found.status.success(), "LIST without allowlist");
+            let text = format!(
+                "[generic]\nincludedir = {}\nallowlist = true\n",
+                place.conf.display()
+            );
+            fs::write(&place.home.config, text)?;
+            hold!(place.reload().is_ok(), "reload");
+            let found = list(&place)?;
+            hold!(found.status.success(), "LIST with allowlist");
+        }
+        if let Some(daemon) = place.daemon.take() {
+            daemon.stop()?;
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn main_file_that_is_refused_keeps_the_daemon_from_starting() -> Outcome<()> {
+    real("nbd-server's main file", &[], |ground| {
+        let home = Home {
+            config: ground.file("nbd-server.conf"),
+            ..Home::new(ground.path(), "none")?
+        };
+        for (line, says) in [
+            ("keyfile = /etc/key", "keyfile is refused: TLS"),
+            ("oldstyle = true", "oldstyle is refused"),
+            ("port = telnet", "port"),
+            ("allowlist = yes", "no boolean"),
+        ] {
+            fs::write(&home.config, format!("[generic]\n{line}\n"))?;
+            match home.try_start()? {
+                Ok(_) => trouble!("{line}: it serves"),
+                Err((_, said)) => hold!(said.contains(says), "{line}: {said}"),
+            }
+        }
+        Ok(())
+    })
+}
