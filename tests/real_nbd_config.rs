@@ -6,15 +6,16 @@ mod support;
 use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
-use std::time::SystemTime;
+use std::time::{Instant, SystemTime};
 
 use nix::sys::signal::Signal;
 use support::bus::{Bus, Client as Caller};
 use support::client::{Client, Go, knock};
 use support::daemon::{Daemon, Home, binary};
-use support::ground::{Ground, Need, real};
+use support::ground::{Ground, Need, real, tell};
 use support::loops::LoopDevice;
 use support::scene::{STEP_LIMIT, Volume};
+use support::stream::{Pace, Stream};
 use support::{Outcome, pattern, process, until};
 
 const NEEDS: &[Need] = &[Need::Loop, Need::Bus, Need::Tool("nbdcopy")];
@@ -423,6 +424,95 @@ fn main_file_that_is_refused_keeps_the_daemon_from_starting() -> Outcome<()> {
                 Err((_, said)) => hold!(said.contains(says), "{line}: {said}"),
             }
         }
+        Ok(())
+    })
+}
+
+/// The stock server closes every connection after a SIGHUP that brings no new section, and crashes after some thirty that do.
+#[test]
+fn thousand_hangups_disturb_no_client_of_an_unchanged_export() -> Outcome<()> {
+    real("1,000 SIGHUPs", NEEDS, |ground| {
+        // Before the daemon, which holds it until it ends.
+        let device = LoopDevice::add()?;
+        let place = Place::begin(ground, "")?;
+        let a = Volume::make(ground.path(), "vol-a", BYTES)?;
+        device.attach(&a.image)?;
+        let volume = format!("x-volume = {}\n", a.id());
+        place.write("a.conf", &section("vol-a", &device.node(), &volume))?;
+        hold!(place.reload().is_ok(), "reload");
+        place.caller.reach_state("vol-a", "Serving", STEP_LIMIT)?;
+        let stream = Stream::start(&place.home.endpoint(), "vol-a", "vol-a", Pace::BYSTANDER, 0)?;
+        let Some(daemon) = &place.daemon else {
+            trouble!("no daemon");
+        };
+        let before = daemon.holdings()?;
+        let began = Instant::now();
+        for n in 0..1_000_u32 {
+            place.hang_up()?;
+            // Each tenth brings another section, and takes the last one away.
+            if n % 10 == 0 {
+                let other = format!(
+                    "[other-{n}]\nx-volume = serial:WD-WMAP9A96{n:04}\nexportname = /dev/none\n"
+                );
+                place.write("b.conf", &other)?;
+            }
+        }
+        fs::remove_file(place.conf.join("b.conf"))?;
+        hold!(place.reload().is_ok(), "the last reload");
+        let took = began.elapsed();
+        let after = daemon.holdings()?;
+        let report = stream.finish()?;
+        hold!(report.broken.is_none(), "bystander: {:?}", report.broken);
+        let exports = place.caller.objects("Export")?.len();
+        hold!(exports == 1, "{exports} exports are left");
+        let grown = after.resident_kib.saturating_sub(before.resident_kib);
+        hold!(grown < 16 << 10, "it keeps {grown} KiB more");
+        tell(&format!(
+            "1,000 SIGHUPs in {} ms: {} KiB more, the bystander's longest stall {} ms over {} writes",
+            took.as_millis(),
+            grown,
+            report.longest_stall.as_millis(),
+            report.writes
+        ));
+        Ok(())
+    })
+}
+
+#[test]
+fn ten_thousand_sections_are_read_again_while_a_client_goes_on() -> Outcome<()> {
+    real("10,000 sections", NEEDS, |ground| {
+        // Before the daemon, which holds it until it ends.
+        let device = LoopDevice::add()?;
+        let place = Place::begin(ground, "")?;
+        let a = Volume::make(ground.path(), "vol-a", BYTES)?;
+        device.attach(&a.image)?;
+        let mut text = section("vol-a", &device.node(), &format!("x-volume = {}\n", a.id()));
+        for n in 0..9_999 {
+            text.push_str(&section(
+                &format!("none-{n}"),
+                &format!("/dev/none-{n}"),
+                "",
+            ));
+        }
+        place.write("a.conf", &text)?;
+        let began = Instant::now();
+        hold!(place.reload().is_ok(), "reload");
+        let first = began.elapsed();
+        place.caller.reach_state("vol-a", "Serving", STEP_LIMIT)?;
+        let stream = Stream::start(&place.home.endpoint(), "vol-a", "vol-a", Pace::BYSTANDER, 0)?;
+        let changed = text.replace("[none-7]\n", "[none-7]\nreadonly = true\n");
+        place.write("a.conf", &changed)?;
+        let began = Instant::now();
+        hold!(place.reload().is_ok(), "reload");
+        let one = began.elapsed();
+        let report = stream.finish()?;
+        hold!(report.broken.is_none(), "bystander: {:?}", report.broken);
+        tell(&format!(
+            "10,000 sections: first read in {} ms, one change in {} ms, the bystander's longest stall {} ms",
+            first.as_millis(),
+            one.as_millis(),
+            report.longest_stall.as_millis()
+        ));
         Ok(())
     })
 }

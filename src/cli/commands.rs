@@ -106,6 +106,7 @@ pub async fn run(bus: &Bus, command: Command, as_json: bool) -> Result<(), Failu
         Command::Metrics(asked) => metrics::metrics(bus, client, &asked).await?,
         // Carried out without a daemon, before this.
         Command::Doctor { .. }
+        | Command::NbdServer { .. }
         | Command::Manual { .. }
         | Command::Serve(_)
         | Command::Check { .. }

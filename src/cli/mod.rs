@@ -12,6 +12,7 @@ mod failure;
 mod history;
 mod manual;
 mod metrics;
+mod nbd_server;
 mod pins;
 mod show;
 mod table;
@@ -140,6 +141,13 @@ enum Command {
         /// The disk's device number, MAJOR:MINOR
         #[arg(value_name = "MAJOR:MINOR")]
         device: String,
+    },
+    /// Take nbd-server's command line: -C, -p, -d, -o, -V
+    #[command(disable_help_flag = true)]
+    NbdServer {
+        /// As for nbd-server(1)
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<std::ffi::OsString>,
     },
     /// Write the manual pages of the commands
     #[command(hide = true)]
@@ -344,7 +352,17 @@ pub fn main() -> ExitCode {
     // Rust ignores SIGPIPE; `nbdtrack exports | head` is to end quietly, which `Output` below sees to.
     // A shell that asks for completions gets them and nothing else.
     clap_complete::CompleteEnv::with_factory(Cli::command).complete();
+    // Called by the stock server's name, it takes the stock server's command line.
+    let mut args = std::env::args_os();
+    let called = args.next().map(PathBuf::from);
+    if called.is_some_and(|path| path.file_name().is_some_and(|name| name == "nbd-server")) {
+        let bus = std::env::var(nbd_server::BUS).ok();
+        return nbd_server::run(&args.collect::<Vec<_>>(), bus);
+    }
     let cli = Cli::parse();
+    if let Command::NbdServer { args } = cli.command {
+        return nbd_server::run(&args, cli.bus);
+    }
     let json = cli.json;
     match run(cli) {
         Ok(()) => ExitCode::SUCCESS,
@@ -374,6 +392,7 @@ fn run(cli: Cli) -> Result<(), Failure> {
                 socket: serve.socket,
                 state: serve.state,
                 bus: cli.bus,
+                pid_file: None,
             };
             return Ok(daemon::run(&options)?);
         }

@@ -66,6 +66,8 @@ pub struct Options {
     pub socket: Option<PathBuf>,
     pub state: Option<PathBuf>,
     pub bus: Option<String>,
+    /// Holds the process id while the daemon serves.
+    pub pid_file: Option<PathBuf>,
 }
 
 /// Why the daemon could not start.
@@ -194,6 +196,16 @@ async fn serve(options: &Options, passed: Option<Sockets>) -> Result<(), Error> 
         Some(passed) => passed,
         None => sockets::bind(&config.server.listen, own_socket)?,
     };
+    // Only now: whoever reads it may signal the process.
+    let pid_file = options.pid_file.as_deref();
+    if let Some(path) = pid_file {
+        std::fs::write(path, format!("{}\n", std::process::id())).map_err(|source| {
+            Error::Kernel {
+                what: "the pid file cannot be written",
+                source,
+            }
+        })?;
+    }
     let door = Door::new(limits(&config)).map_err(|source| Error::Kernel {
         what: "the NBD server cannot start",
         source,
@@ -252,6 +264,11 @@ async fn serve(options: &Options, passed: Option<Sockets>) -> Result<(), Error> 
     // Whoever listens hears of the end, if the bus takes it.
     control.publisher.flush(FAREWELL).await;
     history_task.end().await;
+    if let Some(path) = pid_file
+        && let Err(error) = std::fs::remove_file(path)
+    {
+        tracing::debug!(file = %path.display(), %error, "the pid file was not there to be removed");
+    }
     if let Some(socket) = own_socket
         && let Err(error) = std::fs::remove_file(socket)
     {
