@@ -14,8 +14,6 @@ use crate::identity::{Identity, primary};
 
 /// A file that was written so soon after the boot began may be older: the clock is often set only then.
 pub const BOOT_SLACK_US: u64 = 30_000_000;
-/// A clock that went on by this much more or less than the time that passed was set anew.
-pub const CLOCK_SLACK_US: u64 = 2_000_000;
 
 /// Durable: what a section's path means.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -113,26 +111,25 @@ pub enum Written {
 }
 
 impl Written {
-    /// What a file's time of modification says. All are in microseconds since 1970 by the same clock, but `ran_us`, which is how long
-    /// the daemon has run by a clock that nobody sets.
+    /// What a file's time of modification says, as a time by the clock of the daemon's start. All are in microseconds since 1970 as the
+    /// clock is set now: `steady_us` is since when nobody has set it, and `ahead_us` how far ahead of the clock of the start it is.
     pub fn of_file(
         modified_us: u64,
         now_us: u64,
         boot_us: u64,
-        started_us: u64,
-        ran_us: u64,
+        steady_us: u64,
+        ahead_us: i64,
     ) -> Written {
-        let shown = now_us.saturating_sub(started_us);
-        if now_us < started_us || shown.abs_diff(ran_us) > CLOCK_SLACK_US {
-            return Written::Unknown("the clock was set since the daemon began");
-        }
         if modified_us > now_us {
             return Written::Unknown("the file's time lies in the future");
         }
         if modified_us < boot_us.saturating_add(BOOT_SLACK_US) {
             return Written::Unknown("the file was written before this boot, or as it began");
         }
-        Written::At(modified_us)
+        if modified_us < steady_us {
+            return Written::Unknown("the clock was set since the file was written");
+        }
+        Written::At(modified_us.saturating_add_signed(ahead_us.saturating_neg()))
     }
 }
 
@@ -467,9 +464,8 @@ mod tests {
     #[test]
     fn a_time_that_proves_nothing_is_not_believed() {
         let boot_us = 1_000_000_000;
-        let started = boot_us + 60_000_000;
-        let (now, ran) = (started + 10_000_000, 10_000_000);
-        let of = |modified| Written::of_file(modified, now, boot_us, started, ran);
+        let now = boot_us + 70_000_000;
+        let of = |modified| Written::of_file(modified, now, boot_us, 0, 0);
         assert_eq!(of(now), Written::At(now));
         assert!(matches!(of(now + 1), Written::Unknown(_)));
         assert!(matches!(
@@ -480,13 +476,14 @@ mod tests {
             of(boot_us + BOOT_SLACK_US),
             Written::At(boot_us + BOOT_SLACK_US)
         );
-        // Set forward, set back, and set back behind the start.
-        for shown in [now + 3_000_000, now - 3_000_000, started - 1] {
-            assert!(matches!(
-                Written::of_file(started, shown, boot_us, started, ran),
-                Written::Unknown(_)
-            ));
-        }
+        // The clock was set an hour ahead five seconds ago.
+        let (steady, ahead) = (now - 5_000_000, 3_600_000_000);
+        let of = |modified| Written::of_file(modified, now, boot_us, steady, ahead);
+        assert!(matches!(of(steady - 1), Written::Unknown(_)));
+        let told = steady.checked_add_signed(-ahead).unwrap_or(0);
+        assert_eq!(of(steady), Written::At(told));
+        let back = Written::of_file(now, now, boot_us, steady, -ahead);
+        assert_eq!(back, Written::At(now + 3_600_000_000));
     }
 
     #[test]

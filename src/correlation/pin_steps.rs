@@ -217,7 +217,10 @@ impl Correlation {
             to,
         };
         match verdict {
-            Verdict::Keep => self.aim_by_pin(name, String::new()),
+            Verdict::Keep => {
+                self.pins.said.remove(name);
+                self.aim_by_pin(name, String::new());
+            }
             Verdict::KeepAgainst(found) => {
                 let to = self.pins.known.get(name).map(|pin| pin.to.clone());
                 let text = to.map(|to| mismatch(name, &path, &to, &found));

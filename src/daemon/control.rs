@@ -301,6 +301,7 @@ impl Control {
         };
         self.apply(event);
         let Some(began) = surveyed else { return };
+        self.reload.clock.look();
         self.open_to_clients();
         self.on_survey(began);
         // The number of exports is another one, or the bus has come.

@@ -15,7 +15,7 @@ const PROBLEMS_BYTES_MAX: usize = 16 << 10;
 
 /// Only one reading goes on at a time: of two, the older could be applied last.
 pub(super) struct Reload {
-    clock: Clock,
+    pub(super) clock: Clock,
     /// Of nbd-server's configuration, what was read last; `None` when the configuration is not of that kind.
     last: Option<LastGood>,
     /// What was wrong in what is being applied, for those who asked.
@@ -75,6 +75,7 @@ impl Control {
         self.reload.served = std::mem::take(&mut self.reload.waiting);
         self.service.reloading();
         let reports = self.reports.clone();
+        self.reload.clock.look();
         let (last, clock) = (self.reload.last.clone(), self.reload.clock);
         tokio::task::spawn_blocking(move || {
             let read = match last {

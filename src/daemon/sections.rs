@@ -5,7 +5,7 @@ use std::fs::{self, File};
 use std::io::{self, Read};
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::path::Path;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use super::Error;
 use crate::config::nbd_server::{self, Access, Backing, Generic, LastGood, Section};
@@ -17,6 +17,8 @@ use crate::udev;
 
 /// IANA's port of nbd, which the stock server takes by default.
 const PORT: u16 = 10809;
+/// A clock that went on by this much more or less than the time that passed was set.
+const CLOCK_SLACK_US: u64 = 2_000_000;
 /// Bytes of an authfile: some 100,000 addresses.
 const AUTHFILE_BYTES_MAX: u64 = 2 << 20;
 
@@ -34,21 +36,45 @@ pub(super) struct Reading {
     pub warnings: Vec<Problem>,
 }
 
-/// What the times of files are compared with.
+/// What the times of files are compared with: a clock that nobody sets, and how the machine's clock stands to it.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Clock {
     /// Microseconds since 1970, when the daemon began.
     pub started_us: u64,
     /// By a clock that nobody sets.
-    pub started: std::time::Instant,
+    pub started: Instant,
+    /// How far the machine's clock is ahead of where it would be, had nobody set it.
+    ahead_us: i64,
+    /// Since when nobody has set it, as it is set now; 0 for since the start.
+    steady_us: u64,
 }
 
 impl Clock {
     pub(super) fn now() -> Clock {
         Clock {
             started_us: since_1970(SystemTime::now()),
-            started: std::time::Instant::now(),
+            started: Instant::now(),
+            ahead_us: 0,
+            steady_us: 0,
         }
+    }
+
+    /// Looks whether the machine's clock was set since the last look. What it drifts between two looks is less than the slack.
+    pub(super) fn look(&mut self) {
+        self.told(
+            since_1970(SystemTime::now()),
+            micros(self.started.elapsed()),
+        );
+    }
+
+    fn told(&mut self, now_us: u64, ran_us: u64) {
+        let expected = self.started_us.saturating_add(ran_us);
+        let ahead_us = i64::try_from(i128::from(now_us) - i128::from(expected));
+        let ahead_us = ahead_us.unwrap_or(i64::MAX);
+        if ahead_us.abs_diff(self.ahead_us) > CLOCK_SLACK_US {
+            self.steady_us = now_us;
+        }
+        self.ahead_us = ahead_us;
     }
 
     fn written(&self, modified_us: Option<u64>) -> Written {
@@ -63,8 +89,8 @@ impl Clock {
             modified_us,
             now_us,
             now_us.saturating_sub(micros(up)),
-            self.started_us,
-            micros(self.started.elapsed()),
+            self.steady_us,
+            self.ahead_us,
         )
     }
 }
@@ -323,6 +349,26 @@ mod tests {
         nbd_server::judge(&[file], &LastGood::new(), false)
             .generic
             .unwrap()
+    }
+
+    #[test]
+    fn a_clock_that_is_set_is_seen_and_one_that_drifts_is_not() {
+        let mut clock = Clock::now();
+        let start = clock.started_us;
+        let second = 1_000_000;
+        // A second in an hour, looked at each minute.
+        for minute in 1..=60 {
+            let ran = minute * 60 * second;
+            clock.told(start + ran + minute * second / 60, ran);
+        }
+        assert_eq!((clock.steady_us, clock.ahead_us), (0, 1_000_000));
+        let ran = 3_661 * second;
+        clock.told(start + ran - 100 * second, ran);
+        assert_eq!(clock.steady_us, start + ran - 100 * second);
+        assert_eq!(clock.ahead_us, -100_000_000);
+        let steady = clock.steady_us;
+        clock.told(start + ran - 99 * second, ran + second);
+        assert_eq!(clock.steady_us, steady);
     }
 
     #[test]
