@@ -3,13 +3,15 @@
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, PoisonError};
 
 use crate::correlation::{DiskSeq, ExportName, RefusalKind, Turns};
+use crate::sync::{Mutex, RwLock};
 
+use super::command::Terms;
 use super::conn::{Conn, lock};
 use super::door::Door;
-use super::handshake::Refusal;
+use super::handshake::{Agreed, Facts, Refusal};
 use super::lease::Lease;
 use super::shared::Shared;
 
@@ -224,13 +226,20 @@ impl Lease {
         attached
     }
 
-    /// Whether clients that come now have each write made durable.
-    pub(super) fn syncs(&self) -> bool {
+    /// What a client that comes now may ask for.
+    pub(super) fn terms(&self, facts: Facts, agreed: Agreed) -> Terms {
         let rules = self.shared.gatekeeper.rules();
-        rules
-            .exports
-            .get(&self.export)
-            .is_some_and(|access| access.sync)
+        let access = rules.exports.get(&self.export);
+        Terms {
+            size: facts.size,
+            read_only: facts.read_only,
+            trim: facts.can_discard && !facts.read_only,
+            headers: agreed.headers,
+            allocation: agreed.allocation,
+            block_min: facts.blocks.min,
+            request_max: facts.blocks.max,
+            sync: access.is_some_and(|access| access.sync),
+        }
     }
 }
 

@@ -83,19 +83,9 @@ impl Transmission {
         carry: Vec<u8>,
     ) -> Transmission {
         let rate = Rate::new(lease.shared.limits.requests_per_second, Instant::now());
-        let terms = Terms {
-            size: facts.size,
-            read_only: facts.read_only,
-            trim: facts.can_discard && !facts.read_only,
-            headers: agreed.headers,
-            allocation: agreed.allocation,
-            block_min: facts.blocks.min,
-            request_max: facts.blocks.max,
-            sync: lease.syncs(),
-        };
         Transmission {
+            terms: lease.terms(facts, agreed),
             lease,
-            terms,
             input: Input::Header,
             carry,
             partial_since: None,
