@@ -44,12 +44,13 @@ impl Transmission {
         at: Extent,
     ) -> Result<(), Full> {
         let len = at.len() as usize;
-        if conn.local && len >= SHARE_BYTES_MIN && self.share(conn, gather, to, at) {
-            return Ok(());
-        }
         let mut charge = None;
         if len > LARGE_BYTES {
             charge = Some(conn.account.charge(len)?);
+        }
+        let may_share = conn.local && len >= SHARE_BYTES_MIN;
+        if may_share && self.share(conn, gather, to, at, &mut charge) {
+            return Ok(());
         }
         let right = self.lease.cached().then(|| self.lease.inline_read());
         let Some(right) = right.flatten() else {
@@ -86,8 +87,16 @@ impl Transmission {
         Ok(())
     }
 
-    /// Answers with the pages themselves; false when that cannot be, and nothing was done.
-    fn share(&self, conn: &Conn, gather: &mut Gather, to: ReplyTo, at: Extent) -> bool {
+    /// Answers with the pages themselves; false when that cannot be, and nothing was done. `charge` is for what a slow reader leaves, which
+    /// is copied.
+    fn share(
+        &self,
+        conn: &Conn,
+        gather: &mut Gather,
+        to: ReplyTo,
+        at: Extent,
+        charge: &mut Option<Charge>,
+    ) -> bool {
         let shared = &self.lease.shared;
         if !self.lease.cached() || conn.has_output() {
             return false;
@@ -107,7 +116,7 @@ impl Transmission {
         }
         let header = wire::read_header_bytes(to.headers);
         wire::put_read_header(gather.room(header), to, at.len());
-        gather.commit(header, None);
+        gather.commit(header, charge.take());
         add(&shared.counters.reads_inline, 1);
         add(&shared.counters.reads_shared, 1);
         let bytes = u64::from(at.len());
