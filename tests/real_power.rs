@@ -42,14 +42,11 @@ impl Sum {
         self.forced += sung.forced;
     }
 
-    /// Says what was measured; a run in which nothing was lost has shown nothing.
-    fn tell(&self, name: &str, rounds: u64) -> Outcome<()> {
+    fn tell(&self, name: &str, rounds: u64) {
         tell(&format!(
             "{name}: {rounds} cuts, {} writes, {} flushes and {} durable writes promised; {} sectors were in the disk's cache, {} of them lost",
             self.writes, self.flushes, self.forced, self.cached, self.lost
         ));
-        hold!(self.lost > 0, "{name}: no cut has lost anything");
-        Ok(())
     }
 }
 
@@ -122,7 +119,11 @@ fn cuts_of_the_disk(name: &'static str, direct: bool) -> Outcome<()> {
                 scene.start()?;
             }
         }
-        sum.tell(name, rounds)?;
+        sum.tell(name, rounds);
+        hold!(
+            sum.lost > 0,
+            "{name}: no cut has lost anything, so the run has shown nothing"
+        );
         scene.stop()
     })
 }
@@ -151,7 +152,7 @@ fn what_was_told_to_be_durable_in_a_file_survives_a_power_cut_under_its_file_sys
         let umount = || process::succeed("umount", &[place.as_str()], LIMIT);
         let roots = format!("file_roots = [{place:?}]\n");
         let mut scene = Scene::told(ground, roots, &[])?;
-        let mut sum = Sum::default();
+        let (mut sum, mut forgotten) = (Sum::default(), 0);
         for round in 0..rounds {
             process::succeed("mkfs.ext4", &["-q", "-F", &node], LIMIT)?;
             mount()?;
@@ -177,12 +178,21 @@ fn what_was_told_to_be_durable_in_a_file_survives_a_power_cut_under_its_file_sys
             disk.device.attach(&disk.file)?;
             mount().doing(&what)?;
             let judged = sung.judge(&path, "vol", Held::Flushed).doing(&what);
+            // Of this file system the disk's cache has next to nothing: what goes is what only the page cache had.
+            forgotten += u64::from(sung.judge(&path, "vol", Held::Acknowledged).is_err());
             umount()?;
             judged?;
             sum.add(cut, &sung);
             scene.start()?;
         }
-        sum.tell(NAME, rounds)?;
+        sum.tell(NAME, rounds);
+        tell(&format!(
+            "{NAME}: {forgotten} cuts lost a write that was acknowledged and not promised"
+        ));
+        hold!(
+            forgotten > 0,
+            "{NAME}: no cut has lost anything, so the run has shown nothing"
+        );
         scene.stop()
     })
 }

@@ -6,7 +6,6 @@ mod support;
 use std::collections::BTreeMap;
 use std::io::Write;
 
-use support::Outcome;
 use support::bus::{Client as Caller, Options, ROOT, Refused};
 use support::client::{
     CMD_READ, Client, Go, OPT_LIST, REP_ACK, REP_ERR_POLICY, REP_SERVER, greet, knock,
@@ -16,6 +15,7 @@ use support::fuse_disk::{ALL, FuseDisk};
 use support::ground::{Ground, Need, real};
 use support::loops::LoopDevice;
 use support::scene::{STEP_LIMIT, Scene, Volume};
+use support::{Outcome, until};
 use zbus::{OwnedVariant, Variant};
 
 const NEEDS: &[Need] = &[Need::Loop, Need::Bus];
@@ -372,22 +372,32 @@ fn log_level_is_read_and_set_while_it_runs() -> Outcome<()> {
                 .map(drop)
         };
         hold!(level(&scene)?.contains("info"), "{}", level(&scene)?);
-        let debug_lines = |scene: &Scene| -> Outcome<usize> {
+        // A thread writes the log, in its order: what is there when a later line is there is all.
+        let lines = |scene: &Scene, of: &str| -> Outcome<usize> {
             let log = std::fs::read_to_string(&scene.home.log)?;
-            Ok(log.lines().filter(|line| line.contains("DEBUG")).count())
+            Ok(log.lines().filter(|line| line.contains(of)).count())
         };
-        hold!(debug_lines(&scene)? == 0, "quiet at first");
+        hold!(lines(&scene, "DEBUG")? == 0, "quiet at first");
         set(&scene, "debug")?;
         hold!(
             level(&scene)?.contains("debug"),
             "told when the answer comes"
         );
         scene.client.rescan()?;
-        hold!(debug_lines(&scene)? > 0, "and done");
         set(&scene, "warning")?;
-        let before = debug_lines(&scene)?;
         scene.client.rescan()?;
-        hold!(debug_lines(&scene)? == before, "quiet again");
+        set(&scene, "debug")?;
+        scene.client.rescan()?;
+        scene
+            .client
+            .stats()
+            .map_err(|e| support::Trouble(format!("{e:?}")))?;
+        until(STEP_LIMIT, "the last call's line", || {
+            Ok((lines(&scene, "method=\"GetStats\"")? > 0).then_some(()))
+        })?;
+        let told = lines(&scene, "method=\"Rescan\"")?;
+        hold!(told == 2, "{told} of three calls, one of them quiet");
+        set(&scene, "warning")?;
         hold!(set(&scene, "loud").is_err(), "no such level");
         hold!(level(&scene)?.contains("warning"), "and nothing changed");
         let body = (LOG, "SyslogIdentifier", Variant::from("x"));
