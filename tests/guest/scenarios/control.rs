@@ -1,7 +1,7 @@
 //! The control: Debian's nbd-server, exports by path, in the moves of the scenarios of the same names. Where a disk takes
 //! another's name it has to be found writing to the wrong volume, or the bed is broken; where none does, it has to fail.
 //!
-//! These few run with all scenarios; the others are in [`further`], which only `SCENARIO=control` runs.
+//! The one of `swap` runs with all scenarios; the others, and those in [`further`], only with `SCENARIO=control`.
 
 mod further;
 

@@ -1,4 +1,4 @@
-//! The controls that `SCENARIO=control` runs beside the few of every run.
+//! More controls that only `SCENARIO=control` runs.
 
 mod alone;
 
