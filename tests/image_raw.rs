@@ -1,38 +1,22 @@
 //! Promise: a plain file takes zeroes, discards and a full or shrunken file system as its client has to hear of them.
 #![allow(clippy::unwrap_used)]
 
+mod raw_file;
+
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
-use std::time::Duration;
 
-use nbdtrack::correlation::{DeviceNode, DeviceNumber, ExportName, OpenDisk, Ticket};
-use nbdtrack::identity::{Identity, Scheme};
 use nbdtrack::image::beneath::Roots;
 use nbdtrack::image::block::{Block, Claims, OpenError};
 use nbdtrack::image::{Extent, Image, Span, ZeroFlags, raw};
+use raw_file::order;
 
 const SIZE: u64 = 4 << 20;
-
-fn order(path: &Path, roots: &Roots) -> OpenDisk {
-    let path = path.to_str().unwrap();
-    OpenDisk {
-        ticket: Ticket(1),
-        export: ExportName::parse("a").unwrap(),
-        node: DeviceNode(path.to_owned()),
-        number: DeviceNumber::of_file(1),
-        diskseq: roots.find(path).unwrap().incarnation,
-        identity: Identity::new(Scheme::File, path),
-        write: true,
-        direct: false,
-        within: Duration::from_secs(10),
-    }
-}
 
 fn opened(dir: &Path) -> Block {
     let path = dir.join("a.raw");
     std::fs::write(&path, vec![0xaa; usize::try_from(SIZE).unwrap()]).unwrap();
-    let roots = Roots::new(vec![dir.to_owned()]);
-    raw::open(&order(&path, &roots), &roots, &Claims::default()).unwrap()
+    raw_file::open(dir, &path)
 }
 
 fn at(offset: u64, len: u32) -> Extent {

@@ -3,20 +3,17 @@
 #![allow(clippy::unwrap_used)]
 
 mod nbd_common;
+mod raw_file;
 
 use std::fs::File;
 use std::io::Write;
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
 
 use nbd_common::*;
-use nbdtrack::correlation::{DeviceNode, DeviceNumber, ExportName, Generation, OpenDisk, Ticket};
-use nbdtrack::identity::{Identity, Scheme};
-use nbdtrack::image::beneath::Roots;
-use nbdtrack::image::block::Claims;
-use nbdtrack::image::raw;
+use nbdtrack::correlation::{ExportName, Generation};
+use nbdtrack::nbd::Limits;
 use nbdtrack::nbd::wire::{self, cmd, option, rep};
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 
@@ -41,14 +38,18 @@ struct Scene {
 
 impl Scene {
     fn new() -> Scene {
+        Scene::with(Limits::default())
+    }
+
+    fn with(limits: Limits) -> Scene {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("a.raw");
         File::create(&path)
             .unwrap()
             .write_all(&range(0, SIZE))
             .unwrap();
-        let server = Server::new();
-        let image = Arc::new(open(folder.path(), &path));
+        let server = Server::with(limits, Memory::new(MIB));
+        let image = Arc::new(raw_file::open(folder.path(), &path));
         let name = ExportName::parse("file").unwrap();
         server.door.serve(&name, Generation(1), image, false);
         Scene {
@@ -86,23 +87,6 @@ impl Scene {
         let shared = self.shared();
         assert!(shared >= least, "{shared} reads without a copy, of {least}");
     }
-}
-
-fn open(folder: &Path, path: &Path) -> nbdtrack::image::block::Block {
-    let roots = Roots::new(vec![folder.to_owned()]);
-    let path = path.to_str().unwrap();
-    let order = OpenDisk {
-        ticket: Ticket(1),
-        export: ExportName::parse("file").unwrap(),
-        node: DeviceNode(path.to_owned()),
-        number: DeviceNumber::of_file(1),
-        diskseq: roots.find(path).unwrap().incarnation,
-        identity: Identity::new(Scheme::File, path),
-        write: true,
-        direct: false,
-        within: Duration::from_secs(10),
-    };
-    raw::open(&order, &roots, &Claims::default()).unwrap()
 }
 
 /// Reads the reply to one READ or FLUSH of those that are out, by its cookie.
@@ -207,6 +191,33 @@ fn reader_that_stops_in_a_reply_gets_the_rest_and_holds_up_no_one() {
     let before = scene.shared();
     (0..50).for_each(|_| read());
     scene.expect_shared(before + 50);
+}
+
+#[test]
+fn what_slow_readers_leave_of_pages_counts_as_in_flight() {
+    let all = 2 * MIB;
+    let scene = Scene::with(Limits {
+        in_flight_bytes_all: all,
+        ..Limits::default()
+    });
+    let asked = [(cmd::READ, 12_345, 1_000_000)];
+    let mut slow: Vec<Client> = (0..20).map(|_| scene.go(false)).collect();
+    for client in &mut slow {
+        client.request(cmd::READ, 0, 0, 12_345, 1_000_000);
+    }
+    // Most have to wait until others have taken theirs, and ask for their turn again and again: no more is held than may be.
+    until("readers to wait for their turn", || {
+        scene.server.door.stats().waits_all_full > 100
+    });
+    let held = scene.server.door.stats().in_flight_bytes_now;
+    // Of a reply that is being given up, its charge and its copy are counted for a moment.
+    assert!(held <= all + MIB, "{held} bytes are held");
+    // All at once: who has no turn yet gets one when another has taken its own.
+    std::thread::scope(|scope| {
+        for client in &mut slow {
+            scope.spawn(|| take_reply(client, &asked));
+        }
+    });
 }
 
 #[test]

@@ -1,5 +1,5 @@
 //! One connection's socket and what is to be sent over it. Whoever has a reply sends it; replies
-//! never interleave, and no send ever waits. Knows nothing of requests.
+//! never interleave, and no send waits but that of pages, by its own session's thread. Knows nothing of requests.
 
 use std::collections::VecDeque;
 use std::io::IoSlice;

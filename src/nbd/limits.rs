@@ -38,8 +38,8 @@ pub struct Limits {
     pub request: Duration,
     /// How long the last replies of a drained session are given to reach the peer, which may still be sending.
     pub linger: Duration,
-    /// How long a session's thread waits for its next byte before the session is parked. Longer than a
-    /// round trip in one building, shorter than anyone notices.
+    /// How long a session's thread waits for its next byte, or for its peer to take more of a reply, before the session is parked.
+    /// Longer than a round trip in one building, shorter than anyone notices.
     pub idle: Duration,
     /// Threads that run sessions. Threads are made when they are needed and end when idle.
     pub session_threads: usize,
