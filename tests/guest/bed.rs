@@ -560,13 +560,19 @@ impl Bed {
 
     /// Reads a whole volume through its export with nbdcopy, and compares every byte. Of the stock server the judge does it.
     pub fn compare(&self, index: usize) -> Outcome<()> {
+        self.compare_over(index, 4)
+    }
+
+    /// As [`Self::compare`], over at most this many connections.
+    pub fn compare_over(&self, index: usize, connections: u32) -> Outcome<()> {
         if !self.ours() {
             return Ok(());
         }
         let volume = &self.volumes[index];
         let file = self.folder.join("copy");
         let uri = self.endpoint().uri(&volume.name);
-        let args = [uri.as_str(), &file.to_string_lossy()];
+        let most = format!("--connections={connections}");
+        let args = [most.as_str(), uri.as_str(), &file.to_string_lossy()];
         process::succeed("nbdcopy", &args, Duration::from_secs(120))?;
         let tally = volume.ledger.judge(&file, &volume.name, volume.bytes)?;
         std::fs::remove_file(&file)?;
