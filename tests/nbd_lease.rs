@@ -3,7 +3,8 @@
 
 mod nbd_common;
 
-use std::sync::atomic::Ordering;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -514,4 +515,34 @@ fn many_hung_disks_leave_threads_to_the_others() {
     assert_eq!(client.ask(cmd::WRITE, 0, 0, 512), 0);
     assert_eq!(client.ask(cmd::FLUSH, 0, 0, 0), 0);
     hung.let_go();
+}
+
+/// A sign of life that met a moment's backlog was never looked at again, and the watchdog killed a daemon in full health.
+#[test]
+fn a_busy_door_gives_every_sign_of_life() {
+    let limits = Limits {
+        session_threads: 1,
+        ..Limits::default()
+    };
+    let server = Server::with(limits, Memory::new(MIB));
+    let clients: Vec<Client> = (0..4).map(|_| server.go()).collect();
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for mut client in clients {
+            let done = &done;
+            scope.spawn(move || {
+                while !done.load(Ordering::Relaxed) {
+                    assert_eq!(client.ask(cmd::WRITE, 0, 0, 512), 0);
+                }
+            });
+        }
+        let all = catch_unwind(AssertUnwindSafe(|| {
+            for _ in 0..2000 {
+                let pulse = server.door.pulse();
+                until("the sign of life", || pulse.came());
+            }
+        }));
+        done.store(true, Ordering::Relaxed);
+        all.unwrap();
+    });
 }

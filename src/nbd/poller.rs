@@ -290,6 +290,8 @@ pub(super) fn run(shared: &Arc<Shared>) {
                 }
             }
         }
+        pulses.look(poller.sessions.progress());
+        let next = next.into_iter().chain(pulses.again()).min();
         let count = match poller.wait(&mut events, next) {
             Ok(count) => count,
             // A signal (EINTR): nothing else can be wrong with a set of our own (epoll_wait(2)).
@@ -329,8 +331,7 @@ pub(super) fn run(shared: &Arc<Shared>) {
                 }
                 Command::StopListening => listeners.clear(),
                 Command::Pulse(pulse) => {
-                    pulses.ask(pulse);
-                    pulses.look(poller.sessions.progress());
+                    pulses.ask(pulse, poller.sessions.progress().0);
                 }
                 Command::Quit => {
                     let mut table = lock(&poller.table);

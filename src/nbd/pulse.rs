@@ -1,6 +1,7 @@
 //! A sign of life of the data plane: the thread that waits for everything turns, and sessions that wait for a thread get one.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::sync::atomic::{AtomicBool, Ordering};
 
@@ -21,27 +22,37 @@ impl Pulse {
     }
 }
 
-/// What the poller remembers from one pulse to the next.
+/// How soon a sign that could not be given is looked at again; far below any manager's limit.
+const AGAIN: Duration = Duration::from_millis(20);
+
+/// What the poller remembers from the question to the sign.
 #[derive(Debug, Default)]
 pub(super) struct Pulses {
     waiting: Vec<Pulse>,
+    /// How many sessions a thread had begun when the first of them was asked for.
     begun: usize,
 }
 
 impl Pulses {
-    pub(super) fn ask(&mut self, pulse: Pulse) {
+    pub(super) fn ask(&mut self, pulse: Pulse, begun: usize) {
+        if self.waiting.is_empty() {
+            self.begun = begun;
+        }
         // One that was not answered is answered with the next: at most the one that its asker still holds.
         self.waiting.truncate(1);
         self.waiting.push(pulse);
     }
 
-    /// Gives the signs that are due; withheld while sessions wait and none was begun since the last look.
+    /// Gives the signs that are due; withheld while sessions wait for a thread and none has got one since the question.
     pub(super) fn look(&mut self, (begun, backlog): (usize, bool)) {
-        let stuck = backlog && begun == self.begun;
-        self.begun = begun;
-        if !stuck {
+        if !backlog || begun != self.begun {
             self.waiting.drain(..).for_each(|pulse| pulse.give());
         }
+    }
+
+    /// When to look again: a moment's backlog may end without any other event, and who asked does not ask twice.
+    pub(super) fn again(&self) -> Option<Duration> {
+        (!self.waiting.is_empty()).then_some(AGAIN)
     }
 }
 
@@ -61,17 +72,23 @@ mod tests {
     #[test]
     fn sessions_that_wait_and_are_not_begun_withhold_the_sign() {
         let mut pulses = Pulses::default();
-        let ask = |pulses: &mut Pulses, progress| {
+        let ask = |pulses: &mut Pulses, progress: (usize, bool)| {
             let pulse = Pulse::default();
-            pulses.ask(pulse.clone());
+            pulses.ask(pulse.clone(), progress.0);
             pulses.look(progress);
             pulse
         };
         assert!(ask(&mut pulses, (0, false)).came(), "idle is alive");
-        assert!(ask(&mut pulses, (5, true)).came(), "busy is alive");
+        assert_eq!(pulses.again(), None);
         let stuck = ask(&mut pulses, (5, true));
         assert!(!stuck.came(), "waiting for nothing is not");
+        pulses.look((5, true));
+        assert!(!stuck.came());
+        assert_eq!(pulses.again(), Some(AGAIN));
         pulses.look((6, true));
         assert!(stuck.came(), "until it goes on");
+        let stuck = ask(&mut pulses, (6, true));
+        pulses.look((6, false));
+        assert!(stuck.came(), "or nothing waits any more");
     }
 }
