@@ -6,10 +6,10 @@ use std::net::IpAddr;
 use std::sync::{Arc, PoisonError};
 
 use crate::correlation::{DiskSeq, ExportName, RefusalKind, Turns};
-use crate::sync::{Mutex, RwLock};
+use crate::sync::{Mutex, RwLock, lock};
 
 use super::command::Terms;
-use super::conn::{Conn, lock};
+use super::conn::Conn;
 use super::door::Door;
 use super::handshake::{Agreed, Facts, Refusal};
 use super::lease::Lease;

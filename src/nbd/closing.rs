@@ -6,10 +6,15 @@ use std::time::{Duration, Instant};
 
 use crate::correlation::{EndHow, LeaseEnd};
 use crate::sync::atomic::Ordering;
+use crate::sync::lock;
 
-use super::conn::{Conn, lock};
+use super::conn::Conn;
 use super::lease::{DiskTask, KINDS, Lease, Report};
 use super::stats::add;
+
+/// Sessions that are cut by who fences, before anything is left to another thread: as many as a disk has, and few enough to take
+/// microseconds. The poller cuts all others.
+const CUT_AT_ONCE: usize = 16;
 
 #[derive(Default)]
 pub(super) struct Ending {
@@ -27,8 +32,8 @@ struct Waiting {
 }
 
 impl Lease {
-    /// Fences at once, and leaves the rest to the poller: microseconds, whatever the sessions do. Again
-    /// with `Cut` cuts a drain short.
+    /// Fences at once, cuts the first sessions where that was asked for, and leaves the rest to the poller: microseconds, whatever
+    /// the sessions do. Again with `Cut` cuts a drain short.
     pub(super) fn end(self: &Arc<Lease>, how: EndHow, report: Option<Report>) {
         let (cut, within) = match how {
             EndHow::Drain { within } => (false, within),
@@ -50,6 +55,11 @@ impl Lease {
             }));
             self.gate.fence();
             drop(ending);
+            if cut {
+                for conn in lock(&self.members).conns.values().take(CUT_AT_ONCE) {
+                    conn.cut();
+                }
+            }
             self.shared.poller.lease_ends(self.clone(), deadline);
         } else if let (Some(end), Some(report)) = (closed, report) {
             drop(ending);

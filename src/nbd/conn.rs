@@ -4,7 +4,7 @@
 use std::collections::VecDeque;
 use std::io::IoSlice;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -13,7 +13,7 @@ use nix::sys::socket::{MsgFlags, Shutdown, recv, send, sendmsg, shutdown};
 
 use crate::image::pages::Pages;
 use crate::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use crate::sync::{self, Mutex, MutexGuard};
+use crate::sync::{self, Mutex, MutexGuard, lock};
 
 use super::account::{Account, Charge};
 use super::crowd::Seat;
@@ -25,11 +25,6 @@ const CHUNKS_PER_SEND: usize = 64;
 
 /// Linux's default of wmem_max, in bytes.
 const SEND_BYTES: usize = 212_992;
-
-/// Locks a mutex; a panic of ours elsewhere leaves no half-made value behind any lock of the door.
-pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 /// Wakes the parked session of a connection; the poller.
 pub(super) trait Wake: Send + Sync {
@@ -145,11 +140,16 @@ impl Conn {
         self.dead.load(Ordering::Acquire)
     }
 
-    /// Ends the connection both ways at once; whoever waits on the socket returns. Never waits.
-    pub(super) fn kill(&self) {
+    /// Ends the connection both ways at once; whoever waits on the socket returns. Never waits, and takes no lock.
+    pub(super) fn cut(&self) {
         self.dead.store(true, Ordering::Release);
-        // Fails only when the peer has ended the connection already.
+        // Fails only when the peer, or an earlier cut, has ended the connection already.
         let _ = shutdown(self.socket.as_raw_fd(), Shutdown::Both);
+    }
+
+    /// Cuts the connection, and lets go of the replies that wait for it.
+    pub(super) fn kill(&self) {
+        self.cut();
         let mut out = lock(&self.out);
         out.chunks.clear();
         out.epoch += 1;

@@ -4,9 +4,9 @@ use std::collections::{BTreeMap, HashMap};
 use std::net::{IpAddr, Ipv6Addr};
 use std::sync::{Arc, Weak};
 
-use crate::sync::Mutex;
+use crate::sync::{Mutex, lock};
 
-use super::conn::{Conn, lock};
+use super::conn::Conn;
 
 /// Connections by their peer's network address; at most as many entries as there are connections.
 #[derive(Default)]

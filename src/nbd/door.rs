@@ -10,11 +10,10 @@ use std::time::Duration;
 use crate::correlation::{EndHow, ExportName, Generation, LeaseEnd, RefusalKind};
 use crate::image::Image;
 use crate::sync::atomic::{AtomicBool, Ordering};
-use crate::sync::{Mutex, RwLock, thread};
+use crate::sync::{Mutex, RwLock, lock, thread};
 
 use super::access::Gatekeeper;
 use super::bound::Bounds;
-use super::conn::lock;
 use super::crew::Crew;
 use super::crowd::Handshakes;
 use super::handshake::Refusal;

@@ -1,8 +1,8 @@
 //! Exports that are on their way out: no new clients, while those that are there go on.
 
 use crate::correlation::ExportName;
+use crate::sync::lock;
 
-use super::conn::lock;
 use super::door::Door;
 
 impl Door {

@@ -13,10 +13,10 @@ use std::sync::Arc;
 use crate::correlation::{ExportName, Generation, LeaseEnd, RefusalKind, Turns};
 use crate::image::Image;
 use crate::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use crate::sync::{Mutex, RwLock, RwLockReadGuard};
+use crate::sync::{Mutex, RwLock, RwLockReadGuard, lock};
 
 use super::closing::Ending;
-use super::conn::{Conn, lock};
+use super::conn::Conn;
 use super::crew::Task;
 use super::gate::Gate;
 use super::handshake::{Facts, Refusal};

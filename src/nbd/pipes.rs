@@ -3,9 +3,7 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::image::pages::Pages;
-use crate::sync::Mutex;
-
-use super::conn::lock;
+use crate::sync::{Mutex, lock};
 
 /// Pipes at one time: two descriptors and 1 MiB of pages each. Whoever finds none copies.
 const PIPES: usize = 16;

@@ -11,10 +11,10 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::sync::channel::{Receiver, Sender, unbounded};
-use crate::sync::{self, Mutex};
+use crate::sync::{self, Mutex, lock};
 
 use super::bound::Limit;
-use super::conn::{Conn, Parked, Wake, lock};
+use super::conn::{Conn, Parked, Wake};
 use super::crew::Crew;
 use super::lease::Lease;
 use super::listener::Listener;

@@ -7,8 +7,9 @@ use nix::sys::socket::{SockaddrStorage, getpeername, getsockopt, sockopt::PeerCr
 use std::os::fd::AsRawFd;
 
 use crate::correlation::{ExportName, Generation};
+use crate::sync::lock;
 
-use super::conn::{Conn, lock};
+use super::conn::Conn;
 use super::door::Door;
 use super::lease::Lease;
 

@@ -9,12 +9,12 @@ use std::sync::Arc;
 
 use crate::correlation::{ExportName, RefusalKind};
 use crate::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use crate::sync::{Mutex, RwLock};
+use crate::sync::{Mutex, RwLock, lock};
 
 use super::access::Gatekeeper;
 use super::account::Account;
 use super::bound::{Bounds, Limit};
-use super::conn::{Conn, Wake, lock};
+use super::conn::{Conn, Wake};
 use super::crew::Crew;
 use super::crowd::{Addresses, Handshakes};
 use super::handshake::Refusal;

@@ -12,7 +12,7 @@ pub struct Fence {
     pub woken: u64,
     /// It had the processor.
     pub running: u64,
-    /// The poller, which it woke, shut the client's socket down.
+    /// It shut the client's socket down.
     pub cut: u64,
 }
 
@@ -33,15 +33,14 @@ impl Bed {
         // kobject_uevent_env itself is not traceable in Debian's kernel. block_uevent is what it calls for a disk just
         // before it sends; the first one after device_del of the disk is the `remove`. Both take a struct device, whose
         // first member is its kobject, whose first member is the name. The clock is CLOCK_MONOTONIC. The thread of control
-        // fences the lease and wakes the poller, which cuts the sessions; one whose client left because its I/O failed, often
-        // before the `remove`, shuts its socket down by itself, and counts as no fence.
+        // fences the lease and cuts its first sessions; one whose client left because its I/O failed, often before the
+        // `remove`, is shut down by its own thread, and counts as no fence.
         self.machine.agent.run(
             "cd /sys/kernel/tracing && p=$(systemctl show -P MainPID nbdtrack) && echo mono >trace_clock && \
              echo 'p:bed_del device_del name=+0(+0(%di)):string' >kprobe_events && \
              echo 'p:bed_uevent block_uevent name=+0(+0(%di)):string' >>kprobe_events && \
              echo 1 >events/kprobes/enable && \
-             for t in /proc/$p/task/*; do grep -qx nbd-poller $t/comm && q=${t##*/}; done; \
-             echo \"common_pid == $q && how == 2\" >events/syscalls/sys_enter_shutdown/filter && \
+             echo \"common_pid == $p && how == 2\" >events/syscalls/sys_enter_shutdown/filter && \
              echo 1 >events/syscalls/sys_enter_shutdown/enable && \
              echo \"pid == $p\" >events/sched/sched_waking/filter && echo 1 >events/sched/sched_waking/enable && \
              echo \"next_pid == $p\" >events/sched/sched_switch/filter && echo 1 >events/sched/sched_switch/enable && \
