@@ -62,3 +62,29 @@ fn the_python_consumer_runs_through() -> Outcome<()> {
     }
     runs_through("python consumer", &example("volume.py"))
 }
+
+/// Where Debian keeps the sources of Go packages.
+const GO_PACKAGES: &str = "/usr/share/gocode";
+
+#[test]
+fn the_go_consumer_runs_through() -> Outcome<()> {
+    let library = Path::new(GO_PACKAGES).join("src/github.com/godbus/dbus");
+    if !process::installed("go") || !library.exists() {
+        return skip(
+            "go consumer",
+            "golang-go or golang-github-godbus-dbus-dev is not installed",
+        );
+    }
+    let folder = tempfile::tempdir()?;
+    let program = folder.path().join("volume");
+    let mut build = process::command("go");
+    build
+        .args(["build", "-o"])
+        .args([&program, &example("volume.go")])
+        .env("GO111MODULE", "off")
+        .env("GOPATH", GO_PACKAGES)
+        .env("GOCACHE", folder.path().join("cache"));
+    let built = process::run_command("go build", build, 4 * LIMIT)?;
+    hold!(built.status.success(), "go build: {}", built.stderr);
+    runs_through("go consumer", &program)
+}

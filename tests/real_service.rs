@@ -11,7 +11,7 @@ use nix::sys::ptrace;
 use nix::sys::signal::Signal;
 use nix::sys::wait::{WaitPidFlag, waitpid};
 use nix::unistd::Pid;
-use support::client::{Client, Endpoint};
+use support::client::{Client, Endpoint, Go, knock};
 use support::daemon::{Home, free_port};
 use support::ground::{Ground, Need, real};
 use support::loops::LoopDevice;
@@ -150,6 +150,40 @@ fn watchdog_is_told_while_all_turns_and_not_while_the_loop_or_the_data_plane_is_
         Client::open(&home.endpoint(), "vol-a")?.leave()?;
         daemon.signal(Signal::SIGTERM)?;
         manager.wait("STOPPING=1", |line| line == "STOPPING=1")?;
+        hold!(daemon.wait(STEP_LIMIT)?.success(), "it ends in order");
+        Ok(())
+    })
+}
+
+/// READY came with the first survey once, and who started after the daemon was told that its disk was being opened.
+#[test]
+fn manager_is_told_that_it_is_ready_when_the_disks_that_are_there_are_served() -> Outcome<()> {
+    real("service ready", NEEDS, |ground| {
+        let mut volumes = Vec::new();
+        let mut devices = Vec::new();
+        for number in 0..16 {
+            let volume = Volume::make(ground.path(), &format!("vol-{number}"), BYTES)?;
+            let device = LoopDevice::add()?;
+            device.attach(&volume.image)?;
+            volumes.push(volume);
+            devices.push(device);
+        }
+        let home = Home::new(ground.path(), "none")?;
+        let mut exports = vec![("absent", "loop:/nowhere".to_owned())];
+        exports.extend(
+            volumes
+                .iter()
+                .map(|volume| (volume.name.as_str(), volume.id())),
+        );
+        home.configure(&exports)?;
+        let manager = Manager::new(ground)?;
+        let mut daemon = start(&home, &manager)?;
+        for volume in volumes.iter().rev() {
+            let answer = knock(&home.endpoint(), &volume.name)?;
+            let agreed = matches!(answer, Go::Agreed { .. });
+            hold!(agreed, "{} right after READY: {answer:?}", volume.name);
+        }
+        daemon.signal(Signal::SIGTERM)?;
         hold!(daemon.wait(STEP_LIMIT)?.success(), "it ends in order");
         Ok(())
     })

@@ -11,6 +11,7 @@ mod support;
 
 mod cached;
 mod fence;
+mod mapped;
 mod middle;
 mod scale;
 mod stall;
@@ -80,7 +81,7 @@ fn run() -> Outcome<()> {
             // What `cargo bench` adds.
             "--bench" => {}
             _ => trouble!(
-                "usage: control [--quick] [--json PATH] [--only swaps|udevd|cached|fence|stall|middle|scale]"
+                "usage: control [--quick] [--json PATH] [--only swaps|udevd|cached|fence|stall|middle|scale|mapped]"
             ),
         }
     }
@@ -128,6 +129,10 @@ fn run() -> Outcome<()> {
     if wanted("scale") {
         say("a daemon with 10,000 exports");
         rows.extend(scale::measure(plan.scale_swaps)?);
+    }
+    if wanted("mapped") {
+        say("callers of a daemon with 10,000 mappings");
+        rows.extend(mapped::measure()?);
     }
 
     let machine = format!(

@@ -161,6 +161,10 @@ fn server<'a>(
         table.number("survey_interval_s", 1..=3_600),
         server.survey_interval,
     );
+    let mib = table.number("history_mib", 1..=65_536);
+    server.history_mib = mib.and_then(|mib| u32::try_from(mib).ok());
+    let days = table.number("history_days", 1..=3_650);
+    server.history_age = days.map(|days| Duration::from_secs(days * 86_400));
     // A connection is a descriptor and, while it is busy, a thread.
     if let Some(max) = table.number("max_connections", 1..=65_536) {
         server.max_connections = u32::try_from(max).unwrap_or(u32::MAX);
@@ -175,6 +179,8 @@ fn server<'a>(
         "bus",
         "detach_grace_s",
         "survey_interval_s",
+        "history_mib",
+        "history_days",
         "max_connections",
         "file_roots",
     ]);

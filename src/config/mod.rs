@@ -64,6 +64,10 @@ pub struct Server {
     /// How long a released volume may stay attached before it is told.
     pub detach_grace: Duration,
     pub survey_interval: Duration,
+    /// Of the audit trail's file, in MiB; `None` for the trail's own default, as for the next.
+    pub history_mib: Option<u32>,
+    /// Older records of the trail go.
+    pub history_age: Option<Duration>,
     pub max_connections: u32,
 }
 
@@ -77,6 +81,8 @@ impl Default for Server {
             bus: Bus::System,
             detach_grace: Duration::from_secs(300),
             survey_interval: Duration::from_secs(30),
+            history_mib: None,
+            history_age: None,
             max_connections: 2048,
         }
     }

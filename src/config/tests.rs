@@ -28,6 +28,8 @@ state = "/tmp/state"
 bus = "unix:path=/tmp/bus"
 detach_grace_s = 60
 survey_interval_s = 5
+history_mib = 8
+history_days = 7
 max_connections = 10
 [identity]
 allow = ["gpt", "slot"]
@@ -49,6 +51,11 @@ on_detach = "disconnect"
     );
     assert_eq!(config.server.detach_grace, Duration::from_secs(60));
     assert_eq!(config.server.survey_interval, Duration::from_secs(5));
+    assert_eq!(config.server.history_mib, Some(8));
+    assert_eq!(
+        config.server.history_age,
+        Some(Duration::from_secs(7 * 86_400))
+    );
     assert_eq!(config.server.max_connections, 10);
     let [export] = &config.exports[..] else {
         panic!("one export")

@@ -31,9 +31,6 @@ use crate::mapping::{History, Store};
 use crate::nbd::Door;
 use crate::udev::Observer;
 
-/// A stop waits this much longer than the drain that it orders, for the last closes.
-const STOP_SLACK: Duration = Duration::from_secs(8);
-
 /// For the store to close its file.
 const STORE_CLOSES_WITHIN: Duration = Duration::from_secs(5);
 
@@ -83,10 +80,12 @@ pub(super) struct Control {
     pub(super) trail: Trail,
     pub(super) serving: ServingTimes,
     started: Instant,
-    drain_within: Duration,
+    pub(super) drain_within: Duration,
     pub(super) rules: IdentityRules,
     /// Opened and not served yet: at most one for each outstanding open.
     pub opened: HashMap<Ticket, Arc<dyn Image>>,
+    /// Opens that a thread has not answered yet.
+    pub(super) opening: usize,
     /// Callers that wait for a reply: at most the calls that D-Bus lets in, and those who gave up until the middle answers.
     pub asked: HashMap<RequestId, Asker>,
     pub(super) last_request: RequestId,
@@ -106,7 +105,8 @@ pub(super) struct Control {
     /// Calls that last, by the request that each is; at most the calls that D-Bus lets in.
     pub(super) jobs: BTreeMap<RequestId, JobView>,
     clients: Arc<ClientChanges>,
-    sockets: Option<Sockets>,
+    /// Until the first survey.
+    pub(super) sockets: Option<Sockets>,
     pub(super) stopping: bool,
 }
 
@@ -165,6 +165,7 @@ impl Control {
             drain_within,
             rules,
             opened: HashMap::new(),
+            opening: 0,
             asked: HashMap::new(),
             last_request: RequestId(0),
             rescans: Vec::new(),
@@ -197,16 +198,13 @@ impl Control {
         mut files: mpsc::Receiver<files::Told>,
         mut commands: mpsc::Receiver<Command>,
         mut hangup: Signal,
+        mut stops: Stops,
     ) -> Result<(), Error> {
         let mut reports = self
             .report_receiver
             .take()
             .expect("run is called once, by serve");
         let mut keeper = self.keeper.take().expect("run is called once, by serve");
-        let (mut term, mut interrupt) = (
-            listen(SignalKind::terminate()),
-            listen(SignalKind::interrupt()),
-        );
         let mut lost = None;
         let clients = Arc::clone(&self.clients);
         let mut stop_by: Option<tokio::time::Instant> = None;
@@ -222,7 +220,7 @@ impl Control {
                 Some(report) = reports.recv() => {
                     self.on_report(report);
                 }
-                stop = stop_signal(&mut term, &mut interrupt) => match stop_by {
+                stop = stops.next() => match stop_by {
                     None => {
                         tracing::info!(name: "stopping", signal = stop, "stopping: draining every export");
                         stop_by = Some(self.begin_stop());
@@ -248,7 +246,10 @@ impl Control {
                 _ = &mut keeper, if lost.is_none() => lost = Some("the store's task"),
                 _ = hangup.recv() => self.begin_reload(),
                 () = clients.some.notified() => self.publish_clients(),
-                () = sleep_until(self.service.due()) => self.service.turn(&self.door),
+                () = sleep_until(self.service.due()) => {
+                    self.service.turn(&self.door);
+                    self.tell_ready();
+                }
                 () = sleep_until(stop_by) => {
                     tracing::warn!(name: "drain_over", "stopping: the time to drain is over and some disks have not answered");
                     break;
@@ -321,6 +322,10 @@ impl Control {
                     opened
                 });
                 self.apply(Event::DiskOpened { ticket, result });
+                self.opening -= 1;
+                if self.opening == 0 {
+                    self.tell_ready();
+                }
             }
             Report::Reloaded(read) => self.on_reload(read),
             Report::ClaimsWritten(result) => {
@@ -328,58 +333,6 @@ impl Control {
                 self.keep_claims();
             }
         }
-    }
-
-    /// After the first survey it is known which volume is where.
-    fn open_to_clients(&mut self) {
-        let Some(sockets) = self.sockets.take() else {
-            return;
-        };
-        for listener in sockets.tcp {
-            if let Err(error) = self.door.listen_tcp(listener) {
-                tracing::error!(%error, "cannot accept TCP clients");
-            }
-        }
-        for listener in sockets.unix {
-            if let Err(error) = self.door.listen_unix(listener) {
-                tracing::error!(%error, "cannot accept clients on a Unix socket");
-            }
-        }
-        let exports = self.correlation.export_names().count();
-        tracing::info!(
-            name: "ready",
-            exports,
-            disks = self.correlation.diskseqs().count(),
-            "ready"
-        );
-    }
-
-    /// Tells the service manager that all is well, and what is served.
-    pub(super) fn tell_ready(&mut self) {
-        if self.sockets.is_some() || self.reload.is_reading() || self.stopping {
-            // The first survey will, or the end of the reload.
-            return;
-        }
-        let exports = self.correlation.export_names().count();
-        let bus = if self.publisher.is_linked() {
-            ""
-        } else {
-            "; no bus, so no one can be told or ask"
-        };
-        self.service
-            .ready(format!("Following the volumes of {exports} exports{bus}."));
-    }
-
-    /// Begins to drain; gives the time at which the stop is over, drained or not.
-    fn begin_stop(&mut self) -> tokio::time::Instant {
-        self.stopping = true;
-        let seconds = self.drain_within.as_secs();
-        self.service.stopping(format!(
-            "Draining the clients of every export, for at most {seconds} s."
-        ));
-        self.door.shutdown();
-        self.apply(Event::Stopping);
-        tokio::time::Instant::now() + self.drain_within + STOP_SLACK
     }
 
     fn publish_clients(&mut self) {
@@ -407,10 +360,26 @@ pub(super) fn listen(kind: SignalKind) -> Signal {
     signal(kind).expect("the runtime has its signal driver, and these kinds can be caught")
 }
 
-async fn stop_signal(term: &mut Signal, interrupt: &mut Signal) -> &'static str {
-    tokio::select! {
-        _ = term.recv() => "SIGTERM",
-        _ = interrupt.recv() => "SIGINT",
+/// The signals that end the daemon.
+pub(super) struct Stops {
+    term: Signal,
+    interrupt: Signal,
+}
+
+impl Stops {
+    pub(super) fn listen() -> Stops {
+        Stops {
+            term: listen(SignalKind::terminate()),
+            interrupt: listen(SignalKind::interrupt()),
+        }
+    }
+
+    /// The name of the next one. Cancel-safe.
+    pub(super) async fn next(&mut self) -> &'static str {
+        tokio::select! {
+            _ = self.term.recv() => "SIGTERM",
+            _ = self.interrupt.recv() => "SIGINT",
+        }
     }
 }
 

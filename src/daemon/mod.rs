@@ -11,8 +11,10 @@ mod jobs;
 mod log;
 mod metrics;
 mod perform;
+mod phases;
 mod reload;
 mod rescan;
+mod runtime_files;
 mod sections;
 mod service;
 mod sockets;
@@ -21,7 +23,7 @@ mod trail;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use tokio::signal::unix::SignalKind;
@@ -33,12 +35,12 @@ use crate::dbus::{self, Bus};
 use crate::files;
 use crate::identity::OptIn;
 use crate::image::beneath::Roots;
-use crate::mapping::{Bounds, History, Store, StoreError};
+use crate::mapping::{Bounds, History, HistoryTask, Store, StoreError};
 use crate::nbd::{Door, Limits};
 use crate::udev;
-use control::{Control, Edges};
+use control::{Control, Edges, Stops};
+use runtime_files::RuntimeFiles;
 use sections::{Clock, Reading};
-
 use sockets::Sockets;
 
 pub use activation::ActivationError;
@@ -174,8 +176,46 @@ fn configure(options: &Options, clock: Clock) -> Result<(Config, Option<Reading>
 }
 
 async fn serve(options: &Options, passed: Option<Sockets>) -> Result<(), Error> {
-    // From now on a SIGHUP asks for a reload, and does not end a daemon that is starting.
+    // From now on a SIGHUP asks for a reload and does not end a daemon that is starting, and a SIGTERM ends it in order.
     let hangup = control::listen(SignalKind::hangup());
+    let mut stops = Stops::listen();
+    let mut files = RuntimeFiles::default();
+    let started = tokio::select! {
+        biased;
+        signal = stops.next() => {
+            tracing::info!(name: "stopped", signal, "stopped: before it served anything");
+            return Ok(());
+        }
+        started = start(options, passed, &mut files) => started?,
+    };
+    let Started {
+        mut control,
+        events,
+        files: told,
+        commands,
+        history,
+    } = started;
+    let ended = control.run(events, told, commands, hangup, stops).await;
+    // Whoever listens hears of the end, if the bus takes it.
+    control.publisher.flush(FAREWELL).await;
+    history.end().await;
+    ended
+}
+
+/// A daemon that has all that it runs on, and what its loop listens to.
+struct Started {
+    control: Control,
+    events: mpsc::Receiver<Event>,
+    files: mpsc::Receiver<files::Told>,
+    commands: mpsc::Receiver<dbus::Command>,
+    history: HistoryTask,
+}
+
+async fn start(
+    options: &Options,
+    passed: Option<Sockets>,
+    runtime_files: &mut RuntimeFiles,
+) -> Result<Started, Error> {
     let clock = Clock::now();
     let (config, reading) = configure(options, clock)?;
     let bus = match &config.server.bus {
@@ -196,15 +236,15 @@ async fn serve(options: &Options, passed: Option<Sockets>) -> Result<(), Error> 
         Some(passed) => passed,
         None => sockets::bind(&config.server.listen, own_socket)?,
     };
+    runtime_files.socket = own_socket.map(Path::to_owned);
     // Only now: whoever reads it may signal the process.
-    let pid_file = options.pid_file.as_deref();
-    if let Some(path) = pid_file {
-        std::fs::write(path, format!("{}\n", std::process::id())).map_err(|source| {
-            Error::Kernel {
+    if let Some(path) = options.pid_file.as_deref() {
+        runtime_files
+            .write_pid(path)
+            .map_err(|source| Error::Kernel {
                 what: "the pid file cannot be written",
                 source,
-            }
-        })?;
+            })?;
     }
     let door = Door::new(limits(&config)).map_err(|source| Error::Kernel {
         what: "the NBD server cannot start",
@@ -234,7 +274,10 @@ async fn serve(options: &Options, passed: Option<Sockets>) -> Result<(), Error> 
         file_sender,
     );
 
-    let (history, history_task) = History::keep(&config.server.state, Bounds::default());
+    let mut bounds = Bounds::default();
+    bounds.mib = config.server.history_mib.unwrap_or(bounds.mib);
+    bounds.age = config.server.history_age.unwrap_or(bounds.age);
+    let (history, history_task) = History::keep(&config.server.state, bounds);
     let edges = Edges {
         door,
         publisher,
@@ -260,21 +303,13 @@ async fn serve(options: &Options, passed: Option<Sockets>) -> Result<(), Error> 
             exports: config.exports,
         }),
     }
-    let ended = control.run(events, files, commands, hangup).await;
-    // Whoever listens hears of the end, if the bus takes it.
-    control.publisher.flush(FAREWELL).await;
-    history_task.end().await;
-    if let Some(path) = pid_file
-        && let Err(error) = std::fs::remove_file(path)
-    {
-        tracing::debug!(file = %path.display(), %error, "the pid file was not there to be removed");
-    }
-    if let Some(socket) = own_socket
-        && let Err(error) = std::fs::remove_file(socket)
-    {
-        tracing::debug!(socket = %socket.display(), %error, "the socket was not there to be removed");
-    }
-    ended
+    Ok(Started {
+        control,
+        events,
+        files,
+        commands,
+        history: history_task,
+    })
 }
 
 /// What clients may make the door hold.

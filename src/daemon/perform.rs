@@ -89,7 +89,8 @@ impl Control {
     }
 
     /// Opens in a thread of the blocking pool: a disk may take for ever.
-    fn open_disk(&self, order: OpenDisk) {
+    fn open_disk(&mut self, order: OpenDisk) {
+        self.opening += 1;
         let reports = self.reports.clone();
         let claims = Arc::clone(&self.claims);
         let reader = self.observer.identity_reader();

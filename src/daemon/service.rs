@@ -22,6 +22,10 @@ const WAITING_MAX: usize = 64;
 /// How often within the manager's limit the sign of life is looked for: a sign that is one turn old leaves half of it.
 const TURNS: u32 = 4;
 
+/// How long the first READY waits for the disks that the first survey found: a client that starts after the daemon finds them served,
+/// and a disk that hangs holds up no boot.
+const FIRST_OPENS_WITHIN: Duration = Duration::from_secs(5);
+
 enum Told {
     Ready(String),
     /// With CLOCK_MONOTONIC in microseconds, as Type=notify-reload wants it.
@@ -37,6 +41,8 @@ pub(super) struct Service {
     watch: Option<Watch>,
     /// What was told with the last `ready`.
     status: String,
+    /// When the first `ready` waits no more; only from the first survey until then.
+    ready_by: Option<Instant>,
 }
 
 struct Watch {
@@ -86,6 +92,7 @@ impl Service {
             queue: None,
             watch: None,
             status: String::new(),
+            ready_by: None,
         };
         let Some(named) = std::env::var_os("NOTIFY_SOCKET") else {
             return none;
@@ -113,11 +120,23 @@ impl Service {
             queue: started.is_ok().then_some(queue),
             watch,
             status: String::new(),
+            ready_by: None,
         }
+    }
+
+    /// The first survey is over, and the disks that it found are being opened.
+    pub(super) fn surveyed(&mut self) {
+        self.ready_by = Some(Instant::now() + FIRST_OPENS_WITHIN);
+    }
+
+    /// Whether it is too early for the first `ready`, while this many disks are being opened.
+    pub(super) fn waits(&self, opening: usize) -> bool {
+        opening > 0 && self.ready_by.is_some_and(|by| Instant::now() < by)
     }
 
     /// Tells that all is well, and what there is to say of it; nothing when that was told last.
     pub(super) fn ready(&mut self, status: String) {
+        self.ready_by = None;
         if self.status != status {
             self.status.clone_from(&status);
             self.send(Told::Ready(status));
@@ -136,17 +155,20 @@ impl Service {
         self.send(Told::Stopping(status));
     }
 
-    /// When `turn` is wanted next.
+    /// When `turn` is wanted next, or `ready` waits no more.
     pub(super) fn due(&self) -> Option<Instant> {
-        self.watch.as_ref().map(|watch| watch.due)
+        let turn = self.watch.as_ref().map(|watch| watch.due);
+        turn.into_iter().chain(self.ready_by).min()
     }
 
     /// Tells the watchdog if the door has given the sign of life that it was asked for, and asks for the next.
     pub(super) fn turn(&mut self, door: &Door) {
-        let Some(watch) = &mut self.watch else {
+        let now = Instant::now();
+        self.ready_by = self.ready_by.filter(|by| now < *by);
+        let Some(watch) = self.watch.as_mut().filter(|watch| watch.due <= now) else {
             return;
         };
-        watch.due = Instant::now() + watch.every;
+        watch.due = now + watch.every;
         let alive = watch.pulse.as_ref().is_none_or(Pulse::came);
         if !alive && !watch.silent {
             tracing::error!(

@@ -334,6 +334,16 @@ impl Client {
             .len()
     }
 
+    /// What came after `mark`.
+    pub fn since(&self, mark: usize) -> Vec<Signal> {
+        let signals = self
+            .heard
+            .signals
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        signals.get(mark..).unwrap_or_default().to_vec()
+    }
+
     /// Waits for the first signal after `mark` that `wanted` accepts.
     pub fn wait(
         &self,

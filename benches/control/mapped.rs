@@ -1,0 +1,153 @@
+//! A daemon that keeps 10,000 disks of VMs: what its callers wait for.
+
+use std::time::{Instant, SystemTime};
+
+use crate::support::bus::{Client, Options, Refused};
+use crate::support::loops::sparse_file;
+use crate::support::scene::{STEP_LIMIT, Scene};
+use crate::support::{Outcome, bus};
+use crate::table::{Aim, Row, ms};
+use crate::{hold, on_ground, trouble};
+
+/// Mappings whose disks are not there.
+pub const MANY: u32 = 10_000;
+/// Exports that the measured calls make, each on a file of its own.
+const NEW: u32 = 200;
+const CALLS: usize = 2_000;
+const BYTES: u64 = 1 << 20;
+const EXISTS_MS: f64 = 2.0;
+const NEW_MS: f64 = 20.0;
+const PROPERTY_MS: f64 = 1.0;
+const SIGNAL_MS: f64 = 2.0;
+
+pub fn measure() -> Outcome<Vec<Row>> {
+    on_ground(|ground| {
+        let roots = format!("file_roots = [{:?}]\n", ground.path());
+        let mut scene = Scene::told(ground, roots, &[])?;
+        let fill = fill(&scene.client)?;
+        let mut files = Vec::new();
+        for number in 0..NEW {
+            let file = sparse_file(ground.path(), &format!("new-{number}.img"), BYTES)?;
+            files.push(file.display().to_string());
+        }
+        let mark = scene.client.mark();
+        let mut made = Vec::new();
+        for (number, file) in (0..).zip(&files) {
+            let began = Instant::now();
+            let created = ensure(&scene.client, MANY + number, "path", file)?;
+            made.push(ms(began.elapsed()));
+            hold!(created, "{file} has a new export");
+        }
+        let signals = signals(&scene, mark)?;
+        let mut found = Vec::new();
+        let mut read = Vec::new();
+        let path = scene
+            .client
+            .objects("Export")?
+            .into_iter()
+            .find_map(|(path, export)| (export["State"].text() == "Serving").then_some(path));
+        let Some(path) = path else {
+            trouble!("no export serves");
+        };
+        for call in 0..CALLS {
+            let number = u32::try_from(call)? % NEW;
+            let began = Instant::now();
+            let created = ensure(
+                &scene.client,
+                MANY + number,
+                "path",
+                &files[number as usize],
+            )?;
+            found.push(ms(began.elapsed()));
+            hold!(!created, "an export that is there is made by nobody");
+            let began = Instant::now();
+            scene.client.call_on(
+                &path,
+                "org.freedesktop.DBus.Properties",
+                "Get",
+                &("org.nbdtrack1.Export", "State"),
+            )?;
+            read.push(ms(began.elapsed()));
+        }
+        scene.stop()?;
+        let row = |what: &str, samples, aim| {
+            Row::of(format!("{what}, 10,000 mappings"), "ms", samples, aim)
+        };
+        Ok(vec![
+            row("EnsureVmExport, new, its disk not there", fill, Aim::None),
+            row("EnsureVmExport, new", made, Aim::P99(NEW_MS)),
+            row("EnsureVmExport, there", found, Aim::P99(EXISTS_MS)),
+            row("a property read", read, Aim::P99(PROPERTY_MS)),
+            row(
+                "state changed (the log's time) -> signal heard",
+                signals,
+                Aim::P99(SIGNAL_MS),
+            ),
+        ])
+    })
+}
+
+/// Makes the mappings as a Volume Daemon would; the time of each call.
+fn fill(client: &Client) -> Outcome<Vec<f64>> {
+    let mut times = Vec::new();
+    for number in 0..MANY {
+        let volume = format!("serial:BENCH{number:07}");
+        let began = Instant::now();
+        match ensure(client, number, "volume", &volume) {
+            Err(refusal) if refusal.is("NotReady") => times.push(ms(began.elapsed())),
+            other => trouble!("{volume}, which is not there: {other:?}"),
+        }
+    }
+    Ok(times)
+}
+
+/// Asks without waiting for a disk that is not there: one VM of four disks after the other.
+fn ensure(client: &Client, number: u32, kind: &str, place: &str) -> Result<bool, Refused> {
+    let mut options = Options::new();
+    options.insert(kind, zbus::Variant::from(place));
+    if kind == "volume" {
+        options.insert("wait_ms", zbus::Variant::from(0_u32));
+    }
+    let vm = format!("vm-{}", number / 4);
+    let answer = client.call("EnsureVmExport", &(vm, number % 4, "bench", options))?;
+    let (_, _, created): (zbus::OwnedObjectPath, String, bool) = answer.body().deserialize()?;
+    Ok(created)
+}
+
+/// How long after the time that the daemon's log has for a change its signal was here.
+fn signals(scene: &Scene, mark: usize) -> Outcome<Vec<f64>> {
+    let last = format!(
+        "migration-vm-vm-{}-disk{}",
+        (MANY + NEW - 1) / 4,
+        (NEW - 1) % 4
+    );
+    scene
+        .client
+        .wait_state(mark, &last, "Serving", STEP_LIMIT)?;
+    let heard = scene.client.since(mark);
+    let (now, wall) = (Instant::now(), SystemTime::now());
+    let mut times = Vec::new();
+    for line in std::fs::read_to_string(&scene.home.log)?.lines() {
+        let Some((stamp, rest)) = line.split_once(" INFO Serving export=\"") else {
+            continue;
+        };
+        let name = rest.split('"').next().unwrap_or_default();
+        let told = heard.iter().find(|signal| is_serving(signal, name));
+        let Some(told) = told else { continue };
+        // As the log writes it, in UTC: 2026-11-29T07:18:59.131483Z.
+        let changed = stamp.trim().parse::<jiff::Timestamp>()?.as_microsecond();
+        let heard = (wall - (now - told.at)).duration_since(SystemTime::UNIX_EPOCH)?;
+        let late = i64::try_from(heard.as_micros())? - changed;
+        times.push(late as f64 / 1e3);
+    }
+    hold!(
+        times.len() == NEW as usize,
+        "{} of {NEW} changes are in the log and were heard",
+        times.len()
+    );
+    Ok(times)
+}
+
+fn is_serving(signal: &bus::Signal, name: &str) -> bool {
+    signal.member == "ExportStateChanged" && signal.text(1) == name && signal.text(3) == "Serving"
+}
