@@ -129,6 +129,8 @@ const CALLS: &[Row] = &[
     ),
     (ROOT, MANAGER, "GetHistory", &["a{sv}", "0"], true),
     (ROOT, MANAGER, "ListPins", &["a{sv}", "0"], true),
+    (ROOT, MANAGER, "ListMappings", &["a{sv}", "0"], true),
+    (ROOT, MANAGER, "PruneMappings", &["a{sv}", "0"], false),
     (
         ROOT,
         MANAGER,

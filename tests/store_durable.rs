@@ -7,8 +7,8 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use nbdtrack::correlation::{
-    BootId, Change, Conflict, Definition, DiskSeq, ExportName, Mapping, Pin, PinnedTo, Release,
-    Remembered, Source, VmDisk,
+    BootId, Change, Conflict, Definition, DiskSeq, ExportName, Mapping, MappingState, Pin,
+    PinnedTo, Release, Remembered, Source, State, VmDisk,
 };
 use nbdtrack::identity::{Identity, Scheme, VolumeId};
 use nbdtrack::mapping::Store;
@@ -296,6 +296,68 @@ async fn a_mapping_that_is_retired_and_made_again_is_the_row_that_it_was() {
     assert!(made.4 <= retired.4 && retired.4 <= again.4);
     // As MariaDB's DATETIME(3): 2026-11-25 04:00:00.123
     assert_eq!(made.3.len(), "2026-11-25 04:00:00.123".len(), "{}", made.3);
+}
+
+/// `four.db` was written by the daemon that had the store's fourth shape, and its rows beside it.
+#[tokio::test]
+async fn a_store_of_an_earlier_shape_is_brought_up_to_date_with_all_its_rows() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let old = include_bytes!("store_shapes/four.db");
+    fs::write(folder.path().join("nbdtrack.db"), old).expect("a file");
+    let store = Store::open(folder.path()).await.expect("opens");
+    let kept = store.load().await.expect("loads");
+    assert_eq!(kept.exports.len(), 2);
+    assert_eq!(kept.mappings, [mapping("4205784a", 0, "web 1")]);
+    assert_eq!(
+        kept.pins.len() + kept.releases.len() + kept.conflicts.len(),
+        3
+    );
+    let state = MappingState {
+        disk: VmDisk::new("4205784a", 0).expect("a disk"),
+        node: "/dev/vdc".to_owned(),
+        state: State::Serving,
+        reason: String::new(),
+        volume: "serial:volume-1".to_owned(),
+        diskseq: u64::MAX,
+        generation: 1,
+        size: 512,
+    };
+    // Of a disk that is inactive, and of one that was never heard of, nothing is written.
+    let of = |vm_id: &str, unit| MappingState {
+        disk: VmDisk::new(vm_id, unit).expect("a disk"),
+        ..state.clone()
+    };
+    let states = [state.clone(), of("b", 1), of("never", 0)];
+    store.note(&states).await.expect("notes");
+    let rows = store.mappings().await.expect("lists");
+    let seen: Vec<_> = rows
+        .iter()
+        .map(|row| {
+            (
+                row.vm_id.as_str(),
+                row.active,
+                row.device_path.as_str(),
+                row.state.as_str(),
+            )
+        })
+        .collect();
+    assert_eq!(
+        seen,
+        [
+            ("4205784a", true, "/dev/vdc", "Serving"),
+            ("b", false, "", "")
+        ]
+    );
+    assert_eq!(rows[0].created, "2026-11-25 04:00:00.123");
+    assert!(rows[0].updated > rows[0].created);
+    assert_eq!(rows[1].updated, "2026-11-25 05:00:00.456");
+    let updated = rows[0].updated.clone();
+    store.note(&states).await.expect("notes");
+    assert_eq!(
+        store.mappings().await.expect("lists")[0].updated,
+        updated,
+        "the same node is no change of the appliances' row"
+    );
 }
 
 /// Id, export, status, created and updated, as an operator's shell reads them while the store is held.

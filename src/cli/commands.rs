@@ -8,8 +8,8 @@ use zbus::Variant;
 
 use super::show::{self, print, print_json};
 use super::{
-    Add, Command, Ensure, Explain, Failure, PrepareDetach, doctor, explain, history, metrics, pins,
-    top, watch,
+    Add, Command, Ensure, Explain, Failure, PrepareDetach, doctor, explain, history, mappings,
+    metrics, pins, top, watch,
 };
 use crate::dbus::Bus;
 use crate::dbus::client::{Client, ClientError, Options};
@@ -66,6 +66,9 @@ pub async fn run(bus: &Bus, command: Command, as_json: bool) -> Result<(), Failu
             done(as_json, "resolved", &name)?;
         }
         Command::Pins(asked) => pins::pins(&client, &asked, as_json)
+            .await
+            .map_err(failed)??,
+        Command::Mappings(asked) => mappings::mappings(&client, &asked, as_json)
             .await
             .map_err(failed)??,
         Command::Repin { name, diskseq } => {

@@ -11,6 +11,7 @@ mod explain;
 mod failure;
 mod history;
 mod manual;
+mod mappings;
 mod metrics;
 mod nbd_server;
 mod pins;
@@ -105,6 +106,8 @@ enum Command {
         #[arg(add = ArgValueCandidates::new(complete::exports))]
         name: String,
     },
+    /// List the disks of VMs that are or were exported, and delete old rows
+    Mappings(mappings::Mappings),
     /// Look at the attached disks anew
     Rescan,
     /// Read the configuration again, and tell what that changed

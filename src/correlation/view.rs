@@ -2,7 +2,7 @@
 
 use super::facts::{DeviceNode, DeviceNumber, DiskSeq, ExportName, Source};
 use super::messages::Generation;
-use super::vm::Mapping;
+use super::vm::{Mapping, VmDisk};
 use crate::identity::Identity;
 
 /// The states of an export. Their names are a promise to D-Bus clients.
@@ -61,6 +61,63 @@ pub struct ExportView {
     pub source: Source,
     /// Whose disk it is, if it is a VM's.
     pub mapping: Option<Mapping>,
+}
+
+impl ExportView {
+    /// What the row of its mapping says of it now; `None` when it is no VM's disk.
+    pub fn mapping_state(&self) -> Option<MappingState> {
+        Some(MappingState {
+            disk: self.mapping.as_ref()?.disk.clone(),
+            node: self
+                .node
+                .as_ref()
+                .map(|node| node.0.clone())
+                .unwrap_or_default(),
+            state: self.state,
+            reason: self.reason.clone(),
+            volume: self.volume_id.clone(),
+            diskseq: self.disk.map_or(0, |diskseq| diskseq.0),
+            generation: self.generation.0,
+            size: self.size,
+        })
+    }
+}
+
+/// What a mapping's row says of the moment. Not what serving rests on: a restart finds it out anew.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MappingState {
+    pub disk: VmDisk,
+    /// Where its volume is; empty while that is absent.
+    pub node: String,
+    pub state: State,
+    pub reason: String,
+    /// As the user wrote it, `profile:id`.
+    pub volume: String,
+    /// 0 while there is no disk.
+    pub diskseq: u64,
+    pub generation: u64,
+    /// Bytes; 0 while there is no disk.
+    pub size: u64,
+}
+
+/// One row of the table of VMs' disks, as the store has it.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct MappingRow {
+    pub id: i64,
+    pub vm_id: String,
+    pub unit: u32,
+    pub vm_name: String,
+    pub export: String,
+    pub device_path: String,
+    pub active: bool,
+    /// UTC, `2026-11-25 04:00:00.123`.
+    pub created: String,
+    /// UTC, as `created`.
+    pub updated: String,
+    /// What stands beside it: the state of its export and why, as last written; empty for a row that is not active.
+    pub state: String,
+    pub reason: String,
+    pub volume: String,
 }
 
 /// One attached disk as it is now.

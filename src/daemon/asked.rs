@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::control::{Asker, Control};
+use super::keeper::Order;
 use super::log;
 use crate::correlation::{Event, RemoveMode, Request, RequestError, RequestId};
 use crate::dbus::{Answer, Call, Command, Filter, Publication, SessionView};
@@ -102,6 +103,18 @@ impl Control {
                 let mut pins = self.correlation.pins();
                 pins.retain(|pin| pin.pending || !pending);
                 self.answer(reply, Ok(Answer::Pins(pins)));
+            }
+            Call::Mappings => self.order(Order::List { asker: reply }),
+            Call::PruneMappings { days, dry_run } => {
+                if !dry_run {
+                    let detail = format!("rows that are inactive for {days} days");
+                    self.trail.note_other("PruneMappings", &caller, detail);
+                }
+                self.order(Order::Prune {
+                    days,
+                    dry_run,
+                    asker: reply,
+                });
             }
             Call::SetLogLevel(level) => {
                 let state = log::set_level(level);

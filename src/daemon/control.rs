@@ -9,6 +9,7 @@ use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::task::JoinHandle;
 
 use super::claims::ClaimsFile;
+use super::keeper::{Keeper, MappingStates, ORDERS_MAX, Order};
 use super::metrics::ServingTimes;
 use super::reload::{Read, Reload};
 use super::rescan::Rescan;
@@ -19,8 +20,8 @@ use super::trail::Trail;
 use super::{Error, Options};
 use crate::config::IdentityRules;
 use crate::correlation::{
-    Change, Correlation, Event, ExportName, Notice, OpenRefusal, OpenedDisk, RequestError,
-    RequestId, Ticket,
+    Correlation, Event, ExportName, Notice, OpenRefusal, OpenedDisk, RequestError, RequestId,
+    Ticket,
 };
 use crate::dbus::{Answer, Command, JobView, Publisher};
 use crate::files;
@@ -34,9 +35,6 @@ use crate::udev::Observer;
 /// For the store to close its file.
 const STORE_CLOSES_WITHIN: Duration = Duration::from_secs(5);
 
-/// Writes that may wait for the store. Past it a request is refused, for its caller could not be answered in time.
-const WRITES_MAX: usize = 1_024;
-
 /// What threads and tasks answer to the loop.
 pub(super) enum Report {
     Happened(Event),
@@ -48,12 +46,6 @@ pub(super) enum Report {
     Reloaded(Result<Read, Vec<String>>),
     /// The list of claims was written, or says why not.
     ClaimsWritten(std::io::Result<()>),
-}
-
-/// One write to the store.
-pub(super) struct Write {
-    pub request: RequestId,
-    pub changes: Vec<Change>,
 }
 
 pub(super) type Asker = oneshot::Sender<Result<Answer, RequestError>>;
@@ -96,8 +88,10 @@ pub(super) struct Control {
     /// never waits for it, and it never makes a disk's thread wait for the loop. Ends with the loop.
     pub reports: mpsc::UnboundedSender<Report>,
     report_receiver: Option<mpsc::UnboundedReceiver<Report>>,
-    /// [`WRITES_MAX`]; when full the request is refused. `keep_store` ends when this is dropped.
-    pub writes: mpsc::Sender<Write>,
+    /// [`ORDERS_MAX`]; when full the order is refused. The store's task ends when this is dropped.
+    pub(super) orders: mpsc::Sender<Order>,
+    /// How the exports of VMs' disks are, for their rows.
+    pub(super) states: MappingStates,
     keeper: Option<JoinHandle<()>>,
     pub(super) reload: Reload,
     pub(super) service: Service,
@@ -136,8 +130,14 @@ impl Control {
             history,
         } = edges;
         let (reports, report_receiver) = mpsc::unbounded_channel();
-        let (writes, write_receiver) = mpsc::channel(WRITES_MAX);
-        let keeper = tokio::spawn(keep_store(store, write_receiver, reports.clone()));
+        let (orders, order_receiver) = mpsc::channel(ORDERS_MAX);
+        let states = MappingStates::default();
+        let keeper = Keeper {
+            store,
+            states: states.clone(),
+            reports: reports.clone(),
+        };
+        let keeper = tokio::spawn(keeper.run(order_receiver));
         let clients = Arc::new(ClientChanges::default());
         let changed = Arc::clone(&clients);
         door.on_clients_changed(Box::new(move |name, _count| {
@@ -171,7 +171,8 @@ impl Control {
             rescans: Vec::new(),
             reports,
             report_receiver: Some(report_receiver),
-            writes,
+            orders,
+            states,
             keeper: Some(keeper),
             reload: Reload::new(clock),
             service: Service::new(),
@@ -273,7 +274,7 @@ impl Control {
         if !keeper.is_finished() {
             // With its last sender the store's task ends, after what it has in hand. A thread that a hung disk holds keeps
             // this process's descriptors open, so the file is closed here and not left to the end of the process.
-            (self.writes, _) = mpsc::channel(1);
+            (self.orders, _) = mpsc::channel(1);
             if tokio::time::timeout(STORE_CLOSES_WITHIN, keeper)
                 .await
                 .is_err()
@@ -387,25 +388,5 @@ async fn sleep_until(due: Option<tokio::time::Instant>) {
     match due {
         Some(due) => tokio::time::sleep_until(due).await,
         None => std::future::pending().await,
-    }
-}
-
-/// Writes to the store one after the other, in the order in which the middle ordered them: a deletion that
-/// overtook the addition before it would leave the export in the store.
-async fn keep_store(
-    store: Store,
-    mut writes: mpsc::Receiver<Write>,
-    reports: mpsc::UnboundedSender<Report>,
-) {
-    while let Some(Write { request, changes }) = writes.recv().await {
-        let result = store
-            .apply(&changes)
-            .await
-            .map_err(|error| error.to_string());
-        // The loop is gone only when the daemon stops.
-        let _stopped = reports.send(Report::Happened(Event::Persisted { request, result }));
-    }
-    if let Err(error) = store.close().await {
-        tracing::warn!(%error, "the store did not close; the next start tidies up");
     }
 }

@@ -8,6 +8,7 @@ mod asked;
 mod claims;
 mod control;
 mod jobs;
+mod keeper;
 mod log;
 mod metrics;
 mod perform;

@@ -3,7 +3,8 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use super::control::{Control, Report, Write};
+use super::control::{Control, Report};
+use super::keeper::Order;
 use super::log;
 use crate::correlation::{
     Action, DiskSeq, Event, ExportName, Notice, OpenDisk, Reply, RequestError, RequestId, Ticket,
@@ -71,7 +72,9 @@ impl Control {
                     self.door
                         .end_lease(&export, generation, how, Box::new(report));
                 }
-                Action::Persist { request, changes } => self.persist(request, changes),
+                Action::Persist { request, changes } => {
+                    self.order(Order::Write { request, changes });
+                }
                 Action::Reply { request, reply } => replies.push((request, reply)),
                 Action::Survey { reason } => {
                     // Any later survey will do.
@@ -122,15 +125,6 @@ impl Control {
         });
     }
 
-    fn persist(&self, request: RequestId, changes: Vec<crate::correlation::Change>) {
-        if self.writes.try_send(Write { request, changes }).is_err() {
-            let result = Err("too many writes are waiting for the store".to_owned());
-            let _stopped = self
-                .reports
-                .send(Report::Happened(Event::Persisted { request, result }));
-        }
-    }
-
     /// Brings the objects up to date, then tells of what happened, then answers: whoever hears of a change
     /// or is answered can see it.
     pub fn publish(
@@ -179,7 +173,9 @@ impl Control {
     }
 
     fn export(&self, name: ExportName) -> Publication {
-        match self.correlation.export(&name) {
+        let view = self.correlation.export(&name);
+        self.states.say(&name, view.as_ref());
+        match view {
             Some(view) => Publication::Export {
                 clients: self.door.clients(&name),
                 view,

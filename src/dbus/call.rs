@@ -119,10 +119,12 @@ impl Calls {
             | Call::Rescan
             | Call::Reload
             | Call::EndSession(_)
+            | Call::PruneMappings { .. }
             | Call::SetLogLevel(_) => &self.changing,
             Call::ResolveVolume(_)
             | Call::Sessions(_)
             | Call::Pins { .. }
+            | Call::Mappings
             | Call::Stats
             | Call::Explain(_)
             | Call::History(_)
@@ -190,6 +192,8 @@ pub(super) fn time_for(call: &Call) -> Duration {
             | Request::Unpin { .. },
         )
         | Call::Pins { .. }
+        | Call::Mappings
+        | Call::PruneMappings { .. }
         | Call::Rescan
         | Call::Reload
         | Call::ResolveVolume(_)

@@ -6,11 +6,11 @@ use std::time::Duration;
 
 use zbus::{Message, OwnedVariant};
 
-use super::inquiries;
 use super::introspect::{Interface, Method, Signal};
 use super::options::{Options, bounded, short};
 use super::pins;
 use super::{Call, Filter};
+use super::{inquiries, mappings};
 use crate::correlation::{
     Definition, DiskSeq, Ensure, ExportName, Mapping, RemoveMode, Request, RequestError, Source,
     VmDisk, VmDiskError,
@@ -105,6 +105,8 @@ pub const MANAGER: Interface = Interface {
         pins::CONFIRM_PIN,
         pins::REPIN,
         pins::UNPIN,
+        mappings::LIST_MAPPINGS,
+        mappings::PRUNE_MAPPINGS,
     ],
     signals: &[
         Signal {
@@ -200,6 +202,7 @@ pub fn parse(method: &str, message: &Message) -> Result<Call, RequestError> {
         "ExplainExport" | "ExplainDisk" | "GetHistory" | "GetExportStats" | "GetMetrics" => {
             inquiries::parse(method, message)
         }
+        "ListMappings" | "PruneMappings" => mappings::parse(method, message),
         "ListPins" | "ConfirmPin" | "Repin" | "Unpin" => pins::parse(method, message),
         other => Err(RequestError::NotSupported(format!(
             "{other} does not exist"

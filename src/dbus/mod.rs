@@ -20,6 +20,7 @@
 mod call;
 pub mod client;
 mod client_inquiries;
+mod client_mappings;
 mod client_pins;
 mod connect;
 mod error;
@@ -29,6 +30,7 @@ mod introspect;
 mod job;
 mod log_control;
 mod manager;
+mod mappings;
 mod options;
 mod paths;
 mod pins;
@@ -55,7 +57,7 @@ pub use publish::Publisher;
 
 use crate::correlation::{
     Difference, DiskSeq, DiskView, Explanation, ExportName, ExportView, Generation, Inquiry,
-    Notice, PinView, Record, Request, RequestError,
+    MappingRow, Notice, PinView, Record, Request, RequestError,
 };
 use crate::identity::VolumeId;
 
@@ -138,6 +140,13 @@ pub enum Call {
     /// What paths mean, or only what waits for someone.
     Pins {
         pending: bool,
+    },
+    /// The table of VMs' disks.
+    Mappings,
+    /// Delete inactive rows of it.
+    PruneMappings {
+        days: u32,
+        dry_run: bool,
     },
     Stats,
     /// What each export carried.
@@ -234,6 +243,8 @@ pub enum Answer {
     Reloaded(Difference),
     Sessions(Vec<SessionView>),
     Pins(Vec<PinView>),
+    /// Rows of the table of VMs' disks, or those that were pruned.
+    Mappings(Vec<MappingRow>),
     Stats(BTreeMap<String, u64>),
     Explained {
         explanation: Box<Explanation>,

@@ -24,7 +24,9 @@ use super::reply::{
 };
 use super::signals::{by_name, words};
 use super::tree::{Object, Properties};
-use super::{Answer, Bus, BusError, Call, Command, export, inquiries, paths, pins, volume};
+use super::{
+    Answer, Bus, BusError, Call, Command, export, inquiries, mappings, paths, pins, volume,
+};
 
 /// Between attempts to reach a bus that went away: from, and at most.
 const RETRY: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(10));
@@ -350,6 +352,7 @@ impl Server {
                 response(message, &sessions)
             }
             Answer::Pins(views) => response(message, &pins::pins(&views)),
+            Answer::Mappings(rows) => response(message, &mappings::mappings(&rows)),
             Answer::Stats(mut stats) => {
                 stats.insert("bus_calls_refused".to_owned(), self.calls.refused());
                 stats.insert("bus_signals_dropped".to_owned(), self.shared.dropped());

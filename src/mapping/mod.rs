@@ -7,6 +7,7 @@
 //! | `state.rs` | the state directory and its lock |
 //! | `schema.rs` | opens the file, refuses what is not ours, brings it up to date |
 //! | `rows.rs` | facts from and to rows |
+//! | `table.rs` | the table of VMs' disks, as appliances and people read it |
 //! | `history.rs`, `trail_rows.rs` | the audit trail, in a file of its own |
 //!
 //! Everything that is written is a put or a delete by key, so that applying it again changes nothing.
@@ -20,12 +21,13 @@ use sqlx::{Connection, SqliteConnection};
 use tokio::sync::{Mutex, OwnedMutexGuard};
 use tokio::time::timeout;
 
-use crate::correlation::{Change, Remembered};
+use crate::correlation::{Change, MappingRow, MappingState, Remembered};
 
 mod history;
 mod rows;
 mod schema;
 mod state;
+mod table;
 mod trail_rows;
 
 pub use history::{
@@ -109,6 +111,40 @@ impl Store {
         let changes = changes.to_vec();
         self.with(APPLY_WITHIN, |mut held| async move {
             rows::apply(&mut held.connection, &changes).await
+        })
+        .await
+    }
+
+    /// Writes how the exports of these mappings are, as one transaction. A row that is not there or not active stays as it is.
+    ///
+    /// # Errors
+    /// As of [`Store::apply`].
+    pub async fn note(&self, states: &[MappingState]) -> Result<(), StoreError> {
+        let states = states.to_vec();
+        self.with(APPLY_WITHIN, |mut held| async move {
+            table::note(&mut held.connection, &states).await
+        })
+        .await
+    }
+
+    /// The whole table of VMs' disks, by VM and disk.
+    ///
+    /// # Errors
+    /// When the file cannot be read, or not in time.
+    pub async fn mappings(&self) -> Result<Vec<MappingRow>, StoreError> {
+        self.with(APPLY_WITHIN, |mut held| async move {
+            table::list(&mut held.connection).await
+        })
+        .await
+    }
+
+    /// Deletes the rows of VMs' disks that are inactive and have been so for `days`; with `dry_run` only tells which.
+    ///
+    /// # Errors
+    /// As of [`Store::apply`].
+    pub async fn prune(&self, days: u32, dry_run: bool) -> Result<Vec<MappingRow>, StoreError> {
+        self.with(APPLY_WITHIN, move |mut held| async move {
+            table::prune(&mut held.connection, days, dry_run).await
         })
         .await
     }

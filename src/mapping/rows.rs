@@ -16,24 +16,38 @@ pub(super) async fn apply(
     connection: &mut SqliteConnection,
     changes: &[Change],
 ) -> Result<(), sqlx::Error> {
-    // IMMEDIATE: fails at the start if someone else writes, not in the middle. Not by a transaction of the library: SQLite undoes
-    // one by itself when the disk is full (sqlite.org/lang_transaction.html), the library's own undoing then fails, and every
-    // later transaction was refused until the next start.
+    begin(connection).await?;
+    let applied = apply_each(connection, changes).await;
+    end(connection, applied).await
+}
+
+/// Begins a transaction that writes. Not one of the library's: SQLite undoes one by itself when the disk is full
+/// (sqlite.org/lang_transaction.html), the library's own undoing then fails, and every later transaction was refused until the
+/// next start.
+pub(super) async fn begin(connection: &mut SqliteConnection) -> Result<(), sqlx::Error> {
+    // IMMEDIATE: fails at the start if someone else writes, not in the middle.
     sqlx::query("BEGIN IMMEDIATE")
-        .execute(&mut *connection)
-        .await?;
-    let mut applied = apply_each(connection, changes).await;
-    if applied.is_ok() {
-        applied = sqlx::query("COMMIT")
+        .execute(connection)
+        .await
+        .map(drop)
+}
+
+/// Ends what [`begin`] began: everything is kept, or nothing.
+pub(super) async fn end<T>(
+    connection: &mut SqliteConnection,
+    mut done: Result<T, sqlx::Error>,
+) -> Result<T, sqlx::Error> {
+    if let Ok(value) = done {
+        done = sqlx::query("COMMIT")
             .execute(&mut *connection)
             .await
-            .map(drop);
+            .map(|_| value);
     }
-    if applied.is_err() {
+    if done.is_err() {
         // Fails when it is undone already.
         let _undone = sqlx::query("ROLLBACK").execute(&mut *connection).await;
     }
-    applied
+    done
 }
 
 async fn apply_each(

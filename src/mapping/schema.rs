@@ -9,7 +9,7 @@ use sqlx::{ConnectOptions, Connection, Row, SqliteConnection};
 use super::{BUSY_WITHIN, StoreError};
 
 /// One step each, from version N to N+1. Never edited once released: a new one is added.
-const MIGRATIONS: [&str; 4] = [
+const MIGRATIONS: [&str; 5] = [
     // Numbers that are 64 bits without a sign are text: SQLite's integers have a sign.
     "CREATE TABLE exports (
         name TEXT NOT NULL PRIMARY KEY,
@@ -53,6 +53,31 @@ const MIGRATIONS: [&str; 4] = [
         CHECK (identity IS NULL OR boot IS NULL),
         CHECK ((boot IS NULL) = (diskseq IS NULL))
     );",
+    // What is ours of the appliances' rows: how their exports are. The view has both, and of a row that nobody keeps true no more than is so.
+    "CREATE TABLE nbdtrack_mappings (
+        vm_id VARCHAR(255) NOT NULL,
+        disk_unit_number INTEGER NOT NULL,
+        volume TEXT NOT NULL DEFAULT '',
+        state VARCHAR(16) NOT NULL DEFAULT '',
+        reason TEXT NOT NULL DEFAULT '',
+        node TEXT NOT NULL DEFAULT '',
+        diskseq TEXT NOT NULL DEFAULT '0',
+        generation TEXT NOT NULL DEFAULT '0',
+        size_bytes TEXT NOT NULL DEFAULT '0',
+        state_at DATETIME NOT NULL DEFAULT (strftime('%Y-%m-%d %H:%M:%f', 'now')),
+        PRIMARY KEY (vm_id, disk_unit_number)
+    );
+    CREATE VIEW nbdtrack_vm_exports AS
+        SELECT m.id, m.vm_id, m.disk_unit_number, m.vm_name, m.export_name, m.device_path, m.status,
+            CASE WHEN m.status = 'active' THEN coalesce(n.state, '') ELSE '' END AS state,
+            CASE WHEN m.status = 'active' THEN coalesce(n.reason, '') ELSE '' END AS reason,
+            coalesce(n.volume, '') AS volume,
+            CASE WHEN m.status = 'active' THEN coalesce(n.diskseq, '0') ELSE '0' END AS diskseq,
+            CASE WHEN m.status = 'active' THEN coalesce(n.generation, '0') ELSE '0' END AS generation,
+            CASE WHEN m.status = 'active' THEN coalesce(n.size_bytes, '0') ELSE '0' END AS size_bytes,
+            coalesce(n.state_at, m.updated_at) AS state_at, m.created_at, m.updated_at
+        FROM vm_export_mappings m
+        LEFT JOIN nbdtrack_mappings n ON n.vm_id = m.vm_id AND n.disk_unit_number = m.disk_unit_number;",
 ];
 
 /// Opens `file`, which exists (empty when it is new), for reading and writing.

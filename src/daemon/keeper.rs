@@ -1,0 +1,290 @@
+//! The store's task: writes what the middle ordered, in that order; keeps the rows of VMs' disks true; lists and prunes them.
+//!
+//! ```text
+//!   loop ── Order (write, list, prune) ──> keeper ──> Store
+//!   loop ── how a mapping's export is ──> MappingStates (last value per row) ──> keeper
+//! ```
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::{Notify, mpsc};
+use tokio::time::Instant;
+
+use super::control::{Asker, Control, Report};
+use crate::correlation::{
+    Change, Event, ExportName, ExportView, MappingState, RequestError, RequestId, VmDisk,
+};
+use crate::dbus::Answer;
+use crate::mapping::{Store, StoreError};
+
+/// Orders that may wait for the store. Past it a request is refused, for its caller could not be answered in time.
+pub(super) const ORDERS_MAX: usize = 1_024;
+/// Rows of one transaction, so that an order behind it waits for some milliseconds.
+const STATES_MAX: usize = 1_000;
+/// An attach is three changes within some milliseconds: one commit for them, and still well within a second.
+const GATHER: Duration = Duration::from_millis(100);
+/// After a failure, doubled with each more.
+const RETRY_MIN: Duration = Duration::from_secs(1);
+const RETRY_MAX: Duration = Duration::from_secs(30);
+
+/// What the store's task is to do.
+pub(super) enum Order {
+    Write {
+        request: RequestId,
+        changes: Vec<Change>,
+    },
+    /// The table of VMs' disks.
+    List { asker: Asker },
+    /// Delete inactive rows of it that are so many days old.
+    Prune {
+        days: u32,
+        dry_run: bool,
+        asker: Asker,
+    },
+}
+
+/// How the exports of mappings are, on the way to their rows. Shared by the loop, which only replaces values, and the task.
+#[derive(Clone, Default)]
+pub(super) struct MappingStates {
+    /// At most one for each export; a value that is not written yet is replaced by the next. Held for map operations.
+    waiting: Arc<Mutex<BTreeMap<VmDisk, MappingState>>>,
+    some: Arc<Notify>,
+    /// What the loop last said of each: what did not change is not written again. At most one for each export.
+    said: Arc<Mutex<BTreeMap<VmDisk, MappingState>>>,
+}
+
+impl MappingStates {
+    /// Has it written how this export is, if that is news.
+    pub fn say(&self, name: &ExportName, view: Option<&ExportView>) {
+        let Some(state) = view.and_then(ExportView::mapping_state) else {
+            // Whoever comes next under the name has a row that says nothing yet.
+            if let Some(disk) = VmDisk::of_export(name) {
+                locked(&self.said).remove(&disk);
+            }
+            return;
+        };
+        if locked(&self.said).get(&state.disk) == Some(&state) {
+            return;
+        }
+        locked(&self.said).insert(state.disk.clone(), state.clone());
+        locked(&self.waiting).insert(state.disk.clone(), state);
+        self.some.notify_one();
+    }
+
+    fn take(&self) -> Vec<MappingState> {
+        let mut waiting = locked(&self.waiting);
+        let mut taken = Vec::new();
+        while taken.len() < STATES_MAX
+            && let Some((_, state)) = waiting.pop_first()
+        {
+            taken.push(state);
+        }
+        taken
+    }
+
+    /// Could not be written: tried again, but for what has changed since.
+    fn give_back(&self, states: Vec<MappingState>) {
+        let mut waiting = locked(&self.waiting);
+        for state in states {
+            waiting.entry(state.disk.clone()).or_insert(state);
+        }
+    }
+
+    fn is_empty(&self) -> bool {
+        locked(&self.waiting).is_empty()
+    }
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The store and what is on its way there.
+pub(super) struct Keeper {
+    pub store: Store,
+    pub states: MappingStates,
+    /// The loop's; it is gone only when the daemon stops.
+    pub reports: mpsc::UnboundedSender<Report>,
+}
+
+impl Keeper {
+    /// Carries out orders one after the other, in the order in which the middle gave them: a deletion that overtook the addition
+    /// before it would leave the export in the store. Ends with the last sender.
+    pub async fn run(self, mut orders: mpsc::Receiver<Order>) {
+        let mut due: Option<Instant> = None;
+        let mut trouble: Option<(String, Duration)> = None;
+        loop {
+            // Cancel-safe: neither channel nor Notify loses anything.
+            tokio::select! {
+                biased;
+                order = orders.recv() => match order {
+                    Some(order) => self.carry_out(order).await,
+                    None => break,
+                },
+                () = self.states.some.notified(), if due.is_none() => due = Some(Instant::now() + GATHER),
+                () = until(due) => {
+                    self.note(&mut trouble).await;
+                    due = match &trouble {
+                        Some((_, wait)) => Some(Instant::now() + *wait),
+                        None => (!self.states.is_empty()).then(Instant::now),
+                    };
+                }
+            }
+        }
+        // What the drain did to the exports is their last word; rows that a failing disk does not take, the next start writes.
+        while trouble.is_none() && !self.states.is_empty() {
+            self.note(&mut trouble).await;
+        }
+        if let Err(error) = self.store.close().await {
+            tracing::warn!(%error, "the store did not close; the next start tidies up");
+        }
+    }
+
+    async fn carry_out(&self, order: Order) {
+        match order {
+            Order::Write { request, changes } => {
+                let result = self.store.apply(&changes).await;
+                let result = result.map_err(|error| error.to_string());
+                let _stopped = self
+                    .reports
+                    .send(Report::Happened(Event::Persisted { request, result }));
+            }
+            Order::List { asker } => {
+                answer(asker, self.store.mappings().await.map(Answer::Mappings))
+            }
+            Order::Prune {
+                days,
+                dry_run,
+                asker,
+            } => {
+                let pruned = self.store.prune(days, dry_run).await;
+                answer(asker, pruned.map(Answer::Mappings));
+            }
+        }
+    }
+
+    async fn note(&self, trouble: &mut Option<(String, Duration)>) {
+        let states = self.states.take();
+        if states.is_empty() {
+            return;
+        }
+        match self.store.note(&states).await {
+            Ok(()) => {
+                if trouble.take().is_some() {
+                    tracing::info!("the rows of VMs' disks are kept true again");
+                }
+            }
+            Err(error) => {
+                self.states.give_back(states);
+                let reason = error.to_string();
+                let wait = match trouble.take() {
+                    Some((known, wait)) if known == reason => (wait * 2).min(RETRY_MAX),
+                    _ => {
+                        tracing::warn!(
+                            reason,
+                            "the rows of VMs' disks cannot be kept true; exports are served on"
+                        );
+                        RETRY_MIN
+                    }
+                };
+                *trouble = Some((reason, wait));
+            }
+        }
+    }
+}
+
+impl Control {
+    /// Hands an order to the store's task, or refuses it.
+    pub(super) fn order(&self, order: Order) {
+        let Err(refused) = self.orders.try_send(order) else {
+            return;
+        };
+        let reason = "too many orders are waiting for the store; try again".to_owned();
+        match refused.into_inner() {
+            Order::Write { request, .. } => {
+                let result = Err(reason);
+                let _stopped = self
+                    .reports
+                    .send(Report::Happened(Event::Persisted { request, result }));
+            }
+            Order::List { asker } | Order::Prune { asker, .. } => {
+                self.answer(asker, Err(RequestError::NotReady(reason)));
+            }
+        }
+    }
+}
+
+fn answer(asker: Asker, answer: Result<Answer, StoreError>) {
+    // Who asked may have gone.
+    let _gone = asker.send(answer.map_err(|error| match error {
+        StoreError::TimedOut { .. } => RequestError::NotReady(error.to_string()),
+        error => RequestError::Failed(error.to_string()),
+    }));
+}
+
+async fn until(due: Option<Instant>) {
+    match due {
+        Some(due) => tokio::time::sleep_until(due).await,
+        None => std::future::pending().await,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::correlation::{Generation, Mapping, Source, State};
+
+    fn view(state: State, mapped: bool) -> (ExportName, ExportView) {
+        let disk = VmDisk::new("a", 0).unwrap();
+        let name = disk.export();
+        let view = ExportView {
+            name: name.clone(),
+            state,
+            reason: String::new(),
+            volume_id: "serial:x".to_owned(),
+            disk: None,
+            node: None,
+            generation: Generation(0),
+            size: 0,
+            read_only: false,
+            hidden: false,
+            source: Source::Dbus,
+            mapping: mapped.then(|| Mapping::new(disk, "").unwrap()),
+        };
+        (name, view)
+    }
+
+    #[test]
+    fn of_many_changes_the_last_is_written_and_what_did_not_change_is_not() {
+        let states = MappingStates::default();
+        for state in [State::Absent, State::Opening, State::Serving] {
+            let (name, view) = view(state, true);
+            states.say(&name, Some(&view));
+        }
+        let taken = states.take();
+        assert_eq!(taken.len(), 1);
+        assert_eq!(taken[0].state, State::Serving);
+        let (name, same) = view(State::Serving, true);
+        states.say(&name, Some(&same));
+        assert!(states.is_empty(), "it is no news");
+        states.give_back(taken);
+        assert!(
+            !states.is_empty(),
+            "what could not be written is tried again"
+        );
+        let (_, absent) = view(State::Absent, true);
+        states.say(&name, Some(&absent));
+        states.give_back(vec![same.mapping_state().unwrap()]);
+        assert_eq!(
+            states.take()[0].state,
+            State::Absent,
+            "but not over what is newer"
+        );
+        // Its mapping was retired; the row of the next one begins empty.
+        states.say(&name, Some(&view(State::Absent, false).1));
+        states.say(&name, Some(&absent));
+        assert!(!states.is_empty());
+    }
+}
