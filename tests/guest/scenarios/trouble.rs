@@ -376,7 +376,7 @@ fn few_descriptors_refuse_exports_with_a_reason(shape: Shape) -> Outcome<()> {
         bed.machine.agent.run("systemctl stop nbdtrack")?;
         bed.machine.agent.put(
             "/etc/systemd/system/nbdtrack.service.d/few.conf",
-            format!("[Service]\nLimitNOFILE={limit}\nMemoryMax=32M\nMemorySwapMax=0\n"),
+            &format!("[Service]\nLimitNOFILE={limit}\nMemoryMax=32M\nMemorySwapMax=0\n"),
         )?;
         bed.machine.agent.run("systemctl daemon-reload")?;
         bed.start_daemon()?;
