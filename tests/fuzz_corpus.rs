@@ -8,7 +8,7 @@ mod nbdtrack_fuzz;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use nbdtrack_fuzz::{config, handshake, identity, session, uevent, wire};
+use nbdtrack_fuzz::{config, handshake, identity, qcow2, session, uevent, wire};
 
 /// Milliseconds of turned inputs for each target; `FUZZ_MS` says otherwise.
 const TURNED_MS: u64 = 1_500;
@@ -96,4 +96,5 @@ targets! {
     no_text_breaks_the_configuration: config,
     no_disk_breaks_its_identity: identity,
     no_message_breaks_the_event_socket: uevent,
+    no_image_breaks_its_reader: qcow2,
 }

@@ -156,7 +156,7 @@ fn a_file_has_one_writer_whatever_it_is_called_and_whoever_asks() -> Outcome<()>
         let caller = Caller::connect(&bus)?;
         let found = caller.reach_state("a", "Failed", STEP_LIMIT)?;
         let told = found.get("Reason").map_or("", |w| w.text()).to_owned();
-        hold!(told.contains("another nbdtrack writes to it"), "{told:?}");
+        hold!(told.contains("another nbdtrack) writes to it"), "{told:?}");
         // The lock ends with its process, however that ends.
         scene.kill()?;
         caller.reach_state("a", "Serving", STEP_LIMIT)?;

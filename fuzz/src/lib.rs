@@ -3,6 +3,7 @@
 pub mod config;
 pub mod handshake;
 pub mod identity;
+pub mod qcow2;
 pub mod session;
 pub mod uevent;
 pub mod wire;

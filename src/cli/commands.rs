@@ -119,7 +119,11 @@ pub async fn run(bus: &Bus, command: Command, as_json: bool) -> Result<(), Failu
 }
 
 async fn add(client: &Client, add: Add, as_json: bool) -> Result<std::io::Result<()>, ClientError> {
-    let texts = [("volume", &add.what.volume), ("path", &add.what.path)];
+    let texts = [
+        ("volume", &add.what.volume),
+        ("path", &add.what.path),
+        ("format", &add.what.format),
+    ];
     let flags = [
         ("read_only", add.read_only),
         ("share", add.share),
@@ -138,6 +142,7 @@ async fn ensure(
     let texts = [
         ("volume", &asked.what.volume),
         ("path", &asked.what.path),
+        ("format", &asked.what.format),
         ("job", &asked.job),
     ];
     let flags = [

@@ -203,14 +203,22 @@ struct Add {
 }
 
 #[derive(Debug, Args)]
-#[group(required = true, multiple = false)]
+#[group(skip)]
 struct What {
     /// The volume
-    #[arg(long, value_name = "PROFILE:ID")]
+    #[arg(
+        long,
+        value_name = "PROFILE:ID",
+        required_unless_present = "path",
+        conflicts_with = "path"
+    )]
     volume: Option<String>,
-    /// A plain file, beneath one of the daemon's file_roots
+    /// A file, beneath one of the daemon's file_roots
     #[arg(long, value_name = "PATH")]
     path: Option<String>,
+    /// How the file is read [default: raw; has to be said of a name that ends in .qcow2]
+    #[arg(long, value_name = "FORMAT", value_parser = ["raw", "qcow2"], requires = "path", conflicts_with = "volume")]
+    format: Option<String>,
 }
 
 #[derive(Debug, Args)]
@@ -243,14 +251,17 @@ struct Ensure {
 }
 
 #[derive(Debug, Args)]
-#[group(multiple = false)]
+#[group(skip)]
 struct MaybeWhat {
     /// The volume; not needed for a disk that has an export
-    #[arg(long, value_name = "PROFILE:ID", add = ArgValueCandidates::new(complete::volumes))]
+    #[arg(long, value_name = "PROFILE:ID", conflicts_with = "path", add = ArgValueCandidates::new(complete::volumes))]
     volume: Option<String>,
-    /// A plain file, beneath one of the daemon's file_roots
+    /// A file, beneath one of the daemon's file_roots
     #[arg(long, value_name = "PATH")]
     path: Option<String>,
+    /// How the file is read [default: raw; has to be said of a name that ends in .qcow2]
+    #[arg(long, value_name = "FORMAT", value_parser = ["raw", "qcow2"], requires = "path", conflicts_with = "volume")]
+    format: Option<String>,
 }
 
 #[derive(Debug, Args)]

@@ -13,7 +13,7 @@ use super::place::{Place, Places, Problem};
 use super::table::{Reading, Table};
 use super::{Bus, ClaimRules, IdentityRules, Server, SourceFile};
 use crate::correlation::{Definition, ExportName, Source};
-use crate::identity::{OptIn, VolumeId};
+use crate::identity::{Format, OptIn, VolumeId};
 
 /// What one file holds, as far as it could be read.
 #[derive(Default)]
@@ -192,7 +192,7 @@ fn file_roots(items: Vec<Spanned<String>>, reading: &mut Reading<'_>) -> Vec<Pat
     for item in items {
         let text = item.get_ref();
         // As a served path is written, so that one is beneath the other or is not; all of the machine is no folder for backups.
-        match VolumeId::of_file(text) {
+        match VolumeId::of_file(text, Format::Raw) {
             Ok(_) if found.len() == FILE_ROOTS_MAX => {
                 reading.tell(item.span(), format!("file_roots: at most {FILE_ROOTS_MAX} folders"));
                 break;
@@ -295,18 +295,27 @@ fn export<'a>(value: Spanned<DeValue<'a>>, reading: &mut Reading<'a>) -> Option<
     let name = table.require::<String>("name");
     let shown = name.as_ref().map_or("?", |name| name.get_ref()).to_owned();
     let of = format!("export \"{shown}\"");
-    if let Some(format) = table.get::<String>("format")
-        && format.get_ref() != "raw"
-    {
-        table.reading.tell(
-            format.span(),
-            format!(
-                "{of}: format = \"{}\" is not served yet; only \"raw\" is",
-                format.get_ref()
-            ),
-        );
-    }
+    let said = table.get::<String>("format");
     let path = table.get::<String>("path");
+    let mut format = Format::Raw;
+    if said.is_some() || path.is_some() {
+        let span = said.as_ref().or(path.as_ref()).map(Spanned::span);
+        let of_path = path.as_ref().map_or("", |path| path.get_ref());
+        match Format::told(of_path, said.as_ref().map(|said| said.get_ref().as_str())) {
+            Ok(told) => format = told,
+            Err(message) => {
+                let span = span.unwrap_or_default();
+                table.reading.tell(span, format!("{of}: format: {message}"));
+            }
+        }
+    }
+    if path.is_none()
+        && format != Format::Raw
+        && let Some(said) = &said
+    {
+        let message = format!("{of}: format = \"qcow2\" is of a file: say path, not volume");
+        table.reading.tell(said.span(), message);
+    }
     let volume = match &path {
         Some(path) => {
             if let Some(volume) = table.take("volume") {
@@ -317,7 +326,7 @@ fn export<'a>(value: Spanned<DeValue<'a>>, reading: &mut Reading<'a>) -> Option<
             }
             Some(Spanned::new(
                 path.span(),
-                format!("file:{}", path.get_ref()),
+                format!("{}:{}", format.scheme().name(), path.get_ref()),
             ))
         }
         None => table.require::<String>("volume"),

@@ -87,7 +87,7 @@ exportname = "/dev/vdb"
 [[export]]
 name = "b"
 path = "/backups/disk0.qcow2"
-format = "qcow2"
+format = "vhdx"
 [[export]]
 volume = "serial:X17"
 read_only = "yes"
@@ -122,7 +122,7 @@ on_detach = "stall"
         ),
         (
             "nbdtrack.toml:17:10",
-            "export \"b\": format = \"qcow2\" is not served yet",
+            "export \"b\": format: \"vhdx\": expected \"raw\" or \"qcow2\"",
         ),
         ("nbdtrack.toml:18:1", "name is missing"),
         (

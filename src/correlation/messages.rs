@@ -34,7 +34,7 @@ pub enum Event {
         diskseq: Option<DiskSeq>,
     },
     /// There is no file under this path that could be served, and why.
-    FileAbsent { path: String, reason: String },
+    FileAbsent { file: Identity, reason: String },
     /// Everything that is attached, complete; its reading began at `mark`. `routine` when no doubt led to
     /// it: then it must not find anything that no event told.
     Surveyed {
@@ -196,11 +196,11 @@ pub enum Action {
     },
     /// An export wants the file under this path: tell what stands there, now and whenever it changes.
     WatchFile {
-        path: String,
+        file: Identity,
     },
     /// No export wants it any more.
     UnwatchFile {
-        path: String,
+        file: Identity,
     },
     /// Start a survey; the model is in doubt.
     Survey {

@@ -214,7 +214,7 @@ pub struct Correlation {
     last_nodes: Index<String, DeviceNode>,
     pins: Pins,
     /// Why there is no file under a path that an export wants; at most one for each.
-    absent_files: Index<String, String>,
+    absent_files: Index<Identity, String>,
     last_ticket: Ticket,
     stopping: bool,
     out: Vec<Action>,
@@ -294,7 +294,7 @@ impl Correlation {
                 let changes = self.disks.gone(mark, number, diskseq);
                 self.observe(changes);
             }
-            Event::FileAbsent { path, reason } => self.on_file_absent(path, reason),
+            Event::FileAbsent { file, reason } => self.on_file_absent(file, reason),
             Event::Surveyed {
                 mark,
                 disks,
@@ -380,11 +380,9 @@ impl Correlation {
         let candidates = definition.volume.candidates();
         for candidate in &candidates {
             let wanting = self.by_candidate.or_default(candidate.clone());
-            if wanting.is_empty()
-                && let Some(path) = candidate.file()
-            {
-                let path = path.to_owned();
-                self.out.push(Action::WatchFile { path });
+            if wanting.is_empty() && candidate.file().is_some() {
+                let file = candidate.clone();
+                self.out.push(Action::WatchFile { file });
             }
             wanting.insert(definition.name.clone());
         }
@@ -422,10 +420,10 @@ impl Correlation {
                 wanting.remove(name);
                 if wanting.is_empty() {
                     self.by_candidate.remove(candidate);
-                    if let Some(path) = candidate.file() {
-                        let path = path.to_owned();
-                        self.absent_files.remove(&path);
-                        self.out.push(Action::UnwatchFile { path });
+                    if candidate.file().is_some() {
+                        let file = candidate.clone();
+                        self.absent_files.remove(&file);
+                        self.out.push(Action::UnwatchFile { file });
                     }
                 }
             }

@@ -7,7 +7,7 @@ use super::{
     Action, Change, Correlation, Decision, DiskFacts, DiskSeq, INTERNAL, Level, Mark, Notice,
     Reading, Timer,
 };
-use crate::identity::{Identity, Scheme};
+use crate::identity::Identity;
 
 /// Volumes whose last node is remembered; past it all are forgotten, which costs signals `VolumeRenamed`.
 const LAST_NODES_MAX: usize = 65_536;
@@ -212,13 +212,13 @@ impl Correlation {
         }
     }
 
-    pub(super) fn on_file_absent(&mut self, path: String, reason: String) {
-        let names = self.exports_of(&[Identity::new(Scheme::File, path.as_str())].into());
+    pub(super) fn on_file_absent(&mut self, file: Identity, reason: String) {
+        let names = self.exports_of(&[file.clone()].into());
         if names.is_empty() {
             // Its export went meanwhile.
             return;
         }
-        self.absent_files.insert(path, reason);
+        self.absent_files.insert(file, reason);
         for name in names {
             self.settle(&name);
         }

@@ -217,7 +217,11 @@ impl Correlation {
                 disk.facts.holders.join(", ")
             )
         } else if let Some(path) = volume.file() {
-            match self.absent_files.get(path) {
+            let known = export
+                .candidates
+                .iter()
+                .find_map(|file| self.absent_files.get(file));
+            match known {
                 Some(reason) => reason.clone(),
                 None => format!("{path} has not been looked up yet"),
             }

@@ -10,8 +10,9 @@ use crate::correlation::{
     Action, DiskSeq, Event, ExportName, Notice, OpenDisk, Reply, RequestError, RequestId, Ticket,
 };
 use crate::dbus::{Answer, Publication};
+use crate::identity::Format;
 use crate::image::Image;
-use crate::image::{block, raw};
+use crate::image::{block, qcow2, raw};
 
 impl Control {
     /// Carries out actions in their order; what is told goes to the bus as one batch after them.
@@ -81,8 +82,8 @@ impl Control {
                     let _asked = self.observer.survey(reason);
                     let _asked = self.files.check();
                 }
-                Action::WatchFile { path } => self.files.watch(path),
-                Action::UnwatchFile { path } => self.files.unwatch(&path),
+                Action::WatchFile { file } => self.files.watch(file),
+                Action::UnwatchFile { file } => self.files.unwatch(&file),
                 Action::Tell(notice) => notices.push(notice),
                 Action::Log(decision) => log::decision(&decision),
             }
@@ -99,14 +100,15 @@ impl Control {
         let reader = self.observer.identity_reader();
         let roots = Arc::clone(&self.roots);
         tokio::task::spawn_blocking(move || {
-            let opened = if order.diskseq.is_file() {
-                raw::open(&order, &roots, &claims)
-            } else {
-                block::open(&order, &|number| reader.read(number), &claims)
+            let opened = match order.identity.format() {
+                Some(Format::Raw) => raw::open(&order, &roots, &claims).map(shared),
+                Some(Format::Qcow2) => qcow2::open(&order, &roots, &claims).map(shared),
+                None => {
+                    let read = |number| reader.read(number);
+                    block::open(&order, &read, &claims).map(shared)
+                }
             };
-            let result = opened
-                .map(|image| Arc::new(image) as Arc<dyn Image>)
-                .map_err(Into::into);
+            let result = opened.map_err(Into::into);
             // The loop is gone only when the daemon stops; then the disk is closed by this drop.
             let _stopped = reports.send(Report::Opened {
                 ticket: order.ticket,
@@ -190,4 +192,8 @@ impl Control {
             None => Publication::DiskGone(diskseq),
         }
     }
+}
+
+fn shared<T: Image + 'static>(image: T) -> Arc<dyn Image> {
+    Arc::new(image)
 }

@@ -15,7 +15,7 @@ use crate::correlation::{
     Definition, DiskSeq, Ensure, ExportName, Mapping, RemoveMode, Request, RequestError, Source,
     VmDisk, VmDiskError,
 };
-use crate::identity::VolumeId;
+use crate::identity::{Format, VolumeId};
 
 /// How long `AddExport` waits for the export to serve unless told.
 pub const WAIT_MS: u32 = 10_000;
@@ -239,7 +239,11 @@ fn some_volume(options: &mut Options) -> Result<Option<VolumeId>, RequestError> 
         match (options.text("volume")?, options.text("path")?) {
             (Some(volume), None) => Some(volume_id("option volume", &volume)?),
             (None, Some(path)) => {
-                let volume = VolumeId::of_file(&path);
+                let said = options.text("format")?;
+                let format = Format::told(&path, said.as_deref()).map_err(|error| {
+                    RequestError::InvalidArgument(format!("option format: {}", short(&error)))
+                })?;
+                let volume = VolumeId::of_file(&path, format);
                 Some(volume.map_err(|error| {
                     RequestError::InvalidArgument(format!("option path: {error}"))
                 })?)
@@ -254,8 +258,8 @@ fn some_volume(options: &mut Options) -> Result<Option<VolumeId>, RequestError> 
     if let Some(format) = options.text("format")?
         && format != "raw"
     {
-        return Err(RequestError::NotSupported(format!(
-            "option format: {} is not served yet; say raw",
+        return Err(RequestError::InvalidArgument(format!(
+            "option format: {} is of a file: say path, not volume",
             short(&format)
         )));
     }
@@ -525,7 +529,14 @@ mod tests {
                     "AddExport",
                     &("a", options([v(), ("format", Variant::new("qcow2"))])),
                 ),
-                "NotSupported: option format: qcow2",
+                "InvalidArgument: option format: qcow2 is of a file",
+            ),
+            (
+                with(
+                    "AddExport",
+                    &("a", options([("path", Variant::new("/x.qcow2"))])),
+                ),
+                "InvalidArgument: option format: say \"qcow2\", or \"raw\"",
             ),
             (
                 with("AddExport", &("a", options([]))),

@@ -1,14 +1,14 @@
 //! Which file stands under which watched path, as last seen, and what of it is news. PURE.
 //!
 //! A file is one disk to the middle, whatever its names: two paths of one inode are two identities of it, so two exports
-//! of it meet there. Of a path that leads to another file now, the newcomer is told before the one that was there goes:
+//! of it meet there. In another format it is another disk, and the locks on the file keep the two apart. Of a path that leads to another file now, the newcomer is told before the one that was there goes:
 //! to the middle they are twins for a moment, and what was being served is not replaced by what someone has put in its place
 //! until a person confirms it.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::correlation::{DeviceNode, DeviceNumber, DiskFacts, DiskSeq, Event, Mark, Reading};
-use crate::identity::{Identity, Scheme};
+use crate::identity::Identity;
 
 /// What was found under a path.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -21,7 +21,7 @@ pub struct Seen {
 /// The watched files.
 #[derive(Debug, Default)]
 pub struct Known {
-    paths: BTreeMap<String, Result<DiskSeq, String>>,
+    paths: BTreeMap<Identity, Result<DiskSeq, String>>,
     files: BTreeMap<DiskSeq, File>,
     marks: u64,
     numbers: u32,
@@ -31,13 +31,13 @@ pub struct Known {
 struct File {
     number: DeviceNumber,
     size: u64,
-    /// Never empty.
-    paths: BTreeSet<String>,
+    /// Its paths, all in one format; never empty.
+    paths: BTreeSet<Identity>,
 }
 
 impl Known {
     /// Takes in what stands under `path`, or why nothing does; says what is news in the order in which it is to be told.
-    pub fn look(&mut self, path: &str, found: Result<Seen, String>) -> Vec<Event> {
+    pub fn look(&mut self, path: &Identity, found: Result<Seen, String>) -> Vec<Event> {
         let before = self.paths.get(path).cloned();
         let mut news = Vec::new();
         if let Ok(seen) = &found {
@@ -55,7 +55,7 @@ impl Known {
                     paths: BTreeSet::new(),
                 });
                 file.size = seen.size;
-                file.paths.insert(path.to_owned());
+                file.paths.insert(path.clone());
                 news.push(self.seen(seen.incarnation));
             }
         }
@@ -68,28 +68,28 @@ impl Known {
             && before != Some(Err(reason.clone()))
         {
             news.push(Event::FileAbsent {
-                path: path.to_owned(),
+                file: path.clone(),
                 reason: reason.clone(),
             });
         }
         self.paths
-            .insert(path.to_owned(), found.map(|seen| seen.incarnation));
+            .insert(path.clone(), found.map(|seen| seen.incarnation));
         news
     }
 
     /// The path is not watched any more.
-    pub fn forget(&mut self, path: &str) -> Vec<Event> {
+    pub fn forget(&mut self, path: &Identity) -> Vec<Event> {
         match self.paths.remove(path) {
             Some(Ok(file)) => self.leave(file, path).into_iter().collect(),
             Some(Err(_)) | None => Vec::new(),
         }
     }
 
-    pub fn paths(&self) -> impl Iterator<Item = &String> {
+    pub fn paths(&self) -> impl Iterator<Item = &Identity> {
         self.paths.keys()
     }
 
-    fn leave(&mut self, file: DiskSeq, path: &str) -> Option<Event> {
+    fn leave(&mut self, file: DiskSeq, path: &Identity) -> Option<Event> {
         let known = self.files.get_mut(&file)?;
         known.paths.remove(path);
         if !known.paths.is_empty() {
@@ -106,12 +106,8 @@ impl Known {
     fn seen(&mut self, incarnation: DiskSeq) -> Event {
         let mark = self.mark();
         let file = &self.files[&incarnation];
-        let first = file.paths.first().cloned().unwrap_or_default();
-        let identities = file
-            .paths
-            .iter()
-            .map(|path| Identity::new(Scheme::File, path.as_str()))
-            .collect();
+        let first = file.paths.first().and_then(Identity::file);
+        let first = first.unwrap_or_default().to_owned();
         Event::DiskSeen {
             mark,
             facts: DiskFacts {
@@ -121,7 +117,7 @@ impl Known {
                 size: file.size,
                 // The open finds out.
                 read_only: false,
-                identities: Reading::Known(identities),
+                identities: Reading::Known(file.paths.clone()),
                 serial: String::new(),
                 wwid: String::new(),
                 model: "file".to_owned(),
@@ -151,6 +147,11 @@ impl Known {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::identity::Scheme;
+
+    fn at(path: &str) -> Identity {
+        Identity::new(Scheme::File, path)
+    }
 
     fn file(n: u8, size: u64) -> Result<Seen, String> {
         let incarnation = DiskSeq::of_file(&[n]);
@@ -175,7 +176,9 @@ mod tests {
                 Event::DiskGone { diskseq, .. } => {
                     format!("{} is gone", diskseq.map_or("?", name))
                 }
-                Event::FileAbsent { path, reason } => format!("{path}: {reason}"),
+                Event::FileAbsent { file, reason } => {
+                    format!("{}: {reason}", file.file().unwrap_or("?"))
+                }
                 other => format!("{other:?}"),
             })
             .collect()
@@ -193,35 +196,35 @@ mod tests {
     fn only_news_is_told() {
         let mut known = Known::default();
         assert_eq!(
-            told(&known.look("/p", file(b'a', 5))),
+            told(&known.look(&at("/p"), file(b'a', 5))),
             ["a is 5 bytes at /p"]
         );
-        assert!(known.look("/p", file(b'a', 5)).is_empty());
+        assert!(known.look(&at("/p"), file(b'a', 5)).is_empty());
         assert_eq!(
-            told(&known.look("/p", file(b'a', 9))),
+            told(&known.look(&at("/p"), file(b'a', 9))),
             ["a is 9 bytes at /p"]
         );
-        let gone = known.look("/p", Err("none".to_owned()));
+        let gone = known.look(&at("/p"), Err("none".to_owned()));
         assert_eq!(told(&gone), ["a is gone", "/p: none"]);
-        assert!(known.look("/p", Err("none".to_owned())).is_empty());
+        assert!(known.look(&at("/p"), Err("none".to_owned())).is_empty());
     }
 
     #[test]
     fn a_replacement_is_told_before_the_one_that_it_replaces_goes() {
         let mut known = Known::default();
-        known.look("/p", file(b'a', 5));
-        let news = told(&known.look("/p", file(b'b', 5)));
+        known.look(&at("/p"), file(b'a', 5));
+        let news = told(&known.look(&at("/p"), file(b'b', 5)));
         assert_eq!(news, ["b is 5 bytes at /p", "a is gone"]);
     }
 
     #[test]
     fn two_names_of_one_file_are_one_disk_with_two_identities() {
         let mut known = Known::default();
-        known.look("/p", file(b'a', 5));
-        let second = told(&known.look("/q", file(b'a', 5)));
+        known.look(&at("/p"), file(b'a', 5));
+        let second = told(&known.look(&at("/q"), file(b'a', 5)));
         assert_eq!(second, ["a is 5 bytes at /p /q"]);
-        assert_eq!(told(&known.forget("/p")), ["a is 5 bytes at /q"]);
-        assert_eq!(told(&known.forget("/q")), ["a is gone"]);
+        assert_eq!(told(&known.forget(&at("/p"))), ["a is 5 bytes at /q"]);
+        assert_eq!(told(&known.forget(&at("/q"))), ["a is gone"]);
         assert_eq!(known.paths().count(), 0);
     }
 }

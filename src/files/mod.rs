@@ -17,7 +17,9 @@ use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::MissedTickBehavior;
 
 use crate::correlation::Event;
+use crate::identity::{Format, Identity};
 use crate::image::beneath::Roots;
+use crate::image::qcow2;
 use known::{Known, Seen};
 
 /// Look-ups at one time.
@@ -48,14 +50,14 @@ pub struct Observer {
 #[derive(Default)]
 struct Shared {
     /// As many as there are exports of files at most. Held for a few instructions.
-    wanted: Mutex<BTreeSet<String>>,
+    wanted: Mutex<BTreeSet<Identity>>,
     asked: AtomicU64,
     /// Something above has changed.
     changed: Notify,
 }
 
 impl Shared {
-    fn wanted(&self) -> std::sync::MutexGuard<'_, BTreeSet<String>> {
+    fn wanted(&self) -> std::sync::MutexGuard<'_, BTreeSet<Identity>> {
         // Every change under the lock is one insertion or removal, so a poisoned lock is still good.
         self.wanted.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -79,13 +81,14 @@ pub fn observe(roots: Arc<Roots>, every: Duration, out: mpsc::Sender<Told>) -> O
 }
 
 impl Observer {
-    pub fn watch(&self, path: String) {
-        self.shared.wanted().insert(path);
+    /// The path of `file` is looked up from now on, for files of its format.
+    pub fn watch(&self, file: Identity) {
+        self.shared.wanted().insert(file);
         self.shared.changed.notify_one();
     }
 
-    pub fn unwatch(&self, path: &str) {
-        self.shared.wanted().remove(path);
+    pub fn unwatch(&self, file: &Identity) {
+        self.shared.wanted().remove(file);
         self.shared.changed.notify_one();
     }
 
@@ -104,11 +107,11 @@ impl Drop for Observer {
 }
 
 enum Look {
-    Found(String, Result<Seen, String>),
+    Found(Identity, Result<Seen, String>),
     /// Not answered in time; it goes on.
-    Slow(String, JoinHandle<Result<Seen, String>>),
+    Slow(Identity, JoinHandle<Result<Seen, String>>),
     /// A slow one has ended: the path is to be looked up again.
-    Late(String),
+    Late(Identity),
 }
 
 /// The daemon has ended.
@@ -122,8 +125,8 @@ struct Watch {
     /// At most one for each path.
     looks: JoinSet<Look>,
     places: Arc<Semaphore>,
-    looking: BTreeSet<String>,
-    hung: BTreeSet<String>,
+    looking: BTreeSet<Identity>,
+    hung: BTreeSet<Identity>,
 }
 
 impl Watch {
@@ -160,7 +163,7 @@ impl Watch {
     /// Looks up what is new, or everything; forgets what no one wants.
     async fn round(&mut self, all: bool) -> Result<(), Stopped> {
         let wanted = self.shared.wanted().clone();
-        let gone: Vec<String> = self
+        let gone: Vec<Identity> = self
             .known
             .paths()
             .filter(|path| !wanted.contains(*path))
@@ -171,8 +174,8 @@ impl Watch {
                 self.tell(Told::Happened(event)).await?;
             }
         }
-        let known: BTreeSet<&String> = self.known.paths().collect();
-        let due: Vec<String> = wanted
+        let known: BTreeSet<&Identity> = self.known.paths().collect();
+        let due: Vec<Identity> = wanted
             .iter()
             .filter(|path| all || !known.contains(path))
             .filter(|path| !self.hung.contains(*path))
@@ -193,7 +196,7 @@ impl Watch {
         Ok(())
     }
 
-    fn start(&mut self, path: String) {
+    fn start(&mut self, path: Identity) {
         self.looking.insert(path.clone());
         let roots = Arc::clone(&self.roots);
         let places = Arc::clone(&self.places);
@@ -220,7 +223,7 @@ impl Watch {
             }
             Look::Slow(path, look) => {
                 tracing::warn!(
-                    path,
+                    %path,
                     "the file system does not answer: the file stays as it was last seen"
                 );
                 self.looking.remove(&path);
@@ -243,10 +246,21 @@ impl Watch {
     }
 }
 
-fn look_up(roots: &Roots, path: &str) -> Result<Seen, String> {
-    let found = roots.find(path).map_err(|error| error.to_string())?;
+fn look_up(roots: &Roots, file: &Identity) -> Result<Seen, String> {
+    let (Some(path), Some(format)) = (file.file(), file.format()) else {
+        return Err(format!("{file} is no file"));
+    };
+    let found = roots
+        .find(path, format)
+        .map_err(|error| error.to_string())?;
+    let size = match format {
+        Format::Raw => found.size,
+        Format::Qcow2 => {
+            qcow2::virtual_size(&found.file).map_err(|why| format!("{path}: {why}"))?
+        }
+    };
     Ok(Seen {
         incarnation: found.incarnation,
-        size: found.size,
+        size,
     })
 }

@@ -46,8 +46,10 @@ pub enum Scheme {
     VirtioSerial,
     /// The backing file of a loop device, an absolute path.
     Loop,
-    /// A plain file by the path under which it is served.
+    /// A plain file by the path under which it is served, its bytes as they are.
     File,
+    /// A QCOW2 image by the path under which it is served.
+    Qcow2,
     /// NVMe namespace EUI-64, 16 hex digits.
     NvmeEui,
     /// NVMe namespace UUID, lower case with dashes.
@@ -74,7 +76,7 @@ pub enum Scheme {
 
 impl Scheme {
     /// All schemes, by precedence.
-    pub const ALL: [Scheme; 18] = [
+    pub const ALL: [Scheme; 19] = [
         Scheme::NvmeNguid,
         Scheme::ScsiNaa,
         Scheme::NvmeSerial,
@@ -82,6 +84,7 @@ impl Scheme {
         Scheme::VirtioSerial,
         Scheme::Loop,
         Scheme::File,
+        Scheme::Qcow2,
         Scheme::NvmeEui,
         Scheme::NvmeUuid,
         Scheme::ScsiEui,
@@ -105,6 +108,7 @@ impl Scheme {
             Scheme::VirtioSerial => "virtio-serial",
             Scheme::Loop => "loop",
             Scheme::File => "file",
+            Scheme::Qcow2 => "qcow2",
             Scheme::NvmeEui => "nvme-eui",
             Scheme::NvmeUuid => "nvme-uuid",
             Scheme::ScsiEui => "scsi-eui",
@@ -126,6 +130,54 @@ impl Scheme {
             self,
             Scheme::GptGuid | Scheme::AzureLun | Scheme::Slot | Scheme::Attachment
         )
+    }
+}
+
+/// How the bytes of a file are read. Who serves the file says it; its content never does, for a guest can write any header into
+/// a raw disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+pub enum Format {
+    /// The bytes of the file are those of the disk.
+    #[default]
+    Raw,
+    Qcow2,
+}
+
+impl Format {
+    pub const ALL: [Format; 2] = [Format::Raw, Format::Qcow2];
+
+    /// The word for it in the configuration, on D-Bus and on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Format::Raw => "raw",
+            Format::Qcow2 => "qcow2",
+        }
+    }
+
+    /// The format of the file under `path` by what was `said` of it. Raw when nothing was, but a name that ends as an image's
+    /// does has to be spoken of: its bytes as they are is seldom what was meant.
+    ///
+    /// # Errors
+    /// Says what may be said.
+    pub fn told(path: &str, said: Option<&str>) -> Result<Format, String> {
+        match said {
+            Some(name) => Format::ALL
+                .into_iter()
+                .find(|format| format.name() == name)
+                .ok_or_else(|| format!("\"{name}\": expected \"raw\" or \"qcow2\"")),
+            None if path.to_ascii_lowercase().ends_with(".qcow2") => Err(format!(
+                "say \"qcow2\", or \"raw\" for its bytes as they are, of {path}"
+            )),
+            None => Ok(Format::Raw),
+        }
+    }
+
+    /// The scheme of the identities of such files.
+    pub fn scheme(self) -> Scheme {
+        match self {
+            Format::Raw => Scheme::File,
+            Format::Qcow2 => Scheme::Qcow2,
+        }
     }
 }
 
@@ -158,9 +210,16 @@ impl Identity {
         Identity::new(Scheme::Attachment, format!("{boot}/{diskseq}"))
     }
 
-    /// The path, of a plain file.
+    /// The path, of a file.
     pub fn file(&self) -> Option<&str> {
-        (self.scheme == Scheme::File).then_some(self.value.as_str())
+        self.format().map(|_| self.value.as_str())
+    }
+
+    /// How the bytes of the file are read; `None` of what is no file.
+    pub fn format(&self) -> Option<Format> {
+        Format::ALL
+            .into_iter()
+            .find(|format| format.scheme() == self.scheme)
     }
 }
 

@@ -70,7 +70,7 @@ pub(super) static PATH: Profile = Profile {
     opt_in: never,
 };
 
-static PROFILES: [Profile; 13] = [
+static PROFILES: [Profile; 14] = [
     // apache/cloudstack LibvirtComputingResource.java diskUuidToSerial: dashes out, first 20. QEMU's scsi-hd says the
     // same on page 0x80 and, as its device_id, on page 0x83.
     Profile {
@@ -255,6 +255,15 @@ static PROFILES: [Profile; 13] = [
         candidates: |id| vec![Identity::new(Scheme::File, id)],
         opt_in: never,
     },
+    // The same for a QCOW2 image: what is in it is the volume, not the bytes of the file.
+    Profile {
+        name: "qcow2",
+        expects: "the absolute path of a QCOW2 image, without '//', '.' or '..'",
+        example: "qcow2:/backups/vm7/disk0.qcow2",
+        normalise: absolute,
+        candidates: |id| vec![Identity::new(Scheme::Qcow2, id)],
+        opt_in: never,
+    },
     // One thing that a disk says of itself, as nbdtrack shows it: what a path is pinned to.
     Profile {
         name: "disk",
@@ -263,7 +272,7 @@ static PROFILES: [Profile; 13] = [
         normalise: |text| {
             let identity = Identity::parse(text)?;
             let fits = text.len() <= PATH_BYTES_MAX && !text.chars().any(char::is_control);
-            (fits && identity.scheme.names_a_volume() && identity.scheme != Scheme::File)
+            (fits && identity.scheme.names_a_volume() && identity.file().is_none())
                 .then(|| text.to_owned())
         },
         candidates: |id| Identity::parse(id).into_iter().collect(),

@@ -6,7 +6,7 @@ use std::fmt;
 use std::hash::{Hash, Hasher};
 
 use super::profile::{self, OptIn, Profile, profile_names};
-use super::{Identity, Scheme, worthless};
+use super::{Format, Identity, Scheme, worthless};
 
 /// The longest volume id in bytes: the longest profile and its colon before a path of Linux's PATH_MAX.
 pub const VOLUME_ID_BYTES_MAX: usize = 4096 + 16;
@@ -54,12 +54,12 @@ impl VolumeId {
         &self.id
     }
 
-    /// The volume that is the plain file under this path.
+    /// The volume that is the file under this path, read in this format.
     ///
     /// # Errors
     /// The path is not absolute, or not in the one spelling that a path has.
-    pub fn of_file(path: &str) -> Result<VolumeId, VolumeIdError> {
-        VolumeId::parse(&format!("file:{path}"))
+    pub fn of_file(path: &str, format: Format) -> Result<VolumeId, VolumeIdError> {
+        VolumeId::parse(&format!("{}:{path}", format.scheme().name()))
     }
 
     /// The disk that says this of itself, and no other.
@@ -91,9 +91,13 @@ impl VolumeId {
         std::ptr::eq(self.profile, &profile::PATH).then_some(self.id.as_str())
     }
 
-    /// The path, of a plain file.
+    /// The path, of a file.
     pub fn file(&self) -> Option<&str> {
-        (self.profile.name == "file").then_some(self.id.as_str())
+        let named = |format: Format| self.profile.name == format.scheme().name();
+        Format::ALL
+            .into_iter()
+            .any(named)
+            .then_some(self.id.as_str())
     }
 
     /// The finite set of identities by which a disk is this volume; never empty, at most eight.
@@ -132,7 +136,12 @@ fn counts(candidate: &Identity) -> bool {
         | Scheme::ScsiT10
         | Scheme::GceName
         | Scheme::AzureName => worthless::serial(&candidate.value) == Some(&candidate.value),
-        Scheme::Loop | Scheme::File | Scheme::AzureLun | Scheme::Slot | Scheme::Attachment => true,
+        Scheme::Loop
+        | Scheme::File
+        | Scheme::Qcow2
+        | Scheme::AzureLun
+        | Scheme::Slot
+        | Scheme::Attachment => true,
     }
 }
 

@@ -14,6 +14,7 @@ use nix::errno::Errno;
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
 
 use crate::correlation::DiskSeq;
+use crate::identity::Format;
 
 /// openat2(2): EAGAIN when a rename elsewhere made the kernel unsure that the path stays beneath. It says to try again.
 const LOOK_UPS: usize = 8;
@@ -54,11 +55,12 @@ impl Roots {
         Roots(roots)
     }
 
-    /// Looks the absolute `path` up, following no link that leads out of its root. Blocks as its file system does.
+    /// Looks the absolute `path` up, following no link that leads out of its root; what it finds is counted as a file of
+    /// `format`. Blocks as its file system does.
     ///
     /// # Errors
     /// Says what stands there instead of a regular file.
-    pub fn find(&self, path: &str) -> Result<FoundFile, FileError> {
+    pub fn find(&self, path: &str, format: Format) -> Result<FoundFile, FileError> {
         // The longest root first: a root inside another one is stricter.
         let (root, below) = self
             .0
@@ -86,19 +88,19 @@ impl Roots {
             return Err(FileError::NotAFile { path, kind });
         }
         Ok(FoundFile {
-            incarnation: number(&facts),
+            incarnation: number(&facts, format),
             size: facts.len(),
             file,
         })
     }
 }
 
-/// The incarnation of an opened file.
+/// The incarnation of an opened file of this format.
 ///
 /// # Errors
 /// What fstat(2) gives.
-pub(super) fn incarnation(file: &File) -> io::Result<DiskSeq> {
-    Ok(number(&file.metadata()?))
+pub(super) fn incarnation(file: &File, format: Format) -> io::Result<DiskSeq> {
+    Ok(number(&file.metadata()?, format))
 }
 
 fn beneath(folder: &File, path: &Path) -> io::Result<File> {
@@ -137,7 +139,8 @@ fn other_kind(facts: &Metadata) -> Option<&'static str> {
 
 /// The same file has the same number in every process: a release that was stored before a restart is known after it. The
 /// time of birth tells an inode number that was used again from the file that had it before, where the file system keeps one.
-fn number(facts: &Metadata) -> DiskSeq {
+/// What an image holds and the bytes that it is made of are two disks.
+fn number(facts: &Metadata, format: Format) -> DiskSeq {
     let born = facts
         .created()
         .ok()
@@ -147,6 +150,9 @@ fn number(facts: &Metadata) -> DiskSeq {
     bytes.extend(facts.dev().to_le_bytes());
     bytes.extend(facts.ino().to_le_bytes());
     bytes.extend(born.to_le_bytes());
+    if format != Format::Raw {
+        bytes.extend(format.name().as_bytes());
+    }
     DiskSeq::of_file(&bytes)
 }
 
@@ -157,7 +163,7 @@ mod tests {
 
     fn found(roots: &Roots, path: &Path) -> Result<DiskSeq, FileError> {
         roots
-            .find(path.to_str().unwrap())
+            .find(path.to_str().unwrap(), Format::Raw)
             .map(|found| found.incarnation)
     }
 

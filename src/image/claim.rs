@@ -19,6 +19,7 @@ use super::beneath::FileError;
 use super::direct::Direct;
 use super::durable::Durable;
 use super::medium::Medium;
+use super::qcow2::Core;
 use crate::correlation::{DeviceNode, DeviceNumber, DiskSeq, OpenDisk, OpenRefusal};
 use crate::identity::Identity;
 
@@ -73,6 +74,9 @@ pub enum OpenError {
         #[source]
         source: io::Error,
     },
+    /// The file is not what it is to be read as, or not served for what stands in it.
+    #[error("{node}: {reason}")]
+    Unfit { node: DeviceNode, reason: String },
     /// An earlier open of this disk hangs.
     #[error("{node}: the disk has not answered an earlier open")]
     Hangs { node: DeviceNode },
@@ -98,7 +102,9 @@ impl From<OpenError> for OpenRefusal {
             | OpenError::NoSize { .. } => OpenRefusal::Changed(text),
             OpenError::Busy { .. } => OpenRefusal::Busy(text),
             OpenError::Hangs { .. } => OpenRefusal::TimedOut(text),
-            OpenError::NotDirect { .. } | OpenError::Kernel { .. } => OpenRefusal::Kernel(text),
+            OpenError::NotDirect { .. } | OpenError::Unfit { .. } | OpenError::Kernel { .. } => {
+                OpenRefusal::Kernel(text)
+            }
         }
     }
 }
@@ -112,8 +118,18 @@ pub(super) trait Subject {
     fn same(&self, opened: &File) -> Result<(), OpenError>;
     /// Holds what the name stands for, read anew, against the order.
     fn proven(&self) -> Result<(), OpenError>;
-    /// Keeps other programs from writing, as far as the medium can; with the writable descriptor.
-    fn hold(&self, opened: &File) -> Result<(), OpenError>;
+    /// Keeps other programs from writing, as far as the medium can, and with `write` makes sure that none does so already. Always with
+    /// the claim's first descriptor; `first` when nothing was held by it.
+    fn hold(&self, opened: &File, write: bool, first: bool) -> Result<(), OpenError>;
+    /// Bytes that are offered.
+    fn size(&self, opened: &File) -> io::Result<u64> {
+        self.medium().size(opened)
+    }
+    /// Whatever else is to be made ready, by the one who has the turn to open.
+    fn ready(&self, claim: &Claim, write: bool) -> Result<(), OpenError> {
+        let _ = (claim, write);
+        Ok(())
+    }
     /// What the kernel's error means here.
     fn refused(&self, error: io::Error) -> OpenError;
 }
@@ -157,6 +173,8 @@ pub struct Claim {
     writable: OnceLock<File>,
     /// Shared by all images of the disk: a write-back error of one is an error of all (invariant 9).
     pub durable: Durable,
+    /// Of a QCOW2 image what all images of the file share.
+    pub(super) core: OnceLock<Arc<Core>>,
     /// The last field, so that it is dropped when the descriptors above are closed.
     _closed: Closed,
 }
@@ -175,6 +193,11 @@ impl Claim {
     /// What reads and flushes go through: the descriptor that writes went through, if there is one.
     pub fn file(&self) -> &File {
         self.writable.get().unwrap_or(&self.held)
+    }
+
+    /// The first descriptor, which holds the locks.
+    pub(super) fn held(&self) -> &File {
+        &self.held
     }
 }
 
@@ -205,6 +228,7 @@ pub(super) fn open(
         None => claim_new(order, subject, &place)?,
     };
     let size = verify(order, subject, claim.file())?;
+    subject.ready(&claim, !read_only)?;
     let direct = match order.direct {
         true => Some(open_direct(order, subject, &claim, size, !read_only)?),
         false => None,
@@ -318,9 +342,7 @@ fn claim_new(
     };
     let read_only = read_only || medium.read_only(&held).map_err(refused)?;
     let held_writable = order.write && !read_only;
-    if held_writable {
-        subject.hold(&held)?;
-    }
+    subject.hold(&held, held_writable, true)?;
     lock(&place.state).held = true;
     let claim = Claim {
         number: order.number,
@@ -329,6 +351,7 @@ fn claim_new(
         held_writable,
         writable: OnceLock::new(),
         durable: Durable::default(),
+        core: OnceLock::new(),
         _closed: Closed(Arc::clone(place)),
     };
     Ok((Arc::new(claim), read_only || !order.write))
@@ -349,7 +372,7 @@ fn share(
         match reopen(&subject.find()?, true, 0) {
             Ok(file) => {
                 subject.same(&file)?;
-                subject.hold(&file)?;
+                subject.hold(&claim.held, true, false)?;
                 // The caller has the turn: no one else can have set it.
                 let _ = claim.writable.set(file);
             }
@@ -394,12 +417,7 @@ fn reopen(path: &File, write: bool, flags: libc::c_int) -> io::Result<File> {
 fn verify(order: &OpenDisk, subject: &dyn Subject, opened: &File) -> Result<u64, OpenError> {
     subject.same(opened)?;
     subject.proven()?;
-    let size = || {
-        subject
-            .medium()
-            .size(opened)
-            .map_err(|e| subject.refused(e))
-    };
+    let size = || subject.size(opened).map_err(|e| subject.refused(e));
     let mut last = size()?;
     let mut steady = false;
     for _ in 1..SIZE_READINGS {

@@ -90,7 +90,7 @@ impl Subject for Disk<'_> {
     }
 
     /// O_EXCL holds it already.
-    fn hold(&self, _: &File) -> Result<(), OpenError> {
+    fn hold(&self, _: &File, _: bool, _: bool) -> Result<(), OpenError> {
         Ok(())
     }
 

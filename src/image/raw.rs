@@ -1,40 +1,45 @@
 //! A plain file as an image: opened beneath the configured roots, once, as the incarnation that was announced
 //! (invariant 3). Reading and writing it is [`Block`]'s, for the bytes lie as on a disk.
 //!
-//! Two daemons never write to one file: the writer holds a byte lock of its open file description (`F_OFD_SETLK`,
-//! fcntl_locking(2)) on [`LOCK_BYTE`], which ends with the descriptor, however the process ends. Nothing else looks at that byte.
+//! Two programs never write to one file: whoever has it open holds QEMU's byte locks (see `lock`).
 
 use std::fs::File;
 use std::io;
 
-use nix::fcntl::{FcntlArg, fcntl};
-
 use super::beneath::{self, Roots};
 use super::block::Block;
-use super::claim::{self, Claims, OpenError, Subject};
+use super::claim::{self, Claim, Claims, OpenError, Subject};
+use super::lock::{self, Use};
 use super::medium::Medium;
-use super::users;
+use super::{qcow2, users};
 use crate::correlation::OpenDisk;
-
-/// Far behind the last byte of any file, and away from the bytes that QEMU locks (block/file-posix.c: 100 and on, 200 and on).
-const LOCK_BYTE: libc::off_t = (1 << 62) + 0x6e62_6474;
+use crate::identity::Format;
 
 /// Opens the file of `order` without a race, or shares the claim that this process has on it. Blocks.
 ///
 /// # Errors
 /// [`OpenError`]: whatever is not exactly as ordered is refused, and nothing stays open.
 pub fn open(order: &OpenDisk, roots: &Roots, claims: &Claims) -> Result<Block, OpenError> {
-    let subject = Plain { order, roots };
+    let subject = Plain::new(order, roots);
     let opened = claim::open(order, &subject, claims)?;
     Block::new(opened).map_err(|error| subject.refused(error))
 }
 
-struct Plain<'a> {
+/// The file of an order, in whatever format.
+pub(super) struct Plain<'a> {
     order: &'a OpenDisk,
     roots: &'a Roots,
 }
 
-impl Plain<'_> {
+impl<'a> Plain<'a> {
+    pub(super) fn new(order: &'a OpenDisk, roots: &'a Roots) -> Plain<'a> {
+        Plain { order, roots }
+    }
+
+    fn format(&self) -> Format {
+        self.order.identity.format().unwrap_or_default()
+    }
+
     fn is_announced(&self, found: crate::correlation::DiskSeq) -> Result<(), OpenError> {
         if found == self.order.diskseq {
             return Ok(());
@@ -59,13 +64,13 @@ impl Subject for Plain<'_> {
                 expected: self.order.identity.clone(),
             });
         };
-        let found = self.roots.find(path)?;
+        let found = self.roots.find(path, self.format())?;
         self.is_announced(found.incarnation)?;
         Ok(found.file)
     }
 
     fn same(&self, opened: &File) -> Result<(), OpenError> {
-        self.is_announced(beneath::incarnation(opened).map_err(|e| self.refused(e))?)
+        self.is_announced(beneath::incarnation(opened, self.format()).map_err(|e| self.refused(e))?)
     }
 
     /// The path still leads to it.
@@ -73,35 +78,34 @@ impl Subject for Plain<'_> {
         self.find().map(|_| ())
     }
 
-    fn hold(&self, opened: &File) -> Result<(), OpenError> {
+    fn hold(&self, opened: &File, write: bool, first: bool) -> Result<(), OpenError> {
         let node = &self.order.node;
-        if let Some(by) = users::loop_of(opened) {
+        if write && let Some(by) = users::loop_of(opened) {
             return Err(OpenError::Busy {
                 node: node.clone(),
                 by,
             });
         }
-        let lock = libc::flock {
-            l_type: i16::try_from(libc::F_WRLCK).map_err(|e| self.refused(io::Error::other(e)))?,
-            // SEEK_SET
-            l_whence: 0,
-            l_start: LOCK_BYTE,
-            l_len: 1,
-            l_pid: 0,
-        };
-        match fcntl(opened, FcntlArg::F_OFD_SETLK(&lock)).map_err(io::Error::from) {
-            Ok(_) => Ok(()),
-            Err(e) if matches!(e.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => {
-                Err(OpenError::Busy {
-                    node: node.clone(),
-                    by: "another nbdtrack writes to it".to_owned(),
-                })
-            }
-            Err(e) => {
-                // A file system without locks: one writer is then the operator's to see to.
-                tracing::warn!(file = %node, error = %e, "the file system has no locks: a second nbdtrack would not be kept out");
-                Ok(())
-            }
+        let wanted = if write { Use::Write } else { Use::Read };
+        // The claim's first hold is for reading where it is not for writing.
+        let had = (write && !first).then_some(Use::Read);
+        lock::take(opened, &node.0, wanted, had).map_err(|by| OpenError::Busy {
+            node: node.clone(),
+            by,
+        })
+    }
+
+    fn size(&self, opened: &File) -> io::Result<u64> {
+        match self.format() {
+            Format::Raw => self.medium().size(opened),
+            Format::Qcow2 => qcow2::virtual_size(opened).map_err(io::Error::other),
+        }
+    }
+
+    fn ready(&self, claim: &Claim, write: bool) -> Result<(), OpenError> {
+        match self.format() {
+            Format::Raw => Ok(()),
+            Format::Qcow2 => qcow2::ready(claim, self.order, self.roots, write),
         }
     }
 

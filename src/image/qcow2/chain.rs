@@ -1,0 +1,195 @@
+//! What lies beneath an image: the file that its header names, and what that one names. EDGE.
+//!
+//! A header is written by whoever made the image, and could name any file of the machine. So each is looked up beneath the configured
+//! roots as a served file is, read only in the format that the header says, and locked against writers for as long as it is read.
+
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, MetadataExt};
+
+use super::core::{Core, read_header};
+use super::header::{Header, Refusal};
+use crate::identity::Format;
+use crate::image::beneath::{FileError, Roots};
+use crate::image::lock::{self, Use};
+use crate::image::{Span, allocation, sys};
+
+/// Files beneath an image, at most.
+pub const BACKING_MAX: usize = 16;
+
+/// Why what lies beneath an image cannot be read.
+#[derive(Debug, thiserror::Error)]
+pub enum ChainError {
+    #[error("more than {BACKING_MAX} files lie beneath it")]
+    TooDeep,
+    #[error("it lies beneath itself, by {0}")]
+    Cycle(String),
+    #[error(
+        "its header names no format for its backing file {0}; say it with: qemu-img rebase -u -F FORMAT -b FILE"
+    )]
+    NoFormat(String),
+    #[error("its backing file {name} is of the format {format}: raw and qcow2 are read")]
+    Format { name: String, format: String },
+    #[error("its backing file {0} is not named by a path")]
+    NoPath(String),
+    #[error("its backing file: {0}")]
+    File(#[from] FileError),
+    #[error("its backing file {path}: {source}")]
+    Kernel {
+        path: String,
+        #[source]
+        source: io::Error,
+    },
+    #[error("its backing file {path}: {refusal}")]
+    Refused {
+        path: String,
+        #[source]
+        refusal: Refusal,
+    },
+    #[error("its backing file {path}: in use: {by}")]
+    Busy { path: String, by: String },
+}
+
+/// One layer beneath an image. Never written.
+pub(super) enum Layer {
+    Raw { file: File, size: u64 },
+    Image(Box<Core>),
+}
+
+/// Opens what the image at `path` with this header lies on; `file` is the image's own.
+pub(super) fn beneath(
+    header: &Header,
+    path: &str,
+    file: &File,
+    roots: &Roots,
+) -> Result<Option<Layer>, ChainError> {
+    let facts = file.metadata().map_err(|source| ChainError::Kernel {
+        path: path.to_owned(),
+        source,
+    })?;
+    let mut seen = BTreeSet::from([(facts.dev(), facts.ino())]);
+    open(header, path, roots, &mut seen)
+}
+
+fn open(
+    header: &Header,
+    path: &str,
+    roots: &Roots,
+    seen: &mut BTreeSet<(u64, u64)>,
+) -> Result<Option<Layer>, ChainError> {
+    let Some(backing) = &header.backing else {
+        return Ok(None);
+    };
+    if seen.len() > BACKING_MAX {
+        return Err(ChainError::TooDeep);
+    }
+    let name = backing.name.clone();
+    let format = match backing.format.as_deref() {
+        None | Some("") => return Err(ChainError::NoFormat(name)),
+        Some(format) => Format::told("", Some(format)).map_err(|_| ChainError::Format {
+            name: name.clone(),
+            format: format.to_owned(),
+        })?,
+    };
+    let path = beside(path, &name).ok_or(ChainError::NoPath(name))?;
+    let kernel = |source| ChainError::Kernel {
+        path: path.clone(),
+        source,
+    };
+    let found = roots.find(&path, format)?;
+    let facts = found.file.metadata().map_err(kernel)?;
+    if !seen.insert((facts.dev(), facts.ino())) {
+        return Err(ChainError::Cycle(path));
+    }
+    let file = File::open(format!("/proc/self/fd/{}", found.file.as_raw_fd())).map_err(kernel)?;
+    lock::take(&file, &path, Use::Read, None).map_err(|by| ChainError::Busy {
+        path: path.clone(),
+        by,
+    })?;
+    if format == Format::Raw {
+        let size = file.metadata().map_err(kernel)?.len();
+        return Ok(Some(Layer::Raw { file, size }));
+    }
+    let refused = |refusal| ChainError::Refused {
+        path: path.clone(),
+        refusal,
+    };
+    let (header, file_bytes) = read_header(&file).map_err(kernel)?.map_err(refused)?;
+    let below = open(&header, &path, roots, seen)?;
+    let core = Core::open(file, header, file_bytes, below)
+        .map_err(kernel)?
+        .map_err(refused)?;
+    Ok(Some(Layer::Image(Box::new(core))))
+}
+
+/// The path of a file that an image at `path` names: absolute, or beside it. `None` when QEMU would take it for something else than a
+/// path, which a colon before the first slash makes it (QEMU `block.c`, `path_has_protocol`).
+fn beside(path: &str, name: &str) -> Option<String> {
+    let head = name.split('/').next().unwrap_or_default();
+    if head.contains(':') || name.is_empty() {
+        return None;
+    }
+    if name.starts_with('/') {
+        return Some(name.to_owned());
+    }
+    let (folder, _) = path.rsplit_once('/')?;
+    Some(format!("{folder}/{name}"))
+}
+
+impl Layer {
+    /// Bytes.
+    pub fn size(&self) -> u64 {
+        match self {
+            Layer::Raw { size, .. } => *size,
+            Layer::Image(core) => core.header.size,
+        }
+    }
+
+    /// Fills `buf` from byte `at` on; behind the layer's end there are zeroes.
+    pub fn read(&self, at: u64, buf: &mut [u8]) -> io::Result<()> {
+        let part = self.part(at, buf)?;
+        match self {
+            _ if part.is_empty() => Ok(()),
+            Layer::Raw { file, .. } => file.read_exact_at(part, at),
+            Layer::Image(core) => core.read(at, part),
+        }
+    }
+
+    /// As `read`, but only from memory; false when that does not have all of it.
+    pub fn read_nowait(&self, at: u64, buf: &mut [u8]) -> io::Result<bool> {
+        let part = self.part(at, buf)?;
+        match self {
+            _ if part.is_empty() => Ok(true),
+            Layer::Raw { file, .. } => Ok(sys::read_cached(file, part, at)? == part.len()),
+            Layer::Image(core) => core.read_nowait(at, part),
+        }
+    }
+
+    /// What of `buf` lies in the layer; the rest is filled with zeroes.
+    fn part<'a>(&self, at: u64, buf: &'a mut [u8]) -> io::Result<&'a mut [u8]> {
+        let len = self.size().saturating_sub(at).min(buf.len() as u64);
+        let (part, rest) = buf.split_at_mut(usize::try_from(len).map_err(io::Error::other)?);
+        rest.fill(0);
+        Ok(part)
+    }
+
+    /// As [`Core::allocated`].
+    pub fn allocated(&self, at: u64, len: u64) -> io::Result<(u64, bool)> {
+        let inside = self.size().saturating_sub(at).min(len);
+        if inside == 0 {
+            return Ok((len, true));
+        }
+        match self {
+            Layer::Image(core) => core.allocated(at, inside),
+            Layer::Raw { file, size } => {
+                let span = Span::checked(at, inside, *size).ok_or_else(super::damaged)?;
+                let first = allocation::of_file(file, 0, span, 1)?;
+                Ok(first
+                    .first()
+                    .map_or((inside, false), |first| (first.bytes, first.hole)))
+            }
+        }
+    }
+}

@@ -1,0 +1,135 @@
+//! The entries of L1 and L2 tables. PURE: numbers in, what they mean out (QEMU `docs/interop/qcow2.rst`, "Cluster mapping").
+
+use super::header::Header;
+
+/// Reference count is exactly one: what the entry points at may be changed in place.
+pub(super) const COPIED: u64 = 1 << 63;
+const COMPRESSED: u64 = 1 << 62;
+/// Bits 9 to 55.
+const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
+/// Of standard clusters, in images without subclusters.
+pub(super) const ZERO: u64 = 1 << 0;
+
+/// One entry of an L2 table; `bits` are the states of its subclusters, 0 in images without them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) struct Entry {
+    pub word: u64,
+    pub bits: u64,
+}
+
+/// What an entry is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Cluster {
+    /// Standard: units that are allocated lie in the host cluster at `host` bytes, if there is one.
+    Standard { host: Option<u64>, own: bool },
+    /// At `offset` bytes of the file, in at most `len` bytes.
+    Compressed { offset: u64, len: u64 },
+}
+
+/// What one unit (a subcluster, or a cluster without them) reads as.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Unit {
+    /// As what lies beneath the image.
+    Beneath,
+    Zero,
+    /// As the host cluster.
+    Data,
+}
+
+/// The entry cannot be: the image is damaged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Damaged;
+
+impl Entry {
+    /// What the entry says, in an image of `header`.
+    pub fn cluster(self, header: &Header) -> Result<Cluster, Damaged> {
+        if self.word & COMPRESSED != 0 {
+            let shift = 62 - (header.cluster_bits - 8);
+            let offset = self.word & ((1 << shift) - 1);
+            let sectors = (self.word & (COMPRESSED - 1)) >> shift;
+            // docs/interop/qcow2.rst, "Compressed Clusters Descriptor": sectors of 512 bytes behind the one that it begins in.
+            let len = (sectors + 1) * 512 - offset % 512;
+            if self.word & COPIED != 0 || offset == 0 {
+                return Err(Damaged);
+            }
+            return Ok(Cluster::Compressed { offset, len });
+        }
+        let host = self.word & OFFSET;
+        if !host.is_multiple_of(header.cluster_bytes())
+            || self.word & !(OFFSET | COPIED | ZERO) != 0
+        {
+            return Err(Damaged);
+        }
+        if header.extended_l2 {
+            let (allocated, zero) = (low(self.bits), high(self.bits));
+            if self.word & ZERO != 0 || allocated & zero != 0 || host == 0 && allocated != 0 {
+                return Err(Damaged);
+            }
+        } else if self.word & ZERO != 0 && header.version < 3 {
+            return Err(Damaged);
+        }
+        if host == 0 && self.word & COPIED != 0 {
+            return Err(Damaged);
+        }
+        Ok(Cluster::Standard {
+            host: (host != 0).then_some(host),
+            own: self.word & COPIED != 0,
+        })
+    }
+
+    /// What unit `index` of a standard cluster reads as.
+    pub fn unit(self, header: &Header, index: u32) -> Unit {
+        if !header.extended_l2 {
+            return match (self.word & ZERO != 0, self.word & OFFSET != 0) {
+                (true, _) => Unit::Zero,
+                (false, true) => Unit::Data,
+                (false, false) => Unit::Beneath,
+            };
+        }
+        if high(self.bits) & (1 << index) != 0 {
+            Unit::Zero
+        } else if low(self.bits) & (1 << index) != 0 {
+            Unit::Data
+        } else {
+            Unit::Beneath
+        }
+    }
+
+    /// All units are data in the host cluster at `host` bytes, which nothing else refers to.
+    pub fn data(header: &Header, host: u64) -> Entry {
+        Entry {
+            word: host | COPIED,
+            bits: if header.extended_l2 { 0xffff_ffff } else { 0 },
+        }
+    }
+
+    /// All units read as zeroes; the host cluster at `host` bytes, if any, is kept for them.
+    pub fn zeroes(header: &Header, host: Option<u64>) -> Entry {
+        let word = host.map_or(0, |host| host | COPIED);
+        if header.extended_l2 {
+            let bits = 0xffff_ffff << 32;
+            return Entry { word, bits };
+        }
+        Entry {
+            word: word | ZERO,
+            bits: 0,
+        }
+    }
+}
+
+fn low(bits: u64) -> u64 {
+    bits & 0xffff_ffff
+}
+
+fn high(bits: u64) -> u64 {
+    bits >> 32
+}
+
+/// The host offset of an L1 entry's table in bytes, `None` for no table, and whether only this entry refers to it.
+pub(super) fn table(word: u64, header: &Header) -> Result<Option<(u64, bool)>, Damaged> {
+    let host = word & OFFSET;
+    if !host.is_multiple_of(header.cluster_bytes()) || word & !(OFFSET | COPIED) != 0 {
+        return Err(Damaged);
+    }
+    Ok((host != 0).then_some((host, word & COPIED != 0)))
+}

@@ -1,0 +1,390 @@
+//! A QCOW2 image as what an export reads and writes: opened beneath the configured roots as a plain file is, and read by code of
+//! our own (`docs/qcow2.md` says why). EDGE.
+//!
+//! | file | what |
+//! |---|---|
+//! | `mod.rs` | opening one, and the image that sessions call |
+//! | `header.rs` | PURE: the header, and everything that is refused by it |
+//! | `extensions.rs` | PURE: the extensions of the header |
+//! | `entry.rs` | PURE: what the entries of the tables mean |
+//! | `inflate.rs` | PURE: compressed clusters |
+//! | `tables.rs` | the mapping in memory |
+//! | `refs.rs` | reference counts; which clusters are given out |
+//! | `core.rs` | one opened image: reading it |
+//! | `write.rs` | writing it |
+//! | `empty.rs` | zeroes and discards of whole clusters |
+//! | `ranges.rs` | guest ranges that one call has for itself |
+//! | `commit.rs` | what becomes durable in which order |
+//! | `chain.rs` | what lies beneath an image |
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::sync::{Arc, Mutex};
+
+use nix::fcntl::{FallocateFlags, fallocate};
+
+use super::beneath::Roots;
+use super::claim::{self, Claim, Claims, OpenError, Opened};
+use super::medium::Medium;
+use super::raw::Plain;
+use super::{Allocation, BlockSizes, Extent, Image, NoWait, Span, ZeroFlags};
+use crate::correlation::OpenDisk;
+
+mod chain;
+mod commit;
+mod core;
+mod empty;
+mod entry;
+mod extensions;
+pub mod header;
+mod inflate;
+mod ranges;
+mod refs;
+mod tables;
+mod write;
+
+pub(super) use self::core::Core;
+use empty::Emptying;
+use header::Refusal;
+use refs::Refs;
+use write::Writer;
+
+/// As of disks; QEMU's server says the same of images.
+const PREFERRED_BYTES: u32 = 4096;
+const REQUEST_BYTES_MAX: u32 = 32 << 20;
+/// Zeroes that are written out go in pieces of this size.
+static ZEROES: [u8; 256 << 10] = [0; 256 << 10];
+
+/// One opened image. Dropping the last of its file flushes and closes it, which can block.
+pub struct Qcow2 {
+    /// Before the claim, which says that all is closed when it is dropped.
+    core: Arc<Core>,
+    claim: Arc<Claim>,
+    read_only: bool,
+}
+
+/// Opens the image of `order` without a race, or shares the claim that this process has on it. Blocks.
+///
+/// # Errors
+/// [`OpenError`]: whatever is not exactly as ordered, or is refused by its header, is not opened, and nothing in it was changed.
+pub fn open(order: &OpenDisk, roots: &Roots, claims: &Claims) -> Result<Qcow2, OpenError> {
+    if order.direct {
+        let source = io::Error::other("it is not there for QCOW2 images");
+        let node = order.node.clone();
+        return Err(OpenError::NotDirect { node, source });
+    }
+    let subject = Plain::new(order, roots);
+    let Opened {
+        claim, read_only, ..
+    } = claim::open(order, &subject, claims)?;
+    let core = claim.core.get().ok_or_else(|| OpenError::Unfit {
+        node: order.node.clone(),
+        reason: "its file is open in another format".to_owned(),
+    })?;
+    Ok(Qcow2 {
+        core: Arc::clone(core),
+        claim,
+        read_only,
+    })
+}
+
+/// Makes the opened file ready as an image, by the one who has the turn to open it.
+pub(super) fn ready(
+    claim: &Claim,
+    order: &OpenDisk,
+    roots: &Roots,
+    write: bool,
+) -> Result<(), OpenError> {
+    let kernel = |source| OpenError::Kernel {
+        node: order.node.clone(),
+        source,
+    };
+    let unfit = |reason: &dyn std::fmt::Display| OpenError::Unfit {
+        node: order.node.clone(),
+        reason: reason.to_string(),
+    };
+    let core = match claim.core.get() {
+        Some(core) => Arc::clone(core),
+        None => {
+            let file = claim.held().try_clone().map_err(kernel)?;
+            let (header, file_bytes) = core::read_header(&file)
+                .map_err(kernel)?
+                .map_err(|refusal| unfit(&refusal))?;
+            let path = order.identity.file().unwrap_or_default();
+            let backing =
+                chain::beneath(&header, path, &file, roots).map_err(|error| unfit(&error))?;
+            let core = Core::open(file, header, file_bytes, backing).map_err(kernel)?;
+            Arc::new(core.map_err(|refusal| unfit(&refusal))?)
+        }
+    };
+    if write && core.writer.get().is_none() {
+        if core.header.bitmaps {
+            return Err(unfit(
+                &"it has persistent bitmaps, which a write would make lie: it is served with read_only = true",
+            ));
+        }
+        let file = claim.file().try_clone().map_err(kernel)?;
+        core.prepare(file)
+            .map_err(kernel)?
+            .map_err(|refusal| unfit(&refusal))?;
+    }
+    // The caller has the turn: no one else can have set it.
+    let _ = claim.core.set(core);
+    Ok(())
+}
+
+/// The virtual size of the image that `file` is, in bytes; `file` may be opened with `O_PATH`.
+///
+/// # Errors
+/// In words: it cannot be read, or is none.
+pub fn virtual_size(file: &File) -> Result<u64, String> {
+    let mut bytes = [0; 32];
+    let read = || -> io::Result<usize> {
+        use std::os::fd::AsRawFd;
+        let file = File::open(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
+        file.read_at(&mut bytes, 0)
+    };
+    let mut read = read;
+    let len = read().map_err(|error| error.to_string())?;
+    header::virtual_size(&bytes[..len]).map_err(|refusal| refusal.to_string())
+}
+
+impl Core {
+    /// Makes an image that was opened for reading ready for writing, through `file`.
+    fn prepare(&self, file: File) -> io::Result<Result<(), Refusal>> {
+        let file_bytes = file.metadata()?.len();
+        let refs = match Refs::load(&file, &self.header, file_bytes)? {
+            Ok(refs) => refs,
+            Err(refusal) => return Ok(Err(refusal)),
+        };
+        self.end
+            .fetch_max(file_bytes, std::sync::atomic::Ordering::AcqRel);
+        // By the one who has the turn to open: both are set once.
+        let _ = self.writing.set(file);
+        self.clear_autoclear()?;
+        let _ = self.writer.set(Mutex::new(Writer::new(refs)));
+        Ok(Ok(()))
+    }
+}
+
+impl Qcow2 {
+    fn writable(&self) -> io::Result<()> {
+        if self.read_only {
+            return Err(io::Error::from_raw_os_error(libc::EPERM));
+        }
+        Ok(())
+    }
+
+    /// The clusters that lie in the range as a whole: first, and the one behind the last.
+    fn whole_clusters(&self, at: Extent) -> (u64, u64) {
+        let (bits, cluster) = (
+            self.core.header.cluster_bits,
+            self.core.header.cluster_bytes(),
+        );
+        let end = at.offset() + u64::from(at.len());
+        let last = if end == self.size() {
+            end.div_ceil(cluster)
+        } else {
+            end >> bits
+        };
+        (at.offset().div_ceil(cluster), last)
+    }
+
+    /// Writes zeroes between two bytes where it does not read as zeroes by its mapping; everywhere with `kept`.
+    fn write_zeroes(&self, mut at: u64, end: u64, kept: bool) -> io::Result<()> {
+        while at < end {
+            let len = (end - at).min(ZEROES.len() as u64);
+            let (bytes, hole) = if kept {
+                (len, false)
+            } else {
+                self.core.allocated(at, len)?
+            };
+            if !hole {
+                let len = usize::try_from(bytes).map_err(io::Error::other)?;
+                self.core.write(at, &ZEROES[..len], &self.claim.durable)?;
+            }
+            at += bytes;
+        }
+        Ok(())
+    }
+
+    fn zero_out(&self, at: Extent, kept: bool) -> io::Result<()> {
+        let (start, end) = (at.offset(), at.offset() + u64::from(at.len()));
+        let (first, last) = self.whole_clusters(at);
+        if first >= last {
+            return self.write_zeroes(start, end, kept);
+        }
+        let bits = self.core.header.cluster_bits;
+        let (from, to) = (first << bits, (last << bits).min(end));
+        self.write_zeroes(start, from, kept)?;
+        let how = if kept {
+            Emptying::Kept
+        } else {
+            Emptying::Unallocated
+        };
+        if !self.core.empty(first, last - 1, how, &self.claim.durable)? {
+            self.write_zeroes(from, to, kept)?;
+        }
+        self.write_zeroes(to, end, kept)
+    }
+
+    /// Ends a call that was to be durable: flushes, or latches when the call itself failed.
+    fn make_durable(&self, done: io::Result<()>) -> io::Result<()> {
+        match done {
+            Ok(()) => self.flush(),
+            // No room: nothing was taken that could be lost, and what was acknowledged before is not in doubt.
+            Err(e) if matches!(e.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT)) => Err(e),
+            Err(e) => {
+                self.claim.durable.latch();
+                Err(e)
+            }
+        }
+    }
+
+    /// Begins a call that changes something, and makes it durable where it was asked to be.
+    fn change(&self, fua: bool, call: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
+        self.writable()?;
+        if fua && self.latched() {
+            return Err(io::Error::from_raw_os_error(libc::EIO));
+        }
+        let done = call().map_err(told);
+        if fua { self.make_durable(done) } else { done }
+    }
+}
+
+impl Image for Qcow2 {
+    fn size(&self) -> u64 {
+        self.core.header.size
+    }
+
+    fn read_only(&self) -> bool {
+        self.read_only
+    }
+
+    fn block_sizes(&self) -> BlockSizes {
+        BlockSizes {
+            min: 1,
+            preferred: PREFERRED_BYTES,
+            max: REQUEST_BYTES_MAX,
+        }
+    }
+
+    fn read(&self, at: Extent, buf: &mut [u8]) -> io::Result<()> {
+        self.core.read(at.offset(), buf).map_err(told)
+    }
+
+    fn read_nowait(&self, at: Extent, buf: &mut [u8]) -> io::Result<NoWait> {
+        match self.core.read_nowait(at.offset(), buf) {
+            Ok(true) => Ok(NoWait::Done),
+            // Less than all, or an error: the read that may wait finds out.
+            Ok(false) | Err(_) => Ok(NoWait::WouldWait),
+        }
+    }
+
+    fn write(&self, at: Extent, buf: &[u8], fua: bool) -> io::Result<()> {
+        self.change(fua, || {
+            self.core.write(at.offset(), buf, &self.claim.durable)
+        })
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        self.claim.durable.sync(|| self.core.commit())
+    }
+
+    fn zero(&self, at: Extent, flags: ZeroFlags) -> io::Result<()> {
+        let span = Span::checked(at.offset(), at.len().into(), self.size());
+        if flags.fast && !span.is_some_and(|span| self.zeroes_fast(span, flags)) {
+            self.writable()?;
+            // Nothing was written, so nothing is lost.
+            return Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP));
+        }
+        self.change(flags.fua, || self.zero_out(at, flags.no_hole))
+    }
+
+    fn discard(&self, at: Extent, fua: bool) -> io::Result<()> {
+        self.change(fua, || {
+            // A hint: clusters that are only partly in the range are left alone, and so are those that could not be told as empty.
+            let (first, last) = self.whole_clusters(at);
+            if first < last {
+                self.core
+                    .empty(first, last - 1, Emptying::Unallocated, &self.claim.durable)?;
+            }
+            Ok(())
+        })
+    }
+
+    fn cache(&self, _: Extent) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn zeroes_fast(&self, at: Span, flags: ZeroFlags) -> bool {
+        let header = &self.core.header;
+        let end = at.offset() + at.len();
+        let whole = at.offset().is_multiple_of(header.cluster_bytes())
+            && (end.is_multiple_of(header.cluster_bytes()) || end == header.size);
+        whole && !flags.no_hole && (header.version >= 3 || self.core.nothing_beneath(at.offset()))
+    }
+
+    fn allocation(&self, at: Span, stretches_max: usize) -> io::Result<Vec<Allocation>> {
+        let mut found: Vec<Allocation> = Vec::new();
+        let (mut next, end) = (at.offset(), at.offset() + at.len());
+        while next < end {
+            let (bytes, hole) = self.core.allocated(next, end - next).map_err(told)?;
+            let full = found.len() == stretches_max;
+            match found.last_mut() {
+                Some(last) if last.hole == hole => last.bytes += bytes,
+                _ if full => break,
+                _ => found.push(Allocation { bytes, hole }),
+            }
+            next += bytes;
+        }
+        Ok(found)
+    }
+
+    fn can_discard(&self) -> bool {
+        !self.read_only
+    }
+
+    fn latch(&self) {
+        self.claim.durable.latch();
+    }
+
+    fn latched(&self) -> bool {
+        self.claim.durable.latched()
+    }
+}
+
+/// What a client hears: EIO where the file has less than its tables say, ENOSPC where there is no room.
+fn told(e: io::Error) -> io::Error {
+    if Medium::File.is_gone(&e) {
+        io::Error::from_raw_os_error(libc::EIO)
+    } else {
+        e
+    }
+}
+
+/// The image's own tables cannot be as they are.
+fn damaged() -> io::Error {
+    io::Error::from_raw_os_error(libc::EIO)
+}
+
+/// Writes `len` bytes of zeroes at byte `offset` of the file.
+fn write_zeroes(file: &File, mut offset: u64, mut len: u64) -> io::Result<()> {
+    while len > 0 {
+        let piece = usize::try_from(len).map_or(ZEROES.len(), |n| n.min(ZEROES.len()));
+        file.write_all_at(&ZEROES[..piece], offset)?;
+        offset += piece as u64;
+        len -= piece as u64;
+    }
+    Ok(())
+}
+
+/// Gives room back to the file system, where that can be done.
+fn punch(file: &File, offset: u64, len: u64) {
+    let how = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+    if let (Ok(offset), Ok(len)) = (offset.try_into(), len.try_into()) {
+        // A hint: without it the room stays in the file, for its next cluster.
+        let _ = fallocate(file, how, offset, len);
+    }
+}

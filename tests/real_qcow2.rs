@@ -1,0 +1,836 @@
+//! QCOW2 images beside disks: what is served reads, through the daemon and real clients, byte for byte as QEMU reads it; what is not
+//! served is refused by name; and no one else writes to an image while it is served.
+
+mod support;
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use support::bus::Options;
+use support::client::Client;
+use support::ground::{Ground, Need, real};
+use support::process::{self, Running};
+use support::scene::{STEP_LIMIT, Scene};
+use support::{Outcome, until};
+use zbus::Variant;
+
+const NEEDS: &[Need] = &[
+    Need::Bus,
+    Need::Tool("nbdcopy"),
+    Need::Tool("qemu-img"),
+    Need::Tool("qemu-io"),
+];
+const MIB: u64 = 1 << 20;
+
+/// A folder that may be served from, and a daemon.
+fn scene(ground: &Ground) -> Outcome<(Scene, PathBuf)> {
+    let folder = ground.file("backups");
+    std::fs::create_dir_all(&folder)?;
+    let roots = format!("file_roots = [{:?}]\n", folder.display().to_string());
+    Ok((Scene::told(ground, roots, &[])?, folder))
+}
+
+fn id(path: &Path) -> String {
+    format!("qcow2:{}", path.display())
+}
+
+fn text(path: &Path) -> String {
+    path.to_string_lossy().into_owned()
+}
+
+fn qemu_img(args: &[&str]) -> Outcome<String> {
+    process::succeed("qemu-img", args, STEP_LIMIT)
+}
+
+/// Makes an image by `qemu-img create -o`.
+fn create(path: &Path, options: &str, bytes: u64) -> Outcome<()> {
+    let options = if options.is_empty() {
+        "cluster_size=64k"
+    } else {
+        options
+    };
+    let size = bytes.to_string();
+    qemu_img(&[
+        "create",
+        "-q",
+        "-f",
+        "qcow2",
+        "-o",
+        options,
+        &text(path),
+        &size,
+    ])
+    .map(drop)
+}
+
+/// Commands of qemu-io on an image.
+fn qemu_io(path: &Path, commands: &[&str]) -> Outcome<()> {
+    let mut args = vec!["-f", "qcow2"];
+    for command in commands {
+        args.extend(["-c", command]);
+    }
+    let name = text(path);
+    args.push(&name);
+    let said = process::succeed("qemu-io", &args, STEP_LIMIT)?;
+    hold!(!said.contains("failed") && !said.contains("rror"), "{said}");
+    Ok(())
+}
+
+/// `qemu-img check` finds no error; a leak is none where it is allowed.
+fn check(path: &Path, leaks_allowed: bool) -> Outcome<()> {
+    let done = process::run(
+        "qemu-img",
+        &["check", "-f", "qcow2", &text(path)],
+        STEP_LIMIT,
+    )?;
+    let right = match done.status.code() {
+        Some(0) => true,
+        Some(3) => leaks_allowed,
+        _ => false,
+    };
+    hold!(right, "{}: {}{}", path.display(), done.stdout, done.stderr);
+    Ok(())
+}
+
+/// Bytes of the header or the tables are other ones.
+fn poke(path: &Path, offset: u64, bytes: &[u8]) -> Outcome<()> {
+    use std::os::unix::fs::FileExt;
+    let file = std::fs::OpenOptions::new().write(true).open(path)?;
+    Ok(file.write_all_at(bytes, offset)?)
+}
+
+/// What makes an image at a path.
+type Make = fn(&Path) -> Outcome<()>;
+
+fn full(path: &Path, options: &str) -> Outcome<()> {
+    create(path, options, 8 * MIB)?;
+    qemu_io(
+        path,
+        &[
+            "write -P 1 0 300k",
+            "write -P 2 3M 1M",
+            "write -z 64k 64k",
+            "write -P 3 8191k 1k",
+        ],
+    )
+}
+
+/// Each row: what it is, how it is made, and with which word it is refused; "" for served.
+const MATRIX: &[(&str, Make, &str)] = &[
+    ("512 bytes", |p| full(p, "cluster_size=512"), ""),
+    ("4 KiB", |p| full(p, "cluster_size=4k"), ""),
+    ("64 KiB", |p| full(p, "cluster_size=64k"), ""),
+    ("2 MiB", |p| full(p, "cluster_size=2M"), ""),
+    ("version 2", |p| full(p, "compat=0.10"), ""),
+    ("subclusters", |p| full(p, "extended_l2=on"), ""),
+    ("lazy refcounts", |p| full(p, "lazy_refcounts=on"), ""),
+    ("1 bit refcounts", |p| full(p, "refcount_bits=1"), ""),
+    ("64 bit refcounts", |p| full(p, "refcount_bits=64"), ""),
+    (
+        "metadata preallocated",
+        |p| full(p, "preallocation=metadata"),
+        "",
+    ),
+    ("fallocated", |p| full(p, "preallocation=falloc"), ""),
+    ("fully allocated", |p| full(p, "preallocation=full"), ""),
+    (
+        "odd size",
+        |p| {
+            create(p, "", 3 * MIB + 1536)?;
+            qemu_io(p, &["write -P 9 3145728 1536"])
+        },
+        "",
+    ),
+    ("zlib", |p| compressed(p, "zlib"), ""),
+    ("zstd", |p| compressed(p, "zstd"), ""),
+    (
+        "internal snapshots",
+        |p| {
+            full(p, "")?;
+            qemu_img(&["snapshot", "-c", "one", &text(p)])?;
+            qemu_io(p, &["write -P 7 100k 100k"])?;
+            qemu_img(&["snapshot", "-c", "two", &text(p)])?;
+            qemu_io(p, &["write -P 8 4M 10k"])
+        },
+        "",
+    ),
+    (
+        "a bitmap, read only",
+        |p| {
+            full(p, "")?;
+            bitmap(p)
+        },
+        "persistent bitmaps",
+    ),
+    ("backing chain of 1", |p| chain(p, 1), ""),
+    ("backing chain of 3", |p| chain(p, 3), ""),
+    ("backing chain of 16", |p| chain(p, 16), ""),
+    (
+        "backing chain of 17",
+        |p| chain(p, 17),
+        "more than 16 files",
+    ),
+    ("raw backing file", raw_backing, ""),
+    (
+        "backing file out of the roots",
+        |p| {
+            let base = p.with_file_name("..").join("outside.qcow2");
+            full(&base, "")?;
+            overlay(p, &text(&base))
+        },
+        "leads out of the file_roots",
+    ),
+    (
+        "backing file elsewhere",
+        |p| overlay_unsafe(p, "/etc/passwd", "raw"),
+        "not beneath any of the file_roots",
+    ),
+    (
+        "backing file is gone",
+        |p| overlay_unsafe(p, "none.qcow2", "qcow2"),
+        "there is no such file",
+    ),
+    (
+        "backing file by protocol",
+        |p| overlay_unsafe(p, "nbd://localhost/x", "raw"),
+        "not named by a path",
+    ),
+    (
+        "backing file without format",
+        |p| {
+            chain(p, 1)?;
+            // The format's extension comes first; an unknown one is passed over.
+            poke(p, 112, &[0x11; 4])
+        },
+        "names no format",
+    ),
+    (
+        "its own backing file",
+        |p| overlay_unsafe(p, &text(p), "qcow2"),
+        "beneath itself",
+    ),
+    (
+        "data file",
+        |p| {
+            let data = format!("data_file={}", text(&p.with_extension("data")));
+            create(p, &data, MIB)
+        },
+        "external file",
+    ),
+    (
+        "encrypted",
+        |p| {
+            let secret = "secret,id=s,data=abc";
+            let name = text(p);
+            qemu_img(&[
+                "create",
+                "-q",
+                "--object",
+                secret,
+                "-f",
+                "qcow2",
+                "-o",
+                "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10",
+                &name,
+                "1M",
+            ])
+            .map(drop)
+        },
+        "encrypted",
+    ),
+    (
+        "dirty",
+        |p| {
+            full(p, "")?;
+            poke(p, 79, &[1])
+        },
+        "qemu-img check -r all",
+    ),
+    (
+        "corrupt",
+        |p| {
+            full(p, "")?;
+            poke(p, 79, &[2])
+        },
+        "marked corrupt",
+    ),
+    (
+        "unknown feature",
+        |p| {
+            full(p, "")?;
+            poke(p, 75, &[1])
+        },
+        "incompatible feature 32",
+    ),
+    (
+        "version 4",
+        |p| {
+            full(p, "")?;
+            poke(p, 7, &[4])
+        },
+        "version 4",
+    ),
+    (
+        "raw bytes",
+        |p| Ok(std::fs::write(p, [7; 4096])?),
+        "does not begin as a QCOW2 image",
+    ),
+    (
+        "empty file",
+        |p| Ok(std::fs::write(p, [])?),
+        "does not begin as a QCOW2 image",
+    ),
+    (
+        "cut off",
+        |p| Ok(std::fs::write(p, b"QFI\xfb\0\0\0\x03")?),
+        "cut off",
+    ),
+    (
+        "L1 of 2^32 entries",
+        |p| {
+            full(p, "")?;
+            poke(p, 36, &[0xff; 4])
+        },
+        "the L1 table's length",
+    ),
+    (
+        "L1 past the end",
+        |p| {
+            full(p, "")?;
+            poke(p, 40, &[0, 0, 0x7f])
+        },
+        "the L1 table at byte",
+    ),
+    (
+        "L2 past the end",
+        |p| {
+            full(p, "")?;
+            let l1 = u64::from_be_bytes(std::fs::read(p)?[40..48].try_into()?);
+            poke(p, l1 + 2, &[0x7f])
+        },
+        "an L2 table at byte",
+    ),
+    (
+        "refcounts past the end",
+        |p| {
+            full(p, "")?;
+            poke(p, 48, &[0, 0, 0x7f])
+        },
+        "the refcount table at byte",
+    ),
+    (
+        "clusters of 2^63",
+        |p| {
+            full(p, "")?;
+            poke(p, 20, &[0, 0, 0, 63])
+        },
+        "cluster_bits is 63",
+    ),
+    (
+        "a size of 2^63",
+        |p| {
+            full(p, "")?;
+            poke(p, 24, &[0x80])
+        },
+        "the virtual size",
+    ),
+];
+
+fn compressed(path: &Path, kind: &str) -> Outcome<()> {
+    let raw = path.with_extension("raw");
+    let bytes: Vec<u8> = (0..8 * MIB)
+        .map(|n| u8::try_from(((n >> 10) * (n >> 3)) & 0x3f).unwrap_or(0))
+        .collect();
+    std::fs::write(&raw, bytes)?;
+    let kind = format!("compression_type={kind}");
+    qemu_img(&[
+        "convert",
+        "-c",
+        "-f",
+        "raw",
+        "-O",
+        "qcow2",
+        "-o",
+        &kind,
+        &text(&raw),
+        &text(path),
+    ])
+    .map(drop)
+}
+
+fn bitmap(path: &Path) -> Outcome<()> {
+    qemu_img(&["bitmap", "--add", &text(path), "b0"]).map(drop)
+}
+
+fn overlay(path: &Path, base: &str) -> Outcome<()> {
+    qemu_img(&[
+        "create",
+        "-q",
+        "-f",
+        "qcow2",
+        "-F",
+        "qcow2",
+        "-b",
+        base,
+        &text(path),
+    ])
+    .map(drop)
+}
+
+/// Without looking at the backing file.
+fn overlay_unsafe(path: &Path, base: &str, format: &str) -> Outcome<()> {
+    create(path, "", 8 * MIB)?;
+    qemu_img(&[
+        "rebase",
+        "-u",
+        "-f",
+        "qcow2",
+        "-F",
+        format,
+        "-b",
+        base,
+        &text(path),
+    ])
+    .map(drop)
+}
+
+/// An image on `depth` others beside it, each with something of its own.
+fn chain(path: &Path, depth: usize) -> Outcome<()> {
+    let name = |n: usize| match n {
+        0 => path.to_owned(),
+        n => path.with_extension(format!("{n}.qcow2")),
+    };
+    full(&name(depth), "cluster_size=4k")?;
+    for n in (0..depth).rev() {
+        let base = name(n + 1);
+        let base = base
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned();
+        // Each is larger than what is beneath.
+        let size = (8 * MIB + (depth - n) as u64 * 65536).to_string();
+        qemu_img(&[
+            "create",
+            "-q",
+            "-f",
+            "qcow2",
+            "-F",
+            "qcow2",
+            "-b",
+            &base,
+            &text(&name(n)),
+            &size,
+        ])?;
+        let at = n * 300;
+        qemu_io(
+            &name(n),
+            &[
+                &format!("write -P {} {at}k 50k", n + 20),
+                &format!("write -z {}k 7k", at + 100),
+            ],
+        )?;
+    }
+    Ok(())
+}
+
+fn raw_backing(path: &Path) -> Outcome<()> {
+    let base = path.with_extension("base");
+    std::fs::write(&base, vec![5; 3 * 1_048_576 + 100])?;
+    qemu_img(&[
+        "create",
+        "-q",
+        "-f",
+        "qcow2",
+        "-F",
+        "raw",
+        "-b",
+        &text(&base),
+        &text(path),
+        "8M",
+    ])?;
+    qemu_io(path, &["write -P 6 1M 1M"])
+}
+
+fn reason(scene: &Scene, name: &str) -> Outcome<String> {
+    let export = scene.export(name)?;
+    Ok(export
+        .get("Reason")
+        .map_or(String::new(), |w| w.text().to_owned()))
+}
+
+/// Holds what the export gives to be what QEMU reads of the image.
+fn reads_as_by_qemu(scene: &Scene, ground: &Ground, name: &str, path: &Path) -> Outcome<()> {
+    let [ours, theirs] = ["ours", "theirs"].map(|file| ground.file(file));
+    process::succeed(
+        "nbdcopy",
+        &[scene.endpoint().uri(name), text(&ours)],
+        STEP_LIMIT,
+    )?;
+    qemu_img(&[
+        "convert",
+        "-U",
+        "-f",
+        "qcow2",
+        "-O",
+        "raw",
+        &text(path),
+        &text(&theirs),
+    ])?;
+    hold!(
+        std::fs::read(&ours)? == std::fs::read(&theirs)?,
+        "{name}: other bytes than QEMU reads"
+    );
+    std::fs::remove_file(ours)?;
+    Ok(std::fs::remove_file(theirs)?)
+}
+
+#[test]
+fn each_kind_of_image_is_served_as_qemu_reads_it_or_refused_by_name() -> Outcome<()> {
+    real("qcow2 matrix", NEEDS, |ground| {
+        let (mut scene, folder) = scene(ground)?;
+        for (n, (row, make, word)) in MATRIX.iter().enumerate() {
+            let path = folder.join(format!("m{n}.qcow2"));
+            make(&path)?;
+            let before = std::fs::read(&path)?;
+            let name = format!("m{n}");
+            let options = Options::from([(
+                "wait_ms",
+                Variant::new(if word.is_empty() { 10_000_u32 } else { 500 }),
+            )]);
+            let added = scene.client.add_export_with(&name, &id(&path), options);
+            if !word.is_empty() {
+                hold!(added.is_err(), "{row} is served");
+                let told = reason(&scene, &name)?;
+                hold!(told.contains(word), "{row}: {told:?}");
+                hold!(
+                    std::fs::read(&path)? == before,
+                    "{row}: it was refused, and it was changed"
+                );
+                scene.client.remove_export(&name, "hard")?;
+                if !row.contains("read only") {
+                    continue;
+                }
+                let options = Options::from([("read_only", Variant::new(true))]);
+                scene.client.add_export_with(&name, &id(&path), options)?;
+            } else if let Err(refused) = added {
+                trouble!("{row}: {refused:?}: {}", reason(&scene, &name)?)
+            }
+            reads_as_by_qemu(&scene, ground, &name, &path)?;
+            scene.client.remove_export(&name, "hard")?;
+        }
+        scene.stop()
+    })
+}
+
+#[test]
+fn what_clients_write_is_what_qemu_reads_and_its_check_finds_nothing() -> Outcome<()> {
+    real("qcow2 written", NEEDS, |ground| {
+        let (mut scene, folder) = scene(ground)?;
+        let uri = |name: &str| scene.endpoint().uri(name);
+        for (n, (row, make, word)) in MATRIX.iter().enumerate() {
+            if !word.is_empty() || row.contains("of 16") {
+                continue;
+            }
+            let path = folder.join(format!("w{n}.qcow2"));
+            make(&path)?;
+            let name = format!("w{n}");
+            let model = ground.file("model");
+            qemu_img(&[
+                "convert",
+                "-f",
+                "qcow2",
+                "-O",
+                "raw",
+                &text(&path),
+                &text(&model),
+            ])?;
+            scene.client.add_export(&name, &id(&path))?;
+            let commands = [
+                "write -P 0x31 10k 200k",
+                "write -P 0x32 1M 777",
+                "write -z 1100k 300k",
+                "write -P 0x33 3000k 70k",
+                "write -z 2M 100",
+                "write -P 0x34 0 512",
+                "flush",
+                "write -P 0x35 1500k 1M",
+            ];
+            let mut args = vec!["-f", "raw"];
+            commands
+                .iter()
+                .for_each(|command| args.extend(["-c", *command]));
+            for target in [uri(&name), text(&model)] {
+                let said = process::succeed(
+                    "qemu-io",
+                    &[&args[..], &[target.as_str()]].concat(),
+                    STEP_LIMIT,
+                )?;
+                hold!(
+                    !said.contains("failed") && !said.contains("rror"),
+                    "{row}: {said}"
+                );
+            }
+            // A client that does not flush: what it wrote is in the image when the image is closed.
+            scene.client.remove_export(&name, "soft")?;
+            until(STEP_LIMIT, "the export to go", || {
+                Ok(scene.client.export(&name)?.is_none().then_some(()))
+            })?;
+            check(&path, false)?;
+            let same = process::run(
+                "qemu-img",
+                &[
+                    "compare",
+                    "-f",
+                    "raw",
+                    "-F",
+                    "qcow2",
+                    &text(&model),
+                    &text(&path),
+                ],
+                STEP_LIMIT,
+            )?;
+            hold!(
+                same.status.success(),
+                "{row}: {}{}",
+                same.stdout,
+                same.stderr
+            );
+        }
+        scene.stop()
+    })
+}
+
+/// `qemu-nbd` on a file, until it is dropped; it has the file open when this returns.
+fn qemu_nbd(ground: &Ground, path: &Path, format: &str, read_only: bool) -> Outcome<Running> {
+    let socket = ground.file("qemu-nbd.sock");
+    let _ = std::fs::remove_file(&socket);
+    let mut command = process::command("qemu-nbd");
+    command
+        .args(["-f", format, "-t", "-k"])
+        .arg(&socket)
+        .arg(path)
+        .stderr(Stdio::null());
+    if read_only {
+        command.arg("-r");
+    }
+    let running = Running(command.spawn()?);
+    until(STEP_LIMIT, "qemu-nbd to listen", || {
+        Ok(socket.exists().then_some(()))
+    })?;
+    Ok(running)
+}
+
+#[test]
+fn neither_qemu_nor_another_daemon_and_we_are_two_writers() -> Outcome<()> {
+    let needs = [NEEDS, &[Need::Tool("qemu-nbd")]].concat();
+    real("qemu's locks", &needs, |ground| {
+        let (mut scene, folder) = scene(ground)?;
+        for (format, scheme) in [("qcow2", "qcow2"), ("raw", "file")] {
+            let path = folder.join(format!("locked.{format}"));
+            qemu_img(&["create", "-q", "-f", format, &text(&path), "4M"])?;
+            let volume = format!("{scheme}:{}", path.display());
+            let name = text(&path);
+            let writes = |read_only: &[&str]| {
+                let args = [
+                    &["-f", format, "-c", "write 0 512"],
+                    read_only,
+                    &[name.as_str()],
+                ]
+                .concat();
+                process::run("qemu-io", &args, STEP_LIMIT)
+            };
+            // Ours first.
+            scene.client.add_export(format, &volume)?;
+            let said = writes(&[])?;
+            hold!(
+                !said.status.success() && said.stderr.contains("lock"),
+                "{format}: QEMU writes beside us: {said:?}"
+            );
+            let said = process::run(
+                "qemu-img",
+                &["resize", "-f", format, &text(&path), "8M"],
+                STEP_LIMIT,
+            )?;
+            hold!(
+                !said.status.success() && said.stderr.contains("lock"),
+                "{format}: QEMU resizes it: {said:?}"
+            );
+            scene.client.remove_export(format, "hard")?;
+            until(STEP_LIMIT, "our lock to go", || {
+                Ok(writes(&[])?.status.success().then_some(()))
+            })?;
+
+            // A reader of ours keeps QEMU from writing, too.
+            let options = Options::from([("read_only", Variant::new(true))]);
+            scene.client.add_export_with(format, &volume, options)?;
+            let said = writes(&[])?;
+            hold!(
+                !said.status.success() && said.stderr.contains("lock"),
+                "{format}: QEMU writes under our reader: {said:?}"
+            );
+            let args = ["-f", format, "-r", "-c", "read 0 512", &text(&path)];
+            process::succeed("qemu-io", &args, STEP_LIMIT)?;
+            scene.client.remove_export(format, "hard")?;
+            until(STEP_LIMIT, "our lock to go", || {
+                Ok(writes(&[])?.status.success().then_some(()))
+            })?;
+
+            // QEMU's first.
+            let theirs = qemu_nbd(ground, &path, format, false)?;
+            for read_only in [false, true] {
+                let options = Options::from([
+                    ("read_only", Variant::new(read_only)),
+                    ("wait_ms", Variant::new(500_u32)),
+                ]);
+                let added = scene.client.add_export_with(format, &volume, options);
+                hold!(added.is_err(), "{format}: served beside QEMU's writer");
+                let told = reason(&scene, format)?;
+                hold!(told.contains("writes to it"), "{format}: {told:?}");
+                if !read_only {
+                    scene.client.remove_export(format, "hard")?;
+                }
+            }
+            drop(theirs);
+            scene.client.reach_state(format, "Serving", STEP_LIMIT)?;
+            scene.client.remove_export(format, "hard")?;
+        }
+        // What lies beneath an image is not written by anyone else, either.
+        let path = folder.join("over.qcow2");
+        chain(&path, 1)?;
+        scene.client.add_export("over", &id(&path))?;
+        let said = process::run(
+            "qemu-io",
+            &[
+                "-f",
+                "qcow2",
+                "-c",
+                "write 0 512",
+                &text(&path.with_extension("1.qcow2")),
+            ],
+            STEP_LIMIT,
+        )?;
+        hold!(
+            !said.status.success() && said.stderr.contains("lock"),
+            "QEMU writes beneath us: {said:?}"
+        );
+        scene.stop()
+    })
+}
+
+#[test]
+fn two_exports_of_an_image_show_each_other_what_they_write() -> Outcome<()> {
+    real("qcow2 shared", NEEDS, |ground| {
+        let (mut scene, folder) = scene(ground)?;
+        let path = folder.join("shared.qcow2");
+        create(&path, "", 4 * MIB)?;
+        let options = || Options::from([("share", Variant::new(true))]);
+        // The first only reads: the second makes the image writable under it.
+        let first = Options::from([
+            ("share", Variant::new(true)),
+            ("read_only", Variant::new(true)),
+        ]);
+        scene.client.add_export_with("reader", &id(&path), first)?;
+        let mut reader = Client::open(&scene.endpoint(), "reader")?;
+        scene.client.add_export_with("one", &id(&path), options())?;
+        scene.client.add_export_with("two", &id(&path), options())?;
+        let mut one = Client::open(&scene.endpoint(), "one")?;
+        let mut two = Client::open(&scene.endpoint(), "two")?;
+        for n in 0..64_u8 {
+            let at = u64::from(n) * 40_000;
+            let (writer, other) = if n % 2 == 0 {
+                (&mut one, &mut two)
+            } else {
+                (&mut two, &mut one)
+            };
+            hold!(
+                writer.write(at, &[n + 1; 1000], n % 8 == 0)?.is_ok(),
+                "cannot write"
+            );
+            for client in [other, &mut reader] {
+                let mut bytes = [0; 1000];
+                hold!(client.read(at, &mut bytes)?.is_ok(), "cannot read");
+                hold!(
+                    bytes == [n + 1; 1000],
+                    "{n}: another export shows something else"
+                );
+            }
+        }
+        hold!(
+            reader.write(0, &[1; 512], false)? == Err(1),
+            "the reader wrote"
+        );
+        for client in [one, two, reader] {
+            client.leave()?;
+        }
+        scene.stop()?;
+        check(&path, false)
+    })
+}
+
+#[test]
+fn a_name_that_ends_as_an_images_does_has_to_be_spoken_of() -> Outcome<()> {
+    real("qcow2 formats", NEEDS, |ground| {
+        let (mut scene, folder) = scene(ground)?;
+        let path = folder.join("a.qcow2");
+        full(&path, "")?;
+        let name = text(&path);
+        let add = |format: Option<&'static str>| {
+            let mut options = Options::from([("path", Variant::from(name.as_str()))]);
+            if let Some(format) = format {
+                options.insert("format", Variant::from(format));
+            }
+            scene.client.call("AddExport", &("a", options)).map(drop)
+        };
+        let refused = add(None).map_or_else(|refused| format!("{refused:?}"), |()| String::new());
+        hold!(
+            refused.contains("qcow2") && refused.contains("raw"),
+            "{refused:?}"
+        );
+        let size = |scene: &Scene| -> Outcome<u64> {
+            Ok(scene.export("a")?.get("Size").map_or(0, |w| w.number()))
+        };
+        add(Some("qcow2"))?;
+        hold!(size(&scene)? == 8 * MIB, "{} bytes", size(&scene)?);
+        scene.client.remove_export("a", "hard")?;
+        add(Some("raw"))?;
+        hold!(
+            size(&scene)? == std::fs::metadata(&path)?.len(),
+            "{} bytes",
+            size(&scene)?
+        );
+        scene.client.remove_export("a", "hard")?;
+
+        // The same by the command line, and in a file.
+        let run = |args: &[&str]| -> Outcome<process::Finished> {
+            let mut command = Command::new(support::daemon::binary());
+            command.args(["--bus", &scene.bus.address]).args(args);
+            process::run_command("nbdtrack", command, STEP_LIMIT)
+        };
+        let said = run(&["add", "b", "--path", &name])?;
+        hold!(!said.status.success(), "{said:?}");
+        let said = run(&[
+            "add",
+            "b",
+            "--path",
+            &name,
+            "--format",
+            "qcow2",
+            "--read-only",
+        ])?;
+        hold!(said.status.success(), "{said:?}");
+        reads_as_by_qemu(&scene, ground, "b", &path)?;
+        scene.stop()?;
+        let more = format!(
+            "\n[[export]]\nname = \"c\"\npath = {name:?}\nformat = \"qcow2\"\nread_only = true\n"
+        );
+        let config = std::fs::read_to_string(&scene.home.config)? + &more;
+        std::fs::write(&scene.home.config, config)?;
+        scene.start()?;
+        for export in ["b", "c"] {
+            scene.client.reach_state(export, "Serving", STEP_LIMIT)?;
+            reads_as_by_qemu(&scene, ground, export, &path)?;
+        }
+        scene.stop()
+    })
+}
