@@ -64,7 +64,7 @@ power-cuts-guest: setup ## N power cuts of a QEMU guest whose disk forgets what 
 	@NBDTRACK_GUEST_POWER_CUTS=$(or $(N),100) scripts/guest-test power
 
 power-cuts: setup ## N power cuts, disk faults and kills under clients that write, by a new seed (N=1000)
-	NBDTRACK_POWER_CUTS=$(or $(N),1000) NBDTRACK_FAULTS=$(or $(N),1000) NBDTRACK_KILLS=$(or $(N),1000) $(CARGO) test --locked --test real_power --test real_latch --test real_crash -- --test-threads=1 --nocapture
+	NBDTRACK_POWER_CUTS=$(or $(N),1000) NBDTRACK_FAULTS=$(or $(N),1000) NBDTRACK_KILLS=$(or $(N),1000) $(CARGO) test --locked --test real_power --test real_latch --test real_crash --test real_qcow2_crash -- --test-threads=1 --nocapture
 
 deny: ## Licences, sources and advisories of all dependencies (needs cargo-deny)
 	$(CARGO) deny check

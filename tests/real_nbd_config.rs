@@ -122,6 +122,92 @@ fn section(name: &str, node: &str, more: &str) -> String {
     format!("[{name}]\nexportname = {node}\n{more}")
 }
 
+#[test]
+fn files_of_sections_are_served_from_their_folders_each_in_its_format() -> Outcome<()> {
+    let needs = [NEEDS, &[Need::Tool("qemu-img"), Need::Tool("qemu-io")]].concat();
+    real("nbd-server's files in formats", &needs, |ground| {
+        let place = Place::begin(ground, "")?;
+        let folder = ground.file("exports");
+        fs::create_dir(&folder)?;
+        let path = |name: &str| folder.join(name).display().to_string();
+        let (image, raw, not) = (path("image.qcow2"), path("raw"), path("not.qcow2"));
+        process::succeed(
+            "qemu-img",
+            &["create", "-q", "-f", "qcow2", &image, "9M"],
+            STEP_LIMIT,
+        )?;
+        let args = ["-f", "qcow2", "-c", "write -P 7 8M 64k", &image];
+        process::succeed("qemu-io", &args, STEP_LIMIT)?;
+        fs::write(&raw, vec![1; 1 << 20])?;
+        fs::write(&not, vec![1; 1 << 20])?;
+        let image_bytes = fs::metadata(&image)?.len();
+        let size = |name: &str| -> Outcome<u64> {
+            let found = place.caller.export(name)?.unwrap_or_default();
+            Ok(found.get("Size").map_or(0, |w| w.number()))
+        };
+        place.write(
+            "a.conf",
+            &[
+                section("image", &image, ""),
+                section("raw", &raw, ""),
+                section("not", &not, ""),
+            ]
+            .concat(),
+        )?;
+        place.reload().or_else(|told| trouble!("{told}"))?;
+        place.caller.reach_state("image", "Serving", STEP_LIMIT)?;
+        place.caller.reach_state("raw", "Serving", STEP_LIMIT)?;
+        hold!(
+            (size("image")?, size("raw")?) == (9 << 20, 1 << 20),
+            "{} and {} bytes",
+            size("image")?,
+            size("raw")?
+        );
+        let uri = place.home.endpoint().uri("image");
+        let said = process::succeed(
+            "qemu-io",
+            &["-f", "raw", "-c", "read -P 7 8M 64k", &uri],
+            STEP_LIMIT,
+        )?;
+        hold!(!said.contains("failed"), "{said}");
+        until(
+            STEP_LIMIT,
+            "the file that is no image to be refused",
+            || {
+                Ok(place
+                    .reason("not")?
+                    .contains("does not begin as a QCOW2 image")
+                    .then_some(()))
+            },
+        )?;
+        hold!(
+            place.refusal("not")?.contains("not.qcow2"),
+            "the file is not named"
+        );
+
+        let as_raw = section("image", &image, "x-format = raw\nreadonly = true\n");
+        place.write("a.conf", &as_raw)?;
+        place.reload().or_else(|told| trouble!("{told}"))?;
+        until(STEP_LIMIT, "its bytes", || {
+            Ok((size("image")? == image_bytes).then_some(()))
+        })?;
+        place.caller.reach_state("image", "Serving", STEP_LIMIT)?;
+
+        // Only beneath the folders that are said, when some are.
+        drop(place);
+        let elsewhere = ground.file("elsewhere");
+        fs::create_dir(&elsewhere)?;
+        let place = Place::begin(ground, &format!("x-file-roots = {}\n", elsewhere.display()))?;
+        place.reload().or_else(|told| trouble!("{told}"))?;
+        until(STEP_LIMIT, "it to be refused", || {
+            Ok(place
+                .reason("image")?
+                .contains("not beneath any of the file_roots")
+                .then_some(()))
+        })
+    })
+}
+
 /// What the stock server does wrong after a swap: it opens the path for each connection, so the next client writes to the newcomer and
 /// is told that all is well.
 #[test]

@@ -121,8 +121,8 @@ pub async fn run(bus: &Bus, command: Command, as_json: bool) -> Result<(), Failu
 async fn add(client: &Client, add: Add, as_json: bool) -> Result<std::io::Result<()>, ClientError> {
     let texts = [
         ("volume", &add.what.volume),
-        ("path", &add.what.path),
-        ("format", &add.what.format),
+        ("path", &add.what.file.path),
+        ("format", &add.what.file.format),
     ];
     let flags = [
         ("read_only", add.read_only),
@@ -141,8 +141,8 @@ async fn ensure(
 ) -> Result<std::io::Result<()>, ClientError> {
     let texts = [
         ("volume", &asked.what.volume),
-        ("path", &asked.what.path),
-        ("format", &asked.what.format),
+        ("path", &asked.what.file.path),
+        ("format", &asked.what.file.format),
         ("job", &asked.job),
     ];
     let flags = [

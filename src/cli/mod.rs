@@ -19,6 +19,7 @@ mod show;
 mod table;
 mod top;
 mod watch;
+mod what;
 
 use std::io::Write as _;
 use std::path::PathBuf;
@@ -33,6 +34,7 @@ use crate::daemon;
 use crate::dbus::Bus;
 
 use failure::Failure;
+use what::{MaybeWhat, What};
 
 const EXIT_CODES: &str = "Exit codes:
   0  done
@@ -203,25 +205,6 @@ struct Add {
 }
 
 #[derive(Debug, Args)]
-#[group(skip)]
-struct What {
-    /// The volume
-    #[arg(
-        long,
-        value_name = "PROFILE:ID",
-        required_unless_present = "path",
-        conflicts_with = "path"
-    )]
-    volume: Option<String>,
-    /// A file, beneath one of the daemon's file_roots
-    #[arg(long, value_name = "PATH")]
-    path: Option<String>,
-    /// How the file is read [default: raw; has to be said of a name that ends in .qcow2]
-    #[arg(long, value_name = "FORMAT", value_parser = ["raw", "qcow2"], requires = "path", conflicts_with = "volume")]
-    format: Option<String>,
-}
-
-#[derive(Debug, Args)]
 struct Ensure {
     /// The VM's id
     #[arg(add = ArgValueCandidates::new(complete::vms))]
@@ -248,20 +231,6 @@ struct Ensure {
     /// How long to wait until it serves [default: 10]
     #[arg(long, value_name = "SECONDS", value_parser = seconds)]
     wait: Option<Duration>,
-}
-
-#[derive(Debug, Args)]
-#[group(skip)]
-struct MaybeWhat {
-    /// The volume; not needed for a disk that has an export
-    #[arg(long, value_name = "PROFILE:ID", conflicts_with = "path", add = ArgValueCandidates::new(complete::volumes))]
-    volume: Option<String>,
-    /// A file, beneath one of the daemon's file_roots
-    #[arg(long, value_name = "PATH")]
-    path: Option<String>,
-    /// How the file is read [default: raw; has to be said of a name that ends in .qcow2]
-    #[arg(long, value_name = "FORMAT", value_parser = ["raw", "qcow2"], requires = "path", conflicts_with = "volume")]
-    format: Option<String>,
 }
 
 #[derive(Debug, Args)]

@@ -140,6 +140,7 @@ impl Control {
         self.reload.told = problems;
         // Before what is served: a client that comes to a new export meets its rules.
         self.door.rule(reading.rules);
+        self.roots.set(reading.file_roots);
         self.apply(Event::Sections {
             sections: reading.sections,
             refused: reading.refused,

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::net::{SocketAddr, ToSocketAddrs};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use super::Error;
@@ -30,6 +30,8 @@ pub(super) struct Reading {
     /// Those that stand in the files and are not taken; `None` when not every file could be read.
     pub refused: Option<BTreeSet<ExportName>>,
     pub rules: Rules,
+    /// The folders beneath which files are served.
+    pub file_roots: Vec<PathBuf>,
     /// For what cannot be read next time.
     pub last: LastGood,
     pub problems: Vec<Problem>,
@@ -134,7 +136,12 @@ pub(super) fn read(main: &Path, last: &LastGood, clock: Clock) -> Reading {
         .filter_map(|name| ExportName::parse(name).ok())
         .filter(|name| !taken.contains(name))
         .collect();
+    let said = judged
+        .generic
+        .as_ref()
+        .map_or(&[][..], |generic| &generic.file_roots);
     Reading {
+        file_roots: file_roots(said, &sections),
         refused: (!judged.unread).then_some(refused),
         generic: judged.generic,
         sections,
@@ -153,7 +160,6 @@ fn configured(section: &Section, written: Written) -> Result<ConfiguredSection, 
                 section.name
             ));
         }
-        Backing::Volume(volume) if volume.file().is_some() => return Err(no_file(&section.name)),
         Backing::Volume(volume) => (volume.clone(), None),
         Backing::Device(path) => {
             let path = path
@@ -167,7 +173,16 @@ fn configured(section: &Section, written: Written) -> Result<ConfiguredSection, 
             };
             (VolumeId::of_path(path), Some(named))
         }
-        Backing::File(_) => return Err(no_file(&section.name)),
+        Backing::File(path, format) => {
+            let path = path.to_str();
+            let path =
+                path.ok_or_else(|| format!("[{}]: exportname is not UTF-8", section.name))?;
+            let volume = VolumeId::of_file(path, *format);
+            (
+                volume.map_err(|error| format!("[{}]: exportname {error}", section.name))?,
+                None,
+            )
+        }
     };
     let definition = Definition {
         name: section.name.clone(),
@@ -180,10 +195,18 @@ fn configured(section: &Section, written: Written) -> Result<ConfiguredSection, 
     Ok(ConfiguredSection { definition, path })
 }
 
-fn no_file(name: &ExportName) -> String {
-    format!(
-        "[{name}]: a plain file is refused: files are served from nbdtrack.toml, whose file_roots say which folders"
-    )
+/// The folders beneath which files are served: those that were said, or those of the files that are named.
+fn file_roots(said: &[PathBuf], sections: &[ConfiguredSection]) -> Vec<PathBuf> {
+    if !said.is_empty() {
+        return said.to_owned();
+    }
+    let files = sections
+        .iter()
+        .filter_map(|section| section.definition.volume.file());
+    let folders: BTreeSet<PathBuf> = files
+        .filter_map(|path| Path::new(path).parent().map(Path::to_owned))
+        .collect();
+    folders.into_iter().collect()
 }
 
 fn access(section: &Section, missing_allows: bool, warnings: &mut Vec<Problem>) -> nbd::Access {

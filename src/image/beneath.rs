@@ -8,6 +8,7 @@ use std::fs::{File, Metadata, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::{PoisonError, RwLock};
 use std::time::UNIX_EPOCH;
 
 use nix::errno::Errno;
@@ -37,8 +38,8 @@ pub enum FileError {
 }
 
 /// The folders beneath which files may be served; none means no file.
-#[derive(Debug, Clone, Default)]
-pub struct Roots(Vec<PathBuf>);
+#[derive(Debug, Default)]
+pub struct Roots(RwLock<Vec<PathBuf>>);
 
 /// What stands under a path.
 #[derive(Debug)]
@@ -52,7 +53,23 @@ pub struct FoundFile {
 
 impl Roots {
     pub fn new(roots: Vec<PathBuf>) -> Roots {
-        Roots(roots)
+        Roots(RwLock::new(roots))
+    }
+
+    /// Other folders from now on; what is open stays open.
+    pub fn set(&self, roots: Vec<PathBuf>) {
+        *self.0.write().unwrap_or_else(PoisonError::into_inner) = roots;
+    }
+
+    /// The folder that a path lies beneath, and the rest of the path.
+    fn split<'a>(&self, path: &'a str) -> Option<(PathBuf, &'a Path)> {
+        // The longest root first: a root inside another one is stricter.
+        let roots = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        roots
+            .iter()
+            .filter_map(|root| Some((root, Path::new(path).strip_prefix(root).ok()?)))
+            .max_by_key(|(root, _)| root.as_os_str().len())
+            .map(|(root, below)| (root.clone(), below))
     }
 
     /// Looks the absolute `path` up, following no link that leads out of its root; what it finds is counted as a file of
@@ -61,12 +78,8 @@ impl Roots {
     /// # Errors
     /// Says what stands there instead of a regular file.
     pub fn find(&self, path: &str, format: Format) -> Result<FoundFile, FileError> {
-        // The longest root first: a root inside another one is stricter.
         let (root, below) = self
-            .0
-            .iter()
-            .filter_map(|root| Some((root, Path::new(path).strip_prefix(root).ok()?)))
-            .max_by_key(|(root, _)| root.as_os_str().len())
+            .split(path)
             .ok_or_else(|| FileError::Outside(path.to_owned()))?;
         let refused = |source: io::Error| match source.raw_os_error() {
             Some(libc::ENOENT | libc::ENOTDIR) => FileError::Missing(path.to_owned()),

@@ -103,7 +103,7 @@ pub const GENERIC: [Key; 19] = [
 ];
 
 /// An export's section.
-pub const SECTION: [Key; 32] = [
+pub const SECTION: [Key; 33] = [
     key("exportname", Text, Works),
     key("readonly", Boolean, Works),
     key("authfile", Text, Works),
@@ -200,10 +200,11 @@ pub const SECTION: [Key; 32] = [
     key("x-volume", Text, Works),
     key("x-share", Boolean, Works),
     key("x-trust-path", Boolean, Works),
+    key("x-format", Text, Works),
 ];
 
 /// `[generic]`, ours. A stock server does not know them and reads on.
-pub const GENERIC_OURS: [Key; 4] = [
+pub const GENERIC_OURS: [Key; 5] = [
     key("x-state", Text, Works),
     key("x-bus", Text, Works),
     key(
@@ -212,4 +213,5 @@ pub const GENERIC_OURS: [Key; 4] = [
         Refused("files are not watched yet; send SIGHUP or call Reload"),
     ),
     key("x-missing-authfile", Text, Works),
+    key("x-file-roots", Text, Works),
 ];

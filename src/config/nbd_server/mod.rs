@@ -22,6 +22,7 @@ mod section;
 mod tests;
 
 use super::place::Problem;
+use crate::identity::{Format, VolumeId};
 use key_file::{Group, KeyFile, shown};
 pub use keys::{Fate, GENERIC, GENERIC_OURS, Key, Kind, SECTION};
 pub use section::{Access, Backing, Section};
@@ -52,6 +53,8 @@ pub struct Generic {
     pub bus: Option<String>,
     /// Everyone may connect where an authfile cannot be read, as with the stock server.
     pub missing_authfile_allows: bool,
+    /// `x-file-roots`: the folders beneath which files may be served; empty for those of the sections' own files.
+    pub file_roots: Vec<PathBuf>,
 }
 
 /// What was read before, for what cannot be read now.
@@ -239,7 +242,32 @@ fn generic(group: &Group<'_>, remarks: &mut Remarks) -> Generic {
         state: text("x-state").map(PathBuf::from),
         bus: text("x-bus"),
         missing_authfile_allows: missing.is_some_and(|(word, _)| word == "allow"),
+        file_roots: file_roots(&values, of, remarks),
     }
+}
+
+/// Absolute paths, with commas between them.
+fn file_roots(values: &section::Values<'_>, of: &str, remarks: &mut Remarks) -> Vec<PathBuf> {
+    let Some((list, entry)) = values.text("x-file-roots") else {
+        return Vec::new();
+    };
+    let mut found = Vec::new();
+    for root in list
+        .split(',')
+        .map(str::trim)
+        .filter(|root| !root.is_empty())
+    {
+        // As a served path is written, so that one is beneath the other or is not.
+        match VolumeId::of_file(root, Format::Raw) {
+            Ok(_) if found.len() < LISTEN_MAX => found.push(PathBuf::from(root)),
+            Ok(_) => break,
+            Err(_) => remarks.problems.push(entry.at.problem(format!(
+                "{of}: x-file-roots \"{}\": expected the absolute path of a folder, without '//', '.', '..' or a '/' at its end",
+                shown(root)
+            ))),
+        }
+    }
+    found
 }
 
 /// A problem of a file as a whole.

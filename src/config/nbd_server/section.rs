@@ -6,7 +6,7 @@ use super::key_file::{Entry, Group, shown};
 use super::keys::{Fate, Key, Kind, SECTION};
 use crate::config::place::Problem;
 use crate::correlation::ExportName;
-use crate::identity::VolumeId;
+use crate::identity::{Format, VolumeId};
 
 /// An export as its section describes it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -30,8 +30,8 @@ pub enum Backing {
     Volume(VolumeId),
     /// `exportname = /dev/…`: the volume that was there when the line was written.
     Device(PathBuf),
-    /// `exportname = /file`.
-    File(PathBuf),
+    /// `exportname = /file`, and `x-format`.
+    File(PathBuf, Format),
 }
 
 /// Who may use an export, and how.
@@ -135,21 +135,40 @@ fn backing(values: &Values<'_>, of: &str, remarks: &mut Remarks) -> Option<Backi
             "\"{}\": a path for each client's address (%s) is refused: an export is one volume for all",
             shown(text)
         ))
-    } else if text.to_ascii_lowercase().ends_with(".qcow2") {
-        refuse(format!(
-            "\"{}\": a qcow2 image is not served yet, and never as raw bytes",
-            shown(text)
-        ))
     } else {
         None
     };
-    match problem {
-        Some(problem) => {
-            remarks.problems.push(problem);
+    if let Some(problem) = problem {
+        remarks.problems.push(problem);
+        return None;
+    }
+    let device = text.starts_with("/dev/");
+    match (values.text("x-format"), device) {
+        (Some((_, entry)), true) => {
+            let message = format!("{of}: x-format is of a file, and exportname is a device");
+            remarks.problems.push(entry.at.problem(message));
             None
         }
-        None if text.starts_with("/dev/") => Some(Backing::Device(text.into())),
-        None => Some(Backing::File(text.into())),
+        (None, true) => Some(Backing::Device(text.into())),
+        (said, false) => match file_format(text, said.map(|(word, _)| word)) {
+            Ok(format) => Some(Backing::File(text.into(), format)),
+            Err(message) => {
+                let at = said.map_or(entry, |(_, entry)| entry).at;
+                remarks
+                    .problems
+                    .push(at.problem(format!("{of}: x-format {message}")));
+                None
+            }
+        },
+    }
+}
+
+/// What nothing was said of is raw, as with the stock server, but for what is named as an image: served as its bytes it would be
+/// of use to no one. That it is one is seen when it is looked up.
+fn file_format(path: &str, said: Option<&str>) -> Result<Format, String> {
+    match said {
+        None if path.to_ascii_lowercase().ends_with(".qcow2") => Ok(Format::Qcow2),
+        said => Format::told(path, said),
     }
 }
 

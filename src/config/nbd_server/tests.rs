@@ -29,6 +29,8 @@ fn every_key_has_the_fate_that_the_table_says() {
         ("x-volume", _) => "serial:WD-WMAP9A966149",
         ("virtstyle", _) => "cidrhash 24",
         ("x-missing-authfile", _) => "allow",
+        ("x-format", _) => "qcow2",
+        ("x-file-roots", _) => "/a, /b/c",
         (_, Kind::Boolean) => "true",
         (_, Kind::Integer | Kind::Integer64) => "7",
         (_, Kind::Text) => "/a/b",
@@ -61,10 +63,10 @@ fn every_key_has_the_fate_that_the_table_says() {
         check(key, text);
     }
     for key in &SECTION {
-        let rest = if key.name == "exportname" {
-            ""
-        } else {
-            "exportname = /dev/x\n"
+        let rest = match key.name {
+            "exportname" => "",
+            "x-format" => "exportname = /a/x\n",
+            _ => "exportname = /dev/x\n",
         };
         let text = format!("[generic]\n[e]\n{rest}{} = {}\n", key.name, example(key));
         check(key, text);
@@ -97,7 +99,7 @@ fn a_value_that_the_stock_server_refuses_is_refused_with_its_place() {
         ("x-shared = true", "no key of nbdtrack"),
         ("exportname = relative", "absolute path"),
         ("exportname = /a/%s", "each client's address"),
-        ("exportname = /a/b.QCOW2", "never as raw bytes"),
+        ("x-format = raw", "x-format is of a file"),
     ] {
         let judged = read(&format!("[generic]\n[e]\nexportname=/dev/x\n  {line}\n"));
         let problems = told(&judged.problems);
