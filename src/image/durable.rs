@@ -41,11 +41,13 @@ impl Durable {
             if state.begun == state.ended {
                 state.begun += 1;
                 drop(state);
-                let result = sync();
+                let mut round = Round {
+                    durable: self,
+                    done: false,
+                };
+                round.done = sync().is_ok();
+                drop(round);
                 state = self.lock();
-                state.ended += 1;
-                state.latched |= result.is_err();
-                self.ended.notify_all();
                 break;
             }
             state = self
@@ -75,6 +77,21 @@ impl Durable {
     }
 }
 
+/// A round that runs. It ends however `sync` does: one that panicked has failed, and keeps no one waiting.
+struct Round<'a> {
+    durable: &'a Durable,
+    done: bool,
+}
+
+impl Drop for Round<'_> {
+    fn drop(&mut self) {
+        let mut state = self.durable.lock();
+        state.ended += 1;
+        state.latched |= !self.done;
+        self.durable.ended.notify_all();
+    }
+}
+
 fn latched() -> io::Error {
     io::Error::from_raw_os_error(libc::EIO)
 }
@@ -94,6 +111,19 @@ mod tests {
         let again = durable.sync(|| Ok(())).unwrap_err();
         assert_eq!(again.raw_os_error(), Some(libc::EIO));
         assert!(durable.latched());
+    }
+
+    #[test]
+    fn a_sync_that_panics_has_failed_and_keeps_no_one_waiting() {
+        let durable = Durable::default();
+        let broke = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            durable.sync(|| panic!("in the middle of it"))
+        }));
+        assert!(broke.is_err());
+        // By another thread, so that a wait without end would be seen.
+        let (told, answer) = std::sync::mpsc::channel();
+        std::thread::spawn(move || told.send(durable.sync(|| Ok(())).is_err()));
+        assert_eq!(answer.recv_timeout(Duration::from_secs(20)), Ok(true));
     }
 
     #[test]
