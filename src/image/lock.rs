@@ -46,7 +46,8 @@ const FORBIDDEN: &[libc::off_t] = &[WRITE, RESIZE];
 /// Holds `file`, opened for reading at least, for `wanted`; `had` is what the same descriptor held it for before.
 ///
 /// # Errors
-/// Says who is in the way; then all is as before. A file system that has no locks is told in the log, and no error.
+/// Says who is in the way, or that the locks could not be had or asked for; then all is as before. A file system that has no locks is
+/// told in the log, and no error.
 pub(super) fn take(file: &File, path: &str, wanted: Use, had: Option<Use>) -> Result<(), String> {
     let held: Vec<libc::off_t> = had.into_iter().flat_map(Use::bytes).collect();
     let new: Vec<libc::off_t> = wanted.bytes().filter(|byte| !held.contains(byte)).collect();
@@ -63,11 +64,15 @@ pub(super) fn take(file: &File, path: &str, wanted: Use, had: Option<Use>) -> Re
                 give_back();
                 return Err("another program has all of it locked".to_owned());
             }
-            Err(error) => {
+            Err(error) if new.first() == Some(byte) && has_none(&error) => {
                 // One writer is then the operator's to see to.
                 tracing::warn!(file = path, %error, "the file system has no locks: neither QEMU nor a second nbdtrack would be kept out");
                 give_back();
                 return Ok(());
+            }
+            Err(error) => {
+                give_back();
+                return Err(format!("its locks are not to be had: {error}"));
             }
         }
     }
@@ -84,12 +89,25 @@ pub(super) fn take(file: &File, path: &str, wanted: Use, had: Option<Use>) -> Re
         )
     });
     for (byte, told) in does.chain(forbids) {
-        if is_held(file, byte).unwrap_or(false) {
-            give_back();
-            return Err(told.to_owned());
-        }
+        let in_the_way = match is_held(file, byte) {
+            Ok(false) => continue,
+            Ok(true) => told.to_owned(),
+            // Whoever cannot be seen may be a writer.
+            Err(error) => format!("who has it open cannot be asked: {error}"),
+        };
+        give_back();
+        return Err(in_the_way);
     }
     Ok(())
+}
+
+/// Whether the file system has no locks at all (fcntl_locking(2), and ENOLCK of NFS without a lock daemon); anything else
+/// is a lock that one did not get.
+fn has_none(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(libc::ENOLCK | libc::ENOSYS | libc::EOPNOTSUPP | libc::EINVAL)
+    )
 }
 
 fn set(file: &File, byte: libc::off_t, kind: libc::c_int) -> io::Result<()> {
