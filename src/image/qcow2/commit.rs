@@ -21,7 +21,11 @@ use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
 
 use super::core::Core;
+use super::damaged;
 use super::write::Writer;
+
+/// What was given up in so many commits waits for older calls to end. A call that hangs (in a file beneath the image) holds up all of it.
+const LEAVING_MAX: usize = 64;
 
 impl Core {
     /// Makes everything durable that was written before. One at a time; after a failure never again (invariant 9).
@@ -30,19 +34,39 @@ impl Core {
         let Some(writer) = self.writer.get() else {
             return file.sync_data();
         };
-        let mut writer = writer.lock().unwrap_or_else(PoisonError::into_inner);
-        if self.is_broken() {
-            return Err(io::Error::from_raw_os_error(libc::EIO));
-        }
+        let mut writer = match writer.lock() {
+            Ok(writer) if !self.is_broken() => writer,
+            // A panic may have left its changes half done: they are not for the file.
+            Ok(_) | Err(_) => return Err(damaged()),
+        };
         if !writer.has_changes() {
             drop(writer);
-            return file.sync_data();
+            return self.or_broken(self.is_whole().and_then(|()| file.sync_data()));
         }
-        let done = self.write_metadata(&mut writer);
+        let done = self
+            .is_whole()
+            .and_then(|()| self.write_metadata(&mut writer));
+        self.or_broken(done)
+    }
+
+    /// After a failure nothing is written to the file's metadata any more. Also when only data were to be synced: what was lost of
+    /// them must not be mapped by a later commit, whose sync could succeed.
+    fn or_broken(&self, done: io::Result<()>) -> io::Result<()> {
         if done.is_err() {
             self.broken.store(true, Ordering::Release);
         }
         done
+    }
+
+    /// The file has all that was ever in it. One that was cut off, or copied over, is another image by now: the changes
+    /// in memory are not for it.
+    fn is_whole(&self) -> io::Result<()> {
+        let bytes = self.file().metadata()?.len();
+        let whole = bytes.next_multiple_of(self.header.cluster_bytes());
+        if whole < self.end.load(Ordering::Acquire) {
+            return Err(damaged());
+        }
+        Ok(())
     }
 
     fn write_metadata(&self, writer: &mut Writer) -> io::Result<()> {
@@ -74,6 +98,13 @@ impl Core {
 
     /// Lowers the counts of what was given up, as far as no older pass is under way.
     fn let_go(&self, writer: &mut Writer) -> io::Result<()> {
+        if writer.leaving.len() >= LEAVING_MAX {
+            let runs = std::mem::take(&mut writer.given_up).len();
+            tracing::warn!(
+                runs,
+                "a call of an image goes on for ever: clusters that were given up meanwhile are lost, until qemu-img check -r leaks"
+            );
+        }
         if !writer.given_up.is_empty() {
             let mut pass = self.pass.lock().unwrap_or_else(PoisonError::into_inner);
             // Who looks up from here on finds none of them.
@@ -118,5 +149,99 @@ impl Drop for Core {
                 return;
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::image::durable::Durable;
+    use crate::image::qcow2::core::read_header;
+    use crate::image::qcow2::empty::Emptying;
+    use nix::sys::memfd::{MFdFlags, memfd_create};
+    use std::fs::File;
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+
+    /// 1 MiB in clusters of 64 KiB: the header, the refcount table, its one block, L1.
+    fn image() -> (File, Core) {
+        let flags = MFdFlags::MFD_CLOEXEC;
+        let file = File::from(memfd_create("image", flags).unwrap());
+        file.set_len(4 << 16).unwrap();
+        let put = |at: u64, bytes: &[u8]| file.write_all_at(bytes, at).unwrap();
+        put(0, b"QFI\xfb\0\0\0\x03");
+        put(20, &16_u32.to_be_bytes());
+        put(24, &(1_u64 << 20).to_be_bytes());
+        put(36, &1_u32.to_be_bytes());
+        put(40, &(3_u64 << 16).to_be_bytes());
+        put(48, &(1_u64 << 16).to_be_bytes());
+        put(56, &1_u32.to_be_bytes());
+        put(96, &4_u32.to_be_bytes());
+        put(100, &104_u32.to_be_bytes());
+        put(1 << 16, &(2_u64 << 16).to_be_bytes());
+        put(2 << 16, &[0, 1, 0, 1, 0, 1, 0, 1]);
+        let (header, bytes) = read_header(&file).unwrap().unwrap();
+        let reading = file.try_clone().unwrap();
+        let core = Core::open(reading, header, bytes, None).unwrap().unwrap();
+        core.prepare(file.try_clone().unwrap()).unwrap().unwrap();
+        (file, core)
+    }
+
+    fn l1(file: &File) -> u64 {
+        let mut word = [0; 8];
+        file.read_exact_at(&mut word, 3 << 16).unwrap();
+        u64::from_be_bytes(word)
+    }
+
+    #[test]
+    fn what_a_panic_left_half_done_is_not_written() {
+        let (file, core) = image();
+        core.write(5, &[1], &Durable::default()).unwrap();
+        let broke = catch_unwind(AssertUnwindSafe(|| {
+            let _writer = core.writer();
+            panic!("while metadata were changed");
+        }));
+        assert!(broke.is_err());
+        assert!(core.commit().is_err());
+        assert!(core.write(1 << 19, &[1], &Durable::default()).is_err());
+        drop(core);
+        assert_eq!(l1(&file), 0, "the mapping reached the file");
+    }
+
+    #[test]
+    fn a_call_that_hangs_does_not_make_what_is_given_up_grow_and_nothing_that_it_may_read_is_given_out()
+     {
+        let (_file, core) = image();
+        let durable = Durable::default();
+        core.write(0, &[7; 1 << 16], &durable).unwrap();
+        core.commit().unwrap();
+        let old = core.entry(0).unwrap();
+        let hangs = core.pass();
+        for _ in 0..LEAVING_MAX + 8 {
+            let emptied = core.empty(0, 0, Emptying::Unallocated, &durable);
+            assert!(emptied.unwrap());
+            core.commit().unwrap();
+            core.write(0, &[8; 1 << 16], &durable).unwrap();
+            assert_ne!(core.entry(0).unwrap(), old);
+            let writer = core.writer().unwrap();
+            assert!(writer.leaving.len() <= LEAVING_MAX);
+            assert!(writer.given_up.len() <= 1);
+        }
+        drop(hangs);
+        core.commit().unwrap();
+        assert!(core.writer().unwrap().leaving.is_empty());
+    }
+
+    /// The kernel tells a lost page once; a later commit, the last one at the close, must not map what was lost.
+    #[test]
+    fn after_a_failed_commit_nothing_more_is_written() {
+        let (file, core) = image();
+        core.write(5, &[1], &Durable::default()).unwrap();
+        let bytes = file.metadata().unwrap().len();
+        file.set_len(1 << 16).unwrap();
+        assert!(core.commit().is_err(), "the file was cut off");
+        file.set_len(bytes).unwrap();
+        assert!(core.commit().is_err(), "as if nothing had been");
+        drop(core);
+        assert_eq!(l1(&file), 0, "the mapping reached the file");
     }
 }

@@ -10,6 +10,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
+use super::apart::Places;
 use super::chain::Layer;
 use super::damaged;
 use super::entry::{Cluster, Damaged, Unit};
@@ -35,6 +36,8 @@ pub(crate) struct Core {
     /// Set with `writing`. Held while metadata change and while they are made durable: those who need a new cluster wait for that,
     /// who only reads or writes clusters that are there does not. After `ranges`, before the locks of `tables`.
     pub(super) writer: OnceLock<Mutex<Writer>>,
+    /// Set with `writing`: what no guest's cluster may be.
+    pub(super) places: OnceLock<Places>,
     /// Of new passes. Held for a clone.
     pub(super) pass: Mutex<Pass>,
     /// Guest ranges whose mapping is being changed.
@@ -110,6 +113,7 @@ impl Core {
             reading: file,
             writing: OnceLock::new(),
             writer: OnceLock::new(),
+            places: OnceLock::new(),
             pass: Mutex::default(),
             ranges: Ranges::default(),
             end: AtomicU64::new(file_bytes),

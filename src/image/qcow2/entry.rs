@@ -125,9 +125,14 @@ fn high(bits: u64) -> u64 {
     bits >> 32
 }
 
+/// The host offset of an L1 entry's table in bytes, or 0.
+pub(super) fn table_offset(word: u64) -> u64 {
+    word & OFFSET
+}
+
 /// The host offset of an L1 entry's table in bytes, `None` for no table, and whether only this entry refers to it.
 pub(super) fn table(word: u64, header: &Header) -> Result<Option<(u64, bool)>, Damaged> {
-    let host = word & OFFSET;
+    let host = table_offset(word);
     if !host.is_multiple_of(header.cluster_bytes()) || word & !(OFFSET | COPIED) != 0 {
         return Err(Damaged);
     }

@@ -65,6 +65,18 @@ pub enum Refusal {
         offset: u64,
         file_bytes: u64,
     },
+    #[error(
+        "{one} and {other} both lie at byte {offset}; see to it with: qemu-img check -r all, on a copy"
+    )]
+    Overlap {
+        one: &'static str,
+        other: &'static str,
+        offset: u64,
+    },
+    #[error(
+        "its file was cut off: clusters that its tables name lie behind the end; what there is can be read with read_only = true"
+    )]
+    CutShort,
     #[error("its backing file has no name that can be followed")]
     BackingName,
 }

@@ -7,8 +7,10 @@
 //! | `header.rs` | PURE: the header, and everything that is refused by it |
 //! | `extensions.rs` | PURE: the extensions of the header |
 //! | `entry.rs` | PURE: what the entries of the tables mean |
+//! | `apart.rs` | PURE: where the tables lie, and that they lie apart from each other |
 //! | `inflate.rs` | PURE: compressed clusters |
 //! | `tables.rs` | the mapping in memory |
+//! | `counts.rs` | PURE: reference counts in the bytes of a block |
 //! | `refs.rs` | reference counts; which clusters are given out |
 //! | `core.rs` | one opened image: reading it |
 //! | `write.rs` | writing it |
@@ -31,9 +33,11 @@ use super::raw::Plain;
 use super::{Allocation, BlockSizes, Extent, Image, NoWait, Span, ZeroFlags};
 use crate::correlation::OpenDisk;
 
+mod apart;
 mod chain;
 mod commit;
 mod core;
+mod counts;
 mod empty;
 mod entry;
 mod extensions;
@@ -45,6 +49,7 @@ mod tables;
 mod write;
 
 pub(super) use self::core::Core;
+use apart::Places;
 use empty::Emptying;
 use header::Refusal;
 use refs::Refs;
@@ -154,14 +159,25 @@ impl Core {
     /// Makes an image that was opened for reading ready for writing, through `file`.
     fn prepare(&self, file: File) -> io::Result<Result<(), Refusal>> {
         let file_bytes = file.metadata()?.len();
-        let refs = match Refs::load(&file, &self.header, file_bytes)? {
+        let mut refs = match Refs::load(&file, &self.header, file_bytes)? {
             Ok(refs) => refs,
             Err(refusal) => return Ok(Err(refusal)),
         };
-        self.end
-            .fetch_max(file_bytes, std::sync::atomic::Ordering::AcqRel);
-        // By the one who has the turn to open: both are set once.
+        let places = match Places::new(&self.header, refs.blocks(), self.tables.hosts()) {
+            Ok(places) => places,
+            Err(refusal) => return Ok(Err(refusal)),
+        };
+        // Lost in a crash, or with the end of the file: then what the tables say to be there would read as zeroes once the file has
+        // grown over it.
+        if refs.has_lost(&file)? && self.tables.reach_behind(&file, &self.header, file_bytes)? {
+            return Ok(Err(Refusal::CutShort));
+        }
+        // The file may end inside of its last cluster: who writes only some subclusters of one leaves the rest of it out.
+        let end = file_bytes.next_multiple_of(self.header.cluster_bytes());
+        self.end.fetch_max(end, std::sync::atomic::Ordering::AcqRel);
+        // By the one who has the turn to open: each is set once.
         let _ = self.writing.set(file);
+        let _ = self.places.set(places);
         self.clear_autoclear()?;
         let _ = self.writer.set(Mutex::new(Writer::new(refs)));
         Ok(Ok(()))

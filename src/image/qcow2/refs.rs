@@ -9,6 +9,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
+use super::counts::{count, set_count};
 use super::damaged;
 use super::header::{Header, REFTABLE_BYTES_MAX, Refusal};
 use super::tables::words;
@@ -90,6 +91,27 @@ impl Refs {
         }))
     }
 
+    /// Bytes of the file at which the refcount blocks begin.
+    pub fn blocks(&self) -> impl Iterator<Item = u64> {
+        self.table.iter().copied().filter(|block| *block != 0)
+    }
+
+    /// Whether any cluster behind the end has a count, of those that would be passed over.
+    pub fn has_lost(&mut self, file: &File) -> io::Result<bool> {
+        for cluster in self.end..self.end + PASSED_OVER_MAX {
+            if self.index(cluster) == 0 {
+                self.forget_clean();
+                if cluster >> self.block_bits() >= self.table.len() as u64 {
+                    break;
+                }
+            }
+            if self.get(file, cluster)? != 0 {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
     /// Gives out at least one cluster and at most `count`, in one run, each with a count of one now. True when they are new in the file,
     /// which was made longer by them, so that they read as zeroes.
     pub fn allocate(&mut self, file: &File, count: u64) -> io::Result<(Clusters, bool)> {
@@ -111,6 +133,10 @@ impl Refs {
         let from = self.end;
         while self.ready(file, self.end)? != 0 {
             self.end += 1;
+            if self.index(self.end) == 0 {
+                // What was passed over is not asked for again.
+                self.forget_clean();
+            }
             if self.end - from > PASSED_OVER_MAX {
                 return Err(damaged());
             }
@@ -125,8 +151,14 @@ impl Refs {
             self.set(file, first + taken, 1)?;
             taken += 1;
         }
-        self.end = first + taken;
-        file.set_len(self.end << self.cluster_bits)?;
+        let end = first + taken;
+        if let Err(error) = file.set_len(end << self.cluster_bits) {
+            for cluster in first..end {
+                self.set(file, cluster, 0)?;
+            }
+            return Err(error);
+        }
+        self.end = end;
         Ok((
             Clusters {
                 first,
@@ -212,13 +244,15 @@ impl Refs {
             file.write_all_at(&slice.bytes, block + inside * slice.bytes.len() as u64)?;
             slice.dirty = false;
         }
-        let spare = self.slices.len().saturating_sub(CLEAN_MAX);
-        if spare > 0 {
-            let old: Vec<u64> = self.slices.keys().take(spare).copied().collect();
-            old.iter()
-                .for_each(|number| drop(self.slices.remove(number)));
-        }
+        self.forget_clean();
         Ok(())
+    }
+
+    /// Drops the slices that are as in the file when there are many.
+    fn forget_clean(&mut self) {
+        if self.slices.len() > CLEAN_MAX {
+            self.slices.retain(|_, slice| slice.dirty);
+        }
     }
 
     pub fn is_dirty(&self) -> bool {
@@ -398,73 +432,50 @@ impl Refs {
     }
 }
 
-/// Count `index` of `bytes`, of `1 << order` bits. docs/interop/qcow2.rst: in a byte the first count has the lowest bits; of
-/// several bytes the order is big-endian.
-fn count(bytes: &[u8], order: u32, index: u64) -> u64 {
-    let Ok(index) = usize::try_from(index) else {
-        return 0;
-    };
-    if order < 3 {
-        let per_byte = 3 - order;
-        let (at, shift) = (index >> per_byte, (index & ((1 << per_byte) - 1)) << order);
-        let mask = (1_u16 << (1 << order)) - 1;
-        return u64::from((u16::from(bytes[at]) >> shift) & mask);
-    }
-    let len = 1 << (order - 3);
-    let at = index * len;
-    bytes[at..at + len]
-        .iter()
-        .fold(0, |n, byte| n << 8 | u64::from(*byte))
-}
-
-fn set_count(bytes: &mut [u8], order: u32, index: u64, to: u64) {
-    let Ok(index) = usize::try_from(index) else {
-        return;
-    };
-    if order < 3 {
-        let per_byte = 3 - order;
-        let (at, shift) = (index >> per_byte, (index & ((1 << per_byte) - 1)) << order);
-        let mask = u8::try_from((1_u16 << (1 << order)) - 1).unwrap_or(u8::MAX) << shift;
-        let value = u8::try_from(to & 0xff).unwrap_or_default() << shift;
-        bytes[at] = bytes[at] & !mask | value & mask;
-        return;
-    }
-    let len = 1 << (order - 3);
-    let at = index * len;
-    bytes[at..at + len].copy_from_slice(&to.to_be_bytes()[8 - len..]);
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    #[test]
-    fn counts_of_every_width_stand_beside_each_other() {
-        for order in 0..=6 {
-            let mut bytes = vec![0; 64];
-            let counts = 512 >> order;
-            let most = if order == 6 {
-                u64::MAX
-            } else {
-                (1 << (1 << order)) - 1
-            };
-            let value = |index: u64| (index * 7 + 1) & most;
-            for index in 0..counts {
-                set_count(&mut bytes, order, index, most);
-                set_count(&mut bytes, order, index, value(index));
-            }
-            for index in 0..counts {
-                assert_eq!(
-                    count(&bytes, order, index),
-                    value(index),
-                    "order {order}, {index}"
-                );
-            }
+    fn refs(table: Vec<u64>) -> Refs {
+        Refs {
+            order: 6,
+            cluster_bits: 16,
+            table,
+            table_offset: 0,
+            slices: BTreeMap::new(),
+            dirty_table: BTreeSet::new(),
+            moved_from: None,
+            end: 2,
+            free: BTreeMap::new(),
         }
-        let mut bytes = [0; 8];
-        set_count(&mut bytes, 4, 1, 0x0102);
-        assert_eq!(bytes, [0, 0, 1, 2, 0, 0, 0, 0]);
-        set_count(&mut bytes, 1, 1, 3);
-        assert_eq!(bytes[0], 0b1100);
+    }
+
+    #[test]
+    fn clusters_that_the_file_had_no_room_for_are_not_lost() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(2 << 16).unwrap();
+        let mut refs = refs(vec![1 << 16]);
+        // Made longer by no one.
+        let reading = File::open(file.path()).unwrap();
+        for _ in 0..3 {
+            assert!(refs.allocate(&reading, 5).is_err());
+        }
+        let (given, _) = refs.allocate(file.as_file(), 5).unwrap();
+        assert_eq!((given.first, given.count), (2, 5));
+        assert_eq!(file.as_file().metadata().unwrap().len(), 7 << 16);
+    }
+
+    /// A refcount table whose blocks are all one that says of every cluster that it is in use.
+    #[test]
+    fn a_table_that_says_all_is_in_use_takes_neither_memory_nor_a_cluster() {
+        let file = tempfile::tempfile().unwrap();
+        file.write_all_at(&[0xff; 1 << 16], 1 << 16).unwrap();
+        let mut refs = refs(vec![1 << 16; 1024]);
+        for _ in 0..3 {
+            assert!(refs.allocate(&file, 1).is_err());
+            let in_memory = refs.slices.len();
+            assert!(in_memory <= CLEAN_MAX + 1, "{in_memory} slices in memory");
+        }
+        assert_eq!(file.metadata().unwrap().len(), 2 << 16);
     }
 }

@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use super::damaged;
-use super::entry::{self, Entry};
+use super::entry::{self, Cluster, Damaged, Entry};
 use super::header::{Header, Refusal};
 
 /// Bytes of an L2 table that are read and written as one, or a cluster where that is less.
@@ -157,6 +157,31 @@ impl Tables {
         self.word(index)?
             .store(host | entry::COPIED, Ordering::Release);
         Ok(index)
+    }
+
+    /// Bytes of the file at which the L2 tables begin.
+    pub fn hosts(&self) -> impl Iterator<Item = u64> {
+        let words = self.l1.iter().map(|word| word.load(Ordering::Acquire));
+        words.map(entry::table_offset).filter(|host| *host != 0)
+    }
+
+    /// Whether any entry names a cluster that begins behind the end of the file. Reads all tables.
+    pub fn reach_behind(&self, file: &File, header: &Header, file_bytes: u64) -> io::Result<bool> {
+        // One cluster: at most 2 MiB.
+        let mut buf = vec![0; usize::try_from(header.cluster_bytes()).map_err(io::Error::other)?];
+        for host in self.hosts() {
+            file.read_exact_at(&mut buf, host)?;
+            let behind = |entry: &Entry| match entry.cluster(header) {
+                Ok(Cluster::Standard { host, .. }) => host.is_some_and(|host| host >= file_bytes),
+                Ok(Cluster::Compressed { offset, .. }) => offset >= file_bytes,
+                // Whoever meets it is told.
+                Err(Damaged) => false,
+            };
+            if entries(header, &buf).iter().any(behind) {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     fn word(&self, index: u64) -> io::Result<&AtomicU64> {

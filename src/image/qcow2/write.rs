@@ -96,8 +96,9 @@ impl Core {
     }
 
     fn write_in_place(&self, host: u64, part: &[u8]) -> io::Result<()> {
-        if host + part.len() as u64 > self.end.load(Ordering::Acquire) {
-            // Nothing lies there: the file would be made longer by what an entry says.
+        let end = host + part.len() as u64;
+        if end > self.end.load(Ordering::Acquire) || self.has_metadata(host, end) {
+            // Nothing lies there, and the file would be made longer by what an entry says; or a table does.
             return Err(damaged());
         }
         self.file().write_all_at(part, host)
@@ -143,7 +144,23 @@ impl Core {
     }
 
     pub(super) fn cluster(&self, entry: Entry) -> io::Result<Cluster> {
-        entry.cluster(&self.header).map_err(|Damaged| damaged())
+        let found = entry.cluster(&self.header).map_err(|Damaged| damaged())?;
+        let lies = match found {
+            Cluster::Standard { host: None, .. } => false,
+            Cluster::Standard {
+                host: Some(host), ..
+            } => self.has_metadata(host, host + self.header.cluster_bytes()),
+            Cluster::Compressed { offset, len } => self.has_metadata(offset, offset + len),
+        };
+        if lies { Err(damaged()) } else { Ok(found) }
+    }
+
+    /// Whether an entry that names the bytes `from..to` of the file, at least one, names a table: what it maps is neither written nor
+    /// given up.
+    fn has_metadata(&self, from: u64, to: u64) -> bool {
+        let bits = self.header.cluster_bits;
+        let places = self.places.get();
+        places.is_some_and(|places| places.touch(from >> bits, (to - 1) >> bits))
     }
 
     fn needs_a_place(&self, cluster: u64) -> io::Result<bool> {

@@ -1,0 +1,232 @@
+//! Promise: an image that ends inside of a cluster, whose tables lie upon each other, or whose file is cut off while it is served, is
+//! written as QEMU would have it or not at all.
+#![allow(clippy::unwrap_used)]
+
+mod raw_file;
+
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use nbdtrack::image::qcow2::Qcow2;
+use nbdtrack::image::{Extent, Image, ZeroFlags};
+use raw_file::open_qcow2;
+
+const KIB: u64 = 1 << 10;
+const MIB: u64 = 1 << 20;
+
+/// One test at a time: a program that another one starts has our descriptors, and their locks, until it is another program.
+fn turn() -> MutexGuard<'static, ()> {
+    static TURN: Mutex<()> = Mutex::new(());
+    TURN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn tool(program: &str, args: &[&str]) -> String {
+    let done = Command::new(program).args(args).output().unwrap();
+    let said = String::from_utf8_lossy(&done.stdout).into_owned();
+    let failed = String::from_utf8_lossy(&done.stderr);
+    assert!(done.status.success(), "{program} {args:?}: {said}{failed}");
+    said
+}
+
+/// An image of 4 MiB with these options, and what `qemu-io` wrote into it.
+fn made(options: &str, commands: &[&str]) -> (tempfile::TempDir, PathBuf) {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("a.qcow2");
+    let name = path.to_str().unwrap();
+    let create = ["create", "-q", "-f", "qcow2", "-o", options, name, "4M"];
+    tool("qemu-img", &create);
+    for command in commands {
+        tool("qemu-io", &["-f", "qcow2", "-c", command, name]);
+    }
+    (folder, path)
+}
+
+fn by_qemu(path: &Path) -> Vec<u8> {
+    let raw = path.with_extension("as-raw");
+    let names = [path.to_str().unwrap(), raw.to_str().unwrap()];
+    tool("qemu-img", &["check", "-q", "-f", "qcow2", names[0]]);
+    let convert = ["convert", "-f", "qcow2", "-O", "raw", names[0], names[1]];
+    tool("qemu-img", &convert);
+    std::fs::read(&raw).unwrap()
+}
+
+fn at(offset: u64, len: u64) -> Extent {
+    Extent::checked(offset, u32::try_from(len).unwrap(), 4 * MIB).unwrap()
+}
+
+fn write(image: &Qcow2, offset: u64, byte: u8, len: u64) -> std::io::Result<()> {
+    let bytes = vec![byte; usize::try_from(len).unwrap()];
+    image.write(at(offset, len), &bytes, false)
+}
+
+/// A big-endian number in the file.
+fn number(path: &Path, offset: u64) -> u64 {
+    let mut bytes = [0; 8];
+    let file = std::fs::File::open(path).unwrap();
+    file.read_exact_at(&mut bytes, offset).unwrap();
+    u64::from_be_bytes(bytes)
+}
+
+fn poke(path: &Path, offset: u64, number: u64) {
+    let file = std::fs::OpenOptions::new().write(true).open(path).unwrap();
+    file.write_all_at(&number.to_be_bytes(), offset).unwrap();
+}
+
+#[test]
+fn a_cluster_that_the_file_has_only_the_first_subclusters_of_is_written() {
+    let _turn = turn();
+    for second in [32 * KIB, 60 * KIB, 124 * KIB] {
+        let (folder, path) = made(
+            "extended_l2=on,cluster_size=128k",
+            &["write -P 1 0 4k", "write -P 2 16k 4k"],
+        );
+        let bytes = std::fs::metadata(&path).unwrap().len();
+        assert_ne!(bytes % (128 * KIB), 0, "QEMU wrote the whole cluster");
+        let image = open_qcow2(folder.path(), &path, true).unwrap();
+        write(&image, second, 3, 4 * KIB).unwrap();
+        image.flush().unwrap();
+        drop(image);
+        let found = by_qemu(&path);
+        for (n, byte) in (0_u64..).zip(&found) {
+            let expected = match n / (4 * KIB) {
+                0 => 1,
+                4 => 2,
+                n if n == second / (4 * KIB) => 3,
+                _ => 0,
+            };
+            assert_eq!(*byte, expected, "byte {n}");
+        }
+    }
+}
+
+/// What is in memory is of the image that was there: written into what is there now, it would tear that.
+#[test]
+fn a_file_that_was_cut_off_or_copied_over_is_not_written_to_any_more() {
+    let _turn = turn();
+    let (folder, path) = made("cluster_size=64k", &["write -P 1 0 1M"]);
+    let (_other, newer) = made("cluster_size=64k", &["write -P 9 2M 64k"]);
+    let newer = std::fs::read(newer).unwrap();
+    let image = open_qcow2(folder.path(), &path, true).unwrap();
+    write(&image, 3 * MIB, 2, 64 * KIB).unwrap();
+    image.flush().unwrap();
+    write(&image, 2 * MIB, 3, 64 * KIB).unwrap();
+    // As cp(1) does.
+    std::fs::write(&path, &newer).unwrap();
+    assert!(image.flush().is_err());
+    assert!(image.latched());
+    drop(image);
+    assert!(std::fs::read(&path).unwrap() == newer, "it was written to");
+}
+
+/// As a copy that did not end: once the file had grown over them, the lost clusters read as zeroes.
+#[test]
+fn an_image_that_was_cut_short_is_not_written_and_its_lost_bytes_are_never_zeroes() {
+    let _turn = turn();
+    let (folder, path) = made("cluster_size=64k", &["write -P 1 0 2M"]);
+    let bytes = std::fs::metadata(&path).unwrap().len();
+    let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
+    file.set_len(bytes - MIB).unwrap();
+    drop(file);
+    let lost = |write: bool| {
+        let image = open_qcow2(folder.path(), &path, write).map_err(|e| e.to_string())?;
+        if write {
+            let _ = self::write(&image, 3 * MIB, 2, 4 * KIB);
+        }
+        let mut now = vec![0xee; 512];
+        let read = image.read(at(2 * MIB - 4 * KIB, 512), &mut now);
+        assert!(read.is_err(), "what is lost reads as {:?}", &now[..8]);
+        Ok::<(), String>(())
+    };
+    lost(false).unwrap();
+    let said = lost(true).unwrap_err();
+    assert!(said.contains("cut off"), "{said}");
+    assert_eq!(std::fs::metadata(&path).unwrap().len(), bytes - MIB);
+    // What a crash leaves counted behind the end, and nothing refers to, is no reason.
+    let (folder, path) = made("cluster_size=64k", &["write -P 1 0 64k"]);
+    let block = number(&path, number(&path, 48));
+    let end = std::fs::metadata(&path).unwrap().len().div_ceil(64 * KIB);
+    poke(&path, block + 2 * end, 0x0001_0001_0000_0000);
+    let image = open_qcow2(folder.path(), &path, true).unwrap();
+    write(&image, 3 * MIB, 2, 4 * KIB).unwrap();
+}
+
+/// An entry that maps a cluster of the guest to a table: what the guest writes there would be the table.
+#[test]
+fn a_cluster_that_is_a_table_is_neither_written_nor_given_up() {
+    let _turn = turn();
+    for which in ["header", "L1", "L2", "refcount table", "refcount block"] {
+        let (folder, path) = made("cluster_size=64k", &["write -P 1 0 256k"]);
+        let (l1, refs) = (number(&path, 40), number(&path, 48));
+        let l2 = number(&path, l1) & !(1 << 63);
+        let place = match which {
+            "header" => 0,
+            "L1" => l1,
+            "L2" => l2,
+            "refcount table" => refs,
+            _ => number(&path, refs),
+        };
+        // Entry 0 says that the guest's first cluster lies there; compressed, for no other can lie in the first one.
+        poke(
+            &path,
+            l2,
+            if place == 0 {
+                1 << 62 | 512
+            } else {
+                place | 1 << 63
+            },
+        );
+        let before = std::fs::read(&path).unwrap();
+        let image = open_qcow2(folder.path(), &path, true).unwrap();
+        assert!(write(&image, 0, 7, 64 * KIB).is_err(), "{which}: written");
+        assert!(write(&image, 5, 7, 5).is_err(), "{which}: written in part");
+        let _ = image.discard(at(0, 64 * KIB), false);
+        let _ = image.zero(at(0, 64 * KIB), ZeroFlags::default());
+        image.flush().unwrap();
+        image.flush().unwrap();
+        drop(image);
+        assert!(std::fs::read(&path).unwrap() == before, "{which}: changed");
+    }
+}
+
+/// Pokes an image.
+type Lie = fn(&Path);
+
+#[test]
+fn tables_that_lie_upon_each_other_are_refused_for_writing_and_left_as_they_are() {
+    let _turn = turn();
+    // Clusters of 512 bytes: an L2 table maps 32 KiB, a refcount block counts 128 KiB.
+    let commands = ["write -P 1 0 300k"];
+    let lies: [(&str, Lie); 5] = [
+        ("two L2 tables are one", |path| {
+            let l1 = number(path, 40);
+            poke(path, l1 + 8, number(path, l1));
+        }),
+        ("an L2 table is a refcount block", |path| {
+            let (l1, refs) = (number(path, 40), number(path, 48));
+            poke(path, l1 + 8, number(path, refs) | 1 << 63);
+        }),
+        ("two refcount blocks are one", |path| {
+            let refs = number(path, 48);
+            poke(path, refs + 8, number(path, refs));
+        }),
+        ("a refcount block is in the L1 table", |path| {
+            let (l1, refs) = (number(path, 40), number(path, 48));
+            poke(path, refs + 8, l1);
+        }),
+        ("the refcount table is the L1 table", |path| {
+            poke(path, 48, number(path, 40));
+        }),
+    ];
+    for (what, lie) in lies {
+        let (folder, path) = made("cluster_size=512", &commands);
+        lie(&path);
+        let before = std::fs::read(&path).unwrap();
+        let refused = open_qcow2(folder.path(), &path, true);
+        assert!(refused.is_err(), "{what}: served");
+        assert!(std::fs::read(&path).unwrap() == before, "{what}: changed");
+    }
+    let (folder, path) = made("cluster_size=512", &commands);
+    assert!(open_qcow2(folder.path(), &path, true).is_ok());
+}
