@@ -69,6 +69,7 @@ const PURE: &[&str] = &[
     "image/qcow2/extensions",
     "image/qcow2/header",
     "image/qcow2/inflate",
+    "mapping/reconcile",
     "dbus/error",
     "dbus/introspect",
     "dbus/paths",

@@ -10,7 +10,7 @@ use nbdtrack::correlation::{
     Action, BootId, Change, ConfiguredSection, Correlation, Definition, DeviceNode, DeviceNumber,
     DiskFacts, DiskSeq, Event, ExportName, INTERNAL, LeaseEnd, Mark, NamedPath, OpenedDisk,
     PathFound, Pin, PinnedTo, Reading, Remembered, Reply, Request, RequestError, RequestId,
-    Settings, Source, State, Ticket, Written,
+    Settings, Source, State, Ticket, Unkept, Written,
 };
 use nbdtrack::identity::{Identity, Scheme, VolumeId};
 
@@ -186,7 +186,7 @@ impl Machine {
 
     fn store(&mut self, request: RequestId, changes: &[Change]) -> Event {
         let result = if self.failing {
-            Err("the disk is full".to_owned())
+            Err(Unkept::Failed("the disk is full".to_owned()))
         } else {
             for change in changes {
                 match change {

@@ -11,7 +11,7 @@ use toml::de::{DeTable, DeValue};
 use super::limits::{Limits, limits};
 use super::place::{Place, Places, Problem};
 use super::table::{Reading, Table};
-use super::{Bus, ClaimRules, IdentityRules, Server, SourceFile};
+use super::{Bus, ClaimRules, Database, IdentityRules, Server, SourceFile};
 use crate::correlation::{Definition, ExportName, Source};
 use crate::identity::{Format, OptIn, VolumeId};
 
@@ -169,6 +169,7 @@ fn server<'a>(
     if let Some(max) = table.number("max_connections", 1..=65_536) {
         server.max_connections = u32::try_from(max).unwrap_or(u32::MAX);
     }
+    server.database = database(&mut table);
     if let Some(items) = table.get::<Vec<Spanned<String>>>("file_roots") {
         rules.file_roots = file_roots(items.into_inner(), table.reading);
     }
@@ -183,8 +184,46 @@ fn server<'a>(
         "history_days",
         "max_connections",
         "file_roots",
+        "store",
+        "store_password_file",
+        "store_owner",
+        "store_poll_s",
     ]);
     server
+}
+
+fn database(table: &mut Table<'_, '_>) -> Option<Database> {
+    let url = table.get::<String>("store");
+    let password_file = table.path("store_password_file");
+    let owner = table.get::<String>("store_owner");
+    let poll = table.number("store_poll_s", 1..=3_600);
+    let Some(url) = url else {
+        if password_file.is_some() || owner.is_some() || poll.is_some() {
+            let message =
+                "store_password_file, store_owner and store_poll_s are for store = \"mysql://…\"";
+            table.tell_at("store", message.to_owned());
+        }
+        return None;
+    };
+    if url.get_ref() == "sqlite" {
+        return None;
+    }
+    let mut database = match Database::parse(url.get_ref()) {
+        Ok(database) => database,
+        Err(message) => {
+            table.reading.tell(url.span(), format!("store: {message}"));
+            return None;
+        }
+    };
+    database.password_file = password_file;
+    if let Some(owner) = owner {
+        match Database::owner(owner.get_ref()) {
+            Ok(owner) => database.owner = Some(owner),
+            Err(message) => table.reading.tell(owner.span(), message),
+        }
+    }
+    database.poll = poll.map_or(database.poll, Duration::from_secs);
+    Some(database)
 }
 
 fn file_roots(items: Vec<Spanned<String>>, reading: &mut Reading<'_>) -> Vec<PathBuf> {

@@ -6,6 +6,7 @@
 //! | `mod.rs` | the values, and the checks that need all files |
 //! | `document.rs` | one file: TOML to values, each with its place |
 //! | `limits.rs` | `[limits]` |
+//! | `database.rs` | `store = "mysql://…"` |
 //! | `table.rs` | one TOML table: keys out by name, the rest is unknown |
 //! | `place.rs` | where something stands, and problems |
 //! | `files.rs` | EDGE: the reading of `nbdtrack.toml` and `conf.d/*.toml` |
@@ -20,6 +21,7 @@ use std::time::Duration;
 use crate::correlation::{Definition, EXPORTS_MAX};
 use crate::identity::{OptIn, VolumeId, collisions};
 
+mod database;
 mod document;
 mod files;
 mod ini_files;
@@ -28,6 +30,7 @@ pub mod nbd_server;
 mod place;
 mod table;
 
+pub use database::{Database, Tls};
 use document::{Document, FoundExport};
 pub use files::{FILE_BYTES_MAX, ReadError, read};
 pub use ini_files::{IniFiles, is_ini, read_ini};
@@ -69,6 +72,8 @@ pub struct Server {
     /// Older records of the trail go.
     pub history_age: Option<Duration>,
     pub max_connections: u32,
+    /// Where the table of VMs' disks is shared, if it is.
+    pub database: Option<Database>,
 }
 
 impl Default for Server {
@@ -84,6 +89,7 @@ impl Default for Server {
             history_mib: None,
             history_age: None,
             max_connections: 2048,
+            database: None,
         }
     }
 }

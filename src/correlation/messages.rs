@@ -58,7 +58,7 @@ pub enum Event {
     /// Answer to `Action::Persist`.
     Persisted {
         request: RequestId,
-        result: Result<(), String>,
+        result: Result<(), Unkept>,
     },
     /// A caller asks.
     Asked { request: RequestId, what: Request },
@@ -76,6 +76,31 @@ pub enum Event {
     TimePassed,
     /// The daemon is to stop: drain everything.
     Stopping,
+}
+
+/// Why a change was not kept.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Unkept {
+    /// The shared database is away: the same may succeed later.
+    #[error("{0}")]
+    Away(String),
+    /// In the shared database it is another daemon's.
+    #[error("{0}")]
+    Taken(String),
+    #[error("{0}")]
+    Failed(String),
+}
+
+impl From<Unkept> for RequestError {
+    fn from(why: Unkept) -> RequestError {
+        match why {
+            Unkept::Away(reason) => RequestError::NotReady(reason),
+            Unkept::Taken(reason) => RequestError::InUse(reason),
+            Unkept::Failed(reason) => {
+                RequestError::Failed(format!("the store could not keep it: {reason}"))
+            }
+        }
+    }
 }
 
 /// What was found on the disk that was opened.

@@ -33,6 +33,7 @@ mod pins;
 mod record;
 mod removal;
 mod requests;
+mod rows;
 mod settle;
 mod step;
 #[cfg(test)]

@@ -145,7 +145,12 @@ impl Correlation {
 
     /// Another export that claims the volume of this disk, or is about to: the old and the new name of a job, which stand at one path,
     /// do not dispute each other.
-    fn claimant(&self, name: &ExportName, path: &str, diskseq: DiskSeq) -> Option<ExportName> {
+    pub(super) fn claimant(
+        &self,
+        name: &ExportName,
+        path: &str,
+        diskseq: DiskSeq,
+    ) -> Option<ExportName> {
         let disk = self.disks.get(diskseq)?;
         let mut names = self.exports_of(&disk.identities);
         names.extend(self.replacing.iter().cloned());

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use super::{
     Action, Change, Correlation, Decision, Definition, DiskSeq, ExportName, INTERNAL, Level,
-    Mapping, Pin, RemoveMode, Reply, Request, RequestError, RequestId,
+    Mapping, Pin, RemoveMode, Reply, Request, RequestError, RequestId, Unkept,
 };
 use crate::identity::{Identity, VolumeId};
 
@@ -96,19 +96,18 @@ impl Correlation {
         self.out.push(Action::Persist { request, changes });
     }
 
-    pub(super) fn on_persisted(&mut self, request: RequestId, result: Result<(), String>) {
+    pub(super) fn on_persisted(&mut self, request: RequestId, result: Result<(), Unkept>) {
         let Some(purpose) = self.persisting.remove(&request) else {
             if let Err(error) = result {
-                self.log_store(&error);
+                self.log_store(&error.to_string());
             }
             return;
         };
-        let failed =
-            |error: &String| RequestError::Failed(format!("the store could not keep it: {error}"));
+        let result = result.map_err(RequestError::from);
         match (purpose, result) {
             (Persisting::Add { name, wait }, Ok(())) => self.added(request, &name, wait),
             (Persisting::Add { name, .. }, Err(error)) => {
-                self.not_added(request, &name, failed(&error));
+                self.not_added(request, &name, error);
             }
             (
                 Persisting::Ensure {
@@ -119,7 +118,6 @@ impl Correlation {
                 },
                 result,
             ) => {
-                let result = result.map_err(|error| failed(&error));
                 self.ensured(request, &name, mapping, wait, step, result);
             }
             (Persisting::Remove { name, mode, within }, Ok(())) => {
@@ -141,10 +139,10 @@ impl Correlation {
                 self.removed(request, &name, mode, within);
             }
             (Persisting::Pins(pins), result) => {
-                self.pinned(request, pins, result.map_err(|error| failed(&error)));
+                self.pinned(request, pins, result);
             }
             (Persisting::Unpin(name), result) => {
-                self.unpinned(request, &name, result.map_err(|error| failed(&error)));
+                self.unpinned(request, &name, result);
             }
             (Persisting::Cancel { disks }, Ok(())) => self.cancelled(request, &disks),
             (Persisting::Resolve { name, diskseq }, Ok(())) => {
@@ -166,18 +164,18 @@ impl Correlation {
                 if let Some(detach) = self.detaches.get_mut(&request) {
                     detach.persisted = true;
                     if let Err(error) = result {
-                        detach.failure.get_or_insert(failed(&error));
+                        detach.failure.get_or_insert(error);
                     }
                 }
             }
             (Persisting::Remove { name, mode, .. }, Err(error)) => {
-                self.reply(request, Err(failed(&error)));
+                self.reply(request, Err(error));
                 self.show_if(&name, mode);
                 self.settle(&name);
                 self.answer_waiters(&name);
             }
             (Persisting::Cancel { .. } | Persisting::Resolve { .. }, Err(error)) => {
-                self.reply(request, Err(failed(&error)));
+                self.reply(request, Err(error));
             }
         }
     }

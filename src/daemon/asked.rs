@@ -176,6 +176,9 @@ impl Control {
         let served = serde_json::to_value(self.door.stats()).unwrap_or_default();
         let mut stats: BTreeMap<String, u64> = serde_json::from_value(served).unwrap_or_default();
         let (kept, lost) = self.trail.history.counts();
+        if let Some(shared) = &self.shared {
+            stats.extend(shared.counters());
+        }
         stats.extend(
             [
                 ("log_lines_lost", log::lost()),

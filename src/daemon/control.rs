@@ -13,8 +13,10 @@ use super::keeper::{Keeper, MappingStates, ORDERS_MAX, Order};
 use super::metrics::ServingTimes;
 use super::reload::{Read, Reload};
 use super::rescan::Rescan;
+use super::row_asks::RowAsks;
 use super::sections::Clock;
 use super::service::Service;
+use super::shared_table::{SharedTable, SharedTableFacts};
 use super::sockets::Sockets;
 use super::trail::Trail;
 use super::{Error, Options};
@@ -28,7 +30,7 @@ use crate::files;
 use crate::image::Image;
 use crate::image::beneath::Roots;
 use crate::image::block::Claims;
-use crate::mapping::{History, Store};
+use crate::mapping::{Address, History, Store};
 use crate::nbd::Door;
 use crate::udev::Observer;
 
@@ -44,6 +46,8 @@ pub(super) enum Report {
     },
     /// The files were read again, or say why not.
     Reloaded(Result<Read, Vec<String>>),
+    /// Someone asks by a row of the shared table.
+    RowAsks(Box<RowAsks>),
     /// The list of claims was written, or says why not.
     ClaimsWritten(std::io::Result<()>),
 }
@@ -57,6 +61,8 @@ pub(super) struct Edges {
     pub observer: Observer,
     pub files: files::Observer,
     pub store: Store,
+    /// Where the table of VMs' disks is shared, and how often it is looked at.
+    pub shared: Option<(Address, Duration)>,
     pub history: History,
 }
 
@@ -92,6 +98,8 @@ pub(super) struct Control {
     pub(super) orders: mpsc::Sender<Order>,
     /// How the exports of VMs' disks are, for their rows.
     pub(super) states: MappingStates,
+    /// Of the shared table, when there is one.
+    pub(super) shared: Option<Arc<SharedTableFacts>>,
     keeper: Option<JoinHandle<()>>,
     pub(super) reload: Reload,
     pub(super) service: Service,
@@ -127,12 +135,19 @@ impl Control {
             observer,
             files,
             store,
+            shared,
             history,
         } = edges;
         let (reports, report_receiver) = mpsc::unbounded_channel();
         let (orders, order_receiver) = mpsc::channel(ORDERS_MAX);
         let states = MappingStates::default();
+        let shared_facts = Arc::new(SharedTableFacts::default());
+        let shared = shared.map(|(address, poll)| {
+            SharedTable::new(address, poll, reports.clone(), Arc::clone(&shared_facts))
+        });
+        let is_shared = shared.is_some();
         let keeper = Keeper {
+            shared,
             store,
             states: states.clone(),
             reports: reports.clone(),
@@ -173,6 +188,7 @@ impl Control {
             report_receiver: Some(report_receiver),
             orders,
             states,
+            shared: is_shared.then_some(shared_facts),
             keeper: Some(keeper),
             reload: Reload::new(clock),
             service: Service::new(),
@@ -329,6 +345,7 @@ impl Control {
                 }
             }
             Report::Reloaded(read) => self.on_reload(read),
+            Report::RowAsks(asks) => self.on_row_asks(*asks),
             Report::ClaimsWritten(result) => {
                 self.claims_file.written(result);
                 self.keep_claims();

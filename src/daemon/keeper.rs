@@ -13,8 +13,10 @@ use tokio::sync::{Notify, mpsc};
 use tokio::time::Instant;
 
 use super::control::{Asker, Control, Report};
+use super::shared_table::{SharedTable, Told};
 use crate::correlation::{
-    Change, Event, ExportName, ExportView, MappingState, RequestError, RequestId, VmDisk,
+    Change, Event, ExportName, ExportView, INTERNAL, MappingState, RequestError, RequestId, Unkept,
+    VmDisk,
 };
 use crate::dbus::Answer;
 use crate::mapping::{Store, StoreError};
@@ -35,6 +37,8 @@ pub(super) enum Order {
         request: RequestId,
         changes: Vec<Change>,
     },
+    /// Look at the shared table, if there is one.
+    Look,
     /// The table of VMs' disks.
     List { asker: Asker },
     /// Delete inactive rows of it that are so many days old.
@@ -104,6 +108,9 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 /// The store and what is on its way there.
 pub(super) struct Keeper {
     pub store: Store,
+    /// The table in a database that others use too. What it is asked for waits for its deadlines, some seconds once; a database that
+    /// did not answer counts as away, and is asked for nothing until it does.
+    pub shared: Option<SharedTable>,
     pub states: MappingStates,
     /// The loop's; it is gone only when the daemon stops.
     pub reports: mpsc::UnboundedSender<Report>,
@@ -112,10 +119,11 @@ pub(super) struct Keeper {
 impl Keeper {
     /// Carries out orders one after the other, in the order in which the middle gave them: a deletion that overtook the addition
     /// before it would leave the export in the store. Ends with the last sender.
-    pub async fn run(self, mut orders: mpsc::Receiver<Order>) {
+    pub async fn run(mut self, mut orders: mpsc::Receiver<Order>) {
         let mut due: Option<Instant> = None;
         let mut trouble: Option<(String, Duration)> = None;
         loop {
+            let look = self.shared.as_ref().and_then(SharedTable::due);
             // Cancel-safe: neither channel nor Notify loses anything.
             tokio::select! {
                 biased;
@@ -123,6 +131,11 @@ impl Keeper {
                     Some(order) => self.carry_out(order).await,
                     None => break,
                 },
+                told = told(&mut self.shared) => {
+                    if let Some(shared) = &mut self.shared {
+                        shared.on_told(told);
+                    }
+                }
                 () = self.states.some.notified(), if due.is_none() => due = Some(Instant::now() + GATHER),
                 () = until(due) => {
                     self.note(&mut trouble).await;
@@ -130,6 +143,11 @@ impl Keeper {
                         Some((_, wait)) => Some(Instant::now() + *wait),
                         None => (!self.states.is_empty()).then(Instant::now),
                     };
+                }
+                () = until(look) => {
+                    if let Some(shared) = &mut self.shared {
+                        shared.turn(&self.store).await;
+                    }
                 }
             }
         }
@@ -142,35 +160,75 @@ impl Keeper {
         }
     }
 
-    async fn carry_out(&self, order: Order) {
+    async fn carry_out(&mut self, order: Order) {
         match order {
             Order::Write { request, changes } => {
-                let result = self.store.apply(&changes).await;
-                let result = result.map_err(|error| error.to_string());
+                let result = self.write(request, &changes).await;
                 let _stopped = self
                     .reports
                     .send(Report::Happened(Event::Persisted { request, result }));
             }
+            Order::Look => {
+                if let Some(shared) = &mut self.shared {
+                    shared.look();
+                }
+            }
             Order::List { asker } => {
-                answer(asker, self.store.mappings().await.map(Answer::Mappings))
+                let mut rows = self.store.mappings().await;
+                if let (Ok(rows), Some(shared)) = (&mut rows, &self.shared) {
+                    rows.extend(shared.waiting());
+                }
+                answer(asker, rows.map(Answer::Mappings));
             }
             Order::Prune {
                 days,
                 dry_run,
                 asker,
             } => {
+                if let Some(shared) = &mut self.shared
+                    && !dry_run
+                    && let Err(unkept) = shared.prune(days).await
+                {
+                    let _gone = asker.send(Err(unkept.into()));
+                    return;
+                }
                 let pruned = self.store.prune(days, dry_run).await;
                 answer(asker, pruned.map(Answer::Mappings));
             }
         }
     }
 
-    async fn note(&self, trouble: &mut Option<(String, Duration)>) {
+    /// What callers change has to be in the shared table first: one that says no has the last word. What the middle changes by itself
+    /// is so already, and the table is told when it can be.
+    async fn write(&mut self, request: RequestId, changes: &[Change]) -> Result<(), Unkept> {
+        let kept = match &mut self.shared {
+            Some(shared) if request != INTERNAL => shared.keep(changes).await?,
+            _ => None,
+        };
+        let stored = self.store.apply(changes).await;
+        match (stored, &mut self.shared) {
+            (Ok(()), Some(shared)) => shared.stored(changes, kept),
+            (Ok(()), None) => {}
+            (Err(error), shared) => {
+                if let (Some(shared), Some(kept)) = (shared, kept) {
+                    shared.undo(kept).await;
+                }
+                return Err(Unkept::Failed(error.to_string()));
+            }
+        }
+        Ok(())
+    }
+
+    async fn note(&mut self, trouble: &mut Option<(String, Duration)>) {
         let states = self.states.take();
         if states.is_empty() {
             return;
         }
-        match self.store.note(&states).await {
+        let noted = self.store.note(&states).await;
+        if let Some(shared) = &mut self.shared {
+            shared.note(states.clone()).await;
+        }
+        match noted {
             Ok(()) => {
                 if trouble.take().is_some() {
                     tracing::info!("the rows of VMs' disks are kept true again");
@@ -204,11 +262,13 @@ impl Control {
         let reason = "too many orders are waiting for the store; try again".to_owned();
         match refused.into_inner() {
             Order::Write { request, .. } => {
-                let result = Err(reason);
+                let result = Err(Unkept::Failed(reason));
                 let _stopped = self
                     .reports
                     .send(Report::Happened(Event::Persisted { request, result }));
             }
+            // The next look is never far.
+            Order::Look => {}
             Order::List { asker } | Order::Prune { asker, .. } => {
                 self.answer(asker, Err(RequestError::NotReady(reason)));
             }
@@ -222,6 +282,15 @@ fn answer(asker: Asker, answer: Result<Answer, StoreError>) {
         StoreError::TimedOut { .. } => RequestError::NotReady(error.to_string()),
         error => RequestError::Failed(error.to_string()),
     }));
+}
+
+async fn told(shared: &mut Option<SharedTable>) -> Told {
+    if let Some(shared) = shared
+        && let Some(told) = shared.told.recv().await
+    {
+        return told;
+    }
+    std::future::pending().await
 }
 
 async fn until(due: Option<Instant>) {

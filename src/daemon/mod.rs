@@ -7,6 +7,7 @@ mod activation;
 mod asked;
 mod claims;
 mod control;
+mod database_address;
 mod jobs;
 mod keeper;
 mod log;
@@ -15,9 +16,12 @@ mod perform;
 mod phases;
 mod reload;
 mod rescan;
+mod row_asks;
 mod runtime_files;
 mod sections;
 mod service;
+mod shared_look;
+mod shared_table;
 mod sockets;
 mod sys;
 mod trail;
@@ -224,6 +228,10 @@ async fn start(
         config::Bus::None => Bus::None,
         config::Bus::Address(address) => Bus::parse(address)?,
     };
+    let shared = config.server.database.as_ref();
+    let shared = shared
+        .map(|database| Ok::<_, Error>((database_address::address(database)?, database.poll)))
+        .transpose()?;
     raise_descriptor_limit();
     let store = Store::open(&config.server.state).await?;
     let remembered = store.load().await?;
@@ -285,6 +293,7 @@ async fn start(
         observer,
         files: file_observer,
         store,
+        shared,
         history,
     };
     let mut control = Control::new(

@@ -1,6 +1,7 @@
 //! `Rescan`: answered when everything that is attached has been looked at since it was asked for, disks and files.
 
 use super::control::{Asker, Control};
+use super::keeper::Order;
 use crate::correlation::Mark;
 use crate::dbus::{Answer, Publication};
 use crate::files::{Round, Told};
@@ -16,6 +17,7 @@ pub(super) struct Rescan {
 
 impl Control {
     pub(super) fn rescan(&mut self, asker: Asker) {
+        self.order(Order::Look);
         // Those whose callers have given up are not kept.
         self.rescans.retain(|rescan| !rescan.asker.is_closed());
         self.rescans.push(Rescan {

@@ -79,7 +79,7 @@ impl Clock {
         self.ahead_us = ahead_us;
     }
 
-    fn written(&self, modified_us: Option<u64>) -> Written {
+    pub(super) fn written(&self, modified_us: Option<u64>) -> Written {
         let Some(modified_us) = modified_us else {
             return Written::Unknown("the file could not be read");
         };

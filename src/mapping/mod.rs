@@ -8,10 +8,13 @@
 //! | `schema.rs` | opens the file, refuses what is not ours, brings it up to date |
 //! | `rows.rs` | facts from and to rows |
 //! | `table.rs` | the table of VMs' disks, as appliances and people read it |
+//! | `database.rs`, `database_rows.rs` | the same table in a MariaDB or MySQL server |
+//! | `reconcile.rs` | PURE: what rows of that one mean |
 //! | `history.rs`, `trail_rows.rs` | the audit trail, in a file of its own |
 //!
 //! Everything that is written is a put or a delete by key, so that applying it again changes nothing.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -21,15 +24,20 @@ use sqlx::{Connection, SqliteConnection};
 use tokio::sync::{Mutex, OwnedMutexGuard};
 use tokio::time::timeout;
 
-use crate::correlation::{Change, MappingRow, MappingState, Remembered};
+use crate::correlation::{Change, MappingRow, MappingState, Remembered, VmDisk};
+use reconcile::Known;
 
+mod database;
+mod database_rows;
 mod history;
+pub mod reconcile;
 mod rows;
 mod schema;
 mod state;
 mod table;
 mod trail_rows;
 
+pub use database::{Address, Database, DatabaseError, Secret, Table, Tls};
 pub use history::{
     Bounds, CLASS_RECORDS_MAX, HISTORY_FILE, History, HistoryError, HistoryTask, PAGE_MAX, now_us,
 };
@@ -145,6 +153,30 @@ impl Store {
     pub async fn prune(&self, days: u32, dry_run: bool) -> Result<Vec<MappingRow>, StoreError> {
         self.with(APPLY_WITHIN, move |mut held| async move {
             table::prune(&mut held.connection, days, dry_run).await
+        })
+        .await
+    }
+
+    /// What is known of each VM's disk, and whether the shared `database` of this name has had its row.
+    ///
+    /// # Errors
+    /// As of [`Store::mappings`].
+    pub async fn known(&self, database: &str) -> Result<BTreeMap<VmDisk, Known>, StoreError> {
+        let database = database.to_owned();
+        self.with(APPLY_WITHIN, |mut held| async move {
+            table::known(&mut held.connection, &database).await
+        })
+        .await
+    }
+
+    /// The shared `database` of this name has the rows of these disks.
+    ///
+    /// # Errors
+    /// As of [`Store::apply`].
+    pub async fn mark(&self, database: &str, disks: &[VmDisk]) -> Result<(), StoreError> {
+        let (database, disks) = (database.to_owned(), disks.to_vec());
+        self.with(APPLY_WITHIN, |mut held| async move {
+            table::mark(&mut held.connection, &database, &disks).await
         })
         .await
     }

@@ -9,7 +9,7 @@ use sqlx::{ConnectOptions, Connection, Row, SqliteConnection};
 use super::{BUSY_WITHIN, StoreError};
 
 /// One step each, from version N to N+1. Never edited once released: a new one is added.
-const MIGRATIONS: [&str; 5] = [
+const MIGRATIONS: [&str; 6] = [
     // Numbers that are 64 bits without a sign are text: SQLite's integers have a sign.
     "CREATE TABLE exports (
         name TEXT NOT NULL PRIMARY KEY,
@@ -78,6 +78,8 @@ const MIGRATIONS: [&str; 5] = [
             coalesce(n.state_at, m.updated_at) AS state_at, m.created_at, m.updated_at
         FROM vm_export_mappings m
         LEFT JOIN nbdtrack_mappings n ON n.vm_id = m.vm_id AND n.disk_unit_number = m.disk_unit_number;",
+    // Which shared database has had the row: one that is missing there was deleted by someone, or has never come there.
+    "ALTER TABLE nbdtrack_mappings ADD COLUMN in_database TEXT NOT NULL DEFAULT '';",
 ];
 
 /// Opens `file`, which exists (empty when it is new), for reading and writing.

@@ -1,10 +1,13 @@
 //! The table of VMs' disks as people and appliances read it: how its exports are, what it lists, what of it is pruned.
 
+use std::collections::BTreeMap;
+
 use sqlx::sqlite::SqliteRow;
 use sqlx::{Row, SqliteConnection};
 
+use super::reconcile::Known;
 use super::rows::{begin, end};
-use crate::correlation::{MappingRow, MappingState};
+use crate::correlation::{MappingRow, MappingState, VmDisk};
 
 /// The longest path that the appliances' column holds, in bytes.
 const DEVICE_PATH_BYTES_MAX: usize = 255;
@@ -126,6 +129,62 @@ async fn prune_each(
             .await?;
     }
     Ok(rows)
+}
+
+/// What a shared database is compared with; of what does not parse, nothing.
+pub(super) async fn known(
+    connection: &mut SqliteConnection,
+    database: &str,
+) -> Result<BTreeMap<VmDisk, Known>, sqlx::Error> {
+    let rows = sqlx::query(
+        "SELECT m.vm_id, m.disk_unit_number, m.vm_name, m.device_path, m.status, coalesce(n.in_database, '') AS in_database
+         FROM vm_export_mappings m
+         LEFT JOIN nbdtrack_mappings n ON n.vm_id = m.vm_id AND n.disk_unit_number = m.disk_unit_number",
+    )
+    .fetch_all(connection)
+    .await?;
+    let mut known = BTreeMap::new();
+    for row in rows {
+        let Ok(disk) = VmDisk::new(
+            &row.try_get::<String, _>("vm_id")?,
+            row.try_get("disk_unit_number")?,
+        ) else {
+            continue;
+        };
+        let here = Known {
+            vm_name: row.try_get("vm_name")?,
+            active: row.try_get::<String, _>("status")? == "active",
+            device_path: row.try_get("device_path")?,
+            kept: row.try_get::<String, _>("in_database")? == database,
+        };
+        known.insert(disk, here);
+    }
+    Ok(known)
+}
+
+pub(super) async fn mark(
+    connection: &mut SqliteConnection,
+    database: &str,
+    disks: &[VmDisk],
+) -> Result<(), sqlx::Error> {
+    begin(connection).await?;
+    let mut marked = Ok(());
+    for disk in disks {
+        let one = sqlx::query(
+            "INSERT INTO nbdtrack_mappings (vm_id, disk_unit_number, in_database) VALUES (?, ?, ?)
+             ON CONFLICT (vm_id, disk_unit_number) DO UPDATE SET in_database = excluded.in_database",
+        )
+        .bind(disk.vm_id())
+        .bind(disk.unit())
+        .bind(database)
+        .execute(&mut *connection)
+        .await;
+        if let Err(error) = one {
+            marked = Err(error);
+            break;
+        }
+    }
+    end(connection, marked).await
 }
 
 fn row(row: &SqliteRow) -> Result<MappingRow, sqlx::Error> {

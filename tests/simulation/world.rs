@@ -12,7 +12,7 @@ use nbdtrack::correlation::{
     Action, BootId, Change, Conflict, Correlation, Definition, DeviceNode, DeviceNumber, DiskFacts,
     DiskSeq, EndHow, Ensure, Event, ExportName, Generation, INTERNAL, LeaseEnd, Mapping, Mark,
     Notice, OpenDisk, OpenRefusal, OpenedDisk, Pin, Reading, Release, Remembered, RemoveMode,
-    Reply, Request, RequestError, RequestId, Settings, Source, State, Ticket, VmDisk,
+    Reply, Request, RequestError, RequestId, Settings, Source, State, Ticket, Unkept, VmDisk,
 };
 use nbdtrack::identity::{Identity, Scheme, VolumeId};
 
@@ -690,7 +690,7 @@ impl World {
         };
         let result = if fails {
             self.forgetful |= request == INTERNAL;
-            Err("disk full".to_owned())
+            Err(Unkept::Failed("disk full".to_owned()))
         } else {
             for change in &changes {
                 if let Change::PutExport(definition) = change

@@ -16,6 +16,7 @@ pub mod forgetful;
 pub mod fuse_disk;
 pub mod ground;
 pub mod loops;
+pub mod mariadb;
 pub mod nbd_disk;
 pub mod nbd_server;
 pub mod pattern;

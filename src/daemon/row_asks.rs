@@ -1,0 +1,111 @@
+//! What rows of the shared table ask for, answered as what callers ask: by the same checks, in the same trail.
+
+use super::control::{Asker, Control};
+use crate::correlation::{
+    Ensure, Mapping, NamedPath, PathFound, RemoveMode, Request, RequestError, VmDisk, Written,
+};
+use crate::dbus::{Call, Caller, Command};
+use crate::identity::{Format, VolumeId};
+use crate::mapping::reconcile::Demand;
+use std::time::Duration;
+
+/// The drain of an export whose row went; it has no clients.
+const REMOVE_WITHIN: Duration = Duration::from_secs(5);
+
+/// One row's request.
+pub(super) struct RowAsks {
+    /// 0 for one that was deleted.
+    pub row: i64,
+    pub disk: VmDisk,
+    pub demand: Demand,
+    /// Where its path leads.
+    pub found: Result<PathFound, String>,
+    /// When it was written at the earliest, in microseconds since 1970, or why that is not known.
+    pub written: Result<u64, &'static str>,
+    pub asker: Asker,
+}
+
+impl Control {
+    pub(super) fn on_row_asks(&mut self, asks: RowAsks) {
+        let name = match asks.row {
+            0 => "a row that was deleted".to_owned(),
+            row => format!("row {row}"),
+        };
+        match self.request_of(&asks) {
+            Ok(request) => self.on_command(Command {
+                call: Call::Request(request),
+                reply: asks.asker,
+                caller: Caller {
+                    name: format!("{name} of vm_export_mappings"),
+                    uid: None,
+                    unit: String::new(),
+                },
+            }),
+            Err(error) => self.answer(asks.asker, Err(error)),
+        }
+    }
+
+    fn request_of(&self, asks: &RowAsks) -> Result<Request, RequestError> {
+        let ensure = |vm_name: &str, volume: Option<VolumeId>| {
+            let unfit = |error: crate::correlation::VmDiskError| {
+                RequestError::InvalidArgument(error.to_string())
+            };
+            let mapping = Mapping::new(asks.disk.clone(), vm_name).map_err(unfit)?;
+            Ok(Request::EnsureVmExport(Ensure {
+                disk: asks.disk.clone(),
+                mapping,
+                moves: volume.is_some(),
+                volume,
+                read_only: None,
+                share: None,
+                job: String::new(),
+                // The row is answered by what is stored; that it serves is told by its state.
+                wait: Duration::ZERO,
+            }))
+        };
+        let volume = |text: Result<VolumeId, crate::identity::VolumeIdError>| {
+            text.map_err(|error| RequestError::InvalidArgument(error.to_string()))
+        };
+        match &asks.demand {
+            Demand::Remove => Ok(Request::RemoveExport {
+                name: asks.disk.export(),
+                mode: RemoveMode::Safe,
+                within: REMOVE_WITHIN,
+            }),
+            Demand::Rename { vm_name } => ensure(vm_name, None),
+            Demand::Restore {
+                vm_name,
+                volume: text,
+            } => ensure(vm_name, Some(volume(VolumeId::parse(text))?)),
+            Demand::Serve {
+                vm_name,
+                device_path,
+                ..
+            } if !device_path.starts_with("/dev/") => {
+                let format =
+                    Format::told(device_path, None).map_err(RequestError::InvalidArgument)?;
+                ensure(
+                    vm_name,
+                    Some(volume(VolumeId::of_file(device_path, format))?),
+                )
+            }
+            Demand::Serve {
+                vm_name,
+                device_path,
+                ..
+            } => {
+                let path = NamedPath {
+                    path: device_path.clone(),
+                    trust: false,
+                    written: match asks.written {
+                        Ok(us) => self.reload.clock.written(Some(us)),
+                        Err(why) => Written::Unknown(why),
+                    },
+                    at: asks.found.clone(),
+                };
+                let volume = self.correlation.volume_at(&asks.disk, &path)?;
+                ensure(vm_name, Some(volume))
+            }
+        }
+    }
+}

@@ -1,0 +1,315 @@
+//! One look at the shared table: what was read is judged by the pure part, and what follows is done or asked of the loop.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use tokio::sync::oneshot;
+use tokio::time::{Instant, timeout};
+
+use super::control::Report;
+use super::row_asks::RowAsks;
+use super::shared_table::{ASKS_MAX, BATCH, Link, Refused, SharedTable, Told};
+use crate::correlation::{MappingRow, PathFound, RequestError, VmDisk};
+use crate::mapping::reconcile::{self, Demand, Known, SeenRow, Step};
+use crate::mapping::{DatabaseError, Store, Table, now_us};
+use crate::udev;
+
+/// To look a path up: names and sysfs, no device.
+const LOOK_UP_WITHIN: Duration = Duration::from_secs(2);
+/// The loop answers each within the time of a call.
+const ANSWER_WITHIN: Duration = Duration::from_secs(90);
+/// A row that was refused is asked for again after so long, doubled with each more.
+const REFUSED_MIN: Duration = Duration::from_secs(5);
+const REFUSED_MAX: Duration = Duration::from_secs(300);
+/// Clocks of two machines that keep time differ by less; then a row's time says nothing.
+const CLOCKS_DIFFER_US: u64 = 1_000_000;
+
+impl SharedTable {
+    pub(super) async fn look_at_all(&mut self, store: &Store) -> Result<(), DatabaseError> {
+        let Link::Up(database) = &mut self.link else {
+            return Ok(());
+        };
+        let began_us = now_us();
+        let table = database.read().await?;
+        let known = self.known.get_or_insert_default();
+        let steps = reconcile::reconcile(&self.address.owner, table.alone, known, &table.rows);
+        self.facts.rows.store(
+            u64::try_from(table.rows.len()).unwrap_or(u64::MAX),
+            Ordering::Relaxed,
+        );
+        let mut conflicts = BTreeMap::new();
+        let mut puts = BTreeMap::new();
+        let mut asks = Vec::new();
+        for step in steps {
+            match step {
+                Step::Put(disk) | Step::Retire(disk) => {
+                    puts.extend(known.get(&disk).cloned().map(|here| (disk, here)));
+                }
+                Step::Ask { row, disk, demand } => asks.push((row, disk, demand)),
+                Step::Conflict { row, text } => {
+                    conflicts.insert(row, text);
+                }
+            }
+        }
+        self.put_all(puts, &mut conflicts).await?;
+        self.say_states().await?;
+        self.mark_kept(store, &table.rows).await;
+        self.ask_all(asks, &table, &mut conflicts);
+        self.tell_conflicts(conflicts);
+        self.count_retried();
+        self.looked_us = Some(began_us);
+        self.due = Some(Instant::now() + self.poll);
+        Ok(())
+    }
+
+    async fn put_all(
+        &mut self,
+        puts: BTreeMap<VmDisk, Known>,
+        conflicts: &mut BTreeMap<i64, String>,
+    ) -> Result<(), DatabaseError> {
+        let Link::Up(database) = &mut self.link else {
+            return Ok(());
+        };
+        let all: Vec<(VmDisk, Known)> = puts.into_iter().collect();
+        for batch in all.chunks(BATCH) {
+            let together = database.put(&batch.iter().cloned().collect()).await;
+            match together {
+                Ok(()) => {}
+                Err(error @ DatabaseError::Away(_)) => return Err(error),
+                // One of them: the others are written without it.
+                Err(DatabaseError::Taken(_)) => {
+                    for (at, one) in batch.iter().enumerate() {
+                        match database.put(&BTreeMap::from([one.clone()])).await {
+                            Ok(()) => {}
+                            Err(error @ DatabaseError::Away(_)) => return Err(error),
+                            Err(DatabaseError::Taken(reason)) => {
+                                // No row of ours has it, so it is told by a number that no row has.
+                                let number = -1 - i64::try_from(at).unwrap_or(0);
+                                conflicts.insert(number, reason);
+                            }
+                        }
+                    }
+                }
+            }
+            // What stands beside a row that is new says nothing yet.
+            let active = batch.iter().filter(|(_, here)| here.active);
+            self.unsaid.extend(active.map(|(disk, _)| disk.clone()));
+        }
+        Ok(())
+    }
+
+    /// Rows that are there: one that is missing later was deleted by someone.
+    async fn mark_kept(&mut self, store: &Store, rows: &[SeenRow]) {
+        let known = self.known.get_or_insert_default();
+        let ours = rows.iter().filter(|row| {
+            row.beside
+                .as_ref()
+                .is_some_and(|beside| beside.owner == self.address.owner)
+        });
+        let fresh: Vec<VmDisk> = ours
+            .filter_map(|row| VmDisk::new(&row.vm_id, u32::try_from(row.unit).ok()?).ok())
+            .filter(|disk| {
+                self.unmarked.contains(disk) || known.get(disk).is_some_and(|here| !here.kept)
+            })
+            .collect();
+        if fresh.is_empty() {
+            return;
+        }
+        match store.mark(&self.name, &fresh).await {
+            Ok(()) => {
+                for disk in fresh {
+                    self.unmarked.remove(&disk);
+                    if let Some(here) = known.get_mut(&disk) {
+                        here.kept = true;
+                    }
+                }
+            }
+            // Tried again by the next look; until then its deletion by someone would bring it back.
+            Err(error) => tracing::debug!(%error, "which rows the shared table has was not kept"),
+        }
+    }
+
+    fn ask_all(
+        &mut self,
+        asks: Vec<(i64, VmDisk, Demand)>,
+        table: &Table,
+        conflicts: &mut BTreeMap<i64, String>,
+    ) {
+        let wanted: BTreeSet<&VmDisk> = asks.iter().map(|(_, disk, _)| disk).collect();
+        self.refused.retain(|disk, _| wanted.contains(disk));
+        self.first_seen.retain(|disk, _| wanted.contains(disk));
+        for (row, disk, demand) in asks {
+            let written = self.written_at(&disk, &demand, table.clock_us);
+            let refused = self
+                .refused
+                .get(&disk)
+                .filter(|refused| refused.demand == demand);
+            if let Some(refused) = refused {
+                conflicts.insert(row, refused.text.clone());
+            }
+            let waits = refused.is_some_and(|refused| Instant::now() < refused.again);
+            if waits || self.asking.contains(&disk) || self.asking.len() >= ASKS_MAX {
+                continue;
+            }
+            self.asking.insert(disk.clone());
+            self.ask(row, disk, demand, written);
+        }
+    }
+
+    /// When the row was written at the earliest. Judged by the look that first saw it so: for every later one it was there before.
+    fn written_at(
+        &mut self,
+        disk: &VmDisk,
+        demand: &Demand,
+        database_us: u64,
+    ) -> Result<u64, &'static str> {
+        if let Some((known, written)) = self.first_seen.get(disk)
+            && known == demand
+        {
+            return *written;
+        }
+        let written = match demand {
+            Demand::Serve { updated_us, .. } => {
+                written(*updated_us, self.looked_us, database_us, now_us())
+            }
+            Demand::Restore { .. } | Demand::Rename { .. } | Demand::Remove => {
+                Err("no path was written")
+            }
+        };
+        self.first_seen
+            .insert(disk.clone(), (demand.clone(), written));
+        written
+    }
+
+    fn ask(&self, row: i64, disk: VmDisk, demand: Demand, written: Result<u64, &'static str>) {
+        let (tell, reports) = (self.tell.clone(), self.reports.clone());
+        // At most ASKS_MAX; each ends by its deadlines.
+        tokio::spawn(async move {
+            let found = match &demand {
+                Demand::Serve { device_path, .. } => look_up(device_path.clone()).await,
+                _ => Err("no path was written".to_owned()),
+            };
+            let (asker, answer) = oneshot::channel();
+            let asks = RowAsks {
+                row,
+                disk: disk.clone(),
+                demand: demand.clone(),
+                found,
+                written,
+                asker,
+            };
+            let _stopped = reports.send(Report::RowAsks(Box::new(asks)));
+            let result = match timeout(ANSWER_WITHIN, answer).await {
+                Ok(Ok(answer)) => answer.map(drop),
+                Ok(Err(_)) => Err(RequestError::NotReady("the daemon is stopping".to_owned())),
+                Err(_) => Err(RequestError::TimedOut("no answer in time".to_owned())),
+            };
+            let answered = Told::Answered {
+                disk,
+                demand,
+                result,
+            };
+            let _stopped = tell.send(answered).await;
+        });
+    }
+
+    pub(super) fn refuse(&mut self, disk: VmDisk, demand: Demand, error: &RequestError) {
+        let before = self
+            .refused
+            .remove(&disk)
+            .filter(|refused| refused.demand == demand);
+        let doubled = before.map_or(REFUSED_MIN, |refused| (refused.wait * 2).min(REFUSED_MAX));
+        // What is not ready may be at any moment, a disk that is yet to come above all.
+        let wait = match error {
+            RequestError::NotReady(_) => REFUSED_MIN,
+            _ => doubled,
+        };
+        let text = error.to_string();
+        let refused = Refused {
+            demand,
+            text,
+            wait,
+            again: Instant::now() + wait,
+        };
+        self.refused.insert(disk, refused);
+    }
+
+    fn tell_conflicts(&mut self, conflicts: BTreeMap<i64, String>) {
+        for (row, text) in &conflicts {
+            if self.conflicts.get(row) != Some(text) {
+                tracing::warn!(name: "row_refused", row, reason = text, "a row of the shared table waits for someone");
+            }
+        }
+        let count = u64::try_from(conflicts.len()).unwrap_or(u64::MAX);
+        self.facts.conflicts.store(count, Ordering::Relaxed);
+        self.conflicts = conflicts;
+    }
+
+    /// Rows that wait for someone, for the list.
+    pub fn waiting(&self) -> impl Iterator<Item = MappingRow> {
+        self.conflicts.iter().map(|(row, text)| MappingRow {
+            id: (*row).max(0),
+            state: "Refused".to_owned(),
+            reason: text.clone(),
+            ..MappingRow::default()
+        })
+    }
+}
+
+/// When a row was written, as far as that can be trusted, in microseconds since 1970. The time in the row is the appliance's word; it
+/// is taken when it lies between the last look, which did not see the row so, and this one. Else the last look is the earliest that it
+/// can have been.
+fn written(
+    updated_us: Option<u64>,
+    looked_us: Option<u64>,
+    database_us: u64,
+    now_us: u64,
+) -> Result<u64, &'static str> {
+    let Some(looked) = looked_us else {
+        return Err("the daemon was not looking at the table when the row was written");
+    };
+    if database_us.abs_diff(now_us) > CLOCKS_DIFFER_US {
+        return Err("the database's clock and this machine's differ");
+    }
+    Ok(match updated_us {
+        Some(updated) if (looked..=now_us).contains(&updated) => updated,
+        _ => looked,
+    })
+}
+
+async fn look_up(path: String) -> Result<PathFound, String> {
+    let looking = tokio::task::spawn_blocking(move || udev::look_up(&path));
+    match timeout(LOOK_UP_WITHIN, looking).await {
+        Ok(Ok(found)) => found,
+        Ok(Err(error)) => Err(error.to_string()),
+        Err(_) => Err("it could not be looked up in time".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_rows_time_is_taken_only_where_a_look_proves_it() {
+        let at = |updated, looked| written(updated, looked, 100_000_000, 100_500_000);
+        assert_eq!(at(Some(99_000_000), Some(95_000_000)), Ok(99_000_000));
+        assert_eq!(
+            at(Some(10), Some(95_000_000)),
+            Ok(95_000_000),
+            "an ORM that keeps no time"
+        );
+        assert_eq!(
+            at(Some(900_000_000), Some(95_000_000)),
+            Ok(95_000_000),
+            "local time"
+        );
+        assert_eq!(at(None, Some(95_000_000)), Ok(95_000_000));
+        assert!(at(Some(99_000_000), None).is_err(), "nobody looked");
+        assert!(
+            written(Some(99), Some(95), 100, 5_000_000).is_err(),
+            "clocks differ"
+        );
+    }
+}

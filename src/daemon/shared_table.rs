@@ -1,0 +1,390 @@
+//! The shared table of VMs' disks, seen from the store's task: connected in the background, looked at every some seconds, written before
+//! the local store when a caller's change needs it. What rows mean is judged by `mapping::reconcile`; who asks by one is answered as
+//! every other caller, by the loop.
+//!
+//! ```text
+//!   Away ── due ──> Connecting ──> Up ── poll due ──> read, reconcile ──> put | ask the loop | tell a conflict
+//!     ^                 |          |
+//!     └── any failure ──┴──────────┘      (waits 0.5 s, doubled up to 30 s)
+//! ```
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+use tokio::time::Instant;
+
+use super::control::Report;
+use crate::correlation::{Change, MappingState, RequestError, Unkept, VmDisk};
+use crate::mapping::reconcile::{Demand, Known};
+use crate::mapping::{Address, Database, DatabaseError, Store};
+
+/// After the first failure, doubled with each more.
+const RETRY_MIN: Duration = Duration::from_millis(500);
+const RETRY_MAX: Duration = Duration::from_secs(30);
+/// Rows of one transaction: a server on the same network writes them well within a transaction's deadline.
+pub(super) const BATCH: usize = 200;
+/// Requests by rows that wait for the loop at one time; the others come with the next look.
+pub(super) const ASKS_MAX: usize = 32;
+
+/// For the counters.
+#[derive(Debug, Default)]
+pub(super) struct SharedTableFacts {
+    pub up: AtomicU64,
+    pub rows: AtomicU64,
+    pub conflicts: AtomicU64,
+    pub failures: AtomicU64,
+    pub retried: AtomicU64,
+}
+
+impl SharedTableFacts {
+    pub fn counters(&self) -> [(String, u64); 5] {
+        [
+            ("database_up", &self.up),
+            ("database_rows", &self.rows),
+            ("database_conflicts", &self.conflicts),
+            ("database_failures", &self.failures),
+            ("database_retried", &self.retried),
+        ]
+        .map(|(name, value)| (name.to_owned(), value.load(Ordering::Relaxed)))
+    }
+}
+
+pub(super) enum Link {
+    Away,
+    Connecting,
+    Up(Box<Database>),
+}
+
+/// What the task's own tasks tell it. One message for each connect and each request, so at most [`ASKS_MAX`] and one.
+pub(super) enum Told {
+    Connected(Result<Box<Database>, DatabaseError>),
+    Answered {
+        disk: VmDisk,
+        demand: Demand,
+        result: Result<(), RequestError>,
+    },
+}
+
+pub(super) struct Refused {
+    pub demand: Demand,
+    pub text: String,
+    pub wait: Duration,
+    pub again: Instant,
+}
+
+pub(super) struct SharedTable {
+    pub(super) address: Address,
+    /// As the local store names it.
+    pub(super) name: String,
+    pub(super) poll: Duration,
+    pub(super) link: Link,
+    why: String,
+    wait: Duration,
+    pub(super) due: Option<Instant>,
+    /// Loaded from the local store before anything else is done.
+    pub(super) known: Option<BTreeMap<VmDisk, Known>>,
+    /// How each active mapping's export is, as last told; at most one for each export.
+    states: BTreeMap<VmDisk, MappingState>,
+    /// Of these the server has not been told.
+    pub(super) unsaid: BTreeSet<VmDisk>,
+    /// Rows that the table has, and of which the local store does not say so yet.
+    pub(super) unmarked: BTreeSet<VmDisk>,
+    pub(super) asking: BTreeSet<VmDisk>,
+    /// What rows ask for, and when that was written at the earliest; at most one for each row.
+    pub(super) first_seen: BTreeMap<VmDisk, (Demand, Result<u64, &'static str>)>,
+    pub(super) refused: BTreeMap<VmDisk, Refused>,
+    /// What the last look found for a person, by row.
+    pub(super) conflicts: BTreeMap<i64, String>,
+    /// When the last look began, by this machine's clock, in microseconds since 1970; `None` until there was one.
+    pub(super) looked_us: Option<u64>,
+    pub(super) tell: mpsc::Sender<Told>,
+    pub told: mpsc::Receiver<Told>,
+    pub(super) reports: mpsc::UnboundedSender<Report>,
+    pub(super) facts: Arc<SharedTableFacts>,
+}
+
+impl SharedTable {
+    pub fn new(
+        address: Address,
+        poll: Duration,
+        reports: mpsc::UnboundedSender<Report>,
+        facts: Arc<SharedTableFacts>,
+    ) -> SharedTable {
+        let (tell, told) = mpsc::channel(ASKS_MAX + 1);
+        SharedTable {
+            name: address.to_string(),
+            address,
+            poll,
+            link: Link::Away,
+            why: "it has not been reached yet".to_owned(),
+            wait: RETRY_MIN,
+            due: Some(Instant::now()),
+            known: None,
+            states: BTreeMap::new(),
+            unsaid: BTreeSet::new(),
+            unmarked: BTreeSet::new(),
+            asking: BTreeSet::new(),
+            first_seen: BTreeMap::new(),
+            refused: BTreeMap::new(),
+            conflicts: BTreeMap::new(),
+            looked_us: None,
+            tell,
+            told,
+            reports,
+            facts,
+        }
+    }
+
+    /// When [`SharedTable::turn`] is wanted next.
+    pub fn due(&self) -> Option<Instant> {
+        self.due
+    }
+
+    /// Has the table looked at as soon as may be.
+    pub fn look(&mut self) {
+        if !matches!(self.link, Link::Connecting) {
+            self.due = Some(Instant::now());
+        }
+    }
+
+    /// Connects, or looks at the table.
+    pub async fn turn(&mut self, store: &Store) {
+        self.due = None;
+        if self.known.is_none() {
+            match store.known(&self.name).await {
+                Ok(known) => self.known = Some(known),
+                Err(error) => return self.fail(format!("the local store: {error}")),
+            }
+        }
+        match &mut self.link {
+            Link::Connecting => {}
+            Link::Away => {
+                self.link = Link::Connecting;
+                let (address, tell) = (self.address.clone(), self.tell.clone());
+                // Ends by the deadline of a connect; the store's task goes on with its orders meanwhile.
+                tokio::spawn(async move {
+                    let connected = Database::connect(&address).await.map(Box::new);
+                    // The task is gone only when the daemon stops.
+                    let _stopped = tell.send(Told::Connected(connected)).await;
+                });
+            }
+            Link::Up(_) => {
+                if let Err(error) = self.look_at_all(store).await {
+                    self.fail(error.to_string());
+                }
+            }
+        }
+    }
+
+    /// Takes over what one of the task's own tasks told.
+    pub fn on_told(&mut self, told: Told) {
+        match told {
+            Told::Connected(Ok(database)) => {
+                tracing::info!(name: "database_up", database = %self.address, "the shared table is reached");
+                self.link = Link::Up(database);
+                self.facts.up.store(1, Ordering::Relaxed);
+                self.wait = RETRY_MIN;
+                self.unsaid = self.states.keys().cloned().collect();
+                self.due = Some(Instant::now());
+            }
+            Told::Connected(Err(error)) => self.fail(error.to_string()),
+            Told::Answered {
+                disk,
+                demand,
+                result,
+            } => {
+                self.asking.remove(&disk);
+                if let Err(error) = result {
+                    self.refuse(disk, demand, &error);
+                }
+                self.look();
+            }
+        }
+    }
+
+    fn fail(&mut self, why: String) {
+        self.count_retried();
+        // One line for one reason, however often it is tried.
+        if self.why != why {
+            tracing::warn!(
+                name: "database_away", database = %self.address, reason = why,
+                "the shared table is away: exports are served on from the local store, changes of VMs' disks are refused"
+            );
+        }
+        self.facts.up.store(0, Ordering::Relaxed);
+        self.facts.failures.fetch_add(1, Ordering::Relaxed);
+        self.link = Link::Away;
+        self.why = why;
+        self.due = Some(Instant::now() + self.wait);
+        self.wait = (self.wait * 2).min(RETRY_MAX);
+        // What was written meanwhile was not seen being written.
+        self.looked_us = None;
+    }
+
+    pub(super) fn count_retried(&mut self) {
+        if let Link::Up(database) = &mut self.link {
+            let retried = database.take_retried();
+            self.facts.retried.fetch_add(retried, Ordering::Relaxed);
+        }
+    }
+
+    /// Keeps a caller's change of mappings in the shared table, before the local store has it (invariant 5). `None` when it has none.
+    pub async fn keep(&mut self, changes: &[Change]) -> Result<Option<Kept>, Unkept> {
+        let puts = self.puts(changes);
+        if puts.is_empty() {
+            return Ok(None);
+        }
+        let Link::Up(database) = &mut self.link else {
+            return Err(self.away());
+        };
+        match database.put(&puts).await {
+            Ok(()) => Ok(Some(Kept(puts))),
+            Err(DatabaseError::Taken(reason)) => Err(Unkept::Taken(reason)),
+            Err(DatabaseError::Away(reason)) => {
+                self.fail(reason);
+                Err(self.away())
+            }
+        }
+    }
+
+    fn away(&self) -> Unkept {
+        Unkept::Away(format!(
+            "the {} is away ({}); what is exported is served on, try again when it is back",
+            self.address, self.why
+        ))
+    }
+
+    fn puts(&self, changes: &[Change]) -> BTreeMap<VmDisk, Known> {
+        let known = |disk: &VmDisk| self.known.as_ref().and_then(|known| known.get(disk));
+        let mut puts = BTreeMap::new();
+        for change in changes {
+            match change {
+                Change::PutMapping(mapping) => {
+                    let here = known(&mapping.disk).filter(|here| here.active);
+                    let put = Known {
+                        vm_name: mapping.vm_name.clone(),
+                        active: true,
+                        device_path: here.map_or_else(String::new, |here| here.device_path.clone()),
+                        kept: true,
+                    };
+                    puts.insert(mapping.disk.clone(), put);
+                }
+                Change::RetireMapping(disk) => {
+                    let here = known(disk).cloned().unwrap_or_default();
+                    let put = Known {
+                        active: false,
+                        device_path: String::new(),
+                        ..here
+                    };
+                    puts.insert(disk.clone(), put);
+                }
+                _ => {}
+            }
+        }
+        puts
+    }
+
+    /// The local store has these changes, whoever ordered them.
+    pub fn stored(&mut self, changes: &[Change], kept: Option<Kept>) {
+        let in_table = kept.is_some();
+        let puts = match kept {
+            Some(Kept(puts)) => puts,
+            None => {
+                let puts = self.puts(changes);
+                if !puts.is_empty() {
+                    // The middle's own: the table is told by the next look.
+                    self.look();
+                }
+                puts
+            }
+        };
+        let known = self.known.get_or_insert_default();
+        for (disk, mut here) in puts {
+            if !here.active {
+                self.states.remove(&disk);
+                self.unsaid.remove(&disk);
+            }
+            here.kept = in_table || known.get(&disk).is_some_and(|before| before.kept);
+            if in_table {
+                self.unmarked.insert(disk.clone());
+            }
+            known.insert(disk, here);
+        }
+    }
+
+    /// The local store could not keep what the table has: the table is to say what was before.
+    pub async fn undo(&mut self, kept: Kept) {
+        let before: BTreeMap<VmDisk, Known> = kept
+            .0
+            .into_iter()
+            .map(|(disk, put)| {
+                let known = self.known.as_ref().and_then(|known| known.get(&disk));
+                let gone = Known {
+                    active: false,
+                    device_path: String::new(),
+                    ..put
+                };
+                let before = known.cloned().unwrap_or(gone);
+                (disk, before)
+            })
+            .collect();
+        if let Link::Up(database) = &mut self.link
+            && let Err(error) = database.put(&before).await
+        {
+            self.fail(error.to_string());
+        }
+    }
+
+    /// How exports are now; told to the table while it is there, and after it was away.
+    pub async fn note(&mut self, states: Vec<MappingState>) {
+        for state in states {
+            let disk = state.disk.clone();
+            if let Some(here) = self.known.as_mut().and_then(|known| known.get_mut(&disk))
+                && here.active
+            {
+                here.device_path.clone_from(&state.node);
+            }
+            self.unsaid.insert(disk.clone());
+            self.states.insert(disk, state);
+        }
+        if let Err(error) = self.say_states().await {
+            self.fail(error.to_string());
+        }
+    }
+
+    pub(super) async fn say_states(&mut self) -> Result<(), DatabaseError> {
+        let Link::Up(database) = &mut self.link else {
+            return Ok(());
+        };
+        while !self.unsaid.is_empty() {
+            let disks: Vec<VmDisk> = self.unsaid.iter().take(BATCH).cloned().collect();
+            let states: Vec<MappingState> = disks
+                .iter()
+                .filter_map(|disk| self.states.get(disk).cloned())
+                .collect();
+            database.note(&states).await?;
+            for disk in disks {
+                self.unsaid.remove(&disk);
+            }
+        }
+        Ok(())
+    }
+
+    /// Deletes what is inactive and old, of this daemon's.
+    pub async fn prune(&mut self, days: u32) -> Result<(), Unkept> {
+        let Link::Up(database) = &mut self.link else {
+            return Err(self.away());
+        };
+        if let Err(error) = database.prune(days).await {
+            self.fail(error.to_string());
+            return Err(self.away());
+        }
+        Ok(())
+    }
+}
+
+/// What is on its way from the shared table to the local store.
+pub(super) struct Kept(BTreeMap<VmDisk, Known>);

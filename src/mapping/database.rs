@@ -1,0 +1,358 @@
+//! The shared table of VMs' disks in a MariaDB or MySQL server. EDGE: one connection, SQL with deadlines; decides nothing.
+//!
+//! A failure of whatever kind ends the connection: what was on its way is then unknown, and the next look at the table tells. A
+//! transaction that the server gave up for another one's sake (a deadlock; in a Galera cluster a failed certification, which has the
+//! same number) is begun anew.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use sqlx::mysql::{MySqlConnectOptions, MySqlDatabaseError, MySqlRow, MySqlSslMode};
+use sqlx::{ConnectOptions, Connection, MySqlConnection, Row};
+use tokio::time::timeout;
+
+use super::database_rows as rows;
+use super::reconcile::{Beside, Known, SeenRow, Values};
+use crate::correlation::{MappingState, VmDisk};
+
+/// For a whole connection with its handshake and a look at the tables.
+const CONNECT_WITHIN: Duration = Duration::from_secs(5);
+/// For one transaction: a server on the same network takes milliseconds. A caller waits so long once; then the server counts as away.
+const WITHIN: Duration = Duration::from_secs(3);
+/// For the whole table.
+const READ_WITHIN: Duration = Duration::from_secs(5);
+/// Transactions that were given up for others are begun so often in all.
+const ATTEMPTS: u32 = 5;
+/// Rows that are read: more than exports there can be are a mistake of someone's.
+pub const ROWS_MAX: u32 = 65_536;
+
+/// A password: never in a log, whoever prints what it is part of.
+#[derive(Clone)]
+pub struct Secret(String);
+
+impl Secret {
+    pub fn new(text: String) -> Secret {
+        Secret(text)
+    }
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("(not shown)")
+    }
+}
+
+/// How the traffic to the server is kept from others.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Tls {
+    Off,
+    /// If the server offers it, and without looking who the server is.
+    Preferred,
+    Required,
+    VerifyCa,
+    VerifyIdentity,
+}
+
+/// Where the database is, and who this daemon is there.
+#[derive(Debug, Clone)]
+pub struct Address {
+    pub host: String,
+    pub port: u16,
+    /// Instead of host and port.
+    pub socket: Option<PathBuf>,
+    pub user: String,
+    pub password: Option<Secret>,
+    pub database: String,
+    pub tls: Tls,
+    pub ca: Option<PathBuf>,
+    /// What stands beside this daemon's rows; no two daemons have the same.
+    pub owner: String,
+}
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.socket {
+            Some(socket) => write!(f, "database {} at {}", self.database, socket.display()),
+            None => write!(
+                f,
+                "database {} at {}:{}",
+                self.database, self.host, self.port
+            ),
+        }
+    }
+}
+
+/// Why the database did not do what was asked.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum DatabaseError {
+    /// It cannot be reached, is full, or said something that ends the connection.
+    #[error("{0}")]
+    Away(String),
+    /// The row is another daemon's, or its name is another row's.
+    #[error("{0}")]
+    Taken(String),
+}
+
+/// One open connection.
+#[derive(Debug)]
+pub struct Database {
+    connection: MySqlConnection,
+    owner: String,
+    /// Transactions that were begun anew.
+    retried: u64,
+}
+
+/// The whole table, and how the server's clock stands to ours.
+#[derive(Debug)]
+pub struct Table {
+    pub rows: Vec<SeenRow>,
+    /// No other daemon has ever used this database.
+    pub alone: bool,
+    /// Microseconds since 1970, by the server's clock, when it answered.
+    pub clock_us: u64,
+}
+
+impl Database {
+    /// Connects, makes the tables that are missing, and sees to it that no other daemon of this name is there.
+    ///
+    /// # Errors
+    /// [`DatabaseError::Away`] with what to look at.
+    pub async fn connect(address: &Address) -> Result<Database, DatabaseError> {
+        let opened = async {
+            let mut connection = options(address).connect().await.map_err(away)?;
+            rows::prepare(&mut connection).await.map_err(away)?;
+            let free = rows::claim(&mut connection, &address.owner).await;
+            if !free.map_err(away)? {
+                return Err(DatabaseError::Away(format!(
+                    "another daemon is connected as \"{}\", or its last connection has not ended yet: give each daemon its own store_owner",
+                    address.owner
+                )));
+            }
+            Ok(Database {
+                connection,
+                owner: address.owner.clone(),
+                retried: 0,
+            })
+        };
+        within(CONNECT_WITHIN, opened).await
+    }
+
+    /// The whole table.
+    ///
+    /// # Errors
+    /// As of every call here; then the connection is of no more use.
+    pub async fn read(&mut self) -> Result<Table, DatabaseError> {
+        let reading = async {
+            let (rows, alone, clock_us) = rows::read(&mut self.connection, &self.owner)
+                .await
+                .map_err(away)?;
+            if rows.len() > usize::try_from(ROWS_MAX).unwrap_or(usize::MAX) {
+                return Err(DatabaseError::Away(format!(
+                    "vm_export_mappings has more than {ROWS_MAX} rows: delete what is inactive"
+                )));
+            }
+            Ok(Table {
+                rows,
+                alone,
+                clock_us,
+            })
+        };
+        within(READ_WITHIN, reading).await
+    }
+
+    /// Writes rows as they are known here, and that they are this daemon's: all or none.
+    ///
+    /// # Errors
+    /// `Taken` when one of them is another daemon's.
+    pub async fn put(&mut self, puts: &BTreeMap<VmDisk, Known>) -> Result<(), DatabaseError> {
+        self.transact(Write::Put(puts)).await
+    }
+
+    /// Writes how these exports are, each only while the row says what was written there last.
+    ///
+    /// # Errors
+    /// As of every call here.
+    pub async fn note(&mut self, states: &[MappingState]) -> Result<(), DatabaseError> {
+        self.transact(Write::Note(states)).await
+    }
+
+    /// Deletes this daemon's inactive rows that have not changed for `days`.
+    ///
+    /// # Errors
+    /// As of every call here.
+    pub async fn prune(&mut self, days: u32) -> Result<(), DatabaseError> {
+        self.transact(Write::Prune(days)).await
+    }
+
+    /// How often a transaction was begun anew since this was last asked.
+    pub fn take_retried(&mut self) -> u64 {
+        std::mem::take(&mut self.retried)
+    }
+
+    async fn transact(&mut self, write: Write<'_>) -> Result<(), DatabaseError> {
+        let (connection, owner, retried) = (&mut self.connection, &self.owner, &mut self.retried);
+        let transaction = async {
+            let mut attempt = 1;
+            loop {
+                let done = once(&mut *connection, owner, write).await;
+                match done {
+                    Err(rows::Fault::Sql(error)) if is_given_up(&error) && attempt < ATTEMPTS => {
+                        tracing::debug!(%error, attempt, "a transaction was given up by the server, and is begun anew");
+                        attempt += 1;
+                        *retried += 1;
+                    }
+                    Err(rows::Fault::Sql(error)) => return Err(away(error)),
+                    Err(rows::Fault::Taken(reason)) => return Err(DatabaseError::Taken(reason)),
+                    Ok(()) => return Ok(()),
+                }
+            }
+        };
+        within(WITHIN, transaction).await
+    }
+}
+
+/// The inside of a transaction.
+#[derive(Clone, Copy)]
+enum Write<'a> {
+    Put(&'a BTreeMap<VmDisk, Known>),
+    Note(&'a [MappingState]),
+    Prune(u32),
+}
+
+async fn once(
+    connection: &mut MySqlConnection,
+    owner: &str,
+    write: Write<'_>,
+) -> Result<(), rows::Fault> {
+    let mut transaction = connection.begin().await.map_err(rows::Fault::Sql)?;
+    let written = match write {
+        Write::Put(puts) => rows::put(&mut transaction, owner, puts).await,
+        Write::Note(states) => rows::note(&mut transaction, owner, states).await,
+        Write::Prune(days) => rows::prune(&mut transaction, owner, days).await,
+    };
+    match written {
+        Ok(()) => transaction.commit().await.map_err(rows::Fault::Sql),
+        Err(fault) => {
+            // The server may have undone it by itself.
+            let _undone = transaction.rollback().await;
+            Err(fault)
+        }
+    }
+}
+
+fn options(address: &Address) -> MySqlConnectOptions {
+    let mode = match address.tls {
+        Tls::Off => MySqlSslMode::Disabled,
+        Tls::Preferred => MySqlSslMode::Preferred,
+        Tls::Required => MySqlSslMode::Required,
+        Tls::VerifyCa => MySqlSslMode::VerifyCa,
+        Tls::VerifyIdentity => MySqlSslMode::VerifyIdentity,
+    };
+    let mut options = MySqlConnectOptions::new()
+        .username(&address.user)
+        .database(&address.database)
+        .ssl_mode(mode)
+        .disable_statement_logging();
+    options = match &address.socket {
+        Some(socket) => options.socket(socket),
+        None => options.host(&address.host).port(address.port),
+    };
+    if let Some(Secret(password)) = &address.password {
+        options = options.password(password);
+    }
+    match &address.ca {
+        Some(ca) => options.ssl_ca(ca),
+        None => options,
+    }
+}
+
+async fn within<T>(
+    limit: Duration,
+    work: impl Future<Output = Result<T, DatabaseError>>,
+) -> Result<T, DatabaseError> {
+    timeout(limit, work).await.unwrap_or_else(|_| {
+        Err(DatabaseError::Away(format!(
+            "no answer within {} s",
+            limit.as_secs()
+        )))
+    })
+}
+
+fn away(error: sqlx::Error) -> DatabaseError {
+    DatabaseError::Away(error.to_string())
+}
+
+fn number(error: &sqlx::Error) -> Option<u16> {
+    let error = error.as_database_error()?;
+    Some(error.try_downcast_ref::<MySqlDatabaseError>()?.number())
+}
+
+/// ER_LOCK_DEADLOCK, which Galera also answers for a failed certification, and ER_LOCK_WAIT_TIMEOUT.
+fn is_given_up(error: &sqlx::Error) -> bool {
+    matches!(number(error), Some(1213 | 1205))
+}
+
+/// ER_DUP_ENTRY
+pub(super) fn is_duplicate(error: &sqlx::Error) -> bool {
+    number(error) == Some(1062)
+}
+
+/// A row of the joined tables.
+pub(super) fn seen(row: &MySqlRow) -> Result<SeenRow, sqlx::Error> {
+    let owner: Option<String> = row.try_get("owner")?;
+    let beside = owner
+        .map(|owner| {
+            Ok::<_, sqlx::Error>(Beside {
+                owner,
+                wrote: Values {
+                    vm_name: row.try_get("wrote_vm_name")?,
+                    export_name: row.try_get("wrote_export_name")?,
+                    device_path: row.try_get("wrote_device_path")?,
+                    active: row.try_get::<String, _>("wrote_status")? == "active",
+                },
+                volume: row.try_get("volume")?,
+            })
+        })
+        .transpose()?;
+    let text = |name: &str| -> Result<String, sqlx::Error> {
+        Ok(row.try_get::<Option<String>, _>(name)?.unwrap_or_default())
+    };
+    Ok(SeenRow {
+        id: row.try_get("id")?,
+        vm_id: text("vm_id")?,
+        unit: row.try_get("unit")?,
+        values: Values {
+            vm_name: text("vm_name")?,
+            export_name: text("export_name")?,
+            device_path: text("device_path")?,
+            active: text("status")? == "active",
+        },
+        updated_us: row
+            .try_get::<Option<i64>, _>("updated_us")?
+            .and_then(|us| u64::try_from(us).ok()),
+        beside,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_password_is_not_shown_by_what_holds_it() {
+        let address = Address {
+            host: "db".to_owned(),
+            port: 3306,
+            socket: None,
+            user: "nbdtrack".to_owned(),
+            password: Some(Secret::new("hunter2".to_owned())),
+            database: "appliance".to_owned(),
+            tls: Tls::Preferred,
+            ca: None,
+            owner: "a".to_owned(),
+        };
+        assert!(!format!("{address:?} {address}").contains("hunter2"));
+    }
+}

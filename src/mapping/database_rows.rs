@@ -1,0 +1,356 @@
+//! The SQL of the shared table. Each function is the inside of one transaction, or one look.
+
+use std::collections::BTreeMap;
+
+use sqlx::{MySqlConnection, Row};
+
+use super::database::{ROWS_MAX, is_duplicate, seen};
+use super::reconcile::{Known, SeenRow};
+use super::table::device_path;
+use crate::correlation::{MappingState, VmDisk};
+
+/// Why a transaction was not carried out.
+#[derive(Debug)]
+pub(super) enum Fault {
+    Sql(sqlx::Error),
+    Taken(String),
+}
+
+impl From<sqlx::Error> for Fault {
+    fn from(error: sqlx::Error) -> Fault {
+        Fault::Sql(error)
+    }
+}
+
+/// The appliances' table as they have it, for a database that has none yet. Ids of VMs are told apart by each byte.
+const TABLE: &str = "CREATE TABLE IF NOT EXISTS vm_export_mappings (
+    id BIGINT NOT NULL AUTO_INCREMENT PRIMARY KEY,
+    vm_id VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin NOT NULL,
+    disk_unit_number INT NOT NULL,
+    vm_name VARCHAR(255) CHARACTER SET utf8mb4 NOT NULL,
+    export_name VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin NOT NULL,
+    device_path VARCHAR(255) CHARACTER SET utf8mb4 NOT NULL DEFAULT '',
+    status ENUM('active', 'inactive') NOT NULL DEFAULT 'active',
+    created_at DATETIME(3) NOT NULL DEFAULT CURRENT_TIMESTAMP(3),
+    updated_at DATETIME(3) NOT NULL DEFAULT CURRENT_TIMESTAMP(3) ON UPDATE CURRENT_TIMESTAMP(3),
+    UNIQUE KEY vm_export_mappings_export (export_name),
+    UNIQUE KEY vm_export_mappings_disk (vm_id, disk_unit_number)
+) ENGINE = InnoDB";
+
+const BESIDE: &str = "CREATE TABLE IF NOT EXISTS nbdtrack_mappings (
+    vm_id VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin NOT NULL,
+    disk_unit_number INT NOT NULL,
+    owner VARCHAR(64) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin NOT NULL,
+    wrote_vm_name VARCHAR(255) CHARACTER SET utf8mb4 NOT NULL,
+    wrote_export_name VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin NOT NULL,
+    wrote_device_path VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin NOT NULL,
+    wrote_status VARCHAR(16) CHARACTER SET ascii NOT NULL,
+    volume TEXT CHARACTER SET utf8mb4 NOT NULL,
+    state VARCHAR(16) CHARACTER SET ascii NOT NULL,
+    reason TEXT CHARACTER SET utf8mb4 NOT NULL,
+    node TEXT CHARACTER SET utf8mb4 NOT NULL,
+    diskseq BIGINT UNSIGNED NOT NULL,
+    generation BIGINT UNSIGNED NOT NULL,
+    size_bytes BIGINT UNSIGNED NOT NULL,
+    state_at DATETIME(3) NOT NULL,
+    PRIMARY KEY (vm_id, disk_unit_number),
+    KEY nbdtrack_mappings_owner (owner)
+) ENGINE = InnoDB";
+
+const OWNERS: &str = "CREATE TABLE IF NOT EXISTS nbdtrack_owners (
+    owner VARCHAR(64) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin NOT NULL PRIMARY KEY,
+    seen_at DATETIME(3) NOT NULL
+) ENGINE = InnoDB";
+
+/// What the daemon does not keep true any more is not shown as if it did.
+const VIEW: &str = "CREATE VIEW nbdtrack_vm_exports AS
+    SELECT m.id, m.vm_id, m.disk_unit_number, m.vm_name, m.export_name, m.device_path, m.status, n.owner,
+        IF(m.status = 'active', COALESCE(n.state, ''), '') AS state,
+        IF(m.status = 'active', COALESCE(n.reason, ''), '') AS reason,
+        COALESCE(n.volume, '') AS volume,
+        IF(m.status = 'active', COALESCE(n.diskseq, 0), 0) AS diskseq,
+        IF(m.status = 'active', COALESCE(n.generation, 0), 0) AS generation,
+        IF(m.status = 'active', COALESCE(n.size_bytes, 0), 0) AS size_bytes,
+        n.state_at, m.created_at, m.updated_at
+    FROM vm_export_mappings m
+    LEFT JOIN nbdtrack_mappings n ON n.vm_id = m.vm_id AND n.disk_unit_number = m.disk_unit_number";
+
+/// Makes what is missing. Looks first: an account without the right to create does where everything is there.
+pub(super) async fn prepare(connection: &mut MySqlConnection) -> Result<(), sqlx::Error> {
+    // A lock that someone holds for longer ends a transaction, which is then begun anew.
+    sqlx::query("SET SESSION innodb_lock_wait_timeout = 1, lock_wait_timeout = 2")
+        .execute(&mut *connection)
+        .await?;
+    let there: Vec<String> = sqlx::query_scalar(
+        "SELECT CAST(table_name AS CHAR) FROM information_schema.tables WHERE table_schema = DATABASE()",
+    )
+    .fetch_all(&mut *connection)
+    .await?;
+    for (name, statement) in [
+        ("vm_export_mappings", TABLE),
+        ("nbdtrack_mappings", BESIDE),
+        ("nbdtrack_owners", OWNERS),
+        ("nbdtrack_vm_exports", VIEW),
+    ] {
+        if there.iter().any(|table| table == name) {
+            continue;
+        }
+        if let Err(error) = sqlx::raw_sql(statement).execute(&mut *connection).await {
+            // ER_TABLE_EXISTS_ERROR: another daemon was as quick.
+            let existed = error
+                .as_database_error()
+                .is_some_and(|error| error.code().as_deref() == Some("42S01"));
+            if !existed {
+                return Err(error);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Registers this daemon; false when one of its name is connected.
+pub(super) async fn claim(
+    connection: &mut MySqlConnection,
+    owner: &str,
+) -> Result<bool, sqlx::Error> {
+    // Held as long as the connection. Names of locks have at most 64 characters, so it is the owner's digest.
+    let got: Option<i64> = sqlx::query_scalar(
+        "SELECT CAST(GET_LOCK(CONCAT('nbdtrack-', SHA1(CONCAT(DATABASE(), '/', ?))), 0) AS SIGNED)",
+    )
+    .bind(owner)
+    .fetch_one(&mut *connection)
+    .await?;
+    if got != Some(1) {
+        return Ok(false);
+    }
+    sqlx::query(
+        "INSERT INTO nbdtrack_owners (owner, seen_at) VALUES (?, UTC_TIMESTAMP(3))
+         ON DUPLICATE KEY UPDATE seen_at = VALUES(seen_at)",
+    )
+    .bind(owner)
+    .execute(connection)
+    .await?;
+    Ok(true)
+}
+
+/// All rows, whether no other daemon is known here, and the server's clock in microseconds since 1970.
+pub(super) async fn read(
+    connection: &mut MySqlConnection,
+    owner: &str,
+) -> Result<(Vec<SeenRow>, bool, u64), sqlx::Error> {
+    // Types are what an appliance's ORM made of them; times are taken for UTC.
+    let rows = sqlx::query(
+        "SELECT CAST(m.id AS SIGNED) AS id, CAST(m.vm_id AS CHAR) AS vm_id, CAST(m.disk_unit_number AS SIGNED) AS unit,
+            CAST(m.vm_name AS CHAR) AS vm_name, CAST(m.export_name AS CHAR) AS export_name,
+            CAST(m.device_path AS CHAR) AS device_path, CAST(m.status AS CHAR) AS status,
+            TIMESTAMPDIFF(MICROSECOND, '1970-01-01', m.updated_at) AS updated_us,
+            n.owner, n.wrote_vm_name, n.wrote_export_name, n.wrote_device_path, n.wrote_status, n.volume
+         FROM vm_export_mappings m
+         LEFT JOIN nbdtrack_mappings n ON n.vm_id = m.vm_id AND n.disk_unit_number = m.disk_unit_number
+         ORDER BY m.id LIMIT ?",
+    )
+    .bind(ROWS_MAX + 1)
+    .fetch_all(&mut *connection)
+    .await?;
+    let rows = rows.iter().map(seen).collect::<Result<Vec<_>, _>>()?;
+    let others: i64 = sqlx::query_scalar("SELECT COUNT(*) FROM nbdtrack_owners WHERE owner <> ?")
+        .bind(owner)
+        .fetch_one(&mut *connection)
+        .await?;
+    let clock: i64 =
+        sqlx::query_scalar("SELECT TIMESTAMPDIFF(MICROSECOND, '1970-01-01', UTC_TIMESTAMP(6))")
+            .fetch_one(connection)
+            .await?;
+    Ok((rows, others == 0, u64::try_from(clock).unwrap_or(0)))
+}
+
+/// Makes each row say what is known here, and be this daemon's.
+pub(super) async fn put(
+    connection: &mut MySqlConnection,
+    owner: &str,
+    puts: &BTreeMap<VmDisk, Known>,
+) -> Result<(), Fault> {
+    for (disk, known) in puts {
+        let other: Option<String> = sqlx::query_scalar(
+            "SELECT owner FROM nbdtrack_mappings WHERE vm_id = ? AND disk_unit_number = ? FOR UPDATE",
+        )
+        .bind(disk.vm_id())
+        .bind(disk.unit())
+        .fetch_optional(&mut *connection)
+        .await?;
+        if let Some(other) = other.filter(|other| other != owner) {
+            return Err(Fault::Taken(format!(
+                "{disk} belongs to \"{other}\" in the database; it is that daemon's until it deletes the row"
+            )));
+        }
+        if put_row(connection, disk, known).await? {
+            put_beside(connection, owner, disk, known).await?;
+        } else {
+            sqlx::query("DELETE FROM nbdtrack_mappings WHERE vm_id = ? AND disk_unit_number = ?")
+                .bind(disk.vm_id())
+                .bind(disk.unit())
+                .execute(&mut *connection)
+                .await?;
+        }
+    }
+    Ok(())
+}
+
+/// False when there is no row, and none is wanted.
+async fn put_row(
+    connection: &mut MySqlConnection,
+    disk: &VmDisk,
+    known: &Known,
+) -> Result<bool, Fault> {
+    let export = disk.export();
+    let status = status(known.active);
+    let path = device_path(&known.device_path);
+    let id: Option<i64> = sqlx::query_scalar(
+        "SELECT CAST(id AS SIGNED) FROM vm_export_mappings WHERE vm_id = ? AND disk_unit_number = ? FOR UPDATE",
+    )
+    .bind(disk.vm_id())
+    .bind(disk.unit())
+    .fetch_optional(&mut *connection)
+    .await?;
+    let written = match id {
+        Some(id) => {
+            sqlx::query(
+                "UPDATE vm_export_mappings SET vm_name = ?, export_name = ?, device_path = ?, status = ?,
+                 updated_at = UTC_TIMESTAMP(3) WHERE id = ?",
+            )
+            .bind(&known.vm_name)
+            .bind(export.as_str())
+            .bind(path)
+            .bind(status)
+            .bind(id)
+            .execute(connection)
+            .await
+        }
+        // Of an export that went before the database heard of it there is nothing to say.
+        None if !known.active => return Ok(false),
+        None => {
+            sqlx::query(
+                "INSERT INTO vm_export_mappings
+                 (vm_name, export_name, device_path, status, created_at, updated_at, vm_id, disk_unit_number)
+                 VALUES (?, ?, ?, ?, UTC_TIMESTAMP(3), UTC_TIMESTAMP(3), ?, ?)",
+            )
+            .bind(&known.vm_name)
+            .bind(export.as_str())
+            .bind(path)
+            .bind(status)
+            .bind(disk.vm_id())
+            .bind(disk.unit())
+            .execute(connection)
+            .await
+        }
+    };
+    match written {
+        Err(error) if is_duplicate(&error) => Err(Fault::Taken(format!(
+            "another row of vm_export_mappings has the export_name {export}"
+        ))),
+        written => Ok(written.map(|_| true)?),
+    }
+}
+
+async fn put_beside(
+    connection: &mut MySqlConnection,
+    owner: &str,
+    disk: &VmDisk,
+    known: &Known,
+) -> Result<(), sqlx::Error> {
+    sqlx::query(
+        "INSERT INTO nbdtrack_mappings (vm_id, disk_unit_number, owner, wrote_vm_name, wrote_export_name, wrote_device_path,
+         wrote_status, volume, state, reason, node, diskseq, generation, size_bytes, state_at)
+         VALUES (?, ?, ?, ?, ?, ?, ?, '', '', '', '', 0, 0, 0, UTC_TIMESTAMP(3))
+         ON DUPLICATE KEY UPDATE wrote_vm_name = VALUES(wrote_vm_name), wrote_export_name = VALUES(wrote_export_name),
+         wrote_device_path = VALUES(wrote_device_path), wrote_status = VALUES(wrote_status)",
+    )
+    .bind(disk.vm_id())
+    .bind(disk.unit())
+    .bind(owner)
+    .bind(&known.vm_name)
+    .bind(disk.export().as_str().to_owned())
+    .bind(device_path(&known.device_path))
+    .bind(status(known.active))
+    .execute(connection)
+    .await
+    .map(drop)
+}
+
+/// Writes how exports are. A path that someone else wrote stays until it has been judged.
+pub(super) async fn note(
+    connection: &mut MySqlConnection,
+    owner: &str,
+    states: &[MappingState],
+) -> Result<(), Fault> {
+    for state in states {
+        let path = device_path(&state.node);
+        sqlx::query(
+            "UPDATE vm_export_mappings m JOIN nbdtrack_mappings n
+             ON n.vm_id = m.vm_id AND n.disk_unit_number = m.disk_unit_number
+             SET m.device_path = ?, m.updated_at = UTC_TIMESTAMP(3), n.wrote_device_path = ?
+             WHERE m.vm_id = ? AND m.disk_unit_number = ? AND n.owner = ? AND m.status = 'active'
+             AND BINARY m.device_path = BINARY n.wrote_device_path AND BINARY m.device_path <> BINARY ?",
+        )
+        .bind(path)
+        .bind(path)
+        .bind(state.disk.vm_id())
+        .bind(state.disk.unit())
+        .bind(owner)
+        .bind(path)
+        .execute(&mut *connection)
+        .await?;
+        sqlx::query(
+            "UPDATE nbdtrack_mappings SET volume = ?, state = ?, reason = ?, node = ?, diskseq = ?, generation = ?,
+             size_bytes = ?, state_at = UTC_TIMESTAMP(3) WHERE vm_id = ? AND disk_unit_number = ? AND owner = ?",
+        )
+        .bind(&state.volume)
+        .bind(state.state.name())
+        .bind(&state.reason)
+        .bind(&state.node)
+        .bind(state.diskseq)
+        .bind(state.generation)
+        .bind(state.size)
+        .bind(state.disk.vm_id())
+        .bind(state.disk.unit())
+        .bind(owner)
+        .execute(&mut *connection)
+        .await?;
+    }
+    Ok(())
+}
+
+pub(super) async fn prune(
+    connection: &mut MySqlConnection,
+    owner: &str,
+    days: u32,
+) -> Result<(), Fault> {
+    let rows = sqlx::query(
+        "SELECT CAST(m.id AS SIGNED) AS id, n.vm_id, n.disk_unit_number FROM vm_export_mappings m
+         JOIN nbdtrack_mappings n ON n.vm_id = m.vm_id AND n.disk_unit_number = m.disk_unit_number
+         WHERE n.owner = ? AND m.status = 'inactive' AND m.updated_at <= UTC_TIMESTAMP(3) - INTERVAL ? DAY FOR UPDATE",
+    )
+    .bind(owner)
+    .bind(days)
+    .fetch_all(&mut *connection)
+    .await?;
+    for row in rows {
+        sqlx::query("DELETE FROM vm_export_mappings WHERE id = ?")
+            .bind(row.try_get::<i64, _>(0)?)
+            .execute(&mut *connection)
+            .await?;
+        sqlx::query(
+            "DELETE FROM nbdtrack_mappings WHERE vm_id = ? AND disk_unit_number = ? AND owner = ?",
+        )
+        .bind(row.try_get::<String, _>(1)?)
+        .bind(row.try_get::<i32, _>(2)?)
+        .bind(owner)
+        .execute(&mut *connection)
+        .await?;
+    }
+    Ok(())
+}
+
+fn status(active: bool) -> &'static str {
+    if active { "active" } else { "inactive" }
+}

@@ -1,0 +1,320 @@
+//! What rows of a shared database mean. PURE: what is known here and what was read there go in, steps come out.
+//!
+//! A row is the appliance's; what this daemon wrote last stands beside it. So whatever differs from that was written by someone
+//! else, and is a request. A row that stands beside another owner is nobody's business here.
+//!
+//! ```text
+//!   known here   the row                          step
+//!   ----------   ------------------------------   -----------------------------------------
+//!   any          another owner's                  none; a conflict when it is active here too
+//!   active       as it was written                write what has changed since
+//!   active       another device_path              serve what is there, by the rule of a new pin
+//!   active       another vm_name                  take the name
+//!   active       inactive, and was active         remove the export, if it has no clients
+//!   active       gone, and was there              as before; not when all are gone at once
+//!   inactive     active as it was written         make it inactive
+//!   otherwise    active, no owner or set again    serve what is at its device_path
+//! ```
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::correlation::{ExportName, VmDisk};
+
+/// The columns of the appliances' table that mean something.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Default)]
+pub struct Values {
+    pub vm_name: String,
+    pub export_name: String,
+    /// `''` while the volume is absent.
+    pub device_path: String,
+    pub active: bool,
+}
+
+/// One row as it was read.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct SeenRow {
+    pub id: i64,
+    pub vm_id: String,
+    pub unit: i64,
+    pub values: Values,
+    /// `updated_at` in microseconds since 1970 by the database's clock, if it is a time.
+    pub updated_us: Option<u64>,
+    /// What stands beside it.
+    pub beside: Option<Beside>,
+}
+
+/// What a daemon wrote beside a row.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Beside {
+    pub owner: String,
+    /// The columns, as that daemon wrote them last.
+    pub wrote: Values,
+    /// `profile:id`; empty when it was not known.
+    pub volume: String,
+}
+
+/// What is known here of one VM's disk.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Known {
+    pub vm_name: String,
+    pub active: bool,
+    /// As the column is to have it.
+    pub device_path: String,
+    /// The database has had its row.
+    pub kept: bool,
+}
+
+/// What follows from a row.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Step {
+    /// Write what is known here.
+    Put(VmDisk),
+    /// Make the row inactive: its export is gone.
+    Retire(VmDisk),
+    /// Someone asks; `row` is 0 for one that was deleted.
+    Ask {
+        row: i64,
+        disk: VmDisk,
+        demand: Demand,
+    },
+    /// A person has to look; `row` is 0 for what concerns the whole table.
+    Conflict { row: i64, text: String },
+}
+
+/// What someone asks by a row.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Demand {
+    /// The disk is what is at this path.
+    Serve {
+        vm_name: String,
+        device_path: String,
+        updated_us: Option<u64>,
+    },
+    /// The disk is the volume that it was; no path says otherwise.
+    Restore {
+        vm_name: String,
+        volume: String,
+    },
+    Rename {
+        vm_name: String,
+    },
+    /// The export is not needed any more.
+    Remove,
+}
+
+/// Judges the whole table. `alone`: no other daemon uses this database, so that a row without an owner can only be meant for this one.
+pub fn reconcile(
+    owner: &str,
+    alone: bool,
+    known: &BTreeMap<VmDisk, Known>,
+    rows: &[SeenRow],
+) -> Vec<Step> {
+    let mut steps = Vec::new();
+    let mut seen = BTreeSet::new();
+    for row in rows {
+        let others = row
+            .beside
+            .as_ref()
+            .filter(|beside| beside.owner != owner)
+            .map(|beside| beside.owner.as_str());
+        let disk = match u32::try_from(row.unit)
+            .map_err(|_| format!("disk_unit_number {} is none", row.unit))
+            .and_then(|unit| VmDisk::new(&row.vm_id, unit).map_err(|error| error.to_string()))
+        {
+            Ok(disk) => disk,
+            Err(why) if others.is_none() => {
+                steps.push(conflict(row, &why));
+                continue;
+            }
+            Err(_) => continue,
+        };
+        seen.insert(disk.clone());
+        let here = known.get(&disk);
+        if let Some(other) = others {
+            if here.is_some_and(|here| here.active) {
+                let text = format!("it belongs to {other}, and {disk} is exported here as well");
+                steps.push(conflict(row, &text));
+            }
+            continue;
+        }
+        if row.values.export_name != disk.export().as_str() {
+            let text = format!("export_name has to be {}", disk.export());
+            steps.push(conflict(row, &text));
+            continue;
+        }
+        steps.extend(match (&row.beside, here) {
+            (Some(beside), Some(here)) if here.active => judge_active(row, beside, &disk, here),
+            (Some(beside), _) => judge_inactive(row, beside, &disk, here.is_some()),
+            (None, Some(here)) if here.active => judge_unclaimed(row, &disk, here),
+            (None, _) => judge_new(row, &disk, alone),
+        });
+    }
+    steps.extend(judge_missing(owner, known, rows, &seen));
+    steps
+}
+
+/// Ours, and its export is there.
+fn judge_active(row: &SeenRow, beside: &Beside, disk: &VmDisk, here: &Known) -> Option<Step> {
+    let (now, wrote) = (&row.values, &beside.wrote);
+    if !now.active {
+        return Some(match wrote.active {
+            true => ask(row, disk, Demand::Remove),
+            false => Step::Put(disk.clone()),
+        });
+    }
+    let path = &now.device_path;
+    // A path that was emptied asks for nothing: the volume is where it is.
+    if *path != wrote.device_path && *path != here.device_path && !path.is_empty() {
+        return Some(serve(row, disk));
+    }
+    if now.vm_name != wrote.vm_name && now.vm_name != here.vm_name {
+        let vm_name = now.vm_name.clone();
+        return Some(ask(row, disk, Demand::Rename { vm_name }));
+    }
+    let wanted = Values {
+        vm_name: here.vm_name.clone(),
+        export_name: disk.export().as_str().to_owned(),
+        device_path: here.device_path.clone(),
+        active: true,
+    };
+    (*now != wanted || *wrote != wanted).then(|| Step::Put(disk.clone()))
+}
+
+/// Ours, and there is no export of it, or none is remembered.
+fn judge_inactive(row: &SeenRow, beside: &Beside, disk: &VmDisk, remembered: bool) -> Option<Step> {
+    let (now, wrote) = (&row.values, &beside.wrote);
+    if !now.active {
+        return None;
+    }
+    // What we wrote as its path is where the volume was once: only another one is somebody's word.
+    if now.device_path != wrote.device_path && !now.device_path.is_empty() {
+        return Some(serve(row, disk));
+    }
+    // Its export went while the database was away.
+    if remembered && wrote.active {
+        return Some(Step::Retire(disk.clone()));
+    }
+    if beside.volume.is_empty() {
+        let text = format!(
+            "it is active and says no device_path; say which volume it is with 'nbdtrack ensure {} {} --volume PROFILE:ID'",
+            disk.vm_id(),
+            disk.unit()
+        );
+        return Some(conflict(row, &text));
+    }
+    let demand = Demand::Restore {
+        vm_name: now.vm_name.clone(),
+        volume: beside.volume.clone(),
+    };
+    Some(ask(row, disk, demand))
+}
+
+/// Nobody's, of a disk that is exported here.
+fn judge_unclaimed(row: &SeenRow, disk: &VmDisk, here: &Known) -> Option<Step> {
+    let path = &row.values.device_path;
+    Some(
+        if !row.values.active || path.is_empty() || *path == here.device_path {
+            Step::Put(disk.clone())
+        } else {
+            serve(row, disk)
+        },
+    )
+}
+
+/// Nobody's: the appliance made it.
+fn judge_new(row: &SeenRow, disk: &VmDisk, alone: bool) -> Option<Step> {
+    if !row.values.active {
+        return None;
+    }
+    let (vm_id, unit) = (disk.vm_id(), disk.unit());
+    if !alone {
+        let text = format!(
+            "it has no owner, and several daemons use this database; take it with 'nbdtrack ensure {vm_id} {unit} --volume PROFILE:ID' where its disk is"
+        );
+        return Some(conflict(row, &text));
+    }
+    if row.values.device_path.is_empty() {
+        let text = format!(
+            "it says no device_path; say which volume it is with 'nbdtrack ensure {vm_id} {unit} --volume PROFILE:ID'"
+        );
+        return Some(conflict(row, &text));
+    }
+    Some(serve(row, disk))
+}
+
+/// Active here, and not in the table.
+fn judge_missing(
+    owner: &str,
+    known: &BTreeMap<VmDisk, Known>,
+    rows: &[SeenRow],
+    seen: &BTreeSet<VmDisk>,
+) -> Vec<Step> {
+    let missing: Vec<(&VmDisk, &Known)> = known
+        .iter()
+        .filter(|(disk, here)| here.active && !seen.contains(*disk))
+        .collect();
+    let deleted = missing.iter().filter(|(_, here)| here.kept).count();
+    let ours = |row: &SeenRow| {
+        row.beside
+            .as_ref()
+            .is_some_and(|beside| beside.owner == owner)
+    };
+    // A table that was emptied or restored from an old copy is no word of anyone who wants all exports gone.
+    let believed = deleted <= 1 || rows.iter().any(ours);
+    let mut steps: Vec<Step> = missing
+        .into_iter()
+        .filter_map(|(disk, here)| match (here.kept, believed) {
+            (false, _) => Some(Step::Put(disk.clone())),
+            (true, true) => Some(Step::Ask {
+                row: 0,
+                disk: disk.clone(),
+                demand: Demand::Remove,
+            }),
+            (true, false) => None,
+        })
+        .collect();
+    if !believed {
+        steps.push(Step::Conflict {
+            row: 0,
+            text: format!(
+                "all {deleted} rows of this machine are gone from the database at once: nothing is removed by that; \
+                 put the rows back, or remove the exports with 'nbdtrack remove'"
+            ),
+        });
+    }
+    steps
+}
+
+fn serve(row: &SeenRow, disk: &VmDisk) -> Step {
+    let demand = Demand::Serve {
+        vm_name: row.values.vm_name.clone(),
+        device_path: row.values.device_path.clone(),
+        updated_us: row.updated_us,
+    };
+    ask(row, disk, demand)
+}
+
+fn ask(row: &SeenRow, disk: &VmDisk, demand: Demand) -> Step {
+    Step::Ask {
+        row: row.id,
+        disk: disk.clone(),
+        demand,
+    }
+}
+
+fn conflict(row: &SeenRow, why: &str) -> Step {
+    Step::Conflict {
+        row: row.id,
+        text: format!("row {} of vm_export_mappings: {why}", row.id),
+    }
+}
+
+/// The export that a row means, for those who are told of it.
+pub fn export_of(row: &SeenRow) -> Option<ExportName> {
+    let disk = VmDisk::new(&row.vm_id, u32::try_from(row.unit).ok()?).ok()?;
+    Some(disk.export())
+}
+
+#[cfg(test)]
+#[path = "reconcile_tests.rs"]
+mod tests;

@@ -1,0 +1,249 @@
+//! Every kind of row against everything that can be known of it: what must never follow, and what must.
+
+use super::*;
+
+const US: &str = "us";
+const HERE: &str = "/dev/vdc";
+const ELSEWHERE: &str = "/dev/vdx";
+
+fn disk() -> VmDisk {
+    VmDisk::new("a", 0).unwrap()
+}
+
+fn values(path: &str, active: bool, vm_name: &str) -> Values {
+    Values {
+        vm_name: vm_name.to_owned(),
+        export_name: disk().export().as_str().to_owned(),
+        device_path: path.to_owned(),
+        active,
+    }
+}
+
+fn row(values: Values, beside: Option<(&str, Values)>) -> SeenRow {
+    SeenRow {
+        id: 7,
+        vm_id: "a".to_owned(),
+        unit: 0,
+        values,
+        updated_us: Some(5),
+        beside: beside.map(|(owner, wrote)| Beside {
+            owner: owner.to_owned(),
+            wrote,
+            volume: "serial:x".to_owned(),
+        }),
+    }
+}
+
+fn here(active: bool) -> Known {
+    Known {
+        vm_name: "web".to_owned(),
+        active,
+        device_path: if active { HERE } else { "" }.to_owned(),
+        kept: true,
+    }
+}
+
+fn known(here: Option<Known>) -> BTreeMap<VmDisk, Known> {
+    here.into_iter().map(|here| (disk(), here)).collect()
+}
+
+fn one(known_here: Option<Known>, row: &SeenRow) -> Vec<Step> {
+    reconcile(US, true, &known(known_here), std::slice::from_ref(row))
+}
+
+/// All rows of one disk that the table can hold, with what is known of it.
+fn all() -> Vec<(Option<Known>, SeenRow)> {
+    let paths = ["", HERE, ELSEWHERE, "/dev/vdq"];
+    let mut cases = Vec::new();
+    for known in [None, Some(here(true)), Some(here(false))] {
+        for path in paths {
+            for active in [true, false] {
+                for vm_name in ["web", "other"] {
+                    let now = values(path, active, vm_name);
+                    cases.push((known.clone(), row(now.clone(), None)));
+                    for owner in [US, "them"] {
+                        for wrote_path in paths {
+                            for wrote_active in [true, false] {
+                                let wrote = values(wrote_path, wrote_active, "web");
+                                cases.push((known.clone(), row(now.clone(), Some((owner, wrote)))));
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+    cases
+}
+
+#[test]
+fn no_row_of_another_owner_is_ever_touched() {
+    for (known_here, row) in all() {
+        let foreign = row.beside.as_ref().is_some_and(|beside| beside.owner != US);
+        for step in one(known_here.clone(), &row) {
+            assert!(
+                !foreign || matches!(step, Step::Conflict { .. }),
+                "{known_here:?} {row:?}: {step:?}"
+            );
+        }
+    }
+}
+
+#[test]
+fn a_path_that_someone_else_wrote_is_a_request_and_is_never_written_over() {
+    for (known_here, row) in all() {
+        let Some(beside) = row.beside.as_ref().filter(|beside| beside.owner == US) else {
+            continue;
+        };
+        let path = &row.values.device_path;
+        let is_where_it_is = known_here
+            .as_ref()
+            .is_some_and(|k| k.active && k.device_path == *path);
+        let asked = row.values.active
+            && !path.is_empty()
+            && *path != beside.wrote.device_path
+            && !is_where_it_is;
+        let steps = one(known_here.clone(), &row);
+        let served = matches!(
+            steps.as_slice(),
+            [Step::Ask { demand: Demand::Serve { device_path, .. }, .. }] if device_path == path
+        );
+        assert_eq!(asked, served, "{known_here:?} {row:?}: {steps:?}");
+    }
+}
+
+/// Invariant 12: the path that we wrote is where the volume was once, and says nothing of what is there now.
+#[test]
+fn our_own_path_is_never_taken_for_a_word_about_a_volume() {
+    for (known_here, row) in all() {
+        for step in one(known_here.clone(), &row) {
+            if let Step::Ask {
+                demand: Demand::Serve { device_path, .. },
+                ..
+            } = &step
+            {
+                let wrote = row.beside.as_ref().map(|beside| &beside.wrote.device_path);
+                assert!(
+                    wrote != Some(device_path),
+                    "{known_here:?} {row:?}: {step:?}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn what_was_written_leads_to_no_further_step() {
+    for (known_here, mut row) in all() {
+        for step in one(known_here.clone(), &row) {
+            let after = match step {
+                Step::Put(_) => values(HERE, true, "web"),
+                Step::Retire(_) => values("", false, "web"),
+                Step::Ask { .. } | Step::Conflict { .. } => continue,
+            };
+            row.values = after.clone();
+            row.beside = Some(Beside {
+                owner: US.to_owned(),
+                wrote: after,
+                volume: "serial:x".to_owned(),
+            });
+            assert_eq!(one(known_here.clone(), &row), [], "{known_here:?} {row:?}");
+        }
+    }
+}
+
+#[test]
+fn a_row_that_the_appliance_inserts_is_served_unless_it_could_be_anothers() {
+    let new = row(values(ELSEWHERE, true, "web"), None);
+    let demand = Demand::Serve {
+        vm_name: "web".to_owned(),
+        device_path: ELSEWHERE.to_owned(),
+        updated_us: Some(5),
+    };
+    let ask = Step::Ask {
+        row: 7,
+        disk: disk(),
+        demand,
+    };
+    assert_eq!(one(None, &new), [ask]);
+    let steps = reconcile(US, false, &known(None), &[new]);
+    assert!(
+        matches!(steps.as_slice(), [Step::Conflict { text, .. }] if text.contains("has no owner")),
+        "{steps:?}"
+    );
+    assert_eq!(one(None, &row(values(ELSEWHERE, false, "web"), None)), []);
+    let silent = one(None, &row(values("", true, "web"), None));
+    assert!(
+        matches!(silent.as_slice(), [Step::Conflict { text, .. }] if text.contains("no device_path")),
+        "{silent:?}"
+    );
+}
+
+#[test]
+fn a_row_that_went_or_was_made_inactive_asks_for_a_removal() {
+    let remove = |row| Step::Ask {
+        row,
+        disk: disk(),
+        demand: Demand::Remove,
+    };
+    let inactive = row(
+        values(HERE, false, "web"),
+        Some((US, values(HERE, true, "web"))),
+    );
+    assert_eq!(one(Some(here(true)), &inactive), [remove(7)]);
+    assert_eq!(
+        reconcile(US, true, &known(Some(here(true))), &[]),
+        [remove(0)]
+    );
+    let unkept = Known {
+        kept: false,
+        ..here(true)
+    };
+    assert_eq!(
+        reconcile(US, true, &known(Some(unkept)), &[]),
+        [Step::Put(disk())],
+        "one that the database never had is inserted"
+    );
+}
+
+#[test]
+fn a_table_that_lost_all_rows_at_once_removes_nothing() {
+    let disks = (0..3).map(|unit| VmDisk::new("a", unit).unwrap());
+    let known: BTreeMap<_, _> = disks.map(|disk| (disk, here(true))).collect();
+    let steps = reconcile(US, true, &known, &[]);
+    assert!(
+        matches!(steps.as_slice(), [Step::Conflict { row: 0, text }] if text.starts_with("all 3 rows")),
+        "{steps:?}"
+    );
+    let other = row(
+        values(HERE, true, "web"),
+        Some((US, values(HERE, true, "web"))),
+    );
+    let steps = reconcile(US, true, &known, &[other]);
+    assert_eq!(
+        steps.len(),
+        2,
+        "with one of ours left, the others were deleted: {steps:?}"
+    );
+}
+
+#[test]
+fn what_is_no_disk_or_has_another_name_is_told_and_left() {
+    let mut strange = row(values(HERE, true, "web"), None);
+    strange.vm_id = "../etc".to_owned();
+    let mut named = row(values(HERE, true, "web"), None);
+    named.values.export_name = "mine".to_owned();
+    let mut negative = row(values(HERE, true, "web"), None);
+    negative.unit = -1;
+    for (row, word) in [
+        (strange, "vm_id"),
+        (named, "export_name has to be"),
+        (negative, "-1"),
+    ] {
+        let steps = one(None, &row);
+        assert!(
+            matches!(steps.as_slice(), [Step::Conflict { row: 7, text }] if text.contains(word)),
+            "{steps:?}"
+        );
+    }
+}
