@@ -110,6 +110,7 @@ pub async fn run(bus: &Bus, command: Command, as_json: bool) -> Result<(), Failu
         // Carried out without a daemon, before this.
         Command::Doctor { .. }
         | Command::NbdServer { .. }
+        | Command::BackupName(_)
         | Command::Manual { .. }
         | Command::Serve(_)
         | Command::Check { .. }

@@ -3,6 +3,7 @@
 //!
 //! Results go to standard output, messages to standard error; `--json` makes both fit for machines.
 
+mod backup_name;
 mod check;
 mod commands;
 mod complete;
@@ -110,6 +111,8 @@ enum Command {
     },
     /// List the disks of VMs that are or were exported, and delete old rows
     Mappings(mappings::Mappings),
+    /// Name the export of a backup, or take such a name apart; needs no daemon
+    BackupName(backup_name::Asked),
     /// Look at the attached disks anew
     Rescan,
     /// Read the configuration again, and tell what that changed
@@ -387,6 +390,7 @@ fn run(cli: Cli) -> Result<(), Failure> {
         }
         Command::Manual { folder } => return Ok(manual::write(Cli::command(), &folder)?),
         Command::Check { config } => return check::check(&config, json),
+        Command::BackupName(asked) => return backup_name::backup_name(&asked, json),
         command => command,
     };
     let bus = Bus::parse(cli.bus.as_deref().unwrap_or("system"))?;

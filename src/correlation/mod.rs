@@ -11,6 +11,7 @@
 //! lock, and a simulation that drives a million schedules through the same code that ships.
 
 mod answers;
+pub mod backup_name;
 mod binding;
 mod check;
 mod configure;
