@@ -628,3 +628,39 @@ fn a_password_comes_from_a_file_and_is_seen_nowhere() -> Outcome<()> {
         scene.stop()
     })
 }
+
+#[test]
+fn rows_from_before_the_daemon_are_imported_by_a_person() -> Outcome<()> {
+    real("a table from before", NEEDS, |ground| {
+        let server = MariaDb::make(ground.path(), &[])?;
+        server.sql(ORM_TABLE)?;
+        let (volumes, devices) = volumes(ground)?;
+        insert(&server, 0, &devices[0].node())?;
+        let mut scene = Scene::told(ground, server.store("one"), &[])?;
+        waits_for(&scene, "was not looking at the table")?;
+        hold!(
+            scene.client.export(&name(0))?.is_none(),
+            "nobody believes it"
+        );
+        let plan = nbdtrack(&scene, &["import", "--dry-run"])?.stdout;
+        hold!(
+            plan.contains("would be disk:loop:") && plan.lines().count() == 1,
+            "{plan}"
+        );
+        nbdtrack(&scene, &["import"])?;
+        row_is(
+            &server,
+            0,
+            &format!("web 1\t{}\tactive\tServing\tone", devices[0].node()),
+        )?;
+        until(STEP_LIMIT, "nothing to wait any more", || {
+            Ok(waiting(&scene)?.is_empty().then_some(()))
+        })?;
+        let export = scene.export(&name(0))?;
+        hold!(
+            export["VolumeId"].text() == format!("disk:{}", volumes[0].id()),
+            "{export:?}"
+        );
+        scene.stop()
+    })
+}

@@ -194,3 +194,56 @@ fn what_was_removed_is_inactive_until_it_is_pruned() -> Outcome<()> {
         scene.stop()
     })
 }
+
+#[test]
+fn what_a_configuration_has_paths_for_is_imported_by_the_disk_that_is_there() -> Outcome<()> {
+    real("import", NEEDS, |ground| {
+        let mut scene = Scene::empty(ground)?;
+        let volume = Volume::make(ground.path(), "vol-a", BYTES)?;
+        let (device, empty) = (LoopDevice::add()?, LoopDevice::add()?);
+        device.attach(&volume.image)?;
+        let config = ground.file("stock.conf");
+        let section = |unit: u32, node: &str| {
+            format!("[migration-vm-{VM}-disk{unit}]\nexportname = {node}\n")
+        };
+        let text = format!(
+            "[generic]\n{}{}[other]\nexportname = {}\n",
+            section(0, &device.node()),
+            section(1, &empty.node()),
+            device.node()
+        );
+        std::fs::write(&config, text)?;
+        let name = format!("migration-vm-{VM}-disk0");
+        let import = |more: &[&str]| -> Outcome<Vec<(String, bool, String)>> {
+            let file = config.display().to_string();
+            let mut args = vec!["--json", "import", "--from", file.as_str()];
+            args.extend(more);
+            let done = nbdtrack(&scene, &args)?;
+            let told: serde_json::Value = serde_json::from_str(&done.stdout)?;
+            let one = |told: &serde_json::Value| {
+                let text = |key: &str| told[key].as_str().unwrap_or_default().to_owned();
+                (text("export"), told["done"] == true, text("result"))
+            };
+            Ok(told.as_array().into_iter().flatten().map(one).collect())
+        };
+        until(STEP_LIMIT, "the disk to be known", || {
+            let plan = import(&["--dry-run"])?;
+            Ok(plan[0].2.starts_with("would be disk:loop:").then_some(()))
+        })?;
+        hold!(
+            scene.client.export(&name)?.is_none(),
+            "a dry run makes nothing"
+        );
+        let done = import(&[])?;
+        hold!(done.len() == 2, "{done:?}");
+        hold!(done[0].0 == name && done[0].1, "{done:?}");
+        hold!(!done[1].1 && done[1].2.starts_with("skipped"), "{done:?}");
+        told(&scene, 0, &device.node(), "Serving")?;
+        let again = import(&[])?;
+        hold!(
+            again[0].2.contains("exported from that disk already"),
+            "{again:?}"
+        );
+        scene.stop()
+    })
+}

@@ -8,8 +8,8 @@ use zbus::Variant;
 
 use super::show::{self, print, print_json};
 use super::{
-    Add, Command, Ensure, Explain, Failure, PrepareDetach, doctor, explain, history, mappings,
-    metrics, pins, top, watch,
+    Add, Command, Ensure, Explain, Failure, PrepareDetach, doctor, explain, history, import,
+    mappings, metrics, pins, top, watch,
 };
 use crate::dbus::Bus;
 use crate::dbus::client::{Client, ClientError, Options};
@@ -68,6 +68,7 @@ pub async fn run(bus: &Bus, command: Command, as_json: bool) -> Result<(), Failu
         Command::Pins(asked) => pins::pins(&client, &asked, as_json)
             .await
             .map_err(failed)??,
+        Command::Import(asked) => import::import(&client, &asked, as_json).await?,
         Command::Mappings(asked) => mappings::mappings(&client, &asked, as_json)
             .await
             .map_err(failed)??,

@@ -11,6 +11,7 @@ mod doctor;
 mod explain;
 mod failure;
 mod history;
+mod import;
 mod manual;
 mod mappings;
 mod metrics;
@@ -113,6 +114,8 @@ enum Command {
     Mappings(mappings::Mappings),
     /// Name the export of a backup, or take such a name apart; needs no daemon
     BackupName(backup_name::Asked),
+    /// Export disks of VMs that a configuration or a table has paths for
+    Import(import::Import),
     /// Look at the attached disks anew
     Rescan,
     /// Read the configuration again, and tell what that changed

@@ -100,6 +100,9 @@ pub struct MappingState {
     pub size: u64,
 }
 
+/// The state of a row of a shared table that waits for someone.
+pub const WAITING: &str = "Refused";
+
 /// One row of the table of VMs' disks, as the store has it.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct MappingRow {

@@ -10,7 +10,7 @@ use tokio::time::{Instant, timeout};
 use super::control::Report;
 use super::row_asks::RowAsks;
 use super::shared_table::{ASKS_MAX, BATCH, Link, Refused, SharedTable, Told};
-use crate::correlation::{MappingRow, PathFound, RequestError, VmDisk};
+use crate::correlation::{MappingRow, PathFound, RequestError, VmDisk, WAITING};
 use crate::mapping::reconcile::{self, Demand, Known, SeenRow, Step};
 use crate::mapping::{DatabaseError, Store, Table, now_us};
 use crate::udev;
@@ -56,7 +56,7 @@ impl SharedTable {
         self.say_states().await?;
         self.mark_kept(store, &table.rows).await;
         self.ask_all(asks, &table, &mut conflicts);
-        self.tell_conflicts(conflicts);
+        self.tell_conflicts(conflicts, &table.rows);
         self.count_retried();
         self.looked_us = Some(began_us);
         self.due = Some(Instant::now() + self.poll);
@@ -235,25 +235,45 @@ impl SharedTable {
         self.refused.insert(disk, refused);
     }
 
-    fn tell_conflicts(&mut self, conflicts: BTreeMap<i64, String>) {
-        for (row, text) in &conflicts {
-            if self.conflicts.get(row) != Some(text) {
-                tracing::warn!(name: "row_refused", row, reason = text, "a row of the shared table waits for someone");
+    fn tell_conflicts(&mut self, conflicts: BTreeMap<i64, String>, rows: &[SeenRow]) {
+        let mut waiting: BTreeMap<i64, MappingRow> = conflicts
+            .into_iter()
+            .map(|(row, reason)| {
+                let waits = MappingRow {
+                    id: row.max(0),
+                    state: WAITING.to_owned(),
+                    reason,
+                    ..MappingRow::default()
+                };
+                (row, waits)
+            })
+            .collect();
+        for row in rows {
+            if let Some(waits) = waiting.get_mut(&row.id) {
+                waits.vm_id.clone_from(&row.vm_id);
+                waits.unit = u32::try_from(row.unit).unwrap_or(0);
+                waits.vm_name.clone_from(&row.values.vm_name);
+                waits.export.clone_from(&row.values.export_name);
+                waits.device_path.clone_from(&row.values.device_path);
             }
         }
-        let count = u64::try_from(conflicts.len()).unwrap_or(u64::MAX);
+        for (row, waits) in &waiting {
+            let known = self.conflicts.get(row);
+            if known.is_none_or(|known| known.reason != waits.reason) {
+                tracing::warn!(
+                    name: "row_refused", row, reason = waits.reason,
+                    "a row of the shared table waits for someone"
+                );
+            }
+        }
+        let count = u64::try_from(waiting.len()).unwrap_or(u64::MAX);
         self.facts.conflicts.store(count, Ordering::Relaxed);
-        self.conflicts = conflicts;
+        self.conflicts = waiting;
     }
 
     /// Rows that wait for someone, for the list.
     pub fn waiting(&self) -> impl Iterator<Item = MappingRow> {
-        self.conflicts.iter().map(|(row, text)| MappingRow {
-            id: (*row).max(0),
-            state: "Refused".to_owned(),
-            reason: text.clone(),
-            ..MappingRow::default()
-        })
+        self.conflicts.values().cloned()
     }
 }
 

@@ -17,7 +17,7 @@ use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use super::control::Report;
-use crate::correlation::{Change, MappingState, RequestError, Unkept, VmDisk};
+use crate::correlation::{Change, MappingRow, MappingState, RequestError, Unkept, VmDisk};
 use crate::mapping::reconcile::{Demand, Known};
 use crate::mapping::{Address, Database, DatabaseError, Store};
 
@@ -97,7 +97,7 @@ pub(super) struct SharedTable {
     pub(super) first_seen: BTreeMap<VmDisk, (Demand, Result<u64, &'static str>)>,
     pub(super) refused: BTreeMap<VmDisk, Refused>,
     /// What the last look found for a person, by row.
-    pub(super) conflicts: BTreeMap<i64, String>,
+    pub(super) conflicts: BTreeMap<i64, MappingRow>,
     /// When the last look began, by this machine's clock, in microseconds since 1970; `None` until there was one.
     pub(super) looked_us: Option<u64>,
     pub(super) tell: mpsc::Sender<Told>,

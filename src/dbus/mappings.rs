@@ -8,7 +8,7 @@ use super::Call;
 use super::introspect::Method;
 use super::options::Options;
 use super::volume::text;
-use crate::correlation::{MappingRow, RequestError};
+use crate::correlation::{MappingRow, RequestError, WAITING};
 
 /// Ten years: older is as good as any.
 pub const DAYS_MAX: u32 = 3_650;
@@ -56,7 +56,11 @@ pub fn parse(method: &str, message: &Message) -> Result<Call, RequestError> {
 pub fn mappings(rows: &[MappingRow]) -> Vec<BTreeMap<&'static str, Variant<'_>>> {
     rows.iter()
         .map(|row| {
-            let status = if row.active { "active" } else { "inactive" };
+            let status = match row.active {
+                true => "active",
+                false if row.state == WAITING => "waiting",
+                false => "inactive",
+            };
             BTreeMap::from([
                 ("Id", Variant::new(row.id)),
                 ("VmId", Variant::new(text(&row.vm_id))),

@@ -18,7 +18,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::correlation::{ExportName, VmDisk};
+use crate::correlation::VmDisk;
 
 /// The columns of the appliances' table that mean something.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Default)]
@@ -307,12 +307,6 @@ fn conflict(row: &SeenRow, why: &str) -> Step {
         row: row.id,
         text: format!("row {} of vm_export_mappings: {why}", row.id),
     }
-}
-
-/// The export that a row means, for those who are told of it.
-pub fn export_of(row: &SeenRow) -> Option<ExportName> {
-    let disk = VmDisk::new(&row.vm_id, u32::try_from(row.unit).ok()?).ok()?;
-    Some(disk.export())
 }
 
 #[cfg(test)]
