@@ -13,6 +13,7 @@ mod cached;
 mod fence;
 mod mapped;
 mod middle;
+mod reload;
 mod scale;
 mod stall;
 mod swaps;
@@ -41,6 +42,8 @@ pub struct Plan {
     pub middle_cycles: usize,
     /// Swaps in a daemon with [`scale::MANY`] exports.
     pub scale_swaps: usize,
+    /// Reloads of each size.
+    pub reloads: usize,
 }
 
 const FULL: Plan = Plan {
@@ -49,6 +52,7 @@ const FULL: Plan = Plan {
     stall_runs: 3,
     middle_cycles: 20_000,
     scale_swaps: 200,
+    reloads: 20,
 };
 const QUICK: Plan = Plan {
     swaps: 30,
@@ -56,6 +60,7 @@ const QUICK: Plan = Plan {
     stall_runs: 1,
     middle_cycles: 4_000,
     scale_swaps: 20,
+    reloads: 4,
 };
 
 fn main() -> ExitCode {
@@ -81,7 +86,7 @@ fn run() -> Outcome<()> {
             // What `cargo bench` adds.
             "--bench" => {}
             _ => trouble!(
-                "usage: control [--quick] [--json PATH] [--only swaps|udevd|cached|fence|stall|middle|scale|mapped]"
+                "usage: control [--quick] [--json PATH] [--only swaps|udevd|cached|fence|stall|middle|scale|mapped|reload]"
             ),
         }
     }
@@ -133,6 +138,10 @@ fn run() -> Outcome<()> {
     if wanted("mapped") {
         say("callers of a daemon with 10,000 mappings");
         rows.extend(mapped::measure()?);
+    }
+    if wanted("reload") {
+        say("reloads of 10 to 10,000 sections");
+        rows.extend(reload::measure(plan.reloads)?);
     }
 
     let machine = format!(

@@ -1,6 +1,6 @@
 //! The definitions in the configuration files, against those that are known.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::membership::{Waiter, judge_pair};
 use super::{
@@ -43,12 +43,9 @@ impl Correlation {
                 difference.refused.push((name, reason.clone()));
                 continue;
             }
-            match self
-                .exports
-                .get(&name)
-                .map(|export| (export.planned().clone(), export.goes()))
-            {
-                Some((known, false)) if known == definition => {}
+            let known = self.exports.get(&name);
+            match known.map(|export| (export.planned(), export.goes())) {
+                Some((known, false)) if *known == definition => {}
                 Some((known, false)) if known.source == Source::Dbus => {
                     self.adopt(&name, definition.source);
                     difference.changed.push(name);
@@ -84,6 +81,19 @@ impl Correlation {
         loop {
             let standing =
                 |name: &ExportName| wanted.get(name).filter(|_| !refused.contains_key(name));
+            // Only these can be refused: what an export has already stands. Ten thousand of them are passed over here.
+            let open: Vec<&Definition> = wanted
+                .keys()
+                .filter_map(standing)
+                .filter(|definition| !self.stands(definition))
+                .collect();
+            if open.is_empty() {
+                return refused;
+            }
+            let sought: BTreeSet<Identity> = open
+                .iter()
+                .flat_map(|definition| definition.volume.candidates())
+                .collect();
             let mut planned: BTreeMap<Identity, Vec<&Definition>> = BTreeMap::new();
             let known = self
                 .exports
@@ -93,7 +103,8 @@ impl Correlation {
                 .flat_map(|(_, export)| export.claims())
                 .chain(wanted.keys().filter_map(standing))
             {
-                for candidate in definition.volume.candidates() {
+                let candidates = definition.volume.candidates();
+                for candidate in candidates.into_iter().filter(|c| sought.contains(c)) {
                     planned.entry(candidate).or_default().push(definition);
                 }
             }
@@ -113,10 +124,8 @@ impl Correlation {
                             .filter(|_| yields || self.stands(other))
                     })
             };
-            let more: Vec<(ExportName, String)> = wanted
-                .keys()
-                .filter_map(standing)
-                .filter(|definition| !self.stands(definition))
+            let more: Vec<(ExportName, String)> = open
+                .into_iter()
                 .filter_map(|definition| {
                     Some((definition.name.clone(), judge(definition)?.to_string()))
                 })
@@ -131,11 +140,8 @@ impl Correlation {
     /// The export has this definition already.
     fn stands(&self, definition: &Definition) -> bool {
         self.exports.get(&definition.name).is_some_and(|export| {
-            !export.goes()
-                && Definition {
-                    source: definition.source,
-                    ..export.planned().clone()
-                } == *definition
+            let planned = export.planned();
+            !export.goes() && planned.serves_as(definition)
         })
     }
 

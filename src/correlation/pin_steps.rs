@@ -32,7 +32,7 @@ impl Correlation {
             paths.extend(section.path.map(|path| (name, path)));
             definitions.push(section.definition);
         }
-        self.pins.configure(paths);
+        let mut settled = self.pins.configure(paths);
         if let Some(refused) = refused {
             self.drop_pins(&refused);
         }
@@ -44,7 +44,12 @@ impl Correlation {
             }
         }
         let difference = self.configure(definitions);
-        let names: Vec<ExportName> = self.pins.sections.keys().cloned().collect();
+        let refused = difference.refused.iter().map(|(name, _)| name);
+        for name in refused.chain(&difference.added).chain(&difference.changed) {
+            settled.remove(name);
+        }
+        let judged = |name: &&ExportName| !settled.contains(*name);
+        let names: Vec<ExportName> = self.pins.sections.keys().filter(judged).cloned().collect();
         for name in names {
             self.judge_pin(&name);
         }
@@ -79,6 +84,8 @@ impl Correlation {
     /// The volume that the store's pin means, as long as the section has its path or leads to that very disk.
     fn volume_by_pin(&self, name: &ExportName) -> Option<VolumeId> {
         let known = self.pins.known.get(name)?;
+        // A doubt is no volume, whatever the verdict.
+        known.to.volume()?;
         match self.verdict(name)? {
             Verdict::Keep | Verdict::KeepAgainst(_) => known.to.volume(),
             Verdict::Pin(to) if to == known.to => to.volume(),

@@ -76,35 +76,66 @@ impl Pins {
 
     /// Takes over what the configuration says. A line that is as it was keeps the earlier time: the file may have been written for
     /// the sake of another one.
-    pub(super) fn configure(&mut self, sections: BTreeMap<ExportName, NamedPath>) {
+    ///
+    /// Gives those that lead nowhere, as they did before: there is nothing to be judged anew.
+    pub(super) fn configure(
+        &mut self,
+        sections: BTreeMap<ExportName, NamedPath>,
+    ) -> BTreeSet<ExportName> {
         let mut before = std::mem::take(&mut self.sections);
-        self.by_node.clear();
+        let mut nowhere = BTreeSet::new();
         for (name, mut section) in sections {
-            if let Some(known) = before
-                .remove(&name)
-                .filter(|known| known.path == section.path)
-            {
-                section.written = match (known.written, section.written) {
-                    (Written::At(old), Written::At(new)) => Written::At(old.min(new)),
-                    (unknown @ Written::Unknown(_), _) | (_, unknown) => unknown,
-                };
+            let known = before.remove(&name);
+            let same = known.as_ref().is_some_and(|known| {
+                known.path == section.path && known.at == section.at && known.trust == section.trust
+            });
+            if same && section.at.is_err() {
+                nowhere.insert(name.clone());
             }
-            if let Ok(found) = &section.at {
-                self.by_node
-                    .entry(found.node.clone())
-                    .or_default()
-                    .insert(name.clone());
+            if let Some(known) = known {
+                if known.path == section.path {
+                    section.written = match (known.written, section.written) {
+                        (Written::At(old), Written::At(new)) => Written::At(old.min(new)),
+                        (unknown @ Written::Unknown(_), _) | (_, unknown) => unknown,
+                    };
+                }
+                if !same {
+                    self.unlist(&name, &known);
+                }
             }
-            // What is not there yet may come by that name; a link has to be looked up again.
-            self.by_node
-                .entry(DeviceNode(section.path.clone()))
-                .or_default()
-                .insert(name.clone());
+            if !same {
+                for node in nodes(&section) {
+                    let names = self.by_node.entry(node).or_default();
+                    names.insert(name.clone());
+                }
+            }
             self.sections.insert(name, section);
+        }
+        for (name, gone) in before {
+            self.unlist(&name, &gone);
         }
         let sections = &self.sections;
         self.said.retain(|name, _| sections.contains_key(name));
+        nowhere
     }
+
+    fn unlist(&mut self, name: &ExportName, section: &NamedPath) {
+        for node in nodes(section) {
+            if let Some(names) = self.by_node.get_mut(&node) {
+                names.remove(name);
+                if names.is_empty() {
+                    self.by_node.remove(&node);
+                }
+            }
+        }
+    }
+}
+
+/// Where a section's disk may come: at the end of its links, and by the very name, for what is not there yet may come by it. (A link
+/// has to be looked up again.)
+fn nodes(section: &NamedPath) -> impl Iterator<Item = DeviceNode> {
+    let found = section.at.as_ref().ok().map(|found| found.node.clone());
+    found.into_iter().chain([DeviceNode(section.path.clone())])
 }
 
 impl PinnedTo {

@@ -1,6 +1,7 @@
 //! Reading the configuration again: on SIGHUP, and for callers of `Reload`, who hear what it changed.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use super::Options;
 use super::control::{Asker, Control, Report};
@@ -17,7 +18,7 @@ const PROBLEMS_BYTES_MAX: usize = 16 << 10;
 pub(super) struct Reload {
     pub(super) clock: Clock,
     /// Of nbd-server's configuration, what was read last; `None` when the configuration is not of that kind.
-    last: Option<LastGood>,
+    last: Option<Arc<LastGood>>,
     /// What was wrong in what is being applied, for those who asked.
     told: Vec<String>,
     reading: bool,
@@ -136,7 +137,7 @@ impl Control {
         for problem in &problems {
             tracing::error!(name: "config_refused", "refused, and what it was before stays: {problem}");
         }
-        self.reload.last = Some(reading.last);
+        self.reload.last = Some(Arc::new(reading.last));
         self.reload.told = problems;
         // Before what is served: a client that comes to a new export meets its rules.
         self.door.rule(reading.rules);

@@ -1,0 +1,118 @@
+//! A reload of nbd-server's configuration, a file for each section, in which one section changes; and what it makes others wait for.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use crate::support::Outcome;
+use crate::support::bus::{Bus, Client, Options};
+use crate::support::daemon::Home;
+use crate::support::ground::Ground;
+use crate::support::loops::LoopDevice;
+use crate::support::scene::{STEP_LIMIT, Volume};
+use crate::support::stream::{Pace, Stream};
+use crate::table::{Aim, Row, ms};
+use crate::{hold, on_ground};
+
+const SIZES: [u32; 4] = [10, 100, 1_000, 10_000];
+const BYTES: u64 = 8 << 20;
+const RELOAD_MS: f64 = 250.0;
+const STALL_MS: f64 = 10.0;
+
+pub fn measure(rounds: usize) -> Outcome<Vec<Row>> {
+    let mut rows = Vec::new();
+    for sections in SIZES {
+        rows.extend(on_ground(|ground| of(ground, sections, rounds))?);
+    }
+    Ok(rows)
+}
+
+fn of(ground: &Ground, sections: u32, rounds: usize) -> Outcome<Vec<Row>> {
+    // Before the daemon, which holds it until it ends.
+    let device = LoopDevice::add()?;
+    let volume = Volume::make(ground.path(), "vol-a", BYTES)?;
+    device.attach(&volume.image)?;
+    let conf = ground.file("conf.d");
+    std::fs::create_dir_all(&conf)?;
+    for number in 1..sections {
+        let text = format!("[none-{number}]\nexportname = /dev/none-{number}\n");
+        std::fs::write(conf.join(format!("none-{number}.conf")), text)?;
+    }
+    let served = format!(
+        "[vol-a]\nexportname = {}\nx-volume = {}\n",
+        device.node(),
+        volume.id()
+    );
+    std::fs::write(conf.join("a.conf"), served)?;
+    let bus = Bus::start(ground.path())?;
+    let mut home = Home::new(ground.path(), &bus.address)?;
+    home.config = ground.file("nbd-server.conf");
+    std::fs::write(
+        &home.config,
+        format!("[generic]\nincludedir = {}\n", conf.display()),
+    )?;
+    let daemon = home.start()?;
+    let client = Client::connect(&bus)?;
+    client.reach_state("vol-a", "Serving", STEP_LIMIT)?;
+    let mut reloads = Vec::new();
+    let mut waits = Vec::new();
+    let stream = Stream::start(&home.endpoint(), "vol-a", "vol-a", Pace::BYSTANDER, 0)?;
+    for round in 0..rounds {
+        let readonly = round % 2 == 0;
+        let text = format!("[none-1]\nexportname = /dev/none-1\nreadonly = {readonly}\n");
+        std::fs::write(conf.join("none-1.conf"), text)?;
+        let (took, longest) = reload(&client, &bus.address)?;
+        reloads.push(ms(took));
+        waits.push(ms(longest));
+    }
+    let report = stream.finish()?;
+    hold!(report.broken.is_none(), "bystander: {:?}", report.broken);
+    drop(client);
+    daemon.stop()?;
+    let row = |what: &str, samples, aim| {
+        Row::of(format!("{what}, {sections} sections"), "ms", samples, aim)
+    };
+    Ok(vec![
+        row(
+            "Reload with one change, a file each",
+            reloads,
+            Aim::Worst(RELOAD_MS),
+        ),
+        row(
+            "  another caller's longest wait meanwhile",
+            waits,
+            Aim::Worst(STALL_MS),
+        ),
+        row(
+            "  a streaming client's longest stall",
+            vec![ms(report.longest_stall)],
+            Aim::None,
+        ),
+    ])
+}
+
+/// One reload; and the longest that another caller, who reads a property again and again, waits for it.
+fn reload(client: &Client, bus: &str) -> Outcome<(Duration, Duration)> {
+    let done = AtomicBool::new(false);
+    let other = Client::connect_to(bus)?;
+    std::thread::scope(|scope| {
+        let asking = scope.spawn(|| -> Outcome<Duration> {
+            let mut longest = Duration::ZERO;
+            while !done.load(Ordering::Acquire) {
+                let began = Instant::now();
+                other.stats()?;
+                longest = longest.max(began.elapsed());
+            }
+            Ok(longest)
+        });
+        let began = Instant::now();
+        let reloaded = client.call("Reload", &(Options::new(),));
+        let took = began.elapsed();
+        done.store(true, Ordering::Release);
+        let longest = match asking.join() {
+            Ok(longest) => longest?,
+            Err(panic) => std::panic::resume_unwind(panic),
+        };
+        reloaded?;
+        Ok((took, longest))
+    })
+}
