@@ -173,6 +173,7 @@ fn server<'a>(
     if let Some(items) = table.get::<Vec<Spanned<String>>>("file_roots") {
         rules.file_roots = file_roots(items.into_inner(), table.reading);
     }
+    server.watch_config = table.get("watch_config").is_some_and(Spanned::into_inner);
     table.end(&[
         "listen",
         "socket",
@@ -183,6 +184,7 @@ fn server<'a>(
         "history_mib",
         "history_days",
         "max_connections",
+        "watch_config",
         "file_roots",
         "store",
         "store_password_file",

@@ -10,7 +10,7 @@ use super::SourceFile;
 /// The file in a folder that is given as the configuration.
 const MAIN_FILE: &str = "nbdtrack.toml";
 /// The folder beside the main file whose `*.toml` are read after it.
-const CONF_D: &str = "conf.d";
+pub(super) const CONF_D: &str = "conf.d";
 /// Bytes of one file: 10,000 exports of some 150 bytes fit, a disk image given by mistake does not.
 pub const FILE_BYTES_MAX: u64 = 4 << 20;
 /// Files in `conf.d`: one for each of 10,000 exports, which is what the daemon is measured with.
@@ -65,7 +65,7 @@ pub fn read(path: &Path) -> Result<Vec<SourceFile>, ReadError> {
     Ok(files)
 }
 
-fn main_file(path: &Path) -> Result<PathBuf, ReadError> {
+pub(super) fn main_file(path: &Path) -> Result<PathBuf, ReadError> {
     match fs::metadata(path) {
         Ok(found) if !found.is_dir() => Ok(path.to_owned()),
         Ok(_) => {

@@ -52,6 +52,15 @@ pub fn read_ini(main: &Path) -> IniFiles {
     read
 }
 
+/// The folder that the main file at `path` includes.
+pub(super) fn included_folder(path: &Path, left: &mut u64) -> Option<PathBuf> {
+    let (text, _) = source(path, left).ok()?;
+    include_of(&IniFile {
+        path: path.to_owned(),
+        text: Ok(text),
+    })
+}
+
 impl IniFiles {
     fn take(&mut self, path: &Path, left: &mut u64) {
         let text = match source(path, left) {
@@ -73,14 +82,20 @@ fn conf_files(folder: &Path) -> Result<Vec<PathBuf>, String> {
     let failed = |error: std::io::Error| format!("includedir: {error}");
     let mut found = Vec::new();
     for entry in fs::read_dir(folder).map_err(failed)? {
-        let name = entry.map_err(failed)?.file_name();
+        let entry = entry.map_err(failed)?;
+        let name = entry.file_name();
         let bytes = name.as_encoded_bytes();
         // An editor's, or one that is being written beside its place.
         if !bytes.ends_with(b".conf") || bytes.starts_with(b".") || bytes.starts_with(b"#") {
             continue;
         }
-        let path = folder.join(name);
-        if !fs::metadata(&path).is_ok_and(|facts| facts.is_dir()) {
+        let path = folder.join(&name);
+        // The folder says what an entry is; only where a link leads has to be asked.
+        let is_folder = match entry.file_type() {
+            Ok(kind) if !kind.is_symlink() => kind.is_dir(),
+            _ => fs::metadata(&path).is_ok_and(|facts| facts.is_dir()),
+        };
+        if !is_folder {
             found.push(path);
         }
         if found.len() > FILES_MAX {

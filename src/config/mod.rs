@@ -11,6 +11,7 @@
 //! | `place.rs` | where something stands, and problems |
 //! | `files.rs` | EDGE: the reading of `nbdtrack.toml` and `conf.d/*.toml` |
 //! | `ini_files.rs` | EDGE: the reading of nbd-server's files |
+//! | `watched.rs` | EDGE: which files these are, for who watches them |
 //! | `nbd_server/` | nbd-server's files, as values |
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -29,6 +30,7 @@ mod limits;
 pub mod nbd_server;
 mod place;
 mod table;
+mod watched;
 
 pub use database::{Database, Tls};
 use document::{Document, FoundExport};
@@ -36,6 +38,7 @@ pub use files::{FILE_BYTES_MAX, ReadError, read};
 pub use ini_files::{IniFiles, is_ini, read_ini};
 pub use limits::Limits;
 pub use place::Problem;
+pub use watched::{Watched, watched};
 
 /// One file of the configuration, read.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -74,6 +77,8 @@ pub struct Server {
     pub max_connections: u32,
     /// Where the table of VMs' disks is shared, if it is.
     pub database: Option<Database>,
+    /// Files that change are read again without being asked.
+    pub watch_config: bool,
 }
 
 impl Default for Server {
@@ -90,6 +95,7 @@ impl Default for Server {
             history_age: None,
             max_connections: 2048,
             database: None,
+            watch_config: false,
         }
     }
 }

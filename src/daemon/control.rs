@@ -107,6 +107,7 @@ pub(super) struct Control {
     /// Calls that last, by the request that each is; at most the calls that D-Bus lets in.
     pub(super) jobs: BTreeMap<RequestId, JobView>,
     clients: Arc<ClientChanges>,
+    config_changed: Arc<Notify>,
     /// Until the first survey.
     pub(super) sockets: Option<Sockets>,
     pub(super) stopping: bool,
@@ -195,9 +196,15 @@ impl Control {
             options,
             jobs: BTreeMap::new(),
             clients,
+            config_changed: Arc::default(),
             sockets: None,
             stopping: false,
         }
+    }
+
+    /// Whoever notifies it asks for a reload.
+    pub(super) fn config_changed(&self) -> Arc<Notify> {
+        Arc::clone(&self.config_changed)
     }
 
     /// Offers what the store remembers; the sockets are opened to clients after the first survey.
@@ -224,6 +231,7 @@ impl Control {
         let mut keeper = self.keeper.take().expect("run is called once, by serve");
         let mut lost = None;
         let clients = Arc::clone(&self.clients);
+        let config = self.config_changed();
         let mut stop_by: Option<tokio::time::Instant> = None;
         loop {
             let due = self
@@ -262,6 +270,7 @@ impl Control {
                 },
                 _ = &mut keeper, if lost.is_none() => lost = Some("the store's task"),
                 _ = hangup.recv() => self.begin_reload(),
+                () = config.notified() => self.begin_reload(),
                 () = clients.some.notified() => self.publish_clients(),
                 () = sleep_until(self.service.due()) => {
                     self.service.turn(&self.door);

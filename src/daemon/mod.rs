@@ -6,8 +6,10 @@
 mod activation;
 mod asked;
 mod claims;
+mod config_watch;
 mod control;
 mod database_address;
+mod found;
 mod jobs;
 mod keeper;
 mod log;
@@ -49,6 +51,7 @@ use sections::{Clock, Reading};
 use sockets::Sockets;
 
 pub use activation::ActivationError;
+pub use found::disk_at;
 pub use sockets::ListenError;
 
 /// Events from udev that may wait for the loop. Past it the observer waits, and the kernel's socket buffer after it.
@@ -305,6 +308,16 @@ async fn start(
         options.clone(),
         clock,
     );
+    if let Some(path) = options
+        .config
+        .clone()
+        .filter(|_| config.server.watch_config)
+    {
+        config_watch::watch(path, control.config_changed()).map_err(|source| Error::Kernel {
+            what: "the configuration's files cannot be watched",
+            source,
+        })?;
+    }
     control.claims_file.rule(config.claim);
     control.start(sockets);
     match reading {

@@ -79,21 +79,35 @@ impl Clock {
         self.ahead_us = ahead_us;
     }
 
-    pub(super) fn written(&self, modified_us: Option<u64>) -> Written {
+    pub(super) fn written(&self, modified_us: Option<u64>, now: &Moment) -> Written {
         let Some(modified_us) = modified_us else {
             return Written::Unknown("the file could not be read");
         };
-        let Ok(up) = up() else {
+        let Some(booted_us) = now.booted_us else {
             return Written::Unknown("since when this machine runs cannot be read");
         };
-        let now_us = since_1970(SystemTime::now());
         Written::of_file(
             modified_us,
-            now_us,
-            now_us.saturating_sub(micros(up)),
+            now.us,
+            booted_us,
             self.steady_us,
             self.ahead_us,
         )
+    }
+}
+
+/// When a reading was made, in microseconds since 1970; one for all of its files, for there may be ten thousand.
+pub(super) struct Moment {
+    us: u64,
+    /// When the boot began; `None` when that cannot be read.
+    booted_us: Option<u64>,
+}
+
+impl Moment {
+    pub(super) fn now() -> Moment {
+        let us = since_1970(SystemTime::now());
+        let booted_us = up().ok().map(|up| us.saturating_sub(micros(up)));
+        Moment { us, booted_us }
     }
 }
 
@@ -110,8 +124,10 @@ pub(super) fn read(main: &Path, last: &LastGood, clock: Clock) -> Reading {
         exports: BTreeMap::new(),
     };
     let mut sections = Vec::with_capacity(judged.sections.len());
+    // After the files: none is newer.
+    let now = Moment::now();
     for section in judged.sections.values() {
-        let written = clock.written(written_us.get(&section.file).copied());
+        let written = clock.written(written_us.get(&section.file).copied(), &now);
         match configured(section, written) {
             Ok(configured) => {
                 let access = access(section, missing_allows, &mut judged.warnings);
@@ -283,6 +299,7 @@ pub(super) fn server_of(generic: &Generic) -> Result<Config, Error> {
     let mut server = Server {
         listen: Vec::new(),
         socket: generic.unix.clone(),
+        watch_config: generic.watch,
         ..Server::default()
     };
     if generic.unix.is_none() || generic.dual {

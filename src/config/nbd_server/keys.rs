@@ -207,11 +207,7 @@ pub const SECTION: [Key; 33] = [
 pub const GENERIC_OURS: [Key; 5] = [
     key("x-state", Text, Works),
     key("x-bus", Text, Works),
-    key(
-        "x-watch-config",
-        Boolean,
-        Refused("files are not watched yet; send SIGHUP or call Reload"),
-    ),
+    key("x-watch-config", Boolean, Works),
     key("x-missing-authfile", Text, Works),
     key("x-file-roots", Text, Works),
 ];

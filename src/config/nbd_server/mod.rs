@@ -55,6 +55,8 @@ pub struct Generic {
     pub missing_authfile_allows: bool,
     /// `x-file-roots`: the folders beneath which files may be served; empty for those of the sections' own files.
     pub file_roots: Vec<PathBuf>,
+    /// Files that change are read again without being asked.
+    pub watch: bool,
 }
 
 /// What was read before, for what cannot be read now.
@@ -243,6 +245,7 @@ fn generic(group: &Group<'_>, remarks: &mut Remarks) -> Generic {
         bus: text("x-bus"),
         missing_authfile_allows: missing.is_some_and(|(word, _)| word == "allow"),
         file_roots: file_roots(&values, of, remarks),
+        watch: values.truth("x-watch-config"),
     }
 }
 
