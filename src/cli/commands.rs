@@ -115,6 +115,8 @@ pub async fn run(bus: &Bus, command: Command, as_json: bool) -> Result<(), Failu
         | Command::Manual { .. }
         | Command::Serve(_)
         | Command::Check { .. }
+        | Command::TakeOver(_)
+        | Command::GiveBack(_)
         | Command::UdevClaim { .. } => {}
     }
     Ok(())

@@ -1,5 +1,6 @@
 //! How a command ends without having done what it was asked: its words, its exit code, and what to do next.
 
+use super::take_over::TakeOverError;
 use crate::correlation::RequestError;
 use crate::daemon;
 use crate::dbus::client::ClientError;
@@ -32,6 +33,8 @@ pub enum Failure {
     Unwell(usize),
     #[error("{0}; nothing is claimed")]
     Claim(String),
+    #[error("{0}")]
+    TakeOver(#[from] TakeOverError),
     #[error("standard output: {0}")]
     Output(#[from] std::io::Error),
 }
@@ -54,6 +57,7 @@ impl Failure {
             | Failure::Config(_)
             | Failure::Unwell(_)
             | Failure::Claim(_)
+            | Failure::TakeOver(_)
             | Failure::Output(_) => 1,
         }
     }
@@ -70,6 +74,7 @@ impl Failure {
             Failure::Bus(_)
             | Failure::Daemon(_)
             | Failure::Claim(_)
+            | Failure::TakeOver(_)
             | Failure::Unwell(_)
             | Failure::Output(_) => "Failed",
         }

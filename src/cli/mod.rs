@@ -19,6 +19,7 @@ mod nbd_server;
 mod pins;
 mod show;
 mod table;
+mod take_over;
 mod top;
 mod watch;
 mod what;
@@ -153,6 +154,10 @@ enum Command {
         #[arg(value_name = "MAJOR:MINOR")]
         device: String,
     },
+    /// Take the place of Debian's nbd-server: its path, its service, its configuration
+    TakeOver(take_over::TakeOver),
+    /// Give the place back to Debian's nbd-server
+    GiveBack(take_over::GiveBack),
     /// Take nbd-server's command line: -C, -p, -d, -o, -V
     #[command(disable_help_flag = true)]
     NbdServer {
@@ -394,6 +399,8 @@ fn run(cli: Cli) -> Result<(), Failure> {
         Command::Manual { folder } => return Ok(manual::write(Cli::command(), &folder)?),
         Command::Check { config } => return check::check(&config, json),
         Command::BackupName(asked) => return backup_name::backup_name(&asked, json),
+        Command::TakeOver(asked) => return take_over::take_over(&asked, json),
+        Command::GiveBack(asked) => return take_over::give_back(&asked, json),
         command => command,
     };
     let bus = Bus::parse(cli.bus.as_deref().unwrap_or("system"))?;

@@ -1,6 +1,7 @@
 //! What rows of the shared table ask for, answered as what callers ask: by the same checks, in the same trail.
 
 use super::control::{Asker, Control};
+use super::sections::Moment;
 use crate::correlation::{
     Ensure, Mapping, NamedPath, PathFound, RemoveMode, Request, RequestError, VmDisk, Written,
 };
@@ -98,7 +99,7 @@ impl Control {
                     path: device_path.clone(),
                     trust: false,
                     written: match asks.written {
-                        Ok(us) => self.reload.clock.written(Some(us)),
+                        Ok(us) => self.reload.clock.written(Some(us), &Moment::now()),
                         Err(why) => Written::Unknown(why),
                     },
                     at: asks.found.clone(),

@@ -113,9 +113,9 @@ impl Agent {
     }
 
     /// Writes a file in the guest.
-    pub fn put(&self, path: &str, content: &str) -> Outcome<()> {
+    pub fn put(&self, path: &str, content: impl AsRef<[u8]>) -> Outcome<()> {
         let command = format!("mkdir -p \"$(dirname {path})\" && cat >{path}");
-        let id = self.begin(&command, content.as_bytes())?;
+        let id = self.begin(&command, content.as_ref())?;
         let ran = self.finish(id, &command, COMMAND)?;
         hold!(ran.code == 0, "write {path} in the guest: {}", ran.stderr);
         Ok(())

@@ -32,6 +32,7 @@ mod hasty;
 mod identities;
 mod kernel_client;
 mod moves;
+mod packaging;
 mod power;
 mod swap;
 mod trouble;

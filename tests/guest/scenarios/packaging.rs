@@ -1,0 +1,331 @@
+//! The package's whole life in a Debian that runs, and the exchange with the stock server: what dpkg and the service manager make of
+//! it, and what clients see.
+
+use std::path::Path;
+use std::time::Duration;
+
+use crate::bed::{Bed, STEP};
+use crate::machine::Shape;
+use crate::stage::scenario;
+use crate::support::client::{Client, Go, knock};
+use crate::support::ground::skip;
+use crate::support::process::{command, installed, run_command};
+use crate::support::{Doing, Outcome, until};
+use crate::{hold, trouble};
+
+/// On one machine type each: dpkg and systemd are the same on both.
+mod package {
+    mod pc {
+        use crate::machine::Shape;
+        use crate::support::Outcome;
+
+        #[test]
+        fn package_is_installed_upgraded_removed_and_purged_beside_clients() -> Outcome<()> {
+            super::super::life_of_a_package(Shape::Pc)
+        }
+    }
+}
+
+mod take_over {
+    mod q35 {
+        use crate::machine::Shape;
+        use crate::support::Outcome;
+
+        #[test]
+        fn stock_servers_place_is_taken_and_given_back_beside_clients() -> Outcome<()> {
+            super::super::exchange_of_servers(Shape::Q35)
+        }
+    }
+}
+
+/// What `make install` put into the guest's root is in no package: it would be in the way of none, and hide what one lacks.
+const UNPACKAGE: &str = "find /etc /usr /lib -xdev -name '*nbdtrack*' -not -path '*/bed/*' -exec rm -rf {} + ; \
+    systemctl daemon-reload; udevadm control --reload; groupdel nbdtrack; ! command -v nbdtrack";
+/// Unpacking under emulation, and a service that starts or ends.
+const DPKG: Duration = Duration::from_secs(180);
+
+fn life_of_a_package(shape: Shape) -> Outcome<()> {
+    if !installed("dpkg-shlibdeps") {
+        return skip("package", "dpkg-dev is not installed");
+    }
+    scenario("package", shape, |bed| {
+        let packages = ["0.0.1", "0.0.2"].map(package);
+        for (version, package) in ["old", "new"].into_iter().zip(packages) {
+            bed.machine
+                .agent
+                .put(&format!("/root/{version}.deb"), package?)?;
+        }
+        bed.machine.agent.run(UNPACKAGE)?;
+        let (configured, added) = (bed.add("vol-a")?, bed.add("vol-b")?);
+        for index in [configured, added] {
+            bed.plug_and_settle(index)?;
+        }
+        fresh(bed, configured, added)?;
+        upgrade(bed, configured, added)?;
+        fail_to_start(bed, configured)?;
+        remove_and_come_back(bed, configured, added)?;
+        purge(bed)
+    })
+}
+
+/// Makes the package of a version; its bytes.
+fn package(version: &str) -> Outcome<Vec<u8>> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut script = command(root.join("scripts/deb"));
+    script.env("NBDTRACK_VERSION", version).current_dir(root);
+    let made = run_command("scripts/deb", script, DPKG)?;
+    hold!(made.status.success(), "scripts/deb: {}", made.stderr);
+    let path = root.join(made.stdout.lines().last().unwrap_or_default());
+    let bytes = std::fs::read(&path).doing(path.display())?;
+    std::fs::remove_file(&path)?;
+    Ok(bytes)
+}
+
+fn dpkg(bed: &Bed, words: &str) -> Outcome<String> {
+    let command = format!("DEBIAN_FRONTEND=noninteractive dpkg {words} 2>&1");
+    let id = bed.machine.agent.begin(&command, &[])?;
+    let ran = bed.machine.agent.finish(id, &command, DPKG)?;
+    hold!(ran.code == 0, "{command}: {}{}", ran.stdout, ran.stderr);
+    Ok(ran.stdout)
+}
+
+/// The service runs at once, with no export; what an administrator writes and adds is served.
+fn fresh(bed: &mut Bed, configured: usize, added: usize) -> Outcome<()> {
+    dpkg(bed, "-i /root/old.deb")?;
+    bed.machine
+        .agent
+        .run("systemctl is-active nbdtrack && systemctl is-enabled nbdtrack && nbdtrack status")?;
+    bed.configure(&[configured])?;
+    // Another port is a matter of a restart.
+    bed.machine.agent.run("systemctl restart nbdtrack")?;
+    let (name, id) = (&bed.volumes[added].name, &bed.volumes[added].id);
+    bed.machine
+        .agent
+        .run(&format!("nbdtrack add {name} --volume {id}"))?;
+    both_serve(bed, configured, added, 1)
+}
+
+fn both_serve(bed: &mut Bed, configured: usize, added: usize, block: usize) -> Outcome<()> {
+    for index in [configured, added] {
+        bed.reach(index, "Serving")?;
+        bed.write(index, block)?;
+        bed.compare(index)?;
+    }
+    bed.row.count += 1;
+    Ok(())
+}
+
+/// A client that is there is told that the server ends; what it was promised is kept, and so are both exports.
+fn upgrade(bed: &mut Bed, configured: usize, added: usize) -> Outcome<()> {
+    let mut client = Client::open(&bed.endpoint(), &bed.volumes[added].name)?;
+    let said = bed.write_on(&mut client, added, 2)?;
+    hold!(said.is_ok(), "before the upgrade: {said:?}");
+    let told = dpkg(bed, "-i /root/new.deb")?;
+    hold!(
+        told.contains("clients are drained"),
+        "the upgrade says what it does to clients: {told}"
+    );
+    let mut bytes = [0; 512];
+    let after = client.read(0, &mut bytes);
+    hold!(
+        !matches!(after, Ok(Ok(()))),
+        "the client's session ended with the old daemon"
+    );
+    let version = bed
+        .machine
+        .agent
+        .run("dpkg-query -W -f '${Version}' nbdtrack")?;
+    hold!(version == "0.0.2", "{version}");
+    both_serve(bed, configured, added, 3)
+}
+
+/// A service that does not start leaves the package installed, and says why where an operator looks.
+fn fail_to_start(bed: &mut Bed, configured: usize) -> Outcome<()> {
+    let agent = &bed.machine.agent;
+    agent.run("cp /etc/nbdtrack/nbdtrack.toml /root/good.toml && echo 'listen = 7' >>/etc/nbdtrack/nbdtrack.toml")?;
+    let told = dpkg(bed, "-i /root/new.deb")?;
+    hold!(
+        told.contains("systemctl status nbdtrack"),
+        "the package says where to look: {told}"
+    );
+    let agent = &bed.machine.agent;
+    let status = agent.run("dpkg-query -W -f '${Status}' nbdtrack")?;
+    hold!(status == "install ok installed", "{status}");
+    let status = agent.attempt("systemctl status --no-pager --lines=20 nbdtrack")?;
+    hold!(
+        status.code == 3 && status.stdout.contains("/etc/nbdtrack/nbdtrack.toml:"),
+        "it names the file: {} {}",
+        status.code,
+        status.stdout
+    );
+    let doctor = agent.attempt("nbdtrack doctor")?;
+    hold!(
+        doctor.code != 0 && doctor.stdout.contains("nbdtrack.toml"),
+        "{} {}",
+        doctor.stdout,
+        doctor.stderr
+    );
+    agent.run("cp /root/good.toml /etc/nbdtrack/nbdtrack.toml && systemctl reset-failed nbdtrack && systemctl start nbdtrack")?;
+    bed.reach(configured, "Serving")
+}
+
+/// State and configuration outlive the package; it comes back as it was.
+fn remove_and_come_back(bed: &mut Bed, configured: usize, added: usize) -> Outcome<()> {
+    dpkg(bed, "-r nbdtrack")?;
+    let agent = &bed.machine.agent;
+    agent.run("! command -v nbdtrack && ! systemctl is-active nbdtrack && test -s /var/lib/nbdtrack/nbdtrack.db && test -s /etc/nbdtrack/nbdtrack.toml")?;
+    let name = &bed.volumes[configured].name;
+    match knock(&bed.endpoint(), name) {
+        // QEMU takes the connection for the guest, which has no one for it.
+        Err(_) => {}
+        Ok(Go::Refused { .. } | Go::Agreed { .. }) => trouble!("someone answers for {name}"),
+    }
+    dpkg(bed, "-i /root/new.deb")?;
+    until(STEP, "the daemon", || {
+        Ok((bed.machine.agent.attempt("nbdtrack status")?.code == 0).then_some(()))
+    })?;
+    both_serve(bed, configured, added, 4)
+}
+
+/// Nothing of it is left, and nobody has a disk open any more.
+fn purge(bed: &mut Bed) -> Outcome<()> {
+    dpkg(bed, "-P nbdtrack")?;
+    let agent = &bed.machine.agent;
+    let left = agent.run(
+        "find / -xdev -name '*nbdtrack*' -not -path '/proc/*' -not -path '/var/lib/dpkg/*' -not -path '/var/log/*' \
+         -not -path '/root/*'; getent group nbdtrack; ls -d /run/nbdtrack 2>/dev/null; true",
+    )?;
+    hold!(left.trim().is_empty(), "a purge left {left}");
+    Ok(())
+}
+
+const STOCK: &str = "/bin/nbd-server";
+
+fn exchange_of_servers(shape: Shape) -> Outcome<()> {
+    scenario("take over", shape, |bed| {
+        let (a, b) = (bed.add("vol-a")?, bed.add("vol-b")?);
+        let mut nodes = Vec::new();
+        for index in [a, b] {
+            bed.plug_and_settle(index)?;
+            nodes.push(bed.node_by_link(index)?);
+        }
+        let conf = "[generic]\nuser = root\ngroup = root\nallowlist = true\nincludedir = /etc/nbd-server/conf.d\n";
+        bed.machine.agent.put("/etc/nbd-server/config", conf)?;
+        for (index, node) in [a, b].into_iter().zip(&nodes) {
+            let name = &bed.volumes[index].name;
+            let section = format!("[{name}]\nexportname = {node}\nflush = true\nfua = true\n");
+            let file = format!("/etc/nbd-server/conf.d/{name}.conf");
+            bed.machine.agent.put(&file, section)?;
+        }
+        let agent = &bed.machine.agent;
+        let checksums = "cat /etc/nbd-server/config /etc/nbd-server/conf.d/* | md5sum";
+        let config = agent.run(checksums)?;
+        agent.run("systemctl daemon-reload && systemctl start nbd-server")?;
+        greeted(bed, a)?;
+        both_take(bed, a, b, 1)?;
+
+        let plan = bed.machine.agent.run("nbdtrack take-over --dry-run")?;
+        for word in [
+            STOCK,
+            "dpkg-divert",
+            &nodes[0],
+            &nodes[1],
+            "virtio-serial:",
+            "8388608",
+        ] {
+            hold!(plan.contains(word), "the plan says {word}: {plan}");
+        }
+        hold!(!served_by_ours(bed)?, "a dry run changes nothing");
+        bed.machine.agent.run("nbdtrack take-over")?;
+        let process = one_process(bed)?;
+        hold!(served_by_ours(bed)?, "ours is in its place");
+        for index in [a, b] {
+            bed.reach(index, "Serving")?;
+        }
+        both_take(bed, a, b, 2)?;
+        // What the stock server does wrong after this is in the controls.
+        bed.unplug_all(&[a, b])?;
+        bed.attach(b)?;
+        bed.attach(a)?;
+        both_take(bed, a, b, 3)?;
+        bed.compare(a)?;
+        bed.compare(b)?;
+        bed.machine
+            .agent
+            .run("kill -HUP $(cat /var/run/nbd-server.pid)")?;
+        both_take(bed, a, b, 4)?;
+        hold!(one_process(bed)? == process, "one process throughout");
+        upgrade_stock(bed)?;
+        for index in [a, b] {
+            bed.reach(index, "Serving")?;
+        }
+        both_take(bed, a, b, 5)?;
+
+        // The stock server is to find its paths as they were when they were written.
+        bed.unplug_all(&[a, b])?;
+        bed.attach(a)?;
+        bed.attach(b)?;
+        bed.machine.agent.run("nbdtrack give-back")?;
+        greeted(bed, a)?;
+        hold!(!served_by_ours(bed)?, "the stock server is back");
+        both_take(bed, a, b, 6)?;
+        let agent = &bed.machine.agent;
+        hold!(agent.run(checksums)? == config, "not a line was changed");
+        agent.run("! dpkg-divert --list | grep nbd-server && dpkg --verify nbd-server && test ! -e /bin/nbd-server.stock")?;
+        bed.row.count += 1;
+        Ok(())
+    })
+}
+
+fn both_take(bed: &mut Bed, a: usize, b: usize, block: usize) -> Outcome<()> {
+    bed.write(a, block)?;
+    bed.write(b, block)
+}
+
+fn greeted(bed: &Bed, index: usize) -> Outcome<()> {
+    let (endpoint, name) = (bed.endpoint(), &bed.volumes[index].name);
+    until(STEP, "the greeting", || {
+        let answer = knock(&endpoint, name).ok();
+        Ok(matches!(answer, Some(Go::Agreed { .. })).then_some(()))
+    })
+}
+
+/// The number of the one process that helper scripts find by its name and by its command line.
+fn one_process(bed: &Bed) -> Outcome<String> {
+    let agent = &bed.machine.agent;
+    let by_name = agent.run("grep -lsx nbd-server /proc/[0-9]*/comm | cut -d/ -f3")?;
+    let by_line = agent.run("for p in /proc/[0-9]*; do tr '\\0' ' ' <$p/cmdline 2>/dev/null | grep -q '^[^ ]*nbd-server -C /etc/nbd-server/config' && echo ${p#/proc/}; done; true")?;
+    hold!(
+        by_name.lines().count() == 1 && by_name == by_line,
+        "by name {by_name:?}, by command line {by_line:?}"
+    );
+    Ok(by_name)
+}
+
+fn served_by_ours(bed: &Bed) -> Outcome<bool> {
+    let same = "p=$(cat /var/run/nbd-server.pid) && cmp -s /proc/$p/exe /usr/bin/nbdtrack";
+    Ok(bed.machine.agent.attempt(same)?.code == 0)
+}
+
+/// dpkg puts a new version of the stock package beside ours, and its scripts may restart the service.
+fn upgrade_stock(bed: &mut Bed) -> Outcome<()> {
+    let folder = tempfile::tempdir()?;
+    let mut download = command("apt-get");
+    download
+        .args(["-qq", "download", "nbd-server"])
+        .current_dir(folder.path());
+    let downloaded = run_command("apt-get download nbd-server", download, DPKG)?;
+    let package = std::fs::read_dir(folder.path())?.flatten().next();
+    let Some(package) = package.filter(|_| downloaded.status.success()) else {
+        let note = "an upgrade of the stock package was not tried: apt-get has none".to_owned();
+        bed.row.notes.push(note);
+        return Ok(());
+    };
+    let package = std::fs::read(package.path())?;
+    bed.machine.agent.put("/root/stock.deb", package)?;
+    dpkg(bed, "-i /root/stock.deb")?;
+    bed.machine.agent.run(
+        "cmp /usr/bin/nbdtrack /bin/nbd-server && ! cmp -s /bin/nbd-server.stock /bin/nbd-server",
+    )?;
+    Ok(())
+}
