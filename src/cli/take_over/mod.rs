@@ -62,7 +62,7 @@ pub enum TakeOverError {
     Unusable(PathBuf),
     #[error("{what}: {why}")]
     Step { what: String, why: String },
-    #[error("{failed}; everything is as it was before")]
+    #[error("{failed}; the stock server has its place, and no file of its own was changed")]
     RolledBack { failed: Box<TakeOverError> },
     #[error("{failed}; and then {undo}: 'nbdtrack give-back' once that is mended")]
     HalfWay {
