@@ -19,7 +19,7 @@
 //! | [`sync`] | the locks and threads of these two, or a model checker's | – |
 //! | [`dbus`] | EDGE: the objects on the bus, and the client that the command line uses | `correlation`, `identity` |
 //! | [`daemon`] | the loop, the only place where the edges meet | all of the above |
-//! | [`cli`] | the command line | `daemon`, `dbus`, `config`, `claim` |
+//! | [`cli`] | the command line | `daemon`, `dbus`, `config`, `claim`, `image` |
 //!
 //! Arrows go one way: `main → cli → daemon → {dbus, claim → udev, mapping, config, {nbd, files} → image} → correlation → identity`.
 //! `tests/arrows.rs` reads the `use` lines and holds them.

@@ -112,6 +112,7 @@ pub async fn run(bus: &Bus, command: Command, as_json: bool) -> Result<(), Failu
         Command::Doctor { .. }
         | Command::NbdServer { .. }
         | Command::BackupName(_)
+        | Command::Image(_)
         | Command::Manual { .. }
         | Command::Serve(_)
         | Command::Check { .. }

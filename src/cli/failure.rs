@@ -35,6 +35,17 @@ pub enum Failure {
     Claim(String),
     #[error("{0}")]
     TakeOver(#[from] TakeOverError),
+    /// An image cannot be made or read.
+    #[error("{0}")]
+    Image(String),
+    /// Everything was printed already.
+    #[error("the image has {0} errors; a copy of it can be repaired with: qemu-img check -r all")]
+    Errors(u64),
+    /// Everything was printed already.
+    #[error(
+        "{0} clusters are leaked: room, and no harm; they are given back with: qemu-img check -r leaks"
+    )]
+    Leaks(u64),
     #[error("standard output: {0}")]
     Output(#[from] std::io::Error),
 }
@@ -45,6 +56,8 @@ impl Failure {
         match self {
             Failure::Usage(_) | Failure::Argument(_) | Failure::Bus(BusError::Address { .. }) => 2,
             Failure::NoDaemon { .. } => 3,
+            Failure::Errors(_) => 6,
+            Failure::Leaks(_) => 7,
             Failure::Client(error) => match error {
                 ClientError::NoDaemon(_) => 3,
                 ClientError::TimedOut(_)
@@ -58,6 +71,7 @@ impl Failure {
             | Failure::Unwell(_)
             | Failure::Claim(_)
             | Failure::TakeOver(_)
+            | Failure::Image(_)
             | Failure::Output(_) => 1,
         }
     }
@@ -75,6 +89,9 @@ impl Failure {
             | Failure::Daemon(_)
             | Failure::Claim(_)
             | Failure::TakeOver(_)
+            | Failure::Image(_)
+            | Failure::Errors(_)
+            | Failure::Leaks(_)
             | Failure::Unwell(_)
             | Failure::Output(_) => "Failed",
         }

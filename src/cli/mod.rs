@@ -11,6 +11,7 @@ mod doctor;
 mod explain;
 mod failure;
 mod history;
+mod image;
 mod import;
 mod manual;
 mod mappings;
@@ -45,7 +46,9 @@ const EXIT_CODES: &str = "Exit codes:
   2  wrong use of the command line
   3  no daemon is running on that bus
   4  timed out, or not ready yet: the same call may succeed later
-  5  this user may not do that";
+  5  this user may not do that
+  6  the image has errors (image check)
+  7  the image has leaked clusters, and no error (image check)";
 
 /// NBD exports that follow the volume, not the path.
 #[derive(Debug, Parser)]
@@ -115,6 +118,8 @@ enum Command {
     Mappings(mappings::Mappings),
     /// Name the export of a backup, or take such a name apart; needs no daemon
     BackupName(backup_name::Asked),
+    /// Make images and look at them; needs no daemon
+    Image(image::Asked),
     /// Export disks of VMs that a configuration or a table has paths for
     Import(import::Import),
     /// Look at the attached disks anew
@@ -399,6 +404,7 @@ fn run(cli: Cli) -> Result<(), Failure> {
         Command::Manual { folder } => return Ok(manual::write(Cli::command(), &folder)?),
         Command::Check { config } => return check::check(&config, json),
         Command::BackupName(asked) => return backup_name::backup_name(&asked, json),
+        Command::Image(asked) => return image::image(&asked, json),
         Command::TakeOver(asked) => return take_over::take_over(&asked, json),
         Command::GiveBack(asked) => return take_over::give_back(&asked, json),
         command => command,

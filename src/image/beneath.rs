@@ -4,6 +4,7 @@
 //! A path names one file now and another one later, so what is found comes as a descriptor (`O_PATH`) with the
 //! number of its incarnation: which inode of which file system, made when.
 
+use std::ffi::OsString;
 use std::fs::{File, Metadata, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
@@ -29,7 +30,7 @@ pub enum FileError {
         "{0}: a symbolic link or '..' leads out of the file_roots; give the path that it leads to"
     )]
     LeadsOut(String),
-    #[error("{0}: there is no such file")]
+    #[error("{0}: there is no such file or folder")]
     Missing(String),
     #[error("{path}: {kind} is not served, only a regular file")]
     NotAFile { path: String, kind: &'static str },
@@ -81,20 +82,9 @@ impl Roots {
         let (root, below) = self
             .split(path)
             .ok_or_else(|| FileError::Outside(path.to_owned()))?;
-        let refused = |source: io::Error| match source.raw_os_error() {
-            Some(libc::ENOENT | libc::ENOTDIR) => FileError::Missing(path.to_owned()),
-            Some(libc::EXDEV | libc::ELOOP) => FileError::LeadsOut(path.to_owned()),
-            _ => FileError::Kernel {
-                path: path.to_owned(),
-                source,
-            },
-        };
-        let folder = OpenOptions::new()
-            .read(true)
-            .custom_flags(libc::O_PATH | libc::O_DIRECTORY | libc::O_CLOEXEC)
-            .open(root)
-            .map_err(refused)?;
-        let file = beneath(&folder, below).map_err(refused)?;
+        let refused = |source| refused(path, source);
+        let root = open_root(&root).map_err(refused)?;
+        let file = beneath(&root, below, OFlag::O_PATH).map_err(refused)?;
         let facts = file.metadata().map_err(refused)?;
         if let Some(kind) = other_kind(&facts) {
             let path = path.to_owned();
@@ -106,6 +96,41 @@ impl Roots {
             file,
         })
     }
+
+    /// Opens the folder that the absolute `path` would lie in, as [`Roots::find`] looks files up, and gives the last part of the path.
+    ///
+    /// # Errors
+    /// Says what is in the way.
+    pub fn folder(&self, path: &str) -> Result<(File, OsString), FileError> {
+        let outside = || FileError::Outside(path.to_owned());
+        let (root, below) = self.split(path).ok_or_else(outside)?;
+        let name = below.file_name().ok_or_else(outside)?.to_owned();
+        let parent = match below.parent() {
+            Some(parent) if !parent.as_os_str().is_empty() => parent,
+            _ => Path::new("."),
+        };
+        let shown = Path::new(path).parent().map(Path::to_string_lossy);
+        let refused = |source| refused(&shown.unwrap_or_default(), source);
+        let opened = open_root(&root)
+            .and_then(|root| beneath(&root, parent, OFlag::O_RDONLY | OFlag::O_DIRECTORY));
+        Ok((opened.map_err(refused)?, name))
+    }
+}
+
+fn refused(path: &str, source: io::Error) -> FileError {
+    let path = path.to_owned();
+    match source.raw_os_error() {
+        Some(libc::ENOENT | libc::ENOTDIR) => FileError::Missing(path),
+        Some(libc::EXDEV | libc::ELOOP) => FileError::LeadsOut(path),
+        _ => FileError::Kernel { path, source },
+    }
+}
+
+fn open_root(root: &Path) -> io::Result<File> {
+    OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_PATH | libc::O_DIRECTORY | libc::O_CLOEXEC)
+        .open(root)
 }
 
 /// The incarnation of an opened file of this format.
@@ -116,9 +141,9 @@ pub(super) fn incarnation(file: &File, format: Format) -> io::Result<DiskSeq> {
     Ok(number(&file.metadata()?, format))
 }
 
-fn beneath(folder: &File, path: &Path) -> io::Result<File> {
+fn beneath(folder: &File, path: &Path, flags: OFlag) -> io::Result<File> {
     let how = OpenHow::new()
-        .flags(OFlag::O_PATH | OFlag::O_CLOEXEC)
+        .flags(flags | OFlag::O_CLOEXEC)
         .resolve(ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_MAGICLINKS);
     let mut tries = 0;
     loop {

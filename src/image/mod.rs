@@ -10,6 +10,8 @@ mod backing;
 pub mod beneath;
 pub mod block;
 mod claim;
+pub mod create;
+pub mod describe;
 mod direct;
 mod disk;
 mod durable;

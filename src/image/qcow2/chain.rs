@@ -10,7 +10,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 
 use super::core::{Core, read_header};
-use super::header::{Header, Refusal};
+use super::header::{BackingName, Header, Refusal};
 use crate::identity::Format;
 use crate::image::beneath::{FileError, Roots};
 use crate::image::lock::{self, Use};
@@ -70,30 +70,33 @@ pub(super) fn beneath(
         source,
     })?;
     let mut seen = BTreeSet::from([(facts.dev(), facts.ino())]);
-    open(header, path, roots, &mut seen)
+    open(header.backing.as_ref(), path, roots, &mut seen)
+}
+
+/// Opens what an image at `path`, which is not there yet, is to lie on.
+pub(super) fn to_be(
+    backing: &BackingName,
+    path: &str,
+    roots: &Roots,
+) -> Result<Option<Layer>, ChainError> {
+    // The new one counts as one of them: nothing has the inode number 0.
+    let mut seen = BTreeSet::from([(0, 0)]);
+    open(Some(backing), path, roots, &mut seen)
 }
 
 fn open(
-    header: &Header,
+    backing: Option<&BackingName>,
     path: &str,
     roots: &Roots,
     seen: &mut BTreeSet<(u64, u64)>,
 ) -> Result<Option<Layer>, ChainError> {
-    let Some(backing) = &header.backing else {
+    let Some(backing) = backing else {
         return Ok(None);
     };
     if seen.len() > BACKING_MAX {
         return Err(ChainError::TooDeep);
     }
-    let name = backing.name.clone();
-    let format = match backing.format.as_deref() {
-        None | Some("") => return Err(ChainError::NoFormat(name)),
-        Some(format) => Format::told("", Some(format)).map_err(|_| ChainError::Format {
-            name: name.clone(),
-            format: format.to_owned(),
-        })?,
-    };
-    let path = beside(path, &name).ok_or(ChainError::NoPath(name))?;
+    let (path, format) = place(backing, path)?;
     let kernel = |source| ChainError::Kernel {
         path: path.clone(),
         source,
@@ -117,11 +120,25 @@ fn open(
         refusal,
     };
     let (header, file_bytes) = read_header(&file).map_err(kernel)?.map_err(refused)?;
-    let below = open(&header, &path, roots, seen)?;
+    let below = open(header.backing.as_ref(), &path, roots, seen)?;
     let core = Core::open(file, header, file_bytes, below)
         .map_err(kernel)?
         .map_err(refused)?;
     Ok(Some(Layer::Image(Box::new(core))))
+}
+
+/// Where the file is that an image at `path` lies on, and how it is read.
+pub(super) fn place(backing: &BackingName, path: &str) -> Result<(String, Format), ChainError> {
+    let name = backing.name.clone();
+    let format = match backing.format.as_deref() {
+        None | Some("") => return Err(ChainError::NoFormat(name)),
+        Some(format) => Format::told("", Some(format)).map_err(|_| ChainError::Format {
+            name: name.clone(),
+            format: format.to_owned(),
+        })?,
+    };
+    let path = beside(path, &name).ok_or(ChainError::NoPath(name))?;
+    Ok((path, format))
 }
 
 /// The path of a file that an image at `path` names: absolute, or beside it. `None` when QEMU would take it for something else than a

@@ -84,11 +84,17 @@ pub(super) struct Run {
 /// # Errors
 /// The kernel's, or why the image is not served.
 pub(super) fn read_header(file: &File) -> io::Result<Result<(Header, u64), Refusal>> {
+    let (bytes, file_bytes) = read_start(file)?;
+    Ok(Header::read(&bytes, file_bytes).map(|header| (header, file_bytes)))
+}
+
+/// The first bytes of a file, among which its header is, and the length of all of it.
+pub(super) fn read_start(file: &File) -> io::Result<(Vec<u8>, u64)> {
     let file_bytes = file.metadata()?.len();
     let len = file_bytes.min(HEADER_BYTES_MAX as u64);
     let mut bytes = vec![0; usize::try_from(len).map_err(io::Error::other)?];
     file.read_exact_at(&mut bytes, 0)?;
-    Ok(Header::read(&bytes, file_bytes).map(|header| (header, file_bytes)))
+    Ok((bytes, file_bytes))
 }
 
 impl Core {

@@ -77,6 +77,12 @@ impl Entry {
         })
     }
 
+    /// Where a standard entry that cannot be leads to nevertheless, in bytes of the file.
+    pub fn astray(self) -> Option<u64> {
+        let host = self.word & OFFSET;
+        (self.word & COMPRESSED == 0 && host != 0).then_some(host)
+    }
+
     /// What unit `index` of a standard cluster reads as.
     pub fn unit(self, header: &Header, index: u32) -> Unit {
         if !header.extended_l2 {

@@ -9,17 +9,17 @@ use super::extensions::{Extensions, Fields};
 /// At most so much of a file is read for its header, in bytes: the first cluster, if that is smaller.
 pub const HEADER_BYTES_MAX: usize = 64 << 10;
 
-const MAGIC: [u8; 4] = *b"QFI\xfb";
+pub(super) const MAGIC: [u8; 4] = *b"QFI\xfb";
 const V2_BYTES: u64 = 72;
 const V3_BYTES: u64 = 104;
 /// `QCOW_MAX_L1_SIZE`, bytes.
-const L1_BYTES_MAX: u64 = 32 << 20;
+pub(super) const L1_BYTES_MAX: u64 = 32 << 20;
 /// `QCOW_MAX_REFTABLE_SIZE`, bytes.
 pub(super) const REFTABLE_BYTES_MAX: u64 = 8 << 20;
 /// `QCOW_MAX_SNAPSHOTS`.
 const SNAPSHOTS_MAX: u32 = 65_536;
 /// docs/interop/qcow2.rst: "Length of the backing file name in bytes. Must not be longer than 1023 bytes."
-const BACKING_NAME_BYTES_MAX: u32 = 1023;
+pub(super) const BACKING_NAME_BYTES_MAX: u32 = 1023;
 
 const DIRTY: u64 = 1 << 0;
 const CORRUPT: u64 = 1 << 1;
@@ -121,6 +121,10 @@ pub struct Header {
     pub bitmaps: bool,
     /// Autoclear bits that are set: who writes has to clear those that it does not know.
     pub autoclear: u64,
+    /// Whoever wrote it last did not close it.
+    pub dirty: bool,
+    /// Someone found it damaged.
+    pub corrupt: bool,
 }
 
 impl Header {
@@ -129,6 +133,21 @@ impl Header {
     /// # Errors
     /// The first reason for not serving the image.
     pub fn read(bytes: &[u8], file_bytes: u64) -> Result<Header, Refusal> {
+        let header = Header::describe(bytes, file_bytes)?;
+        if header.corrupt {
+            return Err(Refusal::Corrupt);
+        }
+        if header.dirty {
+            return Err(Refusal::Dirty);
+        }
+        Ok(header)
+    }
+
+    /// As [`Header::read`], of an image that may be marked dirty or corrupt: for those who look and do not serve.
+    ///
+    /// # Errors
+    /// The first reason for not reading the image.
+    pub fn describe(bytes: &[u8], file_bytes: u64) -> Result<Header, Refusal> {
         if bytes.get(..4) != Some(&MAGIC) {
             return Err(Refusal::NotQcow2);
         }
@@ -229,6 +248,8 @@ impl Header {
             snapshots,
             bitmaps: extensions.bitmaps && autoclear & BITMAPS_VALID != 0,
             autoclear,
+            dirty: incompatible & DIRTY != 0,
+            corrupt: incompatible & CORRUPT != 0,
         })
     }
 
@@ -304,12 +325,6 @@ fn refuse_features(incompatible: u64, extensions: &Extensions) -> Result<(), Ref
     }
     if incompatible & DATA_FILE != 0 || extensions.data_file {
         return Err(Refusal::DataFile);
-    }
-    if incompatible & CORRUPT != 0 {
-        return Err(Refusal::Corrupt);
-    }
-    if incompatible & DIRTY != 0 {
-        return Err(Refusal::Dirty);
     }
     Ok(())
 }

@@ -18,6 +18,9 @@
 //! | `ranges.rs` | guest ranges that one call has for itself |
 //! | `commit.rs` | what becomes durable in which order |
 //! | `chain.rs` | what lies beneath an image |
+//! | `layout.rs` | PURE: the file of a new image |
+//! | `check.rs` | whether reference counts and tables agree |
+//! | `census.rs` | what of the file is referred to, and how often |
 
 use std::fs::File;
 use std::io;
@@ -32,9 +35,12 @@ use super::medium::Medium;
 use super::raw::Plain;
 use super::{Allocation, BlockSizes, Extent, Image, NoWait, Span, ZeroFlags};
 use crate::correlation::OpenDisk;
+use crate::identity::Format;
 
 mod apart;
+mod census;
 mod chain;
+pub mod check;
 mod commit;
 mod core;
 mod counts;
@@ -43,15 +49,17 @@ mod entry;
 mod extensions;
 pub mod header;
 mod inflate;
+pub mod layout;
 mod ranges;
 mod refs;
 mod tables;
 mod write;
 
+pub use self::chain::{BACKING_MAX, ChainError};
 pub(super) use self::core::Core;
 use apart::Places;
 use empty::Emptying;
-use header::Refusal;
+use header::{BackingName, Header, Refusal};
 use refs::Refs;
 use write::Writer;
 
@@ -153,6 +161,36 @@ pub fn virtual_size(file: &File) -> Result<u64, String> {
     let mut read = read;
     let len = read().map_err(|error| error.to_string())?;
     header::virtual_size(&bytes[..len]).map_err(|refusal| refusal.to_string())
+}
+
+/// The virtual size in bytes of what an image at `path`, which is to be made, is to lie on.
+///
+/// # Errors
+/// It cannot be read beneath an image.
+pub(super) fn backing_bytes(
+    backing: &BackingName,
+    path: &str,
+    roots: &Roots,
+) -> Result<u64, ChainError> {
+    let layer = chain::to_be(backing, path, roots)?;
+    Ok(layer.map_or(0, |layer| layer.size()))
+}
+
+/// The header of the image in `file`, which may be marked dirty or corrupt.
+pub(super) fn describe_header(file: &File) -> io::Result<Result<Header, Refusal>> {
+    let (bytes, file_bytes) = core::read_start(file)?;
+    Ok(Header::describe(&bytes, file_bytes))
+}
+
+/// Where the file is that an image at `path` lies on, and how it is read.
+pub(super) fn backing_path(
+    header: &Header,
+    path: &str,
+) -> Result<Option<(String, Format)>, ChainError> {
+    let backing = header.backing.as_ref();
+    backing
+        .map(|backing| chain::place(backing, path))
+        .transpose()
 }
 
 impl Core {

@@ -289,7 +289,7 @@ pub(super) fn words(buf: &[u8]) -> impl Iterator<Item = u64> {
         .map(|word| word.iter().fold(0, |n, byte| n << 8 | u64::from(*byte)))
 }
 
-fn entries(header: &Header, buf: &[u8]) -> Vec<Entry> {
+pub(super) fn entries(header: &Header, buf: &[u8]) -> Vec<Entry> {
     let mut words = words(buf);
     let mut found = Vec::new();
     while let Some(word) = words.next() {

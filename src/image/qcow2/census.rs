@@ -1,0 +1,231 @@
+//! What of an image's file is referred to, and how often: the header, the tables, and all that the tables lead to. EDGE: reads.
+//!
+//! Goes over everything that QEMU's own check goes over (QEMU `block/qcow2-refcount.c`, `calculate_refcounts`), for a window of the file's
+//! clusters at a time, so that the memory that it takes does not grow with the file.
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+
+use super::check::{Findings, Progress};
+use super::entry::{self, Cluster, Damaged, Entry};
+use super::extensions::Fields;
+use super::header::{Header, Refusal};
+use super::tables::{entries, words};
+
+/// `QCOW_MAX_SNAPSHOT_EXTRA_DATA` and names of at most 65,535 bytes each; so much of a snapshot's row is looked at.
+const SNAPSHOT_BYTES_MAX: u64 = 40 + 1024 + 2 * 65_535;
+
+/// What lies where that cannot be known from [`Header`] alone.
+pub(super) struct Roots {
+    /// Bytes of the file at which the L1 tables begin, and their entries; the active one is the first.
+    l1: Vec<(u64, u64)>,
+    /// The table of snapshots: its first byte and its length.
+    snapshots: (u64, u64),
+}
+
+impl Roots {
+    /// Reads the table of snapshots; `bytes` is the beginning of the file.
+    pub fn read(
+        file: &File,
+        bytes: &[u8],
+        header: &Header,
+        file_bytes: u64,
+    ) -> io::Result<Result<Roots, Refusal>> {
+        let at = Fields(bytes);
+        let fields = || Ok((u64::from(at.u32(36)?), at.u64(64)?));
+        let (l1_entries, from) = match fields() {
+            Ok(fields) => fields,
+            Err(refusal) => return Ok(Err(refusal)),
+        };
+        let mut l1 = vec![(header.l1_offset, l1_entries)];
+        let mut next = from;
+        // At most 65,536: the header was held to that.
+        for _ in 0..header.snapshots {
+            let row = snapshot(file, next, file_bytes)?;
+            let Some((table, entries, len)) = row else {
+                return Ok(Err(Refusal::Outside {
+                    what: "the table of snapshots",
+                    offset: next,
+                    file_bytes,
+                }));
+            };
+            l1.push((table, entries));
+            next += len;
+        }
+        let snapshots = (from, next - from);
+        Ok(Ok(Roots { l1, snapshots }))
+    }
+}
+
+/// The L1 table of the snapshot whose row begins at byte `at`, its entries, and the row's length. docs/interop/qcow2.rst, "Snapshots".
+fn snapshot(file: &File, at: u64, file_bytes: u64) -> io::Result<Option<(u64, u64, u64)>> {
+    let len = SNAPSHOT_BYTES_MAX.min(file_bytes.saturating_sub(at));
+    let mut bytes = vec![0; usize::try_from(len.min(40)).map_err(io::Error::other)?];
+    file.read_exact_at(&mut bytes, at)?;
+    let fields = Fields(&bytes);
+    let read = || -> Result<_, Refusal> {
+        let names = fields.u32(12)?;
+        Ok((
+            fields.u64(0)?,
+            u64::from(fields.u32(8)?),
+            u64::from(names >> 16) + u64::from(names & 0xffff),
+            u64::from(fields.u32(36)?),
+        ))
+    };
+    let Ok((table, entries, names, extra)) = read() else {
+        return Ok(None);
+    };
+    let row = (40 + extra + names).next_multiple_of(8);
+    Ok((row <= len && entries * 8 <= file_bytes).then_some((table, entries, row)))
+}
+
+/// References to the clusters of one window of the file.
+pub(super) struct Census<'a> {
+    file: &'a File,
+    header: &'a Header,
+    file_bytes: u64,
+    window: Range<u64>,
+    counts: Vec<u32>,
+    /// Of the first window only, so that nothing is found twice.
+    findings: Option<&'a mut Findings>,
+}
+
+impl<'a> Census<'a> {
+    /// Counts the references to the clusters `window`; with `findings`, also tells what cannot be.
+    pub fn take(
+        file: &'a File,
+        header: &'a Header,
+        roots: &Roots,
+        blocks: &[u64],
+        window: Range<u64>,
+        findings: Option<&'a mut Findings>,
+        progress: &mut Progress<'_>,
+    ) -> io::Result<Vec<u32>> {
+        let len = usize::try_from(window.end - window.start).map_err(io::Error::other)?;
+        let mut census = Census {
+            file,
+            header,
+            file_bytes: file.metadata()?.len(),
+            window,
+            counts: vec![0; len],
+            findings,
+        };
+        census.count(0, header.cluster_bytes());
+        for (number, (table, entries)) in roots.l1.iter().enumerate() {
+            census.level1(*table, *entries, number == 0, progress)?;
+        }
+        let (from, len) = roots.snapshots;
+        census.count(from, len);
+        census.count(header.reftable_offset, header.reftable_bytes);
+        for block in blocks.iter().filter(|block| **block != 0) {
+            if block.is_multiple_of(header.cluster_bytes()) && *block < census.file_bytes {
+                census.count(*block, header.cluster_bytes());
+            } else {
+                census.wrong(format!("a refcount block cannot lie at byte {block}"));
+            }
+        }
+        Ok(census.counts)
+    }
+
+    fn level1(
+        &mut self,
+        table: u64,
+        l1_entries: u64,
+        active: bool,
+        progress: &mut Progress<'_>,
+    ) -> io::Result<()> {
+        self.count(table, l1_entries * 8);
+        let bytes = l1_entries * 8;
+        if table
+            .checked_add(bytes)
+            .is_none_or(|end| end > self.file_bytes)
+        {
+            self.wrong(format!("the L1 table at byte {table} leaves the file"));
+            return Ok(());
+        }
+        let mut l1 = vec![0; usize::try_from(bytes).map_err(io::Error::other)?];
+        self.file.read_exact_at(&mut l1, table)?;
+        let cluster = self.header.cluster_bytes();
+        let mut l2 = vec![0; usize::try_from(cluster).map_err(io::Error::other)?];
+        for (index, word) in words(&l1).enumerate() {
+            progress.step(index as u64, l1_entries);
+            let host = entry::table_offset(word);
+            if host == 0 {
+                continue;
+            }
+            self.count(host, cluster);
+            if !host.is_multiple_of(cluster) {
+                self.wrong(format!("an L2 table cannot lie at byte {host}"));
+            } else if host + cluster <= self.file_bytes {
+                self.file.read_exact_at(&mut l2, host)?;
+                for entry in entries(self.header, &l2) {
+                    self.level2(entry, active);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn level2(&mut self, entry: Entry, active: bool) {
+        let cluster = self.header.cluster_bytes();
+        match entry.cluster(self.header) {
+            Ok(Cluster::Standard { host: None, .. }) => {}
+            Ok(Cluster::Standard {
+                host: Some(host), ..
+            }) => {
+                self.mapped(active, false);
+                self.count(host, cluster);
+            }
+            Ok(Cluster::Compressed { offset, len }) => {
+                self.mapped(active, true);
+                // The whole sectors that it has parts of.
+                self.count(offset / 512 * 512, offset % 512 + len);
+            }
+            Err(Damaged) => {
+                let word = entry.word;
+                self.wrong(format!("an L2 entry cannot be {word:#018x}"));
+                // Wherever it leads, someone may follow it there.
+                if let Some(host) = entry.astray() {
+                    self.count(host, cluster);
+                }
+            }
+        }
+    }
+
+    fn mapped(&mut self, active: bool, compressed: bool) {
+        if let Some(findings) = self.findings.as_deref_mut().filter(|_| active) {
+            findings.allocated += 1;
+            findings.compressed += u64::from(compressed);
+        }
+    }
+
+    /// One more reference to each cluster that the bytes have part of.
+    fn count(&mut self, from: u64, len: u64) {
+        if len == 0 {
+            return;
+        }
+        let cluster = self.header.cluster_bytes();
+        let end = from.saturating_add(len);
+        if end.saturating_sub(self.file_bytes) >= cluster {
+            self.wrong(format!(
+                "something is to lie from byte {from} to {end}, behind the end of the file"
+            ));
+            return;
+        }
+        let (first, last) = (from / cluster, (end - 1) / cluster);
+        for number in first.max(self.window.start)..(last + 1).min(self.window.end) {
+            let index = usize::try_from(number - self.window.start).unwrap_or(usize::MAX);
+            if let Some(count) = self.counts.get_mut(index) {
+                *count = count.saturating_add(1);
+            }
+        }
+    }
+
+    fn wrong(&mut self, what: String) {
+        if let Some(findings) = &mut self.findings {
+            findings.wrong(what);
+        }
+    }
+}

@@ -1,0 +1,250 @@
+//! Whether the tables and the reference counts of an image agree: what `qemu-img check` finds, found by code of our own. EDGE: reads, and
+//! changes nothing.
+//!
+//! Errors are clusters that something refers to and that are counted too low, so that they can be given out again; entries that cannot be;
+//! and entries that say wrongly whether a cluster may be written in place. Leaks are clusters that are counted and that nothing refers
+//! to: room, and no harm.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+
+use super::census::{Census, Roots};
+use super::core::read_start;
+use super::counts::count;
+use super::entry::{self, COPIED, Cluster};
+use super::header::{Header, Refusal};
+use super::tables::{entries, words};
+
+/// Clusters whose references are counted at a time, in 128 MiB: 2 TiB of a file with clusters of 64 KiB.
+const WINDOW: u64 = 32 << 20;
+/// Refcount blocks in memory.
+const BLOCKS_MAX: usize = 16;
+/// Findings that are told in words.
+const TOLD_MAX: usize = 20;
+
+/// What was found.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Findings {
+    pub errors: u64,
+    /// Clusters that are counted more often than they are referred to.
+    pub leaks: u64,
+    /// Of the file.
+    pub clusters: u64,
+    /// Host clusters of the guest, and those of them that are compressed.
+    pub allocated: u64,
+    pub compressed: u64,
+    /// Whoever wrote it last did not close it.
+    pub dirty: bool,
+    pub corrupt: bool,
+    /// The first of the errors, in words.
+    pub told: Vec<String>,
+}
+
+impl Findings {
+    pub(super) fn wrong(&mut self, what: String) {
+        self.errors += 1;
+        if self.told.len() < TOLD_MAX {
+            self.told.push(what);
+        }
+    }
+}
+
+/// Why nothing can be said of an image.
+#[derive(Debug, thiserror::Error)]
+pub enum CheckError {
+    #[error("{0}")]
+    Refused(#[from] Refusal),
+    #[error(
+        "it has persistent bitmaps, which are not checked here; see to it with: qemu-img check"
+    )]
+    Bitmaps,
+    #[error("{0}")]
+    Kernel(#[from] io::Error),
+}
+
+/// How far a check is: parts, and how many of them are done.
+pub(super) struct Progress<'a> {
+    tell: &'a mut dyn FnMut(f64),
+    part: u64,
+    parts: u64,
+}
+
+impl Progress<'_> {
+    pub fn step(&mut self, done: u64, of: u64) {
+        // Rounded: it is for people.
+        #[allow(clippy::cast_precision_loss, reason = "a share, shown to people")]
+        let share = |n: u64, of: u64| n as f64 / of.max(1) as f64;
+        (self.tell)(
+            (share(self.part, 1) + share(done, of)).min(share(self.parts, 1))
+                / share(self.parts, 1),
+        );
+    }
+}
+
+/// Checks the image in `file`; `progress` is told the share that is done, from 0 to 1, often. Blocks.
+///
+/// # Errors
+/// [`CheckError`]: it could not be checked.
+pub fn check(file: &File, progress: &mut dyn FnMut(f64)) -> Result<Findings, CheckError> {
+    let (bytes, file_bytes) = read_start(file)?;
+    let header = Header::describe(&bytes, file_bytes)?;
+    if header.bitmaps {
+        return Err(CheckError::Bitmaps);
+    }
+    let roots = Roots::read(file, &bytes, &header, file_bytes)??;
+    let mut counts = Counts::load(file, &header)?;
+    let clusters = file_bytes.div_ceil(header.cluster_bytes());
+    let mut findings = Findings {
+        clusters,
+        dirty: header.dirty,
+        corrupt: header.corrupt,
+        ..Findings::default()
+    };
+    // Each window, and the flags.
+    let parts = clusters.div_ceil(WINDOW) + 1;
+    let mut progress = Progress {
+        tell: progress,
+        part: 0,
+        parts,
+    };
+    let blocks = counts.table.clone();
+    let mut from = 0;
+    while from < clusters {
+        let window = from..clusters.min(from + WINDOW);
+        let told = (from == 0).then_some(&mut findings);
+        let found = Census::take(
+            file,
+            &header,
+            &roots,
+            &blocks,
+            window.clone(),
+            told,
+            &mut progress,
+        )?;
+        for (number, references) in window.clone().zip(found) {
+            let counted = counts.get(number)?;
+            let references = u64::from(references);
+            if counted < references {
+                findings.wrong(format!(
+                    "cluster {number} is counted {counted} times and referred to {references} times"
+                ));
+            } else if counted > references {
+                findings.leaks += 1;
+            }
+        }
+        progress.part += 1;
+        from = window.end;
+    }
+    flags(
+        file,
+        &header,
+        file_bytes,
+        &mut counts,
+        &mut findings,
+        &mut progress,
+    )?;
+    Ok(findings)
+}
+
+/// Entries of the active tables say whether what they point at has one reference (docs/interop/qcow2.rst, bit 63).
+fn flags(
+    file: &File,
+    header: &Header,
+    file_bytes: u64,
+    counts: &mut Counts<'_>,
+    findings: &mut Findings,
+    progress: &mut Progress<'_>,
+) -> io::Result<()> {
+    let cluster = header.cluster_bytes();
+    let mut l1 = vec![0; usize::try_from(header.l1_entries * 8).map_err(io::Error::other)?];
+    file.read_exact_at(&mut l1, header.l1_offset)?;
+    let mut l2 = vec![0; usize::try_from(cluster).map_err(io::Error::other)?];
+    for (index, word) in words(&l1).enumerate() {
+        progress.step(index as u64, header.l1_entries);
+        let host = entry::table_offset(word);
+        if host == 0 || !host.is_multiple_of(cluster) || host + cluster > file_bytes {
+            // Nothing there, or told already.
+            continue;
+        }
+        let one = counts.get(host / cluster)? == 1;
+        if one != (word & COPIED != 0) {
+            findings.wrong(format!(
+                "the L1 entry {index} says wrongly whether its table is its own"
+            ));
+        }
+        file.read_exact_at(&mut l2, host)?;
+        for (number, entry) in entries(header, &l2).iter().enumerate() {
+            let Ok(Cluster::Standard {
+                host: Some(host),
+                own,
+            }) = entry.cluster(header)
+            else {
+                continue;
+            };
+            if (counts.get(host / cluster)? == 1) != own {
+                findings.wrong(format!(
+                    "entry {number} of the L2 table {index} says wrongly whether its cluster is its own"
+                ));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The counts as they stand in the file.
+struct Counts<'a> {
+    file: &'a File,
+    order: u32,
+    cluster_bits: u32,
+    file_bytes: u64,
+    /// Of each refcount block its byte in the file, or 0.
+    table: Vec<u64>,
+    /// By their number in the table.
+    blocks: BTreeMap<u64, Vec<u8>>,
+}
+
+impl<'a> Counts<'a> {
+    fn load(file: &'a File, header: &Header) -> io::Result<Counts<'a>> {
+        // At most 8 MiB, and all of it lies in the file: the header was held to that.
+        let mut table = vec![0; usize::try_from(header.reftable_bytes).map_err(io::Error::other)?];
+        file.read_exact_at(&mut table, header.reftable_offset)?;
+        Ok(Counts {
+            file,
+            order: header.refcount_order,
+            cluster_bits: header.cluster_bits,
+            file_bytes: file.metadata()?.len(),
+            table: words(&table).collect(),
+            blocks: BTreeMap::new(),
+        })
+    }
+
+    /// 0 where there is no block, or none that can be read.
+    fn get(&mut self, cluster: u64) -> io::Result<u64> {
+        let per_block = self.cluster_bits + 3 - self.order;
+        let (number, index) = (cluster >> per_block, cluster & ((1 << per_block) - 1));
+        if let Some(block) = self.blocks.get(&number) {
+            return Ok(count(block, self.order, index));
+        }
+        let at = usize::try_from(number)
+            .ok()
+            .and_then(|at| self.table.get(at));
+        let bytes = 1_u64 << self.cluster_bits;
+        let at = at.copied().filter(|at| {
+            *at != 0 && at.is_multiple_of(bytes) && *at <= self.file_bytes.saturating_sub(bytes)
+        });
+        let Some(at) = at else {
+            return Ok(0);
+        };
+        let mut block = vec![0; usize::try_from(bytes).map_err(io::Error::other)?];
+        self.file.read_exact_at(&mut block, at)?;
+        if self.blocks.len() >= BLOCKS_MAX {
+            // Whichever: most images are gone over in their order.
+            self.blocks.pop_first();
+        }
+        let found = count(&block, self.order, index);
+        self.blocks.insert(number, block);
+        Ok(found)
+    }
+}

@@ -1,0 +1,543 @@
+//! Promise: an image that `nbdtrack image` makes is one to QEMU, is there whole or not at all, and is never put over another file; and
+//! `nbdtrack image check` finds what `qemu-img check` finds.
+
+mod support;
+
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use nix::sys::signal::Signal;
+use serde_json::Value;
+
+use support::daemon::binary;
+use support::ground::{Need, real};
+use support::process::{self, Finished, Running, command};
+use support::scene::STEP_LIMIT;
+use support::{Doing, Outcome, until};
+
+const NEEDS: &[Need] = &[Need::Tool("qemu-img"), Need::Tool("qemu-io")];
+
+fn text(path: &Path) -> String {
+    path.to_string_lossy().into_owned()
+}
+
+/// `nbdtrack image` with these words.
+fn image(words: &[&str]) -> Outcome<Finished> {
+    let program = text(&binary());
+    let args: Vec<&str> = ["image"].iter().chain(words).copied().collect();
+    process::run(&program, &args, STEP_LIMIT)
+}
+
+fn done(words: &[&str]) -> Outcome<String> {
+    let done = image(words)?;
+    hold!(
+        done.status.success(),
+        "{words:?}: {}{}",
+        done.stdout,
+        done.stderr
+    );
+    Ok(done.stdout)
+}
+
+fn refused(words: &[&str], code: i32, with: &str) -> Outcome<()> {
+    let done = image(words)?;
+    hold!(
+        done.status.code() == Some(code) && done.stderr.contains(with),
+        "{words:?}: {:?} {}",
+        done.status.code(),
+        done.stderr
+    );
+    Ok(())
+}
+
+fn json(words: &[&str]) -> Outcome<(Option<i32>, Value)> {
+    let all: Vec<&str> = words.iter().copied().chain(["--json"]).collect();
+    let said = image(&all)?;
+    let value = serde_json::from_str(&said.stdout).doing(format!("{words:?}: {}", said.stderr))?;
+    Ok((said.status.code(), value))
+}
+
+fn qemu_img(args: &[&str]) -> Outcome<String> {
+    process::succeed("qemu-img", args, STEP_LIMIT)
+}
+
+/// What QEMU's check says: its exit code, errors and leaks.
+fn judged(path: &Path) -> Outcome<(Option<i32>, u64, u64)> {
+    let args = ["check", "--output=json", "-f", "qcow2", &text(path)];
+    let said = process::run("qemu-img", &args, STEP_LIMIT)?;
+    let value: Value = serde_json::from_str(&said.stdout).doing(said.stderr)?;
+    let count = |name: &str| value[name].as_u64().unwrap_or(0);
+    Ok((said.status.code(), count("corruptions"), count("leaks")))
+}
+
+fn write(path: &Path, commands: &[&str]) -> Outcome<()> {
+    let mut args = vec!["-f", "qcow2"];
+    for command in commands {
+        args.extend(["-c", command]);
+    }
+    let name = text(path);
+    args.push(&name);
+    let said = process::succeed("qemu-io", &args, STEP_LIMIT)?;
+    hold!(!said.contains("failed") && !said.contains("rror"), "{said}");
+    Ok(())
+}
+
+#[test]
+fn what_is_made_is_an_image_to_qemu() -> Outcome<()> {
+    real("what_is_made_is_an_image_to_qemu", NEEDS, |ground| {
+        let rows: &[(&str, &[&str])] = &[
+            ("3M", &[]),
+            ("1G", &["--cluster-size", "512"]),
+            ("20G", &["--cluster-size", "2M"]),
+            ("1536", &[]),
+            ("64T", &[]),
+            ("8M", &["--preallocation", "metadata"]),
+            (
+                "40M",
+                &["--preallocation", "metadata", "--cluster-size", "512"],
+            ),
+            ("8M", &["--preallocation", "falloc"]),
+            ("8M", &["--preallocation", "full", "--cluster-size", "4K"]),
+        ];
+        for (number, (size, options)) in rows.iter().enumerate() {
+            let path = ground.file(&format!("{number}.qcow2"));
+            let name = text(&path);
+            let words: Vec<&str> = ["create", &name, size]
+                .iter()
+                .chain(*options)
+                .copied()
+                .collect();
+            done(&words)?;
+            hold!(
+                judged(&path)? == (Some(0), 0, 0),
+                "{words:?}: {:?}",
+                judged(&path)?
+            );
+            let (code, found) = json(&["check", &name])?;
+            hold!(code == Some(0), "{words:?}: {found}");
+            let info: Value = serde_json::from_str(&qemu_img(&["info", "--output=json", &name])?)?;
+            let (_, ours) = json(&["info", &name])?;
+            hold!(
+                info["format"] == "qcow2"
+                    && info["virtual-size"] == ours["virtual_size"]
+                    && info["cluster-size"] == ours["cluster_size"]
+                    && ours["served"] == true,
+                "{words:?}: {info} {ours}"
+            );
+            // QEMU writes to it, and finds nothing to mend.
+            write(
+                &path,
+                &["write -P 7 0 1k", "read -P 7 0 1k", "read -P 0 1k 512"],
+            )?;
+            hold!(judged(&path)? == (Some(0), 0, 0), "{words:?} written");
+            if options.contains(&"full") || options.contains(&"falloc") {
+                hold!(
+                    ours["taken_bytes"].as_u64() >= Some(8 << 20),
+                    "{words:?}: {ours}"
+                );
+            }
+            if options.contains(&"metadata") && *size == "8M" {
+                hold!(
+                    ours["taken_bytes"].as_u64() < Some(1 << 20),
+                    "{words:?}: {ours}"
+                );
+            }
+        }
+        let raw = text(&ground.file("disk.raw"));
+        done(&[
+            "create",
+            &raw,
+            "5M",
+            "--format",
+            "raw",
+            "--preallocation",
+            "falloc",
+        ])?;
+        let other = text(&ground.file("other.qcow2"));
+        done(&["create", &other, "5M"])?;
+        qemu_img(&["compare", "-f", "raw", "-F", "qcow2", &raw, &other])?;
+        Ok(())
+    })
+}
+
+#[test]
+fn an_overlay_reads_as_what_it_lies_on_and_says_so() -> Outcome<()> {
+    real(
+        "an_overlay_reads_as_what_it_lies_on_and_says_so",
+        NEEDS,
+        |ground| {
+            let [base, raw, over, top] =
+                ["base.qcow2", "base.raw", "over.qcow2", "top.qcow2"].map(|name| ground.file(name));
+            let [base_name, raw_name, over_name, top_name] =
+                [&base, &raw, &over, &top].map(|p| text(p));
+            done(&["create", &base_name, "6M"])?;
+            write(&base, &["write -P 3 1M 2M"])?;
+            let on = |name: &'static str| ["--backing", name, "--backing-format", "qcow2"];
+            done(&[&["create", &over_name][..], &on("base.qcow2")].concat())?;
+            qemu_img(&[
+                "compare", "-s", "-f", "qcow2", "-F", "qcow2", &base_name, &over_name,
+            ])?;
+            // Larger than what is beneath, and on an absolute path.
+            done(&[
+                "create",
+                &top_name,
+                "9M",
+                "--backing",
+                &over_name,
+                "--backing-format",
+                "qcow2",
+            ])?;
+            write(
+                &top,
+                &["read -P 3 1M 2M", "read -P 0 6M 3M", "write -P 4 8M 1M"],
+            )?;
+            hold!(judged(&top)? == (Some(0), 0, 0), "{:?}", judged(&top)?);
+            std::fs::write(&raw, [5; 1000])?;
+            let on_raw = text(&ground.file("on-raw.qcow2"));
+            done(&[
+                "create",
+                &on_raw,
+                "--backing",
+                &raw_name,
+                "--backing-format",
+                "raw",
+            ])?;
+            write(
+                Path::new(&on_raw),
+                &["read -P 5 0 1000", "read -P 0 1000 24"],
+            )?;
+
+            let (code, chain) = json(&["chain", &top_name])?;
+            let layers = chain["chain"].as_array().cloned().unwrap_or_default();
+            let paths: Vec<&str> = layers
+                .iter()
+                .filter_map(|layer| layer["path"].as_str())
+                .collect();
+            hold!(code == Some(0) && chain["broken"].is_null(), "{chain}");
+            hold!(paths == [&top_name, &over_name, &base_name], "{paths:?}");
+            std::fs::remove_file(&base)?;
+            let (code, chain) = json(&["chain", &top_name])?;
+            let broken = chain["broken"].as_str().unwrap_or_default();
+            hold!(code == Some(1) && broken.contains("base.qcow2"), "{chain}");
+            refused(
+                &[
+                    "create",
+                    &text(&ground.file("x.qcow2")),
+                    "1M",
+                    "--backing",
+                    "base.qcow2",
+                    "--backing-format",
+                    "qcow2",
+                ],
+                1,
+                "base.qcow2: there is no such file",
+            )?;
+            hold!(!ground.file("x.qcow2").exists(), "made on nothing");
+            Ok(())
+        },
+    )
+}
+
+#[test]
+fn what_cannot_be_made_is_refused_by_name_and_nothing_is_written_over() -> Outcome<()> {
+    let name = "what_cannot_be_made_is_refused_by_name_and_nothing_is_written_over";
+    real(name, NEEDS, |ground| {
+        let there = ground.file("there.qcow2");
+        std::fs::write(&there, b"someone's")?;
+        let link = ground.file("link.qcow2");
+        std::os::unix::fs::symlink(ground.file("nowhere"), &link)?;
+        refused(&["create", &text(&there), "1M"], 1, "exists already")?;
+        refused(&["create", &text(&link), "1M"], 1, "exists already")?;
+        hold!(std::fs::read(&there)? == b"someone's", "written over");
+        let new = text(&ground.file("new.qcow2"));
+        let base = text(&ground.file("base.qcow2"));
+        done(&["create", &base, "1M"])?;
+        let rows: &[(&[&str], i32, &str)] = &[
+            (&["create", &new], 2, "SIZE"),
+            (&["create", &new, "0"], 1, "size: "),
+            (&["create", &new, "1000"], 1, "size: "),
+            (&["create", &new, "1x"], 2, "SIZE"),
+            (
+                &["create", &new, "1M", "--cluster-size", "3000"],
+                1,
+                "cluster_size: ",
+            ),
+            (
+                &["create", &new, "1M", "--cluster-size", "4M"],
+                1,
+                "cluster_size: ",
+            ),
+            (&["create", &new, "1M", "--format", "vmdk"], 2, "vmdk"),
+            (
+                &["create", &new, "1M", "--preallocation", "most"],
+                2,
+                "most",
+            ),
+            (&["create", &text(&ground.file("new")), "1M"], 2, "--format"),
+            (
+                &["create", &text(&ground.file("no/new.qcow2")), "1M"],
+                1,
+                "No such file",
+            ),
+            (
+                &[
+                    "create",
+                    &new,
+                    "1M",
+                    "--format",
+                    "raw",
+                    "--cluster-size",
+                    "4K",
+                ],
+                1,
+                "cluster_size: raw files have none",
+            ),
+            (
+                &[
+                    "create",
+                    &new,
+                    "1M",
+                    "--format",
+                    "raw",
+                    "--preallocation",
+                    "metadata",
+                ],
+                1,
+                "preallocation metadata: raw files have none",
+            ),
+            (
+                &[
+                    "create",
+                    &new,
+                    "--backing",
+                    &base,
+                    "--backing-format",
+                    "qcow2",
+                    "--preallocation",
+                    "full",
+                ],
+                1,
+                "preallocation: not with a backing file",
+            ),
+            (&["create", &new, "--backing", &base], 2, "--backing-format"),
+            (
+                &[
+                    "create",
+                    &new,
+                    "--backing",
+                    "nbd://h/x",
+                    "--backing-format",
+                    "raw",
+                ],
+                1,
+                "not named by a path",
+            ),
+        ];
+        for (words, code, with) in rows {
+            refused(words, *code, with)?;
+        }
+        let mut names: Vec<String> = std::fs::read_dir(ground.path())?
+            .filter_map(|entry| Some(entry.ok()?.file_name().to_string_lossy().into_owned()))
+            .collect();
+        names.sort();
+        hold!(
+            names == ["base.qcow2", "link.qcow2", "there.qcow2"],
+            "left behind: {names:?}"
+        );
+        Ok(())
+    })
+}
+
+#[test]
+fn a_making_that_is_killed_leaves_nothing() -> Outcome<()> {
+    real("a_making_that_is_killed_leaves_nothing", NEEDS, |ground| {
+        let path = ground.file("large.raw");
+        let mut program = command(binary());
+        program.args([
+            "image",
+            "create",
+            "--format",
+            "raw",
+            "--preallocation",
+            "full",
+        ]);
+        program.arg(&path).arg("64G");
+        let mut making = Running(program.spawn()?);
+        let io = format!("/proc/{}/io", making.pid());
+        until(STEP_LIMIT, "the making to write", || {
+            let said = std::fs::read_to_string(&io)?;
+            let written = said.lines().find_map(|line| line.strip_prefix("wchar: "));
+            let written: u64 = written.unwrap_or("0").parse()?;
+            hold!(!path.exists(), "it has its name while it is being written");
+            Ok((written > 8 << 20).then_some(()))
+        })?;
+        making.signal(Signal::SIGKILL)?;
+        making.wait(STEP_LIMIT)?;
+        let left = std::fs::read_dir(ground.path())?.count();
+        hold!(left == 0, "{left} files are left");
+        Ok(())
+    })
+}
+
+/// What is done to an image: bytes at places that the header leads to.
+type Damage = fn(&std::fs::File, &Places) -> Outcome<()>;
+
+struct Places {
+    block: u64,
+    l1: u64,
+    l2: u64,
+}
+
+fn number(file: &std::fs::File, at: u64) -> Outcome<u64> {
+    let mut bytes = [0; 8];
+    file.read_exact_at(&mut bytes, at)?;
+    Ok(u64::from_be_bytes(bytes))
+}
+
+fn places(file: &std::fs::File) -> Outcome<Places> {
+    let l1 = number(file, 40)?;
+    Ok(Places {
+        block: number(file, number(file, 48)?)?,
+        l1,
+        l2: number(file, l1)? & 0x00ff_ffff_ffff_fe00,
+    })
+}
+
+const DAMAGES: &[(&str, Damage)] = &[
+    ("none", |_, _| Ok(())),
+    ("three are counted too high", |file, at| {
+        for cluster in [6, 7, 9] {
+            file.write_all_at(&[0, 2], at.block + cluster * 2)?;
+        }
+        Ok(())
+    }),
+    ("two are not counted", |file, at| {
+        Ok(file.write_all_at(&[0; 4], at.block + 7 * 2)?)
+    }),
+    ("the L1 entry has lost its flag", |file, at| {
+        Ok(file.write_all_at(&[0], at.l1)?)
+    }),
+    ("entries have lost their flags", |file, at| {
+        for entry in [0, 1, 5] {
+            file.write_all_at(&[0], at.l2 + entry * 8)?;
+        }
+        Ok(())
+    }),
+    ("two entries lead to one cluster", |file, at| {
+        let one = number(file, at.l2)?;
+        Ok(file.write_all_at(&one.to_be_bytes(), at.l2 + 8)?)
+    }),
+    ("an entry leads far behind the end", |file, at| {
+        Ok(file.write_all_at(&(1_u64 << 63 | 1 << 40).to_be_bytes(), at.l2)?)
+    }),
+    ("an entry leads between clusters", |file, at| {
+        let one = number(file, at.l2)? + 512;
+        Ok(file.write_all_at(&one.to_be_bytes(), at.l2)?)
+    }),
+    ("the L1 entry is gone", |file, at| {
+        Ok(file.write_all_at(&[0; 8], at.l1)?)
+    }),
+];
+
+#[test]
+fn check_finds_what_qemu_finds() -> Outcome<()> {
+    real("check_finds_what_qemu_finds", NEEDS, |ground| {
+        let sound = ground.file("sound.qcow2");
+        done(&["create", &text(&sound), "64M"])?;
+        write(
+            &sound,
+            &[
+                "write -P 1 0 700k",
+                "write -P 2 20M 300k",
+                "write -z 1M 64k",
+            ],
+        )?;
+        for (what, damage) in DAMAGES {
+            let path = ground.file("damaged.qcow2");
+            std::fs::copy(&sound, &path)?;
+            let file = std::fs::OpenOptions::new()
+                .read(true)
+                .write(true)
+                .open(&path)?;
+            damage(&file, &places(&file)?)?;
+            let (theirs, ours) = (judged(&path)?, json(&["check", &text(&path)])?);
+            let (code, found) = ours;
+            let counts = (found["errors"].as_u64(), found["leaks"].as_u64());
+            hold!(
+                counts == (Some(theirs.1), Some(theirs.2)),
+                "{what}: QEMU {theirs:?}, here {found}"
+            );
+            let wanted = match theirs {
+                (_, 0, 0) => 0,
+                (_, 0, _) => 7,
+                _ => 6,
+            };
+            hold!(code == Some(wanted), "{what}: exit code {code:?}");
+            hold!(
+                (*what == "none") == (wanted == 0),
+                "{what}: nothing is wrong with it"
+            );
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn images_of_every_kind_are_checked_as_sound() -> Outcome<()> {
+    real(
+        "images_of_every_kind_are_checked_as_sound",
+        NEEDS,
+        |ground| {
+            for options in [
+                "cluster_size=512",
+                "compat=0.10",
+                "extended_l2=on",
+                "refcount_bits=1",
+                "refcount_bits=64",
+                "preallocation=metadata",
+                "compression_type=zstd",
+            ] {
+                let path = ground.file("made.qcow2");
+                let name = text(&path);
+                qemu_img(&["create", "-q", "-f", "qcow2", "-o", options, &name, "16M"])?;
+                write(&path, &["write -P 1 0 300k", "write -z 1M 64k"])?;
+                let never = [
+                    "cluster_size=512",
+                    "refcount_bits=1",
+                    "preallocation=metadata",
+                ];
+                if !never.contains(&options) {
+                    // QEMU packs whole clusters that had no place, several into one of the file.
+                    write(&path, &["write -c -P 5 2M 64k"])?;
+                }
+                if !options.starts_with("refcount_bits=1") {
+                    qemu_img(&["snapshot", "-c", "first", &name])?;
+                    write(&path, &["write -P 2 100k 300k", "discard 2M 64k"])?;
+                    qemu_img(&["snapshot", "-c", "second snapshot", &name])?;
+                    write(&path, &["write -P 3 8M 1M"])?;
+                }
+                let theirs = judged(&path)?;
+                let (code, found) = json(&["check", &name])?;
+                hold!(theirs == (Some(0), 0, 0), "{options}: {theirs:?}");
+                hold!(code == Some(0), "{options}: {found}");
+                std::fs::remove_file(&path)?;
+            }
+            // One that is being written to is not judged.
+            let path: PathBuf = ground.file("busy.qcow2");
+            done(&["create", &text(&path), "1M"])?;
+            let mut program = command("qemu-nbd");
+            program
+                .args(["-f", "qcow2", "-t", "-k"])
+                .arg(ground.file("s"))
+                .arg(&path);
+            let mut writer = Running(program.spawn()?);
+            until(STEP_LIMIT, "qemu-nbd to have it", || {
+                Ok(ground.file("s").exists().then_some(()))
+            })?;
+            refused(&["check", &text(&path)], 1, "in use")?;
+            writer.signal(Signal::SIGTERM)?;
+            writer.wait(STEP_LIMIT)?;
+            Ok(())
+        },
+    )
+}
