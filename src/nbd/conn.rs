@@ -3,28 +3,24 @@
 
 use std::collections::VecDeque;
 use std::io::IoSlice;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::{MsgFlags, Shutdown, recv, send, sendmsg, shutdown};
 
 use crate::image::pages::Pages;
 use crate::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use crate::sync::{self, Mutex, MutexGuard, lock};
+use crate::sync::{Mutex, MutexGuard, lock};
 
 use super::account::{Account, Charge};
 use super::crowd::Seat;
+use super::socket::Socket;
 use super::stats::sub;
 use super::witness::Peer;
 
 /// Chunks in one sendmsg(2); the kernel takes at most UIO_MAXIOV = 1,024.
 const CHUNKS_PER_SEND: usize = 64;
-
-/// Linux's default of wmem_max, in bytes.
-const SEND_BYTES: usize = 212_992;
 
 /// Wakes the parked session of a connection; the poller.
 pub(super) trait Wake: Send + Sync {
@@ -37,7 +33,7 @@ pub(super) struct Conn {
     pub(super) account: Arc<Account>,
     /// Asked for while it was there: of a socket that was reset the kernel tells nothing.
     pub(super) peer: Peer,
-    socket: OwnedFd,
+    pub(super) socket: Socket,
     /// A Unix socket.
     pub(super) local: bool,
     roomy: AtomicBool,
@@ -93,7 +89,7 @@ impl Conn {
             token,
             account,
             peer: Peer::of(socket.as_fd()),
-            socket,
+            socket: Socket::new(socket),
             began: Instant::now(),
             wake,
             _seat: seat,
@@ -104,36 +100,7 @@ impl Conn {
     }
 
     pub(super) fn fd(&self) -> BorrowedFd<'_> {
-        self.socket.as_fd()
-    }
-
-    /// recv(2). With `wait`, for as long as the socket's receive timeout.
-    pub(super) fn receive(&self, into: &mut [u8], wait: bool) -> nix::Result<usize> {
-        sync::before_call();
-        let flags = if wait && sync::MAY_WAIT {
-            MsgFlags::empty()
-        } else {
-            MsgFlags::MSG_DONTWAIT
-        };
-        loop {
-            match recv(self.socket.as_raw_fd(), into, flags) {
-                Err(Errno::EINTR) => {}
-                other => return other,
-            }
-        }
-    }
-
-    /// Waits at most `limit` until the peer takes more, or is gone; false when it did neither, and at a signal.
-    pub(super) fn wait_writable(&self, limit: Duration) -> bool {
-        let mut fds = [PollFd::new(self.fd(), PollFlags::POLLOUT)];
-        sync::before_call();
-        let limit = if sync::MAY_WAIT {
-            limit
-        } else {
-            Duration::ZERO
-        };
-        let limit = PollTimeout::try_from(limit).unwrap_or(PollTimeout::MAX);
-        poll(&mut fds, limit).is_ok_and(|count| count > 0)
+        self.socket.fd()
     }
 
     pub(super) fn is_dead(&self) -> bool {
@@ -143,8 +110,7 @@ impl Conn {
     /// Ends the connection both ways at once; whoever waits on the socket returns. Never waits, and takes no lock.
     pub(super) fn cut(&self) {
         self.dead.store(true, Ordering::Release);
-        // Fails only when the peer, or an earlier cut, has ended the connection already.
-        let _ = shutdown(self.socket.as_raw_fd(), Shutdown::Both);
+        self.socket.cut();
     }
 
     /// Cuts the connection, and lets go of the replies that wait for it.
@@ -154,12 +120,6 @@ impl Conn {
         out.chunks.clear();
         out.epoch += 1;
         drop(out);
-    }
-
-    /// Says that no more will be sent.
-    pub(super) fn finish_sending(&self) {
-        // Fails only when the peer has ended the connection already: the next receive says so.
-        let _ = shutdown(self.socket.as_raw_fd(), Shutdown::Write);
     }
 
     pub(super) fn jobs(&self) -> u32 {
@@ -243,9 +203,7 @@ impl Conn {
         if !out.sending && out.chunks.is_empty() {
             out.sending = true;
             drop(out);
-            let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
-            sync::before_call();
-            let result = send(self.socket.as_raw_fd(), &gathered[..used], flags);
+            let result = self.socket.send(&gathered[..used]);
             out = lock(&self.out);
             out.sending = false;
             match result {
@@ -282,14 +240,6 @@ impl Conn {
         }
     }
 
-    /// Asks for twice the room that a socket has (socket(7): wmem_max, doubled): a reply of the usual size fits. Of pages it costs no memory.
-    fn make_room(&self) {
-        if !self.roomy.swap(true, Ordering::Relaxed) {
-            // A wish: with less room it goes on as before.
-            let _ = socket2::SockRef::from(&self.socket).set_send_buffer_size(SEND_BYTES);
-        }
-    }
-
     /// Sends the first `used` bytes of `gathered` and then the range in `pages`, which is empty afterwards. A peer that takes no more for
     /// `idle` gets the rest by and by; that is a copy, so that a slow one holds no pages and no pipe.
     pub(super) fn send_pages(
@@ -299,7 +249,9 @@ impl Conn {
         pages: &mut Pages,
         idle: Duration,
     ) {
-        self.make_room();
+        if !self.roomy.swap(true, Ordering::Relaxed) {
+            self.socket.make_room();
+        }
         let mut out = lock(&self.out);
         let turn = !out.sending && out.chunks.is_empty();
         let mut sent = 0;
@@ -307,17 +259,17 @@ impl Conn {
         if turn {
             out.sending = true;
             drop(out);
-            let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
             while result.is_ok() && (sent < used || pages.held() > 0) {
                 let step = if sent < used {
-                    send(self.socket.as_raw_fd(), &gathered[sent..used], flags)
+                    self.socket
+                        .send(&gathered[sent..used])
                         .map(|count| sent += count)
                 } else {
                     pages.send(self.fd()).map(drop)
                 };
                 match step {
                     Err(Errno::EINTR) => {}
-                    Err(Errno::EAGAIN) if self.wait_writable(idle) => {}
+                    Err(Errno::EAGAIN) if self.socket.wait_writable(idle) => {}
                     other => result = other,
                 }
             }
@@ -422,9 +374,7 @@ impl Conn {
             .iter()
             .map(|chunk| IoSlice::new(&chunk.bytes[chunk.sent..]))
             .collect();
-        let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
-        sync::before_call();
-        sendmsg::<()>(self.socket.as_raw_fd(), &slices, &[], flags, None)
+        self.socket.send_all(&slices)
     }
 }
 

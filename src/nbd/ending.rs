@@ -76,7 +76,7 @@ impl Transmission {
         match closing {
             Closing::Done => Some(Rest::End),
             Closing::Drained => {
-                conn.finish_sending();
+                conn.socket.finish_sending();
                 self.closing = Some(Closing::Lingering {
                     until: Instant::now() + self.lease.shared.limits.linger,
                 });
@@ -89,7 +89,7 @@ impl Transmission {
                     return Some(Rest::End);
                 }
                 scratch.received.load(&[]);
-                match conn.receive(scratch.received.room(), false) {
+                match conn.socket.receive(scratch.received.room(), false) {
                     Ok(1..) => Some(Rest::Yield),
                     Err(Errno::EAGAIN) => park(true, false, Some(until)),
                     Ok(0) | Err(_) => Some(Rest::End),

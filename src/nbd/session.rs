@@ -212,7 +212,10 @@ impl Handshake {
             scratch.received.load(&[]);
             let wait = !shared.poller.sessions.has_backlog();
             // Little at a time: what follows the last option is carried into transmission.
-            match conn.receive(&mut scratch.received.room()[..RECEIVE_BYTES], wait) {
+            match conn
+                .socket
+                .receive(&mut scratch.received.room()[..RECEIVE_BYTES], wait)
+            {
                 Ok(0) => return Ok(Rest::End),
                 Ok(count) => {
                     scratch.received.filled(count);

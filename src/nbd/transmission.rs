@@ -6,15 +6,14 @@ use std::time::Instant;
 
 use nix::errno::Errno;
 
-use crate::image::Extent;
-
-use super::account::{Charge, Full};
+use super::account::Full;
 use super::bound::Limit;
-use super::command::{self, Command, Refused, Terms};
+use super::command::{self, Command, Terms};
 use super::conn::Conn;
 use super::ending::Closing;
 use super::execute::DETACHED;
 use super::handshake::{Agreed, Facts};
+use super::input::{Input, Payload};
 use super::lease::Lease;
 use super::meter::Tally;
 use super::rate::{Again, Rate};
@@ -44,27 +43,6 @@ pub(super) struct Transmission {
     full: Again,
 }
 
-/// What the next bytes are.
-enum Input {
-    Header,
-    Payload(Payload),
-    /// The payload of a write that was refused: consumed, or the stream is lost.
-    Discard {
-        left: usize,
-        to: ReplyTo,
-        refused: Refused,
-    },
-}
-
-struct Payload {
-    to: ReplyTo,
-    at: Extent,
-    fua: bool,
-    buffer: Vec<u8>,
-    filled: usize,
-    charge: Charge,
-}
-
 pub(super) enum Outcome {
     NeedsInput,
     GatherFull,
@@ -86,7 +64,7 @@ impl Transmission {
         Transmission {
             terms: lease.terms(facts, agreed),
             lease,
-            input: Input::Header,
+            input: Input::header(),
             carry,
             partial_since: None,
             tally: Tally::default(),
@@ -197,7 +175,7 @@ impl Transmission {
         while conn.blocked_since().is_some()
             && !shared.poller.sessions.has_backlog()
             && !self.lease.fenced()
-            && conn.wait_writable(shared.limits.idle)
+            && conn.socket.wait_writable(shared.limits.idle)
         {
             conn.flush();
         }
@@ -216,7 +194,8 @@ impl Transmission {
     }
 
     fn wait_for_input(&mut self, scratch: &Scratch) -> Rest {
-        let whole = matches!(self.input, Input::Header) && scratch.received.bytes().is_empty();
+        let whole =
+            matches!(self.input, Input::Header { .. }) && scratch.received.bytes().is_empty();
         let mut until = None;
         if whole {
             self.partial_since = None;
@@ -244,18 +223,7 @@ impl Transmission {
         scratch: &mut Scratch,
         wait: bool,
     ) -> nix::Result<usize> {
-        let count = match &mut self.input {
-            Input::Payload(payload) => {
-                let count = conn.receive(&mut payload.buffer[payload.filled..], wait)?;
-                payload.filled += count;
-                count
-            }
-            Input::Header | Input::Discard { .. } => {
-                let count = conn.receive(scratch.received.room(), wait)?;
-                scratch.received.filled(count);
-                count
-            }
-        };
+        let count = self.input.receive(conn, &mut scratch.received, wait)?;
         self.partial_since = None;
         Ok(count)
     }
@@ -267,7 +235,7 @@ impl Transmission {
                 return Outcome::GatherFull;
             }
             let step = match &mut self.input {
-                Input::Header => self.on_header(conn, scratch).inspect(|()| {
+                Input::Header { .. } => self.on_header(conn, scratch).inspect(|()| {
                     if let Some(rate) = &mut self.rate {
                         rate.spend(Instant::now());
                     }
@@ -280,19 +248,12 @@ impl Transmission {
                         return Outcome::NeedsInput;
                     }
                     let (to, refused) = (*to, *refused);
-                    self.input = Input::Header;
+                    self.input = Input::header();
                     self.refuse(&mut scratch.gather, to, refused);
                     Ok(())
                 }
                 Input::Payload(payload) => {
-                    let missing = payload.buffer.len() - payload.filled;
-                    let there =
-                        &scratch.received.bytes()[..scratch.received.bytes().len().min(missing)];
-                    let count = there.len();
-                    payload.buffer[payload.filled..payload.filled + count].copy_from_slice(there);
-                    payload.filled += count;
-                    scratch.received.consume(count);
-                    if count < missing {
+                    if !payload.take(&mut scratch.received) {
                         return Outcome::NeedsInput;
                     }
                     self.on_payload(conn, scratch)
@@ -424,7 +385,9 @@ impl Transmission {
     }
 
     fn on_payload(&mut self, conn: &Arc<Conn>, scratch: &mut Scratch) -> Result<(), Outcome> {
-        let Input::Payload(payload) = std::mem::replace(&mut self.input, Input::Header) else {
+        let Input::Payload(payload) =
+            std::mem::replace(&mut self.input, Input::Header { streams: true })
+        else {
             return Ok(());
         };
         let Payload {
