@@ -130,8 +130,6 @@ impl Session {
                 match handshake.turn(&self.conn, &self.shared, scratch) {
                     Ok(rest) => rest,
                     Err(transmission) => {
-                        add(&self.shared.counters.handshakes_done, 1);
-                        self.shared.handshakes.leave(self.conn.token);
                         self.phase = Phase::Transmission(transmission);
                         Rest::Again
                     }
@@ -389,10 +387,13 @@ impl Handshake {
                     choose.answer(verdict, &mut out)
                 }
                 Next::Transmission(agreed) => {
+                    // Before the client hears of it: who has chosen makes room for no one.
+                    shared.handshakes.leave(conn.token);
                     conn.send(out, None);
                     let Some((lease, facts)) = lease else {
                         return Ok(Took::End);
                     };
+                    add(&shared.counters.handshakes_done, 1);
                     if agreed.headers == Headers::Extended {
                         add(&shared.counters.handshakes_extended, 1);
                     }
