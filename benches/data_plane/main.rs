@@ -12,6 +12,7 @@ mod support;
 mod chart;
 mod cost;
 mod histogram;
+mod images;
 mod load;
 mod pump;
 mod replies;
@@ -211,16 +212,11 @@ fn play(
     let source = image(ground, "source", stage)?;
     let mut running = Vec::new();
     for kind in kinds.iter().copied() {
-        if !servers::can_serve(kind, stage.exports) {
-            results.notes.push(format!(
-                "{}: has one export, so no row with {}",
-                kind.name(),
-                stage.exports
-            ));
-            continue;
-        }
-        // The bound's memory is as large as its disk.
-        if stage.sparse && kind == Kind::Pump {
+        if let Some(why) = servers::refusal(kind, stage) {
+            let note = format!("{}: {why}, so it is not in {}", kind.name(), stage.name());
+            if !results.notes.contains(&note) {
+                results.notes.push(note);
+            }
             continue;
         }
         let image = image(ground, kind.name(), stage)?;
@@ -234,10 +230,11 @@ fn play(
             transport: stage.transport,
             bytes,
             exports: stage.exports,
+            disk: stage.disk,
         };
         let started =
             Server::start(kind, Disk::make(image, stage.disk)?, &order).and_then(|server| {
-                if !stage.sparse {
+                if !stage.is_empty() {
                     turn::warm(&server)?;
                 }
                 Ok(server)

@@ -10,12 +10,14 @@ use std::time::Duration;
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use nix::unistd::Pid;
 
+use crate::images::{self, Contents};
 use crate::support::client::{Endpoint, Go, knock};
 use crate::support::daemon::{Daemon, Home, free_port};
 use crate::support::loops::LoopDevice;
 use crate::support::nbd_server::NbdServer;
 use crate::support::process::{Running, command};
 use crate::support::{Doing, Outcome, until};
+use crate::workloads::Stage;
 
 const START_LIMIT: Duration = Duration::from_secs(60);
 /// The export that is measured; the others of the rows with many are `e1`, `e2` and so on.
@@ -24,6 +26,8 @@ pub const EXPORT: &str = "e0";
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Kind {
     Nbdtrack,
+    /// With `direct = true`.
+    NbdtrackDirect,
     Pump,
     Nbdkit,
     NbdkitT4,
@@ -36,8 +40,9 @@ pub enum Kind {
 }
 
 impl Kind {
-    pub const ALL: [Kind; 10] = [
+    pub const ALL: [Kind; 11] = [
         Kind::Nbdtrack,
+        Kind::NbdtrackDirect,
         Kind::Pump,
         Kind::Nbdkit,
         Kind::NbdkitT4,
@@ -52,6 +57,7 @@ impl Kind {
     pub fn name(self) -> &'static str {
         match self {
             Kind::Nbdtrack => "nbdtrack",
+            Kind::NbdtrackDirect => "nbdtrack direct",
             Kind::Pump => "pump",
             Kind::Nbdkit => "nbdkit",
             Kind::NbdkitT4 => "nbdkit -t 4",
@@ -66,7 +72,7 @@ impl Kind {
 
     /// What it is a ratio to.
     pub fn is_peer(self) -> bool {
-        !matches!(self, Kind::Nbdtrack | Kind::Pump)
+        !matches!(self, Kind::Nbdtrack | Kind::NbdtrackDirect | Kind::Pump)
     }
 }
 
@@ -83,6 +89,7 @@ pub enum DiskKind {
     Loop,
     /// A loop device with direct I/O towards its backing file.
     LoopDirect,
+    Qcow2(Contents),
 }
 
 /// One server's disk.
@@ -94,12 +101,16 @@ pub struct Disk {
 impl Disk {
     /// Nothing of it is in the page cache: what made the file leaves large folios there, which every server would inherit, whatever it
     /// does by itself (docs/benchmarks.md).
-    pub fn make(image: PathBuf, kind: DiskKind) -> Outcome<Disk> {
+    pub fn make(raw: PathBuf, kind: DiskKind) -> Outcome<Disk> {
+        let image = match kind {
+            DiskKind::Qcow2(contents) => images::make(&raw, contents)?,
+            _ => raw,
+        };
         let file = File::open(&image)?;
         file.sync_all()?;
         posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED)?;
         let device = match kind {
-            DiskKind::File => None,
+            DiskKind::File | DiskKind::Qcow2(_) => None,
             DiskKind::Loop | DiskKind::LoopDirect => Some(LoopDevice::add()?),
         };
         if let Some(device) = &device {
@@ -141,13 +152,35 @@ pub struct Order<'a> {
     pub transport: Transport,
     /// Bytes of the disk.
     pub bytes: u64,
-    /// Exports in all; more than one only where [`can_serve`] says so. They lead to the same disk.
+    /// Exports in all; more than one only where [`refusal`] says so. They lead to the same disk.
     pub exports: usize,
+    pub disk: DiskKind,
 }
 
-/// Whether a server of this kind can have this many exports at all.
-pub fn can_serve(kind: Kind, exports: usize) -> bool {
-    exports == 1 || !matches!(kind, Kind::Pump | Kind::QemuNbd | Kind::QemuNbdNative)
+impl Order<'_> {
+    /// As qemu calls it.
+    fn format(&self) -> &'static str {
+        match self.disk {
+            DiskKind::Qcow2(_) => "qcow2",
+            _ => "raw",
+        }
+    }
+}
+
+/// Why a server of this kind has no part in a stage.
+pub fn refusal(kind: Kind, stage: Stage) -> Option<&'static str> {
+    let qemu = matches!(kind, Kind::QemuNbd | Kind::QemuNbdNative);
+    let ours = kind == Kind::Nbdtrack;
+    match stage.disk {
+        _ if stage.exports > 1 && (qemu || kind == Kind::Pump) => Some("has one export"),
+        // The bound's memory is as large as its disk.
+        _ if stage.sparse && kind == Kind::Pump => Some("holds all of its disk in memory"),
+        DiskKind::Qcow2(_) if !(ours || qemu || kind == Kind::StorageDaemon) => {
+            Some("serves no QCOW2 image that can be written")
+        }
+        DiskKind::File if kind == Kind::NbdtrackDirect => Some("is shown on block devices"),
+        _ => None,
+    }
 }
 
 impl Server {
@@ -160,13 +193,15 @@ impl Server {
             Transport::Tcp => Endpoint::Tcp(SocketAddr::from(([127, 0, 0, 1], free_port()?))),
         };
         let process = match kind {
-            Kind::Nbdtrack => nbdtrack(&folder, &endpoint, &disk, order)?,
+            Kind::Nbdtrack => nbdtrack(&folder, &endpoint, &disk, order, "")?,
+            Kind::NbdtrackDirect => nbdtrack(&folder, &endpoint, &disk, order, "direct = true\n")?,
             Kind::Pump => pump(&folder, &endpoint, order)?,
             Kind::Nbdkit => nbdkit(&folder, &endpoint, &disk, order, &[])?,
             Kind::NbdkitT4 => nbdkit(&folder, &endpoint, &disk, order, &["-t", "4"])?,
-            Kind::QemuNbd => qemu_nbd(&folder, &endpoint, &disk, &["--cache=writeback"])?,
+            Kind::QemuNbd => qemu_nbd(&folder, &endpoint, &disk, order, &["--cache=writeback"])?,
             Kind::QemuNbdNative => {
-                qemu_nbd(&folder, &endpoint, &disk, &["--cache=none", "--aio=native"])?
+                let how = ["--cache=none", "--aio=native"];
+                qemu_nbd(&folder, &endpoint, &disk, order, &how)?
             }
             Kind::StorageDaemon => storage_daemon(&folder, &endpoint, &disk, order)?,
             Kind::NbdServer => nbd_server(&folder, &endpoint, &disk, order, "", "")?,
@@ -218,6 +253,7 @@ fn nbdtrack(
     endpoint: &Endpoint,
     disk: &Disk,
     order: &Order<'_>,
+    of_export: &str,
 ) -> Outcome<Process> {
     let mut home = Home::new(folder, "none")?;
     home.filter = "warn".to_owned();
@@ -233,10 +269,15 @@ fn nbdtrack(
         let what = match &disk.device {
             Some(_) if index == 0 => format!("volume = \"loop:{}\"", disk.image.display()),
             Some(_) => format!("volume = \"loop:{}.{index}\"", disk.image.display()),
-            None if order.exports == 1 => format!("path = {:?}", disk.image),
+            None if order.exports == 1 => {
+                format!("path = {:?}\nformat = {:?}", disk.image, order.format())
+            }
             None => format!("path = {:?}\nread_only = true", disk.image),
         };
-        write!(text, "\n[[export]]\nname = \"e{index}\"\n{what}\n")?;
+        write!(
+            text,
+            "\n[[export]]\nname = \"e{index}\"\n{what}\n{of_export}"
+        )?;
     }
     std::fs::write(&home.config, text)?;
     Ok(Process::Ours(Box::new(home.start()?)))
@@ -283,9 +324,16 @@ fn nbdkit(
     spawn(folder, command)
 }
 
-fn qemu_nbd(folder: &Path, endpoint: &Endpoint, disk: &Disk, how: &[&str]) -> Outcome<Process> {
+fn qemu_nbd(
+    folder: &Path,
+    endpoint: &Endpoint,
+    disk: &Disk,
+    order: &Order<'_>,
+    how: &[&str],
+) -> Outcome<Process> {
     let mut command = command("qemu-nbd");
-    command.args(["--format=raw", "--persistent", "--shared=0"]);
+    command.args(["--persistent", "--shared=0", "--discard=unmap"]);
+    command.arg(format!("--format={}", order.format()));
     command.arg("--export-name").arg(EXPORT).args(how);
     match endpoint {
         Endpoint::Unix(path) => command.arg("--socket").arg(path),
@@ -309,11 +357,20 @@ fn storage_daemon(
     } else {
         "file"
     };
+    let read_only = if order.exports > 1 { "on" } else { "off" };
+    let mut node = "disk";
+    if let DiskKind::Qcow2(_) = order.disk {
+        node = "file";
+    }
     command.arg("--blockdev").arg(format!(
-        "driver={driver},node-name=disk,filename={},read-only={}",
+        "driver={driver},node-name={node},filename={},read-only={read_only},discard=unmap",
         disk.path().display(),
-        if order.exports > 1 { "on" } else { "off" }
     ));
+    if let DiskKind::Qcow2(_) = order.disk {
+        command
+            .arg("--blockdev")
+            .arg("driver=qcow2,node-name=disk,file=file,discard=unmap");
+    }
     command.arg("--nbd-server").arg(match endpoint {
         Endpoint::Unix(path) => format!(
             "addr.type=unix,addr.path={},max-connections=0",

@@ -1,6 +1,6 @@
 //! One turn of one server at one workload: what it did and what it used.
 
-use std::io::Write as _;
+use std::io::{Read as _, Write as _};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -10,13 +10,14 @@ use socket2::Socket;
 use crate::cost;
 use crate::load::{Load, Op, Shape, Tally};
 use crate::servers::{EXPORT, Server};
-use crate::support::client::{CMD_DISC, CMD_READ, Go, negotiate, request};
+use crate::support::client::{CMD_DISC, CMD_READ, CMD_TRIM, Go, negotiate, request};
 use crate::support::{Outcome, process};
-use crate::trouble;
 use crate::workloads::{Neighbour, What, Workload};
+use crate::{hold, trouble};
 
 /// Before what counts: the page cache of the processor, the threads of the server.
 const WARM_UP: Duration = Duration::from_millis(15);
+const DISCARD_BYTES: u32 = 256 << 20;
 const COPY_LIMIT: Duration = Duration::from_secs(120);
 const GIB: f64 = (1u64 << 30) as f64;
 
@@ -46,6 +47,10 @@ pub fn take(
     cost::reset_peak(server.pid);
     let mut sample = match workload.what {
         What::Load(shape) => load(server, shape, time)?,
+        What::Fresh(shape) => {
+            give_back(server)?;
+            load(server, shape, time)?
+        }
         What::Connect => connect(server, time)?,
         What::Idle(count) => idle(server, count)?,
         What::BesideIdle(shape, count) => {
@@ -75,6 +80,23 @@ pub fn warm(server: &Server) -> Outcome<()> {
         bytes += load.run(Duration::from_millis(100))?.bytes;
     }
     Ok(())
+}
+
+/// Discards the whole of the disk, in pieces that every server takes.
+fn give_back(server: &Server) -> Outcome<()> {
+    let mut socket = server.endpoint.connect()?;
+    let Go::Agreed { size, .. } = negotiate(&socket, EXPORT)? else {
+        trouble!("{EXPORT} is not there to be emptied");
+    };
+    for at in (0..size).step_by(DISCARD_BYTES as usize) {
+        let bytes = size.saturating_sub(at).min(DISCARD_BYTES.into());
+        let bytes = u32::try_from(bytes).unwrap_or(DISCARD_BYTES);
+        socket.write_all(&request(CMD_TRIM, 0, at, at, bytes))?;
+        let mut reply = [0; 16];
+        socket.read_exact(&mut reply)?;
+        hold!(reply[4..8] == [0; 4], "a discard of {bytes} at {at} failed");
+    }
+    leave(&socket)
 }
 
 fn load(server: &Server, shape: Shape, time: Duration) -> Outcome<Sample> {

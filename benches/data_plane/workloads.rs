@@ -1,5 +1,6 @@
 //! The rows of the comparison: what is asked, over what, of which disk.
 
+use crate::images::Contents;
 use crate::load::{Op, Shape};
 use crate::servers::{DiskKind, Transport};
 
@@ -20,6 +21,8 @@ pub enum Neighbour {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum What {
     Load(Shape),
+    /// A load after all that the disk holds was given back.
+    Fresh(Shape),
     /// Connect, choose an export, disconnect, one after the other.
     Connect,
     /// Memory of this many connections that say nothing.
@@ -85,11 +88,29 @@ pub struct Stage {
     pub sparse: bool,
 }
 
+impl Stage {
+    /// For a note: which rows these are.
+    pub fn name(self) -> String {
+        match self.disk {
+            DiskKind::Qcow2(contents) => format!("the rows of {}", contents.name()),
+            DiskKind::File if self.sparse => "the row of a sparse file".to_owned(),
+            DiskKind::File if self.exports > 1 => format!("the row with {} exports", self.exports),
+            DiskKind::File => "the rows of a plain file".to_owned(),
+            DiskKind::Loop | DiskKind::LoopDirect => "the rows of a block device".to_owned(),
+        }
+    }
+
+    /// Little of the disk, or nothing, holds data.
+    pub fn is_empty(self) -> bool {
+        self.sparse || self.disk == DiskKind::Qcow2(Contents::Fresh)
+    }
+}
+
 impl Workload {
     pub fn unit(&self) -> Unit {
         match self.what {
-            What::Load(shape) if !shape.random => Unit::GibPerSecond,
-            What::Load(_) | What::BesideIdle(..) => Unit::Requests,
+            What::Load(shape) | What::Fresh(shape) if !shape.random => Unit::GibPerSecond,
+            What::Load(_) | What::Fresh(_) | What::BesideIdle(..) => Unit::Requests,
             What::Connect => Unit::ConnectsPerSecond,
             What::Idle(_) => Unit::KibEach,
             What::Beside(..) => Unit::Times,
@@ -136,7 +157,35 @@ pub fn all() -> Vec<Workload> {
         let what = What::Load(random(Op::Read, 4 * KIB, 32, 1, false));
         rows.push(row(format!("{word}-read-4k-d32"), stage, what, false));
     }
+    of_images(&mut rows);
     rows
+}
+
+/// QCOW2 images; raw ones are the rows of plain files.
+fn of_images(rows: &mut Vec<Workload>) {
+    let read = What::Load(sequential(Op::Read, 1));
+    let write = sequential(Op::Write, 1);
+    let at_depth = |op, depth| What::Load(random(op, 4 * KIB, depth, 1, false));
+    let mut add = |contents: Contents, name: &str, what, quick| {
+        let name = format!("{}-{name}", contents.name());
+        let stage = stage(DiskKind::Qcow2(contents), Transport::Unix);
+        rows.push(row(name, stage, what, quick));
+    };
+    add(Contents::Whole, "seq-read", read, true);
+    for (op, name) in [(Op::Read, "read"), (Op::Write, "write")] {
+        for depth in [1, 8, 32] {
+            let name = format!("{name}-4k-d{depth}");
+            add(Contents::Whole, &name, at_depth(op, depth), depth == 32);
+        }
+    }
+    add(Contents::Whole, "seq-write", What::Load(write), true);
+    for contents in [Contents::Compressed, Contents::Overlay, Contents::Chain] {
+        add(contents, "seq-read", read, false);
+        add(contents, "read-4k-d32", at_depth(Op::Read, 32), false);
+    }
+    add(Contents::Fresh, "seq-write", What::Fresh(write), true);
+    let small = random(Op::Write, 4 * KIB, 32, 1, false);
+    add(Contents::Fresh, "write-4k-d32", What::Fresh(small), false);
 }
 
 fn of_transport(rows: &mut Vec<Workload>, transport: Transport) {
