@@ -3,6 +3,7 @@
 use std::time::Instant;
 
 use crate::bed::Bed;
+use crate::fences::Clients;
 use crate::hold;
 use crate::machine::Shape;
 use crate::stage::scenario;
@@ -186,7 +187,11 @@ pub fn swap_fast(bed: &mut Bed, swaps: u64, seed: u64) -> Outcome<()> {
             streamed += 1;
         }
         let prepared = [dice.below(3) == 0, dice.below(3) == 0];
-        bed.measure(prepared == [false, false])?;
+        bed.measure(match prepared {
+            [false, false] if streaming => Clients::Stream,
+            [false, false] => Clients::Wait,
+            _ => Clients::Gone,
+        })?;
         for (index, prepared) in pair.into_iter().zip(prepared) {
             if prepared {
                 bed.prepare_detach(index)?;
