@@ -514,6 +514,55 @@ fn main_file_that_is_refused_keeps_the_daemon_from_starting() -> Outcome<()> {
     })
 }
 
+#[test]
+fn partition_is_refused_by_its_name_with_what_to_do_and_its_disk_is_untouched() -> Outcome<()> {
+    let needs = [NEEDS, &[Need::Tool("losetup"), Need::Tool("addpart")]].concat();
+    real("partitions in nbd-server's files", &needs, |ground| {
+        let device = LoopDevice::add()?;
+        let volume = Volume::make(ground.path(), "vol-a", BYTES)?;
+        let (node, image) = (device.node(), volume.image.display().to_string());
+        // As a kernel that reads partition tables does; this one need not know any.
+        process::succeed("losetup", &["--partscan", &node, &image], STEP_LIMIT)?;
+        process::succeed("addpart", &[&node, "1", "2048", "8192"], STEP_LIMIT)?;
+        let part = format!("{node}p1");
+        let link = ground.file("by-id-part1");
+        std::os::unix::fs::symlink(&part, &link)?;
+        let link = link.display().to_string();
+        let place = Place::begin(ground, "")?;
+        for path in [&part, &link] {
+            // A link elsewhere than beneath /dev is a file to the configuration.
+            let path = match path.starts_with("/dev/") {
+                true => path.clone(),
+                false => format!("/dev/..{path}"),
+            };
+            for more in ["", "x-trust-path = true\n"] {
+                place.write("a.conf", &section("part", &path, more))?;
+                let told = place.reload().err().unwrap_or_default();
+                for says in [
+                    "a.conf:1:1: [part]: exportname",
+                    "is refused: it is a partition of",
+                    &node,
+                    "a volume of its own",
+                ] {
+                    hold!(told.contains(says), "{path}: {told}");
+                }
+                hold!(place.caller.export("part")?.is_none(), "it is an export");
+            }
+        }
+        let config = place.home.config.display().to_string();
+        let check = place.nbdtrack(&["check", "--config", &config]);
+        hold!(
+            check.is_err_and(|error| error.to_string().contains("is a partition of")),
+            "check does not say so"
+        );
+        // The disk as a whole is another matter, and its partition is nobody's.
+        place.write("a.conf", &section("part", &node, "x-trust-path = true\n"))?;
+        hold!(place.reload().is_ok(), "the whole disk");
+        place.caller.reach_state("part", "Serving", STEP_LIMIT)?;
+        Ok(())
+    })
+}
+
 /// The stock server closes every connection after a SIGHUP that brings no new section, and crashes after some thirty that do.
 #[test]
 fn thousand_hangups_disturb_no_client_of_an_unchanged_export() -> Outcome<()> {

@@ -98,7 +98,10 @@ fn what_scripts_say_and_read_is_as_with_the_stock_server() -> Outcome<()> {
         }
         // What it would do otherwise than the stock server is refused, and not done.
         for args in [
-            vec!["10809", "/a"],
+            vec!["10809", "/a", "3M"],
+            vec!["10809", "/a", "-c"],
+            vec!["0", "/a"],
+            vec!["10809"],
             vec!["-c"],
             vec!["-m"],
             vec!["-M", "3"],
@@ -238,11 +241,15 @@ fn start(both: &Both, ground: &Ground) -> Outcome<Background> {
 }
 
 impl Background {
-    fn stop(&self) -> Outcome<()> {
+    fn end(&self) -> Outcome<()> {
         kill(self.pid, Signal::SIGTERM)?;
         until(LIMIT, "the server to end", || {
             Ok((!self.is_there()).then_some(()))
-        })?;
+        })
+    }
+
+    fn stop(&self) -> Outcome<()> {
+        self.end()?;
         hold!(!self.pid_file.exists(), "the pid file stays");
         Ok(())
     }
@@ -263,6 +270,121 @@ impl Drop for Background {
             let _ = kill(self.pid, Signal::SIGKILL);
         }
     }
+}
+
+/// What a client that names no export, or another one, gets of a server that was started for one file.
+fn unnamed(port: u16, other: &str) -> Outcome<Vec<String>> {
+    let endpoint = Endpoint::Tcp(std::net::SocketAddr::from(([127, 0, 0, 1], port)));
+    let uri = endpoint.uri("");
+    until(LIMIT, "the server to answer", || {
+        let asked = process::run("nbdinfo", &["--is", "read-only", &uri], LIMIT)?;
+        Ok((asked.status.code() != Some(1)).then_some(()))
+    })?;
+    let mut seen = Vec::new();
+    for uri in [uri, endpoint.uri(other), endpoint.uri("none")] {
+        let size = process::run("nbdinfo", &["--size", &uri], LIMIT)?;
+        let read_only = process::run("nbdinfo", &["--is", "read-only", &uri], LIMIT)?;
+        seen.push(format!(
+            "{} {:?} {:?}",
+            size.stdout.trim(),
+            size.status.code(),
+            read_only.status.code()
+        ));
+    }
+    Ok(seen)
+}
+
+#[test]
+fn file_of_the_command_line_is_served_by_both_to_clients_that_name_no_export() -> Outcome<()> {
+    real("nbd-server's port and file", NEEDS, |ground| {
+        let (file, other) = (ground.file("file"), ground.file("other"));
+        fs::write(&file, vec![7; 1 << 20])?;
+        fs::write(&other, vec![8; 2 << 20])?;
+        let state = ground.file("state");
+        let [line, said] = [free_port()?, free_port()?];
+        let generic = format!("[generic]\nx-state = {}\nx-bus = none\n", state.display());
+        let file = file.display().to_string();
+        for (address, more, words, port) in [
+            (format!("{line}"), String::new(), vec![], line),
+            (format!("127.0.0.1:{line}"), String::new(), vec!["-r"], line),
+            (format!("127.0.0.1@{line}"), String::new(), vec!["-r"], line),
+            // What the configuration says counts, and its exports are there, too.
+            (
+                format!("{line}"),
+                format!("port = {said}\n[other]\nexportname = {}\n", other.display()),
+                vec!["-r"],
+                said,
+            ),
+        ] {
+            let config = ground.file("line.conf");
+            fs::write(&config, format!("{generic}{more}"))?;
+            let config = config.display().to_string();
+            let pid_file = ground.file("line.pid");
+            let pid = pid_file.display().to_string();
+            let mut args = vec![address.as_str(), &file, "-C", &config, "-p", &pid];
+            args.extend(words);
+            let begun = stock(&args)?;
+            hold!(begun.status.success(), "{args:?}: {}", begun.stderr);
+            let server = until(LIMIT, "its number", || {
+                let text = fs::read_to_string(&pid_file).unwrap_or_default();
+                Ok(text.trim().parse().ok().map(Pid::from_raw))
+            })?;
+            let theirs = unnamed(port, "other");
+            let background = Background {
+                pid: server,
+                pid_file: pid_file.clone(),
+            };
+            background.end()?;
+            let begun = ours(&args)?;
+            hold!(begun.status.success(), "{args:?}: {}", begun.stderr);
+            let pid = fs::read_to_string(&pid_file)?.trim().parse()?;
+            let background = Background {
+                pid: Pid::from_raw(pid),
+                pid_file,
+            };
+            let mine = unnamed(port, "other");
+            // It is known by its name, too, and a SIGHUP keeps it.
+            kill(background.pid, Signal::SIGHUP)?;
+            let named = unnamed(port, "default")?;
+            background.stop()?;
+            let (theirs, mine) = (theirs?, mine?);
+            hold!(theirs == mine, "{args:?}: {theirs:?} and {mine:?}");
+            hold!(mine[0].starts_with("1048576 Some(0)"), "{mine:?}");
+            hold!(named[0] == named[1] && named[0] == mine[0], "{named:?}");
+        }
+        // A device waits for a person: nothing says when such a line was written.
+        let device = LoopDevice::add()?;
+        let volume = Volume::make(ground.path(), "vol-a", 1 << 20)?;
+        device.attach(&volume.image)?;
+        let config = ground.file("line.conf");
+        fs::write(&config, &generic)?;
+        let pid_file = ground.file("line.pid");
+        let (place, node) = (line.to_string(), device.node());
+        let (config, pid) = (config.display().to_string(), pid_file.display().to_string());
+        let args = [place.as_str(), &node, "-C", &config, "-p", &pid];
+        let begun = ours(&args)?;
+        hold!(begun.status.success(), "{}", begun.stderr);
+        let pid = fs::read_to_string(&pid_file)?.trim().parse()?;
+        let background = Background {
+            pid: Pid::from_raw(pid),
+            pid_file,
+        };
+        let endpoint = Endpoint::Tcp(std::net::SocketAddr::from(([127, 0, 0, 1], line)));
+        let told = until(LIMIT, "its reason", || {
+            match support::client::knock(&endpoint, "")? {
+                support::client::Go::Refused { text, .. } if text.contains("pin needs") => {
+                    Ok(Some(text))
+                }
+                support::client::Go::Refused { .. } => Ok(None),
+                other => trouble!("{other:?}"),
+            }
+        })?;
+        hold!(
+            told.contains("nbdtrack pins confirm default --diskseq"),
+            "{told}"
+        );
+        background.stop()
+    })
 }
 
 #[test]

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use super::Failure;
 use crate::config;
+use crate::daemon;
 
 /// Checks the configuration at `path`.
 pub fn check(path: &Path, json: bool) -> Result<(), Failure> {
@@ -32,7 +33,9 @@ pub fn problems(path: &Path) -> Vec<String> {
     if config::is_ini(path) {
         let files = config::read_ini(path).files;
         let judged = config::nbd_server::judge(&files, &Default::default(), false);
-        return judged.problems.iter().map(ToString::to_string).collect();
+        let paths = daemon::refused_for_their_paths(&judged);
+        let all = judged.problems.iter().chain(&paths);
+        return all.map(ToString::to_string).collect();
     }
     match config::read(path) {
         Ok(files) => match config::parse(&files) {

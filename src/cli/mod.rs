@@ -392,6 +392,7 @@ fn run(cli: Cli) -> Result<(), Failure> {
                 state: serve.state,
                 bus: cli.bus,
                 pid_file: None,
+                command_line: None,
             };
             return Ok(daemon::run(&options)?);
         }

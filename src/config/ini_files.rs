@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::time::UNIX_EPOCH;
 
 use super::files::{FILE_BYTES_MAX, FILES_MAX, TOTAL_BYTES_MAX};
-use super::nbd_server::{IniFile, include_of};
+use super::nbd_server::{COMMAND_LINE, CommandLine, IniFile, include_of};
 
 /// All files as they were read.
 #[derive(Debug, Default)]
@@ -50,6 +50,34 @@ pub fn read_ini(main: &Path) -> IniFiles {
         }),
     }
     read
+}
+
+/// As [`read_ini`], and what the command line names after the files. Beside that the main file may be missing, or be none
+/// (`-C /dev/null`): then it says nothing.
+pub fn read_ini_beside(main: &Path, line: Option<&CommandLine>) -> IniFiles {
+    let Some(line) = line else {
+        return read_ini(main);
+    };
+    let mut read = match fs::metadata(main) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => nothing_at(main),
+        Ok(facts) if !facts.is_file() && !facts.is_dir() => nothing_at(main),
+        _ => read_ini(main),
+    };
+    read.files.push(IniFile {
+        path: COMMAND_LINE.into(),
+        text: Ok(line.section.clone()),
+    });
+    read
+}
+
+fn nothing_at(main: &Path) -> IniFiles {
+    IniFiles {
+        files: vec![IniFile {
+            path: main.to_owned(),
+            text: Ok("[generic]\n".to_owned()),
+        }],
+        ..IniFiles::default()
+    }
 }
 
 /// The folder that the main file at `path` includes.

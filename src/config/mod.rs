@@ -35,7 +35,7 @@ mod watched;
 pub use database::{Database, Tls};
 use document::{Document, FoundExport};
 pub use files::{FILE_BYTES_MAX, ReadError, read};
-pub use ini_files::{IniFiles, is_ini, read_ini};
+pub use ini_files::{IniFiles, is_ini, read_ini, read_ini_beside};
 pub use limits::Limits;
 pub use place::Problem;
 pub use watched::{Watched, watched};

@@ -51,7 +51,7 @@ use sections::{Clock, Reading};
 use sockets::Sockets;
 
 pub use activation::ActivationError;
-pub use found::disk_at;
+pub use found::{disk_at, refused_for_their_paths};
 pub use sockets::ListenError;
 
 /// Events from udev that may wait for the loop. Past it the observer waits, and the kernel's socket buffer after it.
@@ -76,6 +76,8 @@ pub struct Options {
     pub socket: Option<PathBuf>,
     pub state: Option<PathBuf>,
     pub bus: Option<String>,
+    /// What nbd-server's command line names beside `config`, which is nbd-server's then.
+    pub command_line: Option<config::nbd_server::CommandLine>,
     /// Holds the process id while the daemon serves.
     pub pid_file: Option<PathBuf>,
 }
@@ -143,8 +145,9 @@ pub fn run(options: &Options) -> Result<(), Error> {
 /// The configuration with the command line's words in it, and nbd-server's sections when it is of that kind.
 fn configure(options: &Options, clock: Clock) -> Result<(Config, Option<Reading>), Error> {
     let (mut config, reading) = match &options.config {
-        Some(path) if config::is_ini(path) => {
-            let reading = sections::read(path, &BTreeMap::new(), clock);
+        Some(path) if options.command_line.is_some() || config::is_ini(path) => {
+            let line = options.command_line.as_ref();
+            let reading = sections::read(path, line, &BTreeMap::new(), clock);
             let Some(generic) = &reading.generic else {
                 return Err(Error::Config(reading.problems));
             };

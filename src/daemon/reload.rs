@@ -63,7 +63,9 @@ impl Control {
 
     pub(super) fn begin_reload(&mut self) {
         let Options {
-            config: Some(path), ..
+            config: Some(path),
+            command_line,
+            ..
         } = self.options.clone()
         else {
             tracing::warn!("asked to reload, but started without --config: nothing to read");
@@ -81,7 +83,10 @@ impl Control {
         tokio::task::spawn_blocking(move || {
             let read = match last {
                 Some(last) => Ok(Read::Sections(Box::new(sections::read(
-                    &path, &last, clock,
+                    &path,
+                    command_line.as_ref(),
+                    &last,
+                    clock,
                 )))),
                 None => read_again(&path),
             };

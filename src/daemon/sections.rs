@@ -8,7 +8,10 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use super::Error;
-use crate::config::nbd_server::{self, Access, Backing, Generic, LastGood, Section};
+use super::found::{problem, refusal};
+use crate::config::nbd_server::{
+    self, Access, Backing, COMMAND_LINE, CommandLine, Generic, LastGood, Section,
+};
 use crate::config::{self, Config, IniFiles, Problem, Server};
 use crate::correlation::{ConfiguredSection, Definition, ExportName, NamedPath, Source, Written};
 use crate::identity::VolumeId;
@@ -112,22 +115,34 @@ impl Moment {
 }
 
 /// Reads everything. `last` is what was read before.
-pub(super) fn read(main: &Path, last: &LastGood, clock: Clock) -> Reading {
-    let IniFiles { files, written_us } = config::read_ini(main);
+pub(super) fn read(
+    main: &Path,
+    line: Option<&CommandLine>,
+    last: &LastGood,
+    clock: Clock,
+) -> Reading {
+    let IniFiles { files, written_us } = config::read_ini_beside(main, line);
     let mut judged = nbd_server::judge(&files, last, false);
+    if let (Some(generic), Some(line)) = (&mut judged.generic, line) {
+        judged.warnings.extend(line.listens(main, generic));
+    }
     let missing_allows = judged
         .generic
         .as_ref()
         .is_some_and(|generic| generic.missing_authfile_allows);
     let mut rules = Rules {
         unlisted: judged.generic.as_ref().is_some_and(|generic| !generic.list),
+        unnamed: None,
         exports: BTreeMap::new(),
     };
     let mut sections = Vec::with_capacity(judged.sections.len());
     // After the files: none is newer.
     let now = Moment::now();
     for section in judged.sections.values() {
-        let written = clock.written(written_us.get(&section.file).copied(), &now);
+        let written = match section.file == Path::new(COMMAND_LINE) {
+            true => Written::Unknown("it stands on a command line"),
+            false => clock.written(written_us.get(&section.file).copied(), &now),
+        };
         match configured(section, written) {
             Ok(configured) => {
                 let access = access(section, missing_allows, &mut judged.warnings);
@@ -138,10 +153,16 @@ pub(super) fn read(main: &Path, last: &LastGood, clock: Clock) -> Reading {
             }
             Err(message) => {
                 judged.refused += 1;
-                judged.problems.push(at(section, message));
+                judged.problems.push(problem(section, message));
             }
         }
     }
+    let mut unnamed = judged.sections.values().filter(|section| section.unnamed);
+    // Of two, which can be only when one is kept from before, neither is meant.
+    rules.unnamed = match (unnamed.next(), unnamed.next()) {
+        (Some(one), None) => Some(one.name.clone()),
+        _ => None,
+    };
     let taken: BTreeSet<&ExportName> = sections
         .iter()
         .map(|section: &ConfiguredSection| &section.definition.name)
@@ -181,11 +202,19 @@ fn configured(section: &Section, written: Written) -> Result<ConfiguredSection, 
             let path = path
                 .to_str()
                 .ok_or_else(|| format!("[{}]: exportname is not UTF-8", section.name))?;
+            let at = udev::look_up(path);
+            let refused = at
+                .as_ref()
+                .err()
+                .and_then(|why| refusal(section, path, why));
+            if let Some(message) = refused {
+                return Err(message);
+            }
             let named = NamedPath {
                 path: path.to_owned(),
                 trust: section.trust_path,
                 written,
-                at: udev::look_up(path),
+                at: at.map_err(|why| why.to_string()),
             };
             (VolumeId::of_path(path), Some(named))
         }
@@ -240,7 +269,7 @@ fn access(section: &Section, missing_allows: bool, warnings: &mut Vec<Problem>) 
                     section.name,
                     path.display()
                 );
-                warnings.push(at(section, message));
+                warnings.push(problem(section, message));
             }
             Some(list)
         }
@@ -254,7 +283,7 @@ fn access(section: &Section, missing_allows: bool, warnings: &mut Vec<Problem>) 
                 section.name,
                 path.display()
             );
-            warnings.push(at(section, message));
+            warnings.push(problem(section, message));
             list
         }
     });
@@ -280,15 +309,6 @@ fn text(path: &Path) -> io::Result<String> {
         )));
     }
     Ok(String::from_utf8_lossy(&bytes).into_owned())
-}
-
-fn at(section: &Section, message: String) -> Problem {
-    Problem {
-        file: section.file.clone(),
-        line: section.line,
-        column: 1,
-        message,
-    }
 }
 
 /// What `[generic]` says of the server as a whole. Blocks on the names of hosts.

@@ -301,7 +301,7 @@ fn written(
 async fn look_up(path: String) -> Result<PathFound, String> {
     let looking = tokio::task::spawn_blocking(move || udev::look_up(&path));
     match timeout(LOOK_UP_WITHIN, looking).await {
-        Ok(Ok(found)) => found,
+        Ok(Ok(found)) => found.map_err(|why| why.to_string()),
         Ok(Err(error)) => Err(error.to_string()),
         Err(_) => Err("it could not be looked up in time".to_owned()),
     }

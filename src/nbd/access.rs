@@ -20,6 +20,8 @@ use super::shared::Shared;
 pub struct Rules {
     /// LIST is refused.
     pub unlisted: bool,
+    /// What clients get that name no export; `None` for nothing.
+    pub unnamed: Option<ExportName>,
     pub exports: BTreeMap<ExportName, Access>,
 }
 

@@ -139,7 +139,11 @@ impl Shared {
             kind: RefusalKind::NotAvailable,
             reason: "no export of this name".to_owned(),
         };
-        let name = ExportName::parse(name).map_err(|_| unknown())?;
+        let name = match name {
+            "" => self.gatekeeper.rules().unnamed.clone(),
+            name => ExportName::parse(name).ok(),
+        };
+        let name = name.ok_or_else(unknown)?;
         let exports = lock(&self.exports);
         let export = exports
             .get(&name)

@@ -39,7 +39,7 @@ use std::time::Duration;
 pub use attributes::read_identities;
 pub use counters::Counters;
 pub use observer::{IdentityReader, Observer, observe};
-pub use path::look_up;
+pub use path::{NoDisk, look_up};
 
 use crate::correlation::BootId;
 

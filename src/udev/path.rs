@@ -18,11 +18,32 @@ const LINKS_MAX: usize = 40;
 /// (loop, nbd, dm) give a node that was there before to the next disk.
 const NODE_IS_DISK: [&str; 4] = ["vd", "sd", "nvme", "xvd"];
 
+/// Why a path leads to no disk.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum NoDisk {
+    /// There is nothing, or no block device, in words.
+    #[error("{0}")]
+    Nothing(String),
+    /// There is a part of one. What a partition is stands in a table on the disk, which whoever writes to the disk can change under
+    /// the same identity; so it is not taken for one.
+    #[error(
+        "it is a partition of /dev/{disk}, and only whole disks are served: name /dev/{disk} if all of it is meant, or move what is \
+         in the partition to a volume of its own"
+    )]
+    Partition { disk: String },
+}
+
+impl From<String> for NoDisk {
+    fn from(why: String) -> NoDisk {
+        NoDisk::Nothing(why)
+    }
+}
+
 /// Looks `path` up, which is absolute.
 ///
 /// # Errors
-/// In words: there is nothing, or no block device.
-pub fn look_up(path: &str) -> Result<PathFound, String> {
+/// There is nothing, no block device, or a partition.
+pub fn look_up(path: &str) -> Result<PathFound, NoDisk> {
     let mut at = PathBuf::from(path);
     let mut linked_us = None;
     for _ in 0..LINKS_MAX {
@@ -38,12 +59,12 @@ pub fn look_up(path: &str) -> Result<PathFound, String> {
             None => to,
         };
     }
-    Err("too many symbolic links".to_owned())
+    Err("too many symbolic links".to_owned().into())
 }
 
-fn node(at: &Path, facts: &Metadata, linked_us: Option<u64>) -> Result<PathFound, String> {
+fn node(at: &Path, facts: &Metadata, linked_us: Option<u64>) -> Result<PathFound, NoDisk> {
     if !facts.file_type().is_block_device() {
-        return Err("not a block device".to_owned());
+        return Err("not a block device".to_owned().into());
     }
     // The one name that the kernel gives, whatever folders were gone through.
     let node = fs::canonicalize(at).map_err(|error| error.to_string())?;
@@ -53,10 +74,16 @@ fn node(at: &Path, facts: &Metadata, linked_us: Option<u64>) -> Result<PathFound
         let text = attributes::text(&sysfs.join(name)).ok()??;
         text.trim().parse::<u64>().ok()
     };
-    let kernel_name = fs::read_link(&sysfs).ok();
-    let kernel_name = kernel_name.as_deref().and_then(Path::file_name);
+    let link = fs::read_link(&sysfs).ok();
+    let named = |path: Option<&Path>| Some(path?.file_name()?.to_str()?.to_owned());
+    let kernel_name = named(link.as_deref());
+    // The kernel lists a partition beneath its disk: `…/block/vdb/vdb1`.
+    if sysfs.join("partition").exists() {
+        let disk = named(link.as_deref().and_then(Path::parent)).unwrap_or_default();
+        return Err(NoDisk::Partition { disk });
+    }
     let with_disk = kernel_name
-        .and_then(|name| name.to_str())
+        .as_deref()
         .is_some_and(|name| NODE_IS_DISK.iter().any(|driver| name.starts_with(driver)));
     // A medium that is changed gets a new number and keeps its node.
     let stays = number("removable") == Some(0);
@@ -86,14 +113,15 @@ mod tests {
 
     #[test]
     fn what_is_no_block_device_is_told_and_links_are_followed() {
-        assert_eq!(look_up("/dev/null"), Err("not a block device".to_owned()));
+        let nothing = |why: &str| Err(NoDisk::Nothing(why.to_owned()));
+        assert_eq!(look_up("/dev/null"), nothing("not a block device"));
         assert!(look_up("/dev/there/is/none").is_err());
         let folder = tempfile::tempdir().unwrap();
         let path = |name: &str| folder.path().join(name);
         std::os::unix::fs::symlink("two", path("one")).unwrap();
         std::os::unix::fs::symlink("one", path("two")).unwrap();
         let told = look_up(path("one").to_str().unwrap());
-        assert_eq!(told, Err("too many symbolic links".to_owned()));
+        assert_eq!(told, nothing("too many symbolic links"));
     }
 
     /// The first whole disk of this machine, if there is one; without a device there is nothing to look up.

@@ -103,7 +103,7 @@ pub const GENERIC: [Key; 19] = [
 ];
 
 /// An export's section.
-pub const SECTION: [Key; 33] = [
+pub const SECTION: [Key; 34] = [
     key("exportname", Text, Works),
     key("readonly", Boolean, Works),
     key("authfile", Text, Works),
@@ -129,7 +129,9 @@ pub const SECTION: [Key; 33] = [
     key(
         "virtstyle",
         Text,
-        Accepted("says something only with %s in exportname, which is refused"),
+        Accepted(
+            "says how %s in exportname is filled in, and %s is refused; with none, a path with % is taken as it stands",
+        ),
     ),
     key(
         "listenaddr",
@@ -200,6 +202,7 @@ pub const SECTION: [Key; 33] = [
     key("x-volume", Text, Works),
     key("x-share", Boolean, Works),
     key("x-trust-path", Boolean, Works),
+    key("x-default", Boolean, Works),
     key("x-format", Text, Works),
 ];
 

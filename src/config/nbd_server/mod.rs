@@ -6,6 +6,7 @@
 //! | `key_file.rs` | GLib's GKeyFile: the text |
 //! | `keys.rs` | the table of keys and what becomes of each |
 //! | `section.rs` | one section: its export |
+//! | `command_line.rs` | an export that the command line names |
 //!
 //! A section that cannot be honoured is refused by name and the others are read on; a file that GLib would not read
 //! leaves all its sections as they were. So one appliance's half-written file ends nobody's session.
@@ -13,6 +14,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
+mod command_line;
 #[cfg(test)]
 mod glib_tests;
 pub(crate) mod key_file;
@@ -23,6 +25,7 @@ mod tests;
 
 use super::place::Problem;
 use crate::identity::{Format, VolumeId};
+pub use command_line::{COMMAND_LINE, CommandLine};
 use key_file::{Group, KeyFile, shown};
 pub use keys::{Fate, GENERIC, GENERIC_OURS, Key, Kind, SECTION};
 pub use section::{Access, Backing, Section};
@@ -175,6 +178,15 @@ impl Judged {
         origin
             .entry(group.name.to_owned())
             .or_insert_with(|| (file.to_owned(), group.at.line));
+        if section.as_ref().is_some_and(|section| section.unnamed)
+            && let Some(other) = self.unnamed_beside(group.name)
+        {
+            remarks.problems.push(group.at.problem(format!(
+                "[{}]: x-default stands in [{}] already; clients that name no export get one",
+                shown(group.name),
+                shown(other)
+            )));
+        }
         match section.filter(|_| remarks.problems.is_empty()) {
             Some(section) => {
                 self.sections.insert(group.name.to_owned(), section);
@@ -185,6 +197,12 @@ impl Judged {
             }
         }
         self.problems.append(&mut remarks.problems);
+    }
+
+    fn unnamed_beside(&self, name: &str) -> Option<&str> {
+        let mut others = self.sections.iter().filter(|(other, _)| *other != name);
+        let (other, _) = others.find(|(_, section)| section.unnamed)?;
+        Some(other)
     }
 
     fn note(&mut self, remarks: &mut Remarks, strict: bool) {

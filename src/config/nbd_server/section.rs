@@ -20,6 +20,8 @@ pub struct Section {
     pub share: bool,
     /// `x-trust-path`: whatever disk is found at the path is the volume.
     pub trust_path: bool,
+    /// `x-default`: clients that name no export get this one.
+    pub unnamed: bool,
     pub access: Access,
 }
 
@@ -86,6 +88,7 @@ pub(super) fn read(file: &Path, group: &Group<'_>, remarks: &mut Remarks) -> Opt
         read_only: values.truth("readonly"),
         share: values.truth("x-share"),
         trust_path: values.truth("x-trust-path"),
+        unnamed: values.truth("x-default"),
         access: Access {
             authfile: values.text("authfile").map(|(text, _)| text.into()),
             connections_max,
@@ -122,26 +125,21 @@ fn backing(values: &Values<'_>, of: &str, remarks: &mut Remarks) -> Option<Backi
         return None;
     };
     let refuse = |message: String| Some(entry.at.problem(format!("{of}: exportname {message}")));
-    let substitutes = text.contains("%s")
-        && values
-            .text("virtstyle")
-            .is_none_or(|(style, _)| !style.starts_with("none"));
+    let style = values.text("virtstyle").map(|(style, _)| style);
+    let filled = filled(text, style);
     let problem = if !text.starts_with('/') {
         refuse(format!("\"{}\": expected an absolute path", shown(text)))
     } else if text.contains('\0') || text.len() > PATH_BYTES_MAX {
         refuse("is no path".to_owned())
-    } else if substitutes {
-        refuse(format!(
-            "\"{}\": a path for each client's address (%s) is refused: an export is one volume for all",
-            shown(text)
-        ))
     } else {
-        None
+        let why = filled.as_ref().err();
+        why.and_then(|why| refuse(format!("\"{}\": {why}", shown(text))))
     };
     if let Some(problem) = problem {
         remarks.problems.push(problem);
         return None;
     }
+    let text = filled.as_deref().unwrap_or(text);
     let device = text.starts_with("/dev/");
     match (values.text("x-format"), device) {
         (Some((_, entry)), true) => {
@@ -171,6 +169,31 @@ fn file_format(path: &str, said: Option<&str>) -> Result<Format, String> {
         said => Format::told(path, said),
     }
 }
+
+/// A path as the stock server fills it in for each client: by printf(3), with the client's address, unless `virtstyle` is `none`
+/// (`set_peername` in nbd-server.c).
+fn filled(path: &str, style: Option<&str>) -> Result<String, &'static str> {
+    if style.is_some_and(|style| style.starts_with("none")) {
+        return Ok(path.to_owned());
+    }
+    let mut text = String::with_capacity(path.len());
+    let mut chars = path.chars();
+    while let Some(c) = chars.next() {
+        if c == '%' {
+            match chars.next() {
+                Some('%') => {}
+                Some('s') => return Err(EACH_CLIENT),
+                _ => return Err(FORMAT),
+            }
+        }
+        text.push(c);
+    }
+    Ok(text)
+}
+
+const EACH_CLIENT: &str = "a path for each client's address (%s) is refused: an export is one volume for all; give each client a section \
+    with an authfile of its own, or say virtstyle = none if the file is called so";
+const FORMAT: &str = "the stock server takes a '%' for a format of printf(3); write %% for one that is meant, or say virtstyle = none";
 
 /// As the stock server compares: by the beginning of the word.
 fn virtstyle(text: &str) -> Result<(), String> {

@@ -73,6 +73,50 @@ fn every_key_has_the_fate_that_the_table_says() {
     }
 }
 
+/// Each style, with a path that asks for what it says and one that does not.
+#[test]
+fn virtstyle_is_no_matter_but_for_a_path_of_each_client_which_is_refused() {
+    let with = |style: &str, path: &str| {
+        let said = match style {
+            "" => String::new(),
+            style => format!("virtstyle = {style}\n"),
+        };
+        let judged = read(&format!("[generic]\n[e]\n{said}exportname = {path}\n"));
+        let told = told(&judged.problems);
+        match judged.sections.get("e").map(|section| &section.backing) {
+            Some(Backing::File(path, _)) => Ok(path.display().to_string()),
+            Some(other) => panic!("{other:?}"),
+            None => Err(told),
+        }
+    };
+    for style in ["", "ipliteral", "iphash", "cidrhash 24"] {
+        assert_eq!(with(style, "/a/b").as_deref(), Ok("/a/b"), "{style}");
+        assert_eq!(with(style, "/a/9%%").as_deref(), Ok("/a/9%"), "{style}");
+        for (path, says) in [
+            ("/a/%s", "each client's address (%s) is refused"),
+            ("/a/9%", "a format of printf(3)"),
+            ("/a/%n", "a format of printf(3)"),
+        ] {
+            let told = with(style, path).unwrap_err();
+            assert!(told.contains("exportname") && told.contains(says), "{told}");
+        }
+    }
+    for path in ["/a/b", "/a/%s", "/a/9%%", "/a/9%", "/a/%n"] {
+        assert_eq!(with("none", path).as_deref(), Ok(path));
+    }
+}
+
+#[test]
+fn one_export_is_for_clients_that_name_none() {
+    let section = |name: &str| format!("[{name}]\nexportname = /a/{name}\nx-default = true\n");
+    let judged = read(&format!("[generic]\n{}", section("one")));
+    assert!(judged.sections["one"].unnamed);
+    let both = format!("[generic]\n{}{}", section("one"), section("two"));
+    let judged = read(&both);
+    assert!(told(&judged.problems).contains(":5:1: [two]: x-default stands in [one] already"));
+    assert_eq!(judged.sections.keys().collect::<Vec<_>>(), ["one"]);
+}
+
 /// A false boolean asks for nothing: what would be refused is not.
 #[test]
 fn a_feature_that_is_switched_off_is_not_refused() {
