@@ -2,14 +2,15 @@
 
 use std::fs::{self, File};
 use std::io::{self, Write};
+use std::os::fd::AsFd;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use nix::errno::Errno;
-use nix::sys::signal::kill;
-use nix::unistd::{Pid, geteuid};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::unistd::geteuid;
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use super::{TakeOverError, stock_of};
 
@@ -151,12 +152,13 @@ impl Machine {
         self.service("stop")?;
         let until = Instant::now() + STARTS_WITHIN;
         for (process, _) in servers()? {
-            if !ended(process, until) {
-                return Err(step(
-                    "stop nbd-server",
-                    format!("process {process} is still there; end it and try again"),
-                ));
-            }
+            let ended = ended(process, until);
+            let why = match ended {
+                Ok(true) => continue,
+                Ok(false) => format!("process {process} is still there; end it and try again"),
+                Err(error) => format!("process {process}: {error}"),
+            };
+            return Err(step("stop nbd-server", why));
         }
         Ok(())
     }
@@ -204,7 +206,12 @@ impl Machine {
         must("dpkg-divert", &args).map(drop)
     }
 
+    /// Takes the diversion out, if there is one.
     pub(super) fn undivert(&self, place: &Place) -> Result<(), TakeOverError> {
+        // Asked again: where it could not be made, what is in the place is the stock server.
+        if !self.place()?.is_some_and(|now| now.taken) {
+            return Ok(());
+        }
         // Ours is not dpkg's to overwrite: it refuses to rename onto it.
         if place.stock.exists() {
             match fs::remove_file(&place.binary) {
@@ -218,18 +225,25 @@ impl Machine {
         must("dpkg-divert", &["--local", "--rename", "--remove", &binary]).map(drop)
     }
 
-    /// Puts a copy of this program into the place, whole or not at all.
+    /// Puts a copy of this program into the place, whole or not at all; what was there before is kept beside it until
+    /// [`Machine::forget_old`].
     pub(super) fn put_ours(&self, place: &Place) -> Result<(), TakeOverError> {
-        let mut new = place.binary.as_os_str().to_owned();
-        new.push(".nbdtrack-new");
-        let new = PathBuf::from(new);
+        let (new, old) = (beside(place, NEW), beside(place, OLD));
         let put = || -> io::Result<()> {
+            // Of an exchange that was cut off.
+            match fs::remove_file(&old) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
             let mut from = File::open("/proc/self/exe")?;
             let mut to = File::create(&new)?;
             io::copy(&mut from, &mut to)?;
             to.set_permissions(fs::Permissions::from_mode(0o755))?;
             to.flush()?;
             to.sync_all()?;
+            if place.binary.exists() {
+                fs::hard_link(&place.binary, &old)?;
+            }
             fs::rename(&new, &place.binary)
         };
         put().map_err(|error| {
@@ -241,6 +255,22 @@ impl Machine {
         })
     }
 
+    /// Puts back what was in the place before [`Machine::put_ours`], if it was replaced; false when there is nothing of before.
+    pub(super) fn put_old_back(&self, place: &Place) -> Result<bool, TakeOverError> {
+        match fs::rename(beside(place, OLD), &place.binary) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(step(place.binary.display().to_string(), error))
+            }
+            _ => Ok(place.binary.exists() && !self.is_ours(place)?),
+        }
+    }
+
+    /// What was in the place before is not needed any more.
+    pub(super) fn forget_old(&self, place: &Place) {
+        // A rest is in no one's way, and goes with the next exchange.
+        let _left = fs::remove_file(beside(place, OLD));
+    }
+
     /// Whether what is in the place is this very program.
     pub(super) fn is_ours(&self, place: &Place) -> Result<bool, TakeOverError> {
         let read =
@@ -248,6 +278,16 @@ impl Machine {
         Ok(place.binary.exists() && read(&place.binary)? == read(Path::new("/proc/self/exe"))?)
     }
 }
+
+/// A name beside the place, in the same folder.
+fn beside(place: &Place, ending: &str) -> PathBuf {
+    let mut name = place.binary.as_os_str().to_owned();
+    name.push(ending);
+    PathBuf::from(name)
+}
+
+const NEW: &str = ".nbdtrack-new";
+const OLD: &str = ".nbdtrack-old";
 
 /// A file as the kernel knows it: device and inode.
 type Executable = (u64, u64);
@@ -259,33 +299,48 @@ fn identity(path: &Path) -> io::Result<Executable> {
 
 /// The processes that are called nbd-server, each with its executable.
 fn servers() -> Result<Vec<(i32, Executable)>, TakeOverError> {
-    let mut found = Vec::new();
     let processes = fs::read_dir("/proc").map_err(|error| step("/proc", error))?;
-    for process in processes.flatten() {
-        let folder = process.path();
-        let comm = fs::read_to_string(folder.join("comm")).unwrap_or_default();
-        let number = process
-            .file_name()
-            .to_str()
-            .and_then(|name| name.parse().ok());
-        // A process that ends meanwhile is none.
-        if let (SERVICE, Some(number), Ok(exe)) =
-            (comm.trim(), number, identity(&folder.join("exe")))
-        {
-            found.push((number, exe));
-        }
-    }
-    Ok(found)
+    let numbers = processes
+        .flatten()
+        .filter_map(|process| process.file_name().to_str()?.parse().ok());
+    Ok(numbers
+        .filter_map(|number| Some((number, server(number)?)))
+        .collect())
 }
 
-/// Waits until a process has ended; false when it has not in time. It was told to end: this is over in milliseconds, or not at all.
-fn ended(process: i32, until: Instant) -> bool {
-    let there = || kill(Pid::from_raw(process), None) != Err(Errno::ESRCH);
-    while there() {
-        if Instant::now() > until {
-            return false;
-        }
-        std::thread::yield_now();
+/// The executable of a process, if it is called nbd-server. One that has ended is not.
+fn server(process: i32) -> Option<Executable> {
+    let folder = PathBuf::from(format!("/proc/{process}"));
+    let comm = fs::read_to_string(folder.join("comm")).ok()?;
+    (comm.trim() == SERVICE).then(|| identity(&folder.join("exe")).ok())?
+}
+
+/// Waits until a server has ended; false when it has not in time.
+fn ended(process: i32, until: Instant) -> io::Result<bool> {
+    let Some(pid) = Pid::from_raw(process) else {
+        return Ok(true);
+    };
+    let descriptor = match pidfd_open(pid, PidfdFlags::empty()) {
+        Ok(descriptor) => descriptor,
+        Err(rustix::io::Errno::SRCH) => return Ok(true),
+        Err(error) => return Err(error.into()),
+    };
+    // The number may have gone to another process before it was held.
+    if server(process).is_none() {
+        return Ok(true);
     }
-    true
+    loop {
+        let left = until.saturating_duration_since(Instant::now());
+        let left = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+        // Readable from its end on, also while nobody has reaped it (pidfd_open(2)).
+        match poll(
+            &mut [PollFd::new(descriptor.as_fd(), PollFlags::POLLIN)],
+            left,
+        ) {
+            Ok(0) => return Ok(false),
+            Ok(_) => return Ok(true),
+            Err(nix::errno::Errno::EINTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
 }

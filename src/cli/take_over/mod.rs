@@ -64,6 +64,10 @@ pub enum TakeOverError {
     Step { what: String, why: String },
     #[error("{failed}; the stock server has its place, and no file of its own was changed")]
     RolledBack { failed: Box<TakeOverError> },
+    #[error("{failed}; the version of nbdtrack that was there before has its place")]
+    Kept { failed: Box<TakeOverError> },
+    #[error("{failed}; nothing was changed, and the service runs")]
+    Unchanged { failed: Box<TakeOverError> },
     #[error("{failed}; and then {undo}: 'nbdtrack give-back' once that is mended")]
     HalfWay {
         failed: Box<TakeOverError>,
@@ -78,7 +82,10 @@ pub fn take_over(asked: &TakeOver, json: bool) -> Result<(), Failure> {
         return Err(TakeOverError::NotInstalled(asked.config.clone()).into());
     };
     let files = read_ini(&asked.config).files;
-    let judged = judge(&files, &Default::default(), false);
+    let mut judged = judge(&files, &Default::default(), false);
+    let paths = daemon::refused_for_their_paths(&judged);
+    judged.refused += paths.len();
+    judged.problems.extend(paths);
     let plan = Plan::of(&machine, &place, &judged);
     plan.show(json)?;
     if judged.generic.is_none() {
@@ -95,19 +102,14 @@ pub fn take_over(asked: &TakeOver, json: bool) -> Result<(), Failure> {
     if place.taken && machine.is_ours(&place)? {
         return Ok(());
     }
-    if let Err(failed) = exchange(&machine, &place) {
-        let undone = undo(&machine, &place).and_then(|()| machine.own_service(true));
-        return Err(match undone {
-            Ok(()) => TakeOverError::RolledBack {
-                failed: failed.into(),
-            },
-            Err(undo) => TakeOverError::HalfWay {
-                failed: failed.into(),
-                undo: undo.into(),
-            },
-        }
-        .into());
+    // Stopped before it moves: an init script finds its process by the executable's place.
+    if let Err(failed) = machine.stop() {
+        return Err(unmoved(&machine, &place, failed.into()).into());
     }
+    if let Err(failed) = exchange(&machine, &place) {
+        return Err(roll_back(&machine, &place, failed.into()).into());
+    }
+    machine.forget_old(&place);
     if !json {
         print(
             "nbd-server is nbdtrack now; 'nbdtrack pins --pending' lists paths that someone has to confirm, 'nbdtrack give-back' undoes all\n",
@@ -117,8 +119,6 @@ pub fn take_over(asked: &TakeOver, json: bool) -> Result<(), Failure> {
 }
 
 fn exchange(machine: &Machine, place: &Place) -> Result<(), TakeOverError> {
-    // Stopped before it moves: an init script finds its process by the executable's place.
-    machine.stop()?;
     machine.own_service(false)?;
     if !place.taken {
         machine.divert(place)?;
@@ -127,7 +127,43 @@ fn exchange(machine: &Machine, place: &Place) -> Result<(), TakeOverError> {
     machine.start(place, &place.binary)
 }
 
-/// As it was before the exchange began.
+/// It could not be stopped, so it stays; what of it did stop is started again.
+fn unmoved(machine: &Machine, place: &Place, failed: Box<TakeOverError>) -> TakeOverError {
+    match machine.start(place, &place.binary) {
+        Ok(()) => TakeOverError::Unchanged { failed },
+        Err(undo) => TakeOverError::HalfWay {
+            failed,
+            undo: undo.into(),
+        },
+    }
+}
+
+/// As it was before the exchange began: an older version of ours where there was one. When that does not run either, the stock server.
+fn roll_back(machine: &Machine, place: &Place, failed: Box<TakeOverError>) -> TakeOverError {
+    let older = || {
+        machine.stop()?;
+        let back = machine.put_old_back(place)?;
+        if back {
+            machine.start(place, &place.binary)?;
+            machine.own_service(true)?;
+        }
+        Ok::<bool, TakeOverError>(back)
+    };
+    if place.taken && older().unwrap_or(false) {
+        return TakeOverError::Kept { failed };
+    }
+    let undone = undo(machine, place).and_then(|()| machine.own_service(true));
+    machine.forget_old(place);
+    match undone {
+        Ok(()) => TakeOverError::RolledBack { failed },
+        Err(undo) => TakeOverError::HalfWay {
+            failed,
+            undo: undo.into(),
+        },
+    }
+}
+
+/// The stock server in its place.
 fn undo(machine: &Machine, place: &Place) -> Result<(), TakeOverError> {
     machine.stop()?;
     machine.undivert(place)?;

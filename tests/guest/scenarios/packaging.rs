@@ -24,6 +24,16 @@ mod package {
             super::super::life_of_a_package(Shape::Pc)
         }
     }
+
+    mod q35 {
+        use crate::machine::Shape;
+        use crate::support::Outcome;
+
+        #[test]
+        fn stock_servers_place_goes_along_with_upgrades_and_back_with_the_removal() -> Outcome<()> {
+            super::super::place_of_a_package(Shape::Q35)
+        }
+    }
 }
 
 mod take_over {
@@ -203,24 +213,10 @@ const STOCK: &str = "/bin/nbd-server";
 fn exchange_of_servers(shape: Shape) -> Outcome<()> {
     scenario("take over", shape, |bed| {
         let (a, b) = (bed.add("vol-a")?, bed.add("vol-b")?);
-        let mut nodes = Vec::new();
-        for index in [a, b] {
-            bed.plug_and_settle(index)?;
-            nodes.push(bed.node_by_link(index)?);
-        }
-        let conf = "[generic]\nuser = root\ngroup = root\nallowlist = true\nincludedir = /etc/nbd-server/conf.d\n";
-        bed.machine.agent.put("/etc/nbd-server/config", conf)?;
-        for (index, node) in [a, b].into_iter().zip(&nodes) {
-            let name = &bed.volumes[index].name;
-            let section = format!("[{name}]\nexportname = {node}\nflush = true\nfua = true\n");
-            let file = format!("/etc/nbd-server/conf.d/{name}.conf");
-            bed.machine.agent.put(&file, section)?;
-        }
+        let nodes = serve_by_stock(bed, [a, b])?;
         let agent = &bed.machine.agent;
         let checksums = "cat /etc/nbd-server/config /etc/nbd-server/conf.d/* | md5sum";
         let config = agent.run(checksums)?;
-        agent.run("systemctl daemon-reload && systemctl start nbd-server")?;
-        greeted(bed, a)?;
         both_take(bed, a, b, 1)?;
 
         let plan = bed.machine.agent.run("nbdtrack take-over --dry-run")?;
@@ -276,12 +272,86 @@ fn exchange_of_servers(shape: Shape) -> Outcome<()> {
     })
 }
 
+/// Two sections of nbd-server's configuration, each with the node that its volume has, and the stock service on them.
+fn serve_by_stock(bed: &mut Bed, volumes: [usize; 2]) -> Outcome<[String; 2]> {
+    let mut nodes = [String::new(), String::new()];
+    for (index, node) in volumes.into_iter().zip(&mut nodes) {
+        bed.plug_and_settle(index)?;
+        *node = bed.node_by_link(index)?;
+    }
+    let conf = "[generic]\nuser = root\ngroup = root\nallowlist = true\nincludedir = /etc/nbd-server/conf.d\n";
+    bed.machine.agent.put("/etc/nbd-server/config", conf)?;
+    for (index, node) in volumes.into_iter().zip(&nodes) {
+        let name = &bed.volumes[index].name;
+        let section = format!("[{name}]\nexportname = {node}\nflush = true\nfua = true\n");
+        let file = format!("/etc/nbd-server/conf.d/{name}.conf");
+        bed.machine.agent.put(&file, section)?;
+    }
+    bed.machine
+        .agent
+        .run("systemctl daemon-reload && systemctl start nbd-server")?;
+    greeted(bed, volumes[0])?;
+    Ok(nodes)
+}
+
+fn place_of_a_package(shape: Shape) -> Outcome<()> {
+    if !installed("dpkg-shlibdeps") {
+        return skip("package in the place", "dpkg-dev is not installed");
+    }
+    scenario("package in the place", shape, |bed| {
+        for (version, name) in [("0.0.1", "old"), ("0.0.2", "new")] {
+            let path = format!("/root/{name}.deb");
+            bed.machine.agent.put(&path, package(version)?)?;
+        }
+        bed.machine.agent.run(UNPACKAGE)?;
+        let (a, b) = (bed.add("vol-a")?, bed.add("vol-b")?);
+        serve_by_stock(bed, [a, b])?;
+        // Its own service finds the port taken, and that changes nothing for the stock server.
+        dpkg(bed, "-i /root/old.deb")?;
+        both_take(bed, a, b, 1)?;
+        bed.machine.agent.run("nbdtrack take-over")?;
+        hold!(
+            served_by_ours(bed)?,
+            "the package's program is in the place"
+        );
+        let old = one_process(bed)?;
+        for index in [a, b] {
+            bed.reach(index, "Serving")?;
+        }
+        both_take(bed, a, b, 2)?;
+
+        dpkg(bed, "-i /root/new.deb")?;
+        hold!(served_by_ours(bed)?, "the new version is in the place");
+        let new = one_process(bed)?;
+        hold!(new != old, "it is the new version's process");
+        bed.machine.agent.run(
+            "! systemctl is-active nbdtrack && ! systemctl is-enabled nbdtrack && test ! -e /bin/nbd-server.nbdtrack-old",
+        )?;
+        for index in [a, b] {
+            bed.reach(index, "Serving")?;
+        }
+        both_take(bed, a, b, 3)?;
+        bed.compare(a)?;
+        bed.compare(b)?;
+
+        dpkg(bed, "-r nbdtrack")?;
+        greeted(bed, a)?;
+        both_take(bed, a, b, 4)?;
+        bed.machine.agent.run(
+            "! command -v nbdtrack && ! dpkg-divert --list | grep nbd-server && dpkg --verify nbd-server && \
+             test ! -e /bin/nbd-server.stock && systemctl is-active nbd-server",
+        )?;
+        bed.row.count += 1;
+        Ok(())
+    })
+}
+
 fn both_take(bed: &mut Bed, a: usize, b: usize, block: usize) -> Outcome<()> {
     bed.write(a, block)?;
     bed.write(b, block)
 }
 
-fn greeted(bed: &Bed, index: usize) -> Outcome<()> {
+pub(super) fn greeted(bed: &Bed, index: usize) -> Outcome<()> {
     let (endpoint, name) = (bed.endpoint(), &bed.volumes[index].name);
     until(STEP, "the greeting", || {
         let answer = knock(&endpoint, name).ok();
@@ -290,7 +360,7 @@ fn greeted(bed: &Bed, index: usize) -> Outcome<()> {
 }
 
 /// The number of the one process that helper scripts find by its name and by its command line.
-fn one_process(bed: &Bed) -> Outcome<String> {
+pub(super) fn one_process(bed: &Bed) -> Outcome<String> {
     let agent = &bed.machine.agent;
     let by_name = agent.run("grep -lsx nbd-server /proc/[0-9]*/comm | cut -d/ -f3")?;
     let by_line = agent.run("for p in /proc/[0-9]*; do tr '\\0' ' ' <$p/cmdline 2>/dev/null | grep -q '^[^ ]*nbd-server -C /etc/nbd-server/config' && echo ${p#/proc/}; done; true")?;
@@ -301,7 +371,7 @@ fn one_process(bed: &Bed) -> Outcome<String> {
     Ok(by_name)
 }
 
-fn served_by_ours(bed: &Bed) -> Outcome<bool> {
+pub(super) fn served_by_ours(bed: &Bed) -> Outcome<bool> {
     let same = "p=$(cat /var/run/nbd-server.pid) && cmp -s /proc/$p/exe /usr/bin/nbdtrack";
     Ok(bed.machine.agent.attempt(same)?.code == 0)
 }
