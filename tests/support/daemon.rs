@@ -37,6 +37,8 @@ pub struct Home {
     pub filter: String,
     /// Lines of `[server]` that no flag says.
     pub server: String,
+    /// Beside what the test itself has.
+    pub environment: Vec<(&'static str, PathBuf)>,
 }
 
 impl Home {
@@ -52,6 +54,7 @@ impl Home {
             listen: Vec::new(),
             filter: "info".to_owned(),
             server: String::new(),
+            environment: Vec::new(),
         };
         std::fs::create_dir_all(&home.state)?;
         home.configure(&[])?;
@@ -85,6 +88,7 @@ impl Home {
             command.arg("--listen").arg(address);
         }
         command.env("NBDTRACK_LOG", &self.filter);
+        command.envs(self.environment.iter().map(|(name, value)| (name, value)));
         command
     }
 
