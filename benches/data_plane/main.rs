@@ -11,6 +11,7 @@ mod support;
 
 mod chart;
 mod cost;
+mod disks;
 mod histogram;
 mod images;
 mod load;
@@ -28,9 +29,10 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
+use disks::Disk;
 use load::{MARK, MARK_EVERY};
 use results::{Results, Series};
-use servers::{Disk, Kind, Order, Server};
+use servers::{Kind, Order, Server};
 use support::client::Endpoint;
 use support::ground::Ground;
 use support::process::installed;
@@ -232,13 +234,16 @@ fn play(
             exports: stage.exports,
             disk: stage.disk,
         };
-        let started =
-            Server::start(kind, Disk::make(image, stage.disk)?, &order).and_then(|server| {
-                if !stage.is_empty() {
-                    turn::warm(&server)?;
-                }
-                Ok(server)
-            });
+        let mut disk = Disk::make(image, stage.disk)?;
+        if stage.ill {
+            disk = disk.with_ill(folder.path(), kind.name(), DISK_BYTES)?;
+        }
+        let started = Server::start(kind, disk, &order).and_then(|server| {
+            if !stage.is_empty() {
+                turn::warm(&server)?;
+            }
+            Ok(server)
+        });
         let server = match started {
             Ok(server) => server,
             Err(e) => {

@@ -1,19 +1,17 @@
 //! The servers of the comparison: how each is started on one disk, and what it is called in the table.
 
 use std::fmt::Write as _;
-use std::fs::File;
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
+use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
-use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use nix::unistd::Pid;
 
-use crate::images::{self, Contents};
+use crate::disks::{Disk, DiskKind};
 use crate::support::client::{Endpoint, Go, knock};
 use crate::support::daemon::{Daemon, Home, free_port};
-use crate::support::loops::LoopDevice;
 use crate::support::nbd_server::NbdServer;
 use crate::support::process::{Running, command};
 use crate::support::{Doing, Outcome, until};
@@ -22,6 +20,8 @@ use crate::workloads::Stage;
 const START_LIMIT: Duration = Duration::from_secs(60);
 /// The export that is measured; the others of the rows with many are `e1`, `e2` and so on.
 pub const EXPORT: &str = "e0";
+/// The export on a disk that can be made to hang.
+pub const ILL: &str = "ill";
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Kind {
@@ -82,61 +82,15 @@ pub enum Transport {
     Tcp,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum DiskKind {
-    File,
-    /// A loop device, buffered towards its backing file.
-    Loop,
-    /// A loop device with direct I/O towards its backing file.
-    LoopDirect,
-    Qcow2(Contents),
-}
-
-/// One server's disk.
-pub struct Disk {
-    image: PathBuf,
-    device: Option<LoopDevice>,
-}
-
-impl Disk {
-    /// Nothing of it is in the page cache: what made the file leaves large folios there, which every server would inherit, whatever it
-    /// does by itself (docs/benchmarks.md).
-    pub fn make(raw: PathBuf, kind: DiskKind) -> Outcome<Disk> {
-        let image = match kind {
-            DiskKind::Qcow2(contents) => images::make(&raw, contents)?,
-            _ => raw,
-        };
-        let file = File::open(&image)?;
-        file.sync_all()?;
-        posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED)?;
-        let device = match kind {
-            DiskKind::File | DiskKind::Qcow2(_) => None,
-            DiskKind::Loop | DiskKind::LoopDirect => Some(LoopDevice::add()?),
-        };
-        if let Some(device) = &device {
-            match kind {
-                DiskKind::LoopDirect => device.attach_direct(&image)?,
-                _ => device.attach(&image)?,
-            }
-        }
-        Ok(Disk { image, device })
-    }
-
-    fn path(&self) -> PathBuf {
-        match &self.device {
-            Some(device) => device.node().into(),
-            None => self.image.clone(),
-        }
-    }
-}
-
 /// A running server; fields are dropped in this order, so the disk goes last.
 pub struct Server {
     pub kind: Kind,
     pub endpoint: Endpoint,
     pub pid: Pid,
     _process: Process,
-    _disk: Disk,
+    pub disk: Disk,
+    /// How often that disk has hung.
+    pub hung: AtomicU64,
 }
 
 #[allow(dead_code, reason = "held until the server is to be stopped")]
@@ -172,7 +126,9 @@ pub fn refusal(kind: Kind, stage: Stage) -> Option<&'static str> {
     let qemu = matches!(kind, Kind::QemuNbd | Kind::QemuNbdNative);
     let ours = kind == Kind::Nbdtrack;
     match stage.disk {
-        _ if stage.exports > 1 && (qemu || kind == Kind::Pump) => Some("has one export"),
+        _ if (stage.exports > 1 || stage.ill) && (qemu || kind == Kind::Pump) => {
+            Some("has one export")
+        }
         // The bound's memory is as large as its disk.
         _ if stage.sparse && kind == Kind::Pump => Some("holds all of its disk in memory"),
         DiskKind::Qcow2(_) if !(ours || qemu || kind == Kind::StorageDaemon) => {
@@ -230,7 +186,8 @@ impl Server {
             endpoint,
             pid,
             _process: process,
-            _disk: disk,
+            disk,
+            hung: AtomicU64::new(0),
         })
     }
 }
@@ -279,6 +236,13 @@ fn nbdtrack(
             "\n[[export]]\nname = \"e{index}\"\n{what}\n{of_export}"
         )?;
     }
+    if let Ok(ill) = disk.ill() {
+        let file = ill.file.display();
+        write!(
+            text,
+            "\n[[export]]\nname = \"{ILL}\"\nvolume = \"loop:{file}\"\n"
+        )?;
+    }
     std::fs::write(&home.config, text)?;
     Ok(Process::Ours(Box::new(home.start()?)))
 }
@@ -305,7 +269,7 @@ fn nbdkit(
             .arg(format!("--ipaddr={}", address.ip()))
             .arg(format!("--port={}", address.port())),
     };
-    if order.exports == 1 {
+    if order.exports == 1 && disk.ill_node().is_none() {
         command.arg("file").arg(disk.path());
     } else {
         // One export for each file of a folder.
@@ -316,6 +280,9 @@ fn nbdkit(
             if !link.exists() {
                 std::os::unix::fs::symlink(disk.path(), link)?;
             }
+        }
+        if let Some(ill) = disk.ill_node() {
+            std::os::unix::fs::symlink(ill, exports.join(ILL))?;
         }
         command
             .arg("file")
@@ -388,6 +355,14 @@ fn storage_daemon(
             "type=nbd,id=e{index},node-name=disk,name=e{index},writable={writable}"
         ));
     }
+    if let Some(ill) = disk.ill_node() {
+        command
+            .arg("--blockdev")
+            .arg(format!("driver=host_device,node-name={ILL},filename={ill}"));
+        command
+            .arg("--export")
+            .arg(format!("type=nbd,id={ILL},node-name={ILL},name={ILL}"));
+    }
     spawn(folder, command)
 }
 
@@ -416,6 +391,9 @@ fn nbd_server(
             "[e{index}]\nexportname = {}\nflush = true\nfua = true\n{of_export}",
             disk.path().display()
         )?;
+    }
+    if let Some(ill) = disk.ill_node() {
+        write!(text, "[{ILL}]\nexportname = {ill}\n")?;
     }
     Ok(Process::Background(NbdServer::start(folder, &text)?))
 }

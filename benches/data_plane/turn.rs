@@ -9,9 +9,10 @@ use socket2::Socket;
 
 use crate::cost;
 use crate::load::{Load, Op, Shape, Tally};
-use crate::servers::{EXPORT, Server};
+use crate::servers::{EXPORT, ILL, Server};
 use crate::support::client::{CMD_DISC, CMD_READ, CMD_TRIM, Go, negotiate, request};
-use crate::support::{Outcome, process};
+use crate::support::fuse_disk::ALL;
+use crate::support::{Outcome, process, until};
 use crate::workloads::{Neighbour, What, Workload};
 use crate::{hold, trouble};
 
@@ -168,10 +169,14 @@ fn sit(server: &Server, count: usize) -> Outcome<Vec<Socket>> {
 }
 
 fn join(server: &Server) -> Outcome<Socket> {
+    join_export(server, EXPORT)
+}
+
+fn join_export(server: &Server, name: &str) -> Outcome<Socket> {
     let socket = server.endpoint.connect()?;
-    match negotiate(&socket, EXPORT)? {
+    match negotiate(&socket, name)? {
         Go::Agreed { .. } => Ok(socket),
-        Go::Refused { text, .. } => trouble!("{EXPORT}: {text}"),
+        Go::Refused { text, .. } => trouble!("{name}: {text}"),
     }
 }
 
@@ -189,6 +194,7 @@ fn beside(server: &Server, shape: Shape, neighbour: Neighbour, time: Duration) -
     let with = std::thread::scope(|scope| {
         let begun = match neighbour {
             Neighbour::SlowReader => slow_reader(server).map(Some),
+            Neighbour::HungDisk => return beside_hung_disk(server, &mut load, time / 2),
             Neighbour::HugeRequests => {
                 // Thread: the neighbour, until `done`.
                 scope.spawn(|| huge_requests(server, &done));
@@ -218,6 +224,33 @@ fn slow_reader(server: &Server) -> Outcome<Socket> {
         socket.write_all(&request(CMD_READ, 0, cookie, 0, 256 << 10))?;
     }
     Ok(socket)
+}
+
+/// The load while 64 reads of the export `ill` wait for its disk.
+fn beside_hung_disk(server: &Server, load: &mut Load, time: Duration) -> Outcome<Tally> {
+    /// Of each turn: no read finds what an earlier one has brought, or the kernel's read-ahead (at most 8 MiB).
+    const STRIDE: u64 = 16 << 20;
+    const READS: usize = 64;
+    let mut socket = join_export(server, ILL)?;
+    let ill = server.disk.ill()?;
+    let _healer = ill.healer();
+    let from = server.hung.fetch_add(1, Ordering::Relaxed) * STRIDE % crate::DISK_BYTES;
+    let held = ill.held();
+    ill.hang(ALL);
+    for cookie in 0..READS as u64 {
+        let at = from + cookie * STRIDE / READS as u64;
+        socket.write_all(&request(CMD_READ, 0, cookie, at, 4096))?;
+    }
+    until(COPY_LIMIT, "the disk to hang", || {
+        Ok((ill.held() > held).then_some(()))
+    })?;
+    load.run(WARM_UP)?;
+    let tally = load.run(time);
+    ill.heal();
+    // All answered: the next turn finds the server as this one did.
+    let mut replies = vec![0; (16 + 4096) * READS];
+    socket.read_exact(&mut replies)?;
+    tally
 }
 
 fn huge_requests(server: &Server, done: &AtomicBool) -> Outcome<()> {

@@ -1,8 +1,9 @@
 //! The rows of the comparison: what is asked, over what, of which disk.
 
+use crate::disks::DiskKind;
 use crate::images::Contents;
 use crate::load::{Op, Shape};
-use crate::servers::{DiskKind, Transport};
+use crate::servers::Transport;
 
 pub const KIB: usize = 1 << 10;
 /// One request of a sequential row: what nbdcopy and qemu-img ask for.
@@ -16,6 +17,8 @@ pub enum Neighbour {
     SlowReader,
     /// A client that reads 32 MiB at a time.
     HugeRequests,
+    /// A client of another export, whose disk answers nothing.
+    HungDisk,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -86,14 +89,17 @@ pub struct Stage {
     pub exports: usize,
     /// 4 GiB of which 64 MiB hold data, instead of a disk that is full.
     pub sparse: bool,
+    /// There is a second export, `ill`, on a disk that can be made to hang.
+    pub ill: bool,
 }
 
 impl Stage {
     /// For a note: which rows these are.
     pub fn name(self) -> String {
         match self.disk {
-            DiskKind::Qcow2(contents) => format!("the rows of {}", contents.name()),
+            DiskKind::Qcow2(_) => "the rows of QCOW2 images".to_owned(),
             DiskKind::File if self.sparse => "the row of a sparse file".to_owned(),
+            _ if self.ill => "the row of a hung disk".to_owned(),
             DiskKind::File if self.exports > 1 => format!("the row with {} exports", self.exports),
             DiskKind::File => "the rows of a plain file".to_owned(),
             DiskKind::Loop | DiskKind::LoopDirect => "the rows of a block device".to_owned(),
@@ -142,6 +148,13 @@ pub fn all() -> Vec<Workload> {
         sparse: true,
         ..stage(DiskKind::File, Transport::Unix)
     };
+    let ill = Stage {
+        ill: true,
+        ..stage(DiskKind::File, Transport::Unix)
+    };
+    let one = random(Op::Read, 4 * KIB, 1, 1, false);
+    let beside = What::Beside(one, Neighbour::HungDisk);
+    rows.push(row("beside-hung-disk".to_owned(), ill, beside, true));
     let copy = What::Nbdcopy { to_export: false };
     rows.push(row("nbdcopy-sparse".to_owned(), sparse, copy, true));
     for (disk, word) in [
@@ -271,6 +284,7 @@ fn stage(disk: DiskKind, transport: Transport) -> Stage {
         transport,
         exports: 1,
         sparse: false,
+        ill: false,
     }
 }
 
