@@ -1,4 +1,5 @@
-//! Which reads that missed the page cache are parts of a stream, and how much to ask for ahead. Memory only.
+//! Which reads that missed the page cache are parts of a stream, and how much to ask for ahead. Decided from memory; the kernel is asked,
+//! and does not wait for the disk.
 //!
 //! What can be written is opened with `POSIX_FADV_RANDOM`, which switches the kernel's own read-ahead off. Why: its pages come
 //! in large folios (Linux 6.15 and later for disks, 6.16 for ext4), and each buffered write walks all buffer heads of its folio
@@ -6,7 +7,11 @@
 //! of processor time, with the advice 2.2 µs; a 256 KiB read from the cache takes one and a half times as long as from large
 //! folios. What is read-only keeps the kernel's read-ahead.
 
+use std::fs::File;
+use std::io;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 
 /// Asked for beyond a read that continues a stream, in bytes: some requests of the usual size.
 const AHEAD_BYTES: u64 = 1 << 20;
@@ -21,8 +26,30 @@ pub struct Streams {
 }
 
 impl Streams {
+    /// Switches the kernel's read-ahead of `file` off, for [`Streams::ask`] to take its place.
+    pub fn instead_of_the_kernels(file: &File) {
+        // A hint: without it small writes cost more.
+        let _ = advise(file, 0, 0, PosixFadviseAdvice::POSIX_FADV_RANDOM);
+    }
+
+    /// Before a read that has to wait for its disk: asks for what follows it in a stream, up to `end`.
+    pub fn ask(&self, file: &File, offset: u64, len: u64, end: u64) {
+        let more = self
+            .miss(offset, len)
+            .min(end.saturating_sub(offset.saturating_add(len)));
+        if more > 0 {
+            // A hint: when it fails, the read itself says why.
+            let _ = advise(
+                file,
+                offset,
+                len + more,
+                PosixFadviseAdvice::POSIX_FADV_WILLNEED,
+            );
+        }
+    }
+
     /// Notes a read of `len` bytes at `offset` that missed; how many bytes behind it to ask for.
-    pub fn miss(&self, offset: u64, len: u64) -> u64 {
+    fn miss(&self, offset: u64, len: u64) -> u64 {
         let end = offset.saturating_add(len);
         for expected in &self.ends {
             let next = expected.load(Ordering::Relaxed);
@@ -39,6 +66,12 @@ impl Streams {
         self.ends[slot].store(end, Ordering::Relaxed);
         0
     }
+}
+
+/// posix_fadvise(2) of `len` bytes at `offset`; of all from there on when `len` is 0.
+pub fn advise(file: &File, offset: u64, len: u64, advice: PosixFadviseAdvice) -> io::Result<()> {
+    let range = |n: u64| libc::off_t::try_from(n).map_err(io::Error::other);
+    Ok(posix_fadvise(file, range(offset)?, range(len)?, advice)?)
 }
 
 #[cfg(test)]

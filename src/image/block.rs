@@ -24,9 +24,9 @@ use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
-use nix::fcntl::{FallocateFlags, PosixFadviseAdvice, fallocate, posix_fadvise};
+use nix::fcntl::{FallocateFlags, PosixFadviseAdvice, fallocate};
 
-use super::ahead::Streams;
+use super::ahead::{Streams, advise};
 use super::backing::Backing;
 use super::claim::{self, Claim, Opened, Subject};
 use super::direct::Direct;
@@ -97,8 +97,7 @@ impl Block {
         let (medium, file) = (claim.medium, claim.file());
         let can = medium.can(claim.number, file);
         if !read_only {
-            // A hint: without it small writes cost more; see `ahead`.
-            let _ = advise(file, 0, 0, PosixFadviseAdvice::POSIX_FADV_RANDOM);
+            Streams::instead_of_the_kernels(file);
         }
         Ok(Block {
             size: AtomicU64::new(size),
@@ -117,19 +116,9 @@ impl Block {
 
     /// A read that has to wait for its disk: what follows it in a stream is asked for first.
     fn read_ahead(&self, at: Extent) {
-        let Some(streams) = &self.streams else { return };
-        let (offset, len) = (at.offset(), u64::from(at.len()));
-        let more = streams
-            .miss(offset, len)
-            .min(self.size().saturating_sub(offset + len));
-        if more > 0 {
-            // A hint: when it fails, the read itself says why.
-            let _ = advise(
-                self.file(),
-                offset,
-                len + more,
-                PosixFadviseAdvice::POSIX_FADV_WILLNEED,
-            );
+        if let Some(streams) = &self.streams {
+            let len = u64::from(at.len());
+            streams.ask(self.file(), at.offset(), len, self.size());
         }
     }
 
@@ -427,12 +416,6 @@ fn is_unsupported(e: &io::Error) -> bool {
         e.raw_os_error(),
         Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::ENOTTY | libc::EBUSY)
     )
-}
-
-/// posix_fadvise(2) of `len` bytes at `offset`; of all from there on when `len` is 0.
-fn advise(file: &File, offset: u64, len: u64, advice: PosixFadviseAdvice) -> io::Result<()> {
-    let range = |n: u64| libc::off_t::try_from(n).map_err(io::Error::other);
-    Ok(posix_fadvise(file, range(offset)?, range(len)?, advice)?)
 }
 
 /// `min`: 1 where the page cache takes any range.

@@ -19,7 +19,11 @@ use super::inflate;
 use super::ranges::Ranges;
 use super::tables::{self, Look, Tables};
 use super::write::Writer;
+use crate::image::ahead::Streams;
 use crate::image::sys;
+
+/// A stream of compressed clusters is looked for in steps of this many bytes.
+const AHEAD_UNIT: u64 = 64 << 10;
 
 /// Held by every call while it goes.
 pub(super) type Pass = Arc<()>;
@@ -33,6 +37,8 @@ pub(crate) struct Core {
     reading: File,
     /// Writes, and reads once there are any, go through this.
     pub(super) writing: OnceLock<File>,
+    /// Where an image that is written to is read ahead.
+    streams: Streams,
     /// Set with `writing`. Held while metadata change and while they are made durable: those who need a new cluster wait for that,
     /// who only reads or writes clusters that are there does not. After `ranges`, before the locks of `tables`.
     pub(super) writer: OnceLock<Mutex<Writer>>,
@@ -118,6 +124,7 @@ impl Core {
             backing,
             reading: file,
             writing: OnceLock::new(),
+            streams: Streams::default(),
             writer: OnceLock::new(),
             places: OnceLock::new(),
             pass: Mutex::default(),
@@ -147,7 +154,10 @@ impl Core {
                 buf.split_at_mut(usize::try_from(run.bytes).map_err(io::Error::other)?);
             match run.what {
                 What::Zero { .. } => part.fill(0),
-                What::Data { host, .. } => self.file().read_exact_at(part, host)?,
+                What::Data { host, .. } => {
+                    self.read_ahead(host, part.len() as u64);
+                    self.file().read_exact_at(part, host)?;
+                }
                 What::Compressed { offset, len, skip } => self.inflate(offset, len, skip, part)?,
                 What::Beneath => match &self.backing {
                     Some(layer) => layer.read(at, part)?,
@@ -158,6 +168,14 @@ impl Core {
             buf = rest;
         }
         Ok(())
+    }
+
+    /// Before a read that waits for the disk.
+    fn read_ahead(&self, host: u64, len: u64) {
+        if let Some(file) = self.writing.get() {
+            self.streams
+                .ask(file, host, len, self.end.load(Ordering::Relaxed));
+        }
     }
 
     /// As `read`, but only from memory; false when that does not have all of it.
@@ -279,6 +297,8 @@ impl Core {
     }
 
     fn inflated_at(&self, offset: u64, len: u64) -> io::Result<Vec<u8>> {
+        // They follow each other at no even distance, and end in each other's last sector.
+        self.read_ahead(offset / AHEAD_UNIT * AHEAD_UNIT, AHEAD_UNIT);
         // At most two clusters of 2 MiB: the entry has no bits for more.
         let mut bytes = vec![0; usize::try_from(len).map_err(io::Error::other)?];
         let mut read = 0;

@@ -29,6 +29,7 @@ use std::sync::{Arc, Mutex};
 
 use nix::fcntl::{FallocateFlags, fallocate};
 
+use super::ahead::Streams;
 use super::beneath::Roots;
 use super::claim::{self, Claim, Claims, OpenError, Opened};
 use super::medium::Medium;
@@ -213,6 +214,7 @@ impl Core {
         // The file may end inside of its last cluster: who writes only some subclusters of one leaves the rest of it out.
         let end = file_bytes.next_multiple_of(self.header.cluster_bytes());
         self.end.fetch_max(end, std::sync::atomic::Ordering::AcqRel);
+        Streams::instead_of_the_kernels(&file);
         // By the one who has the turn to open: each is set once.
         let _ = self.writing.set(file);
         let _ = self.places.set(places);
