@@ -140,6 +140,23 @@ const CALLS: &[Row] = &[
     ),
     (ROOT, MANAGER, "Repin", &["sta{sv}", "a", "1", "0"], false),
     (ROOT, MANAGER, "Unpin", &["sa{sv}", "a", "0"], false),
+    (
+        ROOT,
+        MANAGER,
+        "CreateImage",
+        &["sta{sv}", "a", "512", "0"],
+        false,
+    ),
+    (
+        ROOT,
+        MANAGER,
+        "BeginBackup",
+        &["sua{sv}", "vm", "0", "0"],
+        false,
+    ),
+    (ROOT, MANAGER, "FinishBackup", &["sa{sv}", "a", "0"], false),
+    (ROOT, MANAGER, "DeleteBackup", &["sa{sv}", "a", "0"], false),
+    (ROOT, MANAGER, "ListBackups", &["a{sv}", "0"], true),
     // What no table has is stopped by the bus, too, and does not reach the daemon.
     (ROOT, MANAGER, "NoSuchMethod", &[], false),
 ];

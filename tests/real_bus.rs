@@ -14,7 +14,7 @@ const NEEDS: &[Need] = &[Need::Loop, Need::Bus];
 const BYTES: u64 = 4 << 20;
 /// What a daemon keeps after many calls: 7 to 13 MiB were seen, some of it the history's queue of 8,192 records and its pages.
 const KEPT_KIB_MAX: u64 = 20 << 10;
-const METHODS: [&str; 20] = [
+const METHODS: [&str; 25] = [
     "AddExport",
     "RemoveExport",
     "PrepareDetach",
@@ -32,6 +32,11 @@ const METHODS: [&str; 20] = [
     "ListPins",
     "ListMappings",
     "PruneMappings",
+    "CreateImage",
+    "BeginBackup",
+    "FinishBackup",
+    "DeleteBackup",
+    "ListBackups",
     "ConfirmPin",
     "Repin",
     "Unpin",

@@ -98,7 +98,7 @@ async fn a_newer_store_and_a_strangers_are_refused_and_kept() {
             error,
             StoreError::Newer {
                 found: 1000,
-                known: 6,
+                known: 7,
                 ..
             }
         ),

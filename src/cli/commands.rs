@@ -8,8 +8,8 @@ use zbus::Variant;
 
 use super::show::{self, print, print_json};
 use super::{
-    Add, Command, Ensure, Explain, Failure, PrepareDetach, doctor, explain, history, import,
-    mappings, metrics, pins, top, watch,
+    Add, Command, Ensure, Explain, Failure, PrepareDetach, backups, doctor, explain, history,
+    image, import, mappings, metrics, pins, top, watch,
 };
 use crate::dbus::Bus;
 use crate::dbus::client::{Client, ClientError, Options};
@@ -80,6 +80,13 @@ pub async fn run(bus: &Bus, command: Command, as_json: bool) -> Result<(), Failu
             client.unpin(&name).await.map_err(failed)?;
             done(as_json, "judged anew", &name)?;
         }
+        Command::Image(asked) => image::export(&client, &asked, as_json)
+            .await
+            .map_err(|asking| asking.failure(failed))?,
+        Command::Backup(asked) => backups::backup(&client, &asked, as_json)
+            .await
+            .map_err(|asking| asking.failure(failed))?,
+        Command::Backups => backups::list(&client.backups().await.map_err(failed)?, as_json)?,
         Command::Rescan => {
             client.rescan().await.map_err(failed)?;
             done(as_json, "rescanned", "")?;
@@ -112,7 +119,6 @@ pub async fn run(bus: &Bus, command: Command, as_json: bool) -> Result<(), Failu
         Command::Doctor { .. }
         | Command::NbdServer { .. }
         | Command::BackupName(_)
-        | Command::Image(_)
         | Command::Manual { .. }
         | Command::Serve(_)
         | Command::Check { .. }

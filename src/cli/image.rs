@@ -10,9 +10,11 @@ use serde_json::{Map, Value, json};
 use super::Failure;
 use super::show::{print, print_json};
 use super::table::{Look, lay_out, size as shown};
+use crate::correlation::{NewImage, Preallocation};
+use crate::dbus::client::{Client, ClientError};
 use crate::identity::Format;
 use crate::image::beneath::Roots;
-use crate::image::create::{self, NewImage, Preallocation};
+use crate::image::create;
 use crate::image::describe::{self, Content, Described};
 use crate::image::qcow2::check::Findings;
 use crate::image::qcow2::header::Compression;
@@ -70,6 +72,19 @@ struct Create {
     /// What is there before anything is written
     #[arg(long, value_name = "MODE", value_parser = ["off", "metadata", "falloc", "full"], default_value = "off")]
     preallocation: String,
+    /// Have the daemon make it, beneath one of its file_roots, and export it under this name
+    #[arg(long, value_name = "NAME")]
+    export: Option<String>,
+    /// How long to wait until it serves [default: 10]
+    #[arg(long, value_name = "SECONDS", value_parser = super::seconds, requires = "export")]
+    wait: Option<Duration>,
+}
+
+impl Asked {
+    /// Whether a daemon is to do it.
+    pub fn needs_daemon(&self) -> bool {
+        matches!(&self.command, Command::Create(asked) if asked.export.is_some())
+    }
 }
 
 pub fn image(asked: &Asked, as_json: bool) -> Result<(), Failure> {
@@ -123,7 +138,7 @@ impl At {
     }
 }
 
-fn create(asked: &Create, as_json: bool) -> Result<(), Failure> {
+fn wanted(asked: &Create) -> Result<NewImage, Failure> {
     let format = said(asked.format.as_deref())?.or(by_name(&asked.path));
     let format = format.ok_or_else(|| {
         Failure::Argument(format!(
@@ -133,26 +148,77 @@ fn create(asked: &Create, as_json: bool) -> Result<(), Failure> {
     })?;
     let cluster = asked.cluster_size.map(u32::try_from).transpose();
     let backing = said(asked.backing_format.as_deref())?;
-    let new = NewImage {
+    Ok(NewImage {
         format,
         size: asked.size,
         cluster_bytes: cluster
             .map_err(|_| Failure::Argument("--cluster-size: at most 2M".to_owned()))?,
         backing: asked.backing.clone().zip(backing),
         preallocation: Preallocation::parse(&asked.preallocation).unwrap_or_default(),
-    };
+    })
+}
+
+fn create(asked: &Create, as_json: bool) -> Result<(), Failure> {
+    let new = wanted(asked)?;
     let path = absolute(&asked.path, true)?;
     let size = create::create(&path, &everything(), &new)
         .map_err(|error| Failure::Image(error.to_string()))?;
     if as_json {
-        let made = json!({"path": path, "format": format.name(), "size": size});
+        let made = json!({"path": path, "format": new.format.name(), "size": size});
         return Ok(print_json(&made)?);
     }
     Ok(print(&format!(
         "made: {path} ({}, {})\n",
-        format.name(),
+        new.format.name(),
         shown(size)
     ))?)
+}
+
+/// Has the daemon make the image and export it.
+pub async fn export(client: &Client, asked: &Asked, as_json: bool) -> Result<(), Asking> {
+    let Command::Create(asked) = &asked.command else {
+        return Err(Failure::Usage("only create has --export").into());
+    };
+    let Some(name) = &asked.export else {
+        return Err(Failure::Usage("say --export").into());
+    };
+    let (new, path) = (wanted(asked)?, absolute(&asked.path, true)?);
+    let object = client.create_image(name, &path, &new, asked.wait).await?;
+    if as_json {
+        let made =
+            json!({"path": path, "format": new.format.name(), "export": name, "object": object});
+        return Ok(print_json(&made).map_err(Failure::Output)?);
+    }
+    let said = format!("made: {path}, exported as {name}\n");
+    Ok(print(&said).map_err(Failure::Output)?)
+}
+
+/// How a command that asks a daemon ends without having done it.
+pub enum Asking {
+    Client(ClientError),
+    Failure(Failure),
+}
+
+impl Asking {
+    /// The failure, with what the bus said told by `failed`.
+    pub fn failure(self, failed: impl FnOnce(ClientError) -> Failure) -> Failure {
+        match self {
+            Asking::Client(error) => failed(error),
+            Asking::Failure(failure) => failure,
+        }
+    }
+}
+
+impl From<ClientError> for Asking {
+    fn from(error: ClientError) -> Asking {
+        Asking::Client(error)
+    }
+}
+
+impl From<Failure> for Asking {
+    fn from(failure: Failure) -> Asking {
+        Asking::Failure(failure)
+    }
 }
 
 fn info(at: &At, as_json: bool) -> Result<(), Failure> {

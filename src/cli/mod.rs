@@ -4,6 +4,7 @@
 //! Results go to standard output, messages to standard error; `--json` makes both fit for machines.
 
 mod backup_name;
+mod backups;
 mod check;
 mod commands;
 mod complete;
@@ -118,8 +119,13 @@ enum Command {
     Mappings(mappings::Mappings),
     /// Name the export of a backup, or take such a name apart; needs no daemon
     BackupName(backup_name::Asked),
-    /// Make images and look at them; needs no daemon
+    /// Make images and look at them; without --export, needs no daemon
     Image(image::Asked),
+    /// Begin, finish and delete backups
+    Backup(backups::Asked),
+    /// List the backups
+    #[command(visible_alias = "images")]
+    Backups,
     /// Export disks of VMs that a configuration or a table has paths for
     Import(import::Import),
     /// Look at the attached disks anew
@@ -405,7 +411,7 @@ fn run(cli: Cli) -> Result<(), Failure> {
         Command::Manual { folder } => return Ok(manual::write(Cli::command(), &folder)?),
         Command::Check { config } => return check::check(&config, json),
         Command::BackupName(asked) => return backup_name::backup_name(&asked, json),
-        Command::Image(asked) => return image::image(&asked, json),
+        Command::Image(asked) if !asked.needs_daemon() => return image::image(&asked, json),
         Command::TakeOver(asked) => return take_over::take_over(&asked, json),
         Command::GiveBack(asked) => return take_over::give_back(&asked, json),
         command => command,

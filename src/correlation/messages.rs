@@ -7,6 +7,7 @@ use super::facts::{
     Change, Definition, DeviceNode, DeviceNumber, DiskFacts, DiskSeq, ExportName, Mark,
 };
 use super::pins::ConfiguredSection;
+use super::request_error::RequestError;
 use super::vm::{Mapping, VmDisk};
 use crate::identity::{Identity, VolumeId};
 
@@ -408,35 +409,4 @@ pub struct Difference {
 pub enum Reply {
     Done,
     Added { name: ExportName, created: bool },
-}
-
-/// Why a request was not carried out. The variants are the D-Bus error names.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum RequestError {
-    #[error("{0}")]
-    NotFound(String),
-    #[error("{0}")]
-    AlreadyExists(String),
-    #[error("{0}")]
-    Ambiguous(String),
-    #[error("{0}")]
-    IdentityMismatch(String),
-    #[error("{0}")]
-    DeviceBusy(String),
-    #[error("{0}")]
-    NotReady(String),
-    #[error("{0}")]
-    InUse(String),
-    #[error("{0}")]
-    InvalidArgument(String),
-    #[error("{0}")]
-    InvalidConfig(String),
-    #[error("{0}")]
-    NotAuthorized(String),
-    #[error("{0}")]
-    NotSupported(String),
-    #[error("{0}")]
-    TimedOut(String),
-    #[error("{0}")]
-    Failed(String),
 }

@@ -12,6 +12,7 @@
 
 mod answers;
 pub mod backup_name;
+mod backups;
 mod binding;
 mod check;
 mod configure;
@@ -26,6 +27,7 @@ mod holds;
 mod index;
 mod membership;
 mod messages;
+mod new_image;
 mod observe;
 mod pin_calls;
 pub mod pin_rule;
@@ -33,6 +35,7 @@ mod pin_steps;
 mod pins;
 mod record;
 mod removal;
+mod request_error;
 mod requests;
 mod rows;
 mod settle;
@@ -46,13 +49,16 @@ mod vm;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
+pub use backups::{Backup, BackupChange, BackupState, Backups, BeginBackup, Proof};
 pub use explain::{Candidate, Explanation};
 pub use facts::*;
 pub use messages::*;
+pub use new_image::{CreateImage, NewImage, Preallocation, file_in};
 pub use pin_calls::PinView;
 pub use pin_rule::{AtPath, FoundDisk, Pin, PinnedTo, Written};
 pub use pins::{ConfiguredSection, NamedPath, PathFound};
 pub use record::*;
+pub use request_error::RequestError;
 pub use view::*;
 pub use vm::*;
 

@@ -18,7 +18,15 @@ impl Control {
             caller,
         } = command;
         match call {
-            Call::Request(_) | Call::Rescan | Call::Reload if self.stopping => {
+            Call::Request(_)
+            | Call::Rescan
+            | Call::Reload
+            | Call::CreateImage(_)
+            | Call::BeginBackup(_)
+            | Call::FinishBackup(_)
+            | Call::DeleteBackup { .. }
+                if self.stopping =>
+            {
                 self.answer(
                     reply,
                     Err(RequestError::NotReady("the daemon is stopping".to_owned())),
@@ -30,6 +38,10 @@ impl Control {
             {
                 self.trail.note_refused(what, &caller, &reason);
                 self.answer(reply, Err(RequestError::InvalidArgument(reason)));
+            }
+            Call::Request(ref what) if let Err(reason) = self.shelf.permit(what) => {
+                self.trail.note_refused(what, &caller, &reason);
+                self.answer(reply, Err(RequestError::InUse(reason)));
             }
             // Who comes back under the name would write to another volume than it believes: no move happens under a client.
             Call::Request(ref what @ Request::EnsureVmExport(ref ensure))
@@ -104,6 +116,15 @@ impl Control {
                 pins.retain(|pin| pin.pending || !pending);
                 self.answer(reply, Ok(Answer::Pins(pins)));
             }
+            Call::CreateImage(asked) => self.create_image(asked, reply, &caller),
+            Call::BeginBackup(asked) => self.begin_backup(asked, reply, &caller),
+            Call::FinishBackup(asked) => self.finish_backup(asked, reply, &caller),
+            Call::DeleteBackup {
+                name,
+                children,
+                keep_files,
+            } => self.delete_backup(&name, children, keep_files, reply, &caller),
+            Call::Backups => self.list_backups(reply),
             Call::Mappings => self.order(Order::List { asker: reply }),
             Call::PruneMappings { days, dry_run } => {
                 if !dry_run {

@@ -17,13 +17,15 @@ use super::row_asks::RowAsks;
 use super::sections::Clock;
 use super::service::Service;
 use super::shared_table::{SharedTable, SharedTableFacts};
+use super::shelf::Shelf;
 use super::sockets::Sockets;
 use super::trail::Trail;
+use super::works::{Wish, Works};
 use super::{Error, Options};
 use crate::config::IdentityRules;
 use crate::correlation::{
-    Correlation, Event, ExportName, Notice, OpenRefusal, OpenedDisk, RequestError, RequestId,
-    Ticket,
+    Correlation, Event, ExportName, Notice, OpenRefusal, OpenedDisk, Reply, RequestError,
+    RequestId, Ticket,
 };
 use crate::dbus::{Answer, Command, JobView, Publisher};
 use crate::files;
@@ -50,6 +52,8 @@ pub(super) enum Report {
     RowAsks(Box<RowAsks>),
     /// The list of claims was written, or says why not.
     ClaimsWritten(std::io::Result<()>),
+    /// A task beside the loop asks for something.
+    Wishes(Box<Wish>),
 }
 
 pub(super) type Asker = oneshot::Sender<Result<Answer, RequestError>>;
@@ -63,6 +67,7 @@ pub(super) struct Edges {
     pub store: Store,
     /// Where the table of VMs' disks is shared, and how often it is looked at.
     pub shared: Option<(Address, Duration)>,
+    pub backups: Shelf,
     pub history: History,
 }
 
@@ -86,6 +91,10 @@ pub(super) struct Control {
     pub(super) opening: usize,
     /// Callers that wait for a reply: at most the calls that D-Bus lets in, and those who gave up until the middle answers.
     pub asked: HashMap<RequestId, Asker>,
+    /// Tasks that wait for the middle's reply: at most one for each of the works.
+    pub(super) wished: HashMap<RequestId, oneshot::Sender<Result<Reply, RequestError>>>,
+    pub(super) works: Works,
+    pub(super) shelf: Shelf,
     pub(super) last_request: RequestId,
     /// Callers of `Rescan`, each answered by a survey and a look at the files that began after it asked; at most the calls
     /// that D-Bus lets in.
@@ -137,6 +146,7 @@ impl Control {
             files,
             store,
             shared,
+            backups,
             history,
         } = edges;
         let (reports, report_receiver) = mpsc::unbounded_channel();
@@ -183,6 +193,9 @@ impl Control {
             opened: HashMap::new(),
             opening: 0,
             asked: HashMap::new(),
+            wished: HashMap::new(),
+            works: Works::new(),
+            shelf: backups,
             last_request: RequestId(0),
             rescans: Vec::new(),
             reports,
@@ -355,6 +368,7 @@ impl Control {
             }
             Report::Reloaded(read) => self.on_reload(read),
             Report::RowAsks(asks) => self.on_row_asks(*asks),
+            Report::Wishes(wish) => self.on_wish(*wish),
             Report::ClaimsWritten(result) => {
                 self.claims_file.written(result);
                 self.keep_claims();

@@ -9,14 +9,14 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::time::Instant;
 
 use super::control::{Asker, Control, Report};
 use super::shared_table::{SharedTable, Told};
 use crate::correlation::{
-    Change, Event, ExportName, ExportView, INTERNAL, MappingState, RequestError, RequestId, Unkept,
-    VmDisk,
+    BackupChange, Change, Event, ExportName, ExportView, INTERNAL, MappingState, RequestError,
+    RequestId, Unkept, VmDisk,
 };
 use crate::dbus::Answer;
 use crate::mapping::{Store, StoreError};
@@ -39,6 +39,11 @@ pub(super) enum Order {
     },
     /// Look at the shared table, if there is one.
     Look,
+    /// Of backups.
+    Keep {
+        changes: Vec<BackupChange>,
+        kept: oneshot::Sender<Result<(), RequestError>>,
+    },
     /// The table of VMs' disks.
     List { asker: Asker },
     /// Delete inactive rows of it that are so many days old.
@@ -173,6 +178,11 @@ impl Keeper {
                     shared.look();
                 }
             }
+            Order::Keep { changes, kept } => {
+                let done = self.store.keep_backups(&changes).await;
+                // Who asked ends with the daemon only.
+                let _ended = kept.send(done.map_err(unkept));
+            }
             Order::List { asker } => {
                 let mut rows = self.store.mappings().await;
                 if let (Ok(rows), Some(shared)) = (&mut rows, &self.shared) {
@@ -269,6 +279,9 @@ impl Control {
             }
             // The next look is never far.
             Order::Look => {}
+            Order::Keep { kept, .. } => {
+                let _ended = kept.send(Err(RequestError::NotReady(reason)));
+            }
             Order::List { asker } | Order::Prune { asker, .. } => {
                 self.answer(asker, Err(RequestError::NotReady(reason)));
             }
@@ -278,10 +291,14 @@ impl Control {
 
 fn answer(asker: Asker, answer: Result<Answer, StoreError>) {
     // Who asked may have gone.
-    let _gone = asker.send(answer.map_err(|error| match error {
+    let _gone = asker.send(answer.map_err(unkept));
+}
+
+fn unkept(error: StoreError) -> RequestError {
+    match error {
         StoreError::TimedOut { .. } => RequestError::NotReady(error.to_string()),
         error => RequestError::Failed(error.to_string()),
-    }));
+    }
 }
 
 async fn told(shared: &mut Option<SharedTable>) -> Told {

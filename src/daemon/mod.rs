@@ -5,6 +5,7 @@
 
 mod activation;
 mod asked;
+mod backups;
 mod claims;
 mod config_watch;
 mod control;
@@ -24,9 +25,11 @@ mod sections;
 mod service;
 mod shared_look;
 mod shared_table;
+mod shelf;
 mod sockets;
 mod sys;
 mod trail;
+mod works;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -48,6 +51,7 @@ use crate::udev;
 use control::{Control, Edges, Stops};
 use runtime_files::RuntimeFiles;
 use sections::{Clock, Reading};
+use shelf::Shelf;
 use sockets::Sockets;
 
 pub use activation::ActivationError;
@@ -241,6 +245,7 @@ async fn start(
     raise_descriptor_limit();
     let store = Store::open(&config.server.state).await?;
     let remembered = store.load().await?;
+    let backups = Shelf::new(store.backups().await?);
     let boot = udev::boot_id().map_err(|source| Error::Kernel {
         what: "the boot id cannot be read",
         source,
@@ -300,6 +305,7 @@ async fn start(
         files: file_observer,
         store,
         shared,
+        backups,
         history,
     };
     let mut control = Control::new(

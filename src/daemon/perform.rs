@@ -7,7 +7,8 @@ use super::control::{Control, Report};
 use super::keeper::Order;
 use super::log;
 use crate::correlation::{
-    Action, DiskSeq, Event, ExportName, Notice, OpenDisk, Reply, RequestError, RequestId, Ticket,
+    Action, DiskSeq, Event, ExportName, Notice, OpenDisk, OpenRefusal, Reply, RequestError,
+    RequestId, Ticket,
 };
 use crate::dbus::{Answer, Publication};
 use crate::identity::Format;
@@ -96,6 +97,19 @@ impl Control {
     fn open_disk(&mut self, order: OpenDisk) {
         self.opening += 1;
         let reports = self.reports.clone();
+        // Whoever asks for it, and by whatever name: what is complete stays as it was finished.
+        if order.write
+            && let Some(path) = order.identity.file()
+            && let Err(reason) = self.shelf.may_be_written(path, order.diskseq)
+        {
+            let refused = Err(OpenRefusal::Kernel(reason));
+            // The loop is gone only when the daemon stops.
+            let _stopped = reports.send(Report::Opened {
+                ticket: order.ticket,
+                result: refused,
+            });
+            return;
+        }
         let claims = Arc::clone(&self.claims);
         let reader = self.observer.identity_reader();
         let roots = Arc::clone(&self.roots);
@@ -157,6 +171,11 @@ impl Control {
         batch.extend(exports.into_iter().map(|name| self.export(name)));
         batch.extend(signals);
         for (request, reply) in replies {
+            if let Some(task) = self.wished.remove(&request) {
+                // It ends with the daemon only.
+                let _ended = task.send(reply);
+                continue;
+            }
             self.trail.note_answer(request, &reply);
             batch.extend(self.end_job(request, &reply));
             // A caller that has gone has taken its receiver along, which costs nothing.

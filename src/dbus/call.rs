@@ -31,6 +31,9 @@ const MARGIN: Duration = Duration::from_secs(15);
 /// The time for a call that names none.
 const ASKING: Duration = Duration::from_secs(30);
 
+/// What a file gets to be made, on top of the time for its export to serve. Room that is written with zeroes can take longer.
+pub(super) const MAKING: Duration = Duration::from_secs(60);
+
 /// The way into the loop.
 #[derive(Debug)]
 pub struct Calls {
@@ -114,17 +117,22 @@ impl Calls {
     /// `NotReady` when too many calls wait already, of all or of this caller.
     pub fn admit(&self, call: &Call, caller: &str) -> Result<Place, RequestError> {
         let places = match call {
-            Call::Request(Request::AddExport { .. } | Request::EnsureVmExport(_)) => &self.adding,
+            Call::Request(Request::AddExport { .. } | Request::EnsureVmExport(_))
+            | Call::CreateImage(_)
+            | Call::BeginBackup(_) => &self.adding,
             Call::Request(_)
             | Call::Rescan
             | Call::Reload
             | Call::EndSession(_)
             | Call::PruneMappings { .. }
+            | Call::FinishBackup(_)
+            | Call::DeleteBackup { .. }
             | Call::SetLogLevel(_) => &self.changing,
             Call::ResolveVolume(_)
             | Call::Sessions(_)
             | Call::Pins { .. }
             | Call::Mappings
+            | Call::Backups
             | Call::Stats
             | Call::Explain(_)
             | Call::History(_)
@@ -182,6 +190,11 @@ pub(super) fn time_for(call: &Call) -> Duration {
     let asked = match call {
         Call::Request(Request::AddExport { wait, .. }) => *wait,
         Call::Request(Request::EnsureVmExport(ensure)) => ensure.wait,
+        Call::CreateImage(asked) => asked.wait.saturating_add(MAKING),
+        Call::BeginBackup(asked) => asked.wait.saturating_add(MAKING),
+        Call::FinishBackup(asked) => asked.wait,
+        // A folder with many files can be slow.
+        Call::DeleteBackup { .. } => MAKING,
         Call::Request(
             Request::RemoveExport { within, .. } | Request::PrepareDetach { within, .. },
         ) => *within,
@@ -193,6 +206,7 @@ pub(super) fn time_for(call: &Call) -> Duration {
         )
         | Call::Pins { .. }
         | Call::Mappings
+        | Call::Backups
         | Call::PruneMappings { .. }
         | Call::Rescan
         | Call::Reload

@@ -348,7 +348,7 @@ fn told(message: &Message) -> Option<Told> {
 }
 
 /// Puts the time into the options and returns how long to wait for the answer.
-fn limit(
+pub(super) fn limit(
     options: &mut Options<'_>,
     key: &'static str,
     asked: Option<Duration>,

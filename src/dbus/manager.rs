@@ -10,7 +10,7 @@ use super::introspect::{Interface, Method, Signal};
 use super::options::{Options, bounded, short};
 use super::pins;
 use super::{Call, Filter};
-use super::{inquiries, mappings};
+use super::{backups, images, inquiries, mappings};
 use crate::correlation::{
     Definition, DiskSeq, Ensure, ExportName, Mapping, RemoveMode, Request, RequestError, Source,
     VmDisk, VmDiskError,
@@ -107,6 +107,11 @@ pub const MANAGER: Interface = Interface {
         pins::UNPIN,
         mappings::LIST_MAPPINGS,
         mappings::PRUNE_MAPPINGS,
+        images::CREATE_IMAGE,
+        backups::BEGIN_BACKUP,
+        backups::FINISH_BACKUP,
+        backups::DELETE_BACKUP,
+        backups::LIST_BACKUPS,
     ],
     signals: &[
         Signal {
@@ -204,6 +209,10 @@ pub fn parse(method: &str, message: &Message) -> Result<Call, RequestError> {
         }
         "ListMappings" | "PruneMappings" => mappings::parse(method, message),
         "ListPins" | "ConfirmPin" | "Repin" | "Unpin" => pins::parse(method, message),
+        "CreateImage" => images::parse(message),
+        "BeginBackup" | "FinishBackup" | "DeleteBackup" | "ListBackups" => {
+            backups::parse(method, message)
+        }
         other => Err(RequestError::NotSupported(format!(
             "{other} does not exist"
         ))),

@@ -17,14 +17,18 @@
 //!
 //! May use: correlation, identity. May not touch: disks, sockets of NBD clients, the store.
 
+mod backups;
 mod call;
 pub mod client;
+mod client_backups;
+mod client_images;
 mod client_inquiries;
 mod client_mappings;
 mod client_pins;
 mod connect;
 mod error;
 mod export;
+mod images;
 mod inquiries;
 mod introspect;
 mod job;
@@ -45,9 +49,11 @@ mod tree;
 mod volume;
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot};
 
+pub use backups::BackupView;
 pub use call::CALLS_MAX;
 pub use client_inquiries::ExportStats;
 pub use error::BusError;
@@ -56,8 +62,8 @@ pub use log_control::{LogLevel, LogState};
 pub use publish::Publisher;
 
 use crate::correlation::{
-    Difference, DiskSeq, DiskView, Explanation, ExportName, ExportView, Generation, Inquiry,
-    MappingRow, Notice, PinView, Record, Request, RequestError,
+    BeginBackup, CreateImage, Difference, DiskSeq, DiskView, Explanation, ExportName, ExportView,
+    Generation, Inquiry, MappingRow, Notice, PinView, Record, RemoveMode, Request, RequestError,
 };
 use crate::identity::VolumeId;
 
@@ -148,6 +154,18 @@ pub enum Call {
         days: u32,
         dry_run: bool,
     },
+    /// Make a file and export it; answered when both are durable.
+    CreateImage(CreateImage),
+    BeginBackup(BeginBackup),
+    FinishBackup(FinishBackup),
+    DeleteBackup {
+        name: ExportName,
+        /// With those that lie on it.
+        children: bool,
+        /// Only forget them.
+        keep_files: bool,
+    },
+    Backups,
     Stats,
     /// What each export carried.
     Measures,
@@ -157,6 +175,17 @@ pub enum Call {
     Explain(Subject),
     /// What the trail remembers.
     History(Inquiry),
+}
+
+/// A backup that is to be complete.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FinishBackup {
+    pub name: ExportName,
+    /// What becomes of clients of its export; never to hide it.
+    pub mode: RemoveMode,
+    /// Also one that was interrupted.
+    pub interrupted: bool,
+    pub wait: Duration,
 }
 
 /// What is to be explained.
@@ -245,6 +274,10 @@ pub enum Answer {
     Pins(Vec<PinView>),
     /// Rows of the table of VMs' disks, or those that were pruned.
     Mappings(Vec<MappingRow>),
+    Backup(Box<BackupView>),
+    Backups(Vec<BackupView>),
+    /// What was deleted.
+    Names(Vec<ExportName>),
     Stats(BTreeMap<String, u64>),
     Explained {
         explanation: Box<Explanation>,

@@ -25,7 +25,7 @@ use super::reply::{
 use super::signals::{by_name, words};
 use super::tree::{Object, Properties};
 use super::{
-    Answer, Bus, BusError, Call, Command, export, inquiries, mappings, paths, pins, volume,
+    Answer, Bus, BusError, Call, Command, backups, export, inquiries, mappings, paths, pins, volume,
 };
 
 /// Between attempts to reach a bus that went away: from, and at most.
@@ -331,11 +331,12 @@ impl Server {
             Answer::Done => response(message, &()),
             Answer::Added { name, created } => {
                 let path = self.shared.tree().export_path(&name);
-                if method == "EnsureVmExport" {
+                match method {
                     // The name is what NBD clients ask for, and the caller did not choose it.
-                    response(message, &(path, name.as_str(), created))
-                } else {
-                    response(message, &(path, created))
+                    "EnsureVmExport" => response(message, &(path, name.as_str(), created)),
+                    "CreateImage" => response(message, &path),
+                    "BeginBackup" => response(message, &(path, name.as_str())),
+                    _ => response(message, &(path, created)),
                 }
             }
             Answer::Volumes(disks) => {
@@ -353,6 +354,15 @@ impl Server {
             }
             Answer::Pins(views) => response(message, &pins::pins(&views)),
             Answer::Mappings(rows) => response(message, &mappings::mappings(&rows)),
+            Answer::Backup(view) => response(message, &backups::dictionary(&view)),
+            Answer::Backups(views) => {
+                let views: Vec<_> = views.iter().map(backups::dictionary).collect();
+                response(message, &views)
+            }
+            Answer::Names(names) => {
+                let names: Vec<&str> = names.iter().map(|name| name.as_str()).collect();
+                response(message, &names)
+            }
             Answer::Stats(mut stats) => {
                 stats.insert("bus_calls_refused".to_owned(), self.calls.refused());
                 stats.insert("bus_signals_dropped".to_owned(), self.shared.dropped());

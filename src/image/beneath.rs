@@ -62,6 +62,12 @@ impl Roots {
         *self.0.write().unwrap_or_else(PoisonError::into_inner) = roots;
     }
 
+    /// The first of the folders.
+    pub fn first(&self) -> Option<String> {
+        let roots = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        roots.first()?.to_str().map(str::to_owned)
+    }
+
     /// The folder that a path lies beneath, and the rest of the path.
     fn split<'a>(&self, path: &'a str) -> Option<(PathBuf, &'a Path)> {
         // The longest root first: a root inside another one is stricter.

@@ -24,61 +24,11 @@ use super::beneath::{FileError, Roots};
 use super::qcow2::header::BackingName;
 use super::qcow2::layout::{CLUSTER_BYTES, Layout, LayoutError};
 use super::qcow2::{ChainError, backing_bytes};
+use crate::correlation::{NewImage, Preallocation};
 use crate::identity::Format;
 
 /// Zeroes are written in pieces of this size.
 static ZEROES: [u8; 1 << 20] = [0; 1 << 20];
-
-/// What of a new file is there before anything was written to it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Preallocation {
-    /// Nothing: room is taken as it is written.
-    #[default]
-    Off,
-    /// The tables of an image, with a place for each cluster; no room.
-    Metadata,
-    /// Room, taken from the file system without being written.
-    Falloc,
-    /// Room, written with zeroes.
-    Full,
-}
-
-impl Preallocation {
-    pub const ALL: [Preallocation; 4] = [
-        Preallocation::Off,
-        Preallocation::Metadata,
-        Preallocation::Falloc,
-        Preallocation::Full,
-    ];
-
-    /// The word for it, which is QEMU's.
-    pub fn name(self) -> &'static str {
-        match self {
-            Preallocation::Off => "off",
-            Preallocation::Metadata => "metadata",
-            Preallocation::Falloc => "falloc",
-            Preallocation::Full => "full",
-        }
-    }
-
-    /// The one of this name.
-    pub fn parse(name: &str) -> Option<Preallocation> {
-        Preallocation::ALL.into_iter().find(|p| p.name() == name)
-    }
-}
-
-/// A file that is to be made.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct NewImage {
-    pub format: Format,
-    /// Virtual size in bytes; `None` for that of the backing file.
-    pub size: Option<u64>,
-    /// Bytes; `None` for 64 KiB. Of QCOW2 only.
-    pub cluster_bytes: Option<u32>,
-    /// What it lies on, as its header is to name it, and the format of that. Of QCOW2 only.
-    pub backing: Option<(String, Format)>,
-    pub preallocation: Preallocation,
-}
 
 /// Why no file was made. Nothing was changed then, but for [`CreateError::NotDurable`].
 #[derive(Debug, thiserror::Error)]

@@ -20,8 +20,10 @@ mod medium;
 pub mod pages;
 pub mod qcow2;
 pub mod raw;
+pub mod remove;
 mod sys;
 mod users;
+pub mod verify;
 
 use pages::Pages;
 

@@ -7,6 +7,7 @@
 //! | `state.rs` | the state directory and its lock |
 //! | `schema.rs` | opens the file, refuses what is not ours, brings it up to date |
 //! | `rows.rs` | facts from and to rows |
+//! | `backups.rs` | the table of backups |
 //! | `table.rs` | the table of VMs' disks, as appliances and people read it |
 //! | `database.rs`, `database_rows.rs` | the same table in a MariaDB or MySQL server |
 //! | `reconcile.rs` | PURE: what rows of that one mean |
@@ -24,9 +25,12 @@ use sqlx::{Connection, SqliteConnection};
 use tokio::sync::{Mutex, OwnedMutexGuard};
 use tokio::time::timeout;
 
-use crate::correlation::{Change, MappingRow, MappingState, Remembered, VmDisk};
+use crate::correlation::{
+    Backup, BackupChange, Change, MappingRow, MappingState, Remembered, VmDisk,
+};
 use reconcile::Known;
 
+mod backups;
 mod database;
 mod database_rows;
 mod history;
@@ -177,6 +181,30 @@ impl Store {
         let (database, disks) = (database.to_owned(), disks.to_vec());
         self.with(APPLY_WITHIN, |mut held| async move {
             table::mark(&mut held.connection, &database, &disks).await
+        })
+        .await
+    }
+
+    /// All backups, by name. Those that were being written when the last daemon ended are interrupted from now on.
+    ///
+    /// # Errors
+    /// As of [`Store::load`].
+    pub async fn backups(&self) -> Result<Vec<Backup>, StoreError> {
+        let file = self.file.clone();
+        self.with(OPEN_WITHIN, |mut held| async move {
+            backups::load(&mut held.connection, &file).await
+        })
+        .await
+    }
+
+    /// Carries out all changes of backups as one transaction; durable at return (invariant 5).
+    ///
+    /// # Errors
+    /// As of [`Store::apply`].
+    pub async fn keep_backups(&self, changes: &[BackupChange]) -> Result<(), StoreError> {
+        let changes = changes.to_vec();
+        self.with(APPLY_WITHIN, |mut held| async move {
+            backups::keep(&mut held.connection, &changes).await
         })
         .await
     }

@@ -174,7 +174,7 @@ pub(super) async fn load(
     })
 }
 
-fn parsed<T>(
+pub(super) fn parsed<T>(
     rows: &[SqliteRow],
     table: &'static str,
     file: &Path,
@@ -267,7 +267,7 @@ fn mapping(row: &SqliteRow) -> Result<Mapping, String> {
     Mapping::new(disk, &column::<String>(row, "vm_name")?).map_err(|error| error.to_string())
 }
 
-fn column<'r, T>(row: &'r SqliteRow, column: &str) -> Result<T, String>
+pub(super) fn column<'r, T>(row: &'r SqliteRow, column: &str) -> Result<T, String>
 where
     T: sqlx::Decode<'r, sqlx::Sqlite> + sqlx::Type<sqlx::Sqlite>,
 {
@@ -282,7 +282,7 @@ fn flag(row: &SqliteRow, name: &str) -> Result<bool, String> {
     }
 }
 
-fn name(row: &SqliteRow, name: &str) -> Result<ExportName, String> {
+pub(super) fn name(row: &SqliteRow, name: &str) -> Result<ExportName, String> {
     ExportName::parse(&column::<String>(row, name)?).map_err(|error| error.to_string())
 }
 

@@ -9,7 +9,7 @@ use sqlx::{ConnectOptions, Connection, Row, SqliteConnection};
 use super::{BUSY_WITHIN, StoreError};
 
 /// One step each, from version N to N+1. Never edited once released: a new one is added.
-const MIGRATIONS: [&str; 6] = [
+const MIGRATIONS: [&str; 7] = [
     // Numbers that are 64 bits without a sign are text: SQLite's integers have a sign.
     "CREATE TABLE exports (
         name TEXT NOT NULL PRIMARY KEY,
@@ -80,6 +80,23 @@ const MIGRATIONS: [&str; 6] = [
         LEFT JOIN nbdtrack_mappings n ON n.vm_id = m.vm_id AND n.disk_unit_number = m.disk_unit_number;",
     // Which shared database has had the row: one that is missing there was deleted by someone, or has never come there.
     "ALTER TABLE nbdtrack_mappings ADD COLUMN in_database TEXT NOT NULL DEFAULT '';",
+    // Backups, and what each was when it was finished. Times are seconds since 1970.
+    "CREATE TABLE backups (
+        name TEXT NOT NULL PRIMARY KEY,
+        path TEXT NOT NULL,
+        size_bytes TEXT NOT NULL,
+        parent TEXT,
+        state TEXT NOT NULL CHECK (state IN ('writing', 'interrupted', 'complete', 'failed')),
+        reason TEXT NOT NULL DEFAULT '',
+        begun_at INTEGER NOT NULL,
+        finished_at INTEGER NOT NULL DEFAULT 0,
+        sha256 TEXT,
+        file_bytes TEXT,
+        modified_ns TEXT,
+        incarnation_raw TEXT,
+        incarnation_qcow2 TEXT,
+        CHECK (state != 'complete' OR sha256 IS NOT NULL)
+    );",
 ];
 
 /// Opens `file`, which exists (empty when it is new), for reading and writing.

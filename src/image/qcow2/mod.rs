@@ -20,6 +20,7 @@
 //! | `chain.rs` | what lies beneath an image |
 //! | `layout.rs` | PURE: the file of a new image |
 //! | `check.rs` | whether reference counts and tables agree |
+//! | `whole.rs` | reading all of an image once |
 //! | `census.rs` | what of the file is referred to, and how often |
 
 use std::fs::File;
@@ -54,10 +55,13 @@ pub mod layout;
 mod ranges;
 mod refs;
 mod tables;
+mod whole;
 mod write;
 
 pub use self::chain::{BACKING_MAX, ChainError};
 pub(super) use self::core::Core;
+pub use self::whole::ReadError;
+pub(super) use self::whole::read_all;
 use apart::Places;
 use empty::Emptying;
 use header::{BackingName, Header, Refusal};

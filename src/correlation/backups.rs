@@ -1,0 +1,474 @@
+//! Backups: which there are, what each lies on, and what may become of one. PURE.
+//!
+//! ```text
+//!   begin ──> writing ──finish, checked──> complete ──delete──> gone
+//!                │ └────finish, damaged──> failed ─────delete──> gone
+//!                └─the daemon ended──> interrupted ──finish, when told to take it──> complete
+//! ```
+//! Only a complete one can be a parent, and a complete one is not written any more, by any export.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use super::backup_name::{BackupKind, BackupName};
+use super::facts::{DiskSeq, ExportName};
+use super::messages::Request;
+use super::new_image::{NewImage, Preallocation, file_in};
+use super::request_error::RequestError;
+use crate::identity::Format;
+
+/// How far a backup has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BackupState {
+    /// Its export is there, or was, and it is not finished.
+    Writing,
+    /// The daemon ended while it was written: something that a client wrote may be lost.
+    Interrupted,
+    Complete,
+    /// It was found to be damaged when it was finished.
+    Failed,
+}
+
+impl BackupState {
+    pub const ALL: [BackupState; 4] = [
+        BackupState::Writing,
+        BackupState::Interrupted,
+        BackupState::Complete,
+        BackupState::Failed,
+    ];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            BackupState::Writing => "writing",
+            BackupState::Interrupted => "interrupted",
+            BackupState::Complete => "complete",
+            BackupState::Failed => "failed",
+        }
+    }
+}
+
+/// One backup. Its file is a QCOW2 image; its name is its export's.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Backup {
+    pub name: ExportName,
+    /// Absolute.
+    pub path: String,
+    /// Virtual, in bytes.
+    pub size: u64,
+    pub parent: Option<ExportName>,
+    pub state: BackupState,
+    /// Why it is failed or interrupted.
+    pub reason: String,
+    /// Seconds since 1970; 0 for not yet.
+    pub begun: u64,
+    pub finished: u64,
+    /// Of a complete one.
+    pub proof: Option<Proof>,
+}
+
+/// What a complete backup was when it was finished.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Proof {
+    /// SHA-256 in hexadecimal, over all that the image reads as, from its first byte to its last.
+    pub sha256: String,
+    pub file_bytes: u64,
+    /// Of the file, in nanoseconds since 1970.
+    pub modified_ns: u64,
+    /// Of the file, read as raw bytes and as an image.
+    pub incarnations: [DiskSeq; 2],
+}
+
+/// A change of what is kept of backups.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum BackupChange {
+    Put(Box<Backup>),
+    Delete(ExportName),
+}
+
+/// What is asked of a new one.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BeginBackup {
+    /// The VM or the job.
+    pub context: String,
+    pub disk: u32,
+    /// What it is to lie on; `None` for a full one.
+    pub parent: Option<ExportName>,
+    /// Bytes; `None` for the parent's.
+    pub size: Option<u64>,
+    /// Seconds since 1970; `None` for now.
+    pub at: Option<u64>,
+    /// Absolute; `None` for the parent's, or for the first that files may be served from.
+    pub folder: Option<String>,
+    pub cluster_bytes: Option<u32>,
+    pub preallocation: Preallocation,
+    /// For the export to serve.
+    pub wait: Duration,
+}
+
+/// All backups, by name.
+#[derive(Debug, Default)]
+pub struct Backups(BTreeMap<ExportName, Backup>);
+
+impl Backups {
+    pub fn new(backups: Vec<Backup>) -> Backups {
+        let named = |backup: Backup| (backup.name.clone(), backup);
+        Backups(backups.into_iter().map(named).collect())
+    }
+
+    pub fn all(&self) -> impl Iterator<Item = &Backup> {
+        self.0.values()
+    }
+
+    pub fn get(&self, name: &ExportName) -> Option<&Backup> {
+        self.0.get(name)
+    }
+
+    /// Takes over what was kept.
+    pub fn take(&mut self, change: BackupChange) {
+        match change {
+            BackupChange::Put(backup) => {
+                self.0.insert(backup.name.clone(), *backup);
+            }
+            BackupChange::Delete(name) => {
+                self.0.remove(&name);
+            }
+        }
+    }
+
+    /// The backups that lie on this one.
+    pub fn children(&self, name: &ExportName) -> impl Iterator<Item = &Backup> {
+        let name = name.clone();
+        self.all()
+            .filter(move |backup| backup.parent.as_ref() == Some(&name))
+    }
+
+    /// The one itself and all that it lies on, the topmost first.
+    pub fn lineage(&self, name: &ExportName) -> Vec<Backup> {
+        let mut found: Vec<Backup> = Vec::new();
+        let mut next = self.get(name);
+        while let Some(backup) = next
+            && found.iter().all(|known| known.name != backup.name)
+        {
+            found.push(backup.clone());
+            next = backup.parent.as_ref().and_then(|parent| self.get(parent));
+        }
+        found
+    }
+
+    /// A new one, and its file; `now` in seconds since 1970, `root` the first folder that files may be served from.
+    ///
+    /// # Errors
+    /// Names the argument that cannot be, or the parent that is not complete.
+    pub fn begin(
+        &self,
+        asked: &BeginBackup,
+        now: u64,
+        root: Option<&str>,
+    ) -> Result<(Backup, NewImage), RequestError> {
+        let invalid = RequestError::InvalidArgument;
+        let parent = asked
+            .parent
+            .as_ref()
+            .map(|name| self.complete(name))
+            .transpose()?;
+        let kind = match parent {
+            Some(_) => BackupKind::Incremental,
+            None => BackupKind::Full,
+        };
+        let at = asked.at.unwrap_or(now);
+        let name = BackupName::new(&asked.context, asked.disk, kind, at)
+            .map_err(|error| invalid(error.to_string()))?
+            .export();
+        if self.0.contains_key(&name) {
+            return Err(RequestError::AlreadyExists(format!(
+                "there is a backup {name} already"
+            )));
+        }
+        let parents_folder = parent.and_then(|parent| Some(parent.path.rsplit_once('/')?.0));
+        let folder = asked.folder.as_deref().or(parents_folder).or(root);
+        let folder = folder.ok_or_else(|| {
+            invalid("option folder: say one; file_roots in [server] has no folder".to_owned())
+        })?;
+        let path = file_in(folder, name.as_str(), Format::Qcow2)
+            .ok_or_else(|| invalid("context: the name is no file's".to_owned()))?;
+        let size = asked.size.or(parent.map(|parent| parent.size));
+        let size = size.ok_or_else(|| {
+            invalid(
+                "option size: say it, in bytes; only an incremental backup has one without"
+                    .to_owned(),
+            )
+        })?;
+        let backing = parent.map(|parent| (beside(folder, &parent.path), Format::Qcow2));
+        let new = NewImage {
+            format: Format::Qcow2,
+            size: Some(size),
+            cluster_bytes: asked.cluster_bytes,
+            backing,
+            preallocation: asked.preallocation,
+        };
+        let backup = Backup {
+            name,
+            path,
+            size,
+            parent: asked.parent.clone(),
+            state: BackupState::Writing,
+            reason: String::new(),
+            begun: now,
+            finished: 0,
+            proof: None,
+        };
+        Ok((backup, new))
+    }
+
+    fn complete(&self, name: &ExportName) -> Result<&Backup, RequestError> {
+        let backup = self.known(name)?;
+        if backup.state == BackupState::Complete {
+            return Ok(backup);
+        }
+        Err(RequestError::InvalidArgument(format!(
+            "parent: backup {name} is {}, and only a complete one can be a parent",
+            backup.state.name()
+        )))
+    }
+
+    fn known(&self, name: &ExportName) -> Result<&Backup, RequestError> {
+        let none = || RequestError::NotFound(format!("there is no backup {name}"));
+        self.get(name).ok_or_else(none)
+    }
+
+    /// The one that is to be finished, or is so already; `interrupted` takes one that the daemon's end interrupted.
+    ///
+    /// # Errors
+    /// There is none, or it cannot be complete any more.
+    pub fn finish(&self, name: &ExportName, interrupted: bool) -> Result<&Backup, RequestError> {
+        let backup = self.known(name)?;
+        match backup.state {
+            BackupState::Writing | BackupState::Complete => Ok(backup),
+            BackupState::Interrupted if interrupted => Ok(backup),
+            BackupState::Interrupted => Err(RequestError::Failed(format!(
+                "backup {name} was interrupted, and something that a client wrote may be lost: write it again and finish it with interrupted, or delete it"
+            ))),
+            BackupState::Failed => Err(RequestError::Failed(format!(
+                "backup {name} is failed: {}; delete it",
+                backup.reason
+            ))),
+        }
+    }
+
+    /// The ones to delete, each before what it lies on.
+    ///
+    /// # Errors
+    /// There is none, or others lie on it and `children` are not to go with it.
+    pub fn delete(&self, name: &ExportName, children: bool) -> Result<Vec<Backup>, RequestError> {
+        let first = self.known(name)?;
+        let mut found = vec![first.clone()];
+        let mut seen = BTreeSet::from([name.clone()]);
+        let mut next = 0;
+        while next < found.len() {
+            for child in self.children(&found[next].name.clone()) {
+                if seen.insert(child.name.clone()) {
+                    found.push(child.clone());
+                }
+            }
+            next += 1;
+        }
+        if found.len() > 1 && !children {
+            let names: Vec<&str> = found[1..].iter().map(|b| b.name.as_str()).collect();
+            return Err(RequestError::InUse(format!(
+                "{} lie on {name} and would be lost with it; 'nbdtrack backup delete --children' deletes all of them",
+                names.join(", ")
+            )));
+        }
+        found.reverse();
+        Ok(found)
+    }
+
+    /// Refuses to have a complete backup written: the file under `path`, or the one that is this incarnation.
+    ///
+    /// # Errors
+    /// Says whose backup it is.
+    pub fn may_be_written(&self, path: &str, file: Option<DiskSeq>) -> Result<(), String> {
+        let is = |backup: &&Backup| {
+            let same = |proof: &Proof| file.is_some_and(|file| proof.incarnations.contains(&file));
+            backup.state == BackupState::Complete
+                && (backup.path == path || backup.proof.as_ref().is_some_and(same))
+        };
+        let Some(backup) = self.all().find(is) else {
+            return Ok(());
+        };
+        let children: Vec<&str> = self
+            .children(&backup.name)
+            .map(|b| b.name.as_str())
+            .collect();
+        let on_it = match children.len() {
+            0 => String::new(),
+            _ => format!(", and {} lie on it", children.join(", ")),
+        };
+        Err(format!(
+            "{path} is the complete backup {}{on_it}: it is exported with read_only ('nbdtrack add --read-only'), or deleted",
+            backup.name
+        ))
+    }
+
+    /// Refuses a request that would have a complete backup written, or an image put on one that is not.
+    ///
+    /// # Errors
+    /// Says whose backup it is.
+    pub fn permit(&self, what: &Request) -> Result<(), String> {
+        let Request::AddExport { definition, .. } = what else {
+            return Ok(());
+        };
+        match definition.volume.file() {
+            Some(path) if !definition.read_only => self.may_be_written(path, None),
+            _ => Ok(()),
+        }
+    }
+
+    /// Refuses a backing file that is an unfinished backup.
+    ///
+    /// # Errors
+    /// Says which.
+    pub fn may_lie_beneath(&self, path: &str) -> Result<(), String> {
+        let unfinished =
+            |backup: &&Backup| backup.path == path && backup.state != BackupState::Complete;
+        match self.all().find(unfinished) {
+            None => Ok(()),
+            Some(backup) => Err(format!(
+                "backing: {path} is backup {}, which is {}",
+                backup.name,
+                backup.state.name()
+            )),
+        }
+    }
+}
+
+/// How a file in `folder` names another: by its last part where they lie side by side, so that both can be moved together.
+fn beside(folder: &str, path: &str) -> String {
+    match path.rsplit_once('/') {
+        Some((other, name)) if other == folder.trim_end_matches('/') => name.to_owned(),
+        _ => path.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn asked(parent: Option<&str>) -> BeginBackup {
+        BeginBackup {
+            context: "vm7".to_owned(),
+            disk: 0,
+            parent: parent.map(|name| ExportName::parse(name).unwrap()),
+            size: parent.is_none().then_some(1 << 20),
+            at: None,
+            folder: None,
+            cluster_bytes: None,
+            preallocation: Preallocation::Off,
+            wait: Duration::ZERO,
+        }
+    }
+
+    fn put(backups: &mut Backups, backup: &Backup, state: BackupState) {
+        let proof = (state == BackupState::Complete).then(|| Proof {
+            sha256: "00".repeat(32),
+            file_bytes: 1,
+            modified_ns: 1,
+            incarnations: [DiskSeq::of_file(b"raw"), DiskSeq::of_file(b"qcow2")],
+        });
+        let backup = Backup {
+            state,
+            proof,
+            ..backup.clone()
+        };
+        backups.take(BackupChange::Put(Box::new(backup)));
+    }
+
+    #[test]
+    fn only_a_complete_backup_can_be_a_parent() {
+        let mut backups = Backups::default();
+        let (full, new) = backups.begin(&asked(None), 0, Some("/b")).unwrap();
+        assert_eq!(full.name.as_str(), "backup-vm7-disk0-full-19700101T000000");
+        assert_eq!(full.path, "/b/backup-vm7-disk0-full-19700101T000000.qcow2");
+        assert_eq!((new.size, new.backing), (Some(1 << 20), None));
+        let child = asked(Some(full.name.as_str()));
+        assert!(
+            backups.begin(&child, 60, None).is_err(),
+            "there is none yet"
+        );
+        for state in BackupState::ALL {
+            put(&mut backups, &full, state);
+            let begun = backups.begin(&child, 60, None);
+            assert_eq!(begun.is_ok(), state == BackupState::Complete, "{state:?}");
+            let beneath = backups.may_lie_beneath(&full.path).is_ok();
+            assert_eq!(beneath, state == BackupState::Complete, "{state:?}");
+            let written = backups.may_be_written(&full.path, None).is_ok();
+            assert_eq!(written, state != BackupState::Complete, "{state:?}");
+        }
+        put(&mut backups, &full, BackupState::Complete);
+        let (incremental, new) = backups.begin(&child, 60, None).unwrap();
+        assert_eq!(
+            incremental.name.as_str(),
+            "backup-vm7-disk0-incr-19700101T000100"
+        );
+        let name = full.path.rsplit_once('/').unwrap().1.to_owned();
+        assert_eq!(new.backing, Some((name, Format::Qcow2)));
+        assert_eq!(incremental.size, full.size);
+        let again = backups.begin(&asked(None), 0, Some("/b"));
+        assert!(matches!(again, Err(RequestError::AlreadyExists(_))));
+    }
+
+    #[test]
+    fn a_file_is_known_as_a_backup_by_any_of_its_names() {
+        let mut backups = Backups::default();
+        let (full, _) = backups.begin(&asked(None), 0, Some("/b")).unwrap();
+        put(&mut backups, &full, BackupState::Complete);
+        for file in [b"raw".as_slice(), b"qcow2"] {
+            let told = backups.may_be_written("/b/link", Some(DiskSeq::of_file(file)));
+            assert!(told.unwrap_err().contains(full.name.as_str()));
+        }
+        let other = backups.may_be_written("/b/link", Some(DiskSeq::of_file(b"other")));
+        assert!(other.is_ok());
+    }
+
+    #[test]
+    fn what_others_lie_on_is_deleted_with_them_or_not_at_all() {
+        let mut backups = Backups::default();
+        let (full, _) = backups.begin(&asked(None), 0, Some("/b")).unwrap();
+        put(&mut backups, &full, BackupState::Complete);
+        let mut last = full.clone();
+        for n in 1..4 {
+            let (next, _) = backups
+                .begin(&asked(Some(last.name.as_str())), n * 60, None)
+                .unwrap();
+            put(&mut backups, &next, BackupState::Complete);
+            last = next;
+        }
+        let refused = backups.delete(&full.name, false);
+        assert!(matches!(refused, Err(RequestError::InUse(_))));
+        let all = backups.delete(&full.name, true).unwrap();
+        assert_eq!(all.len(), 4);
+        for (at, backup) in all.iter().enumerate() {
+            let later = &all[at + 1..];
+            let parent = backup.parent.as_ref();
+            assert!(parent.is_none_or(|p| later.iter().any(|b| b.name == *p)));
+        }
+        assert_eq!(backups.delete(&last.name, false).unwrap().len(), 1);
+        assert_eq!(backups.lineage(&last.name).len(), 4);
+    }
+
+    #[test]
+    fn an_interrupted_backup_is_finished_only_by_who_says_so() {
+        let mut backups = Backups::default();
+        let (full, _) = backups.begin(&asked(None), 0, Some("/b")).unwrap();
+        for state in BackupState::ALL {
+            put(&mut backups, &full, state);
+            let silently = backups.finish(&full.name, false).is_ok();
+            let told = backups.finish(&full.name, true).is_ok();
+            assert_eq!(
+                silently,
+                !matches!(state, BackupState::Interrupted | BackupState::Failed)
+            );
+            assert_eq!(told, state != BackupState::Failed, "{state:?}");
+        }
+    }
+}

@@ -1,0 +1,84 @@
+//! What the loop and the tasks beside it know of backups, and what is kept of them.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::control::Asker;
+use super::works::ToLoop;
+use crate::correlation::{
+    Backup, BackupChange, Backups, DiskSeq, ExportName, Request, RequestError,
+};
+use crate::dbus::BackupView;
+
+/// What the loop and its tasks know of backups. Locked for map operations only.
+#[derive(Clone, Default)]
+pub(super) struct Shelf(Arc<Mutex<Known>>);
+
+#[derive(Default)]
+pub(super) struct Known {
+    pub backups: Backups,
+    /// Those that are being finished: at most one for each backup, and at most the works that go on.
+    pub finishing: BTreeMap<ExportName, Finishing>,
+}
+
+pub(super) struct Finishing {
+    /// Of 1,000.
+    pub progress: Arc<AtomicU32>,
+    /// Who waits for it; at most the calls that D-Bus lets in.
+    pub askers: Vec<Asker>,
+}
+
+impl Shelf {
+    pub fn new(backups: Vec<Backup>) -> Shelf {
+        Shelf(Arc::new(Mutex::new(Known {
+            backups: Backups::new(backups),
+            finishing: BTreeMap::new(),
+        })))
+    }
+
+    pub fn known(&self) -> MutexGuard<'_, Known> {
+        // Every change under the lock is whole, so a poisoned lock is still good.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// See [`Backups::permit`].
+    pub fn permit(&self, what: &Request) -> Result<(), String> {
+        self.known().backups.permit(what)
+    }
+
+    /// See [`Backups::may_be_written`].
+    pub fn may_be_written(&self, path: &str, file: DiskSeq) -> Result<(), String> {
+        self.known().backups.may_be_written(path, Some(file))
+    }
+
+    /// See [`Backups::may_lie_beneath`].
+    pub fn may_lie_beneath(&self, path: &str) -> Result<(), String> {
+        self.known().backups.may_lie_beneath(path)
+    }
+
+    pub fn view(&self, backup: &Backup) -> BackupView {
+        let known = self.known();
+        let children = known.backups.children(&backup.name).count();
+        let finishing = known.finishing.get(&backup.name);
+        BackupView {
+            backup: backup.clone(),
+            verifying: finishing.map(|finishing| finishing.progress.load(Ordering::Relaxed)),
+            children: u32::try_from(children).unwrap_or(u32::MAX),
+        }
+    }
+
+    /// Keeps changes, and knows them only then.
+    pub async fn keep(
+        &self,
+        to_loop: &ToLoop,
+        changes: Vec<BackupChange>,
+    ) -> Result<(), RequestError> {
+        to_loop.keep(changes.clone()).await?;
+        let mut known = self.known();
+        for change in changes {
+            known.backups.take(change);
+        }
+        Ok(())
+    }
+}

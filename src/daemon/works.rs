@@ -1,0 +1,239 @@
+//! Calls that need files: each is a task beside the loop, which does its I/O in threads of the blocking pool and asks the loop for what only
+//! the loop may do.
+//!
+//! ```text
+//!   loop ── CreateImage ──> task ──> thread: the file is made, durable
+//!   loop <── Wish: export it ── task
+//!   loop ── reply of the middle ──> task ── Wish: answer the caller ──> loop
+//! ```
+//! A task never makes the loop wait, and ends with its call; a thread that a file system holds is left behind with the call that began it.
+
+use std::sync::Arc;
+
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+
+use super::control::{Asker, Control, Report};
+use super::keeper::Order;
+use crate::correlation::{
+    BackupChange, CreateImage, Definition, Event, Reply, Request, RequestError, RequestId, Source,
+};
+use crate::dbus::{Answer, Caller};
+use crate::identity::VolumeId;
+use crate::image::beneath::{FileError, Roots};
+use crate::image::create::{self, CreateError};
+
+/// Works that go on at one time; past it a caller is told `NotReady`. Each takes one thread, for as long as its file system does.
+const WORKS_MAX: usize = 32;
+
+/// What a task asks the loop for.
+pub(super) enum Wish {
+    Ask {
+        what: Request,
+        answer: oneshot::Sender<Result<Reply, RequestError>>,
+    },
+    /// Keep changes of backups.
+    Keep {
+        changes: Vec<BackupChange>,
+        kept: oneshot::Sender<Result<(), RequestError>>,
+    },
+    /// Answer a caller, after all that was offered before is visible.
+    Answer {
+        asker: Asker,
+        answer: Result<Answer, RequestError>,
+    },
+}
+
+/// The works that go on.
+pub(super) struct Works {
+    /// [`WORKS_MAX`].
+    places: Arc<Semaphore>,
+}
+
+impl Works {
+    pub fn new() -> Works {
+        Works {
+            places: Arc::new(Semaphore::new(WORKS_MAX)),
+        }
+    }
+
+    pub fn place(&self) -> Result<OwnedSemaphorePermit, RequestError> {
+        let places = Arc::clone(&self.places);
+        places.try_acquire_owned().map_err(|_| {
+            RequestError::NotReady(format!(
+                "{WORKS_MAX} calls that make or read files go on already; try again"
+            ))
+        })
+    }
+}
+
+/// A task's way to the loop. The loop is gone only when the daemon stops; then what is asked is answered `Failed`, by no one.
+#[derive(Clone)]
+pub(super) struct ToLoop(mpsc::UnboundedSender<Report>);
+
+impl ToLoop {
+    pub async fn ask(&self, what: Request) -> Result<Reply, RequestError> {
+        let (answer, answered) = oneshot::channel();
+        self.wish(Wish::Ask { what, answer });
+        answered.await.unwrap_or_else(|_| Err(stopping()))
+    }
+
+    /// Durable at return (invariant 5).
+    pub async fn keep(&self, changes: Vec<BackupChange>) -> Result<(), RequestError> {
+        let (kept, told) = oneshot::channel();
+        self.wish(Wish::Keep { changes, kept });
+        told.await.unwrap_or_else(|_| Err(stopping()))
+    }
+
+    pub fn answer(&self, asker: Asker, answer: Result<Answer, RequestError>) {
+        self.wish(Wish::Answer { asker, answer });
+    }
+
+    fn wish(&self, wish: Wish) {
+        let _stopped = self.0.send(Report::Wishes(Box::new(wish)));
+    }
+}
+
+fn stopping() -> RequestError {
+    RequestError::Failed("the daemon is stopping".to_owned())
+}
+
+/// Runs what blocks in a thread of the pool.
+pub(super) async fn in_thread<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, RequestError> {
+    let done = tokio::task::spawn_blocking(work).await;
+    done.map_err(|broken| RequestError::Failed(format!("a thread broke: {broken}")))
+}
+
+impl Control {
+    pub(super) fn to_loop(&self) -> ToLoop {
+        ToLoop(self.reports.clone())
+    }
+
+    pub(super) fn on_wish(&mut self, wish: Wish) {
+        match wish {
+            Wish::Ask { what, answer } => {
+                let request = RequestId(self.last_request.0 + 1);
+                self.last_request = request;
+                self.wished.insert(request, answer);
+                self.apply(Event::Asked { request, what });
+            }
+            Wish::Keep { changes, kept } => self.order(Order::Keep { changes, kept }),
+            Wish::Answer { asker, answer } => self.answer(asker, answer),
+        }
+    }
+
+    pub(super) fn create_image(&mut self, asked: CreateImage, asker: Asker, caller: &Caller) {
+        let begun = self.begin_image(&asked);
+        let told = match &begun {
+            Ok((path, ..)) => format!("{} at {path}", asked.name),
+            Err(error) => format!("refused: {error}"),
+        };
+        self.trail.note_other("CreateImage", caller, told);
+        let (path, volume, place) = match begun {
+            Ok(begun) => begun,
+            Err(error) => return self.answer(asker, Err(error)),
+        };
+        let (to_loop, roots) = (self.to_loop(), Arc::clone(&self.roots));
+        tokio::spawn(async move {
+            let made = make_and_export(&to_loop, roots, asked, path, volume).await;
+            to_loop.answer(asker, made.map_err(|unserved| unserved.error));
+            drop(place);
+        });
+    }
+
+    fn begin_image(
+        &self,
+        asked: &CreateImage,
+    ) -> Result<(String, VolumeId, OwnedSemaphorePermit), RequestError> {
+        let invalid = RequestError::InvalidArgument;
+        let path = asked
+            .place(self.roots.first().as_deref())
+            .map_err(invalid)?;
+        let volume = VolumeId::of_file(&path, asked.new.format)
+            .map_err(|error| invalid(format!("option path: {error}")))?;
+        self.rules.permit(&volume).map_err(invalid)?;
+        if let Some((backing, _)) = &asked.new.backing {
+            let beside = path.rsplit_once('/').map_or("", |(folder, _)| folder);
+            let beneath = match backing.starts_with('/') {
+                true => backing.clone(),
+                false => format!("{beside}/{backing}"),
+            };
+            self.shelf.may_lie_beneath(&beneath).map_err(invalid)?;
+        }
+        if self.correlation.export(&asked.name).is_some() {
+            return Err(RequestError::AlreadyExists(format!(
+                "there is an export {} already",
+                asked.name
+            )));
+        }
+        Ok((path, volume, self.works.place()?))
+    }
+}
+
+/// Why a new file is not served.
+pub(super) struct Unserved {
+    pub error: RequestError,
+    /// The file is there.
+    pub made: bool,
+}
+
+/// Makes a file and then an export of it, which is stored and served when it is answered.
+pub(super) async fn make_and_export(
+    to_loop: &ToLoop,
+    roots: Arc<Roots>,
+    asked: CreateImage,
+    path: String,
+    volume: VolumeId,
+) -> Result<Answer, Unserved> {
+    let (new, at) = (asked.new, path.clone());
+    let made = in_thread(move || create::create(&at, &roots, &new)).await;
+    let made = made.and_then(|made| made.map_err(refusal));
+    made.map_err(|error| Unserved { error, made: false })?;
+    let definition = Definition {
+        name: asked.name,
+        volume,
+        read_only: false,
+        share: false,
+        direct: false,
+        source: Source::Dbus,
+    };
+    let request = Request::AddExport {
+        definition,
+        wait: asked.wait,
+    };
+    match to_loop.ask(request).await {
+        Ok(Reply::Added { name, created }) => Ok(Answer::Added { name, created }),
+        Ok(Reply::Done) => Ok(Answer::Done),
+        Err(error) => Err(Unserved {
+            error: error.with(&format!("; the file {path} is made")),
+            made: true,
+        }),
+    }
+}
+
+/// What a caller hears of a file that was not made.
+fn refusal(error: CreateError) -> RequestError {
+    let text = error.to_string();
+    match error {
+        CreateError::Exists(_) => RequestError::AlreadyExists(text),
+        CreateError::Folder(error) => refusal_of_file(error),
+        CreateError::Layout(_)
+        | CreateError::NoSize
+        | CreateError::NotRaw { .. }
+        | CreateError::Backing(_) => RequestError::InvalidArgument(text),
+        CreateError::Kernel { .. } | CreateError::NotDurable { .. } => RequestError::Failed(text),
+    }
+}
+
+/// What a caller hears of a path that leads nowhere.
+pub(super) fn refusal_of_file(error: FileError) -> RequestError {
+    let text = error.to_string();
+    match error {
+        FileError::Kernel { .. } => RequestError::Failed(text),
+        FileError::Missing(_)
+        | FileError::Outside(_)
+        | FileError::LeadsOut(_)
+        | FileError::NotAFile { .. } => RequestError::InvalidArgument(text),
+    }
+}

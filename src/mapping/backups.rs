@@ -1,0 +1,125 @@
+//! The table of backups, from and to rows.
+
+use std::path::Path;
+
+use sqlx::sqlite::SqliteRow;
+use sqlx::{Connection, Row, SqliteConnection};
+
+use super::rows::{begin, column, end, name, parsed};
+use crate::correlation::{Backup, BackupChange, BackupState, DiskSeq, ExportName, Proof};
+
+const INTERRUPTED: &str = "the daemon ended while it was being written";
+
+/// Carries out all changes or none; to carry them out twice changes nothing more.
+pub(super) async fn keep(
+    connection: &mut SqliteConnection,
+    changes: &[BackupChange],
+) -> Result<(), sqlx::Error> {
+    begin(connection).await?;
+    let mut kept = Ok(());
+    for change in changes {
+        kept = keep_one(connection, change).await;
+        if kept.is_err() {
+            break;
+        }
+    }
+    end(connection, kept).await
+}
+
+async fn keep_one(
+    connection: &mut SqliteConnection,
+    change: &BackupChange,
+) -> Result<(), sqlx::Error> {
+    let query = match change {
+        BackupChange::Put(backup) => {
+            let proof = backup.proof.as_ref();
+            let number = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
+            sqlx::query(
+                "INSERT INTO backups (name, path, size_bytes, parent, state, reason, begun_at, finished_at,
+                 sha256, file_bytes, modified_ns, incarnation_raw, incarnation_qcow2)
+                 VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+                 ON CONFLICT (name) DO UPDATE SET path = excluded.path, size_bytes = excluded.size_bytes,
+                 parent = excluded.parent, state = excluded.state, reason = excluded.reason,
+                 begun_at = excluded.begun_at, finished_at = excluded.finished_at, sha256 = excluded.sha256,
+                 file_bytes = excluded.file_bytes, modified_ns = excluded.modified_ns,
+                 incarnation_raw = excluded.incarnation_raw, incarnation_qcow2 = excluded.incarnation_qcow2",
+            )
+            .bind(backup.name.as_str())
+            .bind(&backup.path)
+            .bind(backup.size.to_string())
+            .bind(backup.parent.as_ref().map(ExportName::as_str))
+            .bind(backup.state.name())
+            .bind(&backup.reason)
+            .bind(number(backup.begun))
+            .bind(number(backup.finished))
+            .bind(proof.map(|proof| &proof.sha256))
+            .bind(proof.map(|proof| proof.file_bytes.to_string()))
+            .bind(proof.map(|proof| proof.modified_ns.to_string()))
+            .bind(proof.map(|proof| proof.incarnations[0].to_string()))
+            .bind(proof.map(|proof| proof.incarnations[1].to_string()))
+        }
+        BackupChange::Delete(name) => {
+            sqlx::query("DELETE FROM backups WHERE name = ?").bind(name.as_str().to_owned())
+        }
+    };
+    query.execute(connection).await.map(drop)
+}
+
+/// Everything that parses, by name. What was being written when the last daemon ended is interrupted from now on.
+pub(super) async fn load(
+    connection: &mut SqliteConnection,
+    file: &Path,
+) -> Result<Vec<Backup>, sqlx::Error> {
+    sqlx::query("UPDATE backups SET state = 'interrupted', reason = ? WHERE state = 'writing'")
+        .bind(INTERRUPTED)
+        .execute(&mut *connection)
+        .await?;
+    let mut transaction = connection.begin().await?;
+    let rows = sqlx::query("SELECT * FROM backups ORDER BY name")
+        .fetch_all(&mut *transaction)
+        .await?;
+    transaction.rollback().await?;
+    Ok(parsed(&rows, "backups", file, backup))
+}
+
+fn backup(row: &SqliteRow) -> Result<Backup, String> {
+    let state: String = column(row, "state")?;
+    let state = BackupState::ALL
+        .into_iter()
+        .find(|known| known.name() == state)
+        .ok_or_else(|| format!("state \"{state}\" is unknown"))?;
+    let parent: Option<String> = column(row, "parent")?;
+    let parent = parent.map(|parent| ExportName::parse(&parent).map_err(|error| error.to_string()));
+    let seconds =
+        |what| u64::try_from(column::<i64>(row, what)?).map_err(|error| error.to_string());
+    let proof = match state {
+        BackupState::Complete => Some(Proof {
+            sha256: column(row, "sha256")?,
+            file_bytes: number(row, "file_bytes")?,
+            modified_ns: number(row, "modified_ns")?,
+            incarnations: [
+                DiskSeq(number(row, "incarnation_raw")?),
+                DiskSeq(number(row, "incarnation_qcow2")?),
+            ],
+        }),
+        _ => None,
+    };
+    Ok(Backup {
+        name: name(row, "name")?,
+        path: column(row, "path")?,
+        size: number(row, "size_bytes")?,
+        parent: parent.transpose()?,
+        state,
+        reason: column(row, "reason")?,
+        begun: seconds("begun_at")?,
+        finished: seconds("finished_at")?,
+        proof,
+    })
+}
+
+/// 64 bits without a sign, which are text.
+fn number(row: &SqliteRow, name: &str) -> Result<u64, String> {
+    let text: String = row.try_get(name).map_err(|error| error.to_string())?;
+    text.parse()
+        .map_err(|error| format!("{name} \"{text}\": {error}"))
+}

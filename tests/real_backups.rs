@@ -1,0 +1,507 @@
+//! Promise: a backup is complete only when all that was written to it is there, durable, sound, and known by its checksum; a complete one is
+//! what it was when it was finished; and whatever kills the daemon, none becomes complete by that.
+
+mod support;
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+use serde_json::Value;
+use zbus::Variant;
+
+use support::bus::Options;
+use support::daemon::binary;
+use support::dice::Dice;
+use support::ground::{Ground, Need, real};
+use support::process::{self, Finished, Running, command};
+use support::scene::{STEP_LIMIT, Scene};
+use support::{Doing, Outcome, until};
+
+const NEEDS: &[Need] = &[
+    Need::Bus,
+    Need::Tool("nbdcopy"),
+    Need::Tool("qemu-img"),
+    Need::Tool("qemu-io"),
+    Need::Tool("sha256sum"),
+];
+const MIB: u64 = 1 << 20;
+
+/// A folder that may be served from, and a daemon.
+fn scene(ground: &Ground) -> Outcome<(Scene, PathBuf)> {
+    let folder = ground.file("backups");
+    std::fs::create_dir_all(&folder)?;
+    let roots = format!("file_roots = [{:?}]\n", folder.display().to_string());
+    Ok((Scene::told(ground, roots, &[])?, folder))
+}
+
+fn text(path: &Path) -> String {
+    path.to_string_lossy().into_owned()
+}
+
+/// The program, on the bus of the scene.
+fn nbdtrack(scene: &Scene, words: &[&str]) -> Outcome<Finished> {
+    let program = text(&binary());
+    let bus = ["--bus", &scene.bus.address];
+    let args: Vec<&str> = bus.iter().chain(words).copied().collect();
+    process::run(&program, &args, Duration::from_secs(120))
+}
+
+fn json(scene: &Scene, words: &[&str]) -> Outcome<Value> {
+    let all: Vec<&str> = words.iter().copied().chain(["--json"]).collect();
+    let said = nbdtrack(scene, &all)?;
+    hold!(
+        said.status.success(),
+        "{words:?}: {}{}",
+        said.stdout,
+        said.stderr
+    );
+    serde_json::from_str(&said.stdout).doing(format!("{words:?}"))
+}
+
+fn refused(scene: &Scene, words: &[&str], with: &str) -> Outcome<()> {
+    let said = nbdtrack(scene, words)?;
+    hold!(
+        said.status.code() == Some(1) && said.stderr.contains(with),
+        "{words:?}: {:?} {}",
+        said.status.code(),
+        said.stderr
+    );
+    Ok(())
+}
+
+fn begin(scene: &Scene, words: &[&str]) -> Outcome<String> {
+    let all: Vec<&str> = ["backup", "begin"].iter().chain(words).copied().collect();
+    let said = json(scene, &all)?;
+    Ok(said["name"].as_str().unwrap_or_default().to_owned())
+}
+
+fn listed(scene: &Scene, name: &str) -> Outcome<Option<Value>> {
+    let all = json(scene, &["backups"])?;
+    let all = all.as_array().cloned().unwrap_or_default();
+    Ok(all.into_iter().find(|backup| backup["name"] == name))
+}
+
+fn state(scene: &Scene, name: &str) -> Outcome<String> {
+    let backup = listed(scene, name)?.unwrap_or_default();
+    Ok(backup["state"].as_str().unwrap_or("none").to_owned())
+}
+
+fn random(path: &Path, bytes: u64, seed: u64) -> Outcome<()> {
+    let mut dice = Dice::new(seed);
+    let words =
+        (0..bytes / 4).flat_map(|_| u32::try_from(dice.roll(1 << 31)).unwrap_or(0).to_le_bytes());
+    Ok(std::fs::write(path, words.collect::<Vec<u8>>())?)
+}
+
+fn copy_in(scene: &Scene, from: &Path, export: &str) -> Outcome<()> {
+    let uri = scene.endpoint().uri(export);
+    process::succeed("nbdcopy", &["--flush", &text(from), &uri], STEP_LIMIT).map(drop)
+}
+
+/// As anyone can count it again.
+fn sha256(path: &Path) -> Outcome<String> {
+    let said = process::succeed("sha256sum", &[text(path)], STEP_LIMIT)?;
+    Ok(said.split(' ').next().unwrap_or_default().to_owned())
+}
+
+/// All that an export reads as.
+fn copy_out(scene: &Scene, export: &str, to: &Path) -> Outcome<()> {
+    let uri = scene.endpoint().uri(export);
+    process::succeed("nbdcopy", &[uri.as_str(), &text(to)], STEP_LIMIT).map(drop)
+}
+
+fn qemu_io(target: &str, format: &str, commands: &[&str]) -> Outcome<()> {
+    let mut args = vec!["-f", format];
+    for command in commands {
+        args.extend(["-c", command]);
+    }
+    args.push(target);
+    let said = process::succeed("qemu-io", &args, STEP_LIMIT)?;
+    hold!(!said.contains("failed") && !said.contains("rror"), "{said}");
+    Ok(())
+}
+
+#[test]
+fn an_image_is_made_and_exported_and_the_loop_never_waits_for_it() -> Outcome<()> {
+    real("image over the bus", NEEDS, |ground| {
+        let (mut scene, folder) = scene(ground)?;
+        let path = folder.join("vm.qcow2");
+        let made = json(
+            &scene,
+            &["image", "create", &text(&path), "8M", "--export", "vm"],
+        )?;
+        hold!(
+            made["export"] == "vm" && scene.state("vm")? == "Serving",
+            "{made}"
+        );
+        let raw = ground.file("raw");
+        random(&raw, 8 * MIB, 1)?;
+        copy_in(&scene, &raw, "vm")?;
+        let again = ["image", "create", &text(&path), "8M", "--export", "other"];
+        refused(&scene, &again, "exists already")?;
+        refused(
+            &scene,
+            &[
+                "image",
+                "create",
+                &text(&folder.join("x.qcow2")),
+                "8M",
+                "--export",
+                "vm",
+            ],
+            "there is an export vm already",
+        )?;
+        refused(
+            &scene,
+            &[
+                "image",
+                "create",
+                &text(&ground.file("x.qcow2")),
+                "8M",
+                "--export",
+                "x",
+            ],
+            "not beneath any of [server] file_roots",
+        )?;
+        hold!(scene.client.export("x")?.is_none(), "exported nevertheless");
+        // Without a path it is named by its export; over a restart it is there.
+        let options = Options::from([("format", Variant::from("raw"))]);
+        scene
+            .client
+            .call("CreateImage", &("plain", 4 * MIB, options))?;
+        hold!(
+            folder.join("plain.raw").metadata()?.len() == 4 * MIB,
+            "its size"
+        );
+        scene.client.remove_export("vm", "soft")?;
+        process::succeed(
+            "qemu-img",
+            &["check", "-U", "-f", "qcow2", &text(&path)],
+            STEP_LIMIT,
+        )?;
+        process::succeed(
+            "qemu-img",
+            &[
+                "compare",
+                "-f",
+                "raw",
+                "-F",
+                "qcow2",
+                &text(&raw),
+                &text(&path),
+            ],
+            STEP_LIMIT,
+        )?;
+
+        // One that takes long: all else is answered meanwhile, and it has no name before it is whole.
+        let large = folder.join("large.raw");
+        let mut making = command(binary());
+        making.args(["--bus", &scene.bus.address, "image", "create"]);
+        making
+            .arg(&large)
+            .args(["768M", "--format", "raw", "--preallocation", "full"]);
+        making.args(["--export", "large"]);
+        let mut making = Running(making.spawn()?);
+        let mut asked = 0;
+        while making.0.try_wait()?.is_none() {
+            let begun = std::time::Instant::now();
+            scene.client.stats()?;
+            hold!(
+                begun.elapsed() < Duration::from_secs(2),
+                "the loop waited: {:?}",
+                begun.elapsed()
+            );
+            asked += 1;
+        }
+        hold!(asked > 3, "made before anyone could ask");
+        hold!(
+            making.wait(STEP_LIMIT)?.success() && scene.state("large")? == "Serving",
+            "made"
+        );
+        scene.kill()?;
+        scene.start()?;
+        for name in ["plain", "large"] {
+            scene.client.reach_state(name, "Serving", STEP_LIMIT)?;
+        }
+        scene.stop()
+    })
+}
+
+#[test]
+fn a_full_backup_and_an_incremental_on_it_are_what_was_written() -> Outcome<()> {
+    real("backup life", NEEDS, |ground| {
+        let (mut scene, folder) = scene(ground)?;
+        let disk = ground.file("disk.raw");
+        random(&disk, 8 * MIB, 2)?;
+        let full = begin(&scene, &["vm7", "0", "--size", "8M", "--at", "1764129600"])?;
+        hold!(full == "backup-vm7-disk0-full-20251126T040000", "{full}");
+        let full_path = folder.join(format!("{full}.qcow2"));
+        copy_in(&scene, &disk, &full)?;
+        // It is no parent before it is finished, neither for us nor silently by its path.
+        let child = ["backup", "begin", "vm7", "0", "--parent", &full];
+        refused(
+            &scene,
+            &child,
+            "is writing, and only a complete one can be a parent",
+        )?;
+        let by_path = folder.join("by-path.qcow2");
+        let on_it = [
+            "image",
+            "create",
+            &text(&by_path),
+            "--backing",
+            &text(&full_path),
+        ];
+        let on_it = [&on_it[..], &["--backing-format", "qcow2", "--export", "y"]].concat();
+        refused(&scene, &on_it, "which is writing")?;
+        let done = json(&scene, &["backup", "finish", &full])?;
+        hold!(
+            done["state"] == "complete" && done["sha256"] == sha256(&disk)?.as_str(),
+            "{done}"
+        );
+        hold!(scene.client.export(&full)?.is_none(), "its export is there");
+        let again = json(&scene, &["backup", "finish", &full])?;
+        hold!(again["sha256"] == done["sha256"], "finished again: {again}");
+
+        // Complete is complete: by no name and in no format is it written again.
+        let id = format!("qcow2:{}", full_path.display());
+        refused(
+            &scene,
+            &["add", "w", "--volume", &id],
+            "it is exported with read_only",
+        )?;
+        let raw = format!("file:{}", full_path.display());
+        refused(
+            &scene,
+            &["add", "w", "--volume", &raw],
+            "is the complete backup",
+        )?;
+        let link = folder.join("link.qcow2");
+        std::fs::hard_link(&full_path, &link)?;
+        for (name, scheme) in [("as-image", "qcow2"), ("as-bytes", "file")] {
+            let id = format!("{scheme}:{}", link.display());
+            let said = nbdtrack(&scene, &["add", name, "--volume", &id, "--wait", "1"])?;
+            hold!(!said.status.success(), "{name} is served");
+            let reason = scene.export(name)?;
+            let reason = reason.get("Reason").map_or("", |reason| reason.text());
+            hold!(reason.contains(&full), "{name}: {reason}");
+            scene.client.remove_export(name, "hard")?;
+        }
+        let ro = ["add", "ro", "--volume", &id, "--read-only"];
+        hold!(nbdtrack(&scene, &ro)?.status.success(), "read-only");
+        let back = ground.file("restored.raw");
+        copy_out(&scene, "ro", &back)?;
+        hold!(sha256(&back)? == sha256(&disk)?, "the restore differs");
+        refused(&scene, &["backup", "delete", &full], "in use")?;
+
+        // An incremental: only what changed is written, beside a reader of the parent.
+        let incremental = begin(
+            &scene,
+            &["vm7", "0", "--parent", &full, "--at", "1764133200"],
+        )?;
+        let uri = scene.endpoint().uri(&incremental);
+        qemu_io(
+            &uri,
+            "raw",
+            &["write -P 7 1M 300k", "write -P 8 5M 64k", "flush"],
+        )?;
+        qemu_io(
+            &text(&disk),
+            "raw",
+            &["write -P 7 1M 300k", "write -P 8 5M 64k"],
+        )?;
+        let done = json(&scene, &["backup", "finish", &incremental])?;
+        hold!(
+            done["sha256"] == sha256(&disk)?.as_str() && done["parent"] == full.as_str(),
+            "{done}"
+        );
+        let incremental_path = folder.join(format!("{incremental}.qcow2"));
+        hold!(
+            incremental_path.metadata()?.len() < 2 * MIB,
+            "it holds more than what changed"
+        );
+        let compare = [
+            "compare",
+            "-f",
+            "raw",
+            "-F",
+            "qcow2",
+            &text(&disk),
+            &text(&incremental_path),
+        ];
+        process::succeed("qemu-img", &compare, STEP_LIMIT)?;
+        let chain = json(&scene, &["image", "chain", &text(&incremental_path)])?;
+        hold!(
+            chain["chain"].as_array().map(Vec::len) == Some(2),
+            "{chain}"
+        );
+        hold!(
+            chain["chain"][0]["backing"] == format!("{full}.qcow2").as_str(),
+            "{chain}"
+        );
+
+        // Complete and known over a restart, and gone with all that lies on it or not at all.
+        scene.client.remove_export("ro", "soft")?;
+        scene.stop()?;
+        scene.start()?;
+        hold!(
+            state(&scene, &full)? == "complete" && state(&scene, &incremental)? == "complete",
+            "after a restart"
+        );
+        refused(&scene, &["backup", "delete", &full], " lie on ")?;
+        let gone = json(&scene, &["backup", "delete", &full, "--children"])?;
+        hold!(
+            gone["deleted"] == serde_json::json!([incremental, full]),
+            "{gone}"
+        );
+        hold!(
+            !full_path.exists() && !incremental_path.exists(),
+            "their files"
+        );
+        hold!(listed(&scene, &full)?.is_none(), "listed still");
+        scene.stop()
+    })
+}
+
+#[test]
+fn a_backup_that_is_damaged_or_was_changed_is_no_parent() -> Outcome<()> {
+    real("damaged backups", NEEDS, |ground| {
+        let (mut scene, folder) = scene(ground)?;
+        let disk = ground.file("disk.raw");
+        random(&disk, 4 * MIB, 3)?;
+        let full = begin(&scene, &["vm8", "0", "--size", "4M"])?;
+        let path = folder.join(format!("{full}.qcow2"));
+        copy_in(&scene, &disk, &full)?;
+        json(&scene, &["backup", "finish", &full])?;
+        // Another file of the same bytes is as good.
+        let copy = folder.join("copy");
+        std::fs::copy(&path, &copy)?;
+        std::fs::rename(&copy, &path)?;
+        let child = begin(&scene, &["vm8", "0", "--parent", &full])?;
+        scene.client.remove_export(&child, "hard")?;
+        json(&scene, &["backup", "delete", &child])?;
+        // One byte of it is not.
+        qemu_io(&text(&path), "qcow2", &["write -P 1 2M 1"])?;
+        let changed = ["backup", "begin", "vm8", "0", "--parent", &full];
+        refused(
+            &scene,
+            &changed,
+            "does not read as it did when it was finished",
+        )?;
+        let names = std::fs::read_dir(&folder)?.count();
+        hold!(names == 1, "a file was made on it");
+
+        let bad = begin(&scene, &["vm9", "0", "--size", "4M"])?;
+        copy_in(&scene, &disk, &bad)?;
+        scene.client.remove_export(&bad, "soft")?;
+        let path = folder.join(format!("{bad}.qcow2"));
+        let bytes = std::fs::read(&path)?;
+        let number =
+            |at: usize| -> Outcome<u64> { Ok(u64::from_be_bytes(bytes[at..at + 8].try_into()?)) };
+        let block = number(usize::try_from(number(48)?)?)?;
+        use std::os::unix::fs::FileExt;
+        let file = std::fs::OpenOptions::new().write(true).open(&path)?;
+        file.write_all_at(&[0; 2], block + 2 * 5)?;
+        drop(file);
+        refused(&scene, &["backup", "finish", &bad], "errors are in it")?;
+        hold!(state(&scene, &bad)? == "failed", "{}", state(&scene, &bad)?);
+        refused(&scene, &["backup", "finish", &bad], "is failed")?;
+        refused(
+            &scene,
+            &["backup", "begin", "vm9", "0", "--parent", &bad],
+            "is failed, and only",
+        )?;
+        json(&scene, &["backup", "delete", &bad])?;
+        hold!(!path.exists(), "its file");
+        scene.stop()
+    })
+}
+
+#[test]
+fn no_kill_makes_a_backup_complete() -> Outcome<()> {
+    real("killed backups", NEEDS, |ground| {
+        let (mut scene, _) = scene(ground)?;
+        let disk = ground.file("disk.raw");
+        random(&disk, 16 * MIB, 4)?;
+        // While it is written.
+        let full = begin(&scene, &["vm", "0", "--size", "16M"])?;
+        copy_in(&scene, &disk, &full)?;
+        scene.kill()?;
+        scene.start()?;
+        hold!(
+            state(&scene, &full)? == "interrupted",
+            "{}",
+            state(&scene, &full)?
+        );
+        let child = ["backup", "begin", "vm", "0", "--parent", &full];
+        refused(&scene, &child, "is interrupted, and only a complete one")?;
+        refused(&scene, &["backup", "finish", &full], "was interrupted")?;
+        // While it is finished: its export is gone, and the reading has begun.
+        let mut finishing = command(binary());
+        finishing.args([
+            "--bus",
+            &scene.bus.address,
+            "backup",
+            "finish",
+            "--interrupted",
+            &full,
+        ]);
+        let mut finishing = Running(finishing.spawn()?);
+        until(STEP_LIMIT, "the backup to be verified", || {
+            Ok((state(&scene, &full)? == "verifying").then_some(()))
+        })?;
+        until(STEP_LIMIT, "its export to be gone", || {
+            Ok(scene.client.export(&full)?.is_none().then_some(()))
+        })?;
+        scene.kill()?;
+        finishing.wait(STEP_LIMIT)?;
+        scene.start()?;
+        let found = state(&scene, &full)?;
+        hold!(found == "interrupted" || found == "complete", "{found}");
+        let done = json(&scene, &["backup", "finish", "--interrupted", &full])?;
+        hold!(done["sha256"] == sha256(&disk)?.as_str(), "{done}");
+        // While they are begun, at any moment: none is half there under its name, and all can be deleted.
+        let mut dice = Dice::new(5);
+        for round in 0..6 {
+            let mut beginning = command(binary());
+            let at = (1_000_000_000 + round).to_string();
+            beginning.args(["--bus", &scene.bus.address, "backup", "begin", "vm", "1"]);
+            beginning.args(["--parent", &full, "--at", &at]);
+            beginning
+                .stdout(std::process::Stdio::null())
+                .stderr(std::process::Stdio::null());
+            let mut beginning = Running(beginning.spawn()?);
+            let moment = std::time::Instant::now() + Duration::from_millis(dice.roll(120) as u64);
+            while std::time::Instant::now() < moment && beginning.0.try_wait()?.is_none() {
+                std::thread::yield_now();
+            }
+            scene.kill()?;
+            beginning.signal(Signal::SIGKILL)?;
+            beginning.wait(STEP_LIMIT)?;
+            scene.start()?;
+            let all = json(&scene, &["backups"])?;
+            for backup in all.as_array().into_iter().flatten() {
+                let name = backup["name"].as_str().unwrap_or_default();
+                if name == full {
+                    continue;
+                }
+                hold!(backup["state"] == "interrupted", "round {round}: {backup}");
+                let path = PathBuf::from(backup["path"].as_str().unwrap_or_default());
+                if path.exists() {
+                    process::succeed(
+                        "qemu-img",
+                        &["check", "-U", "-f", "qcow2", &text(&path)],
+                        STEP_LIMIT,
+                    )?;
+                }
+                if scene.client.export(name)?.is_some() {
+                    scene.client.remove_export(name, "hard")?;
+                }
+                json(&scene, &["backup", "delete", name])?;
+                hold!(!path.exists(), "{} is left", path.display());
+            }
+        }
+        scene.stop()
+    })
+}
