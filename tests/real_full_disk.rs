@@ -1,0 +1,249 @@
+//! Promise: a file system that has no room is told as such, breaks no image, and is written on when there is room again; one that turns
+//! read-only fails what cannot be kept, and says so.
+
+mod support;
+
+use std::path::{Path, PathBuf};
+
+use support::Outcome;
+use support::client::Client;
+use support::ground::{Ground, Need, real};
+use support::process;
+use support::scene::{STEP_LIMIT, Scene};
+
+/// Mounts need what loop devices need: root.
+const NEEDS: &[Need] = &[
+    Need::Bus,
+    Need::Loop,
+    Need::Tool("qemu-img"),
+    Need::Tool("mkfs.ext4"),
+];
+const MIB: u64 = 1 << 20;
+const PIECE: usize = 64 << 10;
+// proto.md "Error values"
+const EPERM: u32 = 1;
+const EIO: u32 = 5;
+const ENOSPC: u32 = 28;
+
+/// A mounted file system; unmounted when dropped.
+struct Mounted(PathBuf);
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let _ = process::run("umount", &["-l", &text(&self.0)], STEP_LIMIT);
+    }
+}
+
+fn text(path: &Path) -> String {
+    path.to_string_lossy().into_owned()
+}
+
+fn mount(ground: &Ground, args: &[&str]) -> Outcome<Mounted> {
+    let place = ground.file("small");
+    std::fs::create_dir_all(&place)?;
+    let name = text(&place);
+    let args: Vec<&str> = args.iter().copied().chain([name.as_str()]).collect();
+    process::succeed("mount", &args, STEP_LIMIT)?;
+    Ok(Mounted(place))
+}
+
+/// A daemon that may serve from there, with a sparse image and a sparse raw file of 64 MiB, both exported.
+fn scene(ground: &Ground, place: &Path) -> Outcome<Scene> {
+    let roots = format!("file_roots = [{:?}]\n", text(place));
+    let image = place.join("disk.qcow2");
+    let raw = place.join("disk.raw");
+    process::succeed(
+        "qemu-img",
+        &["create", "-q", "-f", "qcow2", &text(&image), "64M"],
+        STEP_LIMIT,
+    )?;
+    std::fs::File::create_new(&raw)?.set_len(64 * MIB)?;
+    let exports = [
+        ("image", format!("qcow2:{}", image.display())),
+        ("raw", format!("file:{}", raw.display())),
+    ];
+    let scene = Scene::told(ground, roots, &exports)?;
+    for (name, _) in exports {
+        scene.client.reach_state(name, "Serving", STEP_LIMIT)?;
+    }
+    Ok(scene)
+}
+
+fn piece(number: usize) -> Vec<u8> {
+    vec![u8::try_from(number % 251).unwrap_or(0) + 1; PIECE]
+}
+
+/// Writes pieces from `first` on until one is refused; gives its number and the error.
+fn write_until_refused(client: &mut Client, first: usize, last: usize) -> Outcome<(usize, u32)> {
+    for number in first..last {
+        if let Err(error) = client.write((number * PIECE) as u64, &piece(number), false)? {
+            return Ok((number, error));
+        }
+    }
+    Ok((last, 0))
+}
+
+fn holds(client: &mut Client, pieces: std::ops::Range<usize>) -> Outcome<()> {
+    let mut found = vec![0; PIECE];
+    for number in pieces {
+        let read = client.read((number * PIECE) as u64, &mut found)?;
+        hold!(read == Ok(()), "piece {number}: {read:?}");
+        hold!(found == piece(number), "piece {number} is another");
+    }
+    Ok(())
+}
+
+fn sound(image: &Path) -> Outcome<()> {
+    let args = ["check", "-U", "-f", "qcow2", &text(image)];
+    let done = process::run("qemu-img", &args, STEP_LIMIT)?;
+    // Leaks are room that is lost, and no harm.
+    hold!(
+        matches!(done.status.code(), Some(0 | 3)),
+        "{}{}",
+        done.stdout,
+        done.stderr
+    );
+    Ok(())
+}
+
+fn is_written_on(ground: &Ground, place: &Path) -> Outcome<()> {
+    let mut scene = scene(ground, place)?;
+    for name in ["image", "raw"] {
+        let mut client = Client::open(&scene.endpoint(), name)?;
+        let filler = place.join("filler");
+        std::fs::write(&filler, vec![7; 4 << 20])?;
+        let (full_at, error) = write_until_refused(&mut client, 0, 1024)?;
+        hold!(
+            full_at > 8 && error == ENOSPC,
+            "{name}: piece {full_at} was answered {error}"
+        );
+        // What was acknowledged is kept, by a flush too, and read.
+        let flushed = client.flush()?;
+        hold!(
+            flushed == Ok(()),
+            "{name}: the flush on a full disk: {flushed:?}"
+        );
+        holds(&mut client, 0..full_at)?;
+        let fua = client.write((full_at * PIECE) as u64, &piece(full_at), true)?;
+        hold!(fua == Err(ENOSPC), "{name}: with FUA: {fua:?}");
+        if name == "image" {
+            sound(&place.join("disk.qcow2"))?;
+        }
+        std::fs::remove_file(&filler)?;
+        let (more, error) = write_until_refused(&mut client, full_at, full_at + 32)?;
+        hold!(
+            more == full_at + 32,
+            "{name}: with room again, piece {more} was answered {error}"
+        );
+        let flushed = client.flush()?;
+        hold!(
+            flushed == Ok(()),
+            "{name}: the flush with room again: {flushed:?}"
+        );
+        holds(&mut client, 0..more)?;
+        client.leave()?;
+        // Room for the other.
+        if name == "image" {
+            scene.stop()?;
+            let image = place.join("disk.qcow2");
+            sound(&image)?;
+            let copy = ground.file("copy.raw");
+            process::succeed(
+                "qemu-img",
+                &["convert", "-O", "raw", &text(&image), &text(&copy)],
+                STEP_LIMIT,
+            )?;
+            let bytes = std::fs::read(&copy)?;
+            for number in 0..more {
+                hold!(
+                    bytes[number * PIECE..][..PIECE] == piece(number),
+                    "QEMU reads piece {number} as another"
+                );
+            }
+            std::fs::remove_file(&image)?;
+            scene.start()?;
+            scene.client.reach_state("raw", "Serving", STEP_LIMIT)?;
+        }
+    }
+    scene.stop()
+}
+
+#[test]
+fn a_full_tmpfs_answers_enospc_and_is_written_on_when_there_is_room() -> Outcome<()> {
+    real("full tmpfs", NEEDS, |ground| {
+        let small = mount(ground, &["-t", "tmpfs", "-o", "size=16m", "tmpfs"])?;
+        is_written_on(ground, &small.0)
+    })
+}
+
+#[test]
+fn a_full_ext4_answers_enospc_and_is_written_on_when_there_is_room() -> Outcome<()> {
+    real("full ext4", NEEDS, |ground| {
+        let medium = ground.file("medium");
+        std::fs::File::create_new(&medium)?.set_len(24 * MIB)?;
+        process::succeed("mkfs.ext4", &["-q", "-m", "0", &text(&medium)], STEP_LIMIT)?;
+        let small = mount(ground, &["-o", "loop", &text(&medium)])?;
+        is_written_on(ground, &small.0)
+    })
+}
+
+#[test]
+fn a_file_system_that_turned_read_only_fails_writes_and_is_read_on() -> Outcome<()> {
+    real("read-only file system", NEEDS, |ground| {
+        let medium = ground.file("medium");
+        std::fs::File::create_new(&medium)?.set_len(48 * MIB)?;
+        process::succeed("mkfs.ext4", &["-q", "-m", "0", &text(&medium)], STEP_LIMIT)?;
+        let small = mount(ground, &["-o", "loop", &text(&medium)])?;
+        let mut scene = scene(ground, &small.0)?;
+        let endpoint = scene.endpoint();
+        let mut clients = Vec::new();
+        for name in ["image", "raw"] {
+            let mut client = Client::open(&endpoint, name)?;
+            write_until_refused(&mut client, 0, 8)?;
+            hold!(client.flush()? == Ok(()), "{name}: the flush before it");
+            clients.push((name, client));
+        }
+        // As after an error of its medium: files that are open for writing stay so, and nothing is written any more.
+        process::succeed(
+            "mount",
+            &["-o", "remount,abort", &text(&small.0)],
+            STEP_LIMIT,
+        )?;
+        for (name, client) in &mut clients {
+            let written = client.write(0, &piece(3), true)?;
+            hold!(
+                matches!(written, Err(EIO | EPERM)),
+                "{name}: a FUA write was answered {written:?}"
+            );
+            // Something that was to be durable is not: no later flush says that all is (invariant 9).
+            let flushed = client.flush()?;
+            hold!(
+                matches!(flushed, Err(EIO)),
+                "{name}: a flush was answered {flushed:?}"
+            );
+            holds(client, 1..8)?;
+        }
+        scene.daemon()?.assert_alive()?;
+        drop(clients);
+        // Opened on what is read-only it is served for reading, and says so.
+        scene.kill()?;
+        scene.start()?;
+        for name in ["image", "raw"] {
+            let export = scene.client.reach_state(name, "Serving", STEP_LIMIT)?;
+            let read_only = export.get("ReadOnly").cloned();
+            hold!(
+                read_only == Some(support::bus::Word::Flag(true)),
+                "{name}: {read_only:?}"
+            );
+            let mut client = Client::open(&endpoint, name)?;
+            holds(&mut client, 1..8)?;
+            let written = client.write(0, &piece(3), false)?;
+            hold!(
+                written == Err(EPERM),
+                "{name}: a write was answered {written:?}"
+            );
+            client.leave()?;
+        }
+        scene.stop()
+    })
+}
