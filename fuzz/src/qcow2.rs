@@ -1,4 +1,4 @@
-//! A QCOW2 image of any bytes: opened as the daemon opens one, read, written, and given up.
+//! A QCOW2 image of any bytes: described and checked, opened as the daemon opens one, read, written, and given up.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -7,7 +7,7 @@ use nbdtrack::correlation::{DeviceNode, DeviceNumber, ExportName, OpenDisk, Tick
 use nbdtrack::identity::{Format, Identity};
 use nbdtrack::image::beneath::Roots;
 use nbdtrack::image::block::Claims;
-use nbdtrack::image::{Extent, Image, Span, ZeroFlags, qcow2};
+use nbdtrack::image::{Extent, Image, Span, ZeroFlags, describe, qcow2};
 
 /// The first byte says what is done; the rest is the file.
 pub fn run(data: &[u8]) {
@@ -20,6 +20,7 @@ pub fn run(data: &[u8]) {
     let Some(order) = order(&place, what & 1 != 0) else {
         return;
     };
+    look(&place);
     let image = match qcow2::open(&order, &place.roots(), &Claims::default()) {
         Ok(image) => image,
         Err(refused) => {
@@ -54,6 +55,25 @@ pub fn run(data: &[u8]) {
             let _ = image.discard(at, false);
             let _ = image.flush();
         }
+    }
+}
+
+/// As those who make backups and those who only ask.
+fn look(place: &Place) {
+    let (path, roots) = (place.image(), place.roots());
+    let Some(path) = path.to_str() else { return };
+    let mut last = 0.0;
+    let found = describe::check(path, Format::Qcow2, &roots, &mut |share| {
+        assert!((last..=1.0).contains(&share), "{share} after {last}");
+        last = share;
+    });
+    if let Ok(found) = found {
+        assert!(found.told.len() as u64 <= found.errors);
+        assert!(found.leaks <= found.clusters);
+    }
+    if let Ok((layers, broken)) = describe::chain(path, Format::Qcow2, &roots) {
+        assert!(!layers.is_empty());
+        assert!(broken.is_none_or(|broken| !broken.to_string().is_empty()));
     }
 }
 

@@ -11,7 +11,7 @@ use std::os::unix::fs::FileExt;
 use super::check::{Findings, Progress};
 use super::entry::{self, Cluster, Damaged, Entry};
 use super::extensions::Fields;
-use super::header::{Header, Refusal};
+use super::header::{Header, L1_BYTES_MAX, Refusal};
 use super::tables::{entries, words};
 
 /// `QCOW_MAX_SNAPSHOT_EXTRA_DATA` and names of at most 65,535 bytes each; so much of a snapshot's row is looked at.
@@ -78,7 +78,7 @@ fn snapshot(file: &File, at: u64, file_bytes: u64) -> io::Result<Option<(u64, u6
         return Ok(None);
     };
     let row = (40 + extra + names).next_multiple_of(8);
-    Ok((row <= len && entries * 8 <= file_bytes).then_some((table, entries, row)))
+    Ok((row <= len && entries * 8 <= L1_BYTES_MAX).then_some((table, entries, row)))
 }
 
 /// References to the clusters of one window of the file.
@@ -150,7 +150,9 @@ impl<'a> Census<'a> {
         let cluster = self.header.cluster_bytes();
         let mut l2 = vec![0; usize::try_from(cluster).map_err(io::Error::other)?];
         for (index, word) in words(&l1).enumerate() {
-            progress.step(index as u64, l1_entries);
+            if active {
+                progress.step(index as u64, l1_entries);
+            }
             let host = entry::table_offset(word);
             if host == 0 {
                 continue;
