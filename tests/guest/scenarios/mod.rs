@@ -30,6 +30,7 @@ mod control;
 mod daemon;
 mod hasty;
 mod identities;
+mod jobs;
 mod kernel_client;
 mod moves;
 mod packaging;
