@@ -19,14 +19,14 @@ use super::control::{Asker, Control};
 use super::shelf::{Finishing, Shelf};
 use super::works::{ToLoop, in_thread, make_and_export, refusal_of_file};
 use crate::correlation::{
-    Backup, BackupChange, BackupState, BeginBackup, CreateImage, ExportName, NewImage, Proof,
-    RemoveMode, Request, RequestError,
+    Backup, BackupChange, BackupState, BeginBackup, CreateImage, ExportName, NewImage, RemoveMode,
+    Request, RequestError,
 };
 use crate::dbus::{Answer, Caller, FinishBackup};
 use crate::identity::{Format, VolumeId};
 use crate::image::beneath::Roots;
 use crate::image::remove::{self, RemoveError};
-use crate::image::verify::{self, VerifyError};
+use crate::image::verify::{self, Verified, VerifyError};
 
 /// For a file that its export no longer has to be closed.
 const CLOSED_WITHIN: Duration = Duration::from_secs(3);
@@ -275,6 +275,7 @@ fn as_when_finished(lineage: &[Backup], roots: &Roots) -> Result<(), RequestErro
     }
     // Copied or repaired since, which is well as long as it reads the same.
     let found = verify::verify(&first.path, roots, &mut |_| {}).map_err(refusal)?;
+    let found = &found.proof;
     if found.sha256 == proof.sha256 {
         return Ok(());
     }
@@ -314,7 +315,8 @@ async fn finish(
         }
     };
     match verified {
-        Ok(proof) => complete(to_loop, shelf, backup, proof).await,
+        // Held until the row says that it is complete: from then on no export opens it for writing.
+        Ok(verified) => complete(to_loop, shelf, backup, &verified).await,
         Err(error @ VerifyError::Damaged { .. }) => {
             fail(to_loop, shelf, backup, error.to_string()).await
         }
@@ -326,7 +328,7 @@ async fn verify(
     backup: &Backup,
     roots: &Arc<Roots>,
     progress: &Arc<AtomicU32>,
-) -> Result<Result<Proof, VerifyError>, RequestError> {
+) -> Result<Result<Verified, VerifyError>, RequestError> {
     let (path, roots, told) = (backup.path.clone(), Arc::clone(roots), Arc::clone(progress));
     in_thread(move || {
         verify::verify(&path, &roots, &mut |share| {
@@ -345,13 +347,13 @@ async fn complete(
     to_loop: &ToLoop,
     shelf: &Shelf,
     backup: Backup,
-    proof: Proof,
+    verified: &Verified,
 ) -> Result<Backup, RequestError> {
     let backup = Backup {
         state: BackupState::Complete,
         reason: String::new(),
         finished: seconds(),
-        proof: Some(proof),
+        proof: Some(verified.proof.clone()),
         ..backup
     };
     let put = BackupChange::Put(Box::new(backup.clone()));

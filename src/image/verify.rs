@@ -49,6 +49,12 @@ pub enum VerifyError {
     },
 }
 
+/// A sound backup. No one writes to its file while this is held.
+pub struct Verified {
+    pub proof: Proof,
+    _held: File,
+}
+
 /// Makes the image at the absolute `path` durable, checks it, and reads all that is in it; `progress` is told the share that is done, from 0
 /// to 1. Blocks for as long as that takes.
 ///
@@ -58,7 +64,7 @@ pub fn verify(
     path: &str,
     roots: &Roots,
     progress: &mut dyn FnMut(f64),
-) -> Result<Proof, VerifyError> {
+) -> Result<Verified, VerifyError> {
     let kernel = |source| VerifyError::Kernel {
         path: path.to_owned(),
         source,
@@ -106,12 +112,13 @@ pub fn verify(
         .map(|byte| format!("{byte:02x}"))
         .collect();
     let incarnation = |format| beneath::incarnation(&file, format).map_err(kernel);
-    Ok(Proof {
+    let proof = Proof {
         sha256,
         file_bytes,
         modified_ns,
         incarnations: [incarnation(Format::Raw)?, incarnation(Format::Qcow2)?],
-    })
+    };
+    Ok(Verified { proof, _held: file })
 }
 
 /// Whether the file at `path` is, by its length and time, as it was when `proof` was made. Blocks.
