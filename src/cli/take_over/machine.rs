@@ -36,7 +36,14 @@ pub(super) struct Machine {
     systemd: bool,
     /// The service runs, so it runs afterwards, too.
     runs: bool,
-    own_runs: bool,
+    own: Own,
+}
+
+/// Our own service. It has the same port and state, so it is in the way when it runs, when it is about to be started again (it
+/// failed while the stock server had the port), and at the next boot when it is enabled.
+struct Own {
+    runs: bool,
+    enabled: bool,
 }
 
 fn step(what: impl Into<String>, why: impl ToString) -> TakeOverError {
@@ -77,12 +84,20 @@ impl Machine {
             systemd
                 && run("systemctl", &["--quiet", "is-active", unit]).is_ok_and(|(active, _)| active)
         };
+        let says = |verb: &str| match systemd {
+            true => run("systemctl", &[verb, OWN_SERVICE]).map_or(String::new(), |(_, said)| said),
+            false => String::new(),
+        };
+        let own = Own {
+            runs: ["active", "activating", "reloading"].contains(&says("is-active").trim()),
+            enabled: says("is-enabled").trim() == "enabled",
+        };
         let runs = active(SERVICE) || !systemd && !servers()?.is_empty();
         Ok(Machine {
             package,
             systemd,
             runs,
-            own_runs: active(OWN_SERVICE),
+            own,
         })
     }
 
@@ -126,7 +141,7 @@ impl Machine {
             true => "the service nbd-server is stopped before and started after; its clients have to connect again".to_owned(),
             false => "the service nbd-server does not run, and is not started".to_owned(),
         }];
-        if self.own_runs {
+        if self.own.runs || self.own.enabled {
             lines.push(format!(
                 "{OWN_SERVICE} is stopped and disabled: it has the same port and the same state"
             ));
@@ -163,13 +178,19 @@ impl Machine {
         Ok(())
     }
 
-    /// Takes our own service out of the way, or brings it back; nothing where it does not run.
+    /// Takes our own service out of the way, or makes it what it was.
     pub(super) fn own_service(&self, wanted: bool) -> Result<(), TakeOverError> {
-        if !self.own_runs {
-            return Ok(());
+        let Own { runs, enabled } = self.own;
+        if !wanted && (runs || enabled) {
+            must("systemctl", &["--quiet", "disable", "--now", OWN_SERVICE])?;
         }
-        let verb = if wanted { "enable" } else { "disable" };
-        must("systemctl", &["--quiet", verb, "--now", OWN_SERVICE]).map(drop)
+        if wanted && enabled {
+            must("systemctl", &["--quiet", "enable", OWN_SERVICE])?;
+        }
+        if wanted && runs {
+            must("systemctl", &["--quiet", "start", OWN_SERVICE])?;
+        }
+        Ok(())
     }
 
     /// Starts the service if it ran, and waits until its process is that binary.
