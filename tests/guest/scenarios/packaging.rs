@@ -323,7 +323,8 @@ fn place_of_a_package(shape: Shape) -> Outcome<()> {
         dpkg(bed, "-i /root/new.deb")?;
         hold!(served_by_ours(bed)?, "the new version is in the place");
         let new = one_process(bed)?;
-        hold!(new != old, "it is the new version's process");
+        // Both versions have the very same program, which is not exchanged for itself: its clients notice nothing.
+        hold!(new == old, "the same program goes on");
         bed.machine.agent.run(
             "! systemctl is-active nbdtrack && ! systemctl is-enabled nbdtrack && test ! -e /bin/nbd-server.nbdtrack-old",
         )?;
