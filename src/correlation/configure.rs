@@ -9,6 +9,32 @@ use super::{
 };
 use crate::identity::Identity;
 
+/// Definitions that look for one disk.
+#[derive(Default)]
+struct Rivals<'a> {
+    all: Vec<&'a Definition>,
+    /// They do not all read one volume.
+    mixed: bool,
+}
+
+impl<'a> Rivals<'a> {
+    fn push(&mut self, definition: &'a Definition) {
+        let first = self.all.first().unwrap_or(&definition);
+        self.mixed |= !definition.read_only || definition.volume != first.volume;
+        self.all.push(definition);
+    }
+
+    /// Those that can stand against this one: none when all of them and it read one volume.
+    fn of(&self, definition: &Definition) -> &[&'a Definition] {
+        let first = self.all.first().filter(|_| !self.mixed);
+        let joins = |first: &&Definition| definition.read_only && first.volume == definition.volume;
+        if first.is_some_and(joins) {
+            return &[];
+        }
+        &self.all
+    }
+}
+
 impl Correlation {
     /// Applies the difference: what did not change notices nothing.
     pub(super) fn on_configured(&mut self, exports: Vec<Definition>) {
@@ -94,7 +120,7 @@ impl Correlation {
                 .iter()
                 .flat_map(|definition| definition.volume.candidates())
                 .collect();
-            let mut planned: BTreeMap<Identity, Vec<&Definition>> = BTreeMap::new();
+            let mut planned: BTreeMap<Identity, Rivals<'_>> = BTreeMap::new();
             let known = self
                 .exports
                 .iter()
@@ -114,7 +140,7 @@ impl Correlation {
                     .candidates()
                     .iter()
                     .filter_map(|c| planned.get(c))
-                    .flatten()
+                    .flat_map(|rivals| rivals.of(definition))
                     .find_map(|other| {
                         // Of two that are both new, the first by name stands.
                         let yields =
@@ -264,5 +290,40 @@ impl Correlation {
             generation: 0,
             reason: reason.to_owned(),
         }));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::identity::{Format, VolumeId};
+
+    fn definition(name: &str, path: &str, read_only: bool) -> Definition {
+        Definition {
+            name: ExportName::parse(name).unwrap(),
+            volume: VolumeId::of_file(path, Format::Raw).unwrap(),
+            read_only,
+            share: false,
+            direct: false,
+            source: Source::Config,
+        }
+    }
+
+    #[test]
+    fn readers_of_one_volume_are_not_compared_with_each_other() {
+        let readers = ["a", "b", "c"].map(|name| definition(name, "/images/one", true));
+        let mut rivals = Rivals::default();
+        readers.iter().for_each(|reader| rivals.push(reader));
+        assert!(rivals.of(&readers[0]).is_empty());
+        let writer = definition("w", "/images/one", false);
+        assert_eq!(rivals.of(&writer).len(), 3, "a writer is");
+        let elsewhere = definition("d", "/images/two", true);
+        assert_eq!(
+            rivals.of(&elsewhere).len(),
+            3,
+            "another spelling may be the same disk"
+        );
+        rivals.push(&writer);
+        assert_eq!(rivals.of(&readers[0]).len(), 4);
     }
 }
