@@ -9,9 +9,12 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use nbdtrack::image::qcow2::Qcow2;
-use nbdtrack::image::{Extent, Image, ZeroFlags};
-use raw_file::open_qcow2;
+use nbdtrack::identity::Format;
+use nbdtrack::image::beneath::Roots;
+use nbdtrack::image::block::Claims;
+use nbdtrack::image::qcow2::{self, Qcow2};
+use nbdtrack::image::{Extent, Image, ZeroFlags, raw};
+use raw_file::{open_qcow2, order_as};
 
 const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
@@ -50,6 +53,13 @@ fn by_qemu(path: &Path) -> Vec<u8> {
     let convert = ["convert", "-f", "qcow2", "-O", "raw", names[0], names[1]];
     tool("qemu-img", &convert);
     std::fs::read(&raw).unwrap()
+}
+
+/// Beside a writer of ours that does nothing.
+fn by_qemu_unlocked(path: &Path) -> Vec<u8> {
+    let copy = path.with_extension("copy");
+    std::fs::copy(path, &copy).unwrap();
+    by_qemu(&copy)
 }
 
 fn at(offset: u64, len: u64) -> Extent {
@@ -229,4 +239,158 @@ fn tables_that_lie_upon_each_other_are_refused_for_writing_and_left_as_they_are(
     }
     let (folder, path) = made("cluster_size=512", &commands);
     assert!(open_qcow2(folder.path(), &path, true).is_ok());
+}
+
+/// Two entries of which each says that the cluster is its own: a write through the one would be read through the other.
+#[test]
+fn two_clusters_in_one_place_are_refused_for_writing_and_left_as_they_are() {
+    let _turn = turn();
+    const OWN: u64 = 1 << 63;
+    // Clusters of 512 bytes: an L2 table maps 32 KiB.
+    fn l2(path: &Path, table: u64) -> u64 {
+        number(path, number(path, 40) + 8 * table) & !OWN
+    }
+    let (folder, plain) = made("cluster_size=512", &["write -P 1 0 300k"]);
+    let snapshot = plain.with_extension("snapshot");
+    std::fs::copy(&plain, &snapshot).unwrap();
+    let name = snapshot.to_str().unwrap();
+    tool("qemu-img", &["snapshot", "-c", "before", name]);
+    let lies: [(&str, &Path, Lie); 7] = [
+        ("in one table", &plain, |path| {
+            poke(path, l2(path, 0) + 8, number(path, l2(path, 0)));
+        }),
+        ("in two tables", &plain, |path| {
+            poke(path, l2(path, 8), number(path, l2(path, 0)));
+        }),
+        ("neither says that it is its own", &plain, |path| {
+            let host = number(path, l2(path, 0)) & !OWN;
+            poke(path, l2(path, 0), host);
+            poke(path, l2(path, 8), host);
+        }),
+        ("only one says that it is its own", &plain, |path| {
+            poke(path, l2(path, 8), number(path, l2(path, 0)) & !OWN);
+        }),
+        ("one is compressed", &plain, |path| {
+            let host = number(path, l2(path, 0)) & !OWN;
+            poke(path, l2(path, 8), 1 << 62 | host);
+        }),
+        ("one is a snapshot's", &snapshot, |path| {
+            let entry = number(path, l2(path, 0)) | OWN;
+            poke(path, l2(path, 0), entry);
+        }),
+        ("a snapshot has the table, too", &snapshot, |path| {
+            let l1 = number(path, 40);
+            poke(path, l1, number(path, l1) | OWN);
+        }),
+    ];
+    for (what, from, lie) in lies {
+        let path = folder.path().join("lies.qcow2");
+        std::fs::copy(from, &path).unwrap();
+        assert!(open_qcow2(folder.path(), &path, true).is_ok());
+        lie(&path);
+        let before = std::fs::read(&path).unwrap();
+        let refused = open_qcow2(folder.path(), &path, true);
+        let said = refused.map(drop).unwrap_err().to_string();
+        assert!(said.contains("both lie at byte"), "{what}: {said}");
+        let read = open_qcow2(folder.path(), &path, false).unwrap();
+        read.read(at(0, 512), &mut [0; 512]).unwrap();
+        assert!(std::fs::read(&path).unwrap() == before, "{what}: changed");
+    }
+}
+
+/// What is counted as often as it is referred to, or more often, is no reason.
+#[test]
+fn clusters_that_are_shared_by_their_counts_are_written() {
+    let _turn = turn();
+    let (folder, path) = made("cluster_size=64k", &["write -P 1 0 1M"]);
+    let name = path.to_str().unwrap();
+    tool("qemu-img", &["snapshot", "-c", "before", name]);
+    tool("qemu-io", &["-f", "qcow2", "-c", "write -P 2 0 64k", name]);
+    let packed = path.with_extension("packed");
+    let convert = ["convert", "-c", "-O", "qcow2", name];
+    tool(
+        "qemu-img",
+        &[&convert[..], &[packed.to_str().unwrap()]].concat(),
+    );
+    // Lost in a crash: counted twice, referred to once.
+    let (lost_folder, lost) = made("cluster_size=64k", &["write -P 1 0 64k"]);
+    let host = number(&lost, number(&lost, number(&lost, 40)) & !(1 << 63)) & !(1 << 63);
+    let count = number(&lost, number(&lost, 48)) + 2 * (host >> 16);
+    let before = number(&lost, count);
+    poke(&lost, count, before + (1 << 48));
+    for (folder, path) in [(&folder, &path), (&folder, &packed), (&lost_folder, &lost)] {
+        let image = open_qcow2(folder.path(), path, true).unwrap();
+        write(&image, 0, 7, 4 * KIB).unwrap();
+        image.flush().unwrap();
+    }
+}
+
+/// The writer's locks of an image that could not be made ready for writing stayed with those who read it: QEMU's readers were kept out.
+#[test]
+fn a_second_export_that_is_refused_to_write_leaves_the_first_one_a_reader() {
+    let _turn = turn();
+    let (folder, path) = made("cluster_size=64k", &["write -P 1 0 64k"]);
+    let name = path.to_str().unwrap();
+    tool("qemu-img", &["bitmap", "--add", name, "b"]);
+    let roots = Roots::new(vec![folder.path().to_owned()]);
+    let claims = Claims::default();
+    let mut order = order_as(&path, &roots, Format::Qcow2);
+    order.write = false;
+    let reader = qcow2::open(&order, &roots, &claims).unwrap();
+    let theirs = ["-r", "-f", "qcow2", "-c", "read -P 1 0 64k", name];
+    tool("qemu-io", &theirs);
+    order.write = true;
+    for _ in 0..2 {
+        let refused = qcow2::open(&order, &roots, &claims);
+        let said = refused.map(drop).unwrap_err().to_string();
+        assert!(said.contains("persistent bitmaps"), "{said}");
+        tool("qemu-io", &theirs);
+    }
+    // Once it can be written, it is held as a writer holds it.
+    order.write = false;
+    drop(reader);
+    tool("qemu-img", &["bitmap", "--remove", name, "b"]);
+    let _reader = qcow2::open(&order, &roots, &claims).unwrap();
+    order.write = true;
+    let _writer = qcow2::open(&order, &roots, &claims).unwrap();
+    let done = Command::new("qemu-io").args(theirs).output().unwrap();
+    let said = String::from_utf8_lossy(&done.stderr).into_owned();
+    assert!(!done.status.success() && said.contains("lock"), "{said}");
+}
+
+/// The same bytes under any of their names, and as the disk that they hold as well as the bytes that they are.
+#[test]
+fn a_file_has_one_writer_in_a_process_whatever_its_name_and_its_format() {
+    let _turn = turn();
+    let (folder, path) = made("cluster_size=64k", &["write -P 1 0 64k"]);
+    let link = folder.path().join("link.qcow2");
+    std::fs::hard_link(&path, &link).unwrap();
+    let roots = Roots::new(vec![folder.path().to_owned()]);
+    let claims = Claims::default();
+    let order = |path: &Path, format, write| {
+        let mut order = order_as(path, &roots, format);
+        order.write = write;
+        order
+    };
+    let open = |path: &Path| qcow2::open(&order(path, Format::Qcow2, true), &roots, &claims);
+    let one = open(&path).unwrap();
+    // By its other name it is the one that is open: not a second idea of where its clusters are.
+    let other = open(&link).unwrap();
+    write(&one, MIB, 7, 64 * KIB).unwrap();
+    let mut now = vec![0; 512];
+    other.read(at(MIB, 512), &mut now).unwrap();
+    assert_eq!(now, [7; 512]);
+    write(&other, 2 * MIB, 8, 64 * KIB).unwrap();
+    write(&one, 3 * MIB, 9, 64 * KIB).unwrap();
+    for write in [true, false] {
+        let raw = raw::open(&order(&link, Format::Raw, write), &roots, &claims);
+        let said = raw.map(drop).unwrap_err().to_string();
+        assert!(said.contains("in use"), "{said}");
+    }
+    drop((one, other));
+    let _raw = raw::open(&order(&link, Format::Raw, true), &roots, &claims).unwrap();
+    assert!(open(&path).is_err(), "the image of bytes that others write");
+    let found = by_qemu_unlocked(&path);
+    let at = |offset: u64| found[usize::try_from(offset).unwrap()];
+    assert_eq!([at(0), at(MIB), at(2 * MIB), at(3 * MIB)], [1, 7, 8, 9]);
 }

@@ -12,102 +12,22 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use super::beneath::FileError;
 use super::direct::Direct;
 use super::durable::Durable;
 use super::medium::Medium;
+pub use super::open_error::OpenError;
 use super::qcow2::Core;
-use crate::correlation::{DeviceNode, DeviceNumber, DiskSeq, OpenDisk, OpenRefusal};
-use crate::identity::Identity;
+use crate::correlation::{DeviceNumber, DiskSeq, OpenDisk};
 
 /// How often the size is read before two readings in a row have to be the same. After a node is used
 /// again the kernel can show the last disk's size for a moment.
 const SIZE_READINGS: usize = 5;
 /// No order waits longer than this for another open or a close of its disk.
 const WAIT_MAX: Duration = Duration::from_secs(60);
-
-/// Why a disk was not opened.
-#[derive(Debug, thiserror::Error)]
-pub enum OpenError {
-    /// Nothing stands under this name, or its device is gone.
-    #[error("{node}: no disk there")]
-    Gone { node: DeviceNode },
-    /// The name does not stand for a block device.
-    #[error("{node}: not a block device")]
-    NotADisk { node: DeviceNode },
-    /// The name stands for another device.
-    #[error("{node}: expected device {expected}, found {found}")]
-    OtherDevice {
-        node: DeviceNode,
-        expected: DeviceNumber,
-        found: DeviceNumber,
-    },
-    /// The device holds another disk than the one that was announced.
-    #[error("{node}: expected diskseq {expected}, found {found}")]
-    DiskChanged {
-        node: DeviceNode,
-        expected: DiskSeq,
-        found: DiskSeq,
-    },
-    /// The opened disk does not say that it is this volume.
-    #[error("{node}: the opened disk does not have the identity {expected}")]
-    OtherIdentity {
-        node: DeviceNode,
-        expected: Identity,
-    },
-    /// No regular file stands under the path.
-    #[error(transparent)]
-    File(#[from] FileError),
-    /// The size was another one at each reading, or 0.
-    #[error("{node}: it has no steady size, or none at all")]
-    NoSize { node: DeviceNode },
-    /// Someone else has it.
-    #[error("{node}: in use: {by}")]
-    Busy { node: DeviceNode, by: String },
-    /// It cannot be read and written past the page cache.
-    #[error("{node}: no direct I/O: {source}; without 'direct' it can be served")]
-    NotDirect {
-        node: DeviceNode,
-        #[source]
-        source: io::Error,
-    },
-    /// The file is not what it is to be read as, or not served for what stands in it.
-    #[error("{node}: {reason}")]
-    Unfit { node: DeviceNode, reason: String },
-    /// An earlier open of this disk hangs.
-    #[error("{node}: the disk has not answered an earlier open")]
-    Hangs { node: DeviceNode },
-    /// The kernel refused.
-    #[error("{node}: {source}")]
-    Kernel {
-        node: DeviceNode,
-        #[source]
-        source: io::Error,
-    },
-}
-
-impl From<OpenError> for OpenRefusal {
-    fn from(error: OpenError) -> OpenRefusal {
-        let text = error.to_string();
-        match error {
-            OpenError::Gone { .. }
-            | OpenError::NotADisk { .. }
-            | OpenError::OtherDevice { .. }
-            | OpenError::DiskChanged { .. }
-            | OpenError::OtherIdentity { .. }
-            | OpenError::File(_)
-            | OpenError::NoSize { .. } => OpenRefusal::Changed(text),
-            OpenError::Busy { .. } => OpenRefusal::Busy(text),
-            OpenError::Hangs { .. } => OpenRefusal::TimedOut(text),
-            OpenError::NotDirect { .. } | OpenError::Unfit { .. } | OpenError::Kernel { .. } => {
-                OpenRefusal::Kernel(text)
-            }
-        }
-    }
-}
 
 /// What is to be opened, and what has to be asked of it. Every call may block.
 pub(super) trait Subject {
@@ -125,6 +45,8 @@ pub(super) trait Subject {
     fn size(&self, opened: &File) -> io::Result<u64> {
         self.medium().size(opened)
     }
+    /// Holds what only a reader does again, after a [`Subject::hold`] for writing that was not the first.
+    fn hold_less(&self, opened: &File);
     /// Whatever else is to be made ready, by the one who has the turn to open.
     fn ready(&self, claim: &Claim, write: bool) -> Result<(), OpenError> {
         let _ = (claim, write);
@@ -168,7 +90,8 @@ pub struct Claim {
     pub medium: Medium,
     /// Opened with `O_EXCL`, of a disk.
     held: File,
-    held_writable: bool,
+    /// Whether `held` keeps others from writing as a writer does; changed by the one who has the turn.
+    held_for_writing: AtomicBool,
     /// A second, writable descriptor under the same claim, where the first one is read-only.
     writable: OnceLock<File>,
     /// Shared by all images of the disk: a write-back error of one is an error of all (invariant 9).
@@ -199,6 +122,10 @@ impl Claim {
     pub(super) fn held(&self) -> &File {
         &self.held
     }
+
+    fn is_held_for_writing(&self) -> bool {
+        self.held_for_writing.load(Ordering::Acquire)
+    }
 }
 
 /// A claim and what was found on the disk.
@@ -224,16 +151,37 @@ pub(super) fn open(
     let place = claims.place(order.diskseq);
     let turn = Turn::take(&place, order)?;
     let (claim, read_only) = match turn.claim(order)? {
-        Some(claim) => share(order, subject, claim)?,
+        Some(claim) => {
+            let wrote = claim.is_held_for_writing();
+            let opened = share(order, subject, &claim)
+                .and_then(|read_only| complete(order, subject, Arc::clone(&claim), read_only));
+            if opened.is_err() && !wrote && claim.is_held_for_writing() {
+                // Those who share it go on reading, and keep no other reader out.
+                subject.hold_less(&claim.held);
+                claim.held_for_writing.store(false, Ordering::Release);
+            }
+            return opened;
+        }
         None => claim_new(order, subject, &place)?,
     };
+    let opened = complete(order, subject, claim, read_only)?;
+    lock(&place.state).claim = Arc::downgrade(&opened.claim);
+    Ok(opened)
+}
+
+/// Holds what is claimed against the order, and makes it ready.
+fn complete(
+    order: &OpenDisk,
+    subject: &dyn Subject,
+    claim: Arc<Claim>,
+    read_only: bool,
+) -> Result<Opened, OpenError> {
     let size = verify(order, subject, claim.file())?;
     subject.ready(&claim, !read_only)?;
     let direct = match order.direct {
         true => Some(open_direct(order, subject, &claim, size, !read_only)?),
         false => None,
     };
-    lock(&place.state).claim = Arc::downgrade(&claim);
     Ok(Opened {
         direct,
         claim,
@@ -348,7 +296,7 @@ fn claim_new(
         number: order.number,
         medium,
         held,
-        held_writable,
+        held_for_writing: AtomicBool::new(held_writable),
         writable: OnceLock::new(),
         durable: Durable::default(),
         core: OnceLock::new(),
@@ -357,35 +305,33 @@ fn claim_new(
     Ok((Arc::new(claim), read_only || !order.write))
 }
 
-/// Adds to a claim what this order needs of it.
-fn share(
-    order: &OpenDisk,
-    subject: &dyn Subject,
-    claim: Arc<Claim>,
-) -> Result<(Arc<Claim>, bool), OpenError> {
-    let mut read_only = claim
-        .medium
-        .read_only(&claim.held)
-        .map_err(|e| subject.refused(e))?;
-    if order.write && !read_only && !claim.held_writable && claim.writable.get().is_none() {
+/// Adds to a claim what this order needs of it; whether it is to be read only.
+fn share(order: &OpenDisk, subject: &dyn Subject, claim: &Claim) -> Result<bool, OpenError> {
+    let refused = |e| subject.refused(e);
+    let read_only = claim.medium.read_only(&claim.held).map_err(refused)?;
+    if !order.write || read_only || claim.is_held_for_writing() {
+        return Ok(read_only || !order.write);
+    }
+    if claim.writable.get().is_none() {
         // Without O_EXCL: the claim has it, and the kernel refuses a second one even to its owner.
         match reopen(&subject.find()?, true, 0) {
             Ok(file) => {
                 subject.same(&file)?;
-                subject.hold(&claim.held, true, false)?;
                 // The caller has the turn: no one else can have set it.
                 let _ = claim.writable.set(file);
             }
-            Err(e) => {
-                let refuses = claim.medium.refuses_writes(&claim.held);
-                read_only = is_read_only(&e) && refuses.map_err(|e| subject.refused(e))?;
-                if !read_only {
-                    return Err(subject.refused(e));
-                }
+            Err(e)
+                if is_read_only(&e)
+                    && claim.medium.refuses_writes(&claim.held).map_err(refused)? =>
+            {
+                return Ok(true);
             }
+            Err(e) => return Err(refused(e)),
         }
     }
-    Ok((claim, read_only || !order.write))
+    subject.hold(&claim.held, true, false)?;
+    claim.held_for_writing.store(true, Ordering::Release);
+    Ok(false)
 }
 
 /// One more descriptor of what is claimed: O_DIRECT belongs to a descriptor, and others share the claim without it.

@@ -94,6 +94,8 @@ impl Subject for Disk<'_> {
         Ok(())
     }
 
+    fn hold_less(&self, _: &File) {}
+
     fn refused(&self, source: io::Error) -> OpenError {
         let node = self.order.node.clone();
         match source.raw_os_error() {

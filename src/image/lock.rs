@@ -101,6 +101,15 @@ pub(super) fn take(file: &File, path: &str, wanted: Use, had: Option<Use>) -> Re
     Ok(())
 }
 
+/// Gives back what `file` is held for as `had` and not as `wanted`.
+pub(super) fn lessen(file: &File, had: Use, wanted: Use) {
+    let kept: Vec<libc::off_t> = wanted.bytes().collect();
+    for byte in had.bytes().filter(|byte| !kept.contains(byte)) {
+        // Nothing refuses an unlock; the descriptor's end would be one too.
+        let _ = set(file, byte, libc::F_UNLCK);
+    }
+}
+
 /// Whether the file system has no locks at all (fcntl_locking(2), and ENOLCK of NFS without a lock daemon); anything else
 /// is a lock that one did not get.
 fn has_none(error: &io::Error) -> bool {

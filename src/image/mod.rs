@@ -17,6 +17,7 @@ mod disk;
 mod durable;
 mod lock;
 mod medium;
+mod open_error;
 pub mod pages;
 pub mod qcow2;
 pub mod raw;

@@ -95,6 +95,10 @@ impl Subject for Plain<'_> {
         })
     }
 
+    fn hold_less(&self, opened: &File) {
+        lock::lessen(opened, Use::Write, Use::Read);
+    }
+
     fn size(&self, opened: &File) -> io::Result<u64> {
         match self.format() {
             Format::Raw => self.medium().size(opened),

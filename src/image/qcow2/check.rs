@@ -10,15 +10,13 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
-use super::census::{Census, Roots};
+use super::census::{Census, Roots, WINDOW};
 use super::core::read_start;
 use super::counts::count;
 use super::entry::{self, COPIED, Cluster};
 use super::header::{Header, Refusal};
 use super::tables::{entries, words};
 
-/// Clusters whose references are counted at a time, in 128 MiB: 2 TiB of a file with clusters of 64 KiB.
-const WINDOW: u64 = 32 << 20;
 /// Refcount blocks in memory.
 const BLOCKS_MAX: usize = 16;
 /// Findings that are told in words.
@@ -66,17 +64,27 @@ pub enum CheckError {
 
 /// How far a check is: parts, and how many of them are done.
 pub(super) struct Progress<'a> {
-    tell: &'a mut dyn FnMut(f64),
+    /// `None`: nobody is told.
+    tell: Option<&'a mut dyn FnMut(f64)>,
     part: u64,
     parts: u64,
 }
 
 impl Progress<'_> {
+    pub fn untold() -> Progress<'static> {
+        Progress {
+            tell: None,
+            part: 0,
+            parts: 1,
+        }
+    }
+
     pub fn step(&mut self, done: u64, of: u64) {
+        let Some(tell) = &mut self.tell else { return };
         // Rounded: it is for people.
         #[allow(clippy::cast_precision_loss, reason = "a share, shown to people")]
         let share = |n: u64, of: u64| n as f64 / of.max(1) as f64;
-        (self.tell)(
+        tell(
             (share(self.part, 1) + share(done, of)).min(share(self.parts, 1))
                 / share(self.parts, 1),
         );
@@ -105,7 +113,7 @@ pub fn check(file: &File, progress: &mut dyn FnMut(f64)) -> Result<Findings, Che
     // Each window, and the flags.
     let parts = clusters.div_ceil(WINDOW) + 1;
     let mut progress = Progress {
-        tell: progress,
+        tell: Some(progress),
         part: 0,
         parts,
     };
@@ -194,19 +202,19 @@ fn flags(
 }
 
 /// The counts as they stand in the file.
-struct Counts<'a> {
+pub(super) struct Counts<'a> {
     file: &'a File,
     order: u32,
     cluster_bits: u32,
     file_bytes: u64,
     /// Of each refcount block its byte in the file, or 0.
-    table: Vec<u64>,
+    pub table: Vec<u64>,
     /// By their number in the table.
     blocks: BTreeMap<u64, Vec<u8>>,
 }
 
 impl<'a> Counts<'a> {
-    fn load(file: &'a File, header: &Header) -> io::Result<Counts<'a>> {
+    pub fn load(file: &'a File, header: &Header) -> io::Result<Counts<'a>> {
         // At most 8 MiB, and all of it lies in the file: the header was held to that.
         let mut table = vec![0; usize::try_from(header.reftable_bytes).map_err(io::Error::other)?];
         file.read_exact_at(&mut table, header.reftable_offset)?;
@@ -221,7 +229,7 @@ impl<'a> Counts<'a> {
     }
 
     /// 0 where there is no block, or none that can be read.
-    fn get(&mut self, cluster: u64) -> io::Result<u64> {
+    pub fn get(&mut self, cluster: u64) -> io::Result<u64> {
         let per_block = self.cluster_bits + 3 - self.order;
         let (number, index) = (cluster >> per_block, cluster & ((1 << per_block) - 1));
         if let Some(block) = self.blocks.get(&number) {

@@ -74,6 +74,10 @@ pub enum Refusal {
         offset: u64,
     },
     #[error(
+        "two of its clusters both lie at byte {offset}, and its tables say so of neither: a write to one would change the other; see to it with: qemu-img check -r all, on a copy"
+    )]
+    Doubled { offset: u64 },
+    #[error(
         "its file was cut off: clusters that its tables name lie behind the end; what there is can be read with read_only = true"
     )]
     CutShort,

@@ -13,6 +13,7 @@
 //! | `counts.rs` | PURE: reference counts in the bytes of a block |
 //! | `refs.rs` | reference counts; which clusters are given out |
 //! | `core.rs` | one opened image: reading it |
+//! | `prepare.rs` | whether it can be written |
 //! | `write.rs` | writing it |
 //! | `empty.rs` | zeroes and discards of whole clusters |
 //! | `ranges.rs` | guest ranges that one call has for itself |
@@ -26,11 +27,10 @@
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use nix::fcntl::{FallocateFlags, fallocate};
 
-use super::ahead::Streams;
 use super::beneath::Roots;
 use super::claim::{self, Claim, Claims, OpenError, Opened};
 use super::medium::Medium;
@@ -52,6 +52,7 @@ mod extensions;
 pub mod header;
 mod inflate;
 pub mod layout;
+mod prepare;
 mod ranges;
 mod refs;
 mod tables;
@@ -62,11 +63,8 @@ pub use self::chain::{BACKING_MAX, ChainError};
 pub(super) use self::core::Core;
 pub use self::whole::ReadError;
 pub(super) use self::whole::read_all;
-use apart::Places;
 use empty::Emptying;
 use header::{BackingName, Header, Refusal};
-use refs::Refs;
-use write::Writer;
 
 /// As of disks; QEMU's server says the same of images.
 const PREFERRED_BYTES: u32 = 4096;
@@ -196,36 +194,6 @@ pub(super) fn backing_path(
     backing
         .map(|backing| chain::place(backing, path))
         .transpose()
-}
-
-impl Core {
-    /// Makes an image that was opened for reading ready for writing, through `file`.
-    fn prepare(&self, file: File) -> io::Result<Result<(), Refusal>> {
-        let file_bytes = file.metadata()?.len();
-        let mut refs = match Refs::load(&file, &self.header, file_bytes)? {
-            Ok(refs) => refs,
-            Err(refusal) => return Ok(Err(refusal)),
-        };
-        let places = match Places::new(&self.header, refs.blocks(), self.tables.hosts()) {
-            Ok(places) => places,
-            Err(refusal) => return Ok(Err(refusal)),
-        };
-        // Lost in a crash, or with the end of the file: then what the tables say to be there would read as zeroes once the file has
-        // grown over it.
-        if refs.has_lost(&file)? && self.tables.reach_behind(&file, &self.header, file_bytes)? {
-            return Ok(Err(Refusal::CutShort));
-        }
-        // The file may end inside of its last cluster: who writes only some subclusters of one leaves the rest of it out.
-        let end = file_bytes.next_multiple_of(self.header.cluster_bytes());
-        self.end.fetch_max(end, std::sync::atomic::Ordering::AcqRel);
-        Streams::instead_of_the_kernels(&file);
-        // By the one who has the turn to open: each is set once.
-        let _ = self.writing.set(file);
-        let _ = self.places.set(places);
-        self.clear_autoclear()?;
-        let _ = self.writer.set(Mutex::new(Writer::new(refs)));
-        Ok(Ok(()))
-    }
 }
 
 impl Qcow2 {
