@@ -10,7 +10,7 @@ use nbdtrack::correlation::{
     Action, BootId, Change, ConfiguredSection, Correlation, Definition, DeviceNode, DeviceNumber,
     DiskFacts, DiskSeq, Event, ExportName, INTERNAL, LeaseEnd, Mark, NamedPath, OpenedDisk,
     PathFound, Pin, PinnedTo, Reading, Remembered, Reply, Request, RequestError, RequestId,
-    Settings, Source, State, Ticket, Unkept, Written,
+    SectionsChange, Settings, Source, State, Ticket, Unkept, Written,
 };
 use nbdtrack::identity::{Identity, Scheme, VolumeId};
 
@@ -30,6 +30,8 @@ struct Machine {
     born_us: BTreeMap<usize, u64>,
     pins: BTreeMap<ExportName, Pin>,
     sections: BTreeMap<ExportName, Line>,
+    /// What the middle was told of the sections.
+    told: BTreeMap<ExportName, ConfiguredSection>,
     boot: String,
     /// Sections that stand in the file and cannot be taken.
     refused: BTreeSet<ExportName>,
@@ -87,6 +89,7 @@ impl Machine {
             born_us: BTreeMap::new(),
             pins,
             sections: BTreeMap::new(),
+            told: BTreeMap::new(),
             boot: boot.to_owned(),
             refused: BTreeSet::new(),
             waiting: Vec::new(),
@@ -309,7 +312,34 @@ impl Machine {
             })
             .collect();
         let refused = complete.then(|| self.refused.clone());
-        self.apply(Event::Sections { sections, refused });
+        self.read(sections, refused);
+    }
+
+    /// The middle is told what differs from the reading before. It does what it would do if it were told everything anew.
+    fn read(&mut self, sections: Vec<ConfiguredSection>, refused: Option<BTreeSet<ExportName>>) {
+        let now: BTreeMap<ExportName, ConfiguredSection> = sections
+            .iter()
+            .map(|section| (section.definition.name.clone(), section.clone()))
+            .collect();
+        let before = std::mem::replace(&mut self.told, now);
+        let differs =
+            |section: &&ConfiguredSection| before.get(&section.definition.name) != Some(*section);
+        let gone = before.keys().filter(|name| !self.told.contains_key(*name));
+        let change = SectionsChange {
+            put: sections.iter().filter(differs).cloned().collect(),
+            gone: gone.cloned().collect(),
+            refused,
+        };
+        let everything = SectionsChange {
+            put: sections,
+            ..change.clone()
+        };
+        let [by_change, by_everything] = [change.clone(), everything].map(|change| {
+            let mut middle = self.middle.clone();
+            middle.apply(self.now, Event::Sections(change))
+        });
+        assert_eq!(by_change, by_everything, "{change:?}");
+        self.apply(Event::Sections(change));
     }
 
     fn ask(&mut self, what: Request) -> Result<Reply, RequestError> {

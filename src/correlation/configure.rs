@@ -38,16 +38,11 @@ impl<'a> Rivals<'a> {
 impl Correlation {
     /// Applies the difference: what did not change notices nothing.
     pub(super) fn on_configured(&mut self, exports: Vec<Definition>) {
-        let difference = self.configure(exports);
-        self.out.push(Action::Tell(Notice::Reloaded(difference)));
-    }
-
-    pub(super) fn configure(&mut self, exports: Vec<Definition>) -> Difference {
         let wanted: BTreeMap<ExportName, Definition> = exports
             .into_iter()
             .map(|definition| (definition.name.clone(), definition))
             .collect();
-        let gone: Vec<ExportName> = self
+        let gone = self
             .exports
             .iter()
             .filter(|(name, export)| {
@@ -55,6 +50,17 @@ impl Correlation {
             })
             .map(|(name, _)| name.clone())
             .collect();
+        let difference = self.configure(gone, wanted);
+        self.out.push(Action::Tell(Notice::Reloaded(difference)));
+    }
+
+    /// Has `gone` leave, and `wanted` be as it says; of the configuration's other exports nothing is asked. What is refused is kept
+    /// for the next time when it is a section, of which the configuration says no more what is as it was.
+    pub(super) fn configure(
+        &mut self,
+        gone: Vec<ExportName>,
+        wanted: BTreeMap<ExportName, Definition>,
+    ) -> Difference {
         let mut difference = Difference {
             removed: gone.clone(),
             ..Difference::default()
@@ -66,7 +72,10 @@ impl Correlation {
         for (name, definition) in wanted {
             if let Some(reason) = refused.get(&name) {
                 self.refuse_definition(&definition, reason);
-                difference.refused.push((name, reason.clone()));
+                difference.refused.push((name.clone(), reason.clone()));
+                if definition.source == Source::NbdServer {
+                    self.pins.unmet.insert(name, definition);
+                }
                 continue;
             }
             let known = self.exports.get(&name);
@@ -121,12 +130,16 @@ impl Correlation {
                 .flat_map(|definition| definition.volume.candidates())
                 .collect();
             let mut planned: BTreeMap<Identity, Rivals<'_>> = BTreeMap::new();
-            let known = self
-                .exports
+            // As in `beside`: whoever is about to be defined anew is not found by what it is then.
+            let mut names = self.exports_of(&sought);
+            names.extend(self.replacing.iter().cloned());
+            let known = names
                 .iter()
-                .filter(|(name, export)| standing(name).is_none() && !export.goes());
+                .filter(|name| standing(name).is_none())
+                .filter_map(|name| self.exports.get(name))
+                .filter(|export| !export.goes());
             for definition in known
-                .flat_map(|(_, export)| export.claims())
+                .flat_map(super::Export::claims)
                 .chain(wanted.keys().filter_map(standing))
             {
                 let candidates = definition.volume.candidates();

@@ -1,12 +1,11 @@
 //! What the middle is told and what it orders: events in, actions out, requests and their replies.
 
-use std::collections::BTreeSet;
 use std::time::Duration;
 
 use super::facts::{
     Change, Definition, DeviceNode, DeviceNumber, DiskFacts, DiskSeq, ExportName, Mark,
 };
-use super::pins::ConfiguredSection;
+use super::pins::SectionsChange;
 use super::request_error::RequestError;
 use super::vm::{Mapping, VmDisk};
 use crate::identity::{Identity, VolumeId};
@@ -65,12 +64,8 @@ pub enum Event {
     Asked { request: RequestId, what: Request },
     /// The definitions in the configuration files, complete.
     Configured { exports: Vec<Definition> },
-    /// The sections of nbd-server's configuration. `refused` are those that cannot be taken; `None` when not all files could be read:
-    /// else what has no section has no pin.
-    Sections {
-        sections: Vec<ConfiguredSection>,
-        refused: Option<BTreeSet<ExportName>>,
-    },
+    /// nbd-server's configuration was read.
+    Sections(SectionsChange),
     /// A hidden export has no clients any more.
     Unused { export: ExportName },
     /// `Correlation::deadline` has come.

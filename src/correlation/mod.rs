@@ -38,6 +38,7 @@ mod removal;
 mod request_error;
 mod requests;
 mod rows;
+mod sections;
 mod settle;
 mod step;
 #[cfg(test)]
@@ -56,7 +57,7 @@ pub use messages::*;
 pub use new_image::{CreateImage, NewImage, Preallocation, file_in};
 pub use pin_calls::PinView;
 pub use pin_rule::{AtPath, FoundDisk, Pin, PinnedTo, Written};
-pub use pins::{ConfiguredSection, NamedPath, PathFound};
+pub use pins::{ConfiguredSection, NamedPath, PathFound, SectionsChange};
 pub use record::*;
 pub use request_error::RequestError;
 pub use view::*;
@@ -318,7 +319,7 @@ impl Correlation {
             Event::Persisted { request, result } => self.on_persisted(request, result),
             Event::Asked { request, what } => self.on_asked(request, what),
             Event::Configured { exports } => self.on_configured(exports),
-            Event::Sections { sections, refused } => self.on_sections(sections, refused),
+            Event::Sections(change) => self.on_sections(change),
             Event::Unused { export } => self.on_unused(&export),
             Event::TimePassed => self.on_time_passed(),
             Event::Stopping => self.on_stopping(),

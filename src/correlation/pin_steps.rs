@@ -4,95 +4,21 @@
 //! the pin is stored, the export is defined anew with the volume that it is pinned to. So nothing but [`judge`] and a person ever
 //! brings a path and a disk together, and what follows a pinned volume is the same machine as for every other export.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 
 use super::binding::{Failure, Want};
 use super::pin_rule::{
     AtPath, FoundDisk, Pin, PinnedTo, Question, Verdict, confirmation, judge, mismatch,
 };
-use super::pins::{ConfiguredSection, NamedPath, OWN_REQUESTS};
+use super::pins::{NamedPath, OWN_REQUESTS};
 use super::requests::Persisting;
 use super::{
     Action, Change, Correlation, Definition, DeviceNode, DiskSeq, Export, ExportName, INTERNAL,
-    Level, Notice, Reading, Reply, RequestError, RequestId, Source,
+    Level, Reading, Reply, RequestError, RequestId, Source,
 };
 use crate::identity::VolumeId;
 
 impl Correlation {
-    /// The configuration was read: the difference is applied, and what has no pin is judged.
-    pub(super) fn on_sections(
-        &mut self,
-        sections: Vec<ConfiguredSection>,
-        refused: Option<BTreeSet<ExportName>>,
-    ) {
-        let mut definitions = Vec::with_capacity(sections.len());
-        let mut paths = BTreeMap::new();
-        for section in sections {
-            let name = section.definition.name.clone();
-            paths.extend(section.path.map(|path| (name, path)));
-            definitions.push(section.definition);
-        }
-        let mut settled = self.pins.configure(paths);
-        if let Some(refused) = refused {
-            self.drop_pins(&refused);
-        }
-        for definition in &mut definitions {
-            if self.pins.sections.contains_key(&definition.name)
-                && let Some(volume) = self.volume_by_pin(&definition.name)
-            {
-                definition.volume = volume;
-            }
-        }
-        let difference = self.configure(definitions);
-        let refused = difference.refused.iter().map(|(name, _)| name);
-        for name in refused.chain(&difference.added).chain(&difference.changed) {
-            settled.remove(name);
-        }
-        let judged = |name: &&ExportName| !settled.contains(*name);
-        let names: Vec<ExportName> = self.pins.sections.keys().filter(judged).cloned().collect();
-        for name in names {
-            self.judge_pin(&name);
-        }
-        self.store_pins();
-        self.out.push(Action::Tell(Notice::Reloaded(difference)));
-    }
-
-    /// A section that went drops its pin, so that one of its name that comes later is judged afresh. One that cannot be taken keeps it.
-    fn drop_pins(&mut self, refused: &BTreeSet<ExportName>) {
-        let sections = &self.pins.sections;
-        let gone: Vec<ExportName> = self
-            .pins
-            .known
-            .keys()
-            .filter(|name| !sections.contains_key(*name) && !refused.contains(*name))
-            .cloned()
-            .collect();
-        if gone.is_empty() {
-            return;
-        }
-        let mut changes = Vec::with_capacity(gone.len());
-        for name in gone {
-            self.pins.known.remove(&name);
-            changes.push(Change::DeletePin(name));
-        }
-        self.out.push(Action::Persist {
-            request: INTERNAL,
-            changes,
-        });
-    }
-
-    /// The volume that the store's pin means, as long as the section has its path or leads to that very disk.
-    fn volume_by_pin(&self, name: &ExportName) -> Option<VolumeId> {
-        let known = self.pins.known.get(name)?;
-        // A doubt is no volume, whatever the verdict.
-        known.to.volume()?;
-        match self.verdict(name)? {
-            Verdict::Keep | Verdict::KeepAgainst(_) => known.to.volume(),
-            Verdict::Pin(to) if to == known.to => to.volume(),
-            Verdict::Pin(_) | Verdict::Confirm { .. } | Verdict::Undecided(_) => None,
-        }
-    }
-
     pub(super) fn verdict(&self, name: &ExportName) -> Option<Verdict> {
         let section = self.pins.sections.get(name)?;
         let at = self.at_path(section);
@@ -200,12 +126,11 @@ impl Correlation {
 
     /// A survey has come: what was claimed by another may be free, and what could not be stored may be.
     pub(super) fn judge_open_pins(&mut self) {
-        let open = |name: &&ExportName| {
-            self.exports
-                .get(*name)
-                .is_some_and(|export| export.planned().volume.path().is_some())
-        };
-        let names: Vec<ExportName> = self.pins.sections.keys().filter(open).cloned().collect();
+        let sections = self.pins.sections.keys();
+        let names: Vec<ExportName> = sections
+            .filter(|name| self.is_open(name))
+            .cloned()
+            .collect();
         for name in names {
             self.judge_pin(&name);
         }
@@ -401,6 +326,7 @@ impl Correlation {
         };
         if let Err(error) = self.judge_definition(&definition) {
             self.say(name, Level::Warn, "refused", error.to_string());
+            self.pins.unmet.insert(name.clone(), definition);
             self.settle(name);
             return;
         }

@@ -14,6 +14,18 @@ pub struct ConfiguredSection {
     pub path: Option<NamedPath>,
 }
 
+/// What a reading of nbd-server's configuration found otherwise than the one before it; of the first one, everything. What is as it
+/// was is not said, so that a reload costs what changed, beside whatever number of sections.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct SectionsChange {
+    /// New, or not as they were.
+    pub put: Vec<ConfiguredSection>,
+    /// The reading before had them, and this one has them not.
+    pub gone: BTreeSet<ExportName>,
+    /// They stand in the files and cannot be taken; `None` when not all files could be read: else what has no section has no pin.
+    pub refused: Option<BTreeSet<ExportName>>,
+}
+
 /// A path of a section, as far as it could be looked up.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NamedPath {
@@ -41,6 +53,9 @@ pub struct PathFound {
 #[derive(Debug, Clone, Default)]
 pub(super) struct Pins {
     pub(super) sections: BTreeMap<ExportName, NamedPath>,
+    /// What of the configuration could not stand when it was judged last. It is judged again with each reading: what it stood against
+    /// may have gone.
+    pub(super) unmet: BTreeMap<ExportName, Definition>,
     pub(super) by_node: BTreeMap<DeviceNode, BTreeSet<ExportName>>,
     /// As the store has them.
     pub(super) known: BTreeMap<ExportName, Pin>,
@@ -74,18 +89,22 @@ impl Pins {
         RequestId(OWN_REQUESTS | self.last_request)
     }
 
-    /// Takes over what the configuration says. A line that is as it was keeps the earlier time: the file may have been written for
-    /// the sake of another one.
+    /// Takes over what the configuration says otherwise than before; a section without a path has none. A line that is as it was keeps
+    /// the earlier time: the file may have been written for the sake of another one.
     ///
     /// Gives those that lead nowhere, as they did before: there is nothing to be judged anew.
     pub(super) fn configure(
         &mut self,
-        sections: BTreeMap<ExportName, NamedPath>,
+        put: Vec<(ExportName, Option<NamedPath>)>,
+        gone: &BTreeSet<ExportName>,
     ) -> BTreeSet<ExportName> {
-        let mut before = std::mem::take(&mut self.sections);
         let mut nowhere = BTreeSet::new();
-        for (name, mut section) in sections {
-            let known = before.remove(&name);
+        for (name, section) in put {
+            let Some(mut section) = section else {
+                self.forget(&name);
+                continue;
+            };
+            let known = self.sections.remove(&name);
             let same = known.as_ref().is_some_and(|known| {
                 known.path == section.path && known.at == section.at && known.trust == section.trust
             });
@@ -111,12 +130,18 @@ impl Pins {
             }
             self.sections.insert(name, section);
         }
-        for (name, gone) in before {
-            self.unlist(&name, &gone);
+        for name in gone {
+            self.forget(name);
         }
-        let sections = &self.sections;
-        self.said.retain(|name, _| sections.contains_key(name));
         nowhere
+    }
+
+    /// There is no section of this name any more, or it has no path.
+    fn forget(&mut self, name: &ExportName) {
+        if let Some(section) = self.sections.remove(name) {
+            self.unlist(name, &section);
+        }
+        self.said.remove(name);
     }
 
     fn unlist(&mut self, name: &ExportName, section: &NamedPath) {

@@ -13,6 +13,7 @@ mod database_address;
 mod found;
 mod jobs;
 mod keeper;
+mod last_reading;
 mod log;
 mod metrics;
 mod perform;
@@ -31,7 +32,6 @@ mod sys;
 mod trail;
 mod works;
 
-use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -49,6 +49,7 @@ use crate::mapping::{Bounds, History, HistoryTask, Store, StoreError};
 use crate::nbd::{Door, Limits};
 use crate::udev;
 use control::{Control, Edges, Stops};
+use last_reading::LastReading;
 use runtime_files::RuntimeFiles;
 use sections::{Clock, Reading};
 use shelf::Shelf;
@@ -151,7 +152,7 @@ fn configure(options: &Options, clock: Clock) -> Result<(Config, Option<Reading>
     let (mut config, reading) = match &options.config {
         Some(path) if options.command_line.is_some() || config::is_ini(path) => {
             let line = options.command_line.as_ref();
-            let reading = sections::read(path, line, &BTreeMap::new(), clock);
+            let reading = sections::read(path, line, LastReading::default(), clock);
             let Some(generic) = &reading.generic else {
                 return Err(Error::Config(reading.problems));
             };
@@ -330,7 +331,10 @@ async fn start(
     control.claims_file.rule(config.claim);
     control.start(sockets);
     match reading {
-        Some(reading) => control.take_sections(reading),
+        Some(mut reading) => {
+            let problems = reload::tell(&mut reading);
+            control.take_sections(reading, problems);
+        }
         None => control.apply(Event::Configured {
             exports: config.exports,
         }),

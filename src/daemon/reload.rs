@@ -1,12 +1,11 @@
 //! Reading the configuration again: on SIGHUP, and for callers of `Reload`, who hear what it changed.
 
 use std::path::Path;
-use std::sync::Arc;
 
 use super::Options;
 use super::control::{Asker, Control, Report};
+use super::last_reading::LastReading;
 use super::sections::{self, Clock, Reading};
-use crate::config::nbd_server::LastGood;
 use crate::config::{self, ClaimRules};
 use crate::correlation::{Definition, Difference, Event, RequestError};
 use crate::dbus::{Answer, Publication};
@@ -17,10 +16,10 @@ const PROBLEMS_BYTES_MAX: usize = 16 << 10;
 /// Only one reading goes on at a time: of two, the older could be applied last.
 pub(super) struct Reload {
     pub(super) clock: Clock,
-    /// Of nbd-server's configuration, what was read last; `None` when the configuration is not of that kind.
-    last: Option<Arc<LastGood>>,
+    /// Of nbd-server's configuration, what was read last; `None` when the configuration is not of that kind, and while it is read.
+    last: Option<Box<LastReading>>,
     /// What was wrong in what is being applied, for those who asked.
-    told: Vec<String>,
+    told: String,
     reading: bool,
     /// Asked for again since the reading began.
     again: bool,
@@ -35,7 +34,7 @@ impl Reload {
         Reload {
             clock,
             last: None,
-            told: Vec::new(),
+            told: String::new(),
             reading: false,
             again: false,
             served: Vec::new(),
@@ -79,16 +78,18 @@ impl Control {
         self.service.reloading();
         let reports = self.reports.clone();
         self.reload.clock.look();
-        let (last, clock) = (self.reload.last.clone(), self.reload.clock);
+        let (last, clock) = (self.reload.last.take(), self.reload.clock);
         tokio::task::spawn_blocking(move || {
             let read = match last {
-                Some(last) => Ok(Read::Sections(Box::new(sections::read(
-                    &path,
-                    command_line.as_ref(),
-                    &last,
-                    clock,
-                )))),
-                None => read_again(&path),
+                Some(last) => {
+                    let mut reading = sections::read(&path, command_line.as_ref(), *last, clock);
+                    let problems = tell(&mut reading);
+                    Ok(Read::Sections(Box::new(reading), problems))
+                }
+                None => read_again(&path).map_err(|problems| {
+                    problems.iter().for_each(|problem| refused_all(problem));
+                    bounded(&problems)
+                }),
             };
             // The loop is gone only when the daemon stops.
             let _stopped = reports.send(Report::Reloaded(read));
@@ -96,9 +97,12 @@ impl Control {
     }
 
     /// The files were read, or not.
-    pub(super) fn on_reload(&mut self, read: Result<Read, Vec<String>>) {
+    pub(super) fn on_reload(&mut self, read: Result<Read, String>) {
         match read {
-            _ if self.stopping => {
+            read if self.stopping => {
+                if let Ok(Read::Sections(reading, _)) = read {
+                    self.reload.last = Some(Box::new(reading.last));
+                }
                 let stopping = RequestError::NotReady("the daemon is stopping".to_owned());
                 self.answer_reload(&Err(stopping));
             }
@@ -108,11 +112,11 @@ impl Control {
                 self.apply(Event::Configured { exports });
                 let _asked = self.files.check();
             }
-            Ok(Read::Sections(reading)) => {
-                tracing::info!(exports = reading.sections.len(), "configuration read again");
-                self.take_sections(*reading);
+            Ok(Read::Sections(reading, problems)) => {
+                tracing::info!(exports = reading.taken, "configuration read again");
+                self.take_sections(*reading, problems);
             }
-            Err(problems) => self.refuse_all(&problems),
+            Err(problems) => self.answer_reload(&Err(RequestError::InvalidConfig(problems))),
         }
         self.reload.reading = false;
         if std::mem::take(&mut self.reload.again) {
@@ -122,35 +126,20 @@ impl Control {
         }
     }
 
-    fn refuse_all(&mut self, problems: &[String]) {
-        for problem in problems {
-            tracing::error!(name: "config_refused", "configuration refused, everything stays as it was: {problem}");
-        }
-        self.answer_reload(&Err(RequestError::InvalidConfig(bounded(problems))));
-    }
-
-    /// Applies nbd-server's configuration: what is wrong in it keeps its last good state and the rest is taken.
-    pub(super) fn take_sections(&mut self, reading: Reading) {
-        for warning in &reading.warnings {
-            tracing::warn!(name: "config_odd", "{warning}");
-        }
-        let problems: Vec<String> = reading.problems.iter().map(ToString::to_string).collect();
+    /// Applies nbd-server's configuration: what is wrong in it, which [`tell`] gave, keeps its last good state and the rest is taken.
+    pub(super) fn take_sections(&mut self, reading: Reading, problems: String) {
+        self.reload.last = Some(Box::new(reading.last));
         if reading.generic.is_none() {
-            self.refuse_all(&problems);
+            self.answer_reload(&Err(RequestError::InvalidConfig(problems)));
             return;
         }
-        for problem in &problems {
-            tracing::error!(name: "config_refused", "refused, and what it was before stays: {problem}");
-        }
-        self.reload.last = Some(Arc::new(reading.last));
         self.reload.told = problems;
         // Before what is served: a client that comes to a new export meets its rules.
-        self.door.rule(reading.rules);
+        if let Some(rules) = reading.rules {
+            self.door.rule(rules);
+        }
         self.roots.set(reading.file_roots);
-        self.apply(Event::Sections {
-            sections: reading.sections,
-            refused: reading.refused,
-        });
+        self.apply(Event::Sections(reading.change));
         self.reload.told.clear();
     }
 
@@ -171,11 +160,10 @@ impl Control {
         let mut told = vec![Publication::Signal(crate::correlation::Notice::Reloaded(
             difference.clone(),
         ))];
-        let answer = match self.reload.told.as_slice() {
-            [] => Ok(Answer::Reloaded(difference)),
+        let answer = match self.reload.told.as_str() {
+            "" => Ok(Answer::Reloaded(difference)),
             problems => Err(RequestError::InvalidConfig(format!(
-                "{}\nwhat this concerns stays as it was, the rest was applied",
-                bounded(problems)
+                "{problems}\nwhat this concerns stays as it was, the rest was applied"
             ))),
         };
         let answers = std::mem::take(&mut self.reload.served).into_iter();
@@ -196,7 +184,32 @@ pub(super) enum Read {
         exports: Vec<Definition>,
         claim: Option<ClaimRules>,
     },
-    Sections(Box<Reading>),
+    /// With what is wrong in it, for callers.
+    Sections(Box<Reading>, String),
+}
+
+/// Logs what is wrong in a reading, and gives as much of it as callers are told. Not for the loop: there may be ten thousand lines.
+pub(super) fn tell(reading: &mut Reading) -> String {
+    for warning in std::mem::take(&mut reading.warnings) {
+        tracing::warn!(name: "config_odd", "{warning}");
+    }
+    let problems: Vec<String> = std::mem::take(&mut reading.problems)
+        .iter()
+        .map(ToString::to_string)
+        .collect();
+    for problem in &problems {
+        match &reading.generic {
+            None => refused_all(problem),
+            Some(_) => {
+                tracing::error!(name: "config_refused", "refused, and what it was before stays: {problem}");
+            }
+        }
+    }
+    bounded(&problems)
+}
+
+fn refused_all(problem: &str) {
+    tracing::error!(name: "config_refused", "configuration refused, everything stays as it was: {problem}");
 }
 
 fn bounded(problems: &[String]) -> String {

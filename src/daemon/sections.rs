@@ -9,11 +9,14 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use super::Error;
 use super::found::{problem, refusal};
+use super::last_reading::LastReading;
 use crate::config::nbd_server::{
-    self, Access, Backing, COMMAND_LINE, CommandLine, Generic, LastGood, Section,
+    self, Access, Backing, COMMAND_LINE, CommandLine, Generic, Section,
 };
 use crate::config::{self, Config, IniFiles, Problem, Server};
-use crate::correlation::{ConfiguredSection, Definition, ExportName, NamedPath, Source, Written};
+use crate::correlation::{
+    ConfiguredSection, Definition, ExportName, NamedPath, SectionsChange, Source, Written,
+};
 use crate::identity::VolumeId;
 use crate::nbd::{self, AllowList, Rules};
 use crate::udev;
@@ -29,14 +32,15 @@ const AUTHFILE_BYTES_MAX: u64 = 2 << 20;
 pub(super) struct Reading {
     /// `None` when the main file cannot be used: then everything stays as it was.
     pub generic: Option<Generic>,
-    pub sections: Vec<ConfiguredSection>,
-    /// Those that stand in the files and are not taken; `None` when not every file could be read.
-    pub refused: Option<BTreeSet<ExportName>>,
-    pub rules: Rules,
+    /// Sections that are taken, changed or not.
+    pub taken: usize,
+    pub change: SectionsChange,
+    /// `None` when they are as they were.
+    pub rules: Option<Rules>,
     /// The folders beneath which files are served.
     pub file_roots: Vec<PathBuf>,
-    /// For what cannot be read next time.
-    pub last: LastGood,
+    /// For the next reading.
+    pub last: LastReading,
     pub problems: Vec<Problem>,
     pub warnings: Vec<Problem>,
 }
@@ -114,15 +118,15 @@ impl Moment {
     }
 }
 
-/// Reads everything. `last` is what was read before.
+/// Reads and judges everything, and says what of it is otherwise than in `last`.
 pub(super) fn read(
     main: &Path,
     line: Option<&CommandLine>,
-    last: &LastGood,
+    mut last: LastReading,
     clock: Clock,
 ) -> Reading {
     let IniFiles { files, written_us } = config::read_ini_beside(main, line);
-    let mut judged = nbd_server::judge(&files, last, false);
+    let mut judged = nbd_server::judge(&files, &last.good, false);
     if let (Some(generic), Some(line)) = (&mut judged.generic, line) {
         judged.warnings.extend(line.listens(main, generic));
     }
@@ -177,13 +181,29 @@ pub(super) fn read(
         .generic
         .as_ref()
         .map_or(&[][..], |generic| &generic.file_roots);
+    let file_roots = file_roots(said, &sections);
+    if judged.generic.is_none() {
+        return Reading {
+            generic: None,
+            taken: 0,
+            change: SectionsChange::default(),
+            rules: None,
+            file_roots: Vec::new(),
+            last,
+            problems: judged.problems,
+            warnings: judged.warnings,
+        };
+    }
+    let taken = sections.len();
+    let change = last.change(sections, (!judged.unread).then_some(refused));
+    last.good = judged.sections;
     Reading {
-        file_roots: file_roots(said, &sections),
-        refused: (!judged.unread).then_some(refused),
+        file_roots,
+        taken,
+        change,
+        rules: last.rules(rules),
         generic: judged.generic,
-        sections,
-        rules,
-        last: judged.sections,
+        last,
         problems: judged.problems,
         warnings: judged.warnings,
     }
@@ -406,7 +426,7 @@ mod tests {
             path: PathBuf::from("config"),
             text: Ok(format!("[generic]\n{text}")),
         };
-        nbd_server::judge(&[file], &LastGood::new(), false)
+        nbd_server::judge(&[file], &BTreeMap::new(), false)
             .generic
             .unwrap()
     }
