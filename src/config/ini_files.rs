@@ -1,8 +1,8 @@
 //! EDGE: reads nbd-server's configuration, bounded: the main file and the `*.conf` of its `includedir`. A file that cannot be read is
-//! told as such, so that what stood in it before stays.
+//! told as such, so that what stood in it before stays. `known_files.rs` passes over what is as it was.
 
 use std::collections::BTreeMap;
-use std::fs::{self, OpenOptions};
+use std::fs::{self, Metadata, OpenOptions};
 use std::io::Read;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
@@ -26,7 +26,7 @@ pub struct IniFiles {
 pub fn is_ini(path: &Path) -> bool {
     let mut left = TOTAL_BYTES_MAX;
     !path.is_dir()
-        && source(path, &mut left).is_ok_and(|(text, _)| super::document::is_nbd_server(&text))
+        && source(path, &mut left).is_ok_and(|read| super::document::is_nbd_server(&read.text))
 }
 
 /// Reads everything. Blocks as files do: not for the event loop.
@@ -34,20 +34,10 @@ pub fn read_ini(main: &Path) -> IniFiles {
     let mut read = IniFiles::default();
     let mut left = TOTAL_BYTES_MAX;
     read.take(main, &mut left);
-    let Some(folder) = read.files.first().and_then(include_of) else {
-        return read;
-    };
-    match conf_files(&folder) {
-        Ok(paths) => {
-            for path in paths {
-                read.take(&path, &mut left);
-            }
-        }
-        // As a file that cannot be read: what stood in the folder's files stays.
-        Err(message) => read.files.push(IniFile {
-            path: folder,
-            text: Err(message),
-        }),
+    match read.files.first().map(included) {
+        Some(Ok(paths)) => paths.iter().for_each(|path| read.take(path, &mut left)),
+        Some(Err(unlisted)) => read.files.push(unlisted),
+        None => {}
     }
     read
 }
@@ -58,31 +48,54 @@ pub fn read_ini_beside(main: &Path, line: Option<&CommandLine>) -> IniFiles {
     let Some(line) = line else {
         return read_ini(main);
     };
-    let mut read = match fs::metadata(main) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => nothing_at(main),
-        Ok(facts) if !facts.is_file() && !facts.is_dir() => nothing_at(main),
-        _ => read_ini(main),
+    let mut read = match says_nothing(main) {
+        true => IniFiles {
+            files: vec![nothing_at(main)],
+            ..IniFiles::default()
+        },
+        false => read_ini(main),
     };
-    read.files.push(IniFile {
-        path: COMMAND_LINE.into(),
-        text: Ok(line.section.clone()),
-    });
+    read.files.push(of_line(line));
     read
 }
 
-fn nothing_at(main: &Path) -> IniFiles {
-    IniFiles {
-        files: vec![IniFile {
-            path: main.to_owned(),
-            text: Ok("[generic]\n".to_owned()),
-        }],
-        ..IniFiles::default()
+/// The files that the main file includes; a folder that cannot be listed is as a file that cannot be read: what stood in its files stays.
+pub(super) fn included(main: &IniFile) -> Result<Vec<PathBuf>, IniFile> {
+    let Some(folder) = include_of(main) else {
+        return Ok(Vec::new());
+    };
+    conf_files(&folder).map_err(|message| IniFile {
+        path: folder,
+        text: Err(message),
+    })
+}
+
+/// There is no file, or what is there is none.
+pub(super) fn says_nothing(main: &Path) -> bool {
+    match fs::metadata(main) {
+        Err(error) => error.kind() == std::io::ErrorKind::NotFound,
+        Ok(facts) => !facts.is_file() && !facts.is_dir(),
+    }
+}
+
+pub(super) fn of_line(line: &CommandLine) -> IniFile {
+    IniFile {
+        path: COMMAND_LINE.into(),
+        text: Ok(line.section.clone()),
+    }
+}
+
+/// A main file that says nothing.
+pub(super) fn nothing_at(main: &Path) -> IniFile {
+    IniFile {
+        path: main.to_owned(),
+        text: Ok("[generic]\n".to_owned()),
     }
 }
 
 /// The folder that the main file at `path` includes.
 pub(super) fn included_folder(path: &Path, left: &mut u64) -> Option<PathBuf> {
-    let (text, _) = source(path, left).ok()?;
+    let text = source(path, left).ok()?.text;
     include_of(&IniFile {
         path: path.to_owned(),
         text: Ok(text),
@@ -92,9 +105,10 @@ pub(super) fn included_folder(path: &Path, left: &mut u64) -> Option<PathBuf> {
 impl IniFiles {
     fn take(&mut self, path: &Path, left: &mut u64) {
         let text = match source(path, left) {
-            Ok((text, written_us)) => {
-                self.written_us.insert(path.to_owned(), written_us);
-                Ok(text)
+            Ok(read) => {
+                self.written_us
+                    .insert(path.to_owned(), written_us(&read.facts));
+                Ok(read.text)
             }
             Err(message) => Err(message),
         };
@@ -130,12 +144,36 @@ fn conf_files(folder: &Path) -> Result<Vec<PathBuf>, String> {
             return Err(format!("includedir: more than {FILES_MAX} files"));
         }
     }
-    found.sort();
+    // Of one folder, so this is the order of the names' bytes; paths by themselves are compared part by part.
+    found.sort_unstable_by(|a, b| a.as_os_str().cmp(b.as_os_str()));
     Ok(found)
 }
 
-/// One file's text and the time of its last writing, asked before it was read.
-fn source(path: &Path, left: &mut u64) -> Result<(String, u64), String> {
+/// One file as it was read.
+pub(super) struct Source {
+    pub text: String,
+    /// Asked before it was read.
+    pub facts: Metadata,
+}
+
+/// When it was last written, in microseconds since 1970; times before that are 0.
+pub(super) fn written_us(facts: &Metadata) -> u64 {
+    let since = facts.modified().ok();
+    let since = since.and_then(|time| time.duration_since(UNIX_EPOCH).ok());
+    since.map_or(0, |since| {
+        u64::try_from(since.as_micros()).unwrap_or(u64::MAX)
+    })
+}
+
+/// Takes so many bytes of a file from what is left.
+pub(super) fn spend(len: u64, left: &mut u64) -> Result<(), String> {
+    *left = left.checked_sub(len).ok_or_else(|| {
+        format!("with this file the configuration has more than {TOTAL_BYTES_MAX} bytes")
+    })?;
+    Ok(())
+}
+
+pub(super) fn source(path: &Path, left: &mut u64) -> Result<Source, String> {
     // O_NONBLOCK: a FIFO in the place of a file must not stop the daemon.
     let file = OpenOptions::new()
         .read(true)
@@ -146,11 +184,6 @@ fn source(path: &Path, left: &mut u64) -> Result<(String, u64), String> {
     if !facts.is_file() {
         return Err("not a regular file".to_owned());
     }
-    let since = facts.modified().ok();
-    let since = since.and_then(|time| time.duration_since(UNIX_EPOCH).ok());
-    let written_us = since.map_or(0, |since| {
-        u64::try_from(since.as_micros()).unwrap_or(u64::MAX)
-    });
     let mut bytes = Vec::new();
     file.take(FILE_BYTES_MAX + 1)
         .read_to_end(&mut bytes)
@@ -161,14 +194,15 @@ fn source(path: &Path, left: &mut u64) -> Result<(String, u64), String> {
             "more than {FILE_BYTES_MAX} bytes; this is no configuration"
         ));
     }
-    *left = left.checked_sub(len).ok_or_else(|| {
-        format!("with this file the configuration has more than {TOTAL_BYTES_MAX} bytes")
-    })?;
+    spend(len, left)?;
     // Taken for a file that is being written: as "no exports" it would end every session at the next reload.
     if bytes.iter().all(u8::is_ascii_whitespace) {
         return Err("the file is empty; one without exports has at least a comment".to_owned());
     }
-    Ok((String::from_utf8_lossy(&bytes).into_owned(), written_us))
+    Ok(Source {
+        text: String::from_utf8_lossy(&bytes).into_owned(),
+        facts,
+    })
 }
 
 #[cfg(test)]

@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use crate::config::KnownFiles;
 use crate::config::nbd_server::LastGood;
 use crate::correlation::{ConfiguredSection, ExportName, SectionsChange};
 use crate::nbd::Rules;
@@ -11,6 +12,7 @@ use crate::nbd::Rules;
 /// thousand sections.
 #[derive(Debug, Default)]
 pub(super) struct LastReading {
+    pub files: KnownFiles,
     /// For what cannot be read the next time.
     pub good: LastGood,
     /// What the middle was told of the sections.

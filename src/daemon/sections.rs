@@ -1,6 +1,6 @@
 //! nbd-server's configuration as the daemon takes it: read, judged, its paths and authfiles looked up. In a thread of the blocking pool.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::net::{SocketAddr, ToSocketAddrs};
@@ -13,7 +13,7 @@ use super::last_reading::LastReading;
 use crate::config::nbd_server::{
     self, Access, Backing, COMMAND_LINE, CommandLine, Generic, Section,
 };
-use crate::config::{self, Config, IniFiles, Problem, Server};
+use crate::config::{self, Config, Problem, Server};
 use crate::correlation::{
     ConfiguredSection, Definition, ExportName, NamedPath, SectionsChange, Source, Written,
 };
@@ -125,8 +125,13 @@ pub(super) fn read(
     mut last: LastReading,
     clock: Clock,
 ) -> Reading {
-    let IniFiles { files, written_us } = config::read_ini_beside(main, line);
-    let mut judged = nbd_server::judge(&files, &last.good, false);
+    let files = last.files.read_again(main, line, SystemTime::now());
+    let judged = files.iter().map(|file| &*file.judged);
+    let mut judged = nbd_server::judge_together(judged, &last.good, false);
+    let written = files
+        .iter()
+        .map(|file| (file.judged.path.as_path(), file.written_us));
+    let written_us: HashMap<&Path, Option<u64>> = written.collect();
     if let (Some(generic), Some(line)) = (&mut judged.generic, line) {
         judged.warnings.extend(line.listens(main, generic));
     }
@@ -145,7 +150,10 @@ pub(super) fn read(
     for section in judged.sections.values() {
         let written = match section.file == Path::new(COMMAND_LINE) {
             true => Written::Unknown("it stands on a command line"),
-            false => clock.written(written_us.get(&section.file).copied(), &now),
+            false => clock.written(
+                written_us.get(section.file.as_path()).copied().flatten(),
+                &now,
+            ),
         };
         match configured(section, written) {
             Ok(configured) => {
@@ -167,15 +175,19 @@ pub(super) fn read(
         (Some(one), None) => Some(one.name.clone()),
         _ => None,
     };
-    let taken: BTreeSet<&ExportName> = sections
+    // Both are in the order of names.
+    let taken = sections
         .iter()
-        .map(|section: &ConfiguredSection| &section.definition.name)
-        .collect();
+        .map(|section| section.definition.name.as_str());
+    let mut taken = taken.peekable();
     let refused = judged
         .standing
         .iter()
+        .filter(|name| {
+            while taken.next_if(|taken| *taken < name.as_str()).is_some() {}
+            taken.peek() != Some(&name.as_str())
+        })
         .filter_map(|name| ExportName::parse(name).ok())
-        .filter(|name| !taken.contains(name))
         .collect();
     let said = judged
         .generic

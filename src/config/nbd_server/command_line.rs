@@ -4,6 +4,7 @@
 
 use std::path::Path;
 
+use super::file::whole;
 use super::key_file::shown;
 use super::{Generic, Problem};
 
@@ -80,7 +81,7 @@ impl CommandLine {
     pub(crate) fn listens(&self, config: &Path, generic: &mut Generic) -> Vec<Problem> {
         let mut told = Vec::new();
         let mut odd = |what: &str, said: &str| {
-            told.push(super::whole(
+            told.push(whole(
                 config,
                 format!(
                     "{what} counts, and not {} of the command line; the stock server does the same",

@@ -3,6 +3,7 @@
 //! | file | what |
 //! |---|---|
 //! | `mod.rs` | all files together: the server, the sections, what stays as it was |
+//! | `file.rs` | one file, judged for itself |
 //! | `key_file.rs` | GLib's GKeyFile: the text |
 //! | `keys.rs` | the table of keys and what becomes of each |
 //! | `section.rs` | one section: its export |
@@ -13,8 +14,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 mod command_line;
+mod file;
 #[cfg(test)]
 mod glib_tests;
 pub(crate) mod key_file;
@@ -26,6 +29,8 @@ mod tests;
 use super::place::Problem;
 use crate::identity::{Format, VolumeId};
 pub use command_line::{COMMAND_LINE, CommandLine};
+use file::FoundSection;
+pub use file::JudgedFile;
 use key_file::{Group, KeyFile, shown};
 pub use keys::{Fate, GENERIC, GENERIC_OURS, Key, Kind, SECTION};
 pub use section::{Access, Backing, Section};
@@ -62,8 +67,8 @@ pub struct Generic {
     pub watch: bool,
 }
 
-/// What was read before, for what cannot be read now.
-pub type LastGood = BTreeMap<String, Section>;
+/// What was read before, for what cannot be read now. Shared with the files that it was read from: a reload makes none of it anew.
+pub type LastGood = BTreeMap<String, Arc<Section>>;
 
 /// All files, judged.
 #[derive(Debug, Default)]
@@ -95,105 +100,92 @@ pub fn include_of(main: &IniFile) -> Option<PathBuf> {
 ///
 /// `strict` makes every warning a problem of its section or file.
 pub fn judge(files: &[IniFile], last: &LastGood, strict: bool) -> Judged {
+    let files: Vec<JudgedFile> = (0..)
+        .zip(files)
+        .map(|(at, file)| JudgedFile::of(file, at == 0))
+        .collect();
+    judge_together(&files, last, strict)
+}
+
+/// As [`judge`], of files that were judged each for itself, the main file first.
+pub fn judge_together<'a>(
+    files: impl IntoIterator<Item = &'a JudgedFile>,
+    last: &LastGood,
+    strict: bool,
+) -> Judged {
     let mut judged = Judged::default();
-    let mut origin: BTreeMap<String, (PathBuf, usize)> = BTreeMap::new();
-    for (at, file) in files.iter().enumerate() {
-        let main = at == 0;
-        let text = match &file.text {
-            Ok(text) => text,
-            Err(message) => {
-                judged.unread = true;
-                judged.keep_file(&file.path, last);
-                judged.problems.push(whole(&file.path, message.clone()));
-                continue;
-            }
-        };
-        let parsed = match KeyFile::parse(&file.path, text) {
-            Ok(parsed) => parsed,
-            Err(problem) => {
-                judged.unread = true;
-                judged.keep_file(&file.path, last);
-                judged.problems.push(problem);
-                continue;
-            }
-        };
-        let mut groups = parsed.groups.iter();
-        if main {
-            match groups.next() {
-                Some(group) if group.name == GENERIC_GROUP => {
-                    let mut remarks = Remarks::default();
-                    let generic = generic(group, &mut remarks);
-                    judged.note(&mut remarks, strict);
-                    judged.generic = remarks.problems.is_empty().then_some(generic);
-                    judged.problems.append(&mut remarks.problems);
-                }
-                _ => {
-                    judged.keep_file(&file.path, last);
-                    judged.problems.push(whole(
-                        &file.path,
-                        "the first section has to be [generic]".to_owned(),
-                    ));
-                    continue;
-                }
-            }
+    let mut origin = BTreeMap::new();
+    for file in files {
+        judged.unread |= file.unread;
+        if let Some(problem) = &file.refused {
+            judged.keep_file(&file.path, last);
+            judged.problems.push(problem.clone());
+            continue;
         }
-        for group in groups {
-            judged.section(&file.path, group, last, strict, &mut origin);
+        if let Some((generic, remarks)) = &file.generic {
+            let mut remarks = remarks.clone();
+            judged.note(&mut remarks, strict);
+            judged.generic = remarks.problems.is_empty().then(|| generic.clone());
+            judged.problems.append(&mut remarks.problems);
+        }
+        for found in &file.found {
+            judged.section(&file.path, found, last, strict, &mut origin);
         }
     }
     judged
 }
 
 impl Judged {
-    fn section(
+    fn section<'a>(
         &mut self,
-        file: &Path,
-        group: &Group<'_>,
+        file: &'a Path,
+        found: &'a FoundSection,
         last: &LastGood,
         strict: bool,
-        origin: &mut BTreeMap<String, (PathBuf, usize)>,
+        origin: &mut BTreeMap<&'a str, (&'a Path, usize)>,
     ) {
-        let mut remarks = Remarks::default();
-        if group.name == GENERIC_GROUP {
+        let name = found.name.as_str();
+        let at = found.place(file);
+        if name == GENERIC_GROUP {
             self.problems.push(
-                group.at.problem(
-                    "[generic] belongs into the main file; here every section is an export",
-                ),
+                at.problem("[generic] belongs into the main file; here every section is an export"),
             );
             return;
         }
-        self.standing.insert(group.name.to_owned());
-        let section = section::read(file, group, &mut remarks);
+        self.standing.insert(name.to_owned());
+        let mut remarks = found.remarks.clone();
         self.note(&mut remarks, strict);
-        if let Some((other, line)) = origin.get(group.name) {
-            remarks.problems.push(group.at.problem(format!(
+        if let Some((other, line)) = origin.get(name) {
+            remarks.problems.push(at.problem(format!(
                 "[{}] stands in {}:{line} already; one name is one export, so what was served goes on and neither \
                  is taken anew",
-                shown(group.name),
+                shown(name),
                 other.display()
             )));
             // Neither can be said to be the one that is meant.
-            self.sections.remove(group.name);
+            self.sections.remove(name);
         }
-        origin
-            .entry(group.name.to_owned())
-            .or_insert_with(|| (file.to_owned(), group.at.line));
-        if section.as_ref().is_some_and(|section| section.unnamed)
-            && let Some(other) = self.unnamed_beside(group.name)
+        origin.entry(name).or_insert((file, at.line));
+        if found
+            .section
+            .as_ref()
+            .is_some_and(|section| section.unnamed)
+            && let Some(other) = self.unnamed_beside(name)
         {
-            remarks.problems.push(group.at.problem(format!(
+            remarks.problems.push(at.problem(format!(
                 "[{}]: x-default stands in [{}] already; clients that name no export get one",
-                shown(group.name),
+                shown(name),
                 shown(other)
             )));
         }
+        let section = found.section.as_ref();
         match section.filter(|_| remarks.problems.is_empty()) {
             Some(section) => {
-                self.sections.insert(group.name.to_owned(), section);
+                self.sections.insert(name.to_owned(), Arc::clone(section));
             }
             None => {
                 self.refused += 1;
-                self.keep(group.name, last);
+                self.keep(name, last);
             }
         }
         self.problems.append(&mut remarks.problems);
@@ -216,7 +208,7 @@ impl Judged {
 
     fn keep(&mut self, name: &str, last: &LastGood) {
         if let Some(section) = last.get(name) {
-            self.sections.insert(name.to_owned(), section.clone());
+            self.sections.insert(name.to_owned(), Arc::clone(section));
         }
     }
 
@@ -226,7 +218,7 @@ impl Judged {
         for (name, section) in last.iter().filter(|(_, section)| of(section)) {
             self.sections
                 .entry(name.clone())
-                .or_insert_with(|| section.clone());
+                .or_insert_with(|| Arc::clone(section));
         }
     }
 }
@@ -289,16 +281,6 @@ fn file_roots(values: &section::Values<'_>, of: &str, remarks: &mut Remarks) -> 
         }
     }
     found
-}
-
-/// A problem of a file as a whole.
-fn whole(file: &Path, message: String) -> Problem {
-    Problem {
-        file: file.to_owned(),
-        line: 1,
-        column: 1,
-        message,
-    }
 }
 
 const GENERIC_GROUP: &str = "generic";

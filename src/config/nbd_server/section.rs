@@ -47,7 +47,7 @@ pub struct Access {
 }
 
 /// What is wrong with a section, and what is only odd.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 pub(super) struct Remarks {
     pub problems: Vec<Problem>,
     pub warnings: Vec<Problem>,
