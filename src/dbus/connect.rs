@@ -4,9 +4,9 @@ use std::time::Duration;
 
 use tokio::time::timeout;
 use zbus::fdo::{RequestNameFlags, RequestNameReply};
-use zbus::{Connection, MatchRule, Message, MessageStream};
+use zbus::{Connection, MatchRule, MessageStream};
 
-use super::{BUS_NAME, Bus, BusError, Caller};
+use super::{BUS_NAME, Bus, BusError};
 
 /// To reach the bus and get the name.
 const CONNECT_WITHIN: Duration = Duration::from_secs(10);
@@ -88,7 +88,8 @@ async fn owner(connection: &Connection) -> String {
     }
 }
 
-async fn ask_bus<T>(connection: &Connection, method: &str, name: &str) -> Option<T>
+/// Asks the bus of a name; `None` without an answer within [`CALLER_WITHIN`].
+pub async fn ask_bus<T>(connection: &Connection, method: &str, name: &str) -> Option<T>
 where
     T: serde::de::DeserializeOwned + zbus::Type,
 {
@@ -96,51 +97,4 @@ where
     let call = connection.call_method(Some(bus), "/org/freedesktop/DBus", Some(bus), method, &name);
     let answer = timeout(CALLER_WITHIN, call).await.ok()?.ok()?;
     answer.body().deserialize().ok()
-}
-
-/// Says who sent a message.
-pub async fn caller(connection: &Connection, message: &Message) -> Caller {
-    let header = message.header();
-    let name = header.sender().map_or("", |sender| sender.as_str());
-    let pid: Option<u32> = ask_bus(connection, "GetConnectionUnixProcessID", name).await;
-    Caller {
-        name: name.to_owned(),
-        uid: ask_bus(connection, "GetConnectionUnixUser", name).await,
-        unit: pid.and_then(unit).unwrap_or_default(),
-    }
-}
-
-/// The systemd unit of a process, from the kernel's own file system, which does not wait. A process that has gone has none; that
-/// its number could be another's by now is why the unit is only told and decides nothing.
-fn unit(pid: u32) -> Option<String> {
-    unit_of(&std::fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?)
-}
-
-/// The last part of a control group's path that names a service, a scope or a session (cgroups(7), systemd.unit(5)).
-fn unit_of(cgroups: &str) -> Option<String> {
-    cgroups
-        .lines()
-        .filter_map(|line| line.splitn(3, ':').nth(2))
-        .filter_map(|path| {
-            path.rsplit('/')
-                .find(|part| part.ends_with(".service") || part.ends_with(".scope"))
-        })
-        .map(str::to_owned)
-        .next()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_unit_is_the_innermost_service_or_scope() {
-        let service = "0::/system.slice/volumed.service\n";
-        assert_eq!(unit_of(service).as_deref(), Some("volumed.service"));
-        let session = "0::/user.slice/user-0.slice/session-3.scope\n";
-        assert_eq!(unit_of(session).as_deref(), Some("session-3.scope"));
-        let mixed = "12:pids:/\n1:name=systemd:/system.slice/ssh.service/sub\n0::/\n";
-        assert_eq!(unit_of(mixed).as_deref(), Some("ssh.service"));
-        assert_eq!(unit_of("0::/\n"), None);
-    }
 }

@@ -19,6 +19,7 @@
 
 mod backups;
 mod call;
+mod callers;
 pub mod client;
 mod client_backups;
 mod client_images;

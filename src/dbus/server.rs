@@ -13,7 +13,8 @@ use tokio::time::sleep;
 use zbus::{Connection, Message, MessageStream, ObjectPath, Variant};
 
 use super::call::Calls;
-use super::connect::{caller, connect};
+use super::callers::Callers;
+use super::connect::connect;
 use super::introspect::{self, INTROSPECTABLE, Interface, OBJECT_MANAGER, PEER, PROPERTIES};
 use super::job::{self, JOB};
 use super::log_control::{self, LOG_CONTROL, LogLevel};
@@ -38,6 +39,7 @@ const SNAPSHOTS_WAITING_MAX: usize = 64;
 struct Server {
     shared: Arc<Shared>,
     calls: Calls,
+    callers: Callers,
     /// [`SNAPSHOTS_MAX`]; a few others wait their turn.
     snapshots: tokio::sync::Semaphore,
     /// [`SNAPSHOTS_WAITING_MAX`]; when used up, `LimitsExceeded`.
@@ -54,6 +56,7 @@ pub async fn serve(bus: &Bus, commands: mpsc::Sender<Command>) -> Result<Publish
     let server = Arc::new(Server {
         shared: shared.clone(),
         calls: Calls::new(commands),
+        callers: Callers::default(),
         snapshots: tokio::sync::Semaphore::new(SNAPSHOTS_MAX),
         snapshots_waiting: Arc::new(tokio::sync::Semaphore::new(SNAPSHOTS_WAITING_MAX)),
         machine_id: machine_id(),
@@ -314,7 +317,7 @@ impl Server {
         let (server, connection) = (self.clone(), connection.clone());
         // One task for each call that waits, at most as many as `Calls` has places; it ends by its deadline.
         tokio::spawn(async move {
-            let caller = caller(&connection, &message).await;
+            let caller = server.callers.of(&connection, &message).await;
             tracing::debug!(method, caller = caller.name, uid = caller.uid, "called");
             let outcome = server.calls.ask(call, caller).await;
             let response = match outcome {

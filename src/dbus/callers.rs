@@ -1,0 +1,120 @@
+//! Who calls: asked of the bus once for each connection, however often that calls.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Mutex, PoisonError};
+
+use zbus::{Connection, Message, OwnedVariant, Variant};
+
+use super::Caller;
+use super::connect::ask_bus;
+
+/// Callers that are remembered; a new one beyond it has the others asked for again. Each is some 100 bytes.
+const KNOWN_MAX: usize = 1_024;
+
+/// What the bus said of callers. Who has a connection, the kernel told the bus when it was made, and a bus gives a unique name once
+/// (D-Bus Specification, "Unique name"), so what it said stays true.
+#[derive(Debug, Default)]
+pub struct Callers {
+    /// By the bus's own identity and the caller's unique name: a bus that was started anew gives the names anew. Held for a map
+    /// operation.
+    known: Mutex<HashMap<(String, String), Caller>>,
+}
+
+impl Callers {
+    /// Says who sent a message; of a caller that the bus does not know any more, the name alone.
+    pub async fn of(&self, connection: &Connection, message: &Message) -> Caller {
+        let header = message.header();
+        let name = header.sender().map_or("", |sender| sender.as_str());
+        let key = (connection.server_guid().to_string(), name.to_owned());
+        if let Some(known) = self.known(&key) {
+            return known;
+        }
+        // One question for all: a call waits for it.
+        let told: Option<BTreeMap<String, OwnedVariant>> =
+            ask_bus(connection, "GetConnectionCredentials", name).await;
+        let number = |what: &str| match told.as_ref()?.get(what).map(|value| &**value) {
+            Some(Variant::U32(number)) => Some(*number),
+            _ => None,
+        };
+        let caller = Caller {
+            name: name.to_owned(),
+            uid: number("UnixUserID"),
+            unit: number("ProcessID").and_then(unit).unwrap_or_default(),
+        };
+        if caller.uid.is_some() {
+            self.keep(key, caller.clone());
+        }
+        caller
+    }
+
+    fn known(&self, key: &(String, String)) -> Option<Caller> {
+        let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        known.get(key).cloned()
+    }
+
+    fn keep(&self, key: (String, String), caller: Caller) {
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        if known.len() >= KNOWN_MAX {
+            known.clear();
+        }
+        known.insert(key, caller);
+    }
+}
+
+/// The systemd unit of a process, from the kernel's own file system, which does not wait. A process that has gone has none; that
+/// its number could be another's by now is why the unit is only told and decides nothing.
+fn unit(pid: u32) -> Option<String> {
+    unit_of(&std::fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?)
+}
+
+/// The last part of a control group's path that names a service, a scope or a session (cgroups(7), systemd.unit(5)).
+fn unit_of(cgroups: &str) -> Option<String> {
+    cgroups
+        .lines()
+        .filter_map(|line| line.splitn(3, ':').nth(2))
+        .filter_map(|path| {
+            path.rsplit('/')
+                .find(|part| part.ends_with(".service") || part.ends_with(".scope"))
+        })
+        .map(str::to_owned)
+        .next()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_unit_is_the_innermost_service_or_scope() {
+        let service = "0::/system.slice/volumed.service\n";
+        assert_eq!(unit_of(service).as_deref(), Some("volumed.service"));
+        let session = "0::/user.slice/user-0.slice/session-3.scope\n";
+        assert_eq!(unit_of(session).as_deref(), Some("session-3.scope"));
+        let mixed = "12:pids:/\n1:name=systemd:/system.slice/ssh.service/sub\n0::/\n";
+        assert_eq!(unit_of(mixed).as_deref(), Some("ssh.service"));
+        assert_eq!(unit_of("0::/\n"), None);
+    }
+
+    #[test]
+    fn more_callers_than_are_remembered_are_asked_for_again() {
+        let callers = Callers::default();
+        let key = |bus: &str, number: usize| (bus.to_owned(), format!(":1.{number}"));
+        let caller = |number: usize| Caller {
+            name: format!(":1.{number}"),
+            uid: Some(7),
+            unit: String::new(),
+        };
+        for number in 0..KNOWN_MAX {
+            callers.keep(key("one", number), caller(number));
+        }
+        assert_eq!(callers.known(&key("one", 5)), Some(caller(5)));
+        assert_eq!(
+            callers.known(&key("another", 5)),
+            None,
+            "names of another bus"
+        );
+        callers.keep(key("one", KNOWN_MAX), caller(KNOWN_MAX));
+        assert_eq!(callers.known(&key("one", 5)), None);
+        assert!(callers.known(&key("one", KNOWN_MAX)).is_some());
+    }
+}
