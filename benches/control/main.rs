@@ -86,7 +86,7 @@ fn run() -> Outcome<()> {
             // What `cargo bench` adds.
             "--bench" => {}
             _ => trouble!(
-                "usage: control [--quick] [--json PATH] [--only swaps|udevd|cached|fence|stall|middle|scale|mapped|reload]"
+                "usage: control [--quick] [--json PATH] [--only swaps|udevd|cached|fence|stall|middle|scale|mapped|database|reload]"
             ),
         }
     }
@@ -138,6 +138,10 @@ fn run() -> Outcome<()> {
     if wanted("mapped") {
         say("callers of a daemon with 10,000 mappings");
         rows.extend(mapped::measure()?);
+    }
+    if wanted("database") {
+        say("the same with their table in MariaDB");
+        rows.extend(mapped::measure_shared()?);
     }
     if wanted("reload") {
         say("reloads of 10 to 10,000 sections");
