@@ -129,7 +129,16 @@ impl Bed {
         self.closed_stock(index)
     }
 
-    /// The node of a plugged disk that no daemon tells of: where its link points.
+    /// Waits until a file that is written now proves by its time that it is of this boot, to the daemon: half a minute after the boot began.
+    pub fn past_boot(&self) -> Outcome<()> {
+        self.guest_until(
+            "the guest to have run for a while",
+            "[ $(cut -d. -f1 /proc/uptime) -gt 30 ]",
+        )
+    }
+
+    /// The node of a plugged disk that no daemon tells of: where its link points, once udevd has nothing to do. The daemon serves a disk
+    /// seconds before a slow udevd has moved the link.
     pub fn node_by_link(&self, index: usize) -> Outcome<String> {
         let properties = &self.volumes[index].properties;
         let link = match properties["wwn"].as_u64() {
@@ -139,6 +148,7 @@ impl Bed {
                 format!("*{}", &serial[..serial.len().min(20)])
             }
         };
+        self.udev_settled()?;
         let said = self.machine.agent.run(&format!(
             "for l in /dev/disk/by-id/{link}; do readlink -f $l; break; done"
         ))?;

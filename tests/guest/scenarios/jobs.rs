@@ -45,6 +45,7 @@ fn failback_of_two_vms(shape: Shape) -> Outcome<()> {
         for index in &all {
             bed.plug_and_settle(*index)?;
         }
+        bed.past_boot()?;
         let agent = &bed.machine.agent;
         let conf = format!(
             "[generic]\nuser = root\ngroup = root\nallowlist = true\nincludedir = {CONF}\n"

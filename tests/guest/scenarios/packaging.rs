@@ -279,6 +279,7 @@ fn serve_by_stock(bed: &mut Bed, volumes: [usize; 2]) -> Outcome<[String; 2]> {
         bed.plug_and_settle(index)?;
         *node = bed.node_by_link(index)?;
     }
+    bed.past_boot()?;
     let conf = "[generic]\nuser = root\ngroup = root\nallowlist = true\nincludedir = /etc/nbd-server/conf.d\n";
     bed.machine.agent.put("/etc/nbd-server/config", conf)?;
     for (index, node) in volumes.into_iter().zip(&nodes) {
