@@ -1,11 +1,15 @@
 //! What the edges answer: an open, a close, the end of a lease, a timer.
 
+use std::collections::BTreeSet;
+use std::ops::Bound;
+
 use super::binding::{Binding, Cue, Failure};
 use super::enact::RETRY_MAX;
 use super::{
     Action, Correlation, DiskSeq, ExportName, Generation, LeaseEnd, Level, Notice, OpenRefusal,
     OpenedDisk, Ticket, Timer,
 };
+use crate::identity::Identity;
 
 impl Correlation {
     pub(super) fn on_opened(&mut self, ticket: Ticket, result: Result<OpenedDisk, OpenRefusal>) {
@@ -20,7 +24,7 @@ impl Correlation {
         match (waiting, result) {
             (Some(name), Ok(opened)) => {
                 self.mark_busy(diskseq, String::new());
-                self.believe_size(diskseq, opened.size);
+                let changed = self.believe_size(diskseq, opened.size);
                 self.cue(
                     &name,
                     Cue::Opened {
@@ -29,6 +33,9 @@ impl Correlation {
                     },
                 );
                 self.close_ticket(ticket);
+                if changed {
+                    self.settle_on(diskseq);
+                }
             }
             (Some(name), Err(refusal)) => {
                 self.close_ticket(ticket);
@@ -56,7 +63,7 @@ impl Correlation {
             }
             (None, Err(_)) => self.close_ticket(ticket),
         }
-        self.settle_waiting_for(diskseq);
+        self.open_next(diskseq);
     }
 
     pub(super) fn on_dropped(&mut self, ticket: Ticket) {
@@ -64,7 +71,7 @@ impl Correlation {
             return;
         };
         self.close_ticket(ticket);
-        self.settle_waiting_for(diskseq);
+        self.open_next(diskseq);
     }
 
     pub(super) fn close_ticket(&mut self, ticket: Ticket) {
@@ -74,10 +81,10 @@ impl Correlation {
     }
 
     /// What was read twice on the opened device is truer than what was read in passing before: else a stale size
-    /// would be taken for a disk that shrank, again after each open.
-    fn believe_size(&mut self, diskseq: DiskSeq, size: u64) {
+    /// would be taken for a disk that shrank, again after each open. True when it is another one than before.
+    fn believe_size(&mut self, diskseq: DiskSeq, size: u64) -> bool {
         let Some(disk) = self.disks.get_mut(diskseq) else {
-            return;
+            return false;
         };
         let (id, old) = (disk.id(), std::mem::replace(&mut disk.facts.size, size));
         if old != size {
@@ -89,6 +96,7 @@ impl Correlation {
                 new: size,
             }));
         }
+        old != size
     }
 
     fn mark_busy(&mut self, diskseq: DiskSeq, busy: String) {
@@ -100,12 +108,51 @@ impl Correlation {
         }
     }
 
-    /// An open of this disk was answered: whoever waited to open it may.
-    fn settle_waiting_for(&mut self, diskseq: DiskSeq) {
+    /// An open of this disk was answered: who waited for that may open it, one of them. The others go on waiting, and are not looked at:
+    /// of ten thousand exports on one disk each would look at all others.
+    fn open_next(&mut self, diskseq: DiskSeq) {
+        let mut after = Bound::Unbounded;
+        while !self.holds.is_opening(diskseq) {
+            let waiting = self.waiting.get(&diskseq);
+            let next = waiting.and_then(|names| names.range((after, Bound::Unbounded)).next());
+            let Some(name) = next.cloned() else { return };
+            self.settle(&name);
+            after = Bound::Excluded(name);
+        }
+    }
+
+    /// Settles every export of the volume that this disk is now.
+    fn settle_on(&mut self, diskseq: DiskSeq) {
         let Some(disk) = self.disks.get(diskseq) else {
             return;
         };
         for name in self.exports_of(&disk.identities) {
+            self.settle(&name);
+        }
+    }
+
+    /// A lease on a disk with these identities has ended: settles the exports that it may have kept from a disk. One that holds a disk
+    /// is not among them, nor one that is absent because its volume is, or because the daemon stops: as ten thousand exports of one disk
+    /// end, they are passed over.
+    fn settle_unheld(&mut self, identities: &BTreeSet<Identity>) {
+        let kept_from = |name: &&ExportName| {
+            self.exports
+                .get(*name)
+                .is_some_and(|export| match &export.binding {
+                    Binding::Absent { .. } => {
+                        !self.stopping && self.disks.present(&export.candidates)
+                    }
+                    binding => binding.held().is_none(),
+                })
+        };
+        let names: BTreeSet<ExportName> = identities
+            .iter()
+            .filter_map(|identity| self.by_candidate.get(identity))
+            .flatten()
+            .filter(kept_from)
+            .cloned()
+            .collect();
+        for name in names {
             self.settle(&name);
         }
     }
@@ -167,11 +214,11 @@ impl Correlation {
                         self.cue(name, Cue::Closed(want));
                     }
                 }
-                for other in self.exports_of(&identities) {
-                    self.settle(&other);
-                }
+                self.settle_unheld(&identities);
                 // The disk may be another volume by now, whose exports waited for this one to let go.
-                self.settle_waiting_for(diskseq);
+                if let Some(disk) = self.disks.get(diskseq) {
+                    self.settle_unheld(&disk.identities.clone());
+                }
             }
         }
     }

@@ -107,6 +107,17 @@ impl Binding {
         }
     }
 
+    /// The disk that it opens once another open of that has been answered.
+    pub fn waits_for(&self) -> Option<DiskSeq> {
+        match self {
+            Binding::Opening {
+                diskseq,
+                ticket: None,
+            } => Some(*diskseq),
+            _ => None,
+        }
+    }
+
     pub fn reason(&self) -> &str {
         match self {
             Binding::Opening { .. } => "opening the disk",

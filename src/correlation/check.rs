@@ -1,7 +1,7 @@
 //! The invariants of the model, checked after every step in debug builds and in the simulation.
 
 use super::binding::Binding;
-use super::{Correlation, Export};
+use super::{Correlation, Export, ExportName};
 
 impl Correlation {
     /// Says which invariant does not hold.
@@ -18,6 +18,7 @@ impl Correlation {
             if export.moving.is_some() && !self.replacing.contains(name) {
                 return Err(format!("export {name} moves, and nothing stands beside it"));
             }
+            self.check_indexes(name, export)?;
             let Some(held) = export.binding.held() else {
                 continue;
             };
@@ -108,6 +109,31 @@ impl Correlation {
             }
         }
         Ok(())
+    }
+
+    /// What is looked up instead of walked says what the export says; and who waits for an open waits for one that is made.
+    fn check_indexes(&self, name: &ExportName, export: &Export) -> Result<(), String> {
+        if export.conflict.is_some() != self.in_conflict.contains(name) {
+            return Err(format!(
+                "the conflict of export {name} is not where it is looked for"
+            ));
+        }
+        let waits = export.binding.waits_for();
+        let listed = self
+            .waiting
+            .iter()
+            .filter(|(_, names)| names.contains(name));
+        if !listed.map(|(diskseq, _)| *diskseq).eq(waits) {
+            return Err(format!(
+                "export {name} waits for {waits:?} and is not listed so"
+            ));
+        }
+        match waits.filter(|diskseq| !self.holds.is_opening(*diskseq)) {
+            Some(diskseq) => Err(format!(
+                "export {name} waits for an open of diskseq {diskseq} that nobody makes"
+            )),
+            None => Ok(()),
+        }
     }
 
     /// Invariants 5 and 12: what a path means is stored before anything is opened by it, and then only that is.

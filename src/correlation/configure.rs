@@ -265,11 +265,13 @@ impl Correlation {
         }
         let before = self.remove_export(name);
         self.insert_export(definition, true);
+        if let Some(before) = &before {
+            // The same volume is as doubtful under its new definition as it was.
+            self.set_conflict(name, before.conflict);
+        }
         if let Some(export) = self.exports.get_mut(name) {
             export.generation = generation;
             if let Some(before) = before {
-                // The same volume is as doubtful under its new definition as it was.
-                export.conflict = before.conflict;
                 export.mapping = before.mapping;
                 export.mapped_by = before.mapped_by;
             }

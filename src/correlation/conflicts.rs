@@ -39,9 +39,32 @@ impl Correlation {
 
     /// Whom another export of the same volume served before the conflict.
     fn first_of_volume(&self, export: &Export) -> Option<DiskSeq> {
-        self.exports_of(&export.candidates)
-            .iter()
-            .find_map(|name| self.exports.get(name)?.conflict?)
+        self.conflicts_beside(export).flatten().next()
+    }
+
+    /// What other exports of the same volume remember. The exports in conflict are walked, who are few, not those of the volume: there
+    /// may be ten thousand of them, and each asks as it is defined.
+    fn conflicts_beside<'a>(
+        &'a self,
+        export: &'a Export,
+    ) -> impl Iterator<Item = Option<DiskSeq>> + 'a {
+        self.in_conflict.iter().filter_map(|name| {
+            let other = self.exports.get(name)?;
+            let same = !other.candidates.is_disjoint(&export.candidates);
+            other.conflict.filter(|_| same)
+        })
+    }
+
+    /// The one place where an export's conflict is written, so that `in_conflict` is always right.
+    pub(super) fn set_conflict(&mut self, name: &ExportName, conflict: Option<Option<DiskSeq>>) {
+        let Some(export) = self.exports.get_mut(name) else {
+            return;
+        };
+        export.conflict = conflict;
+        match conflict {
+            Some(_) => self.in_conflict.insert(name.clone()),
+            None => self.in_conflict.remove(name),
+        };
     }
 
     fn begin_conflict(
@@ -50,10 +73,10 @@ impl Correlation {
         first: Option<DiskSeq>,
         disks: BTreeSet<DiskSeq>,
     ) {
-        let Some(export) = self.exports.get_mut(name) else {
+        self.set_conflict(name, Some(first));
+        let Some(export) = self.exports.get(name) else {
             return;
         };
-        export.conflict = Some(first);
         let id = disks
             .first()
             .and_then(|diskseq| self.disks.get(*diskseq))
@@ -76,14 +99,10 @@ impl Correlation {
         else {
             return;
         };
-        let first = self
-            .exports_of(&export.candidates)
-            .iter()
-            .find_map(|other| self.exports.get(other)?.conflict);
-        let Some(first) = first else { return };
-        if let Some(export) = self.exports.get_mut(name) {
-            export.conflict = Some(first);
-        }
+        let Some(first) = self.conflicts_beside(export).next() else {
+            return;
+        };
+        self.set_conflict(name, Some(first));
         self.keep_conflict(name, first);
     }
 
@@ -111,10 +130,10 @@ impl Correlation {
     }
 
     pub(super) fn end_conflict(&mut self, name: &ExportName) {
-        let Some(export) = self.exports.get_mut(name) else {
+        if self.exports.get(name).is_none() {
             return;
-        };
-        export.conflict = None;
+        }
+        self.set_conflict(name, None);
         let changes = vec![Change::DeleteConflict(name.clone())];
         self.out.push(Action::Persist {
             request: INTERNAL,

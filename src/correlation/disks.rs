@@ -114,6 +114,15 @@ impl Disks {
             .collect()
     }
 
+    /// True when a disk presents one of these identities.
+    pub fn present(&self, candidates: &BTreeSet<Identity>) -> bool {
+        candidates.iter().any(|candidate| {
+            self.by_identity
+                .get(candidate)
+                .is_some_and(|disks| !disks.is_empty())
+        })
+    }
+
     /// True while another attached disk has the same name by precedence.
     pub fn has_twin(&self, disk: &Disk) -> bool {
         identity::primary(&disk.identities)

@@ -122,6 +122,7 @@ impl Correlation {
         if *before == after {
             return;
         }
+        let (waited, waits) = (before.waits_for(), after.waits_for());
         export.binding = after;
         export.due = match &export.binding {
             Binding::Opening {
@@ -143,6 +144,15 @@ impl Correlation {
             self.timers.insert((due, Timer::Export(name.clone())));
         }
         let reason = export.binding.reason().to_owned();
+        if let Some(diskseq) = waited {
+            self.end_waiting(name, diskseq);
+        }
+        if let Some(diskseq) = waits {
+            self.waiting
+                .entry(diskseq)
+                .or_default()
+                .insert(name.clone());
+        }
         self.log_export(name, old, new, &reason);
         if new != State::Serving {
             self.refuse(name);
@@ -167,6 +177,15 @@ impl Correlation {
         }
         self.answer_waiters(name);
         self.finish_leaving(name);
+    }
+
+    pub(super) fn end_waiting(&mut self, name: &ExportName, diskseq: DiskSeq) {
+        if let Some(names) = self.waiting.get_mut(&diskseq) {
+            names.remove(name);
+            if names.is_empty() {
+                self.waiting.remove(&diskseq);
+            }
+        }
     }
 
     /// The disks that the export was and is on list it as theirs.

@@ -16,6 +16,8 @@ struct HeldDisk {
     identities: BTreeSet<Identity>,
     tickets: BTreeSet<Ticket>,
     leases: BTreeMap<(ExportName, Generation), Lease>,
+    /// The same leases by the identities that the disk had: one or two sets, where there may be ten thousand leases.
+    leased_as: BTreeMap<Arc<BTreeSet<Identity>>, BTreeSet<(ExportName, Generation)>>,
 }
 
 #[derive(Debug, Clone)]
@@ -68,9 +70,12 @@ impl Holds {
             identities: identities.clone(),
             orphan: None,
         };
-        self.disk(diskseq, identities)
-            .leases
-            .insert((export, generation), lease);
+        let held = self.disk(diskseq, identities);
+        held.leased_as
+            .entry(identities.clone())
+            .or_default()
+            .insert((export.clone(), generation));
+        held.leases.insert((export, generation), lease);
     }
 
     /// The open is answered, and its descriptor closed or passed on to a lease.
@@ -93,7 +98,16 @@ impl Holds {
             self.by_lease.remove(export);
         }
         let held = self.disks.get_mut(&diskseq)?;
-        let lease = held.leases.remove(&(export.clone(), generation));
+        let key = (export.clone(), generation);
+        let lease = held.leases.remove(&key);
+        if let Some(lease) = &lease
+            && let Some(alike) = held.leased_as.get_mut(&lease.identities)
+        {
+            alike.remove(&key);
+            if alike.is_empty() {
+                held.leased_as.remove(&lease.identities);
+            }
+        }
         let orphaned = lease.is_some_and(|lease| lease.orphan.is_some());
         self.orphans -= usize::from(orphaned);
         let identities = held.identities.clone();
@@ -158,13 +172,14 @@ impl Holds {
     /// was another volume, whose late writes would land on this one.
     pub fn blocking(&self, candidates: &BTreeSet<Identity>, wanted: DiskSeq) -> Option<Blocking> {
         let foreign = self.disks.get(&wanted).and_then(|held| {
-            held.leases
+            held.leased_as
                 .iter()
                 // A file can come to have other names while it is the same file, and writers of it are counted by the file.
-                .filter(|_| !wanted.is_file())
-                .find(|(_, lease)| lease.identities.is_disjoint(candidates))
+                .filter(|(identities, _)| !wanted.is_file() && identities.is_disjoint(candidates))
+                .filter_map(|(_, leases)| leases.first())
+                .min()
         });
-        if let Some(((export, _), _)) = foreign {
+        if let Some((export, _)) = foreign {
             return Some(Blocking {
                 diskseq: wanted,
                 export: export.clone(),
@@ -221,8 +236,20 @@ impl Holds {
         leases.chain(opens).collect::<Vec<_>>().join("; ")
     }
 
-    /// The count of orphans says what the leases say.
+    /// What is counted and listed apart says what the leases say.
     pub fn check(&self) -> Result<(), String> {
+        for (diskseq, held) in &self.disks {
+            let listed: usize = held.leased_as.values().map(BTreeSet::len).sum();
+            let alike = |(key, lease): (&(ExportName, Generation), &Lease)| {
+                let alike = held.leased_as.get(&lease.identities);
+                alike.is_some_and(|alike| alike.contains(key))
+            };
+            if listed != held.leases.len() || !held.leases.iter().all(alike) {
+                return Err(format!(
+                    "the leases on diskseq {diskseq} are not listed by their identities"
+                ));
+            }
+        }
         let leases = self.disks.values().flat_map(|held| held.leases.values());
         let orphans = leases.filter(|lease| lease.orphan.is_some()).count();
         if orphans == self.orphans {

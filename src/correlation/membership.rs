@@ -5,8 +5,8 @@ use std::time::Duration;
 use super::binding::{Binding, Failure};
 use super::requests::{Persisting, Step};
 use super::{
-    Action, Change, Correlation, Definition, EXPORTS_MAX, ExportName, Notice, Reply, RequestError,
-    RequestId, State, Timer,
+    Action, Change, Correlation, Definition, EXPORTS_MAX, EndHow, Export, ExportName, INTERNAL,
+    Notice, Reply, RequestError, RequestId, State, Timer,
 };
 
 /// A caller of `AddExport` that waits for the export to serve.
@@ -193,6 +193,69 @@ impl Correlation {
             } => added == name,
             _ => false,
         })
+    }
+
+    pub(super) fn insert_export(&mut self, definition: Definition, durable: bool) {
+        self.membership += 1;
+        let candidates = definition.volume.candidates();
+        for candidate in &candidates {
+            let wanting = self.by_candidate.or_default(candidate.clone());
+            if wanting.is_empty() && candidate.file().is_some() {
+                let file = candidate.clone();
+                self.out.push(Action::WatchFile { file });
+            }
+            wanting.insert(definition.name.clone());
+        }
+        let export = Export {
+            candidates,
+            durable,
+            binding: Binding::Absent {
+                reason: String::new(),
+            },
+            // Above that of an orphan which an earlier export of this name left behind.
+            generation: self.holds.newest(&definition.name),
+            conflict: None,
+            mapping: self.remembered_mappings.remove(&definition.name),
+            mapped_by: INTERNAL,
+            moving: None,
+            leaving: None,
+            hidden: false,
+            waiters: Vec::new(),
+            ending: EndHow::Drain {
+                within: self.settings.drain_within,
+            },
+            due: None,
+            attempts: 0,
+            definition,
+        };
+        let name = export.definition.name.clone();
+        let conflict = self.remembered_conflicts.remove(&name);
+        self.exports.insert(name.clone(), export);
+        self.set_conflict(&name, conflict);
+    }
+
+    pub(super) fn remove_export(&mut self, name: &ExportName) -> Option<Export> {
+        let export = self.exports.remove(name)?;
+        self.membership += 1;
+        self.replacing.remove(name);
+        self.in_conflict.remove(name);
+        if let Some(diskseq) = export.binding.waits_for() {
+            self.end_waiting(name, diskseq);
+        }
+        for candidate in &export.candidates {
+            if let Some(wanting) = self.by_candidate.get_mut(candidate) {
+                wanting.remove(name);
+                if wanting.is_empty() {
+                    self.by_candidate.remove(candidate);
+                    if candidate.file().is_some() {
+                        let file = candidate.clone();
+                        self.absent_files.remove(&file);
+                        self.out.push(Action::UnwatchFile { file });
+                    }
+                }
+            }
+        }
+        Some(export)
     }
 
     pub(super) fn forget(&mut self, name: &ExportName, reason: &RequestError) {

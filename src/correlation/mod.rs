@@ -203,6 +203,12 @@ pub struct Correlation {
     surveyed: bool,
     exports: Ordered<ExportName, Export>,
     by_candidate: Index<Identity, BTreeSet<ExportName>>,
+    /// The exports whose `conflict` is there.
+    in_conflict: BTreeSet<ExportName>,
+    /// The exports that open a disk once another open of it has been answered: [`Binding::waits_for`].
+    ///
+    /// [`Binding::waits_for`]: binding::Binding::waits_for
+    waiting: BTreeMap<DiskSeq, BTreeSet<ExportName>>,
     /// Exports that wait for their lease to end and then are defined anew.
     replacing: BTreeSet<ExportName>,
     /// Grows with each export that is defined or forgotten.
@@ -238,6 +244,8 @@ impl Correlation {
             surveyed: false,
             exports: Ordered::default(),
             by_candidate: Index::default(),
+            in_conflict: BTreeSet::new(),
+            waiting: BTreeMap::new(),
             replacing: BTreeSet::new(),
             membership: 0,
             holds: Holds::default(),
@@ -382,62 +390,6 @@ impl Correlation {
 
     fn remind(&mut self, due: Duration, timer: Timer) {
         self.timers.insert((due, timer));
-    }
-
-    fn insert_export(&mut self, definition: Definition, durable: bool) {
-        self.membership += 1;
-        let candidates = definition.volume.candidates();
-        for candidate in &candidates {
-            let wanting = self.by_candidate.or_default(candidate.clone());
-            if wanting.is_empty() && candidate.file().is_some() {
-                let file = candidate.clone();
-                self.out.push(Action::WatchFile { file });
-            }
-            wanting.insert(definition.name.clone());
-        }
-        let export = Export {
-            candidates,
-            durable,
-            binding: Binding::Absent {
-                reason: String::new(),
-            },
-            // Above that of an orphan which an earlier export of this name left behind.
-            generation: self.holds.newest(&definition.name),
-            conflict: self.remembered_conflicts.remove(&definition.name),
-            mapping: self.remembered_mappings.remove(&definition.name),
-            mapped_by: INTERNAL,
-            moving: None,
-            leaving: None,
-            hidden: false,
-            waiters: Vec::new(),
-            ending: EndHow::Drain {
-                within: self.settings.drain_within,
-            },
-            due: None,
-            attempts: 0,
-            definition,
-        };
-        self.exports.insert(export.definition.name.clone(), export);
-    }
-
-    fn remove_export(&mut self, name: &ExportName) -> Option<Export> {
-        let export = self.exports.remove(name)?;
-        self.membership += 1;
-        self.replacing.remove(name);
-        for candidate in &export.candidates {
-            if let Some(wanting) = self.by_candidate.get_mut(candidate) {
-                wanting.remove(name);
-                if wanting.is_empty() {
-                    self.by_candidate.remove(candidate);
-                    if candidate.file().is_some() {
-                        let file = candidate.clone();
-                        self.absent_files.remove(&file);
-                        self.out.push(Action::UnwatchFile { file });
-                    }
-                }
-            }
-        }
-        Some(export)
     }
 
     /// The exports of a volume that presents one of these identities.

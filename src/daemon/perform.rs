@@ -157,9 +157,11 @@ impl Control {
                 Notice::Export(name) => {
                     exports.insert(name);
                 }
-                Notice::Disk(diskseq) => {
+                // A disk lists its exports, of which there may be ten thousand.
+                Notice::Disk(diskseq) if self.publisher.is_served() => {
                     disks.insert(diskseq);
                 }
+                Notice::Disk(_) => {}
                 Notice::Reloaded(difference) => signals.extend(self.reloaded(difference)),
                 signal => signals.push(Publication::Signal(signal)),
             }

@@ -70,6 +70,11 @@ impl Publisher {
         }
     }
 
+    /// False with no bus, when nobody sees objects.
+    pub fn is_served(&self) -> bool {
+        self.served.is_some()
+    }
+
     /// Takes publications to be made in this order. Never waits.
     pub fn offer(&self, batch: Vec<Publication>) {
         let Some(Served { shared, .. }) = &self.served else {

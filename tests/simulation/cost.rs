@@ -166,6 +166,63 @@ fn an_event_costs_the_same_beside_ten_and_ten_thousand_exports() {
     }
 }
 
+/// Ten thousand exports read one disk: each is judged, opened and served by itself, and none of that looks at all the others. Were it
+/// so, this would go on for most of an hour.
+#[test]
+fn ten_thousand_readers_of_one_disk_come_to_serve_it() {
+    const READERS: usize = 10_000;
+    let mut middle = Correlation::new(
+        Settings::new(BootId("boot".to_owned())),
+        Remembered::default(),
+    );
+    let exports = (0..READERS).map(|index| Definition {
+        name: ExportName::parse(&format!("e{index}")).expect("a valid name"),
+        volume: VolumeId::parse("loop:/v0").expect("a valid volume"),
+        read_only: true,
+        share: false,
+        direct: false,
+        source: Source::Config,
+    });
+    let began = Instant::now();
+    let configured = Event::Configured {
+        exports: exports.collect(),
+    };
+    middle.apply(Duration::ZERO, configured);
+    let surveyed = Event::Surveyed {
+        mark: Mark(1),
+        disks: vec![facts(0, 1)],
+        routine: false,
+    };
+    let mut actions = middle.apply(Duration::ZERO, surveyed);
+    let mut served = 0;
+    loop {
+        let opens = actions.iter().filter_map(|action| match action {
+            Action::OpenDisk(order) => Some(order.ticket),
+            _ => None,
+        });
+        let opens: Vec<_> = opens.collect();
+        assert!(opens.len() < 2, "one open of a disk at a time");
+        let Some(ticket) = opens.into_iter().next() else {
+            break;
+        };
+        let result = Ok(OpenedDisk {
+            size: 1000,
+            read_only: true,
+        });
+        actions = middle.apply(Duration::ZERO, Event::DiskOpened { ticket, result });
+        served += actions
+            .iter()
+            .filter(|action| matches!(action, Action::Serve { .. }))
+            .count();
+    }
+    crate::tell(&format!(
+        "{READERS} readers of one disk came to serve it in {:?}",
+        began.elapsed()
+    ));
+    assert_eq!(served, READERS);
+    assert_eq!(middle.check(), Ok(()));
+}
+
 #[test]
 fn exports_have_a_limit_over_configuration_and_callers_together() {
     let mut middle = Correlation::new(
