@@ -3,6 +3,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use crate::scale::CALM;
 use crate::support::Outcome;
 use crate::support::bus::{Bus, Client, Options};
 use crate::support::daemon::Home;
@@ -53,6 +54,8 @@ fn of(ground: &Ground, sections: u32, rounds: usize) -> Outcome<Vec<Row>> {
     let daemon = home.start()?;
     let client = Client::connect(&bus)?;
     client.reach_state("vol-a", "Serving", STEP_LIMIT)?;
+    // A start stores a pin for each section, and tells the bus of each export.
+    std::thread::sleep(CALM);
     let mut reloads = Vec::new();
     let mut waits = Vec::new();
     let stream = Stream::start(&home.endpoint(), "vol-a", "vol-a", Pace::BYSTANDER, 0)?;

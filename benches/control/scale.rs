@@ -22,7 +22,7 @@ const STARTS: usize = 3;
 /// Surveys: the loop settles every export in each, once per half minute when nobody asks.
 const RESCANS: usize = 20;
 /// After this a daemon that was just started is idle.
-const CALM: Duration = Duration::from_secs(2);
+pub const CALM: Duration = Duration::from_secs(2);
 
 pub fn measure(swaps: usize) -> Outcome<Vec<Row>> {
     let mut rows = on_ground(|ground| in_config(ground, swaps))?;

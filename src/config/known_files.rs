@@ -5,6 +5,7 @@
 //! file systems in seconds. So a file that was read within such a tick of its last change is read once more.
 
 use std::collections::HashMap;
+use std::ffi::OsString;
 use std::fs::{self, Metadata};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -20,9 +21,9 @@ const TICK: Duration = Duration::from_millis(100);
 /// Longer than the tick of a file system that keeps whole seconds (FAT: two).
 const COARSE_TICK: Duration = Duration::from_secs(3);
 
-/// The included files as they were read last.
+/// The included files as they were read last, by their paths' bytes: paths by themselves are compared part by part.
 #[derive(Debug, Default)]
-pub struct KnownFiles(HashMap<PathBuf, KnownFile>);
+pub struct KnownFiles(HashMap<OsString, KnownFile>);
 
 #[derive(Debug)]
 struct KnownFile {
@@ -95,7 +96,7 @@ impl KnownFiles {
         match listed {
             Ok(paths) => {
                 for path in paths {
-                    let known = before.remove(&path);
+                    let known = before.remove(path.as_os_str());
                     read.push(self.take(path, known, now, &mut left));
                 }
             }
@@ -123,7 +124,7 @@ impl KnownFiles {
             && spend(known.facts.bytes, left).is_ok()
         {
             let file = known.file.clone();
-            self.0.insert(path, known);
+            self.0.insert(path.into_os_string(), known);
             return file;
         }
         match source(&path, left) {
@@ -145,7 +146,7 @@ impl KnownFiles {
                     settled,
                     file: file.clone(),
                 };
-                self.0.insert(path, known);
+                self.0.insert(path.into_os_string(), known);
                 file
             }
             Err(message) => {

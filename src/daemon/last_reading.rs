@@ -1,11 +1,12 @@
 //! What the last reading of nbd-server's configuration found: the next one is compared with it, in the thread that reads, so that the loop
 //! is told no more than what changed.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeSet, HashMap};
+use std::ffi::OsString;
 
 use crate::config::KnownFiles;
 use crate::config::nbd_server::LastGood;
-use crate::correlation::{ConfiguredSection, ExportName, SectionsChange};
+use crate::correlation::{ConfiguredSection, ExportName, SectionsChange, Written};
 use crate::nbd::Rules;
 
 /// Goes to the thread that reads and comes back with what it read: it is made, changed and dropped there, for it may be of ten
@@ -15,33 +16,63 @@ pub(super) struct LastReading {
     pub files: KnownFiles,
     /// For what cannot be read the next time.
     pub good: LastGood,
-    /// What the middle was told of the sections.
-    told: BTreeMap<ExportName, ConfiguredSection>,
+    /// Of each file, when it was last written by its own time, in microseconds since 1970, and what was made of that.
+    times: HashMap<OsString, (u64, Written)>,
+    /// What the middle was told of the sections, in the order of their names.
+    told: Vec<ConfiguredSection>,
     rules: Option<Rules>,
 }
 
 impl LastReading {
+    /// Takes over the times of the files, `None` for one that has none, and gives what is made of each by `judge`. A time that was
+    /// comparable and is the same stays what it was made of: the clocks that it is compared with are never read in the same moment, and
+    /// each section would be another one for a microsecond.
+    pub fn times(
+        &mut self,
+        modified_us: impl IntoIterator<Item = (OsString, Option<u64>)>,
+        judge: impl Fn(u64) -> Written,
+    ) -> &HashMap<OsString, (u64, Written)> {
+        let before = std::mem::take(&mut self.times);
+        let now = modified_us.into_iter().filter_map(|(file, modified_us)| {
+            let modified_us = modified_us?;
+            let written = match (before.get(&file), judge(modified_us)) {
+                (Some((known_us, known @ Written::At(_))), Written::At(_))
+                    if *known_us == modified_us =>
+                {
+                    *known
+                }
+                (_, now) => now,
+            };
+            Some((file, (modified_us, written)))
+        });
+        self.times = now.collect();
+        &self.times
+    }
+
     /// What is otherwise in these sections, which take the place of those that were there.
     pub fn change(
         &mut self,
-        sections: Vec<ConfiguredSection>,
+        mut sections: Vec<ConfiguredSection>,
         refused: Option<BTreeSet<ExportName>>,
     ) -> SectionsChange {
-        let mut before = std::mem::take(&mut self.told);
-        let mut put = Vec::new();
-        let now = sections.into_iter().map(|section| {
-            let name = section.definition.name.clone();
-            if before.remove(&name).as_ref() != Some(&section) {
+        // As they come; then both are walked at one time, for to look each of ten thousand up would take longer.
+        sections.sort_by(|a, b| a.definition.name.cmp(&b.definition.name));
+        let name = |section: &ConfiguredSection| section.definition.name.clone();
+        let mut before = std::mem::take(&mut self.told).into_iter().peekable();
+        let (mut put, mut gone) = (Vec::new(), BTreeSet::new());
+        for section in &sections {
+            let this = &section.definition.name;
+            while let Some(known) = before.next_if(|known| known.definition.name < *this) {
+                gone.insert(name(&known));
+            }
+            let known = before.next_if(|known| known.definition.name == *this);
+            if known.as_ref() != Some(section) {
                 put.push(section.clone());
             }
-            (name, section)
-        });
-        self.told = now.collect();
-        SectionsChange {
-            put,
-            gone: before.into_keys().collect(),
-            refused,
         }
+        gone.extend(before.map(|known| name(&known)));
+        self.told = sections;
+        SectionsChange { put, gone, refused }
     }
 
     /// The rules, if they are not those that were there.
@@ -93,6 +124,24 @@ mod tests {
             ..SectionsChange::default()
         };
         assert_eq!(change, nothing);
+    }
+
+    #[test]
+    fn a_time_that_is_the_same_is_the_same_by_clocks_that_differ_by_a_moment() {
+        let mut last = LastReading::default();
+        let mut read = |modified_us: Option<u64>, now: Written| {
+            let file = OsString::from("/c");
+            let times = last.times([(file.clone(), modified_us)], |_| now);
+            times.get(&file).map(|(_, written)| *written)
+        };
+        let at = |us| Some(Written::At(us));
+        assert_eq!(read(Some(100), Written::At(90)), at(90));
+        assert_eq!(read(Some(100), Written::At(89)), at(90));
+        assert_eq!(read(Some(101), Written::At(89)), at(89), "another time");
+        let set = Written::Unknown("the clock was set since the file was written");
+        assert_eq!(read(Some(101), set), Some(set));
+        assert_eq!(read(Some(101), Written::At(91)), at(91));
+        assert_eq!(read(None, Written::At(91)), None);
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! nbd-server's configuration as the daemon takes it: read, judged, its paths and authfiles looked up. In a thread of the blocking pool.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::net::{SocketAddr, ToSocketAddrs};
@@ -128,10 +128,6 @@ pub(super) fn read(
     let files = last.files.read_again(main, line, SystemTime::now());
     let judged = files.iter().map(|file| &*file.judged);
     let mut judged = nbd_server::judge_together(judged, &last.good, false);
-    let written = files
-        .iter()
-        .map(|file| (file.judged.path.as_path(), file.written_us));
-    let written_us: HashMap<&Path, Option<u64>> = written.collect();
     if let (Some(generic), Some(line)) = (&mut judged.generic, line) {
         judged.warnings.extend(line.listens(main, generic));
     }
@@ -147,13 +143,17 @@ pub(super) fn read(
     let mut sections = Vec::with_capacity(judged.sections.len());
     // After the files: none is newer.
     let now = Moment::now();
+    let modified_us = files
+        .iter()
+        .map(|file| (file.judged.path.clone().into_os_string(), file.written_us));
+    let written = last.times(modified_us, |us| clock.written(Some(us), &now));
     for section in judged.sections.values() {
         let written = match section.file == Path::new(COMMAND_LINE) {
             true => Written::Unknown("it stands on a command line"),
-            false => clock.written(
-                written_us.get(section.file.as_path()).copied().flatten(),
-                &now,
-            ),
+            false => match written.get(section.file.as_os_str()) {
+                Some((_, written)) => *written,
+                None => clock.written(None, &now),
+            },
         };
         match configured(section, written) {
             Ok(configured) => {

@@ -12,7 +12,7 @@
 //! A section that cannot be honoured is refused by name and the others are read on; a file that GLib would not read
 //! leaves all its sections as they were. So one appliance's half-written file ends nobody's session.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -114,7 +114,7 @@ pub fn judge_together<'a>(
     strict: bool,
 ) -> Judged {
     let mut judged = Judged::default();
-    let mut origin = BTreeMap::new();
+    let mut origin = HashMap::new();
     for file in files {
         judged.unread |= file.unread;
         if let Some(problem) = &file.refused {
@@ -142,7 +142,7 @@ impl Judged {
         found: &'a FoundSection,
         last: &LastGood,
         strict: bool,
-        origin: &mut BTreeMap<&'a str, (&'a Path, usize)>,
+        origin: &mut HashMap<&'a str, (&'a Path, usize)>,
     ) {
         let name = found.name.as_str();
         let at = found.place(file);
