@@ -257,12 +257,13 @@ fn what_is_put_in_the_place_of_a_served_file_waits_for_a_person() -> Outcome<()>
         let old = File::open(&path)?;
         let new = sparse_file(&folder, "new.raw", BYTES)?;
         std::fs::rename(&new, &path)?;
-        // Not noticed yet: what is written still goes to the file that was agreed on.
-        hold!(client.write(4096, &[7; 512], true)?.is_ok(), "cannot write");
+        // Noticed by now or not: what is written goes to the file that was agreed on, or nowhere.
+        let written = matches!(client.write(4096, &[7; 512], true), Ok(Ok(())));
         let mut bytes = [0; 512];
         old.read_exact_at(&mut bytes, 4096)?;
-        hold!(bytes == [7; 512], "the write went elsewhere");
-        scene.client.rescan()?;
+        hold!(!written || bytes == [7; 512], "the write went elsewhere");
+        File::open(&path)?.read_exact_at(&mut bytes, 4096)?;
+        hold!(bytes == [0; 512], "the write went to the new file");
         scene.client.reach_state("a", "Ambiguous", STEP_LIMIT)?;
         hold!(!served(&mut client), "its client is still served");
         hold!(
@@ -330,6 +331,97 @@ fn a_file_that_shrinks_grows_or_goes_is_told_and_no_lease_outlives_it() -> Outco
         );
         let told = reason(&scene, "a")?;
         hold!(told.contains("there is no such file"), "{told:?}");
+        scene.stop()
+    })
+}
+
+/// A file system that is mounted over a folder, until it is dropped.
+struct MountedOver(PathBuf);
+
+impl MountedOver {
+    fn at(folder: &Path) -> Outcome<MountedOver> {
+        let at = folder.to_string_lossy();
+        process::succeed("mount", &["-t", "tmpfs", "tmpfs", &at], STEP_LIMIT)?;
+        Ok(MountedOver(folder.to_owned()))
+    }
+}
+
+impl Drop for MountedOver {
+    fn drop(&mut self) {
+        let at = self.0.to_string_lossy();
+        let _ = process::run("umount", &["-l", &at], STEP_LIMIT);
+    }
+}
+
+/// Nobody asks for a survey here, and the interval is an hour.
+#[test]
+fn what_becomes_of_a_file_is_noticed_at_once_and_ends_the_leases_on_it() -> Outcome<()> {
+    let needs = [NEEDS, &[Need::Tool("mount")]].concat();
+    real("file watched", &needs, |ground| {
+        let folder = ground.file("backups");
+        let within = folder.join("vm");
+        std::fs::create_dir_all(&within)?;
+        let path = within.join("a.raw");
+        let server = roots(&folder) + "survey_interval_s = 3600\n";
+        let mut scene = Scene::told(ground, server, &[("a", id(&path))])?;
+        let served_from = |scene: &Scene| -> Outcome<Client> {
+            scene.client.reach_state("a", "Serving", STEP_LIMIT)?;
+            Client::open(&scene.endpoint(), "a")
+        };
+        let gone = |scene: &Scene, client: &mut Client, what: &str| -> Outcome<()> {
+            scene.client.reach_state("a", "Absent", STEP_LIMIT)?;
+            let told = reason(scene, "a")?;
+            hold!(told.contains("there is no such file"), "{what}: {told:?}");
+            hold!(!served(client), "{what}: its client is still served");
+            Ok(())
+        };
+        let lengthen = |bytes: u64| -> Outcome<()> {
+            let file = OpenOptions::new().write(true).open(&path)?;
+            Ok(file.set_len(bytes)?)
+        };
+        let size = |scene: &Scene| -> Outcome<u64> {
+            Ok(scene.export("a")?.get("Size").map_or(0, |w| w.number()))
+        };
+        scene.client.reach_state("a", "Absent", STEP_LIMIT)?;
+        sparse_file(&within, "a.raw", BYTES)?;
+        let mut client = served_from(&scene)?;
+
+        lengthen(2 * BYTES)?;
+        until(STEP_LIMIT, "the new size", || {
+            Ok((size(&scene)? == 2 * BYTES).then_some(()))
+        })?;
+        hold!(served(&mut client), "longer: its client was cut off");
+        let mark = scene.client.mark();
+        lengthen(BYTES)?;
+        scene.client.wait_state(mark, "a", "Serving", STEP_LIMIT)?;
+        hold!(size(&scene)? == BYTES, "it shows {} bytes", size(&scene)?);
+        hold!(!served(&mut client), "shorter: its client is still served");
+
+        let mut client = served_from(&scene)?;
+        let aside = within.join("aside.raw");
+        std::fs::rename(&path, &aside)?;
+        gone(&scene, &mut client, "renamed")?;
+        std::fs::rename(&aside, &path)?;
+        let mut client = served_from(&scene)?;
+        let elsewhere = folder.join("elsewhere");
+        std::fs::rename(&within, &elsewhere)?;
+        gone(&scene, &mut client, "its folder renamed")?;
+        std::fs::rename(&elsewhere, &within)?;
+        let mut client = served_from(&scene)?;
+        let over = MountedOver::at(&within)?;
+        gone(&scene, &mut client, "mounted over")?;
+        drop(over);
+        let mut client = served_from(&scene)?;
+        std::fs::remove_file(&path)?;
+        gone(&scene, &mut client, "removed")?;
+
+        // Another file by now, and nobody had the old one any more.
+        sparse_file(&within, "a.raw", BYTES)?;
+        let mut client = served_from(&scene)?;
+        let new = sparse_file(&within, "new.raw", BYTES)?;
+        std::fs::rename(&new, &path)?;
+        scene.client.reach_state("a", "Ambiguous", STEP_LIMIT)?;
+        hold!(!served(&mut client), "replaced: its client is still served");
         scene.stop()
     })
 }

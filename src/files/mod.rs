@@ -1,11 +1,12 @@
 //! What stands under the paths that exports name, told as it changes. EDGE: looks files up beneath the configured roots, and
 //! decides nothing.
 //!
-//! A path is looked up when an export comes to want it, when a survey of the disks is ordered, and at an interval. Each look-up
-//! is a call of its own on the blocking pool: a file system that hangs (a server of NFS that is gone) keeps the thread
+//! A path is looked up when an export comes to want it, when the kernel says that something happened there (`notice`), when a survey of
+//! the disks is ordered, and at an interval. Each look-up is a call of its own on the blocking pool: a file system that hangs (a server of NFS that is gone) keeps the thread
 //! of its own paths, and no other path waits for it (invariant 11).
 
 mod known;
+mod notice;
 
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -18,9 +19,10 @@ use tokio::time::MissedTickBehavior;
 
 use crate::correlation::Event;
 use crate::identity::{Format, Identity};
-use crate::image::beneath::Roots;
+use crate::image::beneath::{FoundFile, Roots};
 use crate::image::qcow2;
 use known::{Known, Seen};
+use notice::{Due, Notices, Place, Watcher};
 
 /// Look-ups at one time.
 const LOOKS_MAX: usize = 16;
@@ -71,6 +73,7 @@ pub fn observe(roots: Arc<Roots>, every: Duration, out: mpsc::Sender<Told>) -> O
         shared: Arc::clone(&shared),
         out,
         known: Known::default(),
+        notices: Notices::new(),
         looks: JoinSet::new(),
         places: Arc::new(Semaphore::new(LOOKS_MAX)),
         looking: BTreeSet::new(),
@@ -106,10 +109,13 @@ impl Drop for Observer {
     }
 }
 
+/// What stands under a path, and what is watched for it.
+type Looked = (Result<Seen, String>, Vec<Place>);
+
 enum Look {
-    Found(Identity, Result<Seen, String>),
+    Found(Identity, Looked),
     /// Not answered in time; it goes on.
-    Slow(Identity, JoinHandle<Result<Seen, String>>),
+    Slow(Identity, JoinHandle<Looked>),
     /// A slow one has ended: the path is to be looked up again.
     Late(Identity),
 }
@@ -122,6 +128,7 @@ struct Watch {
     shared: Arc<Shared>,
     out: mpsc::Sender<Told>,
     known: Known,
+    notices: Notices,
     /// At most one for each path.
     looks: JoinSet<Look>,
     places: Arc<Semaphore>,
@@ -137,18 +144,20 @@ impl Watch {
         let mut done = 0;
         loop {
             // Cancel-safe: none takes anything before it is chosen.
-            let all = tokio::select! {
-                () = shared.changed.notified() => false,
-                _ = tick.tick() => true,
+            let mut due = tokio::select! {
+                () = shared.changed.notified() => Due::default(),
+                _ = tick.tick() => Due::everything(),
+                due = self.notices.next() => due,
                 Some(Ok(look)) = self.looks.join_next() => {
                     if let Look::Late(path) = look {
                         self.hung.remove(&path);
                     }
-                    false
+                    Due::default()
                 }
             };
             let asked = shared.asked.load(Ordering::Acquire);
-            let round = self.round(all || asked != done).await;
+            due.all |= asked != done;
+            let round = self.round(&due).await;
             let told = match round {
                 Ok(()) if asked != done => self.tell(Told::Checked(Round(asked))).await,
                 other => other,
@@ -160,8 +169,8 @@ impl Watch {
         }
     }
 
-    /// Looks up what is new, or everything; forgets what no one wants.
-    async fn round(&mut self, all: bool) -> Result<(), Stopped> {
+    /// Looks up what is new and what is due; forgets what no one wants.
+    async fn round(&mut self, due: &Due) -> Result<(), Stopped> {
         let wanted = self.shared.wanted().clone();
         let gone: Vec<Identity> = self
             .known
@@ -170,18 +179,19 @@ impl Watch {
             .cloned()
             .collect();
         for path in gone {
+            self.notices.register(&path, Vec::new());
             for event in self.known.forget(&path) {
                 self.tell(Told::Happened(event)).await?;
             }
         }
         let known: BTreeSet<&Identity> = self.known.paths().collect();
-        let due: Vec<Identity> = wanted
+        let paths: Vec<Identity> = wanted
             .iter()
-            .filter(|path| all || !known.contains(path))
+            .filter(|path| due.all || due.paths.contains(*path) || !known.contains(path))
             .filter(|path| !self.hung.contains(*path))
             .cloned()
             .collect();
-        for path in due {
+        for path in paths {
             if self.hung.len() < HUNG_MAX {
                 self.start(path);
             }
@@ -193,6 +203,7 @@ impl Watch {
             };
             self.on_look(look).await?;
         }
+        self.notices.sweep();
         Ok(())
     }
 
@@ -200,14 +211,19 @@ impl Watch {
         self.looking.insert(path.clone());
         let roots = Arc::clone(&self.roots);
         let places = Arc::clone(&self.places);
+        let watcher = self.notices.watcher();
         self.looks.spawn(async move {
             // Closed never; the place is given back when the path is waited for no more.
             let _place = places.acquire_owned().await;
             let wanted = path.clone();
-            let mut look = tokio::task::spawn_blocking(move || look_up(&roots, &wanted));
+            let mut look =
+                tokio::task::spawn_blocking(move || look_up(&roots, &wanted, watcher.as_ref()));
             match tokio::time::timeout(LOOK_WITHIN, &mut look).await {
                 Ok(Ok(found)) => Look::Found(path, found),
-                Ok(Err(broken)) => Look::Found(path, Err(format!("the look-up broke: {broken}"))),
+                Ok(Err(broken)) => {
+                    let why = format!("the look-up broke: {broken}");
+                    Look::Found(path, (Err(why), Vec::new()))
+                }
                 Err(_) => Look::Slow(path, look),
             }
         });
@@ -215,8 +231,9 @@ impl Watch {
 
     async fn on_look(&mut self, look: Look) -> Result<(), Stopped> {
         match look {
-            Look::Found(path, found) => {
+            Look::Found(path, (found, places)) => {
                 self.looking.remove(&path);
+                self.notices.register(&path, places);
                 for event in self.known.look(&path, found) {
                     self.tell(Told::Happened(event)).await?;
                 }
@@ -246,21 +263,40 @@ impl Watch {
     }
 }
 
-fn look_up(roots: &Roots, file: &Identity) -> Result<Seen, String> {
+fn look_up(roots: &Roots, file: &Identity, watcher: Option<&Watcher>) -> Looked {
+    let mut places = Vec::new();
     let (Some(path), Some(format)) = (file.file(), file.format()) else {
-        return Err(format!("{file} is no file"));
+        return (Err(format!("{file} is no file")), places);
     };
-    let found = roots
-        .find(path, format)
-        .map_err(|error| error.to_string())?;
-    let size = match format {
-        Format::Raw => found.size,
-        Format::Qcow2 => {
-            qcow2::virtual_size(&found.file).map_err(|why| format!("{path}: {why}"))?
+    // Before it is looked up: what changes after that is told.
+    if let (Some(watcher), Some((root, below))) = (watcher, roots.split(path)) {
+        match watcher.folders(&root, below) {
+            Ok(found) => places = found,
+            Err(error) => watcher.tell(path, &error),
         }
+    }
+    let found = roots.find(path, format).map_err(|error| error.to_string());
+    if let (Some(watcher), Ok(found)) = (watcher, &found) {
+        match watcher.file(&found.file) {
+            Ok(place) => places.push(place),
+            Err(error) => watcher.tell(path, &error),
+        }
+    }
+    (found.and_then(|found| seen(path, format, &found)), places)
+}
+
+fn seen(path: &str, format: Format, found: &FoundFile) -> Result<Seen, String> {
+    // Now that the file is watched: what happened to it before that is not told.
+    let size = match format {
+        Format::Raw => found
+            .file
+            .metadata()
+            .map(|facts| facts.len())
+            .map_err(|e| e.to_string()),
+        Format::Qcow2 => qcow2::virtual_size(&found.file),
     };
     Ok(Seen {
         incarnation: found.incarnation,
-        size,
+        size: size.map_err(|why| format!("{path}: {why}"))?,
     })
 }

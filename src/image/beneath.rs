@@ -48,8 +48,6 @@ pub struct FoundFile {
     /// Opened with `O_PATH`: fixes the inode, reads nothing.
     pub file: File,
     pub incarnation: DiskSeq,
-    /// Bytes.
-    pub size: u64,
 }
 
 impl Roots {
@@ -69,7 +67,7 @@ impl Roots {
     }
 
     /// The folder that a path lies beneath, and the rest of the path.
-    fn split<'a>(&self, path: &'a str) -> Option<(PathBuf, &'a Path)> {
+    pub fn split<'a>(&self, path: &'a str) -> Option<(PathBuf, &'a Path)> {
         // The longest root first: a root inside another one is stricter.
         let roots = self.0.read().unwrap_or_else(PoisonError::into_inner);
         roots
@@ -98,7 +96,6 @@ impl Roots {
         }
         Ok(FoundFile {
             incarnation: number(&facts, format),
-            size: facts.len(),
             file,
         })
     }
