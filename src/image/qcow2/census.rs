@@ -10,6 +10,7 @@ use std::os::unix::fs::FileExt;
 
 use nix::fcntl::PosixFadviseAdvice;
 
+use super::bitmaps::{self, Bitmaps, Piece};
 use super::check::{Findings, Progress};
 use super::entry::{self, Cluster, Damaged, Entry};
 use super::extensions::Fields;
@@ -30,10 +31,11 @@ pub(super) struct Roots {
     l1: Vec<(u64, u64)>,
     /// The table of snapshots: its first byte and its length.
     snapshots: (u64, u64),
+    bitmaps: Bitmaps,
 }
 
 impl Roots {
-    /// Reads the table of snapshots; `bytes` is the beginning of the file.
+    /// Reads the table of snapshots and the directory of bitmaps; `bytes` is the beginning of the file.
     pub fn read(
         file: &File,
         bytes: &[u8],
@@ -64,7 +66,12 @@ impl Roots {
             next = end.next_multiple_of(8);
         }
         let snapshots = (from, end - from);
-        Ok(Ok(Roots { l1, snapshots }))
+        let bitmaps = Bitmaps::read(file, header, file_bytes)?;
+        Ok(bitmaps.map(|bitmaps| Roots {
+            l1,
+            snapshots,
+            bitmaps,
+        }))
     }
 
     /// Bytes of all L1 and L2 tables, as often as they are referred to; no more are counted once it is over `bytes_max`.
@@ -156,6 +163,7 @@ impl<'a> Census<'a> {
         }
         let (from, len) = roots.snapshots;
         census.count(from, len);
+        census.bitmaps(&roots.bitmaps)?;
         census.count(header.reftable_offset, header.reftable_bytes);
         for block in blocks.iter().filter(|block| **block != 0) {
             if block.is_multiple_of(header.cluster_bytes()) && *block < census.file_bytes {
@@ -205,6 +213,41 @@ impl<'a> Census<'a> {
                 self.file.read_exact_at(&mut l2, host)?;
                 for entry in entries(self.header, &l2) {
                     self.level2(entry, active);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn bitmaps(&mut self, bitmaps: &Bitmaps) -> io::Result<()> {
+        let (from, len) = bitmaps.directory;
+        self.count(from, len);
+        if let Some(wrong) = &bitmaps.wrong {
+            self.wrong(wrong.clone());
+        }
+        let cluster = self.header.cluster_bytes();
+        for (table, pieces) in &bitmaps.tables {
+            let bytes = pieces * 8;
+            self.count(*table, bytes);
+            if table
+                .checked_add(bytes)
+                .is_none_or(|end| end > self.file_bytes)
+            {
+                self.wrong(format!("a bitmap's table at byte {table} leaves the file"));
+                continue;
+            }
+            // At most 8 MiB: a bitmap has at most 512 MiB, in clusters of at least 512 bytes.
+            let mut entries = vec![0; usize::try_from(bytes).map_err(io::Error::other)?];
+            self.file.read_exact_at(&mut entries, *table)?;
+            for entry in words(&entries) {
+                match bitmaps::piece(entry, cluster) {
+                    Piece::Even => {}
+                    Piece::At(host) => self.count(host, cluster),
+                    Piece::Wrong => {
+                        self.wrong(format!(
+                            "an entry of a bitmap's table cannot be {entry:#018x}"
+                        ));
+                    }
                 }
             }
         }

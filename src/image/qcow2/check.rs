@@ -54,10 +54,6 @@ impl Findings {
 pub enum CheckError {
     #[error("{0}")]
     Refused(#[from] Refusal),
-    #[error(
-        "it has persistent bitmaps, which are not checked here; see to it with: qemu-img check"
-    )]
-    Bitmaps,
     #[error("{0}")]
     Kernel(#[from] io::Error),
 }
@@ -98,9 +94,6 @@ impl Progress<'_> {
 pub fn check(file: &File, progress: &mut dyn FnMut(f64)) -> Result<Findings, CheckError> {
     let (bytes, file_bytes) = read_start(file)?;
     let header = Header::describe(&bytes, file_bytes)?;
-    if header.bitmaps {
-        return Err(CheckError::Bitmaps);
-    }
     let roots = Roots::read(file, &bytes, &header, file_bytes)??;
     let mut counts = Counts::load(file, &header)?;
     let clusters = file_bytes.div_ceil(header.cluster_bytes());

@@ -15,7 +15,8 @@ const BACKING_FORMAT_BYTES_MAX: usize = 64;
 #[derive(Default)]
 pub(super) struct Extensions {
     pub backing_format: Option<String>,
-    pub bitmaps: bool,
+    /// Of the directory of bitmaps its first byte and its length; 0 where the extension is cut off.
+    pub bitmaps: Option<(u64, u64)>,
     pub crypto: bool,
     pub data_file: bool,
     /// Bits and names of incompatible features.
@@ -49,7 +50,11 @@ impl Extensions {
                     }
                     found.backing_format = Some(text.to_owned());
                 }
-                BITMAPS => found.bitmaps = true,
+                BITMAPS => {
+                    let fields = Fields(data);
+                    let place = fields.u64(16).ok().zip(fields.u64(8).ok());
+                    found.bitmaps = Some(place.unwrap_or_default());
+                }
                 CRYPTO => found.crypto = true,
                 DATA_FILE_NAME => found.data_file = true,
                 FEATURE_NAMES => found.names = names(data),

@@ -123,6 +123,8 @@ pub struct Header {
     pub snapshots: u32,
     /// Persistent bitmaps that are in step with the data; a write would make them lie.
     pub bitmaps: bool,
+    /// Where the directory of bitmaps is to lie: its first byte, and its length.
+    pub bitmap_directory: Option<(u64, u64)>,
     /// Autoclear bits that are set: who writes has to clear those that it does not know.
     pub autoclear: u64,
     /// Whoever wrote it last did not close it.
@@ -250,7 +252,8 @@ impl Header {
             compression,
             backing: backing(&at, extensions.backing_format)?,
             snapshots,
-            bitmaps: extensions.bitmaps && autoclear & BITMAPS_VALID != 0,
+            bitmaps: extensions.bitmaps.is_some() && autoclear & BITMAPS_VALID != 0,
+            bitmap_directory: extensions.bitmaps,
             autoclear,
             dirty: incompatible & DIRTY != 0,
             corrupt: incompatible & CORRUPT != 0,

@@ -22,6 +22,7 @@
 //! | `layout.rs` | PURE: the file of a new image |
 //! | `check.rs` | whether reference counts and tables agree |
 //! | `whole.rs` | reading all of an image once |
+//! | `bitmaps.rs` | where persistent bitmaps lie |
 //! | `census.rs` | what of the file is referred to, and how often |
 
 use std::fs::File;
@@ -40,6 +41,7 @@ use crate::correlation::OpenDisk;
 use crate::identity::Format;
 
 mod apart;
+mod bitmaps;
 mod census;
 mod chain;
 pub mod check;
