@@ -7,9 +7,13 @@ use serde_json::json;
 
 use super::Failure;
 use super::image::{Asking, bytes};
+use super::progress::ProgressLine;
 use super::show::{object, plain, print, print_json, table_of};
 use crate::correlation::{BeginBackup, ExportName, Preallocation};
 use crate::dbus::client::{Client, Properties};
+
+/// How often a terminal is told how far a backup is.
+const LOOK: Duration = Duration::from_secs(1);
 
 #[derive(Debug, Args)]
 pub struct Asked {
@@ -134,9 +138,8 @@ async fn finish(client: &Client, asked: &Finish, as_json: bool) -> Result<(), As
         (_, true) => "hard",
         _ => "soft",
     };
-    let backup = client
-        .finish_backup(&asked.name, mode, asked.interrupted, asked.wait)
-        .await?;
+    let finished = client.finish_backup(&asked.name, mode, asked.interrupted, asked.wait);
+    let backup = shown(client, &asked.name, finished).await?;
     if as_json {
         return said(print_json(&object(&backup)));
     }
@@ -151,6 +154,24 @@ async fn finish(client: &Client, asked: &Finish, as_json: bool) -> Result<(), As
         text("Name"),
         text("Sha256")
     )))
+}
+
+/// Shows how far the reading of a backup is until `finished` is.
+async fn shown<T>(client: &Client, name: &str, finished: impl Future<Output = T>) -> T {
+    let mut finished = std::pin::pin!(finished);
+    let mut line = ProgressLine::begin();
+    let mut tick = tokio::time::interval(LOOK);
+    loop {
+        tokio::select! {
+            finished = &mut finished => return finished,
+            _ = tick.tick(), if line.is_seen() => {}
+        }
+        // What cannot be shown is not missed.
+        let reading = tokio::time::timeout(LOOK, client.reading_of(name)).await;
+        if let Ok(Ok(Some(share))) = reading {
+            line.show(share);
+        }
+    }
 }
 
 /// Lists the backups.

@@ -1,13 +1,13 @@
 //! `image`: makes images and looks at them. Needs no daemon, and asks none: files are opened by whoever calls.
 
-use std::io::{IsTerminal, Write};
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use clap::{Args, Subcommand};
 use serde_json::{Map, Value, json};
 
 use super::Failure;
+use super::progress::ProgressLine;
 use super::show::{print, print_json};
 use super::table::{Look, lay_out, size as shown};
 use crate::correlation::{NewImage, Preallocation};
@@ -18,10 +18,6 @@ use crate::image::create;
 use crate::image::describe::{self, Content, Described};
 use crate::image::qcow2::check::Findings;
 use crate::image::qcow2::header::Compression;
-
-/// A check that is done sooner shows no progress.
-const PROGRESS_AFTER: Duration = Duration::from_secs(1);
-const PROGRESS_EVERY: Duration = Duration::from_millis(200);
 
 #[derive(Debug, Args)]
 pub struct Asked {
@@ -285,23 +281,9 @@ fn facts(described: &Described) -> Map<String, Value> {
 
 fn check(at: &At, as_json: bool) -> Result<(), Failure> {
     let (path, format) = at.place()?;
-    let terminal = std::io::stderr().is_terminal();
-    let started = Instant::now();
-    let mut last = started;
-    let mut shown = false;
-    let mut progress = |share: f64| {
-        let now = Instant::now();
-        if terminal && now - started > PROGRESS_AFTER && now - last > PROGRESS_EVERY {
-            last = now;
-            shown = true;
-            // What is not shown is not missed.
-            let _ = write!(std::io::stderr(), "\r{:5.1} %", share * 100.0);
-        }
-    };
-    let found = describe::check(&path, format, &everything(), &mut progress);
-    if shown {
-        let _ = write!(std::io::stderr(), "\r        \r");
-    }
+    let mut line = ProgressLine::begin();
+    let found = describe::check(&path, format, &everything(), &mut |share| line.show(share));
+    drop(line);
     let found = found.map_err(|error| Failure::Image(error.to_string()))?;
     told(&path, &found, as_json)?;
     match (found.errors, found.leaks) {

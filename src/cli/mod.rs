@@ -19,6 +19,7 @@ mod mappings;
 mod metrics;
 mod nbd_server;
 mod pins;
+mod progress;
 mod show;
 mod table;
 mod take_over;

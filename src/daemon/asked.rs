@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use super::control::{Asker, Control};
 use super::keeper::Order;
 use super::log;
-use crate::correlation::{Event, RemoveMode, Request, RequestError, RequestId};
+use crate::correlation::{Event, RemoveMode, Request, RequestError};
 use crate::dbus::{Answer, Call, Command, Filter, Publication, SessionView};
 use crate::identity::VolumeId;
 use crate::nbd::SessionFacts;
@@ -83,8 +83,7 @@ impl Control {
                 self.answer(reply, Err(RequestError::InUse(error)));
             }
             Call::Request(what) => {
-                let request = RequestId(self.last_request.0 + 1);
-                self.last_request = request;
+                let request = self.next_request();
                 self.asked.insert(request, reply);
                 self.trail.note_call(request, &what, &caller);
                 let job = self.job_of(request, &what, caller);

@@ -9,20 +9,21 @@
 //! finished is never complete, and a row without its file can be deleted again.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::AtomicU32;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::Instant;
 
 use super::control::{Asker, Control};
+use super::reading::Reading;
 use super::shelf::{Finishing, Shelf};
 use super::works::{ToLoop, in_thread, make_and_export, refusal_of_file};
 use crate::correlation::{
     Backup, BackupChange, BackupState, BeginBackup, CreateImage, ExportName, NewImage, RemoveMode,
     Request, RequestError,
 };
-use crate::dbus::{Answer, Caller, FinishBackup};
+use crate::dbus::{Answer, Caller, FINISH_BACKUP, FinishBackup};
 use crate::identity::{Format, VolumeId};
 use crate::image::beneath::Roots;
 use crate::image::remove::{self, RemoveError};
@@ -108,19 +109,31 @@ impl Control {
             };
             known.finishing.insert(backup.name.clone(), finishing);
         }
+        let within = self.drain_within.min(asked.wait);
         let removal = self
             .correlation
             .export(&backup.name)
             .map(|_| Request::RemoveExport {
                 name: backup.name.clone(),
                 mode: asked.mode,
-                within: self.drain_within.min(asked.wait),
+                within,
             });
+        let job = self.next_request();
+        let exports: Vec<ExportName> = removal.iter().map(|_| backup.name.clone()).collect();
+        let target = backup.name.to_string();
+        let view = self.new_job(job, FINISH_BACKUP, target, exports, within, caller.clone());
+        self.begin_job(Some(view));
         let (to_loop, roots, shelf) = (self.to_loop(), Arc::clone(&self.roots), self.shelf.clone());
         tokio::spawn(async move {
             let name = backup.name.clone();
-            let finished = finish(&to_loop, &shelf, roots, backup, removal, progress).await;
+            let reading = Reading {
+                progress,
+                to_loop: to_loop.clone(),
+                job,
+            };
+            let finished = finish(&to_loop, &shelf, roots, backup, removal, &reading).await;
             let finishing = shelf.known().finishing.remove(&name);
+            to_loop.end(job, finished.clone().map(drop));
             for asker in finishing.into_iter().flat_map(|finishing| finishing.askers) {
                 let answer = finished
                     .clone()
@@ -291,7 +304,7 @@ async fn finish(
     roots: Arc<Roots>,
     backup: Backup,
     removal: Option<Request>,
-    progress: Arc<AtomicU32>,
+    reading: &Reading,
 ) -> Result<Backup, RequestError> {
     if let Some(removal) = removal {
         match to_loop.ask(removal).await {
@@ -305,7 +318,7 @@ async fn finish(
     }
     let closed_by = Instant::now() + CLOSED_WITHIN;
     let verified = loop {
-        let verified = verify(&backup, &roots, &progress).await?;
+        let verified = reading.verify(&backup, &roots).await?;
         match &verified {
             // An open that was under way when the export went is closed behind the answer to that.
             Err(VerifyError::Busy { .. }) if Instant::now() < closed_by => {
@@ -322,25 +335,6 @@ async fn finish(
         }
         Err(error) => Err(refusal(error)),
     }
-}
-
-async fn verify(
-    backup: &Backup,
-    roots: &Arc<Roots>,
-    progress: &Arc<AtomicU32>,
-) -> Result<Result<Verified, VerifyError>, RequestError> {
-    let (path, roots, told) = (backup.path.clone(), Arc::clone(roots), Arc::clone(progress));
-    in_thread(move || {
-        verify::verify(&path, &roots, &mut |share| {
-            #[allow(
-                clippy::cast_possible_truncation,
-                clippy::cast_sign_loss,
-                reason = "0 to 1,000"
-            )]
-            told.store((share * 1000.0) as u32, Ordering::Relaxed);
-        })
-    })
-    .await
 }
 
 async fn complete(

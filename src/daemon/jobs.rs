@@ -1,4 +1,4 @@
-//! Calls that last, as objects that others can watch: how many clients are left, and how it ended.
+//! Calls that last, as objects that others can watch: how many clients are left, how much of a backup is read, and how it ended.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -30,9 +30,21 @@ impl Control {
             | Request::Pin { .. }
             | Request::Unpin { .. } => return None,
         };
+        Some(self.new_job(request, operation, target, exports, within, caller))
+    }
+
+    pub(super) fn new_job(
+        &self,
+        request: RequestId,
+        operation: &'static str,
+        target: String,
+        exports: Vec<ExportName>,
+        within: Duration,
+        caller: Caller,
+    ) -> JobView {
         let clients = self.clients_of(&exports);
         let now = SystemTime::now();
-        Some(JobView {
+        JobView {
             id: request.0,
             operation,
             target,
@@ -43,7 +55,7 @@ impl Control {
             stage: stage(clients),
             clients,
             clients_max: clients,
-        })
+        }
     }
 
     pub(super) fn begin_job(&mut self, job: Option<JobView>) {
@@ -69,9 +81,20 @@ impl Control {
             if let Some(job) = self.jobs.get_mut(&request) {
                 job.clients = clients;
                 job.clients_max = job.clients_max.max(clients);
-                job.stage = stage(clients);
+                // Whoever still came in is not waited for twice.
+                if !matches!(job.stage, Stage::Verifying(_)) {
+                    job.stage = stage(clients);
+                }
                 self.publisher.offer(vec![Publication::Job(job.clone())]);
             }
+        }
+    }
+
+    /// A backup is being read, so much of it of 1,000.
+    pub(super) fn progress_reading(&mut self, request: RequestId, read: u32) {
+        if let Some(job) = self.jobs.get_mut(&request) {
+            job.stage = Stage::Verifying(read);
+            self.publisher.offer(vec![Publication::Job(job.clone())]);
         }
     }
 
@@ -81,15 +104,20 @@ impl Control {
         request: RequestId,
         reply: &Result<Reply, RequestError>,
     ) -> Option<Publication> {
+        self.finish_job(request, reply.clone().map(drop))
+    }
+
+    pub(super) fn finish_job(
+        &mut self,
+        request: RequestId,
+        result: Result<(), RequestError>,
+    ) -> Option<Publication> {
         let mut job = self.jobs.remove(&request)?;
         job.clients = self.clients_of(&job.exports);
-        if reply.is_ok() {
+        if result.is_ok() {
             job.stage = Stage::Done;
         }
-        Some(Publication::JobDone {
-            job,
-            result: reply.clone().map(drop),
-        })
+        Some(Publication::JobDone { job, result })
     }
 
     fn clients_of(&self, exports: &[ExportName]) -> u32 {

@@ -18,6 +18,7 @@ mod log;
 mod metrics;
 mod perform;
 mod phases;
+mod reading;
 mod reload;
 mod rescan;
 mod row_asks;

@@ -36,6 +36,13 @@ pub(super) enum Wish {
         changes: Vec<BackupChange>,
         kept: oneshot::Sender<Result<(), RequestError>>,
     },
+    /// How much of a backup is read, of 1,000, in the job that this is.
+    Read { job: RequestId, read: u32 },
+    /// The job is over.
+    End {
+        job: RequestId,
+        result: Result<(), RequestError>,
+    },
     /// Answer a caller, after all that was offered before is visible.
     Answer {
         asker: Asker,
@@ -88,6 +95,16 @@ impl ToLoop {
         self.wish(Wish::Answer { asker, answer });
     }
 
+    /// For what is told now and then, and not for each piece.
+    pub fn read(&self, job: RequestId, read: u32) {
+        self.wish(Wish::Read { job, read });
+    }
+
+    /// What is answered after this is answered when the job has gone.
+    pub fn end(&self, job: RequestId, result: Result<(), RequestError>) {
+        self.wish(Wish::End { job, result });
+    }
+
     fn wish(&self, wish: Wish) {
         let _stopped = self.0.send(Report::Wishes(Box::new(wish)));
     }
@@ -110,15 +127,24 @@ impl Control {
         ToLoop(self.reports.clone())
     }
 
+    pub(super) fn next_request(&mut self) -> RequestId {
+        self.last_request = RequestId(self.last_request.0 + 1);
+        self.last_request
+    }
+
     pub(super) fn on_wish(&mut self, wish: Wish) {
         match wish {
             Wish::Ask { what, answer } => {
-                let request = RequestId(self.last_request.0 + 1);
-                self.last_request = request;
+                let request = self.next_request();
                 self.wished.insert(request, answer);
                 self.apply(Event::Asked { request, what });
             }
             Wish::Keep { changes, kept } => self.order(Order::Keep { changes, kept }),
+            Wish::Read { job, read } => self.progress_reading(job, read),
+            Wish::End { job, result } => {
+                let done = self.finish_job(job, result);
+                self.publisher.offer(done.into_iter().collect());
+            }
             Wish::Answer { asker, answer } => self.answer(asker, answer),
         }
     }

@@ -88,6 +88,28 @@ impl Client {
         )
     }
 
+    /// How much of a backup is read, from 0 to 1; `None` while it is not being read.
+    ///
+    /// # Errors
+    /// As every call of the client: [`ClientError`].
+    pub async fn reading_of(&self, name: &str) -> Result<Option<f64>, ClientError> {
+        let backups = self.backups().await?;
+        let is = |backup: &Properties, key: &str, text: &str| {
+            let value = backup.get(key);
+            value.is_some_and(
+                |value| matches!(&**value, Variant::Str(found) if found.as_str() == text),
+            )
+        };
+        let reading = backups
+            .iter()
+            .find(|backup| is(backup, "Name", name) && is(backup, "State", "verifying"));
+        let progress = reading.and_then(|backup| backup.get("Progress"));
+        Ok(progress.and_then(|value| match &**value {
+            Variant::F64(share) => Some(*share),
+            _ => None,
+        }))
+    }
+
     /// Returns all backups, by name.
     ///
     /// # Errors

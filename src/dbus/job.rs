@@ -7,7 +7,7 @@ use zbus::{ObjectPath, Variant};
 use super::introspect::{Interface, Signal};
 use super::tree::Properties;
 use super::volume::text;
-use super::{JobView, paths};
+use super::{JobView, Stage, paths};
 
 pub const JOB: Interface = Interface {
     name: "org.nbdtrack1.Job",
@@ -31,6 +31,9 @@ pub const JOB: Interface = Interface {
     ],
     writable: &[],
 };
+
+/// The operation that reads a backup to its end.
+pub const FINISH_BACKUP: &str = "finish-backup";
 
 /// Nobody knows the caller's user.
 const NO_USER: u32 = u32::MAX;
@@ -61,15 +64,23 @@ pub fn properties(view: &JobView) -> Properties {
 }
 
 impl JobView {
-    /// From 0 to 1: the clients are the most of it, the last flush and the close of the disk the rest.
+    /// From 0 to 1: the clients are the most of it, the last flush and the close of the disk the rest; where a backup is read afterwards,
+    /// that is.
     fn progress(&self) -> f64 {
-        const CLIENTS: f64 = 0.9;
+        let clients = match self.operation {
+            FINISH_BACKUP => 0.1,
+            _ => 0.9,
+        };
         match self.stage {
-            super::Stage::Done => 1.0,
-            super::Stage::Closing => CLIENTS,
-            super::Stage::Draining => {
+            Stage::Done => 1.0,
+            Stage::Verifying(read) => {
+                let read = f64::from(read.min(1000)) / 1000.0;
+                clients + (1.0 - clients) * read
+            }
+            Stage::Closing => clients,
+            Stage::Draining => {
                 let left = f64::from(self.clients) / f64::from(self.clients_max.max(1));
-                CLIENTS * (1.0 - left.min(1.0))
+                clients * (1.0 - left.min(1.0))
             }
         }
     }
@@ -88,7 +99,7 @@ pub fn session(session: &super::SessionView) -> BTreeMap<&'static str, Variant<'
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Caller, Stage};
+    use super::super::Caller;
     use super::*;
 
     #[test]
@@ -122,5 +133,20 @@ mod tests {
             last = view.progress();
         }
         assert!((last - 1.0).abs() < f64::EPSILON);
+        view.operation = FINISH_BACKUP;
+        let stages = [0, 1, 999].map(Stage::Verifying);
+        last = -1.0;
+        for stage in [Stage::Draining]
+            .into_iter()
+            .chain(stages)
+            .chain([Stage::Done])
+        {
+            view.stage = stage;
+            assert!(
+                view.progress() > last || stage == Stage::Verifying(0),
+                "{stage:?}"
+            );
+            last = view.progress();
+        }
     }
 }

@@ -59,6 +59,7 @@ pub use call::CALLS_MAX;
 pub use client_inquiries::ExportStats;
 pub use error::BusError;
 pub use inquiries::RECORDS_MAX;
+pub use job::FINISH_BACKUP;
 pub use log_control::{LogLevel, LogState};
 pub use publish::Publisher;
 
@@ -217,6 +218,8 @@ pub enum Stage {
     Draining,
     /// The last clients have left; the disk flushes and is closed.
     Closing,
+    /// A backup is checked and read: so much of it, of 1,000.
+    Verifying(u32),
     Done,
 }
 
@@ -225,6 +228,7 @@ impl Stage {
         match self {
             Stage::Draining => "draining",
             Stage::Closing => "closing",
+            Stage::Verifying(_) => "verifying",
             Stage::Done => "done",
         }
     }
@@ -234,9 +238,9 @@ impl Stage {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct JobView {
     pub id: u64,
-    /// `prepare-detach` or `remove-export`.
+    /// `prepare-detach`, `remove-export` or `finish-backup`.
     pub operation: &'static str,
-    /// The volume or the export, as the caller wrote it.
+    /// The volume, the export or the backup, as the caller wrote it.
     pub target: String,
     /// Whose clients are to leave.
     pub exports: Vec<ExportName>,
