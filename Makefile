@@ -6,7 +6,7 @@ RELEASE := target/release
 BENCH := $(CARGO) bench --locked --bench
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build run compare bench bench-quick bench-control bench-control-quick check test test-guest soak-guest model fuzz crowd power-cuts power-cuts-guest deb test-deb man install uninstall deny clean
+.PHONY: help setup build run compare bench bench-quick bench-control bench-control-quick check test test-guest soak-guest model fuzz crowd power-cuts power-cuts-guest image-model image-crashes soak-files deb test-deb man install uninstall deny clean
 
 # Where `make install` puts things; below DESTDIR, for a package or a guest's root.
 DESTDIR ?=
@@ -65,6 +65,15 @@ power-cuts-guest: setup ## N power cuts of a QEMU guest whose disk forgets what 
 
 power-cuts: setup ## N power cuts, disk faults and kills under clients that write, by a new seed (N=1000)
 	NBDTRACK_POWER_CUTS=$(or $(N),1000) NBDTRACK_FAULTS=$(or $(N),1000) NBDTRACK_KILLS=$(or $(N),1000) $(CARGO) test --locked --test real_power --test real_latch --test real_crash --test real_qcow2_crash -- --test-threads=1 --nocapture
+
+image-model: setup ## N random sequences of requests to images here, in qemu-nbd and in a model, by a new seed (N=300, each of OPERATIONS=400)
+	NBDTRACK_SEQUENCES=$(or $(N),300) NBDTRACK_OPERATIONS=$(or $(OPERATIONS),400) $(CARGO) test --locked --test real_qcow2_model -- --test-threads=1 --nocapture
+
+image-crashes: setup ## N kills and N power cuts under clients that write into images, by a new seed (N=1000)
+	NBDTRACK_POWER_CUTS=$(or $(N),1000) NBDTRACK_KILLS=$(or $(N),1000) $(CARGO) test --locked --test real_qcow2_crash -- --test-threads=1 --nocapture
+
+soak-files: setup ## 200 mixed exports on one port for MINUTES (30): clients on all, ten added or removed a second
+	NBDTRACK_SOAK_EXPORTS=$(or $(EXPORTS),200) NBDTRACK_SOAK_SECONDS=$$(( $(or $(MINUTES),30) * 60 )) $(CARGO) test --locked --test real_mixed -- --test-threads=1 --nocapture
 
 deny: ## Licences, sources and advisories of all dependencies (needs cargo-deny)
 	$(CARGO) deny check

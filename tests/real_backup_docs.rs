@@ -3,12 +3,12 @@
 mod support;
 
 use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
 use std::time::Duration;
 
 use support::Outcome;
 use support::daemon::binary;
 use support::ground::{Need, real};
+use support::images::text;
 use support::process::{self, command};
 use support::scene::{STEP_LIMIT, Scene};
 
@@ -32,10 +32,6 @@ fn blocks() -> Outcome<Vec<String>> {
     Ok(found
         .filter_map(|rest| Some(rest.split_once("```")?.0.to_owned()))
         .collect())
-}
-
-fn text(path: &Path) -> String {
-    path.to_string_lossy().into_owned()
 }
 
 #[test]

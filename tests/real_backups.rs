@@ -10,10 +10,11 @@ use nix::sys::signal::Signal;
 use serde_json::Value;
 use zbus::Variant;
 
-use support::bus::Options;
+use support::bus::{Options, Signal as Signalled, Word};
 use support::daemon::binary;
 use support::dice::Dice;
-use support::ground::{Ground, Need, real};
+use support::ground::{Need, real};
+use support::images::{qemu_io, scene, text};
 use support::process::{self, Finished, Running, command};
 use support::scene::{STEP_LIMIT, Scene};
 use support::{Doing, Outcome, until};
@@ -26,18 +27,6 @@ const NEEDS: &[Need] = &[
     Need::Tool("sha256sum"),
 ];
 const MIB: u64 = 1 << 20;
-
-/// A folder that may be served from, and a daemon.
-fn scene(ground: &Ground) -> Outcome<(Scene, PathBuf)> {
-    let folder = ground.file("backups");
-    std::fs::create_dir_all(&folder)?;
-    let roots = format!("file_roots = [{:?}]\n", folder.display().to_string());
-    Ok((Scene::told(ground, roots, &[])?, folder))
-}
-
-fn text(path: &Path) -> String {
-    path.to_string_lossy().into_owned()
-}
 
 /// The program, on the bus of the scene.
 fn nbdtrack(scene: &Scene, words: &[&str]) -> Outcome<Finished> {
@@ -109,17 +98,6 @@ fn sha256(path: &Path) -> Outcome<String> {
 fn copy_out(scene: &Scene, export: &str, to: &Path) -> Outcome<()> {
     let uri = scene.endpoint().uri(export);
     process::succeed("nbdcopy", &[uri.as_str(), &text(to)], STEP_LIMIT).map(drop)
-}
-
-fn qemu_io(target: &str, format: &str, commands: &[&str]) -> Outcome<()> {
-    let mut args = vec!["-f", format];
-    for command in commands {
-        args.extend(["-c", command]);
-    }
-    args.push(target);
-    let said = process::succeed("qemu-io", &args, STEP_LIMIT)?;
-    hold!(!said.contains("failed") && !said.contains("rror"), "{said}");
-    Ok(())
 }
 
 #[test]
@@ -255,10 +233,20 @@ fn a_full_backup_and_an_incremental_on_it_are_what_was_written() -> Outcome<()> 
         ];
         let on_it = [&on_it[..], &["--backing-format", "qcow2", "--export", "y"]].concat();
         refused(&scene, &on_it, "which is writing")?;
+        let mark = scene.client.mark();
         let done = json(&scene, &["backup", "finish", &full])?;
         hold!(
             done["state"] == "complete" && done["sha256"] == sha256(&disk)?.as_str(),
             "{done}"
+        );
+        // It was a job, which was over before it was answered.
+        let of_job = |signal: &Signalled| signal.member == "Completed";
+        let jobs = scene.client.since(mark).into_iter().filter(of_job);
+        let ended: Vec<Word> = jobs.map(|signal| signal.words[0].clone()).collect();
+        hold!(ended == [Word::Flag(true)], "jobs that ended: {ended:?}");
+        hold!(
+            scene.client.objects("Job")?.is_empty(),
+            "its object is there"
         );
         hold!(scene.client.export(&full)?.is_none(), "its export is there");
         let again = json(&scene, &["backup", "finish", &full])?;

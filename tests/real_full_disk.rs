@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use support::Outcome;
 use support::client::Client;
 use support::ground::{Ground, Need, real};
+use support::images::text;
 use support::process;
 use support::scene::{STEP_LIMIT, Scene};
 
@@ -32,10 +33,6 @@ impl Drop for Mounted {
     fn drop(&mut self) {
         let _ = process::run("umount", &["-l", &text(&self.0)], STEP_LIMIT);
     }
-}
-
-fn text(path: &Path) -> String {
-    path.to_string_lossy().into_owned()
 }
 
 fn mount(ground: &Ground, args: &[&str]) -> Outcome<Mounted> {

@@ -11,15 +11,12 @@ use serde_json::Value;
 
 use support::daemon::binary;
 use support::ground::{Need, real};
+use support::images::{qemu_img, qemu_io, text};
 use support::process::{self, Finished, Running, command};
 use support::scene::STEP_LIMIT;
 use support::{Doing, Outcome, until};
 
 const NEEDS: &[Need] = &[Need::Tool("qemu-img"), Need::Tool("qemu-io")];
-
-fn text(path: &Path) -> String {
-    path.to_string_lossy().into_owned()
-}
 
 /// `nbdtrack image` with these words.
 fn image(words: &[&str]) -> Outcome<Finished> {
@@ -57,10 +54,6 @@ fn json(words: &[&str]) -> Outcome<(Option<i32>, Value)> {
     Ok((said.status.code(), value))
 }
 
-fn qemu_img(args: &[&str]) -> Outcome<String> {
-    process::succeed("qemu-img", args, STEP_LIMIT)
-}
-
 /// What QEMU's check says: its exit code, errors and leaks.
 fn judged(path: &Path) -> Outcome<(Option<i32>, u64, u64)> {
     let args = ["check", "--output=json", "-f", "qcow2", &text(path)];
@@ -68,18 +61,6 @@ fn judged(path: &Path) -> Outcome<(Option<i32>, u64, u64)> {
     let value: Value = serde_json::from_str(&said.stdout).doing(said.stderr)?;
     let count = |name: &str| value[name].as_u64().unwrap_or(0);
     Ok((said.status.code(), count("corruptions"), count("leaks")))
-}
-
-fn write(path: &Path, commands: &[&str]) -> Outcome<()> {
-    let mut args = vec!["-f", "qcow2"];
-    for command in commands {
-        args.extend(["-c", command]);
-    }
-    let name = text(path);
-    args.push(&name);
-    let said = process::succeed("qemu-io", &args, STEP_LIMIT)?;
-    hold!(!said.contains("failed") && !said.contains("rror"), "{said}");
-    Ok(())
 }
 
 #[test]
@@ -125,8 +106,9 @@ fn what_is_made_is_an_image_to_qemu() -> Outcome<()> {
                 "{words:?}: {info} {ours}"
             );
             // QEMU writes to it, and finds nothing to mend.
-            write(
-                &path,
+            qemu_io(
+                &text(&path),
+                "qcow2",
                 &["write -P 7 0 1k", "read -P 7 0 1k", "read -P 0 1k 512"],
             )?;
             hold!(judged(&path)? == (Some(0), 0, 0), "{words:?} written");
@@ -171,7 +153,7 @@ fn an_overlay_reads_as_what_it_lies_on_and_says_so() -> Outcome<()> {
             let [base_name, raw_name, over_name, top_name] =
                 [&base, &raw, &over, &top].map(|p| text(p));
             done(&["create", &base_name, "6M"])?;
-            write(&base, &["write -P 3 1M 2M"])?;
+            qemu_io(&text(&base), "qcow2", &["write -P 3 1M 2M"])?;
             let on = |name: &'static str| ["--backing", name, "--backing-format", "qcow2"];
             done(&[&["create", &over_name][..], &on("base.qcow2")].concat())?;
             qemu_img(&[
@@ -187,8 +169,9 @@ fn an_overlay_reads_as_what_it_lies_on_and_says_so() -> Outcome<()> {
                 "--backing-format",
                 "qcow2",
             ])?;
-            write(
-                &top,
+            qemu_io(
+                &text(&top),
+                "qcow2",
                 &["read -P 3 1M 2M", "read -P 0 6M 3M", "write -P 4 8M 1M"],
             )?;
             hold!(judged(&top)? == (Some(0), 0, 0), "{:?}", judged(&top)?);
@@ -202,10 +185,7 @@ fn an_overlay_reads_as_what_it_lies_on_and_says_so() -> Outcome<()> {
                 "--backing-format",
                 "raw",
             ])?;
-            write(
-                Path::new(&on_raw),
-                &["read -P 5 0 1000", "read -P 0 1000 24"],
-            )?;
+            qemu_io(&on_raw, "qcow2", &["read -P 5 0 1000", "read -P 0 1000 24"])?;
 
             let (code, chain) = json(&["chain", &top_name])?;
             let layers = chain["chain"].as_array().cloned().unwrap_or_default();
@@ -444,8 +424,9 @@ fn check_finds_what_qemu_finds() -> Outcome<()> {
     real("check_finds_what_qemu_finds", NEEDS, |ground| {
         let sound = ground.file("sound.qcow2");
         done(&["create", &text(&sound), "64M"])?;
-        write(
-            &sound,
+        qemu_io(
+            &text(&sound),
+            "qcow2",
             &[
                 "write -P 1 0 700k",
                 "write -P 2 20M 300k",
@@ -482,6 +463,83 @@ fn check_finds_what_qemu_finds() -> Outcome<()> {
     })
 }
 
+/// An image with two bitmaps: where their directory lies, the table of the first, and its first piece.
+fn with_bitmaps(path: &Path) -> Outcome<[u64; 3]> {
+    let name = text(path);
+    qemu_img(&[
+        "create",
+        "-q",
+        "-f",
+        "qcow2",
+        "-o",
+        "cluster_size=512",
+        &name,
+        "64M",
+    ])?;
+    for bitmap in ["one", "another"] {
+        qemu_img(&["bitmap", "--add", "-g", "512", &name, bitmap])?;
+    }
+    qemu_io(
+        &text(path),
+        "qcow2",
+        &["write -P 1 0 300k", "write -P 2 9M 10k"],
+    )?;
+    let file = std::fs::File::open(path)?;
+    let mut bytes = [0; 512];
+    file.read_exact_at(&mut bytes, 0)?;
+    let magic = 0x2385_2875_u32.to_be_bytes();
+    let Some(at) = bytes.windows(4).position(|four| four == magic) else {
+        trouble!("no bitmaps in {name}")
+    };
+    let directory = number(&file, at as u64 + 8 + 16)?;
+    let table = number(&file, directory)?;
+    let first = number(&file, table)?;
+    hold!(first > 511, "its first piece is {first:#x}");
+    Ok([directory, table, first])
+}
+
+#[test]
+fn bitmaps_are_checked_as_qemu_checks_them() -> Outcome<()> {
+    real("bitmaps_are_checked_as_qemu_checks_them", NEEDS, |ground| {
+        let sound = ground.file("sound.qcow2");
+        let [directory, table, first] = with_bitmaps(&sound)?;
+        // Their room, a piece twice in one table, a piece behind the end, a reserved bit, a row that cannot be, none of them at all.
+        let rows: &[(&str, &[(u64, u64)])] = &[
+            ("none", &[]),
+            ("a piece twice", &[(table + 8, first)]),
+            ("a piece gone", &[(table, 0)]),
+            ("far behind the end", &[(table, 1 << 40)]),
+            ("between clusters", &[(table, first + 1)]),
+            ("a reserved bit", &[(table, first | 4)]),
+            ("all ones, and a place", &[(table, first | 1)]),
+            ("not in step with the data", &[(88, 0)]),
+            ("a table between clusters", &[(directory, table + 8)]),
+        ];
+        for (what, pokes) in rows {
+            let path = ground.file("damaged.qcow2");
+            std::fs::copy(&sound, &path)?;
+            let file = std::fs::OpenOptions::new().write(true).open(&path)?;
+            for (at, number) in *pokes {
+                file.write_all_at(&number.to_be_bytes(), *at)?;
+            }
+            let theirs = judged(&path);
+            let (code, found) = json(&["check", &text(&path)])?;
+            let counts = (found["errors"].as_u64(), found["leaks"].as_u64());
+            let right = match theirs {
+                Ok((_, errors, leaks)) => counts == (Some(errors), Some(leaks)),
+                // It does not even open it.
+                Err(_) => counts.0 > Some(0),
+            };
+            hold!(right, "{what}: here {found}");
+            hold!(
+                (*what == "none") == (code == Some(0)),
+                "{what}: exit code {code:?}"
+            );
+        }
+        Ok(())
+    })
+}
+
 #[test]
 fn images_of_every_kind_are_checked_as_sound() -> Outcome<()> {
     real(
@@ -500,7 +558,11 @@ fn images_of_every_kind_are_checked_as_sound() -> Outcome<()> {
                 let path = ground.file("made.qcow2");
                 let name = text(&path);
                 qemu_img(&["create", "-q", "-f", "qcow2", "-o", options, &name, "16M"])?;
-                write(&path, &["write -P 1 0 300k", "write -z 1M 64k"])?;
+                qemu_io(
+                    &text(&path),
+                    "qcow2",
+                    &["write -P 1 0 300k", "write -z 1M 64k"],
+                )?;
                 let never = [
                     "cluster_size=512",
                     "refcount_bits=1",
@@ -508,13 +570,17 @@ fn images_of_every_kind_are_checked_as_sound() -> Outcome<()> {
                 ];
                 if !never.contains(&options) {
                     // QEMU packs whole clusters that had no place, several into one of the file.
-                    write(&path, &["write -c -P 5 2M 64k"])?;
+                    qemu_io(&text(&path), "qcow2", &["write -c -P 5 2M 64k"])?;
                 }
                 if !options.starts_with("refcount_bits=1") {
                     qemu_img(&["snapshot", "-c", "first", &name])?;
-                    write(&path, &["write -P 2 100k 300k", "discard 2M 64k"])?;
+                    qemu_io(
+                        &text(&path),
+                        "qcow2",
+                        &["write -P 2 100k 300k", "discard 2M 64k"],
+                    )?;
                     qemu_img(&["snapshot", "-c", "second snapshot", &name])?;
-                    write(&path, &["write -P 3 8M 1M"])?;
+                    qemu_io(&text(&path), "qcow2", &["write -P 3 8M 1M"])?;
                 }
                 let theirs = judged(&path)?;
                 let (code, found) = json(&["check", &name])?;

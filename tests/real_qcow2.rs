@@ -3,12 +3,13 @@
 
 mod support;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 use support::bus::Options;
 use support::client::Client;
 use support::ground::{Ground, Need, real};
+use support::images::{self, qemu_img, scene, text};
 use support::process::{self, Running};
 use support::scene::{STEP_LIMIT, Scene};
 use support::{Outcome, until};
@@ -22,24 +23,8 @@ const NEEDS: &[Need] = &[
 ];
 const MIB: u64 = 1 << 20;
 
-/// A folder that may be served from, and a daemon.
-fn scene(ground: &Ground) -> Outcome<(Scene, PathBuf)> {
-    let folder = ground.file("backups");
-    std::fs::create_dir_all(&folder)?;
-    let roots = format!("file_roots = [{:?}]\n", folder.display().to_string());
-    Ok((Scene::told(ground, roots, &[])?, folder))
-}
-
 fn id(path: &Path) -> String {
     format!("qcow2:{}", path.display())
-}
-
-fn text(path: &Path) -> String {
-    path.to_string_lossy().into_owned()
-}
-
-fn qemu_img(args: &[&str]) -> Outcome<String> {
-    process::succeed("qemu-img", args, STEP_LIMIT)
 }
 
 /// Makes an image by `qemu-img create -o`.
@@ -65,15 +50,7 @@ fn create(path: &Path, options: &str, bytes: u64) -> Outcome<()> {
 
 /// Commands of qemu-io on an image.
 fn qemu_io(path: &Path, commands: &[&str]) -> Outcome<()> {
-    let mut args = vec!["-f", "qcow2"];
-    for command in commands {
-        args.extend(["-c", command]);
-    }
-    let name = text(path);
-    args.push(&name);
-    let said = process::succeed("qemu-io", &args, STEP_LIMIT)?;
-    hold!(!said.contains("failed") && !said.contains("rror"), "{said}");
-    Ok(())
+    images::qemu_io(&text(path), "qcow2", commands)
 }
 
 /// `qemu-img check` finds no error; a leak is none where it is allowed.

@@ -12,6 +12,7 @@ use support::chorus::{Chorus, Score, Sung};
 use support::dice::{self, Dice};
 use support::fuse_disk::FuseDisk;
 use support::ground::{Need, real, tell};
+use support::images::text;
 use support::process;
 use support::scene::{STEP_LIMIT, Scene};
 use support::stream::Held;
@@ -30,10 +31,6 @@ const KINDS: &[&str] = &[
     "compat=0.10,cluster_size=1k",
     "cluster_size=512,refcount_bits=64",
 ];
-
-fn text(path: &Path) -> String {
-    path.to_string_lossy().into_owned()
-}
 
 /// An image of zeroes; of each second turn all that is in it belongs to a snapshot, too.
 fn image(folder: &Path, turn: u64, bytes: u64) -> Outcome<PathBuf> {

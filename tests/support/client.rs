@@ -267,6 +267,22 @@ impl Client {
         self.ask(CMD_WRITE, flags, offset, data, &mut [])
     }
 
+    /// Has `len` bytes read as zeroes, or given up; `command` is one of those without a payload.
+    pub fn span(
+        &mut self,
+        command: u16,
+        flags: u16,
+        offset: u64,
+        len: u32,
+    ) -> Outcome<Result<(), u32>> {
+        self.cookie += 1;
+        let message = request(command, flags, self.cookie, offset, len);
+        (&self.socket).write_all(&message).doing("send a request")?;
+        let (cookie, error) = read_reply(&self.socket).doing("read a reply")?;
+        hold!(cookie == self.cookie, "reply {cookie} to {}", self.cookie);
+        Ok(if error == 0 { Ok(()) } else { Err(error) })
+    }
+
     pub fn flush(&mut self) -> Outcome<Result<(), u32>> {
         self.ask(CMD_FLUSH, 0, 0, &[], &mut [])
     }

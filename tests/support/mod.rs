@@ -15,6 +15,7 @@ pub mod dice;
 pub mod forgetful;
 pub mod fuse_disk;
 pub mod ground;
+pub mod images;
 pub mod loops;
 pub mod mariadb;
 pub mod nbd_disk;
