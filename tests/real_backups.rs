@@ -15,8 +15,8 @@ use support::daemon::binary;
 use support::dice::Dice;
 use support::ground::{Need, real};
 use support::images::{qemu_io, scene, text};
-use support::process::{self, Finished, Running, command};
-use support::scene::{STEP_LIMIT, Scene};
+use support::process::{self, Running, command};
+use support::scene::{STEP_LIMIT, Scene, nbdtrack};
 use support::{Doing, Outcome, until};
 
 const NEEDS: &[Need] = &[
@@ -27,14 +27,6 @@ const NEEDS: &[Need] = &[
     Need::Tool("sha256sum"),
 ];
 const MIB: u64 = 1 << 20;
-
-/// The program, on the bus of the scene.
-fn nbdtrack(scene: &Scene, words: &[&str]) -> Outcome<Finished> {
-    let program = text(&binary());
-    let bus = ["--bus", &scene.bus.address];
-    let args: Vec<&str> = bus.iter().chain(words).copied().collect();
-    process::run(&program, &args, Duration::from_secs(120))
-}
 
 fn json(scene: &Scene, words: &[&str]) -> Outcome<Value> {
     let all: Vec<&str> = words.iter().copied().chain(["--json"]).collect();

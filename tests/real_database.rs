@@ -13,7 +13,7 @@ use support::ground::{Ground, Need, real, tell};
 use support::loops::LoopDevice;
 use support::mariadb::MariaDb;
 use support::process;
-use support::scene::{STEP_LIMIT, Scene, Volume};
+use support::scene::{STEP_LIMIT, Scene, Volume, nbdtrack};
 use support::{Doing, Outcome, until};
 use zbus::Variant;
 
@@ -96,16 +96,6 @@ fn scene(ground: &Ground, server: String) -> Outcome<Scene> {
     scene.volumes = volumes;
     scene.devices = devices;
     Ok(scene)
-}
-
-fn nbdtrack(scene: &Scene, args: &[&str]) -> Outcome<process::Finished> {
-    let mut all = vec!["--bus", scene.bus.address.as_str()];
-    all.extend(args);
-    process::run(
-        &support::daemon::binary().to_string_lossy(),
-        &all,
-        STEP_LIMIT,
-    )
 }
 
 /// What the list says of rows that wait for someone.

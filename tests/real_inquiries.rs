@@ -9,20 +9,13 @@ use serde_json::Value;
 use support::client::{Client, Go, knock};
 use support::ground::{Need, real};
 use support::loops::{LoopDevice, sparse_file};
-use support::scene::{STEP_LIMIT, Scene};
+use support::scene::{STEP_LIMIT, Scene, nbdtrack};
 use support::{Outcome, process, until};
 
 const NEEDS: &[Need] = &[Need::Loop, Need::Bus];
 const MOUNTS: &[Need] = &[Need::Loop, Need::Bus, Need::Tool("mount")];
 const BYTES: u64 = 4 << 20;
 const LIMIT: Duration = Duration::from_secs(30);
-
-fn nbdtrack(scene: &Scene, args: &[&str]) -> Outcome<process::Finished> {
-    let mut all = vec!["--bus", scene.bus.address.as_str()];
-    all.extend(args);
-    let program = support::daemon::binary();
-    process::run(&program.to_string_lossy(), &all, LIMIT)
-}
 
 fn said(scene: &Scene, args: &[&str]) -> Outcome<String> {
     let done = nbdtrack(scene, args)?;

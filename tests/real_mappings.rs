@@ -9,8 +9,7 @@ use std::time::{Duration, Instant};
 use support::bus::{Client, Options};
 use support::ground::{Need, real, tell};
 use support::loops::LoopDevice;
-use support::process;
-use support::scene::{STEP_LIMIT, Scene, Volume};
+use support::scene::{STEP_LIMIT, Scene, Volume, nbdtrack};
 use support::{Doing, Outcome, until};
 use zbus::Variant;
 
@@ -82,16 +81,6 @@ fn ensure(client: &Client, disk: u32, volume: &str) -> Outcome<()> {
     let options = Options::from([("volume", Variant::from(volume))]);
     client.call("EnsureVmExport", &(VM, disk, "web 1", options))?;
     Ok(())
-}
-
-fn nbdtrack(scene: &Scene, args: &[&str]) -> Outcome<process::Finished> {
-    let mut all = vec!["--bus", scene.bus.address.as_str()];
-    all.extend(args);
-    process::run(
-        &support::daemon::binary().to_string_lossy(),
-        &all,
-        STEP_LIMIT,
-    )
 }
 
 #[test]

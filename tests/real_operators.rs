@@ -9,17 +9,11 @@ use std::time::Duration;
 use support::client::Client;
 use support::ground::{Need, real};
 use support::process::{self, Running};
-use support::scene::Scene;
+use support::scene::{Scene, nbdtrack};
 use support::{Outcome, until};
 
 const BYTES: u64 = 4 << 20;
 const LIMIT: Duration = Duration::from_secs(30);
-
-fn nbdtrack(scene: &Scene, args: &[&str]) -> Outcome<process::Finished> {
-    let mut all = vec!["--bus", scene.bus.address.as_str()];
-    all.extend(args);
-    process::run(&support::daemon::binary().to_string_lossy(), &all, LIMIT)
-}
 
 /// Starts a command that goes on; killed when dropped.
 fn started(scene: &Scene, args: &[&str]) -> Outcome<Running> {

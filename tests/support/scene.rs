@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::bus::{Bus, Client, Properties};
 use super::client::Endpoint;
-use super::daemon::{Daemon, Home};
+use super::daemon::{Daemon, Home, binary};
 use super::ground::Ground;
 use super::loops::{LoopDevice, sparse_file};
 use super::pattern::{self, Tally};
@@ -221,4 +221,14 @@ impl Scene {
         );
         Ok(())
     }
+}
+
+/// The program's own limits are shorter.
+const COMMAND_LIMIT: Duration = Duration::from_secs(120);
+
+/// Runs the program with these words on the bus of the scene, to its end.
+pub fn nbdtrack(scene: &Scene, words: &[&str]) -> Outcome<process::Finished> {
+    let bus = ["--bus", &scene.bus.address];
+    let args: Vec<&str> = bus.iter().chain(words).copied().collect();
+    process::run(&binary().to_string_lossy(), &args, COMMAND_LIMIT)
 }
