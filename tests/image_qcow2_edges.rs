@@ -200,6 +200,31 @@ fn a_cluster_that_is_a_table_is_neither_written_nor_given_up() {
     }
 }
 
+/// The clusters of the refcount table that had become too small were given to the guest, and what was then written to them was
+/// taken for a write into a table: EIO, until the image was opened anew.
+#[test]
+fn an_image_whose_refcount_table_has_moved_is_written_on() {
+    let _turn = turn();
+    // A table of one cluster counts the clusters of 2 MiB.
+    let (folder, path) = made("cluster_size=512,refcount_bits=64", &[]);
+    let image = open_qcow2(folder.path(), &path, true).unwrap();
+    let piece = 64 * KIB;
+    for round in 1..=3 {
+        for offset in (0..4 * MIB).step_by(64 << 10) {
+            if offset % MIB == 0 {
+                image.flush().unwrap();
+            }
+            write(&image, offset, round, piece).unwrap();
+            if round < 3 && offset % (3 * piece) == 0 {
+                image.discard(at(offset, piece), false).unwrap();
+            }
+        }
+    }
+    image.flush().unwrap();
+    drop(image);
+    assert!(by_qemu(&path).iter().all(|byte| *byte == 3));
+}
+
 /// Pokes an image.
 type Lie = fn(&Path);
 

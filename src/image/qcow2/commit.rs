@@ -121,7 +121,16 @@ impl Core {
                 break;
             };
             for run in runs {
-                writer.refs.release(self.file(), run)?;
+                // A table that has another place now: what an entry maps to where it was is still held to be damage.
+                let was_table = self
+                    .places
+                    .get()
+                    .is_some_and(|places| places.touch(run.first, run.first + run.count - 1));
+                if was_table {
+                    writer.refs.release_for_others(self.file(), run)?;
+                } else {
+                    writer.refs.release(self.file(), run)?;
+                }
             }
         }
         Ok(())

@@ -176,6 +176,15 @@ impl Refs {
 
     /// Takes one reference away from each; those that have none left are free from now on, and given back to the file system.
     pub fn release(&mut self, file: &File, clusters: Clusters) -> io::Result<()> {
+        self.lower(file, clusters, true)
+    }
+
+    /// As [`Refs::release`], but what is free then is for others: nothing of it is given out here.
+    pub fn release_for_others(&mut self, file: &File, clusters: Clusters) -> io::Result<()> {
+        self.lower(file, clusters, false)
+    }
+
+    fn lower(&mut self, file: &File, clusters: Clusters, ours: bool) -> io::Result<()> {
         let mut freed: Option<Clusters> = None;
         for cluster in clusters.first..clusters.first + clusters.count {
             let count = self.get(file, cluster)?;
@@ -188,7 +197,7 @@ impl Refs {
                 continue;
             }
             self.set(file, cluster, count - 1)?;
-            if count > 1 {
+            if count > 1 || !ours {
                 continue;
             }
             match &mut freed {
