@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -114,7 +115,8 @@ impl Agent {
 
     /// Writes a file in the guest.
     pub fn put(&self, path: &str, content: impl AsRef<[u8]>) -> Outcome<()> {
-        let command = format!("mkdir -p \"$(dirname {path})\" && cat >{path}");
+        let folder = Path::new(path).parent().unwrap_or(Path::new("/")).display();
+        let command = format!("{{ [ -d {folder} ] || mkdir -p {folder}; }} && cat >{path}");
         let id = self.begin(&command, content.as_ref())?;
         let ran = self.finish(id, &command, COMMAND)?;
         hold!(ran.code == 0, "write {path} in the guest: {}", ran.stderr);

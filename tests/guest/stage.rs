@@ -168,8 +168,8 @@ pub fn staged(
     trouble!("{title}: {text}\nthe guest's logs: {}", logs.display())
 }
 
-/// Scenarios whose times are asserted or are the point of them: no other guest runs beside them.
-const ALONE: [&str; 3] = ["fast swaps", "swap under streams", "hang (throttle)"];
+/// Scenarios whose times are asserted: no other guest runs beside them.
+const ALONE: [&str; 1] = ["hang (throttle)"];
 
 /// Waits for a place among the guests that run at one time; the lock goes with the process that holds it. A guest has one
 /// processor, so two of them fit on the smallest machine that runs the tests; one that measures takes both places.

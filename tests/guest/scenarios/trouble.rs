@@ -359,7 +359,7 @@ pub fn plug_32(bed: &mut Bed) -> Outcome<()> {
 fn few_descriptors_refuse_exports_with_a_reason(shape: Shape) -> Outcome<()> {
     scenario("few descriptors, little memory", shape, |bed| {
         for number in 0..10 {
-            bed.add_scsi(&format!("vol-{number}"))?;
+            bed.add(&format!("vol-{number}"))?;
         }
         let all: Vec<usize> = (0..10).collect();
         bed.configure(&all)?;
