@@ -218,14 +218,22 @@ fn contexts_are_listed_and_set_per_export_and_refused_where_it_is_absent() {
         .door
         .refuse(&name("absent"), RefusalKind::NotAvailable, "no disk");
     let mut client = server.talk();
-    let listed = [&[0; 4][..], b"base:allocation"].concat();
-    for queries in [&[][..], &["base:"], &["qemu:", "base:allocation"]] {
+    let both = ["base:allocation", "qemu:allocation-depth"];
+    for (queries, listed) in [
+        (&[][..], &both[..]),
+        (&["base:"], &both[..1]),
+        (&["qemu:"], &both[1..]),
+        (&["qemu:", "base:allocation"], &both),
+        (&["x-y:"], &[]),
+    ] {
         let replies = client.option(option::LIST_META_CONTEXT, &query(b"vol", queries));
-        let context = (rep::META_CONTEXT, listed.clone());
-        assert_eq!(replies, [context, (rep::ACK, Vec::new())]);
+        let listed = listed.iter().map(|name| {
+            let told = [&[0; 4][..], name.as_bytes()].concat();
+            (rep::META_CONTEXT, told)
+        });
+        let told: Vec<_> = listed.chain([(rep::ACK, Vec::new())]).collect();
+        assert_eq!(replies, told, "{queries:?}");
     }
-    let replies = client.option(option::LIST_META_CONTEXT, &query(b"vol", &["qemu:"]));
-    assert_eq!(replies, [(rep::ACK, Vec::new())]);
     let set = query(b"vol", &["base:allocation"]);
     let early = client.option(option::SET_META_CONTEXT, &set);
     assert_eq!(early[0].0, rep::ERR_INVALID);

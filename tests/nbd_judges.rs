@@ -408,6 +408,15 @@ if hasattr(h, 'block_status_64'):
         assert h.can_block_status_payload()
         h.block_status_filter(MIB, 0, ['base:allocation'], lambda c, o, e, err: got.append((c, e)))
         assert got[0][0] == 'base:allocation'
+b = nbd.NBD()
+b.add_meta_context(nbd.CONTEXT_BASE_ALLOCATION)
+b.add_meta_context('qemu:allocation-depth')
+b.connect_uri(sys.argv[1])
+both = {}
+b.block_status(64 * MIB, 0, lambda c, o, e, err: both.__setitem__(c, e))
+assert both['qemu:allocation-depth'] == [64 * MIB, 1], both
+assert both['base:allocation'][:2] == [64 * K, 0], both
+b.shutdown()
 chunks = []
 h.pread_structured(4096, 64 * K - 2048, lambda b, o, s, err: chunks.append((o, s, len(b))), nbd.CMD_FLAG_DF)
 assert chunks == [(64 * K - 2048, nbd.READ_DATA, 4096)], chunks
@@ -430,7 +439,7 @@ o.set_opt_mode(True)
 o.connect_uri(sys.argv[1])
 listed = []
 o.opt_list_meta_context(lambda name: listed.append(name))
-assert listed == ['base:allocation'], listed
+assert listed == ['base:allocation', 'qemu:allocation-depth'], listed
 o.set_export_name('nowhere')
 try:
     o.opt_list_meta_context(lambda name: None)

@@ -580,6 +580,11 @@ fn what_clients_write_is_what_qemu_reads_and_its_check_finds_nothing() -> Outcom
 
 /// `qemu-nbd` on a file, until it is dropped; it has the file open when this returns.
 fn qemu_nbd(ground: &Ground, path: &Path, format: &str, read_only: bool) -> Outcome<Running> {
+    let options: &[&str] = if read_only { &["-r"] } else { &[] };
+    qemu_nbd_with(ground, path, format, options)
+}
+
+fn qemu_nbd_with(ground: &Ground, path: &Path, format: &str, options: &[&str]) -> Outcome<Running> {
     let socket = ground.file("qemu-nbd.sock");
     let _ = std::fs::remove_file(&socket);
     let mut command = process::command("qemu-nbd");
@@ -587,15 +592,76 @@ fn qemu_nbd(ground: &Ground, path: &Path, format: &str, read_only: bool) -> Outc
         .args(["-f", format, "-t", "-k"])
         .arg(&socket)
         .arg(path)
+        .args(options)
         .stderr(Stdio::null());
-    if read_only {
-        command.arg("-r");
-    }
     let running = Running(command.spawn()?);
     until(STEP_LIMIT, "qemu-nbd to listen", || {
         Ok(socket.exists().then_some(()))
     })?;
     Ok(running)
+}
+
+/// What an export says of `qemu:allocation-depth`: bytes and depth, neighbours that are alike as one.
+fn depths(uri: &str) -> Outcome<Vec<(u64, u64)>> {
+    let map = ["--map=qemu:allocation-depth", "--json", uri];
+    let said = process::succeed("nbdinfo", &map, STEP_LIMIT)?;
+    let said: Vec<serde_json::Value> = serde_json::from_str(&said)?;
+    let mut found: Vec<(u64, u64)> = Vec::new();
+    for stretch in &said {
+        let [bytes, depth] = ["length", "type"].map(|key| stretch[key].as_u64().unwrap_or(99));
+        match found.last_mut() {
+            Some(last) if last.1 == depth => last.0 += bytes,
+            _ => found.push((bytes, depth)),
+        }
+    }
+    Ok(found)
+}
+
+#[test]
+fn the_layer_that_holds_each_cluster_is_told_as_qemu_tells_it() -> Outcome<()> {
+    let needs = [NEEDS, &[Need::Tool("qemu-nbd"), Need::Tool("nbdinfo")]].concat();
+    real("allocation depth", &needs, |ground| {
+        let (mut scene, folder) = scene(ground)?;
+        type Make = fn(&Path) -> Outcome<()>;
+        let kinds: [(&str, Make); 5] = [
+            ("qcow2", |p| create(p, "", 8 * MIB)),
+            ("qcow2", |p| {
+                full(p, "extended_l2=on,cluster_size=64k")?;
+                qemu_io(p, &["discard 1M 1M", "write -z -u 3M 1M"])
+            }),
+            // Each layer is shorter than the one above it.
+            ("qcow2", |p| chain(p, 3)),
+            ("qcow2", raw_backing),
+            ("raw", |p| {
+                std::fs::write(p, vec![7; 1 << 20])?;
+                let file = std::fs::File::options().write(true).open(p)?;
+                Ok(file.set_len(4 << 20)?)
+            }),
+        ];
+        let mut depths_seen = std::collections::BTreeSet::new();
+        for (n, (format, make)) in kinds.iter().enumerate() {
+            let path = folder.join(format!("d{n}.{format}"));
+            make(&path)?;
+            let name = format!("d{n}");
+            let scheme = if *format == "raw" { "file" } else { "qcow2" };
+            let volume = format!("{scheme}:{}", path.display());
+            let only = Options::from([("read_only", Variant::from(true))]);
+            scene.client.add_export_with(&name, &volume, only)?;
+            let ours = depths(&scene.endpoint().uri(&name))?;
+            let theirs = {
+                let _qemu = qemu_nbd_with(ground, &path, format, &["-r", "-A"])?;
+                let socket = ground.file("qemu-nbd.sock");
+                depths(&format!("nbd+unix:///?socket={}", socket.display()))?
+            };
+            hold!(ours == theirs, "{name}: {ours:?}, and QEMU says {theirs:?}");
+            depths_seen.extend(ours.iter().map(|(_, depth)| *depth));
+        }
+        hold!(
+            depths_seen == (0..=4).collect(),
+            "only {depths_seen:?} were seen"
+        );
+        scene.stop()
+    })
 }
 
 #[test]

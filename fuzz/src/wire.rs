@@ -1,7 +1,7 @@
 //! Every header of the wire, of any bytes: what is read says what the bytes say, and what is written is as long as it says.
 
 use nbdtrack::nbd::wire::{
-    self, Headers, NbdError, OptionHeader, ReplyTo, RequestHeader, StatusFilter,
+    self, Headers, NbdError, OptionHeader, ReplyTo, RequestHeader, Selected, StatusFilter,
 };
 
 const ALL: [Headers; 3] = [Headers::Simple, Headers::Structured, Headers::Extended];
@@ -13,8 +13,15 @@ pub fn run(data: &[u8]) {
         assert_eq!(header.option.to_be_bytes(), raw[8..12]);
         assert_eq!(header.length.to_be_bytes(), raw[12..16]);
     }
-    if let Some(payload) = data.first_chunk::<{ StatusFilter::BYTES }>() {
-        let _ = StatusFilter::parse(payload);
+    for (bytes, depth) in [(12, false), (16, true), (data.len(), true)] {
+        let selected = Selected {
+            allocation: true,
+            depth,
+        };
+        let payload = &data[..bytes.min(data.len())];
+        if let Some(filter) = StatusFilter::parse(payload, selected) {
+            assert!(filter.contexts.any());
+        }
     }
     for headers in ALL {
         let Some(parsed) = RequestHeader::parse(data, headers) else {

@@ -187,6 +187,12 @@ pub trait Image: Send + Sync {
             hole: false,
         }])
     }
+    /// From which layer of a chain the bytes from `at.offset()` on come, as [`Image::allocation`]: each a number of bytes and 0 for none, 1 for
+    /// the image itself, 2 for the first beneath it, and so on.
+    fn depths(&self, at: Span, stretches_max: usize) -> io::Result<Vec<(u64, u32)>> {
+        let _ = stretches_max;
+        Ok(vec![(at.len(), 1)])
+    }
     /// Whether a write ends in memory, so that it can be done where nothing should wait for a disk.
     fn cached(&self) -> bool {
         true

@@ -237,7 +237,7 @@ impl Lease {
             read_only: facts.read_only,
             trim: facts.can_discard && !facts.read_only,
             headers: agreed.headers,
-            allocation: agreed.allocation,
+            contexts: agreed.contexts,
             block_min: facts.blocks.min,
             request_max: facts.blocks.max,
             sync: access.is_some_and(|access| access.sync),

@@ -2,7 +2,7 @@
 
 use crate::image::{Extent, Span, ZeroFlags};
 
-use super::wire::{Headers, NbdError, RequestHeader, StatusFilter, cmd, cmd_flag};
+use super::wire::{Headers, NbdError, RequestHeader, Selected, StatusFilter, cmd, cmd_flag};
 
 /// What the handshake agreed, as far as requests are checked against it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -13,8 +13,8 @@ pub struct Terms {
     /// TRIM was offered.
     pub trim: bool,
     pub headers: Headers,
-    /// `base:allocation` was selected for this export.
-    pub allocation: bool,
+    /// The metadata contexts that were selected for this export.
+    pub contexts: Selected,
     /// Offsets and lengths are multiples of it; a power of two.
     pub block_min: u32,
     /// Payload of a READ or WRITE in bytes.
@@ -45,8 +45,10 @@ pub enum Command {
         at: Span,
         /// One stretch is wanted.
         one: bool,
+        /// At least one.
+        of: Selected,
     },
-    /// BLOCK_STATUS whose range is in a payload of [`StatusFilter::BYTES`]: see [`check_filtered`].
+    /// BLOCK_STATUS whose range is in a payload that [`StatusFilter::fits`]: see [`check_filtered`].
     FilteredStatus,
     /// A request of no bytes: proto.md leaves it open but for "SHOULD NOT disconnect".
     Nothing {
@@ -79,7 +81,7 @@ pub fn check(header: &RequestHeader, terms: &Terms) -> Result<Command, Refused> 
         cmd::DISC => return Ok(Command::Disconnect),
         cmd::READ | cmd::WRITE | cmd::FLUSH | cmd::CACHE | cmd::WRITE_ZEROES => {}
         cmd::TRIM if terms.trim || terms.read_only => {}
-        cmd::BLOCK_STATUS if terms.allocation => {}
+        cmd::BLOCK_STATUS if terms.contexts.any() => {}
         cmd::BLOCK_STATUS => return refuse(NbdError::Inval, "no metadata context was selected"),
         _ => return refuse(NbdError::Inval, UNKNOWN),
     }
@@ -96,17 +98,17 @@ pub fn check(header: &RequestHeader, terms: &Terms) -> Result<Command, Refused> 
         }
         cmd::FLUSH => Ok(Command::Flush),
         cmd::BLOCK_STATUS if has(cmd_flag::PAYLOAD_LEN) => {
-            if header.length == StatusFilter::BYTES as u64 {
+            if StatusFilter::fits(header.length) {
                 Ok(Command::FilteredStatus)
             } else {
                 refuse(
                     NbdError::Inval,
-                    "the payload does not name the one context, once",
+                    "the payload does not name contexts, each once",
                 )
             }
         }
         cmd::READ | cmd::WRITE => with_payload(header, terms),
-        _ => with_effect(header, terms),
+        _ => with_effect(header, terms, terms.contexts),
     }
 }
 
@@ -116,17 +118,20 @@ pub fn check(header: &RequestHeader, terms: &Terms) -> Result<Command, Refused> 
 /// As [`check`].
 pub fn check_filtered(
     header: &RequestHeader,
-    payload: &[u8; StatusFilter::BYTES],
+    payload: &[u8],
     terms: &Terms,
 ) -> Result<Command, Refused> {
-    let Some(filter) = StatusFilter::parse(payload) else {
-        return refuse(NbdError::Inval, "a metadata context that was not selected");
+    let Some(filter) = StatusFilter::parse(payload, terms.contexts) else {
+        return refuse(
+            NbdError::Inval,
+            "a metadata context that was not selected, or one twice",
+        );
     };
     let effect = RequestHeader {
         length: filter.effect_length,
         ..*header
     };
-    with_effect(&effect, terms)
+    with_effect(&effect, terms, filter.contexts)
 }
 
 /// True when the stream has to be given up rather than the payload consumed: a payload of an extended request that is
@@ -181,8 +186,8 @@ fn with_payload(header: &RequestHeader, terms: &Terms) -> Result<Command, Refuse
     })
 }
 
-/// Commands whose length is an effect, of up to 64 bits.
-fn with_effect(header: &RequestHeader, terms: &Terms) -> Result<Command, Refused> {
+/// Commands whose length is an effect, of up to 64 bits; `of` is what a BLOCK_STATUS is about.
+fn with_effect(header: &RequestHeader, terms: &Terms, of: Selected) -> Result<Command, Refused> {
     let has = |flag| header.flags & flag != 0;
     aligned(header, terms)?;
     if header.length == 0 && header.kind != cmd::BLOCK_STATUS {
@@ -201,6 +206,7 @@ fn with_effect(header: &RequestHeader, terms: &Terms) -> Result<Command, Refused
         cmd::BLOCK_STATUS => Command::Status {
             at,
             one: has(cmd_flag::REQ_ONE),
+            of,
         },
         _ => Command::Zero {
             at,
@@ -248,6 +254,10 @@ mod tests {
     use super::*;
 
     const MIB: u32 = 1 << 20;
+    const BASE: Selected = Selected {
+        allocation: true,
+        depth: false,
+    };
 
     fn terms() -> Terms {
         Terms {
@@ -255,7 +265,7 @@ mod tests {
             read_only: false,
             trim: true,
             headers: Headers::Structured,
-            allocation: true,
+            contexts: BASE,
             block_min: 1,
             request_max: 32 * MIB,
             sync: false,
@@ -438,7 +448,7 @@ mod tests {
     fn status_is_for_those_who_selected_a_context() {
         assert!(ask(terms(), cmd::BLOCK_STATUS, cmd_flag::REQ_ONE, 0, 512).is_ok());
         let without = Terms {
-            allocation: false,
+            contexts: Selected::default(),
             ..terms()
         };
         assert_eq!(
@@ -493,8 +503,15 @@ mod tests {
     }
 
     #[test]
-    fn a_filter_has_one_length_and_its_range_is_held_like_any() {
-        for (length, good) in [(12, true), (8, false), (16, false), (0, false), (13, false)] {
+    fn a_filter_is_as_long_as_its_contexts_and_its_range_is_held_like_any() {
+        for (length, good) in [
+            (12, true),
+            (8, false),
+            (16, true),
+            (0, false),
+            (13, false),
+            (20, false),
+        ] {
             let flags = cmd_flag::PAYLOAD_LEN;
             let answer = ask(extended(), cmd::BLOCK_STATUS, flags, 0, length);
             assert_eq!(answer == Ok(Command::FilteredStatus), good, "{length}");
@@ -517,7 +534,11 @@ mod tests {
         let id = crate::nbd::wire::BASE_ALLOCATION_ID;
         assert_eq!(
             filtered(1 << 40, id),
-            Ok(Command::Status { at, one: false })
+            Ok(Command::Status {
+                at,
+                one: false,
+                of: BASE
+            })
         );
         assert_eq!(filtered(1 << 50, id), Err(NbdError::Inval));
         assert_eq!(filtered(0, id), Err(NbdError::Inval));

@@ -16,7 +16,7 @@ use super::meter::Operation;
 use super::reply::Gather;
 use super::stats::add;
 use super::transmission::Transmission;
-use super::wire::{self, NbdError, ReplyTo};
+use super::wire::{self, NbdError, ReplyTo, Selected};
 use super::work::Job;
 
 /// A reply of more bytes than this counts as held payload.
@@ -192,12 +192,12 @@ impl Transmission {
         &self,
         conn: &Arc<Conn>,
         to: ReplyTo,
-        at: Span,
+        command: Command,
         one: bool,
+        of: Selected,
     ) -> Result<(), Full> {
-        let charge = conn.account.charge(Job::status_bytes(one))?;
+        let charge = conn.account.charge(Job::status_bytes(one, of))?;
         add(&self.lease.shared.counters.statuses, 1);
-        let command = Command::Status { at, one };
         self.hand_over(conn, to, command, Vec::new(), Some(charge));
         Ok(())
     }

@@ -20,7 +20,7 @@ use super::rate::{Again, Rate};
 use super::reply::{KEEP_BYTES, Scratch, untouched};
 use super::session::{Interest, Rest};
 use super::stats::add;
-use super::wire::{ReplyTo, RequestHeader, StatusFilter};
+use super::wire::{ReplyTo, RequestHeader};
 
 /// A write of up to this many bytes is taken out of the receive buffer; longer ones are received
 /// straight into a buffer of their own.
@@ -287,9 +287,9 @@ impl Transmission {
         }
         let mut command = command::check(&header, &self.terms);
         if command == Ok(Command::FilteredStatus) {
-            let payload = bytes[taken..]
-                .first_chunk::<{ StatusFilter::BYTES }>()
-                .ok_or(Outcome::NeedsInput)?;
+            // Some bytes: one that says more is none.
+            let whole = taken + usize::try_from(header.length).unwrap_or(usize::MAX - taken);
+            let payload = bytes.get(taken..whole).ok_or(Outcome::NeedsInput)?;
             command = command::check_filtered(&header, payload, &self.terms);
         }
         let command = match command {
@@ -358,8 +358,9 @@ impl Transmission {
                 scratch.received.consume(taken);
                 return Err(Outcome::Disconnect);
             }
-            Command::Status { at, one } => {
-                self.status(conn, to, at, one).map_err(Outcome::Full)?;
+            Command::Status { one, of, .. } => {
+                self.status(conn, to, command, one, of)
+                    .map_err(Outcome::Full)?;
                 // Of a filtered one all of the payload is here.
                 taken += usize::try_from(header.payload_bytes()).unwrap_or(0);
             }

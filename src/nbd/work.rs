@@ -13,7 +13,7 @@ use super::conn::Conn;
 use super::lease::{Kind, Lease, wire_error};
 use super::meter::Operation;
 use super::stats::add;
-use super::wire::{self, NbdError, ReplyTo};
+use super::wire::{self, ALLOCATION_DEPTH_ID, BASE_ALLOCATION_ID, NbdError, ReplyTo, Selected};
 
 /// The most that one image call zeroes, discards or reads ahead, in bytes. Between two calls the fence holds and others
 /// have their turn. A power of two.
@@ -72,9 +72,9 @@ impl Job {
     }
 
     /// Bytes that the answer to BLOCK_STATUS may have.
-    pub(super) fn status_bytes(one: bool) -> usize {
+    pub(super) fn status_bytes(one: bool, of: Selected) -> usize {
         let stretches = if one { 1 } else { STRETCHES_MAX };
-        40 + 16 * stretches
+        of.each().count() * (40 + 16 * stretches)
     }
 
     /// Does one step; gives back what is left of it.
@@ -162,17 +162,28 @@ impl Job {
                 image.cache(piece).map_err(at(piece.offset()))?;
                 Ok(Step::after(rest, Command::Cache))
             }
-            Command::Status { at: span, one } => {
-                let max = if one { 1 } else { STRETCHES_MAX };
-                let stretches = image.allocation(span, max).map_err(at(span.offset()))?;
-                let mut reply = Vec::new();
-                wire::push_status(&mut reply, self.to, &stretches);
-                Ok(Step::Data(reply))
+            Command::Status { at: span, one, of } => {
+                let reply = self.status(image, span, one, of);
+                reply.map_err(at(span.offset())).map(Step::Data)
             }
             Command::Nothing { .. } | Command::FilteredStatus | Command::Disconnect => {
                 Ok(Step::Done)
             }
         }
+    }
+
+    fn status(&self, image: &dyn Image, at: Span, one: bool, of: Selected) -> io::Result<Vec<u8>> {
+        let max = if one { 1 } else { STRETCHES_MAX };
+        let mut reply = Vec::new();
+        if of.allocation {
+            let found = wire::allocation_states(&image.allocation(at, max)?);
+            wire::push_status(&mut reply, self.to, BASE_ALLOCATION_ID, &found, !of.depth);
+        }
+        if of.depth {
+            let found = image.depths(at, max)?;
+            wire::push_status(&mut reply, self.to, ALLOCATION_DEPTH_ID, &found, true);
+        }
+        Ok(reply)
     }
 
     /// `at`: the byte of the export up to which the request was done.

@@ -209,4 +209,14 @@ impl Layer {
             }
         }
     }
+
+    /// As [`Core::depth`].
+    pub fn depth(&self, at: u64, len: u64) -> io::Result<(u64, u32)> {
+        let inside = self.size().saturating_sub(at).min(len);
+        match self {
+            _ if inside == 0 => Ok((len, 1)),
+            Layer::Raw { .. } => Ok((inside, 1)),
+            Layer::Image(core) => core.depth(at, inside),
+        }
+    }
 }

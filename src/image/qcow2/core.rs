@@ -343,6 +343,23 @@ impl Core {
         })
     }
 
+    /// From which layer the bytes from `at` on come, at most `len` of them: how many bytes are alike, and the layer, 1 for this one; 0 when
+    /// none has them. What lies behind the end of a layer counts as its own (QEMU `block/io.c`, `bdrv_co_common_block_status_above`).
+    pub(super) fn depth(&self, at: u64, len: u64) -> io::Result<(u64, u32)> {
+        let _pass = self.pass();
+        let Some(run) = self.run(at, len, true)? else {
+            return Err(damaged());
+        };
+        Ok(match (run.what, &self.backing) {
+            (What::Beneath, None) => (run.bytes, 0),
+            (What::Beneath, Some(layer)) => {
+                let (bytes, depth) = layer.depth(at, run.bytes)?;
+                (bytes, if depth == 0 { 0 } else { depth + 1 })
+            }
+            (What::Zero { .. } | What::Data { .. } | What::Compressed { .. }, _) => (run.bytes, 1),
+        })
+    }
+
     pub(super) fn is_broken(&self) -> bool {
         self.broken.load(Ordering::Acquire)
     }

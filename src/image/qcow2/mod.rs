@@ -372,6 +372,22 @@ impl Image for Qcow2 {
         Ok(found)
     }
 
+    fn depths(&self, at: Span, stretches_max: usize) -> io::Result<Vec<(u64, u32)>> {
+        let mut found: Vec<(u64, u32)> = Vec::new();
+        let (mut next, end) = (at.offset(), at.offset() + at.len());
+        while next < end {
+            let (bytes, depth) = self.core.depth(next, end - next).map_err(told)?;
+            let full = found.len() == stretches_max;
+            match found.last_mut() {
+                Some(last) if last.1 == depth => last.0 += bytes,
+                _ if full => break,
+                _ => found.push((bytes, depth)),
+            }
+            next += bytes;
+        }
+        Ok(found)
+    }
+
     fn can_discard(&self) -> bool {
         !self.read_only
     }

@@ -1,9 +1,10 @@
 //! NBD_OPT_LIST_META_CONTEXT and NBD_OPT_SET_META_CONTEXT: which metadata contexts a peer asks for. PURE.
 //!
-//! There is one context, `base:allocation`, and every export has it. proto.md "Metadata querying".
+//! There are two, `base:allocation` and `qemu:allocation-depth`, and every export has both. proto.md "Metadata querying"; QEMU
+//! `docs/interop/nbd.rst`.
 
 use super::{ExpectOption, Fault, Next, Refusal, name_of};
-use crate::nbd::wire::{self, BASE_ALLOCATION, BASE_ALLOCATION_ID, option, rep};
+use crate::nbd::wire::{self, ALLOCATION_DEPTH, BASE_ALLOCATION, Selected, option, rep};
 
 /// The peer asked for the contexts of an export; the edge looks it up and says [`Contexts::answer`].
 #[derive(Debug)]
@@ -17,8 +18,8 @@ pub struct Contexts {
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Asked {
     pub(super) name: String,
-    /// A query of it means `base:allocation`.
-    pub(super) allocation: bool,
+    /// What its queries mean.
+    pub(super) contexts: Selected,
 }
 
 impl Contexts {
@@ -38,14 +39,15 @@ impl Contexts {
             return back.fail(out, code, refusal.reply(), &refusal.reason);
         }
         let set = code == option::SET_META_CONTEXT;
-        if asked.allocation {
+        for (id, name) in asked.contexts.each() {
             // proto.md "Option types": the number is reserved in a list.
-            let id = if set { BASE_ALLOCATION_ID } else { 0 };
-            let parts: [&[u8]; 2] = [&id.to_be_bytes(), BASE_ALLOCATION.as_bytes()];
+            let id = if set { id } else { 0 };
+            let parts: [&[u8]; 2] = [&id.to_be_bytes(), name.as_bytes()];
             wire::push_option_reply(out, code, rep::META_CONTEXT, &parts);
         }
         if set {
-            back.allocation_of = asked.allocation.then_some(asked.name);
+            let some = asked.contexts.any();
+            back.contexts_of = some.then_some((asked.name, asked.contexts));
         }
         wire::push_option_reply(out, code, rep::ACK, &[]);
         Next::ExpectOption(back)
@@ -62,7 +64,11 @@ pub(super) fn parse(code: u32, data: &[u8]) -> Result<Asked, Fault> {
     let (count, mut rest) = rest.split_first_chunk::<4>().ok_or(SHORT)?;
     let count = u32::from_be_bytes(*count);
     // No query of a LIST asks for all, of a SET for none.
-    let mut allocation = list && count == 0;
+    let all = list && count == 0;
+    let mut contexts = Selected {
+        allocation: all,
+        depth: all,
+    };
     for _ in 0..count {
         let (query, after) = take(rest).ok_or(SHORT)?;
         rest = after;
@@ -75,12 +81,13 @@ pub(super) fn parse(code: u32, data: &[u8]) -> Result<Asked, Fault> {
             ));
         }
         // Unknown namespaces and leaves are to be ignored; the empty leaf asks for all, and selects nothing.
-        allocation |= query == BASE_ALLOCATION || list && query == "base:";
+        contexts.allocation |= query == BASE_ALLOCATION || list && query == "base:";
+        contexts.depth |= query == ALLOCATION_DEPTH || list && query == "qemu:";
     }
     if !rest.is_empty() {
         return Err(SHORT);
     }
-    Ok(Asked { name, allocation })
+    Ok(Asked { name, contexts })
 }
 
 /// A string with its length before it, and what comes after.
@@ -104,29 +111,36 @@ pub(super) mod tests {
         data
     }
 
-    fn allocation(code: u32, queries: &[&[u8]]) -> Result<bool, u32> {
+    /// Whether the one and the other context is meant.
+    fn meant(code: u32, queries: &[&[u8]]) -> Result<[bool; 2], u32> {
         parse(code, &query(b"v", queries))
-            .map(|asked| asked.allocation)
+            .map(|asked| [asked.contexts.allocation, asked.contexts.depth])
             .map_err(|fault| fault.0)
     }
 
     #[test]
-    fn queries_select_as_the_base_namespace_says() {
+    fn queries_select_as_their_namespaces_say() {
+        let [none, base, depth, both] =
+            [[false, false], [true, false], [false, true], [true, true]];
         for (queries, listed, set) in [
-            (&[][..], true, false),
-            (&[&b"base:"[..]][..], true, false),
-            (&[b"base:allocation"], true, true),
-            (&[b"base:other"], false, false),
-            (&[b"base:allocation2"], false, false),
-            (&[b"qemu:dirty-bitmap:b"], false, false),
-            (&[b"x-whatever:", b"base:allocation"], true, true),
-            (&[b"base:allocation", b"base:allocation"], true, true),
+            (&[][..], both, none),
+            (&[&b"base:"[..]][..], base, none),
+            (&[b"qemu:"], depth, none),
+            (&[b"base:allocation"], base, base),
+            (&[b"qemu:allocation-depth"], depth, depth),
+            (&[b"qemu:allocation-depth", b"base:allocation"], both, both),
+            (&[b"base:other"], none, none),
+            (&[b"base:allocation2"], none, none),
+            (&[b"qemu:dirty-bitmap:b"], none, none),
+            (&[b"qemu:allocation-depth2"], none, none),
+            (&[b"x-whatever:", b"base:allocation"], base, base),
+            (&[b"base:allocation", b"base:allocation"], base, base),
         ] {
-            assert_eq!(allocation(option::LIST_META_CONTEXT, queries), Ok(listed));
-            assert_eq!(allocation(option::SET_META_CONTEXT, queries), Ok(set));
+            assert_eq!(meant(option::LIST_META_CONTEXT, queries), Ok(listed));
+            assert_eq!(meant(option::SET_META_CONTEXT, queries), Ok(set));
         }
         for queries in [&[&b"base"[..]][..], &[b""], &[b"\xff:x"]] {
-            let answer = allocation(option::SET_META_CONTEXT, queries);
+            let answer = meant(option::SET_META_CONTEXT, queries);
             assert_eq!(answer, Err(rep::ERR_INVALID));
         }
     }

@@ -13,7 +13,7 @@
 use crate::correlation::RefusalKind;
 use crate::image::BlockSizes;
 
-use super::wire::{self, Headers, flag, info, option, rep};
+use super::wire::{self, Headers, Selected, flag, info, option, rep};
 
 mod contexts;
 #[cfg(test)]
@@ -30,8 +30,8 @@ pub struct ExpectFlags;
 pub struct ExpectOption {
     no_zeroes: bool,
     headers: Headers,
-    /// The export for which `base:allocation` is selected; none when the last SET_META_CONTEXT failed or chose nothing.
-    allocation_of: Option<String>,
+    /// The export for which contexts are selected; none when the last SET_META_CONTEXT failed or chose nothing.
+    contexts_of: Option<(String, Selected)>,
 }
 
 /// The peer named an export; the edge looks it up and says [`Choose::answer`].
@@ -60,8 +60,8 @@ pub struct List {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Agreed {
     pub headers: Headers,
-    /// `base:allocation` was selected for this export.
-    pub allocation: bool,
+    /// The metadata contexts that were selected for this export.
+    pub contexts: Selected,
 }
 
 /// What comes next.
@@ -128,7 +128,7 @@ impl Facts {
             flags |= flag::SEND_DF;
         }
         // Extension "Transmission flags": not without extended headers, nor without a context to filter.
-        if agreed.headers == Headers::Extended && agreed.allocation {
+        if agreed.headers == Headers::Extended && agreed.contexts.any() {
             flags |= flag::BLOCK_STATUS_PAYLOAD;
         }
         if self.rotational {
@@ -159,7 +159,7 @@ impl ExpectFlags {
         Ok(ExpectOption {
             no_zeroes: flags & wire::CLIENT_NO_ZEROES != 0,
             headers: Headers::Simple,
-            allocation_of: None,
+            contexts_of: None,
         })
     }
 }
@@ -170,7 +170,7 @@ impl ExpectOption {
     pub fn on_option(mut self, code: u32, data: &[u8], stopping: bool, out: &mut Vec<u8>) -> Next {
         if code == option::SET_META_CONTEXT {
             // proto.md "Option types": it replaces what was selected before, also when it fails.
-            self.allocation_of = None;
+            self.contexts_of = None;
         }
         if stopping && code != option::ABORT {
             return self.fail(out, code, rep::ERR_SHUTDOWN, "the server is stopping");
@@ -248,7 +248,7 @@ impl ExpectOption {
             return Next::Closed(Reason::BadName);
         }
         if code == option::SET_META_CONTEXT {
-            self.allocation_of = None;
+            self.contexts_of = None;
         }
         self.fail(out, code, rep::ERR_TOO_BIG, "too much data for an option")
     }
@@ -264,8 +264,10 @@ impl ExpectOption {
         Agreed {
             headers: self.headers,
             // proto.md "NBD_CMD_BLOCK_STATUS": for the export that was named last, and no other.
-            allocation: self.headers != Headers::Simple
-                && self.allocation_of.as_deref() == Some(name),
+            contexts: match &self.contexts_of {
+                Some((of, contexts)) if self.headers != Headers::Simple && of == name => *contexts,
+                Some(_) | None => Selected::default(),
+            },
         }
     }
 
@@ -572,9 +574,10 @@ mod tests {
     }
 
     fn agreed(headers: Headers, allocation: bool) -> Agreed {
+        let depth = false;
         Agreed {
             headers,
-            allocation,
+            contexts: Selected { allocation, depth },
         }
     }
 
@@ -632,7 +635,7 @@ mod tests {
     }
 
     #[test]
-    fn allocation_is_agreed_for_the_export_that_was_named_last_only() {
+    fn contexts_are_agreed_for_the_export_that_was_named_last_only() {
         let structured = (option::STRUCTURED_REPLY, Vec::new());
         let set = |name: &[u8], queries: &[&[u8]]| {
             let data = contexts::tests::query(name, queries);
@@ -670,7 +673,7 @@ mod tests {
         ];
         for (options, allocation) in cases {
             assert_eq!(
-                agreed_after(&options, b"v").allocation,
+                agreed_after(&options, b"v").contexts.allocation,
                 allocation,
                 "{options:?}"
             );

@@ -29,10 +29,15 @@ fn extended() -> ExpectOption {
 
 fn with_contexts(state: ExpectOption) -> ExpectOption {
     ExpectOption {
-        allocation_of: Some("v".to_owned()),
+        contexts_of: Some(("v".to_owned(), ALLOCATION)),
         ..state
     }
 }
+
+const ALLOCATION: Selected = Selected {
+    allocation: true,
+    depth: false,
+};
 
 const STATES: &[State] = &[
     ("simple", start),
@@ -48,6 +53,8 @@ const STATES: &[State] = &[
 /// Every option that the protocol has, well formed and not.
 fn messages() -> Vec<(&'static str, u32, Vec<u8>)> {
     let allocation: &[&[u8]] = &[b"base:allocation"];
+    let depth: &[&[u8]] = &[b"qemu:allocation-depth"];
+    let both: &[&[u8]] = &[b"qemu:allocation-depth", b"base:allocation"];
     vec![
         ("EXPORT_NAME v", option::EXPORT_NAME, b"v".to_vec()),
         ("EXPORT_NAME not UTF-8", option::EXPORT_NAME, vec![0xff]),
@@ -85,6 +92,11 @@ fn messages() -> Vec<(&'static str, u32, Vec<u8>)> {
             query(b"v", &[b"base:"]),
         ),
         (
+            "LIST_META_CONTEXT v: qemu:",
+            option::LIST_META_CONTEXT,
+            query(b"v", &[b"qemu:"]),
+        ),
+        (
             "LIST_META_CONTEXT v: none that is",
             option::LIST_META_CONTEXT,
             query(b"v", &[b"x-y:z"]),
@@ -98,6 +110,16 @@ fn messages() -> Vec<(&'static str, u32, Vec<u8>)> {
             "SET_META_CONTEXT v",
             option::SET_META_CONTEXT,
             query(b"v", allocation),
+        ),
+        (
+            "SET_META_CONTEXT v: depth",
+            option::SET_META_CONTEXT,
+            query(b"v", depth),
+        ),
+        (
+            "SET_META_CONTEXT v: both",
+            option::SET_META_CONTEXT,
+            query(b"v", both),
         ),
         (
             "SET_META_CONTEXT w",
@@ -165,14 +187,27 @@ fn said(mut out: &[u8], framed: bool) -> String {
     words.join(", ")
 }
 
+fn selected(contexts: Selected) -> String {
+    let words = [
+        (contexts.allocation, "allocation"),
+        (contexts.depth, "depth"),
+    ];
+    let words: Vec<&str> = words
+        .iter()
+        .filter(|(on, _)| *on)
+        .map(|(_, word)| *word)
+        .collect();
+    words.join(" and ")
+}
+
 fn state_name(state: &ExpectOption) -> String {
     let headers = match state.headers {
         Headers::Simple => "simple",
         Headers::Structured => "structured",
         Headers::Extended => "extended",
     };
-    match &state.allocation_of {
-        Some(name) => format!("{headers}, allocation of {name}"),
+    match &state.contexts_of {
+        Some((name, contexts)) => format!("{headers}, {} of {name}", selected(*contexts)),
         None => headers.to_owned(),
     }
 }
@@ -181,13 +216,12 @@ fn end(next: Next, out: &[u8], framed: bool) -> String {
     match next {
         Next::ExpectOption(state) => format!("{}; to: {}", said(out, framed), state_name(&state)),
         Next::Transmission(agreed) => {
-            let allocation = if agreed.allocation {
-                " with allocation"
-            } else {
-                ""
-            };
+            let mut contexts = selected(agreed.contexts);
+            if !contexts.is_empty() {
+                contexts.insert_str(0, " with ");
+            }
             format!(
-                "{}; TRANSMISSION {:?}{allocation}",
+                "{}; TRANSMISSION {:?}{contexts}",
                 said(out, framed),
                 agreed.headers
             )

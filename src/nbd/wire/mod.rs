@@ -7,8 +7,8 @@ mod reply;
 mod request;
 
 pub use reply::{
-    Headers, READ_HEADER_MAX, ReplyTo, push_done, push_error, push_error_at, push_status,
-    put_read_header, read_header_bytes,
+    Headers, READ_HEADER_MAX, ReplyTo, allocation_states, push_done, push_error, push_error_at,
+    push_status, put_read_header, read_header_bytes,
 };
 pub use request::{RequestHeader, StatusFilter};
 
@@ -121,10 +121,38 @@ pub const REPLY_ERROR_OFFSET: u16 = (1 << 15) + 2;
 
 /// proto.md "`base:allocation` metadata context".
 pub const BASE_ALLOCATION: &str = "base:allocation";
-/// What it is called in replies. One context exists, so one number does; not 0, which LIST_META_CONTEXT says.
+/// What it is called in replies; not 0, which LIST_META_CONTEXT says.
 pub const BASE_ALLOCATION_ID: u32 = 1;
+/// QEMU `docs/interop/nbd.rst`: which layer of a chain an extent is from; 0 for none, 1 for the image itself, 2 for the first
+/// beneath it, and so on.
+pub const ALLOCATION_DEPTH: &str = "qemu:allocation-depth";
+pub const ALLOCATION_DEPTH_ID: u32 = 2;
 pub const STATE_HOLE: u32 = 1;
 pub const STATE_ZERO: u32 = 1 << 1;
+
+/// Which of the metadata contexts were selected.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Selected {
+    pub allocation: bool,
+    pub depth: bool,
+}
+
+impl Selected {
+    pub fn any(self) -> bool {
+        self.allocation || self.depth
+    }
+
+    /// The number and the name of each, in the order in which they are told.
+    pub fn each(self) -> impl Iterator<Item = (u32, &'static str)> {
+        let allocation = (BASE_ALLOCATION_ID, BASE_ALLOCATION);
+        let depth = (ALLOCATION_DEPTH_ID, ALLOCATION_DEPTH);
+        let chosen = [
+            self.allocation.then_some(allocation),
+            self.depth.then_some(depth),
+        ];
+        chosen.into_iter().flatten()
+    }
+}
 
 /// The errors that the protocol has; proto.md "Error values".
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

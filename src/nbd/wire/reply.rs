@@ -1,9 +1,9 @@
 //! Replies to requests in the three forms that there are, byte by byte. PURE.
 
 use super::{
-    BASE_ALLOCATION_ID, EXTENDED_REPLY_MAGIC, NbdError, REPLY_BLOCK_STATUS, REPLY_BLOCK_STATUS_EXT,
-    REPLY_ERROR, REPLY_ERROR_OFFSET, REPLY_FLAG_DONE, REPLY_NONE, REPLY_OFFSET_DATA,
-    SIMPLE_REPLY_MAGIC, STATE_HOLE, STATE_ZERO, STRUCTURED_REPLY_MAGIC, cut_text, len32,
+    EXTENDED_REPLY_MAGIC, NbdError, REPLY_BLOCK_STATUS, REPLY_BLOCK_STATUS_EXT, REPLY_ERROR,
+    REPLY_ERROR_OFFSET, REPLY_FLAG_DONE, REPLY_NONE, REPLY_OFFSET_DATA, SIMPLE_REPLY_MAGIC,
+    STATE_HOLE, STATE_ZERO, STRUCTURED_REPLY_MAGIC, cut_text, len32,
 };
 use crate::image::Allocation;
 
@@ -38,8 +38,8 @@ impl ReplyTo {
         }
     }
 
-    /// Writes the header of the one and last chunk of a reply.
-    fn put_chunk(self, out: &mut [u8], kind: u16, payload: u32) {
+    /// Writes the header of a chunk; `flags` says whether it is the last of its reply.
+    fn put_chunk(self, out: &mut [u8], flags: u16, kind: u16, payload: u32) {
         let extended = self.headers == Headers::Extended;
         let magic = if extended {
             EXTENDED_REPLY_MAGIC
@@ -47,7 +47,7 @@ impl ReplyTo {
             STRUCTURED_REPLY_MAGIC
         };
         out[..4].copy_from_slice(&magic.to_be_bytes());
-        out[4..6].copy_from_slice(&REPLY_FLAG_DONE.to_be_bytes());
+        out[4..6].copy_from_slice(&flags.to_be_bytes());
         out[6..8].copy_from_slice(&kind.to_be_bytes());
         out[8..16].copy_from_slice(&self.cookie.to_be_bytes());
         if extended {
@@ -71,10 +71,15 @@ impl ReplyTo {
         out.extend_from_slice(&header);
     }
 
+    /// The one and last chunk of a reply.
     fn push_chunk(self, out: &mut Vec<u8>, kind: u16, payload: usize) {
+        self.push_one_of(out, REPLY_FLAG_DONE, kind, payload);
+    }
+
+    fn push_one_of(self, out: &mut Vec<u8>, flags: u16, kind: u16, payload: usize) {
         let mut header = [0; 32];
         let header = &mut header[..self.chunk_bytes()];
-        self.put_chunk(header, kind, len32(payload));
+        self.put_chunk(header, flags, kind, len32(payload));
         out.reserve(header.len() + payload);
         out.extend_from_slice(header);
     }
@@ -101,7 +106,8 @@ pub fn put_read_header(out: &mut [u8], to: ReplyTo, len: u32) {
     }
     let header = to.chunk_bytes();
     // The request limit keeps len + 8 far from 2^32.
-    to.put_chunk(out, REPLY_OFFSET_DATA, len.saturating_add(8));
+    let bytes = len.saturating_add(8);
+    to.put_chunk(out, REPLY_FLAG_DONE, REPLY_OFFSET_DATA, bytes);
     out[header..header + 8].copy_from_slice(&to.offset.to_be_bytes());
 }
 
@@ -145,37 +151,44 @@ fn push_failure(out: &mut Vec<u8>, to: ReplyTo, error: NbdError, why: &str, at: 
     }
 }
 
-/// Appends the reply to BLOCK_STATUS for the one context that there is: one chunk, the last. `extents` are consecutive, none empty, at least one;
-/// BLOCK_STATUS is agreed only with chunks.
-pub fn push_status(out: &mut Vec<u8>, to: ReplyTo, extents: &[Allocation]) {
+/// Appends the chunk of a reply to BLOCK_STATUS for one context; `last` when no other context follows. `extents` are consecutive, each of so
+/// many bytes and a status, none empty, at least one; BLOCK_STATUS is agreed only with chunks.
+pub fn push_status(
+    out: &mut Vec<u8>,
+    to: ReplyTo,
+    context: u32,
+    extents: &[(u64, u32)],
+    last: bool,
+) {
     debug_assert!(!extents.is_empty());
-    let id = BASE_ALLOCATION_ID.to_be_bytes();
+    let flags = if last { REPLY_FLAG_DONE } else { 0 };
+    let id = context.to_be_bytes();
     if to.headers == Headers::Extended {
-        to.push_chunk(out, REPLY_BLOCK_STATUS_EXT, 8 + 16 * extents.len());
+        let payload = 8 + 16 * extents.len();
+        to.push_one_of(out, flags, REPLY_BLOCK_STATUS_EXT, payload);
         out.extend_from_slice(&id);
         out.extend_from_slice(&len32(extents.len()).to_be_bytes());
-        for extent in extents {
-            out.extend_from_slice(&extent.bytes.to_be_bytes());
-            out.extend_from_slice(&u64::from(state(*extent)).to_be_bytes());
+        for (bytes, status) in extents {
+            out.extend_from_slice(&bytes.to_be_bytes());
+            out.extend_from_slice(&u64::from(*status).to_be_bytes());
         }
         return;
     }
-    to.push_chunk(out, REPLY_BLOCK_STATUS, 4 + 8 * extents.len());
+    to.push_one_of(out, flags, REPLY_BLOCK_STATUS, 4 + 8 * extents.len());
     out.extend_from_slice(&id);
-    for extent in extents {
+    for (bytes, status) in extents {
         // Within a compact request's length, hence below 2^32.
-        let bytes = u32::try_from(extent.bytes).unwrap_or(u32::MAX);
+        let bytes = u32::try_from(*bytes).unwrap_or(u32::MAX);
         out.extend_from_slice(&bytes.to_be_bytes());
-        out.extend_from_slice(&state(*extent).to_be_bytes());
+        out.extend_from_slice(&status.to_be_bytes());
     }
 }
 
-fn state(extent: Allocation) -> u32 {
-    if extent.hole {
-        STATE_HOLE | STATE_ZERO
-    } else {
-        0
-    }
+/// What `base:allocation` says of stretches.
+pub fn allocation_states(stretches: &[Allocation]) -> Vec<(u64, u32)> {
+    let state = |hole| if hole { STATE_HOLE | STATE_ZERO } else { 0 };
+    let each = stretches.iter();
+    each.map(|found| (found.bytes, state(found.hole))).collect()
 }
 
 #[cfg(test)]
@@ -270,18 +283,11 @@ mod tests {
 
     #[test]
     fn status_is_told_in_32_bits_or_64_as_agreed() {
-        let extents = [
-            Allocation {
-                bytes: 4096,
-                hole: false,
-            },
-            Allocation {
-                bytes: 65536,
-                hole: true,
-            },
-        ];
+        let stretches = [(4096, false), (65536, true)];
+        let stretches = stretches.map(|(bytes, hole)| Allocation { bytes, hole });
+        let extents = allocation_states(&stretches);
         let mut out = Vec::new();
-        push_status(&mut out, to(Headers::Structured), &extents);
+        push_status(&mut out, to(Headers::Structured), 1, &extents, true);
         let (kind, payload) = chunk(&out, Headers::Structured);
         assert_eq!(kind, REPLY_BLOCK_STATUS);
         assert_eq!(
@@ -289,7 +295,7 @@ mod tests {
             [1, 4096, 0, 65536, 3]
         );
         let mut out = Vec::new();
-        push_status(&mut out, to(Headers::Extended), &extents);
+        push_status(&mut out, to(Headers::Extended), 1, &extents, true);
         let (kind, payload) = chunk(&out, Headers::Extended);
         assert_eq!(kind, REPLY_BLOCK_STATUS_EXT);
         assert_eq!([0, 4].map(|at| be32(payload, at)), [1, 2]);
@@ -297,5 +303,19 @@ mod tests {
             [8, 16, 24, 32].map(|at| be64(payload, at)),
             [4096, 0, 65536, 3]
         );
+    }
+
+    #[test]
+    fn the_last_of_several_contexts_ends_the_reply() {
+        for headers in [Headers::Structured, Headers::Extended] {
+            let mut out = Vec::new();
+            push_status(&mut out, to(headers), 1, &[(512, 3)], false);
+            assert_eq!(be16(&out, 4), 0);
+            let first = out.len();
+            push_status(&mut out, to(headers), 2, &[(512, 17)], true);
+            let (_, payload) = chunk(&out[first..], headers);
+            assert_eq!(be32(payload, 0), 2);
+            assert_eq!(be32(payload, payload.len() - 4), 17);
+        }
     }
 }

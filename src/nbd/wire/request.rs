@@ -1,8 +1,8 @@
 //! A request's header and the payload of a filtered BLOCK_STATUS, read field by field. PURE.
 
 use super::{
-    BASE_ALLOCATION_ID, BadMagic, EXTENDED_REQUEST_MAGIC, Headers, REQUEST_MAGIC, be16, be32, be64,
-    cmd, cmd_flag,
+    ALLOCATION_DEPTH_ID, BASE_ALLOCATION_ID, BadMagic, EXTENDED_REQUEST_MAGIC, Headers,
+    REQUEST_MAGIC, Selected, be16, be32, be64, cmd, cmd_flag,
 };
 
 /// One request's header, before its payload.
@@ -79,17 +79,36 @@ impl RequestHeader {
 pub struct StatusFilter {
     /// Bytes of the export that are asked about.
     pub effect_length: u64,
+    /// At least one.
+    pub contexts: Selected,
 }
 
 impl StatusFilter {
-    /// Bytes of the only payload that can be good: with one context there is, a second number would be unknown or
-    /// said twice.
-    pub const BYTES: usize = 12;
+    /// Whether a payload of so many bytes can be good: it names at least one context, and each once.
+    pub fn fits(bytes: u64) -> bool {
+        matches!(bytes, 12 | 16)
+    }
 
-    /// `None` when it names a context that was not agreed.
-    pub fn parse(payload: &[u8; Self::BYTES]) -> Option<StatusFilter> {
-        (be32(payload, 8) == BASE_ALLOCATION_ID).then(|| StatusFilter {
-            effect_length: be64(payload, 0),
+    /// `None` when it names a context that was not selected, or one twice, or its length does not fit.
+    pub fn parse(payload: &[u8], selected: Selected) -> Option<StatusFilter> {
+        if !StatusFilter::fits(payload.len() as u64) {
+            return None;
+        }
+        let (length, ids) = payload.split_first_chunk::<8>()?;
+        let mut contexts = Selected::default();
+        for id in ids.chunks(4) {
+            let named = match be32(id, 0) {
+                BASE_ALLOCATION_ID if selected.allocation => &mut contexts.allocation,
+                ALLOCATION_DEPTH_ID if selected.depth => &mut contexts.depth,
+                _ => return None,
+            };
+            if std::mem::replace(named, true) {
+                return None;
+            }
+        }
+        Some(StatusFilter {
+            effect_length: u64::from_be_bytes(*length),
+            contexts,
         })
     }
 }
@@ -177,12 +196,37 @@ mod tests {
     }
 
     #[test]
-    fn a_filter_names_the_one_context_that_there_is() {
-        let mut payload = [0; 12];
-        payload[..8].copy_from_slice(&(1u64 << 40).to_be_bytes());
-        assert_eq!(StatusFilter::parse(&payload), None);
-        payload[8..].copy_from_slice(&BASE_ALLOCATION_ID.to_be_bytes());
-        let filter = StatusFilter::parse(&payload).unwrap();
-        assert_eq!(filter.effect_length, 1 << 40);
+    fn a_filter_names_contexts_that_were_selected_each_once() {
+        let both = Selected {
+            allocation: true,
+            depth: true,
+        };
+        let one = Selected {
+            depth: false,
+            ..both
+        };
+        let filter = |ids: &[u32], selected| {
+            let mut payload = (1_u64 << 40).to_be_bytes().to_vec();
+            payload.extend(ids.iter().flat_map(|id| id.to_be_bytes()));
+            let filter = StatusFilter::parse(&payload, selected)?;
+            assert_eq!(filter.effect_length, 1 << 40);
+            assert!(StatusFilter::fits(payload.len() as u64));
+            Some(filter.contexts)
+        };
+        assert_eq!(filter(&[1], one), Some(one));
+        assert_eq!(filter(&[1], both), Some(one));
+        assert_eq!(filter(&[2, 1], both), Some(both));
+        for (ids, selected) in [
+            (&[0][..], both),
+            (&[2], one),
+            (&[1, 2], one),
+            (&[1, 1], both),
+            (&[1, 3], both),
+        ] {
+            assert_eq!(filter(ids, selected), None, "{ids:?}");
+        }
+        for bytes in [0, 8, 11, 13, 20, u64::MAX] {
+            assert!(!StatusFilter::fits(bytes));
+        }
     }
 }
