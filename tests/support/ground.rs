@@ -26,6 +26,8 @@ pub enum Need {
     Tool(&'static str),
     /// The system's Python with the libnbd module.
     PythonNbd,
+    /// A file system that the kernel mounts.
+    FileSystem(&'static str),
 }
 
 /// The system's Python: a Python of a version manager does not see Debian's modules.
@@ -38,6 +40,7 @@ impl Need {
             Need::Bus => "bus".to_owned(),
             Need::Tool(program) => program.to_owned(),
             Need::PythonNbd => "python3-libnbd".to_owned(),
+            Need::FileSystem(name) => name.to_owned(),
         }
     }
 
@@ -57,6 +60,13 @@ impl Need {
                     .status();
                 (!found.is_ok_and(|status| status.success()))
                     .then(|| "python3-libnbd is not installed".to_owned())
+            }
+            Need::FileSystem(name) => {
+                // Where it is a module it is loaded now; where it is built in there is nothing to load.
+                let _ = std::process::Command::new("modprobe").arg(name).status();
+                let known = std::fs::read_to_string("/proc/filesystems").unwrap_or_default();
+                let has = known.split_whitespace().any(|word| word == name);
+                (!has).then(|| format!("the kernel has no {name}"))
             }
         }
     }
