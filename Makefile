@@ -73,7 +73,8 @@ image-crashes: setup ## N kills and N power cuts under clients that write into i
 	NBDTRACK_POWER_CUTS=$(or $(N),1000) NBDTRACK_KILLS=$(or $(N),1000) $(CARGO) test --locked --test real_qcow2_crash -- --test-threads=1 --nocapture
 
 soak-files: setup ## 200 mixed exports on one port for MINUTES (30): clients on all, ten added or removed a second
-	NBDTRACK_SOAK_EXPORTS=$(or $(EXPORTS),200) NBDTRACK_SOAK_SECONDS=$$(( $(or $(MINUTES),30) * 60 )) $(CARGO) test --locked --test real_mixed -- --test-threads=1 --nocapture
+	$(CARGO) build --release --locked --bin nbdtrack
+	NBDTRACK_BIN=$(abspath $(RELEASE)/nbdtrack) NBDTRACK_SOAK_RATE=10 NBDTRACK_SOAK_EXPORTS=$(or $(EXPORTS),200) NBDTRACK_SOAK_SECONDS=$$(( $(or $(MINUTES),30) * 60 )) $(CARGO) test --locked --test real_mixed -- --test-threads=1 --nocapture
 
 deny: ## Licences, sources and advisories of all dependencies (needs cargo-deny)
 	$(CARGO) deny check

@@ -217,22 +217,27 @@ impl Daemon {
     }
 
     pub fn holdings(&self) -> Outcome<Holdings> {
-        let proc = PathBuf::from(format!("/proc/{}", self.pid()));
-        let status = std::fs::read_to_string(proc.join("status"))?;
-        let field = |name: &str| -> Outcome<u64> {
-            let line = status.lines().find_map(|line| line.strip_prefix(name));
-            let word = line.and_then(|rest| rest.split_whitespace().next());
-            match word {
-                Some(word) => Ok(word.parse()?),
-                None => trouble!("no {name} in /proc/{}/status", self.pid()),
-            }
-        };
-        Ok(Holdings {
-            descriptors: std::fs::read_dir(proc.join("fd"))?.count(),
-            threads: usize::try_from(field("Threads:")?)?,
-            resident_kib: field("VmRSS:")?,
-        })
+        holdings(self.pid())
     }
+}
+
+/// What the process of this id holds now.
+pub fn holdings(pid: u32) -> Outcome<Holdings> {
+    let proc = PathBuf::from(format!("/proc/{pid}"));
+    let status = std::fs::read_to_string(proc.join("status"))?;
+    let field = |name: &str| -> Outcome<u64> {
+        let line = status.lines().find_map(|line| line.strip_prefix(name));
+        let word = line.and_then(|rest| rest.split_whitespace().next());
+        match word {
+            Some(word) => Ok(word.parse()?),
+            None => trouble!("no {name} in /proc/{pid}/status"),
+        }
+    };
+    Ok(Holdings {
+        descriptors: std::fs::read_dir(proc.join("fd"))?.count(),
+        threads: usize::try_from(field("Threads:")?)?,
+        resident_kib: field("VmRSS:")?,
+    })
 }
 
 /// The nbdtrack to test: `NBDTRACK_BIN`, else the one that cargo built for this test, else the one beside this
