@@ -178,7 +178,7 @@ impl Machine {
                 matches!(&disk.identities, Reading::Known(known) if known.contains(identity))
             }
             PinnedTo::Attachment { boot, diskseq: of } => boot.0 == self.boot && *of == diskseq,
-            PinnedTo::Doubtful => false,
+            PinnedTo::Doubtful { .. } => false,
         };
         assert!(
             is,
@@ -644,7 +644,8 @@ fn a_path_at_which_there_was_nothing_waits_for_a_person_over_a_restart() {
         let mut machine = started();
         machine.write("job", 1);
         machine.reload(true);
-        assert_eq!(machine.pins[&name("job")].to, PinnedTo::Doubtful);
+        let pin = machine.pins[&name("job")].to.clone();
+        hold_first_reason(&pin, "no disk is at");
         machine.attach(1, &["B"]);
         machine.pass();
         machine.born_us.insert(1, machine.clock_us());
@@ -661,7 +662,20 @@ fn a_path_at_which_there_was_nothing_waits_for_a_person_over_a_restart() {
             "{:?}",
             machine.state("job")
         );
+        let reason = machine.state("job").1;
+        assert_eq!(
+            reason.contains("first read (no disk is at"),
+            kept,
+            "the first reason goes on to be told: {reason}"
+        );
     }
+}
+
+fn hold_first_reason(pin: &PinnedTo, word: &str) {
+    let PinnedTo::Doubtful { why } = pin else {
+        panic!("{pin:?}");
+    };
+    assert!(why.contains(word), "{why}");
 }
 
 /// Random machines. What is held: `judge_served` at every binding, `Correlation::check` at every step, and below that a pin is made
@@ -680,7 +694,7 @@ fn no_disk_reaches_an_export_that_was_not_pinned_to_it() {
             machine
                 .pins
                 .values()
-                .any(|pin| pin.to == PinnedTo::Doubtful),
+                .any(|pin| matches!(pin.to, PinnedTo::Doubtful { .. })),
         );
         served += usize::from(!machine.serving.is_empty());
     }
@@ -770,7 +784,7 @@ fn random(seed: u64) -> Machine {
         }
         for (export, pin) in &machine.pins {
             let to = match &pin.to {
-                PinnedTo::Doubtful => continue,
+                PinnedTo::Doubtful { .. } => continue,
                 PinnedTo::Volume(identity) => identity.to_string(),
                 PinnedTo::Attachment { boot, diskseq } => format!("{} {diskseq}", boot.0),
             };
@@ -785,7 +799,7 @@ fn random(seed: u64) -> Machine {
         // A pin is kept when its line is written again.
         for (export, pin) in &machine.pins {
             let to = match &pin.to {
-                PinnedTo::Doubtful => continue,
+                PinnedTo::Doubtful { .. } => continue,
                 PinnedTo::Volume(identity) => identity.to_string(),
                 PinnedTo::Attachment { boot, diskseq } => format!("{} {diskseq}", boot.0),
             };

@@ -310,6 +310,12 @@ fn disk_that_was_there_before_the_daemon_waits_to_be_confirmed_and_stays_so_over
         place.daemon = Some(place.home.start()?);
         place.caller.reach_state("job", "Serving", STEP_LIMIT)?;
         place.caller.reach_state("late", "Failed", STEP_LIMIT)?;
+        let pending = place.nbdtrack(&["pins", "--pending"])?;
+        hold!(
+            pending.contains("first read (diskseq")
+                && pending.contains("this disk came after the line was written"),
+            "the first reason, over the restart: {pending}"
+        );
         let said = place.nbdtrack(&["pins", "confirm", "--all"])?;
         hold!(said.contains("late") && !said.contains("job"), "{said}");
         place.caller.reach_state("late", "Serving", STEP_LIMIT)?;

@@ -438,7 +438,9 @@ fn attached(export: &str, diskseq: u64) -> Pin {
 
 fn doubtful(export: &str) -> Pin {
     Pin {
-        to: PinnedTo::Doubtful,
+        to: PinnedTo::Doubtful {
+            why: format!("diskseq 7: the reason of {export}"),
+        },
         ..pin(export, "/dev/vdc", 0)
     }
 }

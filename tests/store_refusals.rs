@@ -98,7 +98,7 @@ async fn a_newer_store_and_a_strangers_are_refused_and_kept() {
             error,
             StoreError::Newer {
                 found: 1000,
-                known: 7,
+                known: 8,
                 ..
             }
         ),
@@ -131,10 +131,10 @@ async fn rows_that_are_not_understood_are_kept_and_not_used() {
         "INSERT INTO releases VALUES ('boot', '-1', 'serial:X1')",
         "INSERT INTO conflicts VALUES ('good', 'first', 'boot')",
         // Where a disk is plugged in is no volume, and half of an attachment is none.
-        "INSERT INTO pins VALUES ('slot', '/dev/vdb', 'slot:pci-0000:00:07.0', NULL, NULL)",
-        "INSERT INTO pins VALUES ('inside', '/dev/vdb', 'attachment:boot/7', NULL, NULL)",
-        "INSERT INTO pins VALUES ('text', '/dev/vdb', 'anything', NULL, NULL)",
-        "INSERT INTO pins VALUES ('number', '/dev/vdb', NULL, 'boot', 'seven')",
+        "INSERT INTO pins VALUES ('slot', '/dev/vdb', 'slot:pci-0000:00:07.0', NULL, NULL, '')",
+        "INSERT INTO pins VALUES ('inside', '/dev/vdb', 'attachment:boot/7', NULL, NULL, '')",
+        "INSERT INTO pins VALUES ('text', '/dev/vdb', 'anything', NULL, NULL, '')",
+        "INSERT INTO pins VALUES ('number', '/dev/vdb', NULL, 'boot', 'seven', '')",
     ] {
         sql(&file, statement).await;
     }

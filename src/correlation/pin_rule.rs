@@ -33,7 +33,10 @@ pub enum PinnedTo {
     Attachment { boot: BootId, diskseq: DiskSeq },
     /// Nothing, until a person says what. Durable, for a file that is written again for another reason looks as if the line were
     /// newer than the disk.
-    Doubtful,
+    Doubtful {
+        /// What spoke against it when the line was first read; empty where that was not kept.
+        why: String,
+    },
 }
 
 /// The disk at a section's path.
@@ -71,7 +74,7 @@ impl FoundDisk {
                 .as_ref()
                 .is_some_and(|known| known.contains(identity)),
             PinnedTo::Attachment { boot: of, diskseq } => of == boot && *diskseq == self.diskseq,
-            PinnedTo::Doubtful => false,
+            PinnedTo::Doubtful { .. } => false,
         }
     }
 
@@ -200,19 +203,26 @@ pub fn judge(question: Question<'_>) -> Verdict {
 
 impl PinnedTo {
     /// Why this names no disk in this boot, so that a person has to.
-    fn open_in(&self, boot: &BootId) -> Option<&'static str> {
+    fn open_in(&self, boot: &BootId) -> Option<String> {
         match self {
             PinnedTo::Volume(_) => None,
             // Invariant 12: a number of another boot names no disk of this one.
-            PinnedTo::Attachment { boot: of, .. } => (of != boot)
-                .then_some("the pin was to a disk without an identity, which no other boot knows"),
-            PinnedTo::Doubtful => Some("it was in doubt when the line was first read"),
+            PinnedTo::Attachment { boot: of, .. } => (of != boot).then(|| {
+                "the pin was to a disk without an identity, which no other boot knows".to_owned()
+            }),
+            PinnedTo::Doubtful { why } => {
+                let text = "it was in doubt when the line was first read";
+                Some(match why.as_str() {
+                    "" => text.to_owned(),
+                    why => format!("{text} ({why})"),
+                })
+            }
         }
     }
 }
 
 /// A disk that the section was not pinned to.
-fn judge_new(question: Question<'_>, open: Option<&'static str>, found: &FoundDisk) -> Verdict {
+fn judge_new(question: Question<'_>, open: Option<String>, found: &FoundDisk) -> Verdict {
     let Some(to) = found.pinned_to(question.boot) else {
         return Verdict::Undecided(format!(
             "the identity of {} has not been read yet",
@@ -230,7 +240,7 @@ fn judge_new(question: Question<'_>, open: Option<&'static str>, found: &FoundDi
         return Verdict::Pin(to);
     }
     if let Some(why) = open {
-        return confirm(why.to_owned());
+        return confirm(why);
     }
     match (question.written, found.since_us) {
         (Written::Unknown(why), _) => {
@@ -271,7 +281,7 @@ impl std::fmt::Display for PinnedTo {
         match self {
             PinnedTo::Volume(identity) => identity.fmt(f),
             PinnedTo::Attachment { diskseq, .. } => write!(f, "diskseq {diskseq} of this boot"),
-            PinnedTo::Doubtful => f.write_str("nothing"),
+            PinnedTo::Doubtful { .. } => f.write_str("nothing"),
         }
     }
 }
@@ -344,12 +354,14 @@ mod tests {
                 "pinned to attachment 7 of another boot by another path",
                 pin("/dev/vdb", attachment("before", 7)),
             ),
-            ("in doubt", pin(PATH, PinnedTo::Doubtful)),
-            (
-                "in doubt by another path",
-                pin("/dev/vdb", PinnedTo::Doubtful),
-            ),
+            ("in doubt", pin(PATH, doubtful())),
+            ("in doubt by another path", pin("/dev/vdb", doubtful())),
         ]
+    }
+
+    fn doubtful() -> PinnedTo {
+        let why = "diskseq 3: a reason".to_owned();
+        PinnedTo::Doubtful { why }
     }
 
     fn places() -> Vec<(&'static str, AtPath)> {

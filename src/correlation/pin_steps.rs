@@ -181,7 +181,8 @@ impl Correlation {
             Verdict::Confirm { found, why } => {
                 let text = confirmation(name, &path, &found, &why);
                 self.say(name, Level::Warn, "pin", text);
-                let doubtful = keep(PinnedTo::Doubtful);
+                let why = format!("diskseq {}: {why}", found.diskseq);
+                let doubtful = keep(PinnedTo::Doubtful { why });
                 let known = self.pins.known.get(name);
                 // An expired pin says more than a doubt, and is as open.
                 if known.is_none_or(|known| known.path != path) {
@@ -190,7 +191,7 @@ impl Correlation {
                 self.aim(name, VolumeId::of_path(&path));
             }
             Verdict::Undecided(reason) => {
-                self.say(name, Level::Debug, "pin", reason);
+                self.say(name, Level::Debug, "pin", reason.clone());
                 // Whatever comes to a path where there was nothing comes after the line.
                 let nothing = self.surveyed
                     && self
@@ -200,7 +201,7 @@ impl Correlation {
                         .is_some_and(|section| section.at.is_err());
                 let known = self.pins.known.get(name);
                 if nothing && known.is_none_or(|known| known.path != path) {
-                    self.store_pin(keep(PinnedTo::Doubtful));
+                    self.store_pin(keep(PinnedTo::Doubtful { why: reason }));
                 }
                 self.aim(name, VolumeId::of_path(&path));
             }

@@ -171,7 +171,7 @@ impl PinnedTo {
             PinnedTo::Attachment { boot, diskseq } => {
                 Some(VolumeId::of_attachment(&boot.0, diskseq.0))
             }
-            PinnedTo::Doubtful => None,
+            PinnedTo::Doubtful { .. } => None,
         }
     }
 }

@@ -110,23 +110,24 @@ async fn apply_each(
             .bind(disk.vm_id())
             .bind(disk.unit()),
             Change::PutPin(pin) => {
-                let (identity, boot, diskseq) = match &pin.to {
-                    PinnedTo::Volume(identity) => (Some(identity.to_string()), None, None),
+                let (identity, boot, diskseq, doubt) = match &pin.to {
+                    PinnedTo::Volume(identity) => (Some(identity.to_string()), None, None, ""),
                     PinnedTo::Attachment { boot, diskseq } => {
-                        (None, Some(boot.0.as_str()), Some(diskseq.to_string()))
+                        (None, Some(boot.0.as_str()), Some(diskseq.to_string()), "")
                     }
-                    PinnedTo::Doubtful => (None, None, None),
+                    PinnedTo::Doubtful { why } => (None, None, None, why.as_str()),
                 };
                 sqlx::query(
-                    "INSERT INTO pins (export, path, identity, boot, diskseq) VALUES (?, ?, ?, ?, ?)
+                    "INSERT INTO pins (export, path, identity, boot, diskseq, doubt) VALUES (?, ?, ?, ?, ?, ?)
                      ON CONFLICT (export) DO UPDATE SET path = excluded.path, identity = excluded.identity,
-                     boot = excluded.boot, diskseq = excluded.diskseq",
+                     boot = excluded.boot, diskseq = excluded.diskseq, doubt = excluded.doubt",
                 )
                 .bind(pin.export.as_str())
                 .bind(&pin.path)
                 .bind(identity)
                 .bind(boot)
                 .bind(diskseq)
+                .bind(doubt)
             }
             Change::DeletePin(export) => {
                 sqlx::query("DELETE FROM pins WHERE export = ?").bind(export.as_str())
@@ -160,10 +161,11 @@ pub(super) async fn load(
     )
     .fetch_all(&mut *transaction)
     .await?;
-    let pins =
-        sqlx::query("SELECT export, path, identity, boot, diskseq FROM pins ORDER BY export")
-            .fetch_all(&mut *transaction)
-            .await?;
+    let pins = sqlx::query(
+        "SELECT export, path, identity, boot, diskseq, doubt FROM pins ORDER BY export",
+    )
+    .fetch_all(&mut *transaction)
+    .await?;
     transaction.rollback().await?;
     Ok(Remembered {
         pins: parsed(&pins, "pins", file, pin),
@@ -245,7 +247,9 @@ fn pin(row: &SqliteRow) -> Result<Pin, String> {
             boot: BootId(boot),
             diskseq: diskseq(&column::<String>(row, "diskseq")?)?,
         },
-        (None, None) => PinnedTo::Doubtful,
+        (None, None) => PinnedTo::Doubtful {
+            why: column(row, "doubt")?,
+        },
     };
     Ok(Pin {
         export: name(row, "export")?,

@@ -9,7 +9,7 @@ use sqlx::{ConnectOptions, Connection, Row, SqliteConnection};
 use super::{BUSY_WITHIN, StoreError};
 
 /// One step each, from version N to N+1. Never edited once released: a new one is added.
-const MIGRATIONS: [&str; 7] = [
+const MIGRATIONS: [&str; 8] = [
     // Numbers that are 64 bits without a sign are text: SQLite's integers have a sign.
     "CREATE TABLE exports (
         name TEXT NOT NULL PRIMARY KEY,
@@ -97,6 +97,8 @@ const MIGRATIONS: [&str; 7] = [
         incarnation_qcow2 TEXT,
         CHECK (state != 'complete' OR sha256 IS NOT NULL)
     );",
+    // Why a path is in doubt, as it was found first.
+    "ALTER TABLE pins ADD COLUMN doubt TEXT NOT NULL DEFAULT '';",
 ];
 
 /// Opens `file`, which exists (empty when it is new), for reading and writing.
