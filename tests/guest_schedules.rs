@@ -6,7 +6,7 @@ use std::time::Duration;
 use nbdtrack::correlation::{
     Action, BootId, Conflict, Correlation, Definition, DeviceNode, DeviceNumber, DiskFacts,
     DiskSeq, Event, ExportName, Mark, OpenedDisk, Reading, Remembered, Request, RequestId,
-    Settings, Source, State,
+    SectionsChange, Settings, Source, State,
 };
 use nbdtrack::identity::VolumeId;
 
@@ -19,6 +19,14 @@ fn definition() -> Definition {
         direct: false,
         source: Source::Config,
     }
+}
+
+/// The first reading of a configuration.
+fn configured(exports: Vec<Definition>) -> Event {
+    Event::Sections(SectionsChange {
+        put: exports.into_iter().map(Into::into).collect(),
+        ..SectionsChange::default()
+    })
 }
 
 fn disk(minor: u32, diskseq: u64) -> DiskFacts {
@@ -61,9 +69,7 @@ fn survivor_of_a_conflict_of_a_configured_export_is_refused_after_a_restart() {
     let mut middle = Correlation::new(Settings::new(boot), remembered);
     let mut actions = middle.start();
     for event in [
-        Event::Configured {
-            exports: vec![definition()],
-        },
+        configured(vec![definition()]),
         Event::Surveyed {
             mark: Mark(1),
             disks: vec![disk(2, 11)],
@@ -86,9 +92,7 @@ fn known_twice(second: Definition) -> (Correlation, Vec<Action>) {
     let mut middle = Correlation::new(Settings::new(boot), Remembered::default());
     let mut actions = middle.start();
     let mut events = VecDeque::from([
-        Event::Configured {
-            exports: vec![definition(), second],
-        },
+        configured(vec![definition(), second]),
         Event::Surveyed {
             mark: Mark(1),
             disks: vec![facts],

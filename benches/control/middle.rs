@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use nbdtrack::correlation::{
     Action, BootId, Correlation, Definition, DeviceNode, DeviceNumber, DiskFacts, DiskSeq, Event,
-    ExportName, LeaseEnd, Mark, OpenedDisk, Reading, Remembered, Settings, Source,
+    ExportName, LeaseEnd, Mark, OpenedDisk, Reading, Remembered, SectionsChange, Settings, Source,
 };
 use nbdtrack::identity::VolumeId;
 
@@ -64,7 +64,11 @@ pub fn configured(count: u32) -> Outcome<Correlation> {
     );
     correlation.start();
     let exports = (0..count).map(definition).collect::<Outcome<Vec<_>>>()?;
-    correlation.apply(Duration::ZERO, Event::Configured { exports });
+    let change = SectionsChange {
+        put: exports.into_iter().map(Into::into).collect(),
+        ..SectionsChange::default()
+    };
+    correlation.apply(Duration::ZERO, Event::Sections(change));
     Ok(correlation)
 }
 

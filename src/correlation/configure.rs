@@ -36,26 +36,8 @@ impl<'a> Rivals<'a> {
 }
 
 impl Correlation {
-    /// Applies the difference: what did not change notices nothing.
-    pub(super) fn on_configured(&mut self, exports: Vec<Definition>) {
-        let wanted: BTreeMap<ExportName, Definition> = exports
-            .into_iter()
-            .map(|definition| (definition.name.clone(), definition))
-            .collect();
-        let gone = self
-            .exports
-            .iter()
-            .filter(|(name, export)| {
-                export.planned().source.is_file() && !wanted.contains_key(*name)
-            })
-            .map(|(name, _)| name.clone())
-            .collect();
-        let difference = self.configure(gone, wanted);
-        self.out.push(Action::Tell(Notice::Reloaded(difference)));
-    }
-
     /// Has `gone` leave, and `wanted` be as it says; of the configuration's other exports nothing is asked. What is refused is kept
-    /// for the next time when it is a section, of which the configuration says no more what is as it was.
+    /// for the next time: of what is as it was, a reading says no more.
     pub(super) fn configure(
         &mut self,
         gone: Vec<ExportName>,
@@ -73,9 +55,7 @@ impl Correlation {
             if let Some(reason) = refused.get(&name) {
                 self.refuse_definition(&definition, reason);
                 difference.refused.push((name.clone(), reason.clone()));
-                if definition.source == Source::NbdServer {
-                    self.pins.unmet.insert(name, definition);
-                }
+                self.pins.unmet.insert(name, definition);
                 continue;
             }
             let known = self.exports.get(&name);
@@ -138,10 +118,12 @@ impl Correlation {
                 .filter(|name| standing(name).is_none())
                 .filter_map(|name| self.exports.get(name))
                 .filter(|export| !export.goes());
-            for definition in known
-                .flat_map(super::Export::claims)
-                .chain(wanted.keys().filter_map(standing))
-            {
+            let claims = known.flat_map(super::Export::claims);
+            let mut rivals: Vec<&Definition> =
+                claims.chain(wanted.keys().filter_map(standing)).collect();
+            // So that the same one is named, whether the configuration says it again or not.
+            rivals.sort_by(|a, b| a.name.cmp(&b.name));
+            for definition in rivals {
                 let candidates = definition.volume.candidates();
                 for candidate in candidates.into_iter().filter(|c| sought.contains(c)) {
                     planned.entry(candidate).or_default().push(definition);

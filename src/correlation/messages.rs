@@ -62,9 +62,7 @@ pub enum Event {
     },
     /// A caller asks.
     Asked { request: RequestId, what: Request },
-    /// The definitions in the configuration files, complete.
-    Configured { exports: Vec<Definition> },
-    /// nbd-server's configuration was read.
+    /// The configuration was read.
     Sections(SectionsChange),
     /// A hidden export has no clients any more.
     Unused { export: ExportName },

@@ -326,7 +326,6 @@ impl Correlation {
             } => self.on_lease_ended(&export, generation, end),
             Event::Persisted { request, result } => self.on_persisted(request, result),
             Event::Asked { request, what } => self.on_asked(request, what),
-            Event::Configured { exports } => self.on_configured(exports),
             Event::Sections(change) => self.on_sections(change),
             Event::Unused { export } => self.on_unused(&export),
             Event::TimePassed => self.on_time_passed(),

@@ -6,7 +6,7 @@ use super::pin_rule::{Pin, PinnedTo, Written};
 use super::{Definition, DeviceNode, DiskSeq, ExportName, RequestId};
 use crate::identity::VolumeId;
 
-/// One section of nbd-server's configuration.
+/// One export of a configuration: a section of nbd-server's, or an `[[export]]` of `nbdtrack.toml`, which has no path to be pinned.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ConfiguredSection {
     /// With the volume `path:PATH` when there is a path.
@@ -14,8 +14,15 @@ pub struct ConfiguredSection {
     pub path: Option<NamedPath>,
 }
 
-/// What a reading of nbd-server's configuration found otherwise than the one before it; of the first one, everything. What is as it
-/// was is not said, so that a reload costs what changed, beside whatever number of sections.
+impl From<Definition> for ConfiguredSection {
+    fn from(definition: Definition) -> ConfiguredSection {
+        let path = None;
+        ConfiguredSection { definition, path }
+    }
+}
+
+/// What a reading of the configuration found otherwise than the one before it; of the first one, everything. What is as it was is not
+/// said, so that a reload costs what changed, beside whatever number of sections.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct SectionsChange {
     /// New, or not as they were.

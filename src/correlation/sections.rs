@@ -1,11 +1,34 @@
-//! nbd-server's sections as the configuration says them, against what was said before. PURE.
+//! What the configuration says of exports, against what it said before. PURE.
 
 use std::collections::BTreeSet;
 
 use super::pin_rule::Verdict;
-use super::pins::SectionsChange;
+use super::pins::{ConfiguredSection, SectionsChange};
 use super::{Action, Change, Correlation, ExportName, INTERNAL, Notice};
 use crate::identity::VolumeId;
+
+impl SectionsChange {
+    /// What of `now` is otherwise than `before`, both in the order of their names, each of which is there once.
+    pub fn between(before: Vec<ConfiguredSection>, now: &[ConfiguredSection]) -> SectionsChange {
+        // Both are walked at one time, for to look each of ten thousand up would take longer.
+        let mut before = before.into_iter().peekable();
+        let mut change = SectionsChange::default();
+        for section in now {
+            let this = &section.definition.name;
+            while let Some(known) = before.next_if(|known| known.definition.name < *this) {
+                change.gone.insert(known.definition.name);
+            }
+            let known = before.next_if(|known| known.definition.name == *this);
+            if known.as_ref() != Some(section) {
+                change.put.push(section.clone());
+            }
+        }
+        change
+            .gone
+            .extend(before.map(|known| known.definition.name));
+        change
+    }
+}
 
 impl Correlation {
     /// The configuration was read: what of it changed is applied, and what has no pin is judged.

@@ -47,7 +47,7 @@ pub(super) enum Report {
         result: Result<Arc<dyn Image>, OpenRefusal>,
     },
     /// The files were read again, or say why not.
-    Reloaded(Result<Read, String>),
+    Reloaded(Read),
     /// Someone asks by a row of the shared table.
     RowAsks(Box<RowAsks>),
     /// The list of claims was written, or says why not.

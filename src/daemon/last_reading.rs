@@ -1,18 +1,28 @@
-//! What the last reading of nbd-server's configuration found: the next one is compared with it, in the thread that reads, so that the loop
-//! is told no more than what changed.
+//! What the last reading of the configuration found: the next one is compared with it, in the thread that reads, so that the loop is told
+//! no more than what changed.
 
 use std::collections::{BTreeSet, HashMap};
 use std::ffi::OsString;
 
-use crate::config::KnownFiles;
 use crate::config::nbd_server::LastGood;
+use crate::config::{ClaimRules, KnownFiles};
 use crate::correlation::{ConfiguredSection, ExportName, SectionsChange, Written};
 use crate::nbd::Rules;
 
+/// Whose configuration it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Dialect {
+    /// `nbdtrack.toml` and `conf.d`
+    Toml,
+    NbdServer,
+}
+
 /// Goes to the thread that reads and comes back with what it read: it is made, changed and dropped there, for it may be of ten
 /// thousand sections.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct LastReading {
+    pub dialect: Dialect,
+    /// Of nbd-server's, as the next.
     pub files: KnownFiles,
     /// For what cannot be read the next time.
     pub good: LastGood,
@@ -21,9 +31,24 @@ pub(super) struct LastReading {
     /// What the middle was told of the sections, in the order of their names.
     told: Vec<ConfiguredSection>,
     rules: Option<Rules>,
+    /// `None` before the first reading.
+    claim: Option<Option<ClaimRules>>,
 }
 
 impl LastReading {
+    /// Nothing was read yet.
+    pub fn none(dialect: Dialect) -> LastReading {
+        LastReading {
+            dialect,
+            files: KnownFiles::default(),
+            good: LastGood::default(),
+            times: HashMap::new(),
+            told: Vec::new(),
+            rules: None,
+            claim: None,
+        }
+    }
+
     /// Takes over the times of the files, `None` for one that has none, and gives what is made of each by `judge`. A time that was
     /// comparable and is the same stays what it was made of: the clocks that it is compared with are never read in the same moment, and
     /// each section would be another one for a microsecond.
@@ -55,24 +80,19 @@ impl LastReading {
         mut sections: Vec<ConfiguredSection>,
         refused: Option<BTreeSet<ExportName>>,
     ) -> SectionsChange {
-        // As they come; then both are walked at one time, for to look each of ten thousand up would take longer.
         sections.sort_by(|a, b| a.definition.name.cmp(&b.definition.name));
-        let name = |section: &ConfiguredSection| section.definition.name.clone();
-        let mut before = std::mem::take(&mut self.told).into_iter().peekable();
-        let (mut put, mut gone) = (Vec::new(), BTreeSet::new());
-        for section in &sections {
-            let this = &section.definition.name;
-            while let Some(known) = before.next_if(|known| known.definition.name < *this) {
-                gone.insert(name(&known));
-            }
-            let known = before.next_if(|known| known.definition.name == *this);
-            if known.as_ref() != Some(section) {
-                put.push(section.clone());
-            }
-        }
-        gone.extend(before.map(|known| name(&known)));
+        let change = SectionsChange::between(std::mem::take(&mut self.told), &sections);
         self.told = sections;
-        SectionsChange { put, gone, refused }
+        SectionsChange { refused, ..change }
+    }
+
+    /// What is claimed, if that is not as it was.
+    pub fn claim(&mut self, claim: Option<ClaimRules>) -> Option<Option<ClaimRules>> {
+        if self.claim.as_ref() == Some(&claim) {
+            return None;
+        }
+        self.claim = Some(claim.clone());
+        Some(claim)
     }
 
     /// The rules, if they are not those that were there.
@@ -109,7 +129,7 @@ mod tests {
     fn of_ten_thousand_sections_the_one_that_changed_is_told_and_the_one_that_went() {
         let names = (0..10_000).map(|number| format!("e{number}"));
         let mut sections: Vec<_> = names.map(|name| section(&name, false)).collect();
-        let mut last = LastReading::default();
+        let mut last = LastReading::none(Dialect::NbdServer);
         let first = last.change(sections.clone(), None);
         assert_eq!((first.put.len(), first.gone.len()), (10_000, 0));
         sections[7] = section("e7", true);
@@ -128,7 +148,7 @@ mod tests {
 
     #[test]
     fn a_time_that_is_the_same_is_the_same_by_clocks_that_differ_by_a_moment() {
-        let mut last = LastReading::default();
+        let mut last = LastReading::none(Dialect::NbdServer);
         let mut read = |modified_us: Option<u64>, now: Written| {
             let file = OsString::from("/c");
             let times = last.times([(file.clone(), modified_us)], |_| now);
@@ -145,8 +165,12 @@ mod tests {
     }
 
     #[test]
-    fn rules_are_told_when_they_are_others() {
-        let mut last = LastReading::default();
+    fn rules_and_claims_are_told_when_they_are_others() {
+        let mut last = LastReading::none(Dialect::Toml);
+        assert_eq!(last.claim(None), Some(None), "nobody knows yet");
+        assert_eq!(last.claim(None), None);
+        let some = Some(ClaimRules::default());
+        assert_eq!(last.claim(some.clone()), Some(some));
         assert_eq!(last.rules(Rules::default()), Some(Rules::default()));
         assert_eq!(last.rules(Rules::default()), None);
         let unlisted = Rules {

@@ -50,9 +50,10 @@ use crate::mapping::{Bounds, History, HistoryTask, Store, StoreError};
 use crate::nbd::{Door, Limits};
 use crate::udev;
 use control::{Control, Edges, Stops};
-use last_reading::LastReading;
+use last_reading::{Dialect, LastReading};
+use reload::Read;
 use runtime_files::RuntimeFiles;
-use sections::{Clock, Reading};
+use sections::Clock;
 use shelf::Shelf;
 use sockets::Sockets;
 
@@ -148,22 +149,27 @@ pub fn run(options: &Options) -> Result<(), Error> {
     outcome
 }
 
-/// The configuration with the command line's words in it, and nbd-server's sections when it is of that kind.
-fn configure(options: &Options, clock: Clock) -> Result<(Config, Option<Reading>), Error> {
-    let (mut config, reading) = match &options.config {
+/// The configuration with the command line's words in it, and what of it can change while the daemon runs.
+fn configure(options: &Options, clock: Clock) -> Result<(Config, Read), Error> {
+    let (mut config, read) = match &options.config {
         Some(path) if options.command_line.is_some() || config::is_ini(path) => {
             let line = options.command_line.as_ref();
-            let reading = sections::read(path, line, LastReading::default(), clock);
+            let last = LastReading::none(Dialect::NbdServer);
+            let reading = sections::read(path, line, last, clock);
             let Some(generic) = &reading.generic else {
                 return Err(Error::Config(reading.problems));
             };
-            (sections::server_of(generic)?, Some(reading))
+            (sections::server_of(generic)?, Read::of_sections(reading))
         }
-        Some(path) => {
-            let config = config::parse(&config::read(path)?).map_err(Error::Config)?;
-            (config, None)
+        path => {
+            let config = path.as_ref().map(|path| {
+                let files = config::read(path)?;
+                config::parse(&files).map_err(Error::Config)
+            });
+            let mut config = config.transpose()?.unwrap_or_default();
+            let read = Read::of_toml(std::mem::take(&mut config.exports), config.claim.take());
+            (config, read)
         }
-        None => (Config::default(), None),
     };
     let server = &mut config.server;
     if let Some(listen) = &options.listen {
@@ -189,7 +195,7 @@ fn configure(options: &Options, clock: Clock) -> Result<(Config, Option<Reading>
             reason,
         })?;
     }
-    Ok((config, reading))
+    Ok((config, read))
 }
 
 async fn serve(options: &Options, passed: Option<Sockets>) -> Result<(), Error> {
@@ -234,7 +240,7 @@ async fn start(
     runtime_files: &mut RuntimeFiles,
 ) -> Result<Started, Error> {
     let clock = Clock::now();
-    let (config, reading) = configure(options, clock)?;
+    let (config, read) = configure(options, clock)?;
     let bus = match &config.server.bus {
         config::Bus::System => Bus::System,
         config::Bus::None => Bus::None,
@@ -329,17 +335,8 @@ async fn start(
             source,
         })?;
     }
-    control.claims_file.rule(config.claim);
     control.start(sockets);
-    match reading {
-        Some(mut reading) => {
-            let problems = reload::tell(&mut reading);
-            control.take_sections(reading, problems);
-        }
-        None => control.apply(Event::Configured {
-            exports: config.exports,
-        }),
-    }
+    control.take(read);
     Ok(Started {
         control,
         events,

@@ -1,14 +1,16 @@
 //! Reading the configuration again: on SIGHUP, and for callers of `Reload`, who hear what it changed.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::Options;
 use super::control::{Asker, Control, Report};
-use super::last_reading::LastReading;
+use super::last_reading::{Dialect, LastReading};
 use super::sections::{self, Clock, Reading};
+use crate::config::nbd_server::CommandLine;
 use crate::config::{self, ClaimRules};
-use crate::correlation::{Definition, Difference, Event, RequestError};
+use crate::correlation::{Definition, Difference, Event, RequestError, SectionsChange};
 use crate::dbus::{Answer, Publication};
+use crate::nbd::Rules;
 
 /// Problems are told to a caller up to this many bytes; the log has them all.
 const PROBLEMS_BYTES_MAX: usize = 16 << 10;
@@ -16,7 +18,7 @@ const PROBLEMS_BYTES_MAX: usize = 16 << 10;
 /// Only one reading goes on at a time: of two, the older could be applied last.
 pub(super) struct Reload {
     pub(super) clock: Clock,
-    /// Of nbd-server's configuration, what was read last; `None` when the configuration is not of that kind, and while it is read.
+    /// What was read last; `None` before that, and while it is read.
     last: Option<Box<LastReading>>,
     /// What was wrong in what is being applied, for those who asked.
     told: String,
@@ -78,45 +80,30 @@ impl Control {
         self.service.reloading();
         let reports = self.reports.clone();
         self.reload.clock.look();
-        let (last, clock) = (self.reload.last.take(), self.reload.clock);
+        let clock = self.reload.clock;
+        // It is there: it was taken with the start, and a reading gives it back.
+        let last = self.reload.last.take();
+        let last = last.unwrap_or_else(|| Box::new(LastReading::none(Dialect::Toml)));
         tokio::task::spawn_blocking(move || {
-            let read = match last {
-                Some(last) => {
-                    let mut reading = sections::read(&path, command_line.as_ref(), *last, clock);
-                    let problems = tell(&mut reading);
-                    Ok(Read::Sections(Box::new(reading), problems))
-                }
-                None => read_again(&path).map_err(|problems| {
-                    problems.iter().for_each(|problem| refused_all(problem));
-                    bounded(&problems)
-                }),
-            };
+            let read = Read::again(&path, command_line.as_ref(), *last, clock);
             // The loop is gone only when the daemon stops.
             let _stopped = reports.send(Report::Reloaded(read));
         });
     }
 
     /// The files were read, or not.
-    pub(super) fn on_reload(&mut self, read: Result<Read, String>) {
-        match read {
-            read if self.stopping => {
-                if let Ok(Read::Sections(reading, _)) = read {
-                    self.reload.last = Some(Box::new(reading.last));
-                }
-                let stopping = RequestError::NotReady("the daemon is stopping".to_owned());
-                self.answer_reload(&Err(stopping));
+    pub(super) fn on_reload(&mut self, read: Read) {
+        if self.stopping {
+            self.reload.last = Some(read.last);
+            let stopping = RequestError::NotReady("the daemon is stopping".to_owned());
+            self.answer_reload(&Err(stopping));
+        } else {
+            if let Some(found) = &read.found {
+                tracing::info!(exports = found.taken, "configuration read again");
             }
-            Ok(Read::Exports { exports, claim }) => {
-                tracing::info!(exports = exports.len(), "configuration read again");
-                self.claims_file.rule(claim);
-                self.apply(Event::Configured { exports });
-                let _asked = self.files.check();
-            }
-            Ok(Read::Sections(reading, problems)) => {
-                tracing::info!(exports = reading.taken, "configuration read again");
-                self.take_sections(*reading, problems);
-            }
-            Err(problems) => self.answer_reload(&Err(RequestError::InvalidConfig(problems))),
+            self.take(read);
+            // Whoever asks for it may have done something to files, too.
+            let _asked = self.files.check();
         }
         self.reload.reading = false;
         if std::mem::take(&mut self.reload.again) {
@@ -126,20 +113,25 @@ impl Control {
         }
     }
 
-    /// Applies nbd-server's configuration: what is wrong in it, which [`tell`] gave, keeps its last good state and the rest is taken.
-    pub(super) fn take_sections(&mut self, reading: Reading, problems: String) {
-        self.reload.last = Some(Box::new(reading.last));
-        if reading.generic.is_none() {
-            self.answer_reload(&Err(RequestError::InvalidConfig(problems)));
+    /// Applies a configuration: what is wrong in it keeps its last good state, and the rest is taken.
+    pub(super) fn take(&mut self, read: Read) {
+        self.reload.last = Some(read.last);
+        let Some(found) = read.found else {
+            self.answer_reload(&Err(RequestError::InvalidConfig(read.problems)));
             return;
-        }
-        self.reload.told = problems;
+        };
+        self.reload.told = read.problems;
         // Before what is served: a client that comes to a new export meets its rules.
-        if let Some(rules) = reading.rules {
+        if let Some(rules) = found.rules {
             self.door.rule(rules);
         }
-        self.roots.set(reading.file_roots);
-        self.apply(Event::Sections(reading.change));
+        if let Some(claim) = found.claim {
+            self.claims_file.rule(claim);
+        }
+        if let Some(roots) = found.file_roots {
+            self.roots.set(roots);
+        }
+        self.apply(Event::Sections(found.change));
         self.reload.told.clear();
     }
 
@@ -178,18 +170,103 @@ impl Control {
     }
 }
 
-/// What of the configuration can change while the daemon runs.
-pub(super) enum Read {
-    Exports {
+/// What of a configuration is taken, and differs from the one before.
+#[derive(Default)]
+pub(super) struct Found {
+    /// Exports that are taken, changed or not.
+    pub taken: usize,
+    pub change: SectionsChange,
+    /// `None` when they are as they were; so is the next.
+    pub rules: Option<Rules>,
+    pub claim: Option<Option<ClaimRules>>,
+    /// The folders beneath which files are served; `None` for those of the start.
+    pub file_roots: Option<Vec<PathBuf>>,
+}
+
+impl Found {
+    /// In the files of `nbdtrack.toml`, which are taken as a whole.
+    pub(super) fn in_toml(
         exports: Vec<Definition>,
         claim: Option<ClaimRules>,
-    },
-    /// With what is wrong in it, for callers.
-    Sections(Box<Reading>, String),
+        last: &mut LastReading,
+    ) -> Found {
+        Found {
+            taken: exports.len(),
+            change: last.change(exports.into_iter().map(Into::into).collect(), None),
+            claim: last.claim(claim),
+            ..Found::default()
+        }
+    }
+}
+
+/// What of the configuration can change while the daemon runs, as a thread has read it.
+pub(super) struct Read {
+    /// `None` when nothing of it can be used: then everything stays as it was.
+    pub found: Option<Found>,
+    /// For the next reading.
+    pub last: Box<LastReading>,
+    /// What is wrong in it, for callers.
+    pub problems: String,
+}
+
+impl Read {
+    fn again(path: &Path, line: Option<&CommandLine>, last: LastReading, clock: Clock) -> Read {
+        match last.dialect {
+            Dialect::NbdServer => Read::of_sections(sections::read(path, line, last, clock)),
+            Dialect::Toml => Read::toml(path, last),
+        }
+    }
+
+    /// With what is wrong in the log.
+    pub(super) fn of_sections(mut reading: Reading) -> Read {
+        let problems = tell(&mut reading);
+        Read {
+            found: reading.found,
+            last: Box::new(reading.last),
+            problems,
+        }
+    }
+
+    /// The first reading of `nbdtrack.toml`.
+    pub(super) fn of_toml(exports: Vec<Definition>, claim: Option<ClaimRules>) -> Read {
+        let mut last = LastReading::none(Dialect::Toml);
+        Read {
+            found: Some(Found::in_toml(exports, claim, &mut last)),
+            last: Box::new(last),
+            problems: String::new(),
+        }
+    }
+
+    /// Reads and judges all files; a problem keeps everything as it was and is told by file, line and column.
+    fn toml(path: &Path, mut last: LastReading) -> Read {
+        let parsed = config::read(path)
+            .map_err(|error| vec![error.to_string()])
+            .and_then(|files| {
+                let told = |problems: Vec<config::Problem>| {
+                    problems.iter().map(ToString::to_string).collect::<Vec<_>>()
+                };
+                config::parse(&files).map_err(told)
+            });
+        let (found, problems) = match parsed {
+            Ok(config) => {
+                let found = Found::in_toml(config.exports, config.claim, &mut last);
+                (Some(found), String::new())
+            }
+            Err(problems) => {
+                problems.iter().for_each(|problem| refused_all(problem));
+                (None, bounded(&problems))
+            }
+        };
+        Read {
+            found,
+            last: Box::new(last),
+            problems,
+        }
+    }
 }
 
 /// Logs what is wrong in a reading, and gives as much of it as callers are told. Not for the loop: there may be ten thousand lines.
-pub(super) fn tell(reading: &mut Reading) -> String {
+fn tell(reading: &mut Reading) -> String {
     for warning in std::mem::take(&mut reading.warnings) {
         tracing::warn!(name: "config_odd", "{warning}");
     }
@@ -219,15 +296,4 @@ fn bounded(problems: &[String]) -> String {
         text.push_str("\n… and more, in the log");
     }
     text
-}
-
-/// Reads and judges all files; a problem keeps everything as it was and is told by file, line and column.
-pub(super) fn read_again(path: &Path) -> Result<Read, Vec<String>> {
-    let files = config::read(path).map_err(|error| vec![error.to_string()])?;
-    let config = config::parse(&files)
-        .map_err(|problems| problems.iter().map(ToString::to_string).collect::<Vec<_>>())?;
-    Ok(Read::Exports {
-        exports: config.exports,
-        claim: config.claim,
-    })
 }

@@ -10,13 +10,12 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use super::Error;
 use super::found::{problem, refusal};
 use super::last_reading::LastReading;
+use super::reload::Found;
 use crate::config::nbd_server::{
     self, Access, Backing, COMMAND_LINE, CommandLine, Generic, Section,
 };
 use crate::config::{self, Config, Problem, Server};
-use crate::correlation::{
-    ConfiguredSection, Definition, ExportName, NamedPath, SectionsChange, Source, Written,
-};
+use crate::correlation::{ConfiguredSection, Definition, ExportName, NamedPath, Source, Written};
 use crate::identity::VolumeId;
 use crate::nbd::{self, AllowList, Rules};
 use crate::udev;
@@ -30,15 +29,10 @@ const AUTHFILE_BYTES_MAX: u64 = 2 << 20;
 
 /// The configuration, judged, with what was looked up for it.
 pub(super) struct Reading {
-    /// `None` when the main file cannot be used: then everything stays as it was.
+    /// Of nbd-server's; `None` when the main file cannot be used.
     pub generic: Option<Generic>,
-    /// Sections that are taken, changed or not.
-    pub taken: usize,
-    pub change: SectionsChange,
-    /// `None` when they are as they were.
-    pub rules: Option<Rules>,
-    /// The folders beneath which files are served.
-    pub file_roots: Vec<PathBuf>,
+    /// `None` when nothing of it can be used: then everything stays as it was.
+    pub found: Option<Found>,
     /// For the next reading.
     pub last: LastReading,
     pub problems: Vec<Problem>,
@@ -197,23 +191,22 @@ pub(super) fn read(
     if judged.generic.is_none() {
         return Reading {
             generic: None,
-            taken: 0,
-            change: SectionsChange::default(),
-            rules: None,
-            file_roots: Vec::new(),
+            found: None,
             last,
             problems: judged.problems,
             warnings: judged.warnings,
         };
     }
-    let taken = sections.len();
-    let change = last.change(sections, (!judged.unread).then_some(refused));
+    let found = Found {
+        taken: sections.len(),
+        change: last.change(sections, (!judged.unread).then_some(refused)),
+        rules: last.rules(rules),
+        claim: last.claim(None),
+        file_roots: Some(file_roots),
+    };
     last.good = judged.sections;
     Reading {
-        file_roots,
-        taken,
-        change,
-        rules: last.rules(rules),
+        found: Some(found),
         generic: judged.generic,
         last,
         problems: judged.problems,

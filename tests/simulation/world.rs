@@ -9,10 +9,11 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
 use nbdtrack::correlation::{
-    Action, BootId, Change, Conflict, Correlation, Definition, DeviceNode, DeviceNumber, DiskFacts,
-    DiskSeq, EndHow, Ensure, Event, ExportName, Generation, INTERNAL, LeaseEnd, Mapping, Mark,
-    Notice, OpenDisk, OpenRefusal, OpenedDisk, Pin, Reading, Release, Remembered, RemoveMode,
-    Reply, Request, RequestError, RequestId, Settings, Source, State, Ticket, Unkept, VmDisk,
+    Action, BootId, Change, ConfiguredSection, Conflict, Correlation, Definition, DeviceNode,
+    DeviceNumber, DiskFacts, DiskSeq, EndHow, Ensure, Event, ExportName, Generation, INTERNAL,
+    LeaseEnd, Mapping, Mark, Notice, OpenDisk, OpenRefusal, OpenedDisk, Pin, Reading, Release,
+    Remembered, RemoveMode, Reply, Request, RequestError, RequestId, SectionsChange, Settings,
+    Source, State, Ticket, Unkept, VmDisk,
 };
 use nbdtrack::identity::{Identity, Scheme, VolumeId};
 
@@ -167,6 +168,8 @@ pub struct World {
     made: BTreeSet<ExportName>,
     pub writes: VecDeque<(RequestId, Vec<Change>)>,
     pub config: Vec<Definition>,
+    /// What the middle was told of it, in the order of names.
+    told: Vec<ConfiguredSection>,
     config_refused: BTreeSet<ExportName>,
     /// The definitions of the configuration that were taken over last.
     configured: BTreeMap<ExportName, Definition>,
@@ -281,6 +284,7 @@ impl World {
             made: BTreeSet::new(),
             writes: VecDeque::new(),
             config: Vec::new(),
+            told: Vec::new(),
             config_refused: BTreeSet::new(),
             configured: BTreeMap::new(),
             conflicts: BTreeMap::new(),
@@ -756,12 +760,30 @@ impl World {
         self.apply(Event::Asked { request, what });
     }
 
+    /// The middle is told what differs from the reading before, and does what it would do if it were told everything anew.
     pub fn configure(&mut self, definitions: Vec<Definition>) {
         self.config.clone_from(&definitions);
         self.config_refused.clear();
-        self.apply(Event::Configured {
-            exports: definitions.clone(),
-        });
+        let named: BTreeMap<ExportName, ConfiguredSection> = definitions
+            .iter()
+            .map(|definition| (definition.name.clone(), definition.clone().into()))
+            .collect();
+        let sections: Vec<ConfiguredSection> = named.into_values().collect();
+        let change = SectionsChange::between(std::mem::take(&mut self.told), &sections);
+        let everything = SectionsChange {
+            put: sections.clone(),
+            ..change.clone()
+        };
+        self.told = sections;
+        // Once is enough: what is broken on purpose is not broken by this.
+        if self.broken == Broken::Nothing && change != everything {
+            let [by_change, by_everything] = [change.clone(), everything].map(|change| {
+                let mut middle = self.middle.clone();
+                middle.apply(self.now, Event::Sections(change))
+            });
+            assert_eq!(by_change, by_everything, "{change:?}");
+        }
+        self.apply(Event::Sections(change));
         self.configured.retain(|export, _| {
             self.config
                 .iter()
@@ -881,6 +903,7 @@ impl World {
         let actions = self.middle.start();
         self.note(|| "-- start".to_owned());
         self.perform_all(actions);
+        self.told.clear();
         let config = self.config.clone();
         self.configure(config);
     }

@@ -39,9 +39,10 @@ fn machine(disks: Vec<DiskFacts>) -> Correlation {
     let now = Duration::from_secs(1);
     machine.apply(
         now,
-        Event::Configured {
-            exports: vec![definition],
-        },
+        Event::Sections(SectionsChange {
+            put: vec![definition.into()],
+            ..SectionsChange::default()
+        }),
     );
     let surveyed = Event::Surveyed {
         mark: Mark(1),
@@ -154,9 +155,10 @@ fn a_value_that_differs_only_in_its_letters_is_called_near() {
     let now = Duration::from_secs(2);
     machine.apply(
         now,
-        Event::Configured {
-            exports: vec![definition.clone()],
-        },
+        Event::Sections(SectionsChange {
+            put: vec![definition.clone().into()],
+            ..SectionsChange::default()
+        }),
     );
     machine.apply(
         now,
