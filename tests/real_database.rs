@@ -6,7 +6,7 @@ mod support;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use support::bus::{Bus, Client, Options, Refused};
+use support::bus::{Bus, Client};
 use support::client::Client as Nbd;
 use support::daemon::Home;
 use support::ground::{Ground, Need, real, tell};
@@ -14,8 +14,8 @@ use support::loops::LoopDevice;
 use support::mariadb::MariaDb;
 use support::process;
 use support::scene::{STEP_LIMIT, Scene, Volume, nbdtrack};
+use support::vm_disks::{VM, ensure, ensure_now, ensure_when_up, name};
 use support::{Doing, Outcome, until};
-use zbus::Variant;
 
 const NEEDS: &[Need] = &[
     Need::Loop,
@@ -25,41 +25,8 @@ const NEEDS: &[Need] = &[
     Need::Tool("mariadb"),
 ];
 const BYTES: u64 = 4 << 20;
-const VM: &str = "4205784a-098a-40f1-1f1e-a5cd2597fd59";
 /// A call that the database cannot carry out is answered within this: one deadline of a transaction, and what a busy machine adds.
 const BOUNDED: Duration = Duration::from_secs(8);
-
-fn name(unit: u32) -> String {
-    format!("migration-vm-{VM}-disk{unit}")
-}
-
-fn ensure(client: &Client, unit: u32, volume: &str) -> Result<bool, Refused> {
-    let options = Options::from([("volume", Variant::from(volume))]);
-    let answer = client.call("EnsureVmExport", &(VM, unit, "web 1", options))?;
-    let (_, _, created): (zbus::OwnedObjectPath, String, bool) = answer.body().deserialize()?;
-    Ok(created)
-}
-
-/// As [`ensure`], and waits for nothing to be served.
-fn ensure_now(client: &Client, unit: u32, volume: &str) -> Result<(), Refused> {
-    let options = Options::from([
-        ("volume", Variant::from(volume)),
-        ("wait_ms", Variant::from(0_u32)),
-    ]);
-    client.call("EnsureVmExport", &(VM, unit, "web 1", options))?;
-    Ok(())
-}
-
-/// Until the database is reached, calls are told to come back.
-fn ensure_when_up(client: &Client, unit: u32, volume: &str) -> Outcome<()> {
-    until(STEP_LIMIT, "the database to be reached", || {
-        match ensure(client, unit, volume) {
-            Ok(_) => Ok(Some(())),
-            Err(refusal) if refusal.is("NotReady") => Ok(None),
-            Err(refusal) => Err(refusal.into()),
-        }
-    })
-}
 
 fn row(server: &MariaDb, unit: u32) -> Outcome<String> {
     server.sql(&format!(
@@ -441,32 +408,6 @@ fn two_daemons_on_one_database_leave_each_others_rows_alone() -> Outcome<()> {
             "a daemon that stopped keeps its rows"
         );
         one.stop()
-    })
-}
-
-#[test]
-fn a_transaction_that_the_server_gives_up_is_begun_anew() -> Outcome<()> {
-    real("certification", NEEDS, |ground| {
-        let server = MariaDb::make(ground.path(), &[])?;
-        server.sql(ORM_TABLE)?;
-        // As a Galera node answers a transaction that failed certification. Aria is not transactional, so the count stays.
-        server.sql("CREATE TABLE tries (n INT) ENGINE = Aria TRANSACTIONAL = 0; INSERT INTO tries VALUES (0)")?;
-        let trigger = "CREATE TRIGGER give_up BEFORE INSERT ON vm_export_mappings FOR EACH ROW BEGIN
-            UPDATE tries SET n = n + 1;
-            IF (SELECT n FROM tries) < 4 THEN
-                SIGNAL SQLSTATE '40001' SET MYSQL_ERRNO = 1213, MESSAGE_TEXT = 'Deadlock found when trying to get lock';
-            END IF; END";
-        server.sql(&format!("DELIMITER //\n{trigger}//"))?;
-        let mut scene = scene(ground, server.store("one"))?;
-        ensure_when_up(&scene.client, 0, &scene.volumes[0].id())?;
-        let tries = server.sql("SELECT n FROM tries")?;
-        hold!(tries == "4", "{tries} tries");
-        row_is(
-            &server,
-            0,
-            &format!("web 1\t{}\tactive\tServing\tone", scene.devices[0].node()),
-        )?;
-        scene.stop()
     })
 }
 

@@ -163,7 +163,7 @@ impl Control {
             states: states.clone(),
             reports: reports.clone(),
         };
-        let keeper = tokio::spawn(keeper.run(order_receiver));
+        let keeper = keeper.spawn(order_receiver);
         let clients = Arc::new(ClientChanges::default());
         let changed = Arc::clone(&clients);
         door.on_clients_changed(Box::new(move |name, _count| {

@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::{Notify, mpsc, oneshot};
+use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use super::control::{Asker, Control, Report};
@@ -122,6 +123,25 @@ pub(super) struct Keeper {
 }
 
 impl Keeper {
+    /// Begins [`Self::run`] on a thread of its own, which ends with it: ten thousand rows of a shared table are decoded and judged at each
+    /// look, and the loop's thread would have time for nobody else meanwhile (invariant 11).
+    pub fn spawn(self, orders: mpsc::Receiver<Order>) -> JoinHandle<()> {
+        tokio::task::spawn_blocking(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build();
+            match runtime {
+                Ok(runtime) => {
+                    runtime.block_on(self.run(orders));
+                    // A look-up of a path that hangs holds nobody up.
+                    runtime.shutdown_background();
+                }
+                // The loop takes the end of this thread for what it is.
+                Err(error) => tracing::error!(%error, "the store's thread cannot start"),
+            }
+        })
+    }
+
     /// Carries out orders one after the other, in the order in which the middle gave them: a deletion that overtook the addition
     /// before it would leave the export in the store. Ends with the last sender.
     pub async fn run(mut self, mut orders: mpsc::Receiver<Order>) {

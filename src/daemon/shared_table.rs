@@ -240,7 +240,9 @@ impl SharedTable {
         let Link::Up(database) = &mut self.link else {
             return Err(self.away());
         };
-        match database.put(&puts).await {
+        let done = database.put(&puts).await;
+        self.count_retried();
+        match done {
             Ok(()) => Ok(Some(Kept(puts))),
             Err(DatabaseError::Taken(reason)) => Err(Unkept::Taken(reason)),
             Err(DatabaseError::Away(reason)) => {

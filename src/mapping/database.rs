@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use sqlx::mysql::{MySqlConnectOptions, MySqlDatabaseError, MySqlRow, MySqlSslMode};
 use sqlx::{ConnectOptions, Connection, MySqlConnection, Row};
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 use super::database_rows as rows;
 use super::reconcile::{Beside, Known, SeenRow, Values};
@@ -24,7 +24,10 @@ const WITHIN: Duration = Duration::from_secs(3);
 /// For the whole table.
 const READ_WITHIN: Duration = Duration::from_secs(5);
 /// Transactions that were given up for others are begun so often in all.
-const ATTEMPTS: u32 = 5;
+const ATTEMPTS: u32 = 9;
+/// Before the second attempt, doubled with each more: within one deadline in all. In a cluster a transaction fails for what the node
+/// has not applied yet, and would fail again at once.
+const AGAIN_AFTER: Duration = Duration::from_millis(5);
 /// Rows that are read: more than exports there can be are a mistake of someone's.
 pub const ROWS_MAX: u32 = 65_536;
 
@@ -195,6 +198,7 @@ impl Database {
         let (connection, owner, retried) = (&mut self.connection, &self.owner, &mut self.retried);
         let transaction = async {
             let mut attempt = 1;
+            let mut pause = AGAIN_AFTER;
             loop {
                 let done = once(&mut *connection, owner, write).await;
                 match done {
@@ -202,6 +206,8 @@ impl Database {
                         tracing::debug!(%error, attempt, "a transaction was given up by the server, and is begun anew");
                         attempt += 1;
                         *retried += 1;
+                        sleep(pause).await;
+                        pause *= 2;
                     }
                     Err(rows::Fault::Sql(error)) => return Err(away(error)),
                     Err(rows::Fault::Taken(reason)) => return Err(DatabaseError::Taken(reason)),
@@ -297,6 +303,11 @@ fn is_given_up(error: &sqlx::Error) -> bool {
 /// ER_DUP_ENTRY
 pub(super) fn is_duplicate(error: &sqlx::Error) -> bool {
     number(error) == Some(1062)
+}
+
+/// ER_UNKNOWN_SYSTEM_VARIABLE: a server that knows nothing of clusters.
+pub(super) fn is_unknown_variable(error: &sqlx::Error) -> bool {
+    number(error) == Some(1193)
 }
 
 /// A row of the joined tables.

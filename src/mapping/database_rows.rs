@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use sqlx::{MySqlConnection, Row};
 
-use super::database::{ROWS_MAX, is_duplicate, seen};
+use super::database::{ROWS_MAX, is_duplicate, is_unknown_variable, seen};
 use super::reconcile::{Known, SeenRow};
 use super::table::device_path;
 use crate::correlation::{MappingState, VmDisk};
@@ -81,6 +81,15 @@ pub(super) async fn prepare(connection: &mut MySqlConnection) -> Result<(), sqlx
     sqlx::query("SET SESSION innodb_lock_wait_timeout = 1, lock_wait_timeout = 2")
         .execute(&mut *connection)
         .await?;
+    // A node of a cluster may not have applied what others have been told. A row that it lacks so would count as deleted.
+    let waits = sqlx::query("SET SESSION wsrep_sync_wait = 1")
+        .execute(&mut *connection)
+        .await;
+    if let Err(error) = waits
+        && !is_unknown_variable(&error)
+    {
+        return Err(error);
+    }
     let there: Vec<String> = sqlx::query_scalar(
         "SELECT CAST(table_name AS CHAR) FROM information_schema.tables WHERE table_schema = DATABASE()",
     )

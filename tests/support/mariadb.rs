@@ -11,6 +11,31 @@ use super::process::{self, Running, command};
 use super::{Doing, Outcome, until};
 use crate::hold;
 
+/// Debian's galera-4.
+pub const GALERA: &str = "/usr/lib/galera/libgalera_smm.so";
+/// How a node of ours gets the state of another one (the interface of MariaDB's `wsrep_sst_*`): it has it.
+const SAME_STATE: &str = r#"#!/bin/sh
+here=$(dirname "$0")
+while [ $# -gt 0 ]; do
+    case $1 in
+        --role) role=$2 ;;
+        --gtid) gtid=$2 ;;
+    esac
+    shift
+done
+case $role in
+    joiner)
+        echo "ready 127.0.0.1:1/same"
+        until [ -s "$here/given" ]; do sleep 0.02; done
+        cat "$here/given"
+        ;;
+    donor)
+        echo "$gtid" >"$here/given.new"
+        mv "$here/given.new" "$here/given"
+        echo "done $gtid"
+        ;;
+esac
+"#;
 const START_LIMIT: Duration = Duration::from_secs(60);
 const SQL_LIMIT: Duration = Duration::from_secs(30);
 
@@ -20,6 +45,8 @@ pub struct MariaDb {
     pub socket: PathBuf,
     pub port: u16,
     options: Vec<String>,
+    /// Where the server finds a program of ours.
+    tools: Option<PathBuf>,
     process: Option<Running>,
 }
 
@@ -27,6 +54,77 @@ impl MariaDb {
     /// Makes the data in `folder` (which may be a mount) with a database `appliance`, and an account `nbdtrack` without a password
     /// that may do there what it likes. Leaves the server running.
     pub fn make(folder: &Path, options: &[&str]) -> Outcome<MariaDb> {
+        let options = options.iter().map(|&option| option.to_owned()).collect();
+        let mut server = MariaDb::install(folder, options)?;
+        server.start()?;
+        server.admit()?;
+        Ok(server)
+    }
+
+    /// Two nodes of one Galera cluster on the loopback, in folders of their own; both begin with the same data, and what the first has
+    /// done since then the second is told as it joins.
+    pub fn cluster(folder: &Path) -> Outcome<[MariaDb; 2]> {
+        let (one, two) = (folder.join("node-1"), folder.join("node-2"));
+        let joins = folder.join("wsrep_sst_same");
+        std::fs::write(&joins, SAME_STATE)?;
+        std::fs::set_permissions(&joins, std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
+        let mut ports = [0; 4];
+        for port in &mut ports {
+            *port = super::daemon::free_port()?;
+        }
+        let options = |node: usize, peers: &str| {
+            vec![
+                "--wsrep-on=ON".to_owned(),
+                format!("--wsrep-provider={GALERA}"),
+                format!(
+                    "--wsrep-provider-options=gmcast.listen_addr=tcp://127.0.0.1:{};ist.recv_addr=127.0.0.1:{};\
+                     gcache.size=8M;gcache.page_size=8M;pc.recovery=false",
+                    ports[node],
+                    ports[node + 2]
+                ),
+                format!("--wsrep-cluster-address=gcomm://{peers}"),
+                "--wsrep-cluster-name=nbdtrack".to_owned(),
+                format!("--wsrep-node-name=node-{}", node + 1),
+                "--wsrep-node-address=127.0.0.1".to_owned(),
+                "--wsrep-sst-method=same".to_owned(),
+                "--binlog-format=ROW".to_owned(),
+                "--innodb-autoinc-lock-mode=2".to_owned(),
+            ]
+        };
+        std::fs::create_dir(&one)?;
+        let mut first = MariaDb::install(&one, options(0, ""))?;
+        first.tools = Some(folder.to_owned());
+        first.start()?;
+        first.admit()?;
+        first.stop()?;
+        let copied = [&one, &two].map(|folder| folder.display().to_string());
+        process::succeed("cp", &["-a", &copied[0], &copied[1]], START_LIMIT)?;
+        first.start()?;
+        let mut second = MariaDb {
+            socket: two.join("mysqld.sock"),
+            folder: two,
+            port: super::daemon::free_port()?,
+            options: options(1, &format!("127.0.0.1:{}", ports[0])),
+            tools: Some(folder.to_owned()),
+            process: None,
+        };
+        second.start()?;
+        for node in [&first, &second] {
+            until(START_LIMIT, "two nodes to be one cluster", || {
+                Ok((node.status("wsrep_cluster_size")? == 2).then_some(()))
+            })?;
+        }
+        Ok([first, second])
+    }
+
+    /// A number that the server counts.
+    pub fn status(&self, name: &str) -> Outcome<u64> {
+        let line = self.sql(&format!("SHOW GLOBAL STATUS LIKE '{name}'"))?;
+        let value = line.rsplit('\t').next().unwrap_or_default();
+        value.parse().doing(format!("{name}: {line:?}"))
+    }
+
+    fn install(folder: &Path, options: Vec<String>) -> Outcome<MariaDb> {
         let data = folder.join("data");
         let args = [
             "--no-defaults".to_owned(),
@@ -38,16 +136,20 @@ impl MariaDb {
             "--innodb-log-file-size=4M".to_owned(),
         ];
         process::succeed("mariadb-install-db", &args, START_LIMIT)?;
-        let mut server = MariaDb {
+        Ok(MariaDb {
             folder: folder.to_owned(),
             socket: folder.join("mysqld.sock"),
             port: super::daemon::free_port()?,
-            options: options.iter().map(|&option| option.to_owned()).collect(),
+            options,
+            tools: None,
             process: None,
-        };
-        server.start()?;
-        server.sql("CREATE DATABASE appliance; CREATE USER nbdtrack@localhost; GRANT ALL ON appliance.* TO nbdtrack@localhost")?;
-        Ok(server)
+        })
+    }
+
+    /// Makes the database and the account.
+    fn admit(&self) -> Outcome<()> {
+        self.sql("CREATE DATABASE appliance; CREATE USER nbdtrack@localhost; GRANT ALL ON appliance.* TO nbdtrack@localhost")?;
+        Ok(())
     }
 
     /// Starts the server (again), and waits until it answers.
@@ -72,6 +174,10 @@ impl MariaDb {
             .args(&self.options)
             .stdout(Stdio::null())
             .stderr(log);
+        if let Some(tools) = &self.tools {
+            let path = std::env::var("PATH").unwrap_or_default();
+            command.env("PATH", format!("{}:{path}", tools.display()));
+        }
         self.process = Some(Running(command.spawn().doing("start mariadbd")?));
         until(START_LIMIT, "mariadbd to answer", || {
             if let Some(process) = &mut self.process

@@ -25,6 +25,7 @@ pub mod process;
 pub mod scene;
 pub mod stream;
 pub mod uevents;
+pub mod vm_disks;
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -105,8 +105,13 @@ impl Scene {
 
     /// A running daemon with these lines in `[server]` and these exports, each a (name, `profile:id`); no disk.
     pub fn told(ground: &Ground, server: String, exports: &[(&str, String)]) -> Outcome<Scene> {
-        let bus = Bus::start(ground.path())?;
-        let mut home = Home::new(ground.path(), &bus.address)?;
+        Scene::told_in(ground.path(), server, exports)
+    }
+
+    /// As [`Self::told`], for one of several daemons: all that it has is in `folder`.
+    pub fn told_in(folder: &Path, server: String, exports: &[(&str, String)]) -> Outcome<Scene> {
+        let bus = Bus::start(folder)?;
+        let mut home = Home::new(folder, &bus.address)?;
         home.server = server;
         home.configure(exports)?;
         let daemon = Some(home.start()?);
