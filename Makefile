@@ -102,6 +102,8 @@ install: ## Install the built binary and all that ships with it, below DESTDIR
 	install -D -m 644 systemd/nbdtrack.sysusers $(DESTDIR)$(PREFIX)/lib/sysusers.d/nbdtrack.conf
 	install -D -m 644 systemd/nbdtrack.tmpfiles $(DESTDIR)$(PREFIX)/lib/tmpfiles.d/nbdtrack.conf
 	install -D -m 644 dbus/org.nbdtrack1.conf $(DESTDIR)$(PREFIX)/share/dbus-1/system.d/org.nbdtrack1.conf
+	install -D -m 644 dbus/org.nbdtrack1-polkit.conf $(DESTDIR)$(PREFIX)/share/doc/nbdtrack/org.nbdtrack1-polkit.conf
+	install -D -m 644 dbus/org.nbdtrack1.policy $(DESTDIR)$(PREFIX)/share/polkit-1/actions/org.nbdtrack1.policy
 	install -D -m 644 dbus/org.nbdtrack1.service $(DESTDIR)$(PREFIX)/share/dbus-1/system-services/org.nbdtrack1.service
 	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/dbus-1/interfaces dbus/org.nbdtrack1.Manager.xml dbus/org.nbdtrack1.Volume.xml dbus/org.nbdtrack1.Export.xml dbus/org.nbdtrack1.Job.xml
 	install -D -m 644 packaging/nbdtrack.catalog $(DESTDIR)$(PREFIX)/lib/systemd/catalog/nbdtrack.catalog
@@ -117,7 +119,7 @@ uninstall: ## Remove what install put below DESTDIR; configuration and state sta
 	rm -f $(addprefix $(DESTDIR)$(PREFIX)/lib/systemd/system/nbdtrack.,service socket)
 	rm -f $(DESTDIR)$(PREFIX)/lib/systemd/catalog/nbdtrack.catalog
 	rm -f $(DESTDIR)$(PREFIX)/lib/sysusers.d/nbdtrack.conf $(DESTDIR)$(PREFIX)/lib/tmpfiles.d/nbdtrack.conf
-	rm -f $(DESTDIR)$(PREFIX)/share/dbus-1/system.d/org.nbdtrack1.conf
+	rm -f $(DESTDIR)$(PREFIX)/share/dbus-1/system.d/org.nbdtrack1.conf $(DESTDIR)$(PREFIX)/share/polkit-1/actions/org.nbdtrack1.policy
 	rm -f $(DESTDIR)$(PREFIX)/share/dbus-1/system-services/org.nbdtrack1.service
 	rm -f $(addprefix $(DESTDIR)$(PREFIX)/share/dbus-1/interfaces/org.nbdtrack1.,Manager.xml Volume.xml Export.xml Job.xml)
 	rm -f $(DESTDIR)$(PREFIX)/lib/udev/rules.d/60-nbdtrack.rules $(DESTDIR)/etc/multipath/conf.d/nbdtrack.conf

@@ -3,15 +3,22 @@
 #![allow(clippy::unwrap_used, clippy::panic)] // A test ends where something is missing.
 
 mod bus;
+mod polkit;
 
-use std::process::Command;
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::{BufRead, Write};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 use bus::{PrivateBus, block_on};
 use nbdtrack::correlation::{
     DeviceNode, DeviceNumber, Difference, DiskSeq, DiskView, ExportName, ExportView, Generation,
     Notice, Source, State,
 };
-use nbdtrack::dbus::{Answer, Bus, Caller, JobView, Publication, Stage, serve};
+use nbdtrack::dbus::{
+    Access, Answer, Bus, Caller, JobView, Publication, Publisher, Stage, serve, serve_asking_polkit,
+};
+use polkit::Polkit;
 use tokio::sync::mpsc;
 
 /// Where a method is, how busctl writes its arguments, and whether the group may call it; root and the users that a policy
@@ -371,18 +378,13 @@ fn root_and_named_users_do_all_the_group_reads_and_others_nothing() {
             for property in named(interface, "property") {
                 let words = ["get-property", "org.nbdtrack1", path, interface, &property];
                 walk(&address, &format!("{interface}.{property}"), &words, true).await;
-                // The bus stops a Set by its name alone, whatever it would set.
-                let arguments = ["ssv", interface, &property, "u", "1"];
-                let mut words = vec!["call", "org.nbdtrack1", path, PROPERTIES, "Set"];
-                words.extend(arguments);
-                walk(
-                    &address,
-                    &format!("{interface}.{property} set"),
-                    &words,
-                    false,
-                )
-                .await;
             }
+            // The bus stops a Set by its name alone, whatever it would set: one of each interface stands for all.
+            let property = &named(interface, "property")[0];
+            let mut words = vec!["call", "org.nbdtrack1", path, PROPERTIES, "Set"];
+            words.extend(["ssv", interface, property, "u", "1"]);
+            let what = format!("{interface}.{property} set");
+            walk(&address, &what, &words, false).await;
         }
         drop(publisher);
         // Once the name is free, only root gets it.
@@ -543,4 +545,344 @@ fn the_command_line_says_who_may_when_the_policy_refuses() {
             assert_eq!(text.contains("the group nbdtrack"), code == 5, "{text}");
         }
     });
+}
+
+/// What polkit's action `dangerous` is for; every other method of the Manager that the group may not call is `change`.
+const DANGEROUS: [&str; 5] = [
+    "ResolveConflict",
+    "ConfirmPin",
+    "Repin",
+    "Unpin",
+    "DeleteBackup",
+];
+
+/// Of each kind of call some.
+const KINDS: [&str; 6] = [
+    "Ping",
+    "GetManagedObjects",
+    "Set",
+    "AddExport",
+    "Rescan",
+    "Repin",
+];
+
+/// Calls whose arguments alone make them dangerous.
+const HARD: [Row; 2] = [
+    (
+        ROOT,
+        MANAGER,
+        "RemoveExport",
+        &["sa{sv}", "a", "1", "mode", "s", "hard"],
+        false,
+    ),
+    (
+        ROOT,
+        MANAGER,
+        "PrepareDetach",
+        &["sa{sv}", "loop:/x", "1", "hard", "b", "true"],
+        false,
+    ),
+];
+
+/// Root, a user of `[dbus] users`, one of the group, one whom a rule lets read and change, one about whom no rule says anything.
+const ASKED: [&str; 5] = ["root", "games", "nobody", "daemon", "bin"];
+
+const RULES: &str = r#"
+polkit.addRule(function(action, subject) {
+    if (subject.user != "daemon") return polkit.Result.NOT_HANDLED;
+    if (action.id == "org.nbdtrack1.dangerous") return polkit.Result.NO;
+    if (action.id == "org.nbdtrack1.change" && action.lookup("method") == "Rescan") return polkit.Result.NO;
+    return polkit.Result.YES;
+});
+"#;
+
+fn uid(user: &str) -> u32 {
+    nix::unistd::User::from_name(user)
+        .unwrap()
+        .unwrap()
+        .uid
+        .as_raw()
+}
+
+/// Serves with polkit in place; every call that reaches the loop is answered.
+async fn asking(address: &str) -> Publisher {
+    let (commands, mut queue) = mpsc::channel(64);
+    let access = Access {
+        users: BTreeSet::from([uid("games")]),
+        group: Some(
+            nix::unistd::Group::from_name("nogroup")
+                .unwrap()
+                .unwrap()
+                .gid
+                .as_raw(),
+        ),
+    };
+    let bus = Bus::parse(address).unwrap();
+    let publisher = serve_asking_polkit(&bus, commands, access).await.unwrap();
+    publisher.offer(shown());
+    tokio::spawn(async move {
+        while let Some(command) = queue.recv().await {
+            let _ = command.reply.send(Ok(Answer::Done));
+        }
+    });
+    publisher
+}
+
+/// busctl as `user`.
+fn busctl(address: &str, user: &str, words: &[&str]) -> Command {
+    let mut command = Command::new("setpriv");
+    command
+        .args([format!("--reuid={user}"), group_of(user)])
+        .args(["--clear-groups", "busctl"])
+        .arg(format!("--address={address}"))
+        .args(words);
+    command
+}
+
+/// What busctl says on its way out; empty when the call did what it should.
+async fn said(address: &str, user: &str, words: &[&str]) -> String {
+    let mut command = busctl(address, user, words);
+    let output = tokio::task::spawn_blocking(move || command.output().unwrap())
+        .await
+        .unwrap();
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+fn words<'a>(&(path, interface, method, arguments, _): &Row) -> Vec<&'a str> {
+    let mut words = vec!["call", "org.nbdtrack1", path, interface, method];
+    words.extend(arguments);
+    words
+}
+
+#[test]
+fn with_polkit_root_named_users_and_the_reading_group_are_not_asked_and_others_are() {
+    assert!(nix::unistd::geteuid().is_root(), "this test needs root");
+    block_on(async move {
+        let bus = polkit::bus("nogroup");
+        let test =
+            "with_polkit_root_named_users_and_the_reading_group_are_not_asked_and_others_are";
+        let Some(_polkit) = Polkit::start(test, &bus, RULES).await else {
+            return;
+        };
+        let publisher = asking(&bus.address).await;
+        let mut listeners = Vec::new();
+        for user in ["nobody", "daemon"] {
+            let child = Command::new("setpriv")
+                .args([format!("--reuid={user}"), group_of(user)])
+                .args(["--clear-groups", "timeout", "60", "gdbus", "monitor"])
+                .args(["--address", &bus.address, "--dest", "org.nbdtrack1"])
+                .stdout(Stdio::piped())
+                .spawn()
+                .expect("gdbus is installed (libglib2.0-bin)");
+            listeners.push((user, child));
+        }
+        for (at, row) in CALLS.iter().chain(&HARD).enumerate() {
+            let (_, interface, method, arguments, group_may) = *row;
+            let free = interface == "org.freedesktop.DBus.Peer" || method == "NoSuchMethod";
+            let hard = HARD.iter().any(|(.., hard, _)| *hard == arguments);
+            let dangerous = hard || DANGEROUS.contains(&method);
+            for user in ASKED {
+                // Those two are told by every row what it is; of the others each kind of row tells.
+                if !["nobody", "bin"].contains(&user) && !hard && !KINDS.contains(&method) {
+                    continue;
+                }
+                let may = match user {
+                    "root" | "games" => true,
+                    "nobody" => group_may,
+                    "daemon" => group_may || !dangerous && method != "Rescan",
+                    _ => false,
+                };
+                let text = said(&bus.address, user, &words(row)).await;
+                let action = match (group_may, dangerous) {
+                    (true, _) => "org.nbdtrack1.read",
+                    (_, true) => "org.nbdtrack1.dangerous",
+                    (_, false) => "org.nbdtrack1.change",
+                };
+                let refused = text.contains("polkit") && text.contains(action);
+                assert_eq!(
+                    !refused,
+                    may || free,
+                    "{user}: {interface}.{method}: {text}"
+                );
+                assert!(!text.contains("Access denied"), "{user}: {method}: {text}");
+            }
+            publisher.offer(vec![export(u32::try_from(at).unwrap())]);
+        }
+        for (user, mut child) in listeners {
+            let pid = nix::unistd::Pid::from_raw(child.id().try_into().unwrap());
+            nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
+            let mut text = String::new();
+            std::io::Read::read_to_string(&mut child.stdout.take().unwrap(), &mut text).unwrap();
+            child.wait().unwrap();
+            let hears = user == "nobody";
+            assert_eq!(text.contains("PropertiesChanged"), hears, "{user}: {text}");
+        }
+    });
+}
+
+#[test]
+fn with_polkit_a_password_is_asked_for_only_when_the_call_allows_it() {
+    assert!(nix::unistd::geteuid().is_root(), "this test needs root");
+    block_on(async move {
+        let bus = polkit::bus("nogroup");
+        let test = "with_polkit_a_password_is_asked_for_only_when_the_call_allows_it";
+        let Some(_polkit) = Polkit::start(test, &bus, RULES).await else {
+            return;
+        };
+        let _publisher = asking(&bus.address).await;
+        let rescan = [
+            "call",
+            "org.nbdtrack1",
+            ROOT,
+            MANAGER,
+            "Rescan",
+            "a{sv}",
+            "0",
+        ];
+        let mut quiet = vec!["--allow-interactive-authorization=no"];
+        quiet.extend(rescan);
+        let text = said(&bus.address, "bin", &quiet).await;
+        assert!(text.contains("does not allow to ask for one"), "{text}");
+        let text = said(&bus.address, "bin", &rescan).await;
+        assert!(text.contains("no authentication agent"), "{text}");
+        let link = bus.connect().await;
+        for right in [true, false] {
+            // The shell waits until the agent of its process is there, and becomes busctl.
+            let mut command = Command::new("setpriv");
+            command
+                .args(["--reuid=bin", "--regid=bin", "--clear-groups", "sh", "-c"])
+                .arg("echo here; read -r _; exec busctl \"$@\"")
+                .args(["sh", &format!("--address={}", bus.address)])
+                .args(rescan)
+                .stdin(Stdio::piped())
+                .stdout(Stdio::piped())
+                .stderr(Stdio::piped());
+            let mut child = command.spawn().unwrap();
+            let mut line = String::new();
+            let mut output = std::io::BufReader::new(child.stdout.take().unwrap());
+            output.read_line(&mut line).unwrap();
+            let pid = child.id();
+            let mut input = child.stdin.take().unwrap();
+            let answering = polkit::answer_one(&link, pid, right);
+            let going = tokio::task::spawn_blocking(move || {
+                input.write_all(b"\n").unwrap();
+                child.wait_with_output().unwrap()
+            });
+            // The call cannot be made before the agent is registered, which the first of the two does at once.
+            let (asked, ended) = tokio::join!(answering, going);
+            let ended = ended.unwrap();
+            let text = String::from_utf8_lossy(&ended.stderr);
+            assert_eq!(asked.action, "org.nbdtrack1.change");
+            assert!(
+                asked.text.contains("Authentication is required"),
+                "{}",
+                asked.text
+            );
+            assert_eq!(ended.status.success(), right, "{text}");
+            assert_eq!(text.contains("no password was given"), !right, "{text}");
+        }
+    });
+}
+
+#[test]
+fn a_polkit_that_is_absent_or_hangs_denies_and_holds_up_no_one_else() {
+    assert!(nix::unistd::geteuid().is_root(), "this test needs root");
+    block_on(async move {
+        let bus = polkit::bus("nogroup");
+        let publisher = asking(&bus.address).await;
+        let stats = [
+            "call",
+            "org.nbdtrack1",
+            ROOT,
+            MANAGER,
+            "GetStats",
+            "a{sv}",
+            "0",
+        ];
+        let text = said(&bus.address, "daemon", &stats).await;
+        assert!(text.contains("polkit cannot be asked"), "{text}");
+        let text = said(&bus.address, "nobody", &stats).await;
+        assert!(text.is_empty(), "the group needs no polkit: {text}");
+        let test = "a_polkit_that_is_absent_or_hangs_denies_and_holds_up_no_one_else";
+        let Some(polkit) = Polkit::start(test, &bus, RULES).await else {
+            return;
+        };
+        let text = said(&bus.address, "daemon", &stats).await;
+        assert!(text.is_empty(), "{text}");
+        let link = bus.connect().await;
+        polkit.freeze(true);
+        // Enough for all questions that one user may have at one time, and a few more.
+        let mut flood = Vec::new();
+        for _ in 0..14 {
+            let mut command = busctl(
+                &bus.address,
+                "daemon",
+                &["--allow-interactive-authorization=no"],
+            );
+            command.args(stats).stderr(Stdio::piped());
+            flood.push(command.spawn().unwrap());
+        }
+        let began = Instant::now();
+        for _ in 0..20 {
+            let none: BTreeMap<&str, zbus::Variant<'_>> = BTreeMap::new();
+            let asked = link.call_method(
+                Some("org.nbdtrack1"),
+                ROOT,
+                Some(MANAGER),
+                "GetStats",
+                &none,
+            );
+            asked.await.unwrap();
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        let took = began.elapsed();
+        assert!(
+            took < Duration::from_secs(3),
+            "root waited with the others: {took:?}"
+        );
+        let answers: Vec<String> = tokio::task::spawn_blocking(move || {
+            let ended = flood
+                .into_iter()
+                .map(|child| child.wait_with_output().unwrap());
+            ended
+                .map(|output| String::from_utf8_lossy(&output.stderr).into_owned())
+                .collect()
+        })
+        .await
+        .unwrap();
+        let late = answers
+            .iter()
+            .filter(|text| text.contains("did not answer within 5 s"));
+        let busy = answers
+            .iter()
+            .filter(|text| text.contains("too many calls"));
+        assert_eq!((late.count(), busy.count()), (10, 4), "{answers:?}");
+        polkit.freeze(false);
+        let text = said(&bus.address, "daemon", &stats).await;
+        assert!(text.is_empty(), "it goes on: {text}");
+        drop(publisher);
+    });
+}
+
+#[test]
+fn the_actions_that_are_shipped_are_those_that_are_asked_for() {
+    let file = concat!(env!("CARGO_MANIFEST_DIR"), "/dbus/org.nbdtrack1.policy");
+    let text = std::fs::read_to_string(file).unwrap();
+    let ids: Vec<&str> = text
+        .split("<action id=\"")
+        .skip(1)
+        .map(|rest| rest.split('"').next().unwrap())
+        .collect();
+    let wanted = ["read", "change", "dangerous"].map(|name| format!("org.nbdtrack1.{name}"));
+    assert_eq!(ids, wanted);
+    // Nothing is anyone's without a password of an administrator, and what is dangerous asks for it each time.
+    for (kept, action) in text
+        .split("<action id")
+        .skip(1)
+        .zip(&wanted)
+        .map(|(part, id)| (part.contains("_keep"), id))
+    {
+        assert_eq!(kept, action != "org.nbdtrack1.dangerous", "{action}");
+    }
+    assert!(!text.contains(">yes<") && !text.contains("auth_self"));
 }

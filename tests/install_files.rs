@@ -58,6 +58,8 @@ fn uninstall_takes_away_what_install_brought_and_leaves_what_is_the_operators() 
         "usr/lib/systemd/catalog/nbdtrack.catalog",
         "usr/lib/udev/rules.d/60-nbdtrack.rules",
         "usr/share/dbus-1/system.d/org.nbdtrack1.conf",
+        "usr/share/doc/nbdtrack/org.nbdtrack1-polkit.conf",
+        "usr/share/polkit-1/actions/org.nbdtrack1.policy",
         "usr/share/man/man1/nbdtrack.1",
     ] {
         assert!(installed.contains(Path::new(file)), "{file} is missing");

@@ -71,6 +71,9 @@ fn every_key_and_profile_is_in_the_manual_page() {
     for key in expected("[server]\nno_such_key = 1\n") {
         assert!(manual.contains(&format!(".It Cm {key} Ar")), "{key}");
     }
+    for key in expected("[dbus]\nno_such_key = 1\n") {
+        assert!(manual.contains(&format!(".It Cm {key} Ar")), "{key}");
+    }
     for key in expected("[limits]\nno_such_key = 1\n") {
         assert!(manual.contains(&format!(".It Cm {key} Ar")), "{key}");
     }

@@ -21,6 +21,11 @@ pub async fn run(bus: &Bus, command: Command, as_json: bool) -> Result<(), Failu
         return doctor::doctor(bus, config, as_json).await;
     }
     let client = Client::connect(bus).await.map_err(failed)?;
+    // A screen that is drawn anew each second is no place for a question.
+    let client = match command {
+        Command::Top(_) => client,
+        _ => client.asking(),
+    };
     match command {
         Command::Status => {
             let objects = client.objects().await.map_err(failed)?;

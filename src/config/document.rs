@@ -8,6 +8,8 @@ use std::time::Duration;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
+use super::bus_access::{BusAccess, bus_access};
+use super::claim::claim;
 use super::limits::{Limits, limits};
 use super::place::{Place, Places, Problem};
 use super::table::{Reading, Table};
@@ -22,6 +24,7 @@ pub(super) struct Document<'a> {
     pub(super) limits: Limits,
     pub(super) identity: IdentityRules,
     pub(super) claim: Option<ClaimRules>,
+    pub(super) dbus: BusAccess,
     pub(super) exports: Vec<FoundExport<'a>>,
 }
 
@@ -84,11 +87,14 @@ impl<'a> Document<'a> {
             if let Some(value) = table.take("claim") {
                 self.claim = Some(claim(value, table.reading));
             }
+            if let Some(value) = table.take("dbus") {
+                self.dbus = bus_access(value, table.reading);
+            }
             if let Some(value) = table.take("server") {
                 self.server = server(value, &mut self.identity, table.reading);
             }
         } else {
-            for key in ["server", "limits", "identity", "claim"] {
+            for key in ["server", "dbus", "limits", "identity", "claim"] {
                 if let Some(value) = table.take(key) {
                     table.reading.tell(
                         value.span(),
@@ -113,6 +119,7 @@ impl<'a> Document<'a> {
         let expected: &[_] = if main {
             &[
                 "[server]",
+                "[dbus]",
                 "[limits]",
                 "[identity]",
                 "[claim]",
@@ -298,39 +305,6 @@ fn identity<'a>(value: Spanned<DeValue<'a>>, reading: &mut Reading<'a>) -> Ident
     rules
 }
 
-fn claim<'a>(value: Spanned<DeValue<'a>>, reading: &mut Reading<'a>) -> ClaimRules {
-    let mut rules = ClaimRules::default();
-    let Some(mut table) = Table::of(value, "[claim]", reading) else {
-        return rules;
-    };
-    rules.hotplugged = table.get("hotplugged").is_some_and(Spanned::into_inner);
-    rules.serials = patterns("serials", &mut table);
-    rules.except = patterns("except", &mut table);
-    table.end(&["hotplugged", "serials", "except"]);
-    rules
-}
-
-fn patterns(key: &'static str, table: &mut Table<'_, '_>) -> Vec<String> {
-    let mut found = Vec::new();
-    let items = table.get::<Vec<Spanned<String>>>(key);
-    for item in items.map(Spanned::into_inner).unwrap_or_default() {
-        let text = item.get_ref();
-        let problem = if found.len() == PATTERNS_MAX {
-            format!("{key}: at most {PATTERNS_MAX} patterns")
-        } else if text.is_empty() || text.len() > PATTERN_BYTES_MAX {
-            format!("{key}: a pattern has 1 to {PATTERN_BYTES_MAX} bytes")
-        } else if text.chars().any(char::is_control) {
-            format!("{key}: a pattern has no control characters")
-        } else {
-            found.push(text.clone());
-            continue;
-        };
-        table.reading.tell(item.span(), problem);
-        break;
-    }
-    found
-}
-
 fn export<'a>(value: Spanned<DeValue<'a>>, reading: &mut Reading<'a>) -> Option<FoundExport<'a>> {
     let mut table = Table::of(value, "[[export]]", reading)?;
     let name = table.require::<String>("name");
@@ -441,7 +415,3 @@ const SYNTAX_PROBLEMS_MAX: usize = 20;
 const SOCKET_PATH_BYTES_MAX: usize = 107;
 const LISTEN_MAX: usize = 64;
 const FILE_ROOTS_MAX: usize = 64;
-/// Each is compared with each identity of each disk that comes.
-const PATTERNS_MAX: usize = 1_000;
-/// The longest identity is shorter.
-const PATTERN_BYTES_MAX: usize = 256;

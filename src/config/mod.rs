@@ -6,6 +6,8 @@
 //! | `mod.rs` | the values, and the checks that need all files |
 //! | `document.rs` | one file: TOML to values, each with its place |
 //! | `limits.rs` | `[limits]` |
+//! | `claim.rs` | `[claim]` |
+//! | `bus_access.rs` | `[dbus]` |
 //! | `database.rs` | `store = "mysql://…"` |
 //! | `table.rs` | one TOML table: keys out by name, the rest is unknown |
 //! | `place.rs` | where something stands, and problems |
@@ -22,6 +24,8 @@ use std::time::Duration;
 use crate::correlation::{Definition, EXPORTS_MAX};
 use crate::identity::{OptIn, VolumeId, collisions};
 
+mod bus_access;
+mod claim;
 mod database;
 mod document;
 mod files;
@@ -33,6 +37,7 @@ mod place;
 mod table;
 mod watched;
 
+pub use bus_access::BusAccess;
 pub use database::{Database, Tls};
 use document::{Document, FoundExport};
 pub use files::{FILE_BYTES_MAX, ReadError, read};
@@ -57,6 +62,7 @@ pub struct Config {
     pub identity: IdentityRules,
     /// `None` when nothing was said of claims: then there are none.
     pub claim: Option<ClaimRules>,
+    pub dbus: BusAccess,
     /// In the order of the files and of what stands in them.
     pub exports: Vec<Definition>,
 }
@@ -208,6 +214,7 @@ pub fn parse(files: &[SourceFile]) -> Result<Config, Vec<Problem>> {
             config.limits = document.limits;
             config.identity = document.identity;
             config.claim = document.claim;
+            config.dbus = document.dbus;
         }
         found.extend(document.exports);
     }

@@ -31,6 +31,9 @@ survey_interval_s = 5
 history_mib = 8
 history_days = 7
 max_connections = 10
+[dbus]
+polkit = true
+users = ["volumed"]
 [identity]
 allow = ["gpt", "slot"]
 [[export]]
@@ -57,6 +60,8 @@ on_detach = "disconnect"
         Some(Duration::from_secs(7 * 86_400))
     );
     assert_eq!(config.server.max_connections, 10);
+    assert!(config.dbus.polkit);
+    assert_eq!(config.dbus.users, ["volumed"]);
     let [export] = &config.exports[..] else {
         panic!("one export")
     };
@@ -142,6 +147,22 @@ on_detach = "stall"
             "{told}\nis not {place}: {words}"
         );
     }
+}
+
+#[test]
+fn users_of_the_bus_without_polkit_are_no_grant_and_told() {
+    let told = problems(&[main("[dbus]\nusers = [\"volumed\"]\n")]);
+    assert_eq!(told.len(), 1, "{told:?}");
+    assert!(
+        told[0].contains(":2:9: users: only with polkit = true"),
+        "{told:?}"
+    );
+    let told = problems(&[main("[dbus]\npolkit = true\nusers = [\"\"]\nuser = 1\n")]);
+    assert!(
+        told[0].contains(":3:10: users: a name has 1 to 256 bytes"),
+        "{told:?}"
+    );
+    assert!(told[1].contains("unknown key \"user\""), "{told:?}");
 }
 
 #[test]

@@ -6,6 +6,7 @@
 mod activation;
 mod asked;
 mod backups;
+mod bus_access;
 mod claims;
 mod config_watch;
 mod control;
@@ -287,7 +288,12 @@ async fn start(
 
     let (command_sender, commands) = mpsc::channel(COMMANDS_MAX);
     let (event_sender, events) = mpsc::channel(EVENTS_MAX);
-    let publisher = dbus::serve(&bus, command_sender).await?;
+    let publisher = if config.dbus.polkit {
+        let access = bus_access::access(config.dbus).await;
+        dbus::serve_asking_polkit(&bus, command_sender, access).await?
+    } else {
+        dbus::serve(&bus, command_sender).await?
+    };
     let watched = udev::Settings {
         survey_every: config.server.survey_interval,
         gpt: config.identity.allow.contains(&OptIn::Gpt),

@@ -49,12 +49,13 @@ pub struct Calls {
     refused: AtomicU64,
 }
 
-/// The calls of one kind that may wait at one time, of which one caller takes at most half: one that floods leaves the others
+/// The calls of one kind that may wait at one time, of which one caller takes only a part: one that floods leaves the others
 /// the rest.
 #[derive(Debug)]
-struct Places {
+pub struct Places {
     all: usize,
-    /// By unique name, those that have some; so bounded by `all`. Held for a few map operations.
+    each: usize,
+    /// By unique name, or by what else callers are told apart, those that have some; so bounded by `all`. Held for a few map operations.
     taken: Mutex<HashMap<String, usize>>,
 }
 
@@ -66,17 +67,20 @@ pub struct Place {
 }
 
 impl Places {
-    fn new(all: usize) -> Arc<Places> {
+    /// `all` in sum, and at most `each` of them for one caller.
+    pub fn new(all: usize, each: usize) -> Arc<Places> {
         Arc::new(Places {
             all,
+            each,
             taken: Mutex::default(),
         })
     }
 
-    fn take(self: &Arc<Places>, caller: &str) -> Option<Place> {
+    /// `None` when they are used up, by all or by this caller.
+    pub fn take(self: &Arc<Places>, caller: &str) -> Option<Place> {
         let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
         let own = taken.get(caller).copied().unwrap_or(0);
-        if own >= self.all / 2 || taken.values().sum::<usize>() >= self.all {
+        if own >= self.each || taken.values().sum::<usize>() >= self.all {
             return None;
         }
         taken.insert(caller.to_owned(), own + 1);
@@ -104,9 +108,9 @@ impl Calls {
     pub fn new(commands: mpsc::Sender<Command>) -> Calls {
         Calls {
             commands,
-            changing: Places::new(CHANGING_MAX),
-            adding: Places::new(ADDING_MAX),
-            reading: Places::new(READING_MAX),
+            changing: Places::new(CHANGING_MAX, CHANGING_MAX / 2),
+            adding: Places::new(ADDING_MAX, ADDING_MAX / 2),
+            reading: Places::new(READING_MAX, READING_MAX / 2),
             refused: AtomicU64::new(0),
         }
     }
@@ -175,7 +179,8 @@ impl Calls {
         self.refused.load(Ordering::Relaxed)
     }
 
-    fn busy(&self) -> RequestError {
+    /// The refusal of a call that is one too many, counted.
+    pub fn busy(&self) -> RequestError {
         self.refused.fetch_add(1, Ordering::Relaxed);
         RequestError::NotReady("busy: too many calls are waiting; try again".to_owned())
     }

@@ -11,54 +11,90 @@ use super::connect::ask_bus;
 /// Callers that are remembered; a new one beyond it has the others asked for again. Each is some 100 bytes.
 const KNOWN_MAX: usize = 1_024;
 
+/// Who sent a message, and whether it is of the group.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Known {
+    pub caller: Caller,
+    pub in_group: bool,
+}
+
 /// What the bus said of callers. Who has a connection, the kernel told the bus when it was made, and a bus gives a unique name once
 /// (D-Bus Specification, "Unique name"), so what it said stays true.
 #[derive(Debug, Default)]
 pub struct Callers {
     /// By the bus's own identity and the caller's unique name: a bus that was started anew gives the names anew. Held for a map
     /// operation.
-    known: Mutex<HashMap<(String, String), Caller>>,
+    known: Mutex<HashMap<(String, String), Known>>,
+    /// Whose members are told apart.
+    group: Option<u32>,
 }
 
 impl Callers {
+    pub fn new(group: Option<u32>) -> Callers {
+        Callers {
+            group,
+            ..Callers::default()
+        }
+    }
+
+    /// Says who sent a message if the bus has said so before.
+    pub fn at_hand(&self, connection: &Connection, message: &Message) -> Option<Known> {
+        self.known(&key(connection, message))
+    }
+
     /// Says who sent a message; of a caller that the bus does not know any more, the name alone.
-    pub async fn of(&self, connection: &Connection, message: &Message) -> Caller {
-        let header = message.header();
-        let name = header.sender().map_or("", |sender| sender.as_str());
-        let key = (connection.server_guid().to_string(), name.to_owned());
+    pub async fn of(&self, connection: &Connection, message: &Message) -> Known {
+        let key = key(connection, message);
         if let Some(known) = self.known(&key) {
             return known;
         }
         // One question for all: a call waits for it.
         let told: Option<BTreeMap<String, OwnedVariant>> =
-            ask_bus(connection, "GetConnectionCredentials", name).await;
-        let number = |what: &str| match told.as_ref()?.get(what).map(|value| &**value) {
+            ask_bus(connection, "GetConnectionCredentials", &key.1).await;
+        let told = told.unwrap_or_default();
+        let number = |what: &str| match told.get(what).map(|value| &**value) {
             Some(Variant::U32(number)) => Some(*number),
             _ => None,
         };
-        let caller = Caller {
-            name: name.to_owned(),
-            uid: number("UnixUserID"),
-            unit: number("ProcessID").and_then(unit).unwrap_or_default(),
+        // Of the process as it connected. A bus that is older than these says none, and no one is of the group.
+        let groups = match told.get("UnixGroupIDs").map(|value| &**value) {
+            Some(Variant::Array(groups)) => groups.to_vec(),
+            _ => Vec::new(),
         };
-        if caller.uid.is_some() {
-            self.keep(key, caller.clone());
+        let of_group = |group: u32| groups.contains(&Variant::U32(group));
+        let known = Known {
+            caller: Caller {
+                name: key.1.clone(),
+                uid: number("UnixUserID"),
+                unit: number("ProcessID").and_then(unit).unwrap_or_default(),
+            },
+            in_group: self.group.is_some_and(of_group),
+        };
+        if known.caller.uid.is_some() {
+            self.keep(key, known.clone());
         }
-        caller
+        known
     }
 
-    fn known(&self, key: &(String, String)) -> Option<Caller> {
+    fn known(&self, key: &(String, String)) -> Option<Known> {
         let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         known.get(key).cloned()
     }
 
-    fn keep(&self, key: (String, String), caller: Caller) {
+    fn keep(&self, key: (String, String), caller: Known) {
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         if known.len() >= KNOWN_MAX {
             known.clear();
         }
         known.insert(key, caller);
     }
+}
+
+/// By what a caller is remembered.
+fn key(connection: &Connection, message: &Message) -> (String, String) {
+    let header = message.header();
+    let name = header.sender().map_or("", |sender| sender.as_str());
+    (connection.server_guid().to_string(), name.to_owned())
 }
 
 /// The systemd unit of a process, from the kernel's own file system, which does not wait. A process that has gone has none; that
@@ -99,10 +135,13 @@ mod tests {
     fn more_callers_than_are_remembered_are_asked_for_again() {
         let callers = Callers::default();
         let key = |bus: &str, number: usize| (bus.to_owned(), format!(":1.{number}"));
-        let caller = |number: usize| Caller {
-            name: format!(":1.{number}"),
-            uid: Some(7),
-            unit: String::new(),
+        let caller = |number: usize| Known {
+            caller: Caller {
+                name: format!(":1.{number}"),
+                uid: Some(7),
+                unit: String::new(),
+            },
+            in_group: false,
         };
         for number in 0..KNOWN_MAX {
             callers.keep(key("one", number), caller(number));

@@ -14,7 +14,7 @@ use zbus::{
 
 use super::error::{from_the_wire, parts};
 use super::manager::{MANAGER, TIMEOUT_MS, WAIT_MS};
-use super::{BUS_NAME, Bus, connect, export, introspect, paths, volume};
+use super::{BUS_NAME, Bus, client_person, connect, export, introspect, paths, volume};
 use crate::correlation::RequestError;
 
 /// For the bus and for calls that name no time of their own; more than the daemon takes for those, so that its own answer wins.
@@ -69,6 +69,8 @@ pub struct Told {
 #[derive(Debug)]
 pub struct Client {
     connection: Connection,
+    /// A password may be asked for at the terminal.
+    person: bool,
 }
 
 impl Client {
@@ -83,7 +85,10 @@ impl Client {
             Ok(Err(error)) => return Err(ClientError::NoDaemon(error.to_string())),
             Err(_) => return Err(ClientError::NoDaemon("the bus does not answer".to_owned())),
         };
-        let client = Client { connection };
+        let client = Client {
+            connection,
+            person: false,
+        };
         let bus = "org.freedesktop.DBus";
         let owner = client.connection.call_method(
             Some(bus),
@@ -102,6 +107,13 @@ impl Client {
             Ok(Err(error)) => Err(failure(error)),
             Err(_) => Err(ClientError::TimedOut(WITHIN)),
         }
+    }
+
+    /// From now on a call for which polkit wants a password has the person at the terminal asked, if there is one.
+    #[must_use]
+    pub fn asking(self) -> Client {
+        let person = client_person::is_there();
+        Client { person, ..self }
     }
 
     /// Returns all objects with their properties.
@@ -290,10 +302,14 @@ impl Client {
         let call = self
             .connection
             .call_method(Some(BUS_NAME), root, Some(interface), method, body);
-        match timeout(within, call).await {
-            Ok(result) => result.map_err(failure),
-            Err(_) => Err(ClientError::TimedOut(within)),
-        }
+        let first = timeout(within, call).await;
+        let answer = match first.map_err(|_| ClientError::TimedOut(within))? {
+            Err(error) if self.person && client_person::is_wanted(&error) => {
+                client_person::call(&self.connection, (interface, method), body, within).await?
+            }
+            answer => answer,
+        };
+        answer.map_err(failure)
     }
 }
 
@@ -381,7 +397,8 @@ fn failure(error: zbus::Error) -> ClientError {
             }
         }
         zbus::Error::FDO(error) => match *error {
-            zbus::fdo::Error::AccessDenied(text) => ClientError::Denied(text),
+            zbus::fdo::Error::AccessDenied(text)
+            | zbus::fdo::Error::InteractiveAuthorizationRequired(text) => ClientError::Denied(text),
             zbus::fdo::Error::ServiceUnknown(text)
             | zbus::fdo::Error::NameHasNoOwner(text)
             | zbus::fdo::Error::NoReply(text) => ClientError::NoDaemon(text),

@@ -11,7 +11,7 @@ use super::{BUS_NAME, Bus, BusError};
 /// To reach the bus and get the name.
 const CONNECT_WITHIN: Duration = Duration::from_secs(10);
 /// For the bus's own answer on who calls; a call whose caller stays unknown goes on without.
-const CALLER_WITHIN: Duration = Duration::from_secs(1);
+pub const CALLER_WITHIN: Duration = Duration::from_secs(1);
 
 /// Connects and claims the name; the stream has every method call from the first on.
 pub async fn connect(bus: &Bus) -> Result<(Connection, MessageStream), BusError> {

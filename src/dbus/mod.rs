@@ -17,6 +17,7 @@
 //!
 //! May use: correlation, identity. May not touch: disks, sockets of NBD clients, the store.
 
+mod access;
 mod backups;
 mod call;
 mod callers;
@@ -25,6 +26,7 @@ mod client_backups;
 mod client_images;
 mod client_inquiries;
 mod client_mappings;
+mod client_person;
 mod client_pins;
 mod connect;
 mod error;
@@ -34,11 +36,13 @@ mod inquiries;
 mod introspect;
 mod job;
 mod log_control;
+mod managed;
 mod manager;
 mod mappings;
 mod options;
 mod paths;
 mod pins;
+mod polkit;
 mod publish;
 mod queue;
 mod reply;
@@ -54,6 +58,7 @@ use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot};
 
+pub use access::Access;
 pub use backups::BackupView;
 pub use call::CALLS_MAX;
 pub use client_inquiries::ExportStats;
@@ -112,7 +117,7 @@ impl std::fmt::Display for Bus {
     }
 }
 
-/// Who calls, for the log. The bus's policy has already let the call through.
+/// Who calls, for the log. The bus's policy, and polkit where it is asked, has already let the call through.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Caller {
     /// Unique name on the bus, `:1.7`.
@@ -332,5 +337,17 @@ pub enum Publication {
 /// # Errors
 /// [`BusError`]; `NameTaken` when another process owns the name.
 pub async fn serve(bus: &Bus, commands: mpsc::Sender<Command>) -> Result<Publisher, BusError> {
-    server::serve(bus, commands).await
+    server::serve(bus, commands, None).await
+}
+
+/// As [`serve`], for a bus whose policy lets everyone call: of whom `access` does not know polkit is asked, on the same bus.
+///
+/// # Errors
+/// As [`serve`].
+pub async fn serve_asking_polkit(
+    bus: &Bus,
+    commands: mpsc::Sender<Command>,
+    access: Access,
+) -> Result<Publisher, BusError> {
+    server::serve(bus, commands, Some(access)).await
 }

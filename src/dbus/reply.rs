@@ -14,9 +14,10 @@ use crate::correlation::RequestError;
 const ANSWER_BYTES_MAX: usize = (32 << 20) - (64 << 10);
 
 /// A refusal by full error name.
+#[derive(Debug)]
 pub struct Refusal {
     name: String,
-    text: String,
+    pub text: String,
 }
 
 pub type Response = Result<Message, Refusal>;

@@ -12,13 +12,16 @@ use tokio::sync::mpsc;
 use tokio::time::sleep;
 use zbus::{Connection, Message, MessageStream, ObjectPath, Variant};
 
+use super::access::{self, Access};
 use super::call::Calls;
 use super::callers::Callers;
 use super::connect::connect;
 use super::introspect::{self, INTROSPECTABLE, Interface, OBJECT_MANAGER, PEER, PROPERTIES};
 use super::job::{self, JOB};
 use super::log_control::{self, LOG_CONTROL, LogLevel};
+use super::managed::managed;
 use super::manager::{self, MANAGER};
+use super::polkit::Gate;
 use super::publish::{self, Publisher, Shared};
 use super::reply::{
     Refusal, Response, answer, beginning, method_of, response, standard, unreadable,
@@ -40,6 +43,8 @@ struct Server {
     shared: Arc<Shared>,
     calls: Calls,
     callers: Callers,
+    /// `None` where the bus's policy decides alone.
+    gate: Option<Gate>,
     /// [`SNAPSHOTS_MAX`]; a few others wait their turn.
     snapshots: tokio::sync::Semaphore,
     /// [`SNAPSHOTS_WAITING_MAX`]; when used up, `LimitsExceeded`.
@@ -47,8 +52,12 @@ struct Server {
     machine_id: Option<String>,
 }
 
-/// See [`super::serve`].
-pub async fn serve(bus: &Bus, commands: mpsc::Sender<Command>) -> Result<Publisher, BusError> {
+/// See [`super::serve`] and [`super::serve_asking_polkit`].
+pub async fn serve(
+    bus: &Bus,
+    commands: mpsc::Sender<Command>,
+    access: Option<Access>,
+) -> Result<Publisher, BusError> {
     if *bus == Bus::None {
         return Ok(Publisher::without_bus(commands));
     }
@@ -56,7 +65,8 @@ pub async fn serve(bus: &Bus, commands: mpsc::Sender<Command>) -> Result<Publish
     let server = Arc::new(Server {
         shared: shared.clone(),
         calls: Calls::new(commands),
-        callers: Callers::default(),
+        callers: Callers::new(access.as_ref().and_then(|access| access.group)),
+        gate: access.map(|access| Gate::new(bus, access)),
         snapshots: tokio::sync::Semaphore::new(SNAPSHOTS_MAX),
         snapshots_waiting: Arc::new(tokio::sync::Semaphore::new(SNAPSHOTS_WAITING_MAX)),
         machine_id: machine_id(),
@@ -122,8 +132,39 @@ async fn reach(bus: &Bus) -> (Connection, MessageStream) {
 }
 
 impl Server {
-    /// Answers one call, or starts the task that will.
+    /// Answers one call of someone who may, or starts the task that finds out.
     async fn take(self: &Arc<Self>, connection: &Connection, message: Message) {
+        let Some(gate) = &self.gate else {
+            return self.carry_out(connection, message).await;
+        };
+        let admitted = access::right(&message).and_then(|right| {
+            let right =
+                right.filter(|&right| !gate.lets(&self.callers, connection, &message, right));
+            let place = |right| Ok((right, gate.admit(&message, &self.calls)?));
+            right.map(place).transpose()
+        });
+        let (right, place) = match admitted {
+            Ok(Some(pair)) => pair,
+            Ok(None) => return self.carry_out(connection, message).await,
+            Err(refusal) => return answer(connection, &message, Err(refusal)).await,
+        };
+        let (server, connection) = (self.clone(), connection.clone());
+        // One task for each call that waits, at most as many as the gate has places; it ends by its deadlines.
+        tokio::spawn(async move {
+            let Some(gate) = &server.gate else { return };
+            let sides = (&server.callers, &server.calls);
+            match gate
+                .permit(sides, &connection, &message, right, place)
+                .await
+            {
+                Ok(()) => server.carry_out(&connection, message).await,
+                Err(refusal) => answer(&connection, &message, Err(refusal)).await,
+            }
+        });
+    }
+
+    /// Answers one call, or starts the task that will.
+    async fn carry_out(self: &Arc<Self>, connection: &Connection, message: Message) {
         match self.find(&message) {
             Ok((interface, "GetManagedObjects")) if interface == OBJECT_MANAGER.name => {
                 let Ok(place) = self.snapshots_waiting.clone().try_acquire_owned() else {
@@ -290,7 +331,7 @@ impl Server {
         let objects = self.shared.tree().snapshot();
         // Some 10 ms of work for each 1,000 objects, so not on the loop's thread.
         let call = message.clone();
-        let built = tokio::task::spawn_blocking(move || all(&call, &objects)).await;
+        let built = tokio::task::spawn_blocking(move || managed(&call, &objects)).await;
         let response =
             built.unwrap_or_else(|error| Err(standard("Failed", format!("not built: {error}"))));
         answer(connection, &message, response).await;
@@ -317,7 +358,7 @@ impl Server {
         let (server, connection) = (self.clone(), connection.clone());
         // One task for each call that waits, at most as many as `Calls` has places; it ends by its deadline.
         tokio::spawn(async move {
-            let caller = server.callers.of(&connection, &message).await;
+            let caller = server.callers.of(&connection, &message).await.caller;
             tracing::debug!(method, caller = caller.name, uid = caller.uid, "called");
             let outcome = server.calls.ask(call, caller).await;
             let response = match outcome {
@@ -388,26 +429,6 @@ impl Server {
             Answer::Records(records) => response(message, &inquiries::records(&records)),
         }
     }
-}
-
-fn all(message: &Message, objects: &[(ObjectPath<'static>, Arc<Object>)]) -> Response {
-    let properties: Vec<_> = objects
-        .iter()
-        .map(|(_, object)| object.properties())
-        .collect();
-    let managed: BTreeMap<&str, BTreeMap<&str, BTreeMap<&str, &Variant<'_>>>> = objects
-        .iter()
-        .zip(&properties)
-        .map(|((path, object), properties)| {
-            let interfaces = BTreeMap::from([(object.interface(), by_name(properties))]);
-            (path.as_str(), interfaces)
-        })
-        .collect();
-    let managed: BTreeMap<ObjectPath<'_>, _> = managed
-        .into_iter()
-        .map(|(path, interfaces)| (ObjectPath::from_str_unchecked(path), interfaces))
-        .collect();
-    response(message, &managed)
 }
 
 fn machine_id() -> Option<String> {

@@ -1,0 +1,210 @@
+//! Asks polkit whether a caller may, within bounds of number and time; whatever is no clear yes is a no.
+//!
+//! ```text
+//!   call ──> who calls (the bus, remembered) ──> root, a named user, the group reading ──────────> dispatched
+//!                                            └─> anyone else: CheckAuthorization ── yes ─────────> dispatched
+//!                                                                                └─ else: refused, and why
+//! ```
+//!
+//! Each call that has to wait is a task of its own; neither the loop nor a caller who needs no polkit waits for one.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::timeout;
+use zbus::message::Flags;
+use zbus::{Connection, Message, Variant};
+
+use super::Bus;
+use super::access::{Access, Right};
+use super::call::{Calls, Place, Places};
+use super::callers::Callers;
+use super::connect::{CALLER_WITHIN, open};
+use super::reply::{Refusal, standard};
+use crate::correlation::RequestError;
+
+/// Calls of callers of whom the bus is being asked who they are; that takes it a millisecond, and at most a second.
+const INTRODUCING_MAX: usize = 1_024;
+/// Questions to polkit at one time.
+const ASKING_MAX: usize = 64;
+/// Of those, of one user, who may have many connections: enough for a person, and six users have to flood before a seventh is
+/// told to come again.
+const ASKING_OF_USER_MAX: usize = 10;
+
+/// For an answer that needs no person: polkit reads its rules, and starts when it was not there.
+const RULES_WITHIN: Duration = Duration::from_secs(5);
+/// For a person who types a password.
+pub(super) const PERSON_WITHIN: Duration = Duration::from_secs(120);
+
+const POLKIT: &str = "org.freedesktop.PolicyKit1";
+const AUTHORITY: &str = "org.freedesktop.PolicyKit1.Authority";
+const AUTHORITY_PATH: &str = "/org/freedesktop/PolicyKit1/Authority";
+
+/// polkit's AllowUserInteraction (org.freedesktop.PolicyKit1.Authority, CheckAuthorizationFlags).
+const ALLOW_INTERACTION: u32 = 1;
+
+/// Whoever comes through here may call.
+#[derive(Debug)]
+pub struct Gate {
+    access: Access,
+    /// Where polkit is asked.
+    bus: Bus,
+    /// [`INTRODUCING_MAX`], half for one connection; when used up, `NotReady`.
+    introducing: Arc<Places>,
+    /// [`ASKING_MAX`], by user; when used up, `NotReady`.
+    asking: Arc<Places>,
+}
+
+impl Gate {
+    pub fn new(bus: &Bus, access: Access) -> Gate {
+        Gate {
+            access,
+            bus: bus.clone(),
+            introducing: Places::new(INTRODUCING_MAX, INTRODUCING_MAX / 2),
+            asking: Places::new(ASKING_MAX, ASKING_OF_USER_MAX),
+        }
+    }
+
+    /// Whether a caller who is known already needs no polkit.
+    pub fn lets(
+        &self,
+        callers: &Callers,
+        link: &Connection,
+        message: &Message,
+        right: Right,
+    ) -> bool {
+        let known = callers.at_hand(link, message);
+        known.is_some_and(|known| self.access.lets(&known, right))
+    }
+
+    /// Takes the place that [`Gate::permit`] begins with.
+    pub fn admit(&self, message: &Message, calls: &Calls) -> Result<Place, Refusal> {
+        let header = message.header();
+        let sender = header.sender().map_or("", |sender| sender.as_str());
+        let place = self.introducing.take(sender);
+        place.ok_or_else(|| calls.busy().into())
+    }
+
+    /// Finds out whether the sender of `message` may; takes at most [`CALLER_WITHIN`] and [`RULES_WITHIN`], or
+    /// [`PERSON_WITHIN`] when the caller says that it waits for a person.
+    ///
+    /// # Errors
+    /// `NotReady` when too many are asked of polkit already; the standard `InteractiveAuthorizationRequired` when a password would
+    /// do; else `NotAuthorized`, with polkit's answer or why there is none.
+    pub async fn permit(
+        &self,
+        (callers, calls): (&Callers, &Calls),
+        link: &Connection,
+        message: &Message,
+        right: Right,
+        place: Place,
+    ) -> Result<(), Refusal> {
+        let known = callers.of(link, message).await;
+        drop(place);
+        if self.access.lets(&known, right) {
+            return Ok(());
+        }
+        let Some(uid) = known.caller.uid else {
+            let text = format!(
+                "the bus did not say within {} s who calls",
+                CALLER_WITHIN.as_secs()
+            );
+            return Err(RequestError::NotAuthorized(text).into());
+        };
+        let _place = self
+            .asking
+            .take(&uid.to_string())
+            .ok_or_else(|| Refusal::from(calls.busy()))?;
+        let header = message.header();
+        let flags = header.primary().flags();
+        let question = Question {
+            caller: &known.caller.name,
+            method: header.member().map_or("", |member| member.as_str()),
+            action: right.action(),
+            interactive: flags.contains(Flags::ALLOW_INTERACTIVE_AUTH),
+        };
+        let answer = question.ask(&self.bus).await;
+        let allowed = answer.is_ok();
+        let Question { method, action, .. } = question;
+        tracing::debug!(method, uid, action, allowed, "asked of polkit");
+        answer
+    }
+}
+
+/// One CheckAuthorization.
+struct Question<'a> {
+    /// Its unique name, by which polkit asks the bus itself.
+    caller: &'a str,
+    method: &'a str,
+    action: &'static str,
+    interactive: bool,
+}
+
+impl Question<'_> {
+    async fn ask(&self, bus: &Bus) -> Result<(), Refusal> {
+        let within = match self.interactive {
+            true => PERSON_WITHIN,
+            false => RULES_WITHIN,
+        };
+        let no = |text: String| Err(RequestError::NotAuthorized(text).into());
+        let (method, action) = (self.method, self.action);
+        let (authorized, challenge, details) = match timeout(within, self.check(bus, within)).await
+        {
+            Ok(Ok(answer)) => answer,
+            Ok(Err(error)) => return no(format!("{method}: polkit cannot be asked: {error}")),
+            Err(_) => {
+                let seconds = within.as_secs();
+                return no(format!(
+                    "{method}: polkit did not answer within {seconds} s ({action})"
+                ));
+            }
+        };
+        if authorized {
+            return Ok(());
+        }
+        if challenge && !self.interactive {
+            // D-Bus Specification, "Message Format", ALLOW_INTERACTIVE_AUTHORIZATION: the error that asks for the flag.
+            let text = format!(
+                "{method}: polkit wants a password for {action}, and the call does not allow to ask for one"
+            );
+            return Err(standard("InteractiveAuthorizationRequired", text));
+        }
+        no(
+            match (challenge, details.contains_key("polkit.dismissed")) {
+                (_, true) => format!("{method}: no password was given for {action}"),
+                (true, false) => format!(
+                    "{method}: polkit wants a password for {action}, and the caller has no authentication agent that asks for it"
+                ),
+                (false, false) => format!("{method}: polkit does not let this user do {action}"),
+            },
+        )
+    }
+
+    /// On a connection of its own, for two reasons: a person takes longer than the daemon's other peers may, and when it ends, in
+    /// whatever way, polkit takes the question back from the person.
+    async fn check(&self, bus: &Bus, within: Duration) -> zbus::Result<Checked> {
+        // Past the deadline of the whole, which has its own words.
+        let link = open(bus, within * 2).await?;
+        let name = BTreeMap::from([("name", Variant::new(self.caller))]);
+        // Rules see it by action.lookup("method").
+        let details = BTreeMap::from([("method", self.method)]);
+        let flags = if self.interactive {
+            ALLOW_INTERACTION
+        } else {
+            0
+        };
+        let body = (("system-bus-name", name), self.action, details, flags, "");
+        let answer = link.call_method(
+            Some(POLKIT),
+            AUTHORITY_PATH,
+            Some(AUTHORITY),
+            "CheckAuthorization",
+            &body,
+        );
+        answer.await?.body().deserialize()
+    }
+}
+
+/// is_authorized, is_challenge, details.
+type Checked = (bool, bool, BTreeMap<String, String>);
