@@ -201,7 +201,7 @@ impl Correlation {
             .map(|held| held.diskseq)
             .collect();
         for diskseq in disks {
-            self.out.push(Action::Tell(Notice::Disk(diskseq)));
+            self.out.push(Action::Tell(Notice::Exports(diskseq)));
         }
     }
 

@@ -282,6 +282,8 @@ pub enum Notice {
     Export(ExportName),
     /// Properties of the disk changed, or it came or went: look at its view.
     Disk(DiskSeq),
+    /// The exports of the disk are others, and nothing else of it.
+    Exports(DiskSeq),
     Attached {
         diskseq: DiskSeq,
         id: String,

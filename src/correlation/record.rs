@@ -181,7 +181,9 @@ impl Correlation {
         };
         Some(match notice {
             // A reload is its caller's record.
-            Notice::Export(_) | Notice::Disk(_) | Notice::Reloaded(_) => return None,
+            Notice::Export(_) | Notice::Disk(_) | Notice::Exports(_) | Notice::Reloaded(_) => {
+                return None;
+            }
             Notice::Attached { diskseq, id, node } => {
                 of_disk(RecordKind::Attached, diskseq, id, &node.0)
             }

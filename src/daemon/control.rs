@@ -9,6 +9,7 @@ use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::task::JoinHandle;
 
 use super::claims::ClaimsFile;
+use super::disk_lists::DiskLists;
 use super::keeper::{Keeper, MappingStates, ORDERS_MAX, Order};
 use super::metrics::ServingTimes;
 use super::reload::{Read, Reload};
@@ -75,6 +76,7 @@ pub(super) struct Control {
     pub correlation: Correlation,
     pub door: Door,
     pub publisher: Publisher,
+    pub(super) disk_lists: DiskLists,
     pub observer: Observer,
     pub files: files::Observer,
     pub roots: Arc<Roots>,
@@ -181,6 +183,7 @@ impl Control {
             correlation,
             door,
             publisher,
+            disk_lists: DiskLists::default(),
             observer,
             files,
             roots,
@@ -285,6 +288,7 @@ impl Control {
                 _ = hangup.recv() => self.begin_reload(),
                 () = config.notified() => self.begin_reload(),
                 () = clients.some.notified() => self.publish_clients(),
+                () = sleep_until(self.disk_lists.due()) => self.tell_disk_lists(),
                 () = sleep_until(self.service.due()) => {
                     self.service.turn(&self.door);
                     self.tell_ready();

@@ -11,6 +11,7 @@ mod claims;
 mod config_watch;
 mod control;
 mod database_address;
+mod disk_lists;
 mod found;
 mod jobs;
 mod keeper;

@@ -149,6 +149,7 @@ impl Control {
         replies: Vec<(RequestId, Result<Reply, RequestError>)>,
     ) {
         self.note_notices(&notices);
+        let now = tokio::time::Instant::now();
         let mut exports = BTreeSet::new();
         let mut disks = BTreeSet::new();
         let mut signals = Vec::new();
@@ -158,17 +159,22 @@ impl Control {
                     exports.insert(name);
                 }
                 // A disk lists its exports, of which there may be ten thousand.
-                Notice::Disk(diskseq) if self.publisher.is_served() => {
+                Notice::Disk(_) | Notice::Exports(_) if !self.publisher.is_served() => {}
+                Notice::Disk(diskseq) => {
                     disks.insert(diskseq);
                 }
-                Notice::Disk(_) => {}
+                Notice::Exports(diskseq) => {
+                    if self.disk_lists.may_be_told(diskseq, now) {
+                        disks.insert(diskseq);
+                    }
+                }
                 Notice::Reloaded(difference) => signals.extend(self.reloaded(difference)),
                 signal => signals.push(Publication::Signal(signal)),
             }
         }
         let mut batch: Vec<Publication> = disks
             .into_iter()
-            .map(|diskseq| self.disk(diskseq))
+            .map(|diskseq| self.disk(diskseq, now))
             .collect();
         batch.extend(exports.into_iter().map(|name| self.export(name)));
         batch.extend(signals);
@@ -207,8 +213,20 @@ impl Control {
         }
     }
 
-    fn disk(&self, diskseq: DiskSeq) -> Publication {
-        match self.correlation.disk(diskseq) {
+    /// Tells the lists of exports that have rested.
+    pub(super) fn tell_disk_lists(&mut self) {
+        let now = tokio::time::Instant::now();
+        let due = self.disk_lists.take(now);
+        let batch = due.into_iter().map(|diskseq| self.disk(diskseq, now));
+        let batch = batch.collect();
+        self.publisher.offer(batch);
+    }
+
+    fn disk(&mut self, diskseq: DiskSeq, now: tokio::time::Instant) -> Publication {
+        let view = self.correlation.disk(diskseq);
+        let exports = view.as_ref().map_or(0, |view| view.exports.len());
+        self.disk_lists.told(diskseq, exports, now);
+        match view {
             Some(view) => Publication::Disk(view),
             None => Publication::DiskGone(diskseq),
         }

@@ -78,7 +78,7 @@ impl Queue {
                 }
             }
             // Orders to look at a view: the views themselves are publications.
-            Publication::Signal(Notice::Export(_) | Notice::Disk(_)) => {}
+            Publication::Signal(Notice::Export(_) | Notice::Disk(_) | Notice::Exports(_)) => {}
             Publication::Signal(notice) => {
                 self.signals.push_back((ticket, notice));
                 if self.signals.len() > SIGNALS_MAX {

@@ -71,7 +71,7 @@ fn from<'a>(path: &'a str, interface: &'a str, member: &'a str) -> zbus::Result<
 pub fn signal(tree: &Tree, notice: &Notice) -> Option<zbus::Result<Message>> {
     let manager = |member| from(paths::ROOT, MANAGER.name, member);
     Some(match notice {
-        Notice::Export(_) | Notice::Disk(_) => return None,
+        Notice::Export(_) | Notice::Disk(_) | Notice::Exports(_) => return None,
         Notice::Attached { diskseq, id, node } => {
             let path = tree.told_disk_path(*diskseq, id);
             let body = (path, text(id), text(&node.0), diskseq.0);
