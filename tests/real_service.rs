@@ -14,7 +14,7 @@ use nix::unistd::Pid;
 use support::client::{Client, Endpoint, Go, knock};
 use support::daemon::{Home, free_port};
 use support::ground::{Ground, Need, real};
-use support::loops::LoopDevice;
+use support::loops::{LoopDevice, sparse_file};
 use support::process::{Running, command, succeed};
 use support::scene::{STEP_LIMIT, Volume};
 use support::{Doing, Outcome};
@@ -155,9 +155,10 @@ fn watchdog_is_told_while_all_turns_and_not_while_the_loop_or_the_data_plane_is_
     })
 }
 
-/// READY came with the first survey once, and who started after the daemon was told that its disk was being opened.
+/// READY came with the first survey once, and who started after the daemon was told that its disk was being opened; later that its file was.
 #[test]
-fn manager_is_told_that_it_is_ready_when_the_disks_that_are_there_are_served() -> Outcome<()> {
+fn manager_is_told_that_it_is_ready_when_the_disks_and_files_that_are_there_are_served()
+-> Outcome<()> {
     real("service ready", NEEDS, |ground| {
         let mut volumes = Vec::new();
         let mut devices = Vec::new();
@@ -168,8 +169,18 @@ fn manager_is_told_that_it_is_ready_when_the_disks_that_are_there_are_served() -
             volumes.push(volume);
             devices.push(device);
         }
-        let home = Home::new(ground.path(), "none")?;
-        let mut exports = vec![("absent", "loop:/nowhere".to_owned())];
+        let folder = ground.file("backups");
+        std::fs::create_dir_all(&folder)?;
+        let mut files = Vec::new();
+        for number in 0..48 {
+            let path = sparse_file(&folder, &format!("file-{number}"), BYTES)?;
+            files.push((format!("file-{number}"), format!("file:{}", path.display())));
+        }
+        let mut home = Home::new(ground.path(), "none")?;
+        home.server = format!("file_roots = [{:?}]\n", folder.display().to_string());
+        let nothing = format!("file:{}", folder.join("nothing").display());
+        let mut exports = vec![("absent", "loop:/nowhere".to_owned()), ("nothing", nothing)];
+        exports.extend(files.iter().map(|(name, id)| (name.as_str(), id.clone())));
         exports.extend(
             volumes
                 .iter()
@@ -178,10 +189,11 @@ fn manager_is_told_that_it_is_ready_when_the_disks_that_are_there_are_served() -
         home.configure(&exports)?;
         let manager = Manager::new(ground)?;
         let mut daemon = start(&home, &manager)?;
-        for volume in volumes.iter().rev() {
-            let answer = knock(&home.endpoint(), &volume.name)?;
+        let served = volumes.iter().map(|volume| &volume.name);
+        for name in files.iter().map(|(name, _)| name).rev().chain(served.rev()) {
+            let answer = knock(&home.endpoint(), name)?;
             let agreed = matches!(answer, Go::Agreed { .. });
-            hold!(agreed, "{} right after READY: {answer:?}", volume.name);
+            hold!(agreed, "{name} right after READY: {answer:?}");
         }
         daemon.signal(Signal::SIGTERM)?;
         hold!(daemon.wait(STEP_LIMIT)?.success(), "it ends in order");

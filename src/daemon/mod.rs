@@ -344,6 +344,7 @@ async fn start(
     }
     control.start(sockets);
     control.take(read);
+    control.service.looks(control.files.check());
     Ok(Started {
         control,
         events,

@@ -43,6 +43,8 @@ impl Control {
                     rescan.files = rescan.files.filter(|asked| *asked > round);
                 }
                 self.answer_rescans();
+                self.service.looked(round);
+                self.tell_ready();
             }
         }
     }

@@ -14,6 +14,7 @@ use std::time::Duration;
 use sd_notify::NotifyState;
 use tokio::time::Instant;
 
+use crate::files::Round;
 use crate::nbd::{Door, Pulse};
 
 /// What waits while the manager reads nothing: more than a start, a reload and a stop together.
@@ -22,7 +23,7 @@ const WAITING_MAX: usize = 64;
 /// How often within the manager's limit the sign of life is looked for: a sign that is one turn old leaves half of it.
 const TURNS: u32 = 4;
 
-/// How long the first READY waits for the disks that the first survey found: a client that starts after the daemon finds them served,
+/// How long the first READY waits for the disks that the first survey found, and for the files: a client that starts after the daemon finds them served,
 /// and a disk that hangs holds up no boot.
 const FIRST_OPENS_WITHIN: Duration = Duration::from_secs(5);
 
@@ -43,6 +44,8 @@ pub(super) struct Service {
     status: String,
     /// When the first `ready` waits no more; only from the first survey until then.
     ready_by: Option<Instant>,
+    /// The look at the files that the first `ready` waits for, until it is over.
+    files: Option<Round>,
 }
 
 struct Watch {
@@ -93,6 +96,7 @@ impl Service {
             watch: None,
             status: String::new(),
             ready_by: None,
+            files: None,
         };
         let Some(named) = std::env::var_os("NOTIFY_SOCKET") else {
             return none;
@@ -121,6 +125,7 @@ impl Service {
             watch,
             status: String::new(),
             ready_by: None,
+            files: None,
         }
     }
 
@@ -129,9 +134,19 @@ impl Service {
         self.ready_by = Some(Instant::now() + FIRST_OPENS_WITHIN);
     }
 
-    /// Whether it is too early for the first `ready`, while this many disks are being opened.
+    /// All files that are exported are being looked up.
+    pub(super) fn looks(&mut self, files: Round) {
+        self.files = Some(files);
+    }
+
+    /// Such a look is over, and what it found is being opened.
+    pub(super) fn looked(&mut self, files: Round) {
+        self.files = self.files.filter(|asked| *asked > files);
+    }
+
+    /// Whether it is too early for the first `ready`, while this many disks and files are being opened.
     pub(super) fn waits(&self, opening: usize) -> bool {
-        opening > 0 && self.ready_by.is_some_and(|by| Instant::now() < by)
+        (opening > 0 || self.files.is_some()) && self.ready_by.is_some_and(|by| Instant::now() < by)
     }
 
     /// Tells that all is well, and what there is to say of it; nothing when that was told last.
