@@ -6,7 +6,7 @@ RELEASE := target/release
 BENCH := $(CARGO) bench --locked --bench
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build run compare bench bench-quick bench-control bench-control-quick check test test-guest soak-guest model fuzz crowd power-cuts power-cuts-guest image-model image-crashes soak-files deb test-deb man install uninstall deny clean
+.PHONY: help setup build run compare bench bench-quick bench-control bench-control-quick check test test-guest soak-guest model fuzz crowd power-cuts power-cuts-guest image-model image-crashes soak-files deb test-deb container-test man install uninstall deny clean
 
 # Where `make install` puts things; below DESTDIR, for a package or a guest's root.
 DESTDIR ?=
@@ -91,6 +91,10 @@ deb: setup ## Make target/nbdtrack_VERSION_ARCH.deb, and have lintian judge it
 
 test-deb: deb ## Install, upgrade, remove and purge the package in a fresh Debian
 	@scripts/package-test
+
+container-test: setup ## Build the container image of packaging/Containerfile with buildah, without a registry, and run it
+	@scripts/setup buildah debootstrap
+	@scripts/container-test
 
 man: ## Write the commands' manual pages anew, from what the program takes
 	$(CARGO) run --quiet --locked --bin nbdtrack -- manual man
