@@ -158,7 +158,7 @@ impl Keeper {
                 },
                 told = told(&mut self.shared) => {
                     if let Some(shared) = &mut self.shared {
-                        shared.on_told(told);
+                        shared.on_told(told, &self.store).await;
                     }
                 }
                 () = self.states.some.notified(), if due.is_none() => due = Some(Instant::now() + GATHER),

@@ -9,10 +9,10 @@ use tokio::time::{Instant, timeout};
 
 use super::control::Report;
 use super::row_asks::RowAsks;
-use super::shared_table::{ASKS_MAX, BATCH, Link, Refused, SharedTable, Told};
+use super::shared_table::{ASKS_MAX, BATCH, Link, Look, Refused, SharedTable, Told};
 use crate::correlation::{MappingRow, PathFound, RequestError, VmDisk, WAITING};
 use crate::mapping::reconcile::{self, Demand, Known, SeenRow, Step};
-use crate::mapping::{DatabaseError, Store, Table, now_us};
+use crate::mapping::{DatabaseError, Store, Table, TableReader, now_us};
 use crate::udev;
 
 /// To look a path up: names and sysfs, no device.
@@ -26,18 +26,78 @@ const REFUSED_MAX: Duration = Duration::from_secs(300);
 const CLOCKS_DIFFER_US: u64 = 1_000_000;
 
 impl SharedTable {
-    pub(super) async fn look_at_all(&mut self, store: &Store) -> Result<(), DatabaseError> {
-        let Link::Up(database) = &mut self.link else {
-            return Ok(());
+    /// Has the whole table read by a task of its own, which ends by its deadline.
+    pub(super) fn begin_look(&mut self) {
+        // Without it a look goes on, and what follows from it comes first.
+        let Some(mut reader) = self.reader.take() else {
+            return;
         };
-        let began_us = now_us();
-        let table = database.read().await?;
-        let known = self.known.get_or_insert_default();
-        let steps = reconcile::reconcile(&self.address.owner, table.alone, known, &table.rows);
+        self.looks += 1;
+        let number = self.looks;
+        self.looking = Some(Look {
+            number,
+            began_us: now_us(),
+            touched: BTreeSet::new(),
+            again: false,
+        });
+        let tell = self.tell.clone();
+        tokio::spawn(async move {
+            let read = reader.read().await.map(|table| (reader, table));
+            // The task is gone only when the daemon stops.
+            let _stopped = tell.send(Told::Read(number, read)).await;
+        });
+    }
+
+    /// The table was read, or could not be.
+    pub(super) async fn on_read(
+        &mut self,
+        number: u64,
+        read: Result<(Box<TableReader>, Table), DatabaseError>,
+        store: &Store,
+    ) {
+        // Otherwise the connection was given up meanwhile, and with it this look.
+        let Some(look) = self.looking.take_if(|look| look.number == number) else {
+            return;
+        };
+        let judged = match read {
+            Ok((reader, table)) => {
+                self.reader = Some(reader);
+                self.judge_all(look, table, store).await
+            }
+            Err(error) => Err(error),
+        };
+        if let Err(error) = judged {
+            self.fail(error.to_string());
+        }
+    }
+
+    async fn judge_all(
+        &mut self,
+        look: Look,
+        mut table: Table,
+        store: &Store,
+    ) -> Result<(), DatabaseError> {
         self.facts.rows.store(
             u64::try_from(table.rows.len()).unwrap_or(u64::MAX),
             Ordering::Relaxed,
         );
+        let touched = look.touched;
+        let is_touched = |row: &SeenRow| {
+            u32::try_from(row.unit)
+                .ok()
+                .and_then(|unit| VmDisk::new(&row.vm_id, unit).ok())
+                .is_some_and(|disk| touched.contains(&disk))
+        };
+        table
+            .rows
+            .retain(|row| touched.is_empty() || !is_touched(row));
+        let known = self.known.get_or_insert_default();
+        let aside: Vec<(VmDisk, Known)> = touched
+            .iter()
+            .filter_map(|disk| known.remove_entry(disk))
+            .collect();
+        let steps = reconcile::reconcile(&self.address.owner, table.alone, known, &table.rows);
+        known.extend(aside);
         let mut conflicts = BTreeMap::new();
         let mut puts = BTreeMap::new();
         let mut asks = Vec::new();
@@ -55,11 +115,18 @@ impl SharedTable {
         self.put_all(puts, &mut conflicts).await?;
         self.say_states().await?;
         self.mark_kept(store, &table.rows).await;
-        self.ask_all(asks, &table, &mut conflicts);
+        self.ask_all(asks, &table, &touched, &mut conflicts);
         self.tell_conflicts(conflicts, &table.rows);
         self.count_retried();
-        self.looked_us = Some(began_us);
-        self.due = Some(Instant::now() + self.poll);
+        self.overlooked.retain(|disk, _| touched.contains(disk));
+        for disk in touched {
+            self.overlooked.entry(disk).or_insert(self.looked_us);
+        }
+        self.looked_us = Some(look.began_us);
+        self.due = Some(match look.again {
+            true => Instant::now(),
+            false => Instant::now() + self.poll,
+        });
         Ok(())
     }
 
@@ -134,11 +201,13 @@ impl SharedTable {
         &mut self,
         asks: Vec<(i64, VmDisk, Demand)>,
         table: &Table,
+        touched: &BTreeSet<VmDisk>,
         conflicts: &mut BTreeMap<i64, String>,
     ) {
         let wanted: BTreeSet<&VmDisk> = asks.iter().map(|(_, disk, _)| disk).collect();
-        self.refused.retain(|disk, _| wanted.contains(disk));
-        self.first_seen.retain(|disk, _| wanted.contains(disk));
+        let stays = |disk: &VmDisk| wanted.contains(disk) || touched.contains(disk);
+        self.refused.retain(|disk, _| stays(disk));
+        self.first_seen.retain(|disk, _| stays(disk));
         for (row, disk, demand) in asks {
             let written = self.written_at(&disk, &demand, table.clock_us);
             let refused = self
@@ -171,7 +240,9 @@ impl SharedTable {
         }
         let written = match demand {
             Demand::Serve { updated_us, .. } => {
-                written(*updated_us, self.looked_us, database_us, now_us())
+                let looked_us = self.overlooked.get(disk).copied();
+                let looked_us = looked_us.unwrap_or(self.looked_us);
+                written(*updated_us, looked_us, database_us, now_us())
             }
             Demand::Restore { .. } | Demand::Rename { .. } | Demand::Remove => {
                 Err("no path was written")
@@ -309,7 +380,93 @@ async fn look_up(path: String) -> Result<PathFound, String> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
+    use tokio::sync::mpsc;
+
+    use super::super::shared_table::SharedTableFacts;
     use super::*;
+    use crate::mapping::reconcile::{Beside, Values};
+    use crate::mapping::{Address, Tls};
+
+    fn disk(unit: u32) -> VmDisk {
+        VmDisk::new("vm", unit).unwrap()
+    }
+
+    fn row(unit: u32) -> SeenRow {
+        let values = Values {
+            export_name: disk(unit).export().as_str().to_owned(),
+            active: true,
+            ..Values::default()
+        };
+        SeenRow {
+            id: i64::from(unit) + 1,
+            vm_id: "vm".to_owned(),
+            unit: i64::from(unit),
+            beside: Some(Beside {
+                owner: "one".to_owned(),
+                wrote: values.clone(),
+                volume: String::new(),
+            }),
+            values,
+            updated_us: None,
+        }
+    }
+
+    fn look(touched: &[u32]) -> Look {
+        Look {
+            number: 1,
+            began_us: 7,
+            touched: touched.iter().map(|unit| disk(*unit)).collect(),
+            again: false,
+        }
+    }
+
+    /// The table was read while a row was on its way there: it is not taken for one that someone has deleted.
+    #[tokio::test]
+    async fn a_look_says_nothing_of_rows_that_were_written_while_it_went_on() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::open(folder.path()).await.unwrap();
+        let address = Address {
+            host: String::new(),
+            port: 0,
+            socket: None,
+            user: String::new(),
+            password: None,
+            database: String::new(),
+            tls: Tls::Off,
+            ca: None,
+            owner: "one".to_owned(),
+        };
+        let (reports, mut reported) = mpsc::unbounded_channel();
+        let facts = Arc::new(SharedTableFacts::default());
+        let mut shared = SharedTable::new(address, Duration::from_secs(1), reports, facts);
+        let here = Known {
+            active: true,
+            kept: true,
+            ..Known::default()
+        };
+        let known = [0, 1, 2].map(|unit| (disk(unit), here.clone()));
+        shared.known = Some(known.into());
+        shared.looked_us = Some(5);
+        let read = || Table {
+            rows: vec![row(0), row(1)],
+            alone: true,
+            clock_us: 1,
+        };
+        shared.judge_all(look(&[2]), read(), &store).await.unwrap();
+        assert!(shared.asking.is_empty(), "{:?}", shared.asking);
+        assert_eq!(shared.known.as_ref().unwrap().len(), 3);
+        assert_eq!(shared.overlooked, [(disk(2), Some(5))].into());
+        // As before the one that began first.
+        shared.judge_all(look(&[2]), read(), &store).await.unwrap();
+        assert_eq!(shared.overlooked, [(disk(2), Some(5))].into());
+        shared.judge_all(look(&[]), read(), &store).await.unwrap();
+        assert_eq!(shared.asking, [disk(2)].into(), "now it is gone");
+        assert!(shared.overlooked.is_empty());
+        let asked = reported.recv().await;
+        assert!(matches!(asked, Some(Report::RowAsks(asks)) if asks.disk == disk(2)));
+    }
 
     #[test]
     fn a_rows_time_is_taken_only_where_a_look_proves_it() {

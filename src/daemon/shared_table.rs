@@ -3,10 +3,13 @@
 //! every other caller, by the loop.
 //!
 //! ```text
-//!   Away ── due ──> Connecting ──> Up ── poll due ──> read, reconcile ──> put | ask the loop | tell a conflict
-//!     ^                 |          |
-//!     └── any failure ──┴──────────┘      (waits 0.5 s, doubled up to 30 s)
+//!   Away ── due ──> Connecting ──> Up ── poll due ──> read beside it ──> reconcile ──> put | ask the loop | tell a conflict
+//!     ^                 |          |                        |
+//!     └── any failure ──┴──────────┴────────────────────────┘      (waits 0.5 s, doubled up to 30 s)
 //! ```
+//!
+//! The table is read over a connection of its own while orders are carried out. A row that was written meanwhile may have been read as
+//! it was before, so a look says nothing of it: the next one does.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -19,7 +22,7 @@ use tokio::time::Instant;
 use super::control::Report;
 use crate::correlation::{Change, MappingRow, MappingState, RequestError, Unkept, VmDisk};
 use crate::mapping::reconcile::{Demand, Known};
-use crate::mapping::{Address, Database, DatabaseError, Store};
+use crate::mapping::{Address, Database, DatabaseError, Store, Table, TableReader};
 
 /// After the first failure, doubled with each more.
 const RETRY_MIN: Duration = Duration::from_millis(500);
@@ -58,9 +61,23 @@ pub(super) enum Link {
     Up(Box<Database>),
 }
 
-/// What the task's own tasks tell it. One message for each connect and each request, so at most [`ASKS_MAX`] and one.
+/// A look at the table that goes on.
+pub(super) struct Look {
+    /// Its answer has the same.
+    pub number: u64,
+    /// When it began, by this machine's clock, in microseconds since 1970.
+    pub began_us: u64,
+    /// Rows that were written since, or known otherwise; at most one for each export.
+    pub touched: BTreeSet<VmDisk>,
+    /// Another one is asked for, which begins after this.
+    pub again: bool,
+}
+
+/// What the task's own tasks tell it. One message for each connect or look and each request, so at most [`ASKS_MAX`] and one.
 pub(super) enum Told {
-    Connected(Result<Box<Database>, DatabaseError>),
+    Connected(Result<(Box<Database>, Box<TableReader>), DatabaseError>),
+    /// By the number of the look.
+    Read(u64, Result<(Box<TableReader>, Table), DatabaseError>),
     Answered {
         disk: VmDisk,
         demand: Demand,
@@ -81,6 +98,10 @@ pub(super) struct SharedTable {
     pub(super) name: String,
     pub(super) poll: Duration,
     pub(super) link: Link,
+    /// While the table is reached and nobody looks at it.
+    pub(super) reader: Option<Box<TableReader>>,
+    pub(super) looking: Option<Look>,
+    pub(super) looks: u64,
     why: String,
     wait: Duration,
     pub(super) due: Option<Instant>,
@@ -100,6 +121,8 @@ pub(super) struct SharedTable {
     pub(super) conflicts: BTreeMap<i64, MappingRow>,
     /// When the last look began, by this machine's clock, in microseconds since 1970; `None` until there was one.
     pub(super) looked_us: Option<u64>,
+    /// Rows of which the last looks said nothing, and when the one before them began; at most one for each export.
+    pub(super) overlooked: BTreeMap<VmDisk, Option<u64>>,
     pub(super) tell: mpsc::Sender<Told>,
     pub told: mpsc::Receiver<Told>,
     pub(super) reports: mpsc::UnboundedSender<Report>,
@@ -119,6 +142,9 @@ impl SharedTable {
             address,
             poll,
             link: Link::Away,
+            reader: None,
+            looking: None,
+            looks: 0,
             why: "it has not been reached yet".to_owned(),
             wait: RETRY_MIN,
             due: Some(Instant::now()),
@@ -131,6 +157,7 @@ impl SharedTable {
             refused: BTreeMap::new(),
             conflicts: BTreeMap::new(),
             looked_us: None,
+            overlooked: BTreeMap::new(),
             tell,
             told,
             reports,
@@ -145,8 +172,10 @@ impl SharedTable {
 
     /// Has the table looked at as soon as may be.
     pub fn look(&mut self) {
-        if !matches!(self.link, Link::Connecting) {
-            self.due = Some(Instant::now());
+        match &mut self.looking {
+            Some(look) => look.again = true,
+            None if matches!(self.link, Link::Connecting) => {}
+            None => self.due = Some(Instant::now()),
         }
     }
 
@@ -166,31 +195,29 @@ impl SharedTable {
                 let (address, tell) = (self.address.clone(), self.tell.clone());
                 // Ends by the deadline of a connect; the store's task goes on with its orders meanwhile.
                 tokio::spawn(async move {
-                    let connected = Database::connect(&address).await.map(Box::new);
+                    let connected = connect(&address).await;
                     // The task is gone only when the daemon stops.
                     let _stopped = tell.send(Told::Connected(connected)).await;
                 });
             }
-            Link::Up(_) => {
-                if let Err(error) = self.look_at_all(store).await {
-                    self.fail(error.to_string());
-                }
-            }
+            Link::Up(_) => self.begin_look(),
         }
     }
 
     /// Takes over what one of the task's own tasks told.
-    pub fn on_told(&mut self, told: Told) {
+    pub async fn on_told(&mut self, told: Told, store: &Store) {
         match told {
-            Told::Connected(Ok(database)) => {
+            Told::Connected(Ok((database, reader))) => {
                 tracing::info!(name: "database_up", database = %self.address, "the shared table is reached");
                 self.link = Link::Up(database);
+                self.reader = Some(reader);
                 self.facts.up.store(1, Ordering::Relaxed);
                 self.wait = RETRY_MIN;
                 self.unsaid = self.states.keys().cloned().collect();
                 self.due = Some(Instant::now());
             }
             Told::Connected(Err(error)) => self.fail(error.to_string()),
+            Told::Read(number, read) => self.on_read(number, read, store).await,
             Told::Answered {
                 disk,
                 demand,
@@ -205,7 +232,7 @@ impl SharedTable {
         }
     }
 
-    fn fail(&mut self, why: String) {
+    pub(super) fn fail(&mut self, why: String) {
         self.count_retried();
         // One line for one reason, however often it is tried.
         if self.why != why {
@@ -217,11 +244,15 @@ impl SharedTable {
         self.facts.up.store(0, Ordering::Relaxed);
         self.facts.failures.fetch_add(1, Ordering::Relaxed);
         self.link = Link::Away;
+        // A look that goes on tells nobody any more.
+        self.reader = None;
+        self.looking = None;
         self.why = why;
         self.due = Some(Instant::now() + self.wait);
         self.wait = (self.wait * 2).min(RETRY_MAX);
         // What was written meanwhile was not seen being written.
         self.looked_us = None;
+        self.overlooked.clear();
     }
 
     pub(super) fn count_retried(&mut self) {
@@ -240,6 +271,7 @@ impl SharedTable {
         let Link::Up(database) = &mut self.link else {
             return Err(self.away());
         };
+        touch(&mut self.looking, puts.keys());
         let done = database.put(&puts).await;
         self.count_retried();
         match done {
@@ -303,6 +335,7 @@ impl SharedTable {
                 puts
             }
         };
+        touch(&mut self.looking, puts.keys());
         let known = self.known.get_or_insert_default();
         for (disk, mut here) in puts {
             if !here.active {
@@ -333,6 +366,7 @@ impl SharedTable {
                 (disk, before)
             })
             .collect();
+        touch(&mut self.looking, before.keys());
         if let Link::Up(database) = &mut self.link
             && let Err(error) = database.put(&before).await
         {
@@ -342,6 +376,7 @@ impl SharedTable {
 
     /// How exports are now; told to the table while it is there, and after it was away.
     pub async fn note(&mut self, states: Vec<MappingState>) {
+        touch(&mut self.looking, states.iter().map(|state| &state.disk));
         for state in states {
             let disk = state.disk.clone();
             if let Some(here) = self.known.as_mut().and_then(|known| known.get_mut(&disk))
@@ -367,6 +402,7 @@ impl SharedTable {
                 .iter()
                 .filter_map(|disk| self.states.get(disk).cloned())
                 .collect();
+            touch(&mut self.looking, &disks);
             database.note(&states).await?;
             for disk in disks {
                 self.unsaid.remove(&disk);
@@ -385,6 +421,19 @@ impl SharedTable {
             return Err(self.away());
         }
         Ok(())
+    }
+}
+
+async fn connect(address: &Address) -> Result<(Box<Database>, Box<TableReader>), DatabaseError> {
+    let database = Database::connect(address).await?;
+    let reader = TableReader::connect(address).await?;
+    Ok((Box::new(database), Box::new(reader)))
+}
+
+/// A look that goes on may have read these rows as they were before, or after.
+pub(super) fn touch<'a>(looking: &mut Option<Look>, disks: impl IntoIterator<Item = &'a VmDisk>) {
+    if let Some(look) = looking {
+        look.touched.extend(disks.into_iter().cloned());
     }
 }
 

@@ -107,6 +107,13 @@ pub struct Database {
     retried: u64,
 }
 
+/// A connection of its own for looks at the whole table, beside which writes go on.
+#[derive(Debug)]
+pub struct TableReader {
+    connection: MySqlConnection,
+    owner: String,
+}
+
 /// The whole table, and how the server's clock stands to ours.
 #[derive(Debug)]
 pub struct Table {
@@ -117,26 +124,18 @@ pub struct Table {
     pub clock_us: u64,
 }
 
-impl Database {
-    /// Connects, makes the tables that are missing, and sees to it that no other daemon of this name is there.
+impl TableReader {
+    /// Connects to a server whose tables are there.
     ///
     /// # Errors
-    /// [`DatabaseError::Away`] with what to look at.
-    pub async fn connect(address: &Address) -> Result<Database, DatabaseError> {
+    /// As [`Database::connect`].
+    pub async fn connect(address: &Address) -> Result<TableReader, DatabaseError> {
         let opened = async {
             let mut connection = options(address).connect().await.map_err(away)?;
-            rows::prepare(&mut connection).await.map_err(away)?;
-            let free = rows::claim(&mut connection, &address.owner).await;
-            if !free.map_err(away)? {
-                return Err(DatabaseError::Away(format!(
-                    "another daemon is connected as \"{}\", or its last connection has not ended yet: give each daemon its own store_owner",
-                    address.owner
-                )));
-            }
-            Ok(Database {
+            rows::begin_session(&mut connection).await.map_err(away)?;
+            Ok(TableReader {
                 connection,
                 owner: address.owner.clone(),
-                retried: 0,
             })
         };
         within(CONNECT_WITHIN, opened).await
@@ -164,11 +163,38 @@ impl Database {
         };
         within(READ_WITHIN, reading).await
     }
+}
+
+impl Database {
+    /// Connects, makes the tables that are missing, and sees to it that no other daemon of this name is there.
+    ///
+    /// # Errors
+    /// [`DatabaseError::Away`] with what to look at.
+    pub async fn connect(address: &Address) -> Result<Database, DatabaseError> {
+        let opened = async {
+            let mut connection = options(address).connect().await.map_err(away)?;
+            rows::begin_session(&mut connection).await.map_err(away)?;
+            rows::prepare(&mut connection).await.map_err(away)?;
+            let free = rows::claim(&mut connection, &address.owner).await;
+            if !free.map_err(away)? {
+                return Err(DatabaseError::Away(format!(
+                    "another daemon is connected as \"{}\", or its last connection has not ended yet: give each daemon its own store_owner",
+                    address.owner
+                )));
+            }
+            Ok(Database {
+                connection,
+                owner: address.owner.clone(),
+                retried: 0,
+            })
+        };
+        within(CONNECT_WITHIN, opened).await
+    }
 
     /// Writes rows as they are known here, and that they are this daemon's: all or none.
     ///
     /// # Errors
-    /// `Taken` when one of them is another daemon's.
+    /// As of every call here; then the connection is of no more use. `Taken` when one of them is another daemon's.
     pub async fn put(&mut self, puts: &BTreeMap<VmDisk, Known>) -> Result<(), DatabaseError> {
         self.transact(Write::Put(puts)).await
     }

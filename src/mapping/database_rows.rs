@@ -75,8 +75,8 @@ const VIEW: &str = "CREATE VIEW nbdtrack_vm_exports AS
     FROM vm_export_mappings m
     LEFT JOIN nbdtrack_mappings n ON n.vm_id = m.vm_id AND n.disk_unit_number = m.disk_unit_number";
 
-/// Makes what is missing. Looks first: an account without the right to create does where everything is there.
-pub(super) async fn prepare(connection: &mut MySqlConnection) -> Result<(), sqlx::Error> {
+/// What holds for each connection.
+pub(super) async fn begin_session(connection: &mut MySqlConnection) -> Result<(), sqlx::Error> {
     // A lock that someone holds for longer ends a transaction, which is then begun anew.
     sqlx::query("SET SESSION innodb_lock_wait_timeout = 1, lock_wait_timeout = 2")
         .execute(&mut *connection)
@@ -90,6 +90,11 @@ pub(super) async fn prepare(connection: &mut MySqlConnection) -> Result<(), sqlx
     {
         return Err(error);
     }
+    Ok(())
+}
+
+/// Makes what is missing. Looks first: an account without the right to create does where everything is there.
+pub(super) async fn prepare(connection: &mut MySqlConnection) -> Result<(), sqlx::Error> {
     let there: Vec<String> = sqlx::query_scalar(
         "SELECT CAST(table_name AS CHAR) FROM information_schema.tables WHERE table_schema = DATABASE()",
     )

@@ -41,7 +41,7 @@ mod state;
 mod table;
 mod trail_rows;
 
-pub use database::{Address, Database, DatabaseError, Secret, Table, Tls};
+pub use database::{Address, Database, DatabaseError, Secret, Table, TableReader, Tls};
 pub use history::{
     Bounds, CLASS_RECORDS_MAX, HISTORY_FILE, History, HistoryError, HistoryTask, PAGE_MAX, now_us,
 };
