@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use super::Pace;
 use super::files::TOTAL_BYTES_MAX;
 use super::ini_files::{included, nothing_at, of_line, says_nothing, source, spend, written_us};
 use super::nbd_server::{CommandLine, IniFile, JudgedFile};
@@ -83,6 +84,7 @@ impl KnownFiles {
         main: &Path,
         line: Option<&CommandLine>,
         now: SystemTime,
+        pace: &Pace,
     ) -> Vec<ReadFile> {
         let mut left = TOTAL_BYTES_MAX;
         let mut read = Vec::new();
@@ -96,6 +98,7 @@ impl KnownFiles {
         match listed {
             Ok(paths) => {
                 for path in paths {
+                    pace.step();
                     let known = before.remove(path.as_os_str());
                     read.push(self.take(path, known, now, &mut left));
                 }
@@ -219,7 +222,7 @@ mod tests {
         fn read(&mut self, ahead: Duration) -> Vec<ReadFile> {
             let main = self.folder.path().join("config");
             self.known
-                .read_again(&main, None, SystemTime::now() + ahead)
+                .read_again(&main, None, SystemTime::now() + ahead, &Pace::default())
         }
     }
 

@@ -12,6 +12,7 @@
 //! | `table.rs` | one TOML table: keys out by name, the rest is unknown |
 //! | `place.rs` | where something stands, and problems |
 //! | `files.rs` | EDGE: the reading of `nbdtrack.toml` and `conf.d/*.toml` |
+//! | `pace.rs` | EDGE: the processor, offered to others between pieces of a long reading |
 //! | `ini_files.rs` | EDGE: the reading of nbd-server's files |
 //! | `watched.rs` | EDGE: which files these are, for who watches them |
 //! | `nbd_server/` | nbd-server's files, as values |
@@ -33,6 +34,7 @@ mod ini_files;
 mod known_files;
 mod limits;
 pub mod nbd_server;
+mod pace;
 mod place;
 mod table;
 mod watched;
@@ -44,6 +46,7 @@ pub use files::{FILE_BYTES_MAX, ReadError, read};
 pub use ini_files::{IniFiles, is_ini, read_ini, read_ini_beside};
 pub use known_files::{KnownFiles, ReadFile};
 pub use limits::Limits;
+pub use pace::Pace;
 pub use place::Problem;
 pub use watched::{Watched, watched};
 

@@ -112,7 +112,7 @@ impl<K: Eq + Hash + Ord + Clone, V> Ordered<K, V> {
         self.keys.len()
     }
 
-    pub fn keys(&self) -> impl Iterator<Item = &K> {
+    pub fn keys(&self) -> impl ExactSizeIterator<Item = &K> {
         self.keys.iter()
     }
 

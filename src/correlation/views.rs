@@ -6,7 +6,7 @@ use super::{Correlation, DiskSeq, DiskView, ExportName, ExportView};
 use crate::identity::VolumeId;
 
 impl Correlation {
-    pub fn export_names(&self) -> impl Iterator<Item = &ExportName> {
+    pub fn export_names(&self) -> impl ExactSizeIterator<Item = &ExportName> {
         self.exports.keys()
     }
 

@@ -204,7 +204,7 @@ impl Control {
                 ("log_lines_lost", log::lost()),
                 ("history_records", kept),
                 ("history_lost", lost),
-                ("exports", count(self.correlation.export_names().count())),
+                ("exports", count(self.correlation.export_names().len())),
                 ("disks", count(self.correlation.diskseqs().count())),
                 ("orphans", count(self.correlation.orphans())),
                 ("udev_events", seen.events),

@@ -42,7 +42,7 @@ use std::sync::Arc;
 use tokio::signal::unix::SignalKind;
 use tokio::sync::mpsc;
 
-use crate::config::{self, Config};
+use crate::config::{self, Config, Pace};
 use crate::correlation::{Correlation, Event, Settings};
 use crate::dbus::{self, Bus};
 use crate::files;
@@ -157,7 +157,7 @@ fn configure(options: &Options, clock: Clock) -> Result<(Config, Read), Error> {
         Some(path) if options.command_line.is_some() || config::is_ini(path) => {
             let line = options.command_line.as_ref();
             let last = LastReading::none(Dialect::NbdServer);
-            let reading = sections::read(path, line, last, clock);
+            let reading = sections::read(path, line, last, clock, &Pace::default());
             let Some(generic) = &reading.generic else {
                 return Err(Error::Config(reading.problems));
             };

@@ -25,7 +25,7 @@ impl Control {
             }
         }
         self.service.surveyed();
-        let exports = self.correlation.export_names().count();
+        let exports = self.correlation.export_names().len();
         tracing::info!(
             name: "ready",
             exports,
@@ -41,7 +41,7 @@ impl Control {
             // The first survey will, and its last disk, or the end of the reload.
             return;
         }
-        let exports = self.correlation.export_names().count();
+        let exports = self.correlation.export_names().len();
         let bus = if self.publisher.is_linked() {
             ""
         } else {

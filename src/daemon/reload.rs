@@ -7,7 +7,7 @@ use super::control::{Asker, Control, Report};
 use super::last_reading::{Dialect, LastReading};
 use super::sections::{self, Clock, Reading};
 use crate::config::nbd_server::CommandLine;
-use crate::config::{self, ClaimRules};
+use crate::config::{self, ClaimRules, Pace};
 use crate::correlation::{Definition, Difference, Event, RequestError, SectionsChange};
 use crate::dbus::{Answer, Publication};
 use crate::nbd::Rules;
@@ -22,6 +22,9 @@ pub(super) struct Reload {
     last: Option<Box<LastReading>>,
     /// What was wrong in what is being applied, for those who asked.
     told: String,
+    /// Exports of what is being applied, and what of the files was refused before the middle saw it.
+    taken: usize,
+    refused: usize,
     reading: bool,
     /// Asked for again since the reading began.
     again: bool,
@@ -37,6 +40,8 @@ impl Reload {
             clock,
             last: None,
             told: String::new(),
+            taken: 0,
+            refused: 0,
             reading: false,
             again: false,
             served: Vec::new(),
@@ -121,6 +126,7 @@ impl Control {
             return;
         };
         self.reload.told = read.problems;
+        (self.reload.taken, self.reload.refused) = (found.taken, found.refused);
         // Before what is served: a client that comes to a new export meets its rules.
         if let Some(rules) = found.rules {
             self.door.rule(rules);
@@ -141,12 +147,19 @@ impl Control {
         if !self.reload.reading {
             return Vec::new();
         }
+        let [added, changed, refused] = [
+            difference.added.len(),
+            difference.changed.len(),
+            difference.refused.len(),
+        ];
+        let differs = added + changed + refused;
         tracing::info!(
             name: "config_reloaded",
-            added = difference.added.len(),
-            changed = difference.changed.len(),
+            added,
+            changed,
             removed = difference.removed.len(),
-            refused = difference.refused.len(),
+            unchanged = self.reload.taken.saturating_sub(differs),
+            refused = refused + self.reload.refused,
             "reloaded"
         );
         let mut told = vec![Publication::Signal(crate::correlation::Notice::Reloaded(
@@ -175,6 +188,8 @@ impl Control {
 pub(super) struct Found {
     /// Exports that are taken, changed or not.
     pub taken: usize,
+    /// Sections that were refused by name as they were read, whether what they were before stays or not.
+    pub refused: usize,
     pub change: SectionsChange,
     /// `None` when they are as they were; so is the next.
     pub rules: Option<Rules>,
@@ -212,7 +227,10 @@ pub(super) struct Read {
 impl Read {
     fn again(path: &Path, line: Option<&CommandLine>, last: LastReading, clock: Clock) -> Read {
         match last.dialect {
-            Dialect::NbdServer => Read::of_sections(sections::read(path, line, last, clock)),
+            Dialect::NbdServer => {
+                let pace = Pace::default();
+                Read::of_sections(sections::read(path, line, last, clock, &pace))
+            }
             Dialect::Toml => Read::toml(path, last),
         }
     }
