@@ -13,7 +13,8 @@ use std::sync::{PoisonError, RwLock};
 use std::time::UNIX_EPOCH;
 
 use nix::errno::Errno;
-use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
+use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat, openat2, readlinkat};
+use nix::sys::stat::Mode;
 
 use crate::correlation::DiskSeq;
 use crate::identity::Format;
@@ -153,10 +154,71 @@ fn beneath(folder: &File, path: &Path, flags: OFlag) -> io::Result<File> {
         tries += 1;
         match openat2(folder, path, how) {
             Err(Errno::EAGAIN | Errno::EINTR) if tries < LOOK_UPS => {}
+            Err(Errno::ENOSYS) => return in_steps(folder, path, flags),
             other => return Ok(File::from(other?)),
         }
     }
 }
+
+/// Resolves as openat2(2) does with RESOLVE_BENEATH, where that is not to be had: before Linux 5.6, and under systemd's
+/// RestrictSUIDSGID=, whose filter cannot see the flags of an openat2 and answers ENOSYS to each (systemd, src/shared/seccomp-util.c,
+/// seccomp_restrict_sxid).
+///
+/// Each step opens one name in a folder that is held and follows no link; where a link leads is resolved here, and `..` goes back to the
+/// folder that was come through, so that a rename elsewhere leads nowhere else.
+fn in_steps(root: &File, path: &Path, flags: OFlag) -> io::Result<File> {
+    let leads_out = || io::Error::from(Errno::EXDEV);
+    let mut held = vec![root.try_clone()?];
+    let mut left: Vec<OsString> = parts(path);
+    let mut links = 0;
+    while let Some(name) = left.pop() {
+        if name == ".." {
+            held.pop();
+        }
+        let Some(folder) = held.last() else {
+            return Err(leads_out());
+        };
+        if name == ".." || name == "." {
+            continue;
+        }
+        if name == "/" {
+            return Err(leads_out());
+        }
+        let step = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+        let found = File::from(openat(folder, name.as_os_str(), step, Mode::empty())?);
+        if found.metadata()?.file_type().is_symlink() {
+            links += 1;
+            if links > LINKS_MAX {
+                return Err(Errno::ELOOP.into());
+            }
+            left.extend(parts(Path::new(&readlinkat(&found, "")?)));
+        } else if held.len() < DEPTH_MAX {
+            held.push(found);
+        } else {
+            return Err(Errno::ENAMETOOLONG.into());
+        }
+    }
+    let Some(found) = held.pop() else {
+        return Err(leads_out());
+    };
+    if flags.contains(OFlag::O_PATH) {
+        return Ok(found);
+    }
+    // Only folders are opened otherwise; of anything else the kernel says that it is none.
+    let again = openat(&found, ".", flags | OFlag::O_CLOEXEC, Mode::empty())?;
+    Ok(File::from(again))
+}
+
+/// The parts of a path, the last one first.
+fn parts(path: &Path) -> Vec<OsString> {
+    let parts = path.components().rev();
+    parts.map(|part| part.as_os_str().to_owned()).collect()
+}
+
+/// As many as the kernel follows (path_resolution(7)).
+const LINKS_MAX: usize = 40;
+/// Folders that are held at one time, each by a descriptor; nobody's backups lie so deep.
+const DEPTH_MAX: usize = 128;
 
 fn other_kind(facts: &Metadata) -> Option<&'static str> {
     let kind = facts.file_type();
@@ -242,6 +304,78 @@ mod tests {
         assert!(matches!(missing, Err(FileError::Missing(_))));
         let none = found(&Roots::default(), &root.join("in/a"));
         assert!(matches!(none, Err(FileError::Outside(_))));
+    }
+
+    /// Under systemd's RestrictSUIDSGID= there is no openat2: with the unit that ships no file was served and no image made.
+    #[test]
+    fn steps_find_and_refuse_what_the_kernel_finds_and_refuses() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().join("served");
+        std::fs::create_dir_all(root.join("in/deep")).unwrap();
+        std::fs::write(root.join("in/a"), b"a").unwrap();
+        std::fs::write(dir.path().join("secret"), b"s").unwrap();
+        for (target, name) in [
+            ("in/a", "near"),
+            ("../secret", "far"),
+            ("in/../../served/in/a", "out_and_back"),
+            ("in/deep/../a", "back"),
+            ("deep", "in/link"),
+            ("..", "in/up"),
+            ("/proc/self/exe", "magic"),
+            ("loop", "loop"),
+            ("missing", "dangling"),
+            ("a/", "in/slash"),
+        ] {
+            symlink(target, root.join(name)).unwrap();
+        }
+        symlink(root.join("in/a"), root.join("absolute")).unwrap();
+        let opened = open_root(&root).unwrap();
+        let folder = OFlag::O_RDONLY | OFlag::O_DIRECTORY;
+        let mut agreed = Vec::new();
+        for name in [
+            "in/a",
+            "near",
+            "far",
+            "out_and_back",
+            "back",
+            "in/link/../a",
+            "in/up/in/a",
+            "in/up/near",
+            "in/up/..",
+            "magic",
+            "loop",
+            "dangling",
+            "absolute",
+            "in",
+            "in/deep",
+            "in/link",
+            ".",
+            "in/..",
+            "..",
+            "../served/in/a",
+            "in/a/b",
+            "none",
+            "in/none/a",
+            "/in/a",
+        ] {
+            for flags in [OFlag::O_PATH, folder] {
+                let told = |found: io::Result<File>| match found {
+                    Ok(file) => Ok(file.metadata().unwrap().ino()),
+                    Err(error) => Err(error.raw_os_error()),
+                };
+                let theirs = told(beneath(&opened, Path::new(name), flags));
+                let ours = told(in_steps(&opened, Path::new(name), flags));
+                assert_eq!(ours, theirs, "{name} {flags:?}");
+                agreed.push(ours.is_ok());
+            }
+        }
+        assert!(agreed.contains(&true) && agreed.contains(&false));
+        let deep = "in/../".repeat(1_000) + "in/a";
+        assert!(in_steps(&opened, Path::new(&deep), OFlag::O_PATH).is_ok());
+        let many = root.join("d/".repeat(200));
+        std::fs::create_dir_all(&many).unwrap();
+        let error = in_steps(&opened, Path::new(&"d/".repeat(200)), OFlag::O_PATH).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::ENAMETOOLONG));
     }
 
     #[test]
