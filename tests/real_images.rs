@@ -3,8 +3,11 @@
 
 mod support;
 
+use std::io::Read;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use serde_json::Value;
@@ -606,4 +609,55 @@ fn images_of_every_kind_are_checked_as_sound() -> Outcome<()> {
             Ok(())
         },
     )
+}
+
+/// The check gets a small part of the time until it has lasted longer than what shows no progress: so it does on the fastest machine, too.
+#[test]
+fn check_shows_how_far_it_is_on_a_terminal() -> Outcome<()> {
+    let needs = [Need::Tool("python3")];
+    real("progress on a terminal", &needs, |ground| {
+        let path = ground.file("many.qcow2");
+        let many = ["--cluster-size", "512", "--preallocation", "metadata"];
+        done(&[&["create", &text(&path), "256M"], &many[..]].concat())?;
+        let pid = ground.file("pid");
+        let line = format!("echo $$ >{}; exec \"$@\"", text(&pid));
+        // What it shows goes through a terminal of Python's, for script(1) stops itself with what it runs.
+        let through =
+            "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))";
+        let mut terminal = command("python3");
+        terminal.args(["-c", through, "sh", "-c", &line, "sh"]);
+        terminal.args([&text(&binary()), "image", "check", &text(&path)]);
+        terminal.stdin(Stdio::null()).stdout(Stdio::piped());
+        let mut terminal = Running(terminal.spawn().doing("start python3")?);
+        let pid = until(STEP_LIMIT, "the check to begin", || {
+            let text = std::fs::read_to_string(&pid).unwrap_or_default();
+            Ok(text.trim().parse().ok())
+        })?;
+        let pid = nix::unistd::Pid::from_raw(pid);
+        let began = std::time::Instant::now();
+        while began.elapsed() < Duration::from_millis(1_300) {
+            for (signal, time) in [(Signal::SIGSTOP, 20_000), (Signal::SIGCONT, 500)] {
+                nix::sys::signal::kill(pid, signal).doing("the check was over too soon")?;
+                std::thread::sleep(Duration::from_micros(time));
+            }
+        }
+        let mut shown = String::new();
+        let mut output = terminal.0.stdout.take().expect("it is a pipe");
+        output.read_to_string(&mut shown)?;
+        hold!(
+            terminal.wait(STEP_LIMIT)?.success(),
+            "it is sound: {shown:?}"
+        );
+        let mut parts = shown.split('\r');
+        let share = |part: &str| part.strip_suffix(" %")?.trim().parse::<f64>().ok();
+        hold!(
+            parts.any(|part| share(part).is_some_and(|share| (0.0..=100.0).contains(&share))),
+            "{shown:?}"
+        );
+        hold!(
+            shown.contains("\r        \r0 errors, 0 leaked clusters"),
+            "the line is taken away before what was found: {shown:?}"
+        );
+        Ok(())
+    })
 }

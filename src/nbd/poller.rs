@@ -26,7 +26,9 @@ use super::stats::{Counters, add};
 const WAKE_TOKEN: u64 = 0;
 /// Connections accepted before the others get their turn.
 const ACCEPTS: usize = 64;
-/// accept(2) failed (out of descriptors): how long until it is tried again.
+/// accept(2) failed (out of descriptors): how long until it is tried again. Clients wait in the socket's backlog meanwhile, and are
+/// served when a descriptor is free. No descriptor is kept in reserve to accept and close them with: other threads open disks and
+/// files, and would take what the reserve gives back before accept does.
 const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
 
 /// Nearer than any deadline that a test has to reach.
