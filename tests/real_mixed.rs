@@ -29,8 +29,8 @@ const COMES_AND_GOES: usize = 4;
 const EVERY: Duration = Duration::from_millis(100);
 /// So many callers add and remove at one time, each its own exports: a call answers when its disk does.
 const CALLERS: usize = 4;
-/// Of a client, so that two hundred of them leave something of two processors.
-const REST: Duration = Duration::from_millis(20);
+/// Of a client for each that there are: all together ask some 4,000 times a second, which leaves something of two processors.
+const REST: Duration = Duration::from_micros(500);
 /// Of a hundred writes so many are durable: each is a commit of the one file system that all of this lies on.
 const DURABLE: usize = 1;
 /// What the daemon may hold more of at the end than after its first seconds: the allocator's own.
@@ -127,7 +127,13 @@ fn volumes(
 }
 
 /// One client after another of an export, until all is over.
-fn live(endpoint: &Endpoint, export: &Export, seed: u64, done: &Done) -> Outcome<()> {
+fn live(
+    endpoint: &Endpoint,
+    export: &Export,
+    rest: Duration,
+    seed: u64,
+    done: &Done,
+) -> Outcome<()> {
     let mut dice = Dice::new(seed);
     // What each block holds; two of one whose write was not answered.
     let mut held: Vec<Vec<u64>> = vec![vec![0]; BLOCKS];
@@ -136,7 +142,7 @@ fn live(endpoint: &Endpoint, export: &Export, seed: u64, done: &Done) -> Outcome
         let mut client = match Client::open(endpoint, &export.name) {
             Ok(client) => client,
             Err(_) if !export.stays => {
-                std::thread::sleep(REST);
+                std::thread::sleep(rest);
                 continue;
             }
             Err(error) => return Err(error).doing(format!("{} is not served", export.name)),
@@ -173,7 +179,7 @@ fn live(endpoint: &Endpoint, export: &Export, seed: u64, done: &Done) -> Outcome
                     }
                     held[block] = vec![last];
                     done.requests.fetch_add(2, Ordering::Relaxed);
-                    std::thread::sleep(REST);
+                    std::thread::sleep(rest);
                     continue;
                 }
             }
@@ -252,7 +258,8 @@ fn exports_of_every_kind_come_and_go_and_nobody_elses_client_notices() -> Outcom
         let done = Done::default();
         let endpoint = scene.endpoint();
         let mut moving: Vec<Vec<Moving>> = (0..CALLERS).map(|_| Vec::new()).collect();
-        for (n, export) in exports.iter().enumerate().filter(|(_, e)| !e.stays) {
+        let leaving = exports.iter().filter(|export| !export.stays);
+        for (n, export) in leaving.enumerate() {
             // Each caller has some of each kind, as far as there are so many.
             moving[n % CALLERS].push(Moving {
                 export,
@@ -260,8 +267,8 @@ fn exports_of_every_kind_come_and_go_and_nobody_elses_client_notices() -> Outcom
                 there: true,
             });
         }
-        moving.retain(|some| !some.is_empty());
         let whole = Duration::from_secs(seconds);
+        let rest = REST * u32::try_from(count)?;
         let mut held = Vec::new();
         let pid = scene.daemon()?.pid();
         std::thread::scope(|threads| -> Outcome<()> {
@@ -270,7 +277,7 @@ fn exports_of_every_kind_come_and_go_and_nobody_elses_client_notices() -> Outcom
                 .zip(&exports)
                 .map(|(n, export)| {
                     let (endpoint, done) = (&endpoint, &done);
-                    threads.spawn(move || live(endpoint, export, seed.wrapping_add(n), done))
+                    threads.spawn(move || live(endpoint, export, rest, seed.wrapping_add(n), done))
                 })
                 .collect();
             let started = Instant::now();
@@ -290,7 +297,7 @@ fn exports_of_every_kind_come_and_go_and_nobody_elses_client_notices() -> Outcom
                     let until = started + whole / 12 * part;
                     while Instant::now() < until {
                         let left = until.saturating_duration_since(Instant::now());
-                        std::thread::sleep(left.min(REST * 10));
+                        std::thread::sleep(left.min(EVERY));
                         // One that has ended before the time has failed.
                         let ended = clients.iter().any(|client| client.is_finished());
                         if ended {
