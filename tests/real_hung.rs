@@ -7,9 +7,12 @@ use std::io::Write;
 use std::time::{Duration, Instant};
 
 use support::bus::Options;
-use support::client::{CMD_READ, CMD_WRITE, Client, request};
+use support::client::{CMD_READ, CMD_WRITE, Client, FLAG_FUA, read_reply, request};
 use support::fuse_disk::{ALL, FLUSHES, FuseDisk, WRITES};
 use support::ground::{Ground, Need, real, tell};
+use support::images::{qemu_img, text};
+use support::loops::sparse_file;
+use support::process;
 use support::scene::{STEP_LIMIT, Scene};
 use support::stream::{Pace, Stream};
 use support::{Outcome, until};
@@ -51,7 +54,7 @@ fn disk_made_of_fuse_hangs_fails_and_heals() -> Outcome<()> {
             client.read(0, &mut byte)? == Ok(()) && byte == [7; 4096],
             "and gives it back"
         );
-        let back = std::fs::read(&disk.back)?;
+        let back = std::fs::read(disk.back())?;
         hold!(back[..4096] == [7; 4096], "FUA is on the disk");
         client.leave()?;
         scene.stop()
@@ -387,6 +390,131 @@ fn crowd_of_clients_of_a_hung_disk_takes_no_thread_from_the_others() -> Outcome<
             Ok((number(&scene, "orphans")? == 0).then_some(()))
         })?;
         drop(crowd);
+        scene.stop()
+    })
+}
+
+/// Threads of the daemon by their names.
+fn threads_named(pid: u32, name: &str) -> Outcome<usize> {
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task"))?.flatten();
+    // One that has ended meanwhile is none.
+    let names = tasks.filter_map(|task| std::fs::read_to_string(task.path().join("comm")).ok());
+    Ok(names.filter(|found| found.trim() == name).count())
+}
+
+/// Unmounts, when it is dropped, whatever is still open there.
+struct Mounted(String);
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let _ = process::run("umount", &["-l", &self.0], STEP_LIMIT);
+    }
+}
+
+/// As a server of NFS that is gone: every file of one file system hangs, raw ones and images, each with clients that want something durable.
+#[test]
+fn file_system_that_hangs_has_threads_of_its_own_and_holds_up_nobody_else() -> Outcome<()> {
+    const FILES: usize = 40;
+    const REQUESTS: usize = 16;
+    /// `Limits::file_system_threads`; when half of them are taken each export has one more at most.
+    const THREADS_MAX: usize = 128;
+    let needs = [
+        NEEDS,
+        &[
+            Need::Tool("mkfs.ext4"),
+            Need::Tool("mount"),
+            Need::Tool("qemu-img"),
+        ],
+    ]
+    .concat();
+    real("hung file system", &needs, |ground| {
+        let disk = FuseDisk::make(ground.path(), "far", 64 << 20)?;
+        let (far, near) = (ground.file("far"), ground.file("near"));
+        for folder in [&far, &near] {
+            std::fs::create_dir(folder)?;
+        }
+        let node = disk.device.node();
+        process::succeed("mkfs.ext4", &["-q", "-F", &node], STEP_LIMIT)?;
+        let place = text(&far);
+        process::succeed("mount", &[node.as_str(), place.as_str()], STEP_LIMIT)?;
+        let _mounted = Mounted(place);
+        let roots = format!("file_roots = [{:?}, {:?}]\n", text(&far), text(&near));
+        let mut scene = Scene::told(ground, roots, &[])?;
+        let _healer = disk.healer();
+        for n in 0..FILES {
+            let (name, path) = (format!("far{n}"), far.join(format!("f{n}")));
+            let format = if n % 2 == 0 { "raw" } else { "qcow2" };
+            qemu_img(&["create", "-q", "-f", format, &text(&path), "1M"])?;
+            let scheme = if n % 2 == 0 { "file" } else { "qcow2" };
+            let id = format!("{scheme}:{}", path.display());
+            scene.client.add_export(&name, &id)?;
+        }
+        let at_hand = |n: usize| -> Outcome<String> {
+            let path = sparse_file(&near, &format!("n{n}"), BYTES)?;
+            Ok(format!("file:{}", path.display()))
+        };
+        scene.client.add_export("near", &at_hand(0)?)?;
+        let bystander = Stream::start(&scene.endpoint(), "near", "near", Pace::BYSTANDER, 0)?;
+        bystander.wait_for(100)?;
+        disk.hang(ALL);
+        let mut stuck = Vec::new();
+        for n in 0..FILES {
+            let client = Client::open(&scene.endpoint(), &format!("far{n}"))?;
+            for request_of in 0..REQUESTS as u64 {
+                let at = request_of * 4096;
+                let head = request(CMD_WRITE, FLAG_FUA, request_of, at, 4096);
+                let message = [&head[..], &[7; 4096]].concat();
+                (&client.socket).write_all(&message)?;
+            }
+            stuck.push(client);
+        }
+        let pid = scene.daemon()?.pid();
+        until(STEP_LIMIT, "its threads to be taken", || {
+            Ok((threads_named(pid, "nbd-files")? >= THREADS_MAX / 2).then_some(()))
+        })?;
+        // All of this comes to its end while it hangs: what has clients goes on, and what is new is found, opened, written and flushed.
+        bystander.wait_for(100)?;
+        for n in 1..4 {
+            let name = format!("near{n}");
+            scene.client.add_export(&name, &at_hand(n)?)?;
+            let mut client = Client::open(&scene.endpoint(), &name)?;
+            hold!(client.write(0, &[1; 4096], true)? == Ok(()), "{name}: FUA");
+            client.leave()?;
+            scene.client.remove_export(&name, "soft")?;
+        }
+        scene.client.rescan()?;
+        let threads = threads_named(pid, "nbd-files")?;
+        // The file at hand has threads of its own, of which some stay.
+        hold!(
+            threads <= THREADS_MAX + 8,
+            "{threads} threads wait for files"
+        );
+        let disks = threads_named(pid, "nbd-disk")?;
+        hold!(disks < 8, "{disks} threads that were for disks");
+        // Its clients are freed by a removal, and not by the file system.
+        let freed = stuck.pop();
+        let name = format!("far{}", FILES - 1);
+        let answer = scene.client.remove_export(&name, "hard");
+        if let Some(client) = freed {
+            hold!(
+                read_reply(&client.socket).is_err(),
+                "a client of a removed export is told of its write"
+            );
+        }
+        tell(&format!(
+            "hung file system: {FILES} exports, {} requests, {threads} threads wait for files; a hard removal answered {answer:?}",
+            FILES * REQUESTS
+        ));
+        let report = bystander.finish()?;
+        hold!(report.broken.is_none(), "{:?}", report.broken);
+        disk.heal();
+        for client in &stuck {
+            for _ in 0..REQUESTS {
+                let (_, error) = read_reply(&client.socket)?;
+                hold!(error == 0, "error {error} after it healed");
+            }
+        }
+        drop(stuck);
         scene.stop()
     })
 }

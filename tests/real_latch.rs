@@ -213,7 +213,7 @@ fn at_whatever_moment_the_disk_fails_no_promise_is_broken_and_none_follows() -> 
             sung.latched().doing(&what)?;
             detach_names_the_flush(&scene, &id).doing(&what)?;
             disk.device.detach_now()?;
-            sung.judge(&disk.back, "ill", Held::Flushed).doing(&what)?;
+            sung.judge(disk.back(), "ill", Held::Flushed).doing(&what)?;
             promised += sung.report.flushes + sung.forced;
             refused += sung.refused;
             score.goes_on(&sung, Held::Flushed);

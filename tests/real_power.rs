@@ -114,7 +114,7 @@ fn cuts_of_the_disk(name: &'static str, direct: bool) -> Outcome<()> {
             // What the page cache still holds finds no disk.
             disk.device.detach_now()?;
             disk.power_up();
-            sung.judge(&disk.back, "vol", Held::Flushed).doing(&what)?;
+            sung.judge(disk.back(), "vol", Held::Flushed).doing(&what)?;
             sum.add(cut, &sung);
             score.goes_on(&sung, Held::Flushed);
             if dies {

@@ -2,13 +2,15 @@
 //! decides nothing.
 //!
 //! A path is looked up when an export comes to want it, when the kernel says that something happened there (`notice`), when a survey of
-//! the disks is ordered, and at an interval. Each look-up is a call of its own on the blocking pool: a file system that hangs (a server of NFS that is gone) keeps the thread
-//! of its own paths, and no other path waits for it (invariant 11).
+//! the disks is ordered, and at an interval. Each look-up is a call of its own on the blocking pool, a few of one mount at a time: a file system that hangs (a server of
+//! NFS that is gone) keeps those threads, its other paths stay as they were last seen, and no path of another one waits for it (invariant 11).
 
 mod known;
+mod mounts;
 mod notice;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -22,14 +24,17 @@ use crate::identity::{Format, Identity};
 use crate::image::beneath::{FoundFile, Roots};
 use crate::image::qcow2;
 use known::{Known, Seen};
+use mounts::Mounts;
 use notice::{Due, Notices, Place, Watcher};
 
 /// Look-ups at one time.
 const LOOKS_MAX: usize = 16;
+/// Of them of one mount; so many threads it keeps when it hangs.
+const LOOKS_PER_MOUNT: usize = 4;
 /// A look-up that takes longer is waited for no more; its path stays as it was last seen.
 const LOOK_WITHIN: Duration = Duration::from_secs(2);
-/// Paths whose look-up hangs, each with a thread; past it no new path is looked up until one answers.
-const HUNG_MAX: usize = 128;
+/// Paths whose look-up hangs, each with a thread: of 32 mounts. Past it no new path is looked up until one answers.
+const HUNG_MAX: usize = 32 * LOOKS_PER_MOUNT;
 
 /// What the observer tells.
 #[derive(Debug)]
@@ -76,8 +81,9 @@ pub fn observe(roots: Arc<Roots>, every: Duration, out: mpsc::Sender<Told>) -> O
         notices: Notices::new(),
         looks: JoinSet::new(),
         places: Arc::new(Semaphore::new(LOOKS_MAX)),
-        looking: BTreeSet::new(),
-        hung: BTreeSet::new(),
+        looking: BTreeMap::new(),
+        hung: BTreeMap::new(),
+        overdue: BTreeSet::new(),
     };
     let task = tokio::spawn(watch.run(every));
     Observer { shared, task }
@@ -132,8 +138,12 @@ struct Watch {
     /// At most one for each path.
     looks: JoinSet<Look>,
     places: Arc<Semaphore>,
-    looking: BTreeSet<Identity>,
-    hung: BTreeSet<Identity>,
+    /// Each with its mount, as `hung`.
+    looking: BTreeMap<Identity, PathBuf>,
+    /// No path of these mounts is looked up until they answer.
+    hung: BTreeMap<Identity, PathBuf>,
+    /// On a mount that answered again in the middle of a round: for the next one.
+    overdue: BTreeSet<Identity>,
 }
 
 impl Watch {
@@ -148,13 +158,13 @@ impl Watch {
                 () = shared.changed.notified() => Due::default(),
                 _ = tick.tick() => Due::everything(),
                 due = self.notices.next() => due,
-                Some(Ok(look)) = self.looks.join_next() => {
-                    if let Look::Late(path) = look {
-                        self.hung.remove(&path);
-                    }
-                    Due::default()
+                Some(Ok(look)) = self.looks.join_next() => match look {
+                    Look::Late(path) => self.answers_again(&path),
+                    // A round waits for all others.
+                    Look::Found(..) | Look::Slow(..) => Due::default(),
                 }
             };
+            due.paths.append(&mut self.overdue);
             let asked = shared.asked.load(Ordering::Acquire);
             due.all |= asked != done;
             let round = self.round(&due).await;
@@ -184,19 +194,12 @@ impl Watch {
                 self.tell(Told::Happened(event)).await?;
             }
         }
-        let known: BTreeSet<&Identity> = self.known.paths().collect();
-        let paths: Vec<Identity> = wanted
-            .iter()
-            .filter(|path| due.all || due.paths.contains(*path) || !known.contains(path))
-            .filter(|path| !self.hung.contains(*path))
-            .cloned()
-            .collect();
-        for path in paths {
-            if self.hung.len() < HUNG_MAX {
-                self.start(path);
+        let mut waiting = self.to_look_up(&wanted, due);
+        loop {
+            self.start_some(&mut waiting);
+            if self.looking.is_empty() {
+                break;
             }
-        }
-        while !self.looking.is_empty() {
             // Only a look-up can panic, and that is told as its answer.
             let Some(Ok(look)) = self.looks.join_next().await else {
                 break;
@@ -204,11 +207,66 @@ impl Watch {
             self.on_look(look).await?;
         }
         self.notices.sweep();
+        if !self.overdue.is_empty() {
+            self.shared.changed.notify_one();
+        }
         Ok(())
     }
 
-    fn start(&mut self, path: Identity) {
-        self.looking.insert(path.clone());
+    /// The paths that are new or due, by the mounts that they lie on.
+    fn to_look_up(
+        &self,
+        wanted: &BTreeSet<Identity>,
+        due: &Due,
+    ) -> BTreeMap<PathBuf, Vec<Identity>> {
+        let known: BTreeSet<&Identity> = self.known.paths().collect();
+        let is_due = |path: &Identity| due.all || due.paths.contains(path) || !known.contains(path);
+        let paths: Vec<&Identity> = wanted.iter().filter(|path| is_due(path)).collect();
+        let mut waiting: BTreeMap<PathBuf, Vec<Identity>> = BTreeMap::new();
+        if paths.is_empty() {
+            return waiting;
+        }
+        // Reads memory of the kernel only; where it cannot be read all is one mount.
+        let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+        let mounts = Mounts::parse(&mounts);
+        for path in paths {
+            let mount = mounts.of(path.file().unwrap_or_default());
+            waiting.entry(mount).or_default().push(path.clone());
+        }
+        waiting
+    }
+
+    /// Starts look-ups as far as there is room for those of each mount. Of one that hangs none is started: what waits for it is left as it was.
+    fn start_some(&mut self, waiting: &mut BTreeMap<PathBuf, Vec<Identity>>) {
+        waiting.retain(|mount, _| !self.hung.values().any(|hung| hung == mount));
+        if self.hung.len() >= HUNG_MAX {
+            waiting.clear();
+        }
+        for (mount, paths) in waiting {
+            let looking = self.looking.values().filter(|of| *of == mount).count();
+            for _ in looking..LOOKS_PER_MOUNT {
+                let Some(path) = paths.pop() else { break };
+                self.start(path, mount.clone());
+            }
+        }
+    }
+
+    /// A look-up that was slow has ended: what else lies on its mount may be looked up again, and is.
+    fn answers_again(&mut self, path: &Identity) -> Due {
+        let mut due = Due::default();
+        if let Some(mount) = self.hung.remove(path) {
+            let wanted = self.shared.wanted();
+            let of_it = wanted.iter().filter(|path| {
+                let file = path.file().unwrap_or_default();
+                std::path::Path::new(file).starts_with(&mount)
+            });
+            due.paths.extend(of_it.cloned());
+        }
+        due
+    }
+
+    fn start(&mut self, path: Identity, mount: PathBuf) {
+        self.looking.insert(path.clone(), mount);
         let roots = Arc::clone(&self.roots);
         let places = Arc::clone(&self.places);
         let watcher = self.notices.watcher();
@@ -241,10 +299,10 @@ impl Watch {
             Look::Slow(path, look) => {
                 tracing::warn!(
                     %path,
-                    "the file system does not answer: the file stays as it was last seen"
+                    "the file system does not answer: its files stay as they were last seen"
                 );
-                self.looking.remove(&path);
-                self.hung.insert(path.clone());
+                let mount = self.looking.remove(&path).unwrap_or_default();
+                self.hung.insert(path.clone(), mount);
                 self.looks.spawn(async move {
                     // Whatever it found is as old as its question: it is asked again.
                     let _old = look.await;
@@ -252,7 +310,8 @@ impl Watch {
                 });
             }
             Look::Late(path) => {
-                self.hung.remove(&path);
+                let due = self.answers_again(&path);
+                self.overdue.extend(due.paths);
             }
         }
         Ok(())

@@ -348,6 +348,10 @@ impl Image for Block {
         self.direct.is_none()
     }
 
+    fn file_system(&self) -> Option<u64> {
+        self.claim.file_system
+    }
+
     fn rotational(&self) -> bool {
         self.rotational
     }

@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
@@ -88,6 +88,8 @@ struct State {
 pub struct Claim {
     pub number: DeviceNumber,
     pub medium: Medium,
+    /// The number of the file system that a file lies on.
+    pub file_system: Option<u64>,
     /// Opened with `O_EXCL`, of a disk.
     held: File,
     /// Whether `held` keeps others from writing as a writer does; changed by the one who has the turn.
@@ -291,10 +293,15 @@ fn claim_new(
     let read_only = read_only || medium.read_only(&held).map_err(refused)?;
     let held_writable = order.write && !read_only;
     subject.hold(&held, held_writable, true)?;
+    let file_system = match medium {
+        Medium::Disk => None,
+        Medium::File => Some(held.metadata().map_err(refused)?.dev()),
+    };
     lock(&place.state).held = true;
     let claim = Claim {
         number: order.number,
         medium,
+        file_system,
         held,
         held_for_writing: AtomicBool::new(held_writable),
         writable: OnceLock::new(),

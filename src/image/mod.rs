@@ -201,6 +201,10 @@ pub trait Image: Send + Sync {
     fn rotational(&self) -> bool {
         false
     }
+    /// The number of the file system that it lies on, whose calls hang together; none for a disk.
+    fn file_system(&self) -> Option<u64> {
+        None
+    }
     /// Whether `discard` does anything.
     fn can_discard(&self) -> bool;
     /// Part of something that was to be durable has failed: no later durable call succeeds (invariant 9).

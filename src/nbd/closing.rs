@@ -152,7 +152,7 @@ impl Lease {
             return;
         }
         drop(ending);
-        self.shared.disks.submit(DiskTask::Close(self.clone()));
+        self.crew.submit(DiskTask::Close(self.clone()));
     }
 
     pub(super) fn close(&self) {

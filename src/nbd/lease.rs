@@ -17,7 +17,7 @@ use crate::sync::{Mutex, RwLock, RwLockReadGuard, lock};
 
 use super::closing::Ending;
 use super::conn::Conn;
-use super::crew::Task;
+use super::crew::{Crew, Task};
 use super::gate::Gate;
 use super::handshake::{Facts, Refusal};
 use super::inline::{Inside, Right};
@@ -64,6 +64,8 @@ pub(super) struct Lease {
     /// Bytes, as the next client is told; only grows. Each session keeps what it agreed to.
     size: AtomicU64,
     pub(super) shared: Arc<Shared>,
+    /// Whose threads its calls wait in.
+    pub(super) crew: Arc<Crew<DiskTask>>,
     pub(super) gate: Gate,
     /// `None` once closed. Read for the length of an image call (under a [`Pass`]), written by the closer
     /// when the gate is fenced and empty: the writer finds no reader and never waits.
@@ -149,6 +151,7 @@ impl Lease {
             size: AtomicU64::new(facts.size),
             facts,
             cached: image.cached(),
+            crew: shared.crew_of(&*image),
             shared,
             gate: Gate::default(),
             image: RwLock::new(Some(image)),
@@ -286,7 +289,7 @@ impl Lease {
         let mut work = lock(&self.work);
         work.jobs.push_back(job);
         // While many threads are taken, one each, so that many hung disks leave threads to as many others.
-        let max = if self.shared.disks.is_crowded() {
+        let max = if self.crew.is_crowded() {
             1
         } else {
             self.shared.limits.disk_threads_per_lease
@@ -294,7 +297,7 @@ impl Lease {
         if work.threads < max {
             work.threads += 1;
             drop(work);
-            self.shared.disks.submit(DiskTask::Work(self.clone()));
+            self.crew.submit(DiskTask::Work(self.clone()));
         }
     }
 
@@ -318,9 +321,9 @@ impl Lease {
                     tracing::error!(export = %self.export, "an image call panicked; its connection is lost");
                 }
             }
-            if self.shared.disks.has_backlog() {
-                let shared = self.shared.clone();
-                return shared.disks.submit(DiskTask::Work(self));
+            if self.crew.has_backlog() {
+                let crew = self.crew.clone();
+                return crew.submit(DiskTask::Work(self));
             }
         }
     }

@@ -48,6 +48,8 @@ pub struct Limits {
     /// Disk threads of one lease while less than half of all are taken; then one for each further lease, so that
     /// hundreds of hung disks (one controller) leave the others some.
     pub disk_threads_per_lease: u32,
+    /// Threads that wait for one file system, for the leases of all its files: a server of NFS that is gone holds no others.
+    pub file_system_threads: usize,
     /// Session threads of one lease that may be inside a write at once; further writes go to disk threads. Of all
     /// leases together half of the session threads may.
     pub inline_writes_per_lease: u32,
@@ -78,6 +80,7 @@ impl Default for Limits {
             session_threads: 256,
             disk_threads: 1024,
             disk_threads_per_lease: 16,
+            file_system_threads: 128,
             inline_writes_per_lease: 4,
             inline_reads_per_lease: 16,
         }

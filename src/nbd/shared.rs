@@ -5,9 +5,10 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::ops::Bound;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use crate::correlation::{ExportName, RefusalKind};
+use crate::image::Image;
 use crate::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use crate::sync::{Mutex, RwLock, lock};
 
@@ -40,7 +41,10 @@ pub(super) struct Shared {
     pub(super) limits: Limits,
     pub(super) counters: Arc<Counters>,
     pub(super) poller: Arc<Poller>,
-    pub(super) disks: Crew<DiskTask>,
+    /// Threads that wait for block devices.
+    pub(super) disks: Arc<Crew<DiskTask>>,
+    /// Those of file systems, by their numbers, each as long as a lease uses it. Held for a map operation.
+    pub(super) file_systems: Mutex<BTreeMap<u64, Weak<Crew<DiskTask>>>>,
     pub(super) stopping: AtomicBool,
     pub(super) bounds: Bounds,
     pub(super) handshakes: Handshakes,
@@ -90,6 +94,22 @@ impl Export {
 }
 
 impl Shared {
+    /// The threads that calls of `image` wait in.
+    pub(super) fn crew_of(&self, image: &dyn Image) -> Arc<Crew<DiskTask>> {
+        let Some(number) = image.file_system() else {
+            return self.disks.clone();
+        };
+        let mut crews = lock(&self.file_systems);
+        if let Some(crew) = crews.get(&number).and_then(Weak::upgrade) {
+            return crew;
+        }
+        crews.retain(|_, crew| crew.strong_count() > 0);
+        let threads = self.limits.file_system_threads;
+        let crew = Arc::new(Crew::new("nbd-files", threads, self.counters.clone()));
+        crews.insert(number, Arc::downgrade(&crew));
+        crew
+    }
+
     /// A seat for a new connection, or a refusal: closed at once, counted.
     pub(super) fn admit(&self, socket: OwnedFd, peer: Option<IpAddr>) -> Option<Arc<Conn>> {
         let counters = &self.counters;

@@ -26,6 +26,18 @@ pub struct Forgetful {
     pub whole_sectors: u64,
     writes: u64,
     without_power: bool,
+    /// Requests that change or flush until the cut, and how it is done.
+    planned: Option<(u64, Dice, CutKind)>,
+    was_cut: Option<Cut>,
+}
+
+/// What is left of a cache.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CutKind {
+    /// Some of it, in any order: the power went.
+    Power,
+    /// All of it, in its order: who wrote was killed, and the machine goes on.
+    Kill,
 }
 
 /// What a power cut did.
@@ -48,12 +60,89 @@ impl Forgetful {
             whole_sectors: 1,
             writes: 0,
             without_power: false,
+            planned: None,
+            was_cut: None,
         })
+    }
+
+    /// Reads any range; what lies behind the end of the file is zeroes.
+    pub fn read_part(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+        let (from, len, skip) = around(offset, buffer.len());
+        let mut whole = vec![0; len];
+        self.read(from, &mut whole)?;
+        buffer.copy_from_slice(&whole[skip..skip + buffer.len()]);
+        Ok(())
+    }
+
+    /// Writes any range, as the sectors that it touches.
+    pub fn write_part(&mut self, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.plan()?;
+        let (from, len, skip) = around(offset, data.len());
+        if len == data.len() {
+            return self.write(offset, data, false);
+        }
+        let mut whole = vec![0; len];
+        self.read(from, &mut whole)?;
+        whole[skip..skip + data.len()].copy_from_slice(data);
+        self.write(from, &whole, false)
+    }
+
+    /// Makes the file as long, at once.
+    pub fn set_len(&mut self, bytes: u64) -> io::Result<()> {
+        self.powered()?;
+        self.cache
+            .retain(|index, _| index * (SECTOR as u64) < bytes);
+        self.file.set_len(bytes)
+    }
+
+    /// Plans a cut behind so many writes of parts and flushes.
+    pub fn cut_after(&mut self, requests: u64, dice: Dice, kind: CutKind) {
+        self.planned = Some((requests, dice, kind));
+        self.was_cut = None;
+    }
+
+    /// What the planned cut did, once it was done.
+    pub fn was_cut(&self) -> Option<Cut> {
+        self.was_cut
+    }
+
+    fn plan(&mut self) -> io::Result<()> {
+        match &mut self.planned {
+            Some((0, _, _)) => {}
+            Some((left, _, _)) => {
+                *left -= 1;
+                return Ok(());
+            }
+            None => return Ok(()),
+        }
+        if let Some((_, mut dice, kind)) = self.planned.take() {
+            let cut = match kind {
+                CutKind::Power => self.cut(&mut dice)?,
+                CutKind::Kill => {
+                    self.keep_all()?;
+                    self.without_power = true;
+                    Cut::default()
+                }
+            };
+            self.was_cut = Some(cut);
+        }
+        self.powered()
     }
 
     pub fn read(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
         self.powered()?;
-        self.file.read_exact_at(buffer, offset)?;
+        let mut read = 0;
+        // What was written behind the end of the file is in the cache only.
+        while read < buffer.len() {
+            let place = &mut buffer[read..];
+            match self.file.read_at(place, offset + read as u64)? {
+                0 => {
+                    place.fill(0);
+                    break;
+                }
+                count => read += count,
+            }
+        }
         for (index, piece) in sectors(offset, buffer.len())? {
             if let Some((_, data)) = self.cache.get(&index).and_then(|versions| versions.last()) {
                 buffer[piece].copy_from_slice(data);
@@ -81,7 +170,12 @@ impl Forgetful {
     }
 
     pub fn flush(&mut self) -> io::Result<()> {
+        self.plan()?;
         self.powered()?;
+        self.keep_all()
+    }
+
+    fn keep_all(&mut self) -> io::Result<()> {
         for (index, versions) in std::mem::take(&mut self.cache) {
             if let Some((_, data)) = versions.last() {
                 self.file.write_all_at(data, index * SECTOR as u64)?;
@@ -123,6 +217,7 @@ impl Forgetful {
     /// The power is back; the cache is empty.
     pub fn power_up(&mut self) {
         self.without_power = false;
+        self.planned = None;
     }
 
     fn powered(&self) -> io::Result<()> {
@@ -131,6 +226,14 @@ impl Forgetful {
         }
         Ok(())
     }
+}
+
+/// The sectors that a range touches: where they begin, how many bytes they are, and where in them the range is.
+fn around(offset: u64, len: usize) -> (u64, usize, usize) {
+    let sector = SECTOR as u64;
+    let from = offset / sector * sector;
+    let skip = usize::try_from(offset - from).unwrap_or(0);
+    (from, (skip + len).next_multiple_of(SECTOR), skip)
 }
 
 /// The sectors of a range, each with its place in a buffer for the range. Disks are asked for whole ones.

@@ -1,7 +1,7 @@
 //! A disk that hangs or fails on command: a loop device over a file whose bytes this process serves through
 //! `/dev/fuse`, so that the kernel's own block layer waits and fails as it does for hardware.
 //!
-//! The file is the root of its own FUSE mount (as one may bind a file over a file). Whatever becomes of a test, the
+//! The file is the root of its own FUSE mount (as one may bind a file over a file); [`FuseFile`] is that file alone. Whatever becomes of a test, the
 //! descriptor of `/dev/fuse` closes with its process, the kernel then fails every request, and nothing stays hung.
 
 use std::ffi::CString;
@@ -18,6 +18,7 @@ use std::thread::JoinHandle;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::dice::Dice;
+pub use super::forgetful::CutKind;
 use super::forgetful::{Cut, Forgetful};
 use super::loops::LoopDevice;
 use super::{Doing, Outcome};
@@ -36,6 +37,7 @@ const TICK: u16 = 20;
 
 // linux/fuse.h
 const GETATTR: u32 = 3;
+const SETATTR: u32 = 4;
 const OPEN: u32 = 14;
 const READ: u32 = 15;
 const WRITE: u32 = 16;
@@ -45,13 +47,17 @@ const FSYNC: u32 = 20;
 const FLUSH: u32 = 25;
 const INIT: u32 = 26;
 const DESTROY: u32 = 38;
+const FALLOCATE: u32 = 43;
+/// `FATTR_SIZE`.
+const SETS_SIZE: u32 = 1 << 3;
 const NO_REPLY: [u32; 3] = [2, 36, 42];
 const HEADER: usize = 40;
 
 struct Shared {
     /// Lock: one request at a time; the serving thread's, and the one's who cuts the power.
     disk: Mutex<Forgetful>,
-    bytes: u64,
+    /// Grows by writes and by SETATTR.
+    bytes: AtomicU64,
     hang: AtomicU8,
     fail: AtomicU8,
     end: AtomicBool,
@@ -61,15 +67,21 @@ struct Shared {
     waiting: Mutex<Vec<Vec<u8>>>,
 }
 
-/// The disk; `device` is the loop device over it. Dropping it heals it first.
-pub struct FuseDisk {
-    pub device: LoopDevice,
-    /// What the loop device names as its backing file.
+/// A file whose requests come to this process. Dropping it heals it first.
+pub struct FuseFile {
     pub file: PathBuf,
     /// Where the bytes really are.
     pub back: PathBuf,
     shared: Arc<Shared>,
     server: Option<JoinHandle<()>>,
+}
+
+/// The disk; `device` is the loop device over it. Dropping it heals it first.
+pub struct FuseDisk {
+    pub device: LoopDevice,
+    /// What the loop device names as its backing file.
+    pub file: PathBuf,
+    fuse: FuseFile,
 }
 
 /// Heals the disk when dropped: make it after everything that could wait for the disk while it is cleaned up.
@@ -96,18 +108,10 @@ impl Shared {
     }
 }
 
-impl FuseDisk {
-    pub fn make(folder: &Path, name: &str, bytes: u64) -> Outcome<FuseDisk> {
-        FuseDisk::with(folder, name, bytes, false)
-    }
-
-    /// A disk with a cache of its own that a power cut takes away.
-    pub fn forgetful(folder: &Path, name: &str, bytes: u64) -> Outcome<FuseDisk> {
-        FuseDisk::with(folder, name, bytes, true)
-    }
-
-    fn with(folder: &Path, name: &str, bytes: u64, caches: bool) -> Outcome<FuseDisk> {
-        let back = super::loops::sparse_file(folder, &format!("{name}.back"), bytes)?;
+impl FuseFile {
+    /// Over `back`, which is there, at a new file `NAME.disk` beside it; with `caches` what was not flushed goes with the power.
+    pub fn over(back: &Path, name: &str, caches: bool) -> Outcome<FuseFile> {
+        let folder = back.parent().unwrap_or(Path::new("/"));
         let file = super::loops::sparse_file(folder, &format!("{name}.disk"), 0)?;
         let door = OpenOptions::new()
             .read(true)
@@ -121,8 +125,8 @@ impl FuseDisk {
         );
         mount(&file, &options).doing("mount a FUSE file")?;
         let shared = Arc::new(Shared {
-            disk: Mutex::new(Forgetful::open(&back, caches)?),
-            bytes,
+            disk: Mutex::new(Forgetful::open(back, caches)?),
+            bytes: AtomicU64::new(std::fs::metadata(back)?.len()),
             hang: AtomicU8::new(0),
             fail: AtomicU8::new(0),
             end: AtomicBool::new(false),
@@ -133,19 +137,12 @@ impl FuseDisk {
         // Thread: answers the kernel until `end`, and never waits for anything but it; joined on drop. With it goes the
         // descriptor, and with that every request that the kernel still has.
         let server = std::thread::spawn(move || serve(&served, &door));
-        let mut disk = FuseDisk {
-            device: LoopDevice::add()?,
+        Ok(FuseFile {
             file,
-            back,
+            back: back.to_owned(),
             shared,
             server: Some(server),
-        };
-        disk.attach()?;
-        Ok(disk)
-    }
-
-    pub fn attach(&mut self) -> Outcome<()> {
-        self.device.attach(&self.file)
+        })
     }
 
     /// From now on these requests are not answered.
@@ -158,18 +155,28 @@ impl FuseDisk {
         self.shared.fail.store(which, Ordering::SeqCst);
     }
 
-    /// From now on no 4 KiB of a write are torn.
-    pub fn keep_pages_whole(&self) {
-        self.shared.disk().whole_sectors = 8;
+    /// Takes the power away behind so many more writes and flushes, or at the next one that is there to be asked.
+    pub fn cut_after(&self, requests: u64, dice: Dice, kind: CutKind) {
+        self.shared.disk().cut_after(requests, dice, kind);
     }
 
-    /// Takes the power away; every request fails until [`Self::power_up`].
+    /// Takes the power away now.
     pub fn cut(&self, dice: &mut Dice) -> Outcome<Cut> {
         Ok(self.shared.disk().cut(dice)?)
     }
 
-    pub fn power_up(&self) {
-        self.shared.disk().power_up();
+    /// What the planned cut did, once it is done.
+    pub fn was_cut(&self) -> Option<Cut> {
+        self.shared.disk().was_cut()
+    }
+
+    /// The power is back; the file is as long as what is in it.
+    pub fn power_up(&self) -> Outcome<()> {
+        let mut disk = self.shared.disk();
+        disk.power_up();
+        let bytes = std::fs::metadata(&self.back)?.len();
+        self.shared.bytes.store(bytes, Ordering::SeqCst);
+        Ok(())
     }
 
     /// Everything is well again; what was held is answered.
@@ -187,16 +194,92 @@ impl FuseDisk {
     }
 }
 
+impl Drop for FuseFile {
+    fn drop(&mut self) {
+        self.heal();
+        unmount(&self.file);
+        self.shared.end.store(true, Ordering::SeqCst);
+        if let Some(server) = self.server.take() {
+            let _ = server.join();
+        }
+    }
+}
+
+impl FuseDisk {
+    pub fn make(folder: &Path, name: &str, bytes: u64) -> Outcome<FuseDisk> {
+        FuseDisk::with(folder, name, bytes, false)
+    }
+
+    /// A disk with a cache of its own that a power cut takes away.
+    pub fn forgetful(folder: &Path, name: &str, bytes: u64) -> Outcome<FuseDisk> {
+        FuseDisk::with(folder, name, bytes, true)
+    }
+
+    fn with(folder: &Path, name: &str, bytes: u64, caches: bool) -> Outcome<FuseDisk> {
+        let back = super::loops::sparse_file(folder, &format!("{name}.back"), bytes)?;
+        let fuse = FuseFile::over(&back, name, caches)?;
+        let mut disk = FuseDisk {
+            device: LoopDevice::add()?,
+            file: fuse.file.clone(),
+            fuse,
+        };
+        disk.attach()?;
+        Ok(disk)
+    }
+
+    pub fn attach(&mut self) -> Outcome<()> {
+        self.device.attach(&self.file)
+    }
+
+    /// Where the bytes really are.
+    pub fn back(&self) -> &Path {
+        &self.fuse.back
+    }
+
+    /// From now on these requests are not answered.
+    pub fn hang(&self, which: u8) {
+        self.fuse.hang(which);
+    }
+
+    /// From now on these requests answer EIO.
+    pub fn fail(&self, which: u8) {
+        self.fuse.fail(which);
+    }
+
+    /// From now on no 4 KiB of a write are torn.
+    pub fn keep_pages_whole(&self) {
+        self.fuse.shared.disk().whole_sectors = 8;
+    }
+
+    /// Takes the power away; every request fails until [`Self::power_up`].
+    pub fn cut(&self, dice: &mut Dice) -> Outcome<Cut> {
+        Ok(self.fuse.shared.disk().cut(dice)?)
+    }
+
+    pub fn power_up(&self) {
+        self.fuse.shared.disk().power_up();
+    }
+
+    /// Everything is well again; what was held is answered.
+    pub fn heal(&self) {
+        self.fuse.heal();
+    }
+
+    pub fn healer(&self) -> Healer {
+        self.fuse.healer()
+    }
+
+    /// Requests that were held since the beginning.
+    pub fn held(&self) -> u64 {
+        self.fuse.held()
+    }
+}
+
 impl Drop for FuseDisk {
     fn drop(&mut self) {
         self.heal();
         if let Ok(super::loops::Detached::Deferred) = self.device.detach() {
             eprintln!("{} is still open somewhere", self.device.node());
-        }
-        unmount(&self.file);
-        self.shared.end.store(true, Ordering::SeqCst);
-        if let Some(server) = self.server.take() {
-            let _ = server.join();
         }
     }
 }
@@ -310,15 +393,30 @@ fn perform(shared: &Shared, opcode: u32, body: &[u8]) -> Result<Vec<u8>, i32> {
             out[24..28].copy_from_slice(&1u32.to_ne_bytes());
             Ok(out)
         }
-        GETATTR => {
-            let mut out = vec![0u8; 104];
-            out[16..24].copy_from_slice(&1u64.to_ne_bytes());
-            out[24..32].copy_from_slice(&shared.bytes.to_ne_bytes());
-            out[32..40].copy_from_slice(&(shared.bytes / 512).to_ne_bytes());
-            out[76..80].copy_from_slice(&(libc::S_IFREG | 0o600).to_ne_bytes());
-            out[80..84].copy_from_slice(&1u32.to_ne_bytes());
-            out[96..100].copy_from_slice(&4096u32.to_ne_bytes());
-            Ok(out)
+        GETATTR => Ok(attributes(shared)),
+        SETATTR => {
+            if word(body, 0) & SETS_SIZE != 0 {
+                let size = long(body, 16);
+                shared.disk().set_len(size).map_err(eio)?;
+                shared.bytes.store(size, Ordering::SeqCst);
+            }
+            Ok(attributes(shared))
+        }
+        FALLOCATE => {
+            // Only holes: zeroes, as far as the disk knows.
+            let punch = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+            if word(body, 24).cast_signed() != punch {
+                return Err(libc::EOPNOTSUPP);
+            }
+            let bytes = shared.bytes.load(Ordering::SeqCst);
+            let (from, len) = (long(body, 8), long(body, 16));
+            let len = bytes.saturating_sub(from).min(len);
+            let zeroes = vec![0; usize::try_from(len).map_err(|_| libc::EFBIG)?];
+            if len > 0 {
+                let mut disk = shared.disk();
+                disk.write_part(from, &zeroes).map_err(eio)?;
+            }
+            Ok(Vec::new())
         }
         OPEN => {
             let mut out = vec![0u8; 16];
@@ -327,17 +425,21 @@ fn perform(shared: &Shared, opcode: u32, body: &[u8]) -> Result<Vec<u8>, i32> {
             Ok(out)
         }
         READ => {
-            let size = word(body, 16).min(1 << 20);
-            let mut out = vec![0u8; size as usize];
+            let (from, bytes) = (long(body, 8), shared.bytes.load(Ordering::SeqCst));
+            let size = u64::from(word(body, 16).min(1 << 20));
+            let size = bytes.saturating_sub(from).min(size);
+            let mut out = vec![0u8; usize::try_from(size).map_err(|_| libc::EIO)?];
             let disk = shared.disk();
-            disk.read(long(body, 8), &mut out).map_err(eio)?;
+            disk.read_part(from, &mut out).map_err(eio)?;
             Ok(out)
         }
         WRITE => {
-            let size = word(body, 16);
+            let (from, size) = (long(body, 8), word(body, 16));
             let data = body.get(40..40 + size as usize).ok_or(libc::EIO)?;
             let mut disk = shared.disk();
-            disk.write(long(body, 8), data, false).map_err(eio)?;
+            disk.write_part(from, data).map_err(eio)?;
+            let end = from + u64::from(size);
+            shared.bytes.fetch_max(end, Ordering::SeqCst);
             let mut out = size.to_ne_bytes().to_vec();
             out.extend_from_slice(&[0; 4]);
             Ok(out)
@@ -350,4 +452,17 @@ fn perform(shared: &Shared, opcode: u32, body: &[u8]) -> Result<Vec<u8>, i32> {
         FLUSH | RELEASE | DESTROY => Ok(Vec::new()),
         _ => Err(libc::ENOSYS),
     }
+}
+
+/// `fuse_attr_out`: a regular file.
+fn attributes(shared: &Shared) -> Vec<u8> {
+    let bytes = shared.bytes.load(Ordering::SeqCst);
+    let mut out = vec![0u8; 104];
+    out[16..24].copy_from_slice(&1u64.to_ne_bytes());
+    out[24..32].copy_from_slice(&bytes.to_ne_bytes());
+    out[32..40].copy_from_slice(&(bytes / 512).to_ne_bytes());
+    out[76..80].copy_from_slice(&(libc::S_IFREG | 0o600).to_ne_bytes());
+    out[80..84].copy_from_slice(&1u32.to_ne_bytes());
+    out[96..100].copy_from_slice(&4096u32.to_ne_bytes());
+    out
 }

@@ -388,6 +388,10 @@ impl Image for Qcow2 {
         Ok(found)
     }
 
+    fn file_system(&self) -> Option<u64> {
+        self.claim.file_system
+    }
+
     fn can_discard(&self) -> bool {
         !self.read_only
     }
