@@ -69,8 +69,8 @@ power-cuts: setup ## N power cuts, disk faults and kills under clients that writ
 image-model: setup ## N random sequences of requests to images here, in qemu-nbd and in a model, by a new seed (N=300, each of OPERATIONS=400)
 	NBDTRACK_SEQUENCES=$(or $(N),300) NBDTRACK_OPERATIONS=$(or $(OPERATIONS),400) $(CARGO) test --locked --test real_qcow2_model -- --test-threads=1 --nocapture
 
-image-crashes: setup ## N kills and N power cuts under clients that write into images, by a new seed (N=1000)
-	NBDTRACK_POWER_CUTS=$(or $(N),1000) NBDTRACK_KILLS=$(or $(N),1000) $(CARGO) test --locked --test real_qcow2_crash -- --test-threads=1 --nocapture
+image-crashes: setup ## N power cuts and N/4 ends of its writer between any two requests of an image, and K kills and power cuts of a daemon under clients, by a new seed (N=2000, K=100)
+	NBDTRACK_IMAGE_CUTS=$(or $(N),2000) NBDTRACK_IMAGE_KILLS=$$(( $(or $(N),2000) / 4 )) NBDTRACK_POWER_CUTS=$(or $(K),100) NBDTRACK_KILLS=$(or $(K),100) $(CARGO) test --locked --test real_qcow2_power --test real_qcow2_crash -- --test-threads=1 --nocapture
 
 soak-files: setup ## 200 mixed exports on one port for MINUTES (30): clients on all, ten added or removed a second
 	$(CARGO) build --release --locked --bin nbdtrack

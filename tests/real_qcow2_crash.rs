@@ -88,7 +88,7 @@ fn what_was_told_to_be_durable_in_an_image_survives_kill_at_any_moment() -> Outc
         &[Need::Bus, Need::Tool("qemu-img"), Need::Tool("qemu-io")],
         |ground| {
             let seed = dice::seed()?;
-            let rounds = dice::environment("NBDTRACK_KILLS").unwrap_or(12);
+            let rounds = dice::environment("NBDTRACK_KILLS").unwrap_or(6);
             tell(&format!(
                 "{NAME}: NBDTRACK_SEED={seed} NBDTRACK_KILLS={rounds}"
             ));
@@ -143,7 +143,7 @@ fn what_was_told_to_be_durable_in_an_image_survives_a_power_cut() -> Outcome<()>
     ];
     real(NAME, NEEDS, |ground| {
         let seed = dice::seed()?;
-        let rounds = dice::environment("NBDTRACK_POWER_CUTS").unwrap_or(12);
+        let rounds = dice::environment("NBDTRACK_POWER_CUTS").unwrap_or(6);
         tell(&format!(
             "{NAME}: NBDTRACK_SEED={seed} NBDTRACK_POWER_CUTS={rounds}"
         ));
