@@ -37,6 +37,10 @@ const OPERATIONS_MAX: usize = 300;
 /// Requests of the file until the crash, at most; where there are fewer it comes behind the close.
 const REQUESTS_MAX: usize = 700;
 
+/// FUSE takes 32 pages of a write at a time, wherever in a page the bytes begin: what is longer could be parted inside of a sector, which no disk
+/// does.
+const WRITE_SECTORS_MAX: usize = 240;
+
 /// What images are made of, in turns: small clusters have many tables to be torn.
 const KINDS: &[&str] = &[
     "cluster_size=512",
@@ -200,7 +204,7 @@ impl Case<'_> {
 
     fn operate(&mut self) -> Outcome<Done> {
         let first = self.dice.roll(SECTORS);
-        let most = [8, 32, 300][self.dice.roll(3)].min(SECTORS - first);
+        let most = [8, 32, WRITE_SECTORS_MAX][self.dice.roll(3)].min(SECTORS - first);
         let sectors = first..first + 1 + self.dice.roll(most);
         let extent = at(first, sectors.len())?;
         match self.dice.roll(20) {
