@@ -4,6 +4,8 @@
 use std::path::Path;
 use std::time::Duration;
 
+use serde_json::Value;
+
 use crate::bed::{Bed, STEP};
 use crate::machine::Shape;
 use crate::stage::scenario;
@@ -71,6 +73,7 @@ fn life_of_a_package(shape: Shape) -> Outcome<()> {
             bed.plug_and_settle(index)?;
         }
         fresh(bed, configured, added)?;
+        journal_tells(bed, configured)?;
         upgrade(bed, configured, added)?;
         fail_to_start(bed, configured)?;
         remove_and_come_back(bed, configured, added)?;
@@ -105,14 +108,80 @@ fn fresh(bed: &mut Bed, configured: usize, added: usize) -> Outcome<()> {
     bed.machine
         .agent
         .run("systemctl is-active nbdtrack && systemctl is-enabled nbdtrack && nbdtrack status")?;
+    bed.tables = "file_roots = [\"/backups\"]\n".to_owned();
     bed.configure(&[configured])?;
-    // Another port is a matter of a restart.
-    bed.machine.agent.run("systemctl restart nbdtrack")?;
+    // As docs/backups.md says: the unit that ships may write to its own folder only.
+    let drop_in = "/etc/systemd/system/nbdtrack.service.d";
+    let agent = &bed.machine.agent;
+    agent.run(&format!("mkdir -p /backups {drop_in}"))?;
+    let text = "[Service]\nReadWritePaths=/backups\n";
+    agent.put(&format!("{drop_in}/backups.conf"), text)?;
+    // Another port is a matter of a restart, too.
+    agent.run("systemctl daemon-reload && systemctl restart nbdtrack")?;
+    agent.run(&format!(
+        "nbdtrack image create --export image /backups/image.qcow2 1M && nbdtrack remove image && \
+         test -s /backups/image.qcow2 && rm -r {drop_in}"
+    ))?;
     let (name, id) = (&bed.volumes[added].name, &bed.volumes[added].id);
     bed.machine
         .agent
         .run(&format!("nbdtrack add {name} --volume {id}"))?;
     both_serve(bed, configured, added, 1)
+}
+
+/// A volume that left and came back stands in the guest's journal with its fields, and the catalog of the package explains it.
+fn journal_tells(bed: &mut Bed, index: usize) -> Outcome<()> {
+    bed.unplug(index)?;
+    bed.attach(index)?;
+    let (name, id) = (
+        bed.volumes[index].name.clone(),
+        bed.volumes[index].id.clone(),
+    );
+    let node = bed.node(index)?;
+    let generation = bed.export(index)?["generation"].to_string();
+    let agent = &bed.machine.agent;
+    let of = format!("journalctl --quiet --no-pager -u nbdtrack EXPORT={name}");
+    // What is written comes there a moment later.
+    let (serving, absent) = (message_id("Serving")?, message_id("Absent")?);
+    let (back, left) = until(STEP, "the journal to have both", || {
+        let entries = agent.run(&format!("{of} -o json"))?;
+        let entries: Vec<Value> = entries
+            .lines()
+            .map(serde_json::from_str)
+            .collect::<Result<_, _>>()?;
+        let last = |id: &str| entries.iter().rev().find(|entry| entry["MESSAGE_ID"] == id);
+        let both = last(&serving).cloned().zip(last(&absent).cloned());
+        Ok(both.filter(|(back, _)| back["GENERATION"] == generation.as_str()))
+    })?;
+    hold!(back["DEVICE_NODE"] == node.as_str(), "{node}: {back}");
+    for entry in [&back, &left] {
+        for (field, value) in [
+            ("VOLUME", id.as_str()),
+            ("PRIORITY", "6"),
+            ("SYSLOG_IDENTIFIER", "nbdtrack"),
+            ("_SYSTEMD_UNIT", "nbdtrack.service"),
+        ] {
+            hold!(entry[field] == value, "{field} is {value}: {entry}");
+        }
+    }
+    let diskseq = back["DISKSEQ"].as_str().unwrap_or_default();
+    hold!(diskseq.parse::<u64>().is_ok(), "DISKSEQ={diskseq}");
+    let explained = agent.run(&format!("{of} -x MESSAGE_ID={serving}"))?;
+    let text = format!(
+        "The volume {id} is served from {node} (diskseq {diskseq}), generation {generation}."
+    );
+    hold!(explained.contains(&text), "{text} is not in: {explained}");
+    bed.compare(index)
+}
+
+/// As the daemon gives it to the journal.
+fn message_id(what: &str) -> Outcome<String> {
+    let source = include_str!("../../../src/daemon/log/journal.rs");
+    let begin = format!("(\"{what}\", \"");
+    match source.split(&begin).nth(1).and_then(|rest| rest.get(..32)) {
+        Some(id) => Ok(id.to_owned()),
+        None => trouble!("{what} has no MESSAGE_ID"),
+    }
 }
 
 fn both_serve(bed: &mut Bed, configured: usize, added: usize, block: usize) -> Outcome<()> {
