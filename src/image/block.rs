@@ -33,7 +33,9 @@ use super::direct::Direct;
 use super::disk::Disk;
 use super::medium::Medium;
 use super::pages::Pages;
-use super::{Allocation, BlockSizes, Extent, Image, NoWait, Span, ZeroFlags, allocation, sys};
+use super::{
+    Allocation, BlockSizes, Extent, Image, NoWait, Span, ZeroFlags, allocation, folios, sys,
+};
 use crate::correlation::{OpenDisk, OpenedDisk};
 
 pub use super::claim::{Claims, OpenError};
@@ -157,7 +159,7 @@ impl Block {
         debug_assert!(offset + buf.len() as u64 <= self.size());
         match &self.direct {
             Some(direct) => direct.write(offset, buf),
-            None => self.file().write_all_at(buf, offset),
+            None => folios::write_all_at(self.file(), buf, offset),
         }
         .map_err(|e| self.inside_the_size(e))
     }

@@ -15,6 +15,7 @@ pub mod describe;
 mod direct;
 mod disk;
 mod durable;
+mod folios;
 mod lock;
 mod medium;
 mod open_error;

@@ -57,8 +57,8 @@ impl Pages {
         }
         let last = offset + len - 1;
         let whole = last / PAGE_BYTES - offset / PAGE_BYTES + 1;
-        match sys::cached_pages(file, offset, len) {
-            Ok(cached) if cached == whole => {}
+        match sys::cached(file, offset, len) {
+            Ok(cached) if cached.pages == whole => {}
             // Not there, or a kernel that does not say (before 6.5): its splice to a socket could wait for the peer, too.
             Ok(_) | Err(_) => return Ok(NoWait::WouldWait),
         }

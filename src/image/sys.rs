@@ -190,8 +190,16 @@ struct CacheStat {
 /// linux/asm-generic/unistd.h; the C library crate has no name for it on every machine.
 const SYS_CACHESTAT: libc::c_long = 451;
 
-/// `cachestat`: how many pages of the range (bytes) are in the page cache; ENOSYS before Linux 6.5.
-pub fn cached_pages(disk: &File, offset: u64, len: u64) -> io::Result<u64> {
+/// Pages of a range that are in the page cache.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Cached {
+    pub pages: u64,
+    /// Of them, those that hold what the disk does not have yet.
+    pub unwritten: u64,
+}
+
+/// `cachestat`: what of the range (bytes) is in the page cache; ENOSYS before Linux 6.5.
+pub fn cached(disk: &File, offset: u64, len: u64) -> io::Result<Cached> {
     let range = CacheRange { offset, len };
     let mut stat = CacheStat::default();
     // SAFETY: the descriptor is open, and the kernel reads one live range and writes one live stat of those layouts.
@@ -207,5 +215,8 @@ pub fn cached_pages(disk: &File, offset: u64, len: u64) -> io::Result<u64> {
     if done < 0 {
         return Err(io::Error::last_os_error());
     }
-    Ok(stat.cached)
+    Ok(Cached {
+        pages: stat.cached,
+        unwritten: stat.dirty.saturating_add(stat.writeback),
+    })
 }

@@ -15,6 +15,7 @@ use super::entry::{Cluster, Damaged, Entry};
 use super::refs::{Clusters, Refs};
 use super::{damaged, write_zeroes};
 use crate::image::durable::Durable;
+use crate::image::folios;
 
 /// Changed slices and given-up runs in memory; past either a flush comes in between, so that they are bounded.
 const DIRTY_MAX: usize = 256;
@@ -101,7 +102,7 @@ impl Core {
             // Nothing lies there, and the file would be made longer by what an entry says; or a table does.
             return Err(damaged());
         }
-        self.file().write_all_at(part, host)
+        folios::write_all_at(self.file(), part, host)
     }
 
     /// Writes what of `buf` lies in clusters that have to be given a place; at least one byte. Returns how many.
@@ -283,7 +284,7 @@ impl Core {
                 write_zeroes(self.file(), host + (image_end - start), to - image_end)?;
             }
         }
-        self.file().write_all_at(part, host + (at - start))
+        folios::write_all_at(self.file(), part, host + (at - start))
     }
 
     /// Whether the mapping alone says that the run reads as zeroes.
