@@ -1,4 +1,4 @@
-//! A QCOW2 image of any bytes: described and checked, opened as the daemon opens one, read, written, and given up.
+//! A QCOW2 image of any bytes, alone or on another file of any bytes: described and checked, opened as the daemon opens one, read, written, and given up.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -9,12 +9,23 @@ use nbdtrack::image::beneath::Roots;
 use nbdtrack::image::block::Claims;
 use nbdtrack::image::{Extent, Image, Span, ZeroFlags, describe, qcow2};
 
-/// The first byte says what is done; the rest is the file.
+const TWO: u8 = 0x10;
+
+/// The first byte says what is done; the rest is the file. With `TWO` in it the next two are the length of the file, and behind it is one that it can
+/// lie on, called `base`.
 pub fn run(data: &[u8]) {
-    let Some((&what, file)) = data.split_first() else {
+    let Some((&what, mut file)) = data.split_first() else {
         return;
     };
-    let Some(place) = Place::with(file) else {
+    let mut base = None;
+    if what & TWO != 0
+        && let Some((length, both)) = file.split_first_chunk::<2>()
+    {
+        let length = usize::from(u16::from_be_bytes(*length)).min(both.len());
+        let (top, below) = both.split_at(length);
+        (file, base) = (top, Some(below));
+    }
+    let Some(place) = Place::with(file, base) else {
         return;
     };
     let Some(order) = order(&place, what & 1 != 0) else {
@@ -43,6 +54,12 @@ pub fn run(data: &[u8]) {
         if let Ok(found) = image.allocation(span, 16) {
             let sum: u64 = found.iter().map(|found| found.bytes).sum();
             assert!(sum > 0 && sum <= len);
+        }
+        if let Ok(found) = image.depths(span, 16) {
+            let sum: u64 = found.iter().map(|(bytes, _)| bytes).sum();
+            assert!(sum > 0 && sum <= len);
+            // The image, and what is beneath it.
+            assert!(found.iter().all(|(_, depth)| *depth <= 2));
         }
         if order.write {
             let _ = image.write(at, &bytes[..at.len() as usize], what & 2 != 0);
@@ -81,7 +98,7 @@ fn look(place: &Place) {
 struct Place(PathBuf);
 
 impl Place {
-    fn with(file: &[u8]) -> Option<Place> {
+    fn with(file: &[u8], below: Option<&[u8]>) -> Option<Place> {
         // In memory, where there is such a place: a flush of a disk takes longer than all else here.
         let memory = Path::new("/dev/shm");
         let system = std::env::temp_dir();
@@ -90,6 +107,9 @@ impl Place {
         std::fs::create_dir_all(&folder).ok()?;
         let place = Place(folder);
         std::fs::write(place.image(), file).ok()?;
+        if let Some(below) = below {
+            std::fs::write(place.0.join("base"), below).ok()?;
+        }
         Some(place)
     }
 
