@@ -3,6 +3,7 @@
 
 mod support;
 
+use std::os::fd::FromRawFd;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
@@ -757,6 +758,74 @@ fn neither_qemu_nor_another_daemon_and_we_are_two_writers() -> Outcome<()> {
             !said.status.success() && said.stderr.contains("lock"),
             "QEMU writes beneath us: {said:?}"
         );
+        scene.stop()
+    })
+}
+
+/// Takes the locks of `path` away from the process that has it open, as a server of a network file system does that has forgotten them: by a
+/// descriptor of the same open file (pidfd_getfd(2)), which only root may take.
+fn lose_locks(pid: u32, path: &Path) -> Outcome<usize> {
+    let mut lost = 0;
+    // SAFETY: a system call with numbers only; what it returns is checked.
+    let process = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
+    hold!(process >= 0, "{}", std::io::Error::last_os_error());
+    for entry in std::fs::read_dir(format!("/proc/{pid}/fd"))?.flatten() {
+        if !std::fs::read_link(entry.path()).is_ok_and(|target| target == path) {
+            continue;
+        }
+        let number: i32 = entry.file_name().to_string_lossy().parse()?;
+        // SAFETY: as above.
+        let same = unsafe { libc::syscall(libc::SYS_pidfd_getfd, process, number, 0) };
+        hold!(same >= 0, "{}", std::io::Error::last_os_error());
+        // SAFETY: it was returned just now, and nothing else has it.
+        let file = unsafe { std::fs::File::from_raw_fd(i32::try_from(same)?) };
+        let all = libc::flock {
+            l_type: i16::try_from(libc::F_UNLCK)?,
+            l_whence: 0,
+            l_start: 0,
+            l_len: 0,
+            l_pid: 0,
+        };
+        nix::fcntl::fcntl(&file, nix::fcntl::FcntlArg::F_OFD_SETLK(&all))?;
+        lost += 1;
+    }
+    // SAFETY: it was returned above, and nothing else has it.
+    drop(unsafe { std::fs::File::from_raw_fd(i32::try_from(process)?) });
+    Ok(lost)
+}
+
+#[test]
+fn a_file_whose_locks_were_lost_is_not_served_beside_another_writer() -> Outcome<()> {
+    let needs = [NEEDS, &[Need::Loop, Need::Tool("qemu-nbd")]].concat();
+    real("lost locks", &needs, |ground| {
+        let (mut scene, folder) = scene(ground)?;
+        for (format, scheme) in [("qcow2", "qcow2"), ("raw", "file")] {
+            let path = folder.join(format!("lost.{format}"));
+            qemu_img(&["create", "-q", "-f", format, &text(&path), "4M"])?;
+            let volume = format!("{scheme}:{}", path.display());
+            scene.client.add_export(format, &volume)?;
+            let mut client = Client::open(&scene.endpoint(), format)?;
+            hold!(client.write(0, &[1; 4096], true)? == Ok(()), "{format}");
+            let pid = scene.daemon()?.pid();
+            hold!(lose_locks(pid, &path)? > 0, "{format} has no locks");
+            // Nobody is there: nothing is lost yet but the locks.
+            scene.client.rescan()?;
+            hold!(client.write(0, &[2; 4096], true)? == Ok(()), "{format}");
+            let qemu = qemu_nbd(ground, &path, format, false)?;
+            scene.client.rescan()?;
+            until(STEP_LIMIT, "the export to end", || {
+                Ok((scene.state(format)? != "Serving").then_some(()))
+            })?;
+            let told = reason(&scene, format)?;
+            hold!(told.contains("writes to it"), "{format}: {told}");
+            let answer = client.write(0, &[3; 4096], true);
+            hold!(!matches!(answer, Ok(Ok(()))), "{format}: {answer:?}");
+            drop(qemu);
+            until(STEP_LIMIT, "it to be served again", || {
+                scene.client.rescan()?;
+                Ok((scene.state(format)? == "Serving").then_some(()))
+            })?;
+        }
         scene.stop()
     })
 }

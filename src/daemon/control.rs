@@ -65,6 +65,8 @@ pub(super) struct Edges {
     pub publisher: Publisher,
     pub observer: Observer,
     pub files: files::Observer,
+    /// As `files` knows them.
+    pub claims: Arc<Claims>,
     pub store: Store,
     /// Where the table of VMs' disks is shared, and how often it is looked at.
     pub shared: Option<(Address, Duration)>,
@@ -146,6 +148,7 @@ impl Control {
             publisher,
             observer,
             files,
+            claims,
             store,
             shared,
             backups,
@@ -187,7 +190,7 @@ impl Control {
             observer,
             files,
             roots,
-            claims: Arc::new(Claims::default()),
+            claims,
             claims_file: ClaimsFile::default(),
             // The same moment that the middle was told as the start: else what is seen would seem to be older than it is.
             started: clock.started,

@@ -48,6 +48,7 @@ use crate::dbus::{self, Bus};
 use crate::files;
 use crate::identity::OptIn;
 use crate::image::beneath::Roots;
+use crate::image::block::Claims;
 use crate::mapping::{Bounds, History, HistoryTask, Store, StoreError};
 use crate::nbd::{Door, Limits};
 use crate::udev;
@@ -303,8 +304,10 @@ async fn start(
     let observer = udev::observe(watched, event_sender)?;
     let roots = Arc::new(Roots::new(config.identity.file_roots.clone()));
     let (file_sender, files) = mpsc::channel(EVENTS_MAX);
+    let claims = Arc::<Claims>::default();
     let file_observer = files::observe(
         Arc::clone(&roots),
+        Arc::clone(&claims),
         config.server.survey_interval,
         file_sender,
     );
@@ -318,6 +321,7 @@ async fn start(
         publisher,
         observer,
         files: file_observer,
+        claims,
         store,
         shared,
         backups,

@@ -22,6 +22,7 @@ use tokio::time::MissedTickBehavior;
 use crate::correlation::Event;
 use crate::identity::{Format, Identity};
 use crate::image::beneath::{FoundFile, Roots};
+use crate::image::block::Claims;
 use crate::image::qcow2;
 use known::{Known, Seen};
 use mounts::Mounts;
@@ -71,10 +72,17 @@ impl Shared {
 }
 
 /// Watches no path yet. Has to be called on a tokio runtime. `out` full: the observer waits, and looks up nothing meanwhile.
-pub fn observe(roots: Arc<Roots>, every: Duration, out: mpsc::Sender<Told>) -> Observer {
+/// Of a file that is among `claims` it is looked, too, whether its locks still keep others out.
+pub fn observe(
+    roots: Arc<Roots>,
+    claims: Arc<Claims>,
+    every: Duration,
+    out: mpsc::Sender<Told>,
+) -> Observer {
     let shared = Arc::<Shared>::default();
     let watch = Watch {
         roots,
+        claims,
         shared: Arc::clone(&shared),
         out,
         known: Known::default(),
@@ -131,6 +139,7 @@ struct Stopped;
 
 struct Watch {
     roots: Arc<Roots>,
+    claims: Arc<Claims>,
     shared: Arc<Shared>,
     out: mpsc::Sender<Told>,
     known: Known,
@@ -268,14 +277,16 @@ impl Watch {
     fn start(&mut self, path: Identity, mount: PathBuf) {
         self.looking.insert(path.clone(), mount);
         let roots = Arc::clone(&self.roots);
+        let claims = Arc::clone(&self.claims);
         let places = Arc::clone(&self.places);
         let watcher = self.notices.watcher();
         self.looks.spawn(async move {
             // Closed never; the place is given back when the path is waited for no more.
             let _place = places.acquire_owned().await;
             let wanted = path.clone();
-            let mut look =
-                tokio::task::spawn_blocking(move || look_up(&roots, &wanted, watcher.as_ref()));
+            let mut look = tokio::task::spawn_blocking(move || {
+                look_up(&roots, &claims, &wanted, watcher.as_ref())
+            });
             match tokio::time::timeout(LOOK_WITHIN, &mut look).await {
                 Ok(Ok(found)) => Look::Found(path, found),
                 Ok(Err(broken)) => {
@@ -322,7 +333,7 @@ impl Watch {
     }
 }
 
-fn look_up(roots: &Roots, file: &Identity, watcher: Option<&Watcher>) -> Looked {
+fn look_up(roots: &Roots, claims: &Claims, file: &Identity, watcher: Option<&Watcher>) -> Looked {
     let mut places = Vec::new();
     let (Some(path), Some(format)) = (file.file(), file.format()) else {
         return (Err(format!("{file} is no file")), places);
@@ -341,7 +352,12 @@ fn look_up(roots: &Roots, file: &Identity, watcher: Option<&Watcher>) -> Looked 
             Err(error) => watcher.tell(path, &error),
         }
     }
-    (found.and_then(|found| seen(path, format, &found)), places)
+    let found = found.and_then(|found| match claims.intruder(found.incarnation) {
+        // What is done to it from now on is not ours to serve: the lease ends, and no new one begins while they are there.
+        Some(by) => Err(format!("{path}: its lock was lost: {by}")),
+        None => seen(path, format, &found),
+    });
+    (found, places)
 }
 
 fn seen(path: &str, format: Format, found: &FoundFile) -> Result<Seen, String> {

@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 
 use super::direct::Direct;
 use super::durable::Durable;
+use super::lock::{Use, in_the_way};
 use super::medium::Medium;
 pub use super::open_error::OpenError;
 use super::qcow2::Core;
@@ -192,7 +193,39 @@ fn complete(
     })
 }
 
+/// Looks at the locks of a file that is open, and how long they are apart: who finds it taken is gone again within less.
+const LOCK_LOOKS: usize = 4;
+const LOCK_LOOKS_APART: Duration = Duration::from_millis(150);
+
 impl Claims {
+    /// Who is in a file that this process has open, and that its locks were to keep out: then they were lost. `None` when it has no such
+    /// file, or nobody is. Blocks as its file system does, and for half a second where someone is in the way.
+    pub fn intruder(&self, file: DiskSeq) -> Option<String> {
+        let place = lock(&self.disks).get(&file).cloned()?;
+        for turn in 0..LOCK_LOOKS {
+            let until = Instant::now() + LOCK_LOOKS_APART * u32::from(turn > 0);
+            let mut state = lock(&place.state);
+            // Its opens and closes wake this up, too.
+            while let Some(woken) = place.wait(state, until) {
+                state = woken;
+            }
+            let claim = lock(&place.state).claim.upgrade()?;
+            if claim.medium != Medium::File || lock(&place.state).opening.is_some() {
+                return None;
+            }
+            let held = if claim.is_held_for_writing() {
+                Use::Write
+            } else {
+                Use::Read
+            };
+            let by = in_the_way(&claim.held, held)?;
+            if turn + 1 == LOCK_LOOKS {
+                return Some(by);
+            }
+        }
+        None
+    }
+
     fn place(&self, diskseq: DiskSeq) -> Arc<Place> {
         let mut disks = lock(&self.disks);
         // A place that only this map knows has no claim and no open: both hold on to it.

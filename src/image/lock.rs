@@ -76,7 +76,17 @@ pub(super) fn take(file: &File, path: &str, wanted: Use, had: Option<Use>) -> Re
             }
         }
     }
-    let forbids = wanted.does().iter().map(|n| {
+    if let Some(by) = in_the_way(file, wanted) {
+        give_back();
+        return Err(by);
+    }
+    Ok(())
+}
+
+/// Who does what `held` lets no one do, or lets no one do what `held` does, in words. While the locks for it are held this is someone who
+/// came, looked, and is about to leave; when it stays so, they are not held any more: a server of a network file system has forgotten them.
+pub(super) fn in_the_way(file: &File, held: Use) -> Option<String> {
+    let forbids = held.does().iter().map(|n| {
         (
             FORBIDS + n,
             "another program (QEMU, or another nbdtrack) has it open and lets no one else do so",
@@ -88,17 +98,13 @@ pub(super) fn take(file: &File, path: &str, wanted: Use, had: Option<Use>) -> Re
             "another program (QEMU, or another nbdtrack) writes to it",
         )
     });
-    for (byte, told) in does.chain(forbids) {
-        let in_the_way = match is_held(file, byte) {
-            Ok(false) => continue,
-            Ok(true) => told.to_owned(),
+    does.chain(forbids)
+        .find_map(|(byte, told)| match is_held(file, byte) {
+            Ok(false) => None,
+            Ok(true) => Some(told.to_owned()),
             // Whoever cannot be seen may be a writer.
-            Err(error) => format!("who has it open cannot be asked: {error}"),
-        };
-        give_back();
-        return Err(in_the_way);
-    }
-    Ok(())
+            Err(error) => Some(format!("who has it open cannot be asked: {error}")),
+        })
 }
 
 /// Gives back what `file` is held for as `had` and not as `wanted`.
