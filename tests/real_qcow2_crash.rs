@@ -12,7 +12,7 @@ use support::chorus::{Chorus, Score, Sung};
 use support::dice::{self, Dice};
 use support::fuse_disk::FuseDisk;
 use support::ground::{Need, real, tell};
-use support::images::text;
+use support::images::{KINDS, text};
 use support::process;
 use support::scene::{STEP_LIMIT, Scene};
 use support::stream::Held;
@@ -21,16 +21,6 @@ use support::{Doing, Outcome};
 const LIMIT: Duration = Duration::from_secs(60);
 /// By how many times there may be more cuts than were asked for, until one of them has lost something.
 const MORE: u64 = 4;
-
-/// What images are made of, in turns: small clusters have many tables to be torn, and a chain and a snapshot have what is shared.
-const KINDS: &[&str] = &[
-    "cluster_size=512",
-    "cluster_size=4k",
-    "cluster_size=64k",
-    "extended_l2=on,cluster_size=16k",
-    "compat=0.10,cluster_size=1k",
-    "cluster_size=512,refcount_bits=64",
-];
 
 /// An image of zeroes; of each second turn all that is in it belongs to a snapshot, too.
 fn image(folder: &Path, turn: u64, bytes: u64) -> Outcome<PathBuf> {

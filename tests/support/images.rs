@@ -12,6 +12,16 @@ use crate::hold;
 /// QEMU's tools are waited for so long.
 const LIMIT: Duration = Duration::from_secs(60);
 
+/// What images that crash are made of, in turns: small clusters have many tables to be torn. Each can have snapshots.
+pub const KINDS: &[&str] = &[
+    "cluster_size=512",
+    "cluster_size=4k",
+    "cluster_size=64k",
+    "extended_l2=on,cluster_size=16k",
+    "compat=0.10,cluster_size=1k",
+    "cluster_size=512,refcount_bits=64",
+];
+
 /// A folder that may be served from, and a daemon without exports.
 pub fn scene(ground: &Ground) -> Outcome<(Scene, PathBuf)> {
     let folder = ground.file("backups");
