@@ -197,14 +197,14 @@ impl Image for Memory {
     fn allocation(&self, at: Span, stretches_max: usize) -> io::Result<Vec<Allocation>> {
         self.pass("status");
         let bytes = self.bytes.read().unwrap();
+        // Not asked of `self`: to read a second time behind a writer that waits is a deadlock (std's RwLock).
+        let size = bytes.len() as u64;
         let end = at.offset() + at.len();
         let mut told: Vec<Allocation> = Vec::new();
         let mut offset = at.offset();
         while offset < end {
-            let block = (
-                offset / 4096 * 4096,
-                (offset / 4096 * 4096 + 4096).min(self.size()),
-            );
+            let first = offset / 4096 * 4096;
+            let block = (first, (first + 4096).min(size));
             let range = usize::try_from(block.0).unwrap()..usize::try_from(block.1).unwrap();
             let hole = bytes[range].iter().all(|byte| *byte == 0);
             let count = block.1.min(end) - offset;
