@@ -3,7 +3,9 @@
 
 mod support;
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Instant, SystemTime};
@@ -206,6 +208,158 @@ fn files_of_sections_are_served_from_their_folders_each_in_its_format() -> Outco
                 .then_some(()))
         })
     })
+}
+
+/// Of each thread of a process: its capabilities, whether it can gain any, and its ids, as proc(5) has them.
+fn rights(pid: u32) -> Outcome<BTreeMap<String, BTreeSet<String>>> {
+    const WANTED: [&str; 9] = [
+        "CapInh",
+        "CapPrm",
+        "CapEff",
+        "CapBnd",
+        "CapAmb",
+        "NoNewPrivs",
+        "Uid",
+        "Gid",
+        "Groups",
+    ];
+    let mut all: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+    let mut threads = 0;
+    for task in fs::read_dir(format!("/proc/{pid}/task"))? {
+        // A thread may end meanwhile.
+        let Ok(status) = fs::read_to_string(task?.path().join("status")) else {
+            continue;
+        };
+        threads += 1;
+        for (key, value) in status.lines().filter_map(|line| line.split_once(':')) {
+            if WANTED.contains(&key) {
+                let value = value.split_whitespace().collect::<Vec<_>>().join(" ");
+                all.entry(key.to_owned()).or_default().insert(value);
+            }
+        }
+    }
+    hold!(threads > 3, "{threads} threads are no daemon that serves");
+    Ok(all)
+}
+
+/// The capabilities that the manual says are kept, as the mask that proc(5) shows. Numbers: linux/capability.h.
+fn documented_mask() -> Outcome<String> {
+    let manual = include_str!("../docs/migrate-from-nbd-server.md");
+    let row = manual.lines().find(|line| line.starts_with("| `user` |"));
+    let row = row.unwrap_or_default();
+    let mut mask = 0u64;
+    for word in row.split(|c: char| !c.is_ascii_uppercase() && c != '_') {
+        mask |= match word {
+            "CAP_DAC_OVERRIDE" => 1 << 1,
+            "CAP_NET_ADMIN" => 1 << 12,
+            cap if cap.starts_with("CAP_") => trouble!("{cap}: which number is that?"),
+            _ => 0,
+        };
+    }
+    Ok(format!("{mask:016x}"))
+}
+
+#[test]
+fn with_a_user_the_daemon_has_the_rights_that_the_manual_lists_and_serves_on() -> Outcome<()> {
+    real(
+        "user and group of nbd-server's configuration",
+        NEEDS,
+        |ground| {
+            // Debian has both; what they own nobody else may read.
+            let place = Place::begin(ground, "user = nobody\ngroup = nogroup\n")?;
+            let nobody = nix::unistd::User::from_name("nobody")?;
+            let Some(nobody) = nobody else {
+                trouble!("this machine has no user nobody");
+            };
+            let folder = ground.file("theirs");
+            fs::create_dir(&folder)?;
+            let file = folder.join("file");
+            fs::write(&file, vec![0; 1 << 20])?;
+            for (path, mode) in [(&file, 0o600), (&folder, 0o700)] {
+                fs::set_permissions(path, fs::Permissions::from_mode(mode))?;
+                nix::unistd::chown(path, Some(nobody.uid), Some(nobody.gid))?;
+            }
+            let (first, second) = (LoopDevice::add()?, LoopDevice::add()?);
+            let a = Volume::make(ground.path(), "vol-a", BYTES)?;
+            first.attach(&a.image)?;
+            until(STEP_LIMIT, "the daemon to see the disk", || {
+                let seen = place.caller.objects("Volume")?;
+                let here = |v: &&support::bus::Properties| v["DeviceNode"].text() == first.node();
+                Ok(seen.values().find(here).map(|_| ()))
+            })?;
+            place.write("job.conf", &section("job", &first.node(), ""))?;
+            place.write(
+                "file.conf",
+                &section("file", &file.display().to_string(), ""),
+            )?;
+            place.hang_up()?;
+            place.caller.reach_state("job", "Serving", STEP_LIMIT)?;
+            place.caller.reach_state("file", "Serving", STEP_LIMIT)?;
+            place.fill(ground, "job", &a, 1)?;
+
+            // The volume comes back at another node, which is opened anew.
+            place.caller.prepare_detach(&a.id())?;
+            first.detach_now()?;
+            second.attach(&a.image)?;
+            let served = place.caller.reach_state("job", "Serving", STEP_LIMIT)?;
+            hold!(served["DeviceNode"].text() == second.node(), "{served:?}");
+            place.fill(ground, "job", &a, 2)?;
+            let mut client = Client::open(&place.home.endpoint(), "file")?;
+            let written = client.write(0, &[7; 512], true)?;
+            hold!(written.is_ok(), "{written:?}");
+            hold!(
+                fs::read(&file)?.starts_with(&[7; 512]),
+                "the file has no byte of it"
+            );
+
+            let Some(daemon) = &place.daemon else {
+                trouble!("no daemon");
+            };
+            let found = rights(daemon.pid())?;
+            let kept = documented_mask()?;
+            let zero = format!("{:016x}", 0);
+            let group = nix::unistd::Group::from_name("nogroup")?;
+            let gid = group.map_or(String::new(), |group| group.gid.to_string());
+            for (key, wanted) in [
+                ("CapInh", zero.as_str()),
+                ("CapPrm", &kept),
+                ("CapEff", &kept),
+                ("CapBnd", &kept),
+                ("CapAmb", &zero),
+                ("NoNewPrivs", "1"),
+                ("Uid", "0 0 0 0"),
+                ("Gid", &[gid.as_str(); 4].join(" ")),
+                ("Groups", ""),
+            ] {
+                let has = found.get(key).into_iter().flatten().collect::<Vec<_>>();
+                hold!(
+                    has == [wanted],
+                    "{key} of all threads: {has:?}, wanted {wanted}"
+                );
+            }
+            drop(client);
+
+            // As the stock server: it does not start.
+            drop(place);
+            for key in ["user", "group"] {
+                let mut home = Home::new(ground.path(), "none")?;
+                home.config = ground.file("unknown.conf");
+                fs::write(&home.config, format!("[generic]\n{key} = no-such-one\n"))?;
+                let Err((status, said)) = home.try_start()? else {
+                    trouble!("an unknown {key} was taken");
+                };
+                let wanted = format!(
+                    "{}:2:1: [generic]: {key} \"no-such-one\": there is no such {key}",
+                    home.config.display()
+                );
+                hold!(
+                    !status.success() && said.contains(&wanted),
+                    "{status}: {said}"
+                );
+            }
+            Ok(())
+        },
+    )
 }
 
 /// What the stock server does wrong after a swap: it opens the path for each connection, so the next client writes to the newcomer and

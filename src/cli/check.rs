@@ -34,7 +34,8 @@ pub fn problems(path: &Path) -> Vec<String> {
         let files = config::read_ini(path).files;
         let judged = config::nbd_server::judge(&files, &Default::default(), false);
         let paths = daemon::refused_for_their_paths(&judged);
-        let all = judged.problems.iter().chain(&paths);
+        let names = daemon::refused_for_their_names(&judged);
+        let all = judged.problems.iter().chain(&names).chain(&paths);
         return all.map(ToString::to_string).collect();
     }
     match config::read(path) {

@@ -59,6 +59,19 @@ pub fn read_ini_beside(main: &Path, line: Option<&CommandLine>) -> IniFiles {
     read
 }
 
+/// Only the main file, for what has to be known before all others are read. As with [`read_ini_beside`], it may be missing beside a
+/// command line.
+pub fn read_ini_main(main: &Path, line: Option<&CommandLine>) -> IniFile {
+    if line.is_some() && says_nothing(main) {
+        return nothing_at(main);
+    }
+    let text = source(main, &mut { TOTAL_BYTES_MAX }).map(|read| read.text);
+    IniFile {
+        path: main.to_owned(),
+        text,
+    }
+}
+
 /// The files that the main file includes; a folder that cannot be listed is as a file that cannot be read: what stood in its files stays.
 pub(super) fn included(main: &IniFile) -> Result<Vec<PathBuf>, IniFile> {
     let Some(folder) = include_of(main) else {

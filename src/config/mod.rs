@@ -43,7 +43,7 @@ pub use bus_access::BusAccess;
 pub use database::{Database, Tls};
 use document::{Document, FoundExport};
 pub use files::{FILE_BYTES_MAX, ReadError, read};
-pub use ini_files::{IniFiles, is_ini, read_ini, read_ini_beside};
+pub use ini_files::{IniFiles, is_ini, read_ini, read_ini_beside, read_ini_main};
 pub use known_files::{KnownFiles, ReadFile};
 pub use limits::Limits;
 pub use pace::Pace;

@@ -23,6 +23,7 @@ mod phases;
 mod reading;
 mod reload;
 mod rescan;
+mod rights;
 mod row_asks;
 mod runtime_files;
 mod sections;
@@ -62,6 +63,7 @@ use sockets::Sockets;
 
 pub use activation::ActivationError;
 pub use found::{disk_at, refused_for_their_paths};
+pub use rights::refused_for_their_names;
 pub use sockets::ListenError;
 
 /// Events from udev that may wait for the loop. Past it the observer waits, and the kernel's socket buffer after it.
@@ -133,10 +135,12 @@ pub enum Error {
 /// # Errors
 /// What kept it from starting; once it serves, nothing from outside ends it.
 pub fn run(options: &Options) -> Result<(), Error> {
-    // Before the log has its thread.
+    // Before the log has its thread: what follows is each thread's own, and those that are made later have it from the first.
     sys::give_large_buffers_back();
+    let rights = rights::reduce(options)?;
     // Dropped last: the end is logged, too.
     let _log = log::start();
+    rights.tell();
     let passed = activation::passed()?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()

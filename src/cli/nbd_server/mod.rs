@@ -69,6 +69,8 @@ pub fn run(args: &[OsString], bus: Option<String>) -> ExitCode {
 enum NotServed {
     #[error("{}: no configuration of nbd-server", .0.display())]
     NoConfig(PathBuf),
+    #[error("there is no such user or group (see the lines above)")]
+    Names,
     #[error("what the command line names is not served (see the lines above)")]
     Export,
     #[error("{0}")]
@@ -90,12 +92,16 @@ fn begin(serve: Serve, bus: Option<String>) -> Result<(), NotServed> {
     );
     let problems = judged.problems.iter();
     let paths = daemon::refused_for_their_paths(&judged);
-    let problems: Vec<_> = problems.chain(&paths).collect();
+    let names = daemon::refused_for_their_names(&judged);
+    let problems: Vec<_> = problems.chain(&names).chain(&paths).collect();
     for problem in &problems {
         eprintln!("nbd-server: {problem}");
     }
     if judged.generic.is_none() || line.is_none() && !is_ini(&serve.config) {
         return Err(NotServed::NoConfig(serve.config));
+    }
+    if !names.is_empty() {
+        return Err(NotServed::Names);
     }
     // Of a configuration the others are served; whoever names one export means that.
     let of_line = |file: &PathBuf| line.is_some() && file.as_os_str() == COMMAND_LINE;

@@ -83,9 +83,13 @@ pub fn take_over(asked: &TakeOver, json: bool) -> Result<(), Failure> {
     };
     let files = read_ini(&asked.config).files;
     let mut judged = judge(&files, &Default::default(), false);
-    let paths = daemon::refused_for_their_paths(&judged);
-    judged.refused += paths.len();
-    judged.problems.extend(paths);
+    for found in [
+        daemon::refused_for_their_names(&judged),
+        daemon::refused_for_their_paths(&judged),
+    ] {
+        judged.refused += found.len();
+        judged.problems.extend(found);
+    }
     let plan = Plan::of(&machine, &place, &judged);
     plan.show(json)?;
     if judged.generic.is_none() {

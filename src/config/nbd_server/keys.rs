@@ -17,6 +17,8 @@ pub enum Kind {
 pub enum Fate {
     /// Does what the manual says.
     Works,
+    /// Does a part of what the manual says; which, and what instead.
+    InPart(&'static str),
     /// Is read and changes nothing; why that is no loss.
     Accepted(&'static str),
     /// Cannot be honoured: whoever sets it (a boolean: to true) is refused by name with this reason.
@@ -34,7 +36,7 @@ const fn key(name: &'static str, kind: Kind, fate: Fate) -> Key {
     Key { name, kind, fate }
 }
 
-use Fate::{Accepted, Refused, Works};
+use Fate::{Accepted, InPart, Refused, Works};
 use Kind::{Boolean, Integer, Integer64, Text};
 
 const TLS: &str = "TLS is not built yet, and such a server must not be served in plaintext";
@@ -48,14 +50,14 @@ pub const GENERIC: [Key; 19] = [
     key(
         "user",
         Text,
-        Accepted(
-            "the daemon keeps the user that its service gives it: it opens disks as long as it runs",
+        InPart(
+            "root's rights are given up but for CAP_DAC_OVERRIDE and CAP_NET_ADMIN, and the process stays root's, see above",
         ),
     ),
     key(
         "group",
         Text,
-        Accepted("the daemon keeps the group that its service gives it"),
+        InPart("the process, the Unix socket and what it makes belong to it, see above"),
     ),
     key("listenaddr", Text, Works),
     key("port", Text, Works),

@@ -65,6 +65,39 @@ pub struct Generic {
     pub file_roots: Vec<PathBuf>,
     /// Files that change are read again without being asked.
     pub watch: bool,
+    pub user: Option<Named>,
+    pub group: Option<Named>,
+}
+
+/// A user or a group, as it was named; whether there is one the reader of the name finds out.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Named {
+    pub name: String,
+    file: PathBuf,
+    line: usize,
+    column: usize,
+}
+
+impl Named {
+    fn of(values: &Values<'_>, key: &str) -> Option<Named> {
+        let (name, entry) = values.text(key)?;
+        Some(Named {
+            name: name.to_owned(),
+            file: entry.at.file.to_owned(),
+            line: entry.at.line,
+            column: entry.at.column,
+        })
+    }
+
+    /// A problem with the place of the name.
+    pub fn problem(&self, message: String) -> Problem {
+        Problem {
+            file: self.file.clone(),
+            line: self.line,
+            column: self.column,
+            message,
+        }
+    }
 }
 
 /// What was read before, for what cannot be read now. Shared with the files that it was read from: a reload makes none of it anew.
@@ -256,6 +289,8 @@ fn generic(group: &Group<'_>, remarks: &mut Remarks) -> Generic {
         missing_authfile_allows: missing.is_some_and(|(word, _)| word == "allow"),
         file_roots: file_roots(&values, of, remarks),
         watch: values.truth("x-watch-config"),
+        user: Named::of(&values, "user"),
+        group: Named::of(&values, "group"),
     }
 }
 

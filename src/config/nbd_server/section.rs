@@ -320,7 +320,7 @@ impl<'a> Values<'a> {
 }
 
 /// Keys whose writer may expect something to happen; the others are offered anyway.
-const TOLD: [&str; 5] = ["user", "group", "rotational", "timeout", "tlsprio"];
+const TOLD: [&str; 3] = ["rotational", "timeout", "tlsprio"];
 
 /// Linux's PATH_MAX.
 const PATH_BYTES_MAX: usize = 4_095;
