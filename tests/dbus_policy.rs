@@ -7,7 +7,8 @@ mod polkit;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufRead, Write};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bus::{PrivateBus, block_on};
@@ -523,7 +524,12 @@ fn the_command_line_says_who_may_when_the_policy_refuses() {
         let open = std::os::unix::fs::PermissionsExt::from_mode(0o755);
         std::fs::set_permissions(folder.path(), open).unwrap();
         let program = folder.path().join("nbdtrack");
-        std::fs::copy(env!("CARGO_BIN_EXE_nbdtrack"), &program).unwrap();
+        // By another process: a child that a test beside this one forks would hold our descriptor, and nobody could run the copy yet.
+        let copied = Command::new("cp")
+            .arg(env!("CARGO_BIN_EXE_nbdtrack"))
+            .arg(&program)
+            .status();
+        assert!(copied.unwrap().success());
         for (user, command, code) in [
             ("daemon", &["exports"][..], 5),
             ("nobody", &["exports"], 0),
@@ -618,7 +624,9 @@ async fn asking(address: &str) -> Publisher {
         ),
     };
     let bus = Bus::parse(address).unwrap();
-    let publisher = serve_asking_polkit(&bus, commands, access).await.unwrap();
+    let publisher = serve_asking_polkit(&bus, commands, access, Arc::new(|_, _, _| ()))
+        .await
+        .unwrap();
     publisher.offer(shown());
     tokio::spawn(async move {
         while let Some(command) = queue.recv().await {
@@ -780,6 +788,81 @@ fn with_polkit_a_password_is_asked_for_only_when_the_call_allows_it() {
             );
             assert_eq!(ended.status.success(), right, "{text}");
             assert_eq!(text.contains("no password was given"), !right, "{text}");
+        }
+    });
+}
+
+/// A daemon of its own, ended with the test.
+struct Served(Child);
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn whom_polkit_refuses_stands_in_the_history_once_for_many() {
+    const CALLS: usize = 20;
+    assert!(nix::unistd::geteuid().is_root(), "this test needs root");
+    block_on(async move {
+        let bus = polkit::bus("nogroup");
+        let test = "whom_polkit_refuses_stands_in_the_history_once_for_many";
+        let Some(_polkit) = Polkit::start(test, &bus, RULES).await else {
+            return;
+        };
+        let folder = tempfile::tempdir().unwrap();
+        let config = folder.path().join("nbdtrack.toml");
+        std::fs::write(&config, "[server]\nlisten = []\n[dbus]\npolkit = true\n").unwrap();
+        let nbdtrack = || {
+            let mut command = Command::new(env!("CARGO_BIN_EXE_nbdtrack"));
+            command.args(["--bus", &bus.address]);
+            command
+        };
+        let mut serve = nbdtrack();
+        serve.arg("serve").arg("--config").arg(&config);
+        serve.arg("--state").arg(folder.path().join("state"));
+        let _served = Served(serve.stderr(Stdio::null()).spawn().unwrap());
+        let link = bus.connect().await;
+        let until = Instant::now() + Duration::from_secs(20);
+        loop {
+            let dbus = "org.freedesktop.DBus";
+            let asked = link.call_method(
+                Some(dbus),
+                "/",
+                Some(dbus),
+                "NameHasOwner",
+                &"org.nbdtrack1",
+            );
+            if asked.await.unwrap().body().deserialize::<bool>().unwrap() {
+                break;
+            }
+            assert!(Instant::now() < until, "the daemon is not on the bus");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        // By nobody's rule, and by a rule that lets the user do something else.
+        for (method, calls) in [("Rescan", CALLS), ("Reload", 1)] {
+            let call = ["call", "org.nbdtrack1", ROOT, MANAGER, method, "a{sv}", "0"];
+            let texts = (0..calls).map(|_| said(&bus.address, "bin", &call));
+            for text in futures_util::future::join_all(texts).await {
+                // One user has ten questions at a time; the others are told to come again, and are no refusal.
+                assert!(text.contains("polkit") || text.contains("busy"), "{text}");
+            }
+        }
+        let shown = nbdtrack().args(["--json", "history"]).output().unwrap();
+        let shown = String::from_utf8(shown.stdout).unwrap();
+        let calls: Vec<serde_json::Value> = shown
+            .lines()
+            .map(|line| serde_json::from_str(line).unwrap())
+            .filter(|record: &serde_json::Value| record["uid"] == uid("bin"))
+            .collect();
+        assert_eq!(calls.len(), 2, "one for each method: {shown}");
+        for (record, method) in calls.iter().zip(["Rescan", "Reload"]) {
+            let text = record.to_string();
+            assert!(text.contains(method), "{text}");
+            assert!(text.contains("refused: "), "{text}");
+            assert!(text.contains("org.nbdtrack1.change"), "{text}");
         }
     });
 }

@@ -21,6 +21,7 @@ mod metrics;
 mod perform;
 mod phases;
 mod reading;
+mod refusals;
 mod reload;
 mod rescan;
 mod rights;
@@ -55,6 +56,7 @@ use crate::nbd::{Door, Limits};
 use crate::udev;
 use control::{Control, Edges, Stops};
 use last_reading::{Dialect, LastReading};
+use refusals::Refusals;
 use reload::Read;
 use runtime_files::RuntimeFiles;
 use sections::Clock;
@@ -292,11 +294,19 @@ async fn start(
     let drain_within = settings.drain_within;
     let correlation = Correlation::new(settings, remembered);
 
+    let mut bounds = Bounds::default();
+    bounds.mib = config.server.history_mib.unwrap_or(bounds.mib);
+    bounds.age = config.server.history_age.unwrap_or(bounds.age);
+    let (history, history_task) = History::keep(&config.server.state, bounds);
     let (command_sender, commands) = mpsc::channel(COMMANDS_MAX);
     let (event_sender, events) = mpsc::channel(EVENTS_MAX);
     let publisher = if config.dbus.polkit {
         let access = bus_access::access(config.dbus).await;
-        dbus::serve_asking_polkit(&bus, command_sender, access).await?
+        let refusals = Refusals::new(history.clone());
+        let refused = Arc::new(move |caller: &dbus::Caller, method: &str, why: &str| {
+            refusals.note(method, caller, why);
+        });
+        dbus::serve_asking_polkit(&bus, command_sender, access, refused).await?
     } else {
         dbus::serve(&bus, command_sender).await?
     };
@@ -316,10 +326,6 @@ async fn start(
         file_sender,
     );
 
-    let mut bounds = Bounds::default();
-    bounds.mib = config.server.history_mib.unwrap_or(bounds.mib);
-    bounds.age = config.server.history_age.unwrap_or(bounds.age);
-    let (history, history_task) = History::keep(&config.server.state, bounds);
     let edges = Edges {
         door,
         publisher,

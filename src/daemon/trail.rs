@@ -235,7 +235,8 @@ fn purpose(ensure: &Ensure) -> String {
     text
 }
 
-fn by(method: &str, caller: &Caller) -> Record {
+/// A call, of which is to be said what came of it.
+pub(super) fn by(method: &str, caller: &Caller) -> Record {
     Record {
         new: method.to_owned(),
         peer: caller.name.clone(),

@@ -66,6 +66,7 @@ pub use error::BusError;
 pub use inquiries::RECORDS_MAX;
 pub use job::FINISH_BACKUP;
 pub use log_control::{LogLevel, LogState};
+pub use polkit::OnRefused;
 pub use publish::Publisher;
 
 use crate::correlation::{
@@ -340,7 +341,8 @@ pub async fn serve(bus: &Bus, commands: mpsc::Sender<Command>) -> Result<Publish
     server::serve(bus, commands, None).await
 }
 
-/// As [`serve`], for a bus whose policy lets everyone call: of whom `access` does not know polkit is asked, on the same bus.
+/// As [`serve`], for a bus whose policy lets everyone call: of whom `access` does not know polkit is asked, on the same bus, and
+/// `refused` hears whom it does not let. That is told of each such call, however many there are, in a task of the runtime.
 ///
 /// # Errors
 /// As [`serve`].
@@ -348,6 +350,7 @@ pub async fn serve_asking_polkit(
     bus: &Bus,
     commands: mpsc::Sender<Command>,
     access: Access,
+    refused: OnRefused,
 ) -> Result<Publisher, BusError> {
-    server::serve(bus, commands, Some(access)).await
+    server::serve(bus, commands, Some((access, refused))).await
 }

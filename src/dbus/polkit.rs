@@ -16,12 +16,12 @@ use tokio::time::timeout;
 use zbus::message::Flags;
 use zbus::{Connection, Message, Variant};
 
-use super::Bus;
 use super::access::{Access, Right};
 use super::call::{Calls, Place, Places};
 use super::callers::Callers;
 use super::connect::{CALLER_WITHIN, open};
 use super::reply::{Refusal, standard};
+use super::{Bus, Caller};
 use crate::correlation::RequestError;
 
 /// Calls of callers of whom the bus is being asked who they are; that takes it a millisecond, and at most a second.
@@ -44,10 +44,13 @@ const AUTHORITY_PATH: &str = "/org/freedesktop/PolicyKit1/Authority";
 /// polkit's AllowUserInteraction (org.freedesktop.PolicyKit1.Authority, CheckAuthorizationFlags).
 const ALLOW_INTERACTION: u32 = 1;
 
+/// Hears who was refused which method, and why.
+pub type OnRefused = Arc<dyn Fn(&Caller, &str, &str) + Send + Sync>;
+
 /// Whoever comes through here may call.
-#[derive(Debug)]
 pub struct Gate {
     access: Access,
+    refused: OnRefused,
     /// Where polkit is asked.
     bus: Bus,
     /// [`INTRODUCING_MAX`], half for one connection; when used up, `NotReady`.
@@ -57,9 +60,10 @@ pub struct Gate {
 }
 
 impl Gate {
-    pub fn new(bus: &Bus, access: Access) -> Gate {
+    pub fn new(bus: &Bus, access: Access, refused: OnRefused) -> Gate {
         Gate {
             access,
+            refused,
             bus: bus.clone(),
             introducing: Places::new(INTRODUCING_MAX, INTRODUCING_MAX / 2),
             asking: Places::new(ASKING_MAX, ASKING_OF_USER_MAX),
@@ -105,22 +109,24 @@ impl Gate {
         if self.access.lets(&known, right) {
             return Ok(());
         }
+        let header = message.header();
+        let method = header.member().map_or("", |member| member.as_str());
         let Some(uid) = known.caller.uid else {
             let text = format!(
                 "the bus did not say within {} s who calls",
                 CALLER_WITHIN.as_secs()
             );
+            (self.refused)(&known.caller, method, &text);
             return Err(RequestError::NotAuthorized(text).into());
         };
         let _place = self
             .asking
             .take(&uid.to_string())
             .ok_or_else(|| Refusal::from(calls.busy()))?;
-        let header = message.header();
         let flags = header.primary().flags();
         let question = Question {
             caller: &known.caller.name,
-            method: header.member().map_or("", |member| member.as_str()),
+            method,
             action: right.action(),
             interactive: flags.contains(Flags::ALLOW_INTERACTIVE_AUTH),
         };
@@ -128,6 +134,9 @@ impl Gate {
         let allowed = answer.is_ok();
         let Question { method, action, .. } = question;
         tracing::debug!(method, uid, action, allowed, "asked of polkit");
+        if let Err(refusal) = &answer {
+            (self.refused)(&known.caller, method, &refusal.text);
+        }
         answer
     }
 }
