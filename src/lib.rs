@@ -44,7 +44,7 @@
 //! 8. **Only checked ranges reach an image.** Offset and length are validated once, into a type.
 //! 9. **FLUSH and FUA are durable**, and cover the acknowledged writes of every connection of the export. After the
 //!    first one that failed, every later one answers EIO until a new generation: the kernel reports a write-back
-//!    error once and may then call the pages clean.
+//!    error once and may then call the pages clean. One that only had no room (ENOSPC) has given the kernel nothing that it could lose.
 //! 10. **Bounded everything.** Queues, bytes in flight, connections, handshakes, options, replies to slow readers.
 //! 11. **Control and data never wait for each other.** A hung disk stops neither events nor D-Bus nor other exports.
 //! 12. **No path fallback.** An export whose volume is not positively identified is not served, and says why.

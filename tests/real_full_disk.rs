@@ -25,6 +25,8 @@ const PIECE: usize = 64 << 10;
 const EPERM: u32 = 1;
 const EIO: u32 = 5;
 const ENOSPC: u32 = 28;
+// proto.md "Request types"
+const WRITE_ZEROES: u16 = 6;
 
 /// A mounted file system; unmounted when dropped.
 struct Mounted(PathBuf);
@@ -103,30 +105,82 @@ fn sound(image: &Path) -> Outcome<()> {
     Ok(())
 }
 
-fn is_written_on(ground: &Ground, place: &Path) -> Outcome<()> {
+/// What decides how much room there is.
+enum Room<'a> {
+    /// A file that goes.
+    Filler(&'a Path),
+    /// The limit of the subvolume of a mounted btrfs, past which the kernel answers EDQUOT, root too.
+    Quota(&'a Path),
+}
+
+impl Room<'_> {
+    fn less(&self) -> Outcome<()> {
+        match self {
+            Room::Filler(place) => std::fs::write(place.join("filler"), vec![7; 4 << 20])?,
+            Room::Quota(mounted) => limit(mounted, "16M")?,
+        }
+        Ok(())
+    }
+
+    /// Once it is full: a quota is set below what is used, so that not one block more is had.
+    fn none(&self) -> Outcome<()> {
+        match self {
+            Room::Filler(_) => Ok(()),
+            Room::Quota(mounted) => limit(mounted, "4M"),
+        }
+    }
+
+    /// What a flush says when there is none. btrfs writes nothing in place: there is no room for the image's tables either, though they are in
+    /// the file already.
+    fn flush_when_full(&self, name: &str) -> Result<(), u32> {
+        match self {
+            Room::Quota(_) if name == "image" => Err(ENOSPC),
+            _ => Ok(()),
+        }
+    }
+
+    fn more(&self) -> Outcome<()> {
+        match self {
+            Room::Filler(place) => std::fs::remove_file(place.join("filler"))?,
+            Room::Quota(mounted) => limit(mounted, "64M")?,
+        }
+        Ok(())
+    }
+}
+
+/// Of the first subvolume, whose number is always that; by way of another one, for past its quota it cannot even be told of a new one.
+fn limit(mounted: &Path, bytes: &str) -> Outcome<()> {
+    let args = ["qgroup", "limit", bytes, "0/256", &text(mounted)];
+    process::succeed("btrfs", &args, STEP_LIMIT)?;
+    Ok(())
+}
+
+fn is_written_on(ground: &Ground, place: &Path, room: &Room<'_>) -> Outcome<()> {
     let mut scene = scene(ground, place)?;
     for name in ["image", "raw"] {
         let mut client = Client::open(&scene.endpoint(), name)?;
-        let filler = place.join("filler");
-        std::fs::write(&filler, vec![7; 4 << 20])?;
+        room.less()?;
         let (full_at, error) = write_until_refused(&mut client, 0, 1024)?;
         hold!(
             full_at > 8 && error == ENOSPC,
             "{name}: piece {full_at} was answered {error}"
         );
-        // What was acknowledged is kept, by a flush too, and read.
-        let flushed = client.flush()?;
-        hold!(
-            flushed == Ok(()),
-            "{name}: the flush on a full disk: {flushed:?}"
-        );
+        // What was acknowledged is kept, by a flush too where it needs no room, and read.
+        room.none()?;
+        for _ in 0..2 {
+            let flushed = client.flush()?;
+            hold!(
+                flushed == room.flush_when_full(name),
+                "{name}: the flush on a full disk: {flushed:?}"
+            );
+        }
         holds(&mut client, 0..full_at)?;
         let fua = client.write((full_at * PIECE) as u64, &piece(full_at), true)?;
         hold!(fua == Err(ENOSPC), "{name}: with FUA: {fua:?}");
         if name == "image" {
             sound(&place.join("disk.qcow2"))?;
         }
-        std::fs::remove_file(&filler)?;
+        room.more()?;
         let (more, error) = write_until_refused(&mut client, full_at, full_at + 32)?;
         hold!(
             more == full_at + 32,
@@ -138,6 +192,13 @@ fn is_written_on(ground: &Ground, place: &Path) -> Outcome<()> {
             "{name}: the flush with room again: {flushed:?}"
         );
         holds(&mut client, 0..more)?;
+        let mut kept = more;
+        if let Room::Quota(mounted) = room
+            && name == "image"
+        {
+            kept -= 1;
+            only_a_table_has_no_room(&mut client, mounted, kept)?;
+        }
         client.leave()?;
         // Room for the other.
         if name == "image" {
@@ -151,12 +212,17 @@ fn is_written_on(ground: &Ground, place: &Path) -> Outcome<()> {
                 STEP_LIMIT,
             )?;
             let bytes = std::fs::read(&copy)?;
-            for number in 0..more {
+            for number in 0..kept {
                 hold!(
                     bytes[number * PIECE..][..PIECE] == piece(number),
                     "QEMU reads piece {number} as another"
                 );
             }
+            let zeroed = &bytes[kept * PIECE..more * PIECE];
+            hold!(
+                zeroed.iter().all(|byte| *byte == 0),
+                "QEMU reads what was zeroed as something"
+            );
             std::fs::remove_file(&image)?;
             scene.start()?;
             scene.client.reach_state("raw", "Serving", STEP_LIMIT)?;
@@ -165,11 +231,30 @@ fn is_written_on(ground: &Ground, place: &Path) -> Outcome<()> {
     scene.stop()
 }
 
+/// All counts are in the file, and a cluster that becomes zero changes a table of the mapping alone.
+fn only_a_table_has_no_room(client: &mut Client, mounted: &Path, number: usize) -> Outcome<()> {
+    limit(mounted, "4M")?;
+    let at = (number * PIECE) as u64;
+    let zeroed = client.span(WRITE_ZEROES, 0, at, u32::try_from(PIECE)?)?;
+    hold!(zeroed == Ok(()), "zeroing piece {number}: {zeroed:?}");
+    for _ in 0..2 {
+        let flushed = client.flush()?;
+        hold!(
+            flushed == Err(ENOSPC),
+            "a flush without room for a table: {flushed:?}"
+        );
+    }
+    limit(mounted, "64M")?;
+    let flushed = client.flush()?;
+    hold!(flushed == Ok(()), "a flush with room for it: {flushed:?}");
+    Ok(())
+}
+
 #[test]
 fn a_full_tmpfs_answers_enospc_and_is_written_on_when_there_is_room() -> Outcome<()> {
     real("full tmpfs", NEEDS, |ground| {
         let small = mount(ground, &["-t", "tmpfs", "-o", "size=16m", "tmpfs"])?;
-        is_written_on(ground, &small.0)
+        is_written_on(ground, &small.0, &Room::Filler(&small.0))
     })
 }
 
@@ -180,7 +265,27 @@ fn a_full_ext4_answers_enospc_and_is_written_on_when_there_is_room() -> Outcome<
         std::fs::File::create_new(&medium)?.set_len(24 * MIB)?;
         process::succeed("mkfs.ext4", &["-q", "-m", "0", &text(&medium)], STEP_LIMIT)?;
         let small = mount(ground, &["-o", "loop", &text(&medium)])?;
-        is_written_on(ground, &small.0)
+        is_written_on(ground, &small.0, &Room::Filler(&small.0))
+    })
+}
+
+#[test]
+fn a_disk_quota_answers_enospc_and_is_written_on_when_it_is_raised() -> Outcome<()> {
+    let needs = [
+        NEEDS,
+        &[Need::FileSystem("btrfs"), Need::Tool("mkfs.btrfs")],
+    ]
+    .concat();
+    real("disk quota", &needs, |ground| {
+        let medium = ground.file("medium");
+        std::fs::File::create_new(&medium)?.set_len(256 * MIB)?;
+        process::succeed("mkfs.btrfs", &["-q", &text(&medium)], STEP_LIMIT)?;
+        let small = mount(ground, &["-o", "loop", &text(&medium)])?;
+        let name = text(&small.0);
+        let place = small.0.join("vm7");
+        process::succeed("btrfs", &["quota", "enable", &name], STEP_LIMIT)?;
+        process::succeed("btrfs", &["subvolume", "create", &text(&place)], STEP_LIMIT)?;
+        is_written_on(ground, &place, &Room::Quota(&small.0))
     })
 }
 

@@ -294,7 +294,7 @@ impl Image for Block {
     }
 
     fn flush(&self) -> io::Result<()> {
-        self.claim.durable.sync(|| self.file().sync_data())
+        self.claim.durable.sync(|| Ok(self.file().sync_data()?))
     }
 
     fn zero(&self, at: Extent, flags: ZeroFlags) -> io::Result<()> {
@@ -411,7 +411,8 @@ fn inside_the_size(medium: Medium, e: io::Error) -> io::Error {
     }
 }
 
-fn is_full(e: &io::Error) -> bool {
+/// The file system, or whose quota it is, has no room.
+pub(super) fn is_full(e: &io::Error) -> bool {
     matches!(e.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT))
 }
 

@@ -3,7 +3,20 @@
 use std::io;
 use std::sync::PoisonError;
 
+use thiserror::Error;
+
 use crate::sync::{Condvar, Mutex, MutexGuard};
+
+/// Why a sync made not all durable.
+#[derive(Debug, Error)]
+pub enum NotDurable {
+    /// Something that waits in memory had no room in the file; nothing was given to the kernel and lost, and a later sync writes it.
+    #[error("no room for what is to be written: {0}")]
+    NoRoom(io::Error),
+    /// What the kernel had may be lost, and would be told so only once.
+    #[error(transparent)]
+    Lost(#[from] io::Error),
+}
 
 /// Runs at most one sync at a time; callers that come while one runs share the next one.
 ///
@@ -22,6 +35,8 @@ struct State {
     /// Rounds begun and ended; they differ by one while a sync runs.
     begun: u64,
     ended: u64,
+    /// The last round after which all was durable that was written before it; 0 for none.
+    durable: u64,
     latched: bool,
 }
 
@@ -29,8 +44,8 @@ impl Durable {
     /// Makes everything durable that was written before this call, by `sync` or another caller's.
     ///
     /// # Errors
-    /// EIO, always, once any sync has failed.
-    pub fn sync(&self, sync: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
+    /// EIO, always, once any sync has lost something; ENOSPC when this one found no room.
+    pub fn sync(&self, sync: impl FnOnce() -> Result<(), NotDurable>) -> io::Result<()> {
         let mut state = self.lock();
         // A round that has begun may have passed over what was written since: wait for the next.
         let mine = state.begun + 1;
@@ -43,9 +58,9 @@ impl Durable {
                 drop(state);
                 let mut round = Round {
                     durable: self,
-                    done: false,
+                    done: Err(NotDurable::Lost(latched())),
                 };
-                round.done = sync().is_ok();
+                round.done = sync();
                 drop(round);
                 state = self.lock();
                 break;
@@ -57,6 +72,8 @@ impl Durable {
         }
         if state.latched {
             Err(latched())
+        } else if state.durable < mine {
+            Err(io::Error::from_raw_os_error(libc::ENOSPC))
         } else {
             Ok(())
         }
@@ -80,14 +97,18 @@ impl Durable {
 /// A round that runs. It ends however `sync` does: one that panicked has failed, and keeps no one waiting.
 struct Round<'a> {
     durable: &'a Durable,
-    done: bool,
+    done: Result<(), NotDurable>,
 }
 
 impl Drop for Round<'_> {
     fn drop(&mut self) {
         let mut state = self.durable.lock();
         state.ended += 1;
-        state.latched |= !self.done;
+        match self.done {
+            Ok(()) => state.durable = state.ended,
+            Err(NotDurable::NoRoom(_)) => {}
+            Err(NotDurable::Lost(_)) => state.latched = true,
+        }
         self.durable.ended.notify_all();
     }
 }
@@ -107,10 +128,26 @@ mod tests {
     fn after_one_failed_sync_every_later_one_fails() {
         let durable = Durable::default();
         assert!(durable.sync(|| Ok(())).is_ok());
-        assert!(durable.sync(|| Err(io::Error::other("lost"))).is_err());
+        assert!(
+            durable
+                .sync(|| Err(io::Error::other("lost").into()))
+                .is_err()
+        );
         let again = durable.sync(|| Ok(())).unwrap_err();
         assert_eq!(again.raw_os_error(), Some(libc::EIO));
         assert!(durable.latched());
+    }
+
+    #[test]
+    fn a_sync_without_room_fails_itself_and_none_after_it() {
+        let durable = Durable::default();
+        let full = || NotDurable::NoRoom(io::Error::from_raw_os_error(libc::EDQUOT));
+        for _ in 0..2 {
+            let refused = durable.sync(|| Err(full())).unwrap_err();
+            assert_eq!(refused.raw_os_error(), Some(libc::ENOSPC));
+            assert!(!durable.latched());
+            assert!(durable.sync(|| Ok(())).is_ok());
+        }
     }
 
     #[test]
@@ -171,9 +208,9 @@ mod model {
 
     use crate::sync::thread;
 
-    /// Each thread writes and syncs, `rounds` times; the disk fails the `failing`th sync and no other, as the kernel does that tells an
-    /// error once. Marks are std's: what the test writes down is no step of what it tests.
-    fn writers(threads: u32, rounds: u32, failing: Option<u32>) {
+    /// Each thread writes and syncs, `rounds` times; the `failing`th sync and no other fails: it loses something, as the kernel tells it once,
+    /// or there is only no room. Marks are std's: what the test writes down is no step of what it tests.
+    fn writers(threads: u32, rounds: u32, failing: Option<u32>, loses: bool) {
         let durable = Arc::new(Durable::default());
         let (syncs, lost) = (
             Arc::new(AtomicU32::new(0)),
@@ -193,7 +230,11 @@ mod model {
                             let covered = written.load(Ordering::SeqCst);
                             thread::yield_now();
                             if failing == Some(syncs.fetch_add(1, Ordering::SeqCst)) {
-                                return Err(io::Error::other("lost"));
+                                let error = io::Error::from_raw_os_error(libc::ENOSPC);
+                                return Err(match loses {
+                                    true => NotDurable::Lost(error),
+                                    false => NotDurable::NoRoom(error),
+                                });
                             }
                             stable.fetch_or(covered, Ordering::SeqCst);
                             Ok(())
@@ -203,7 +244,7 @@ mod model {
                                 assert!(!was_lost, "a success after a failure was told");
                                 assert!(stable.load(Ordering::SeqCst) & mine != 0, "not covered");
                             }
-                            Err(_) => lost.store(true, Ordering::SeqCst),
+                            Err(_) => lost.store(loses, Ordering::SeqCst),
                         }
                     }
                 })
@@ -213,16 +254,27 @@ mod model {
             join.join().unwrap();
         }
         let count = syncs.load(Ordering::SeqCst);
-        assert_eq!(durable.latched(), failing.is_some_and(|n| n < count));
+        let lost = loses && failing.is_some_and(|n| n < count);
+        assert_eq!(durable.latched(), lost);
     }
 
     #[test]
     fn in_every_schedule_a_sync_covers_what_was_written_before_and_none_succeeds_after_a_failure() {
-        for failing in [None, Some(0), Some(1), Some(2)] {
-            // All schedules there are, of one sync each; of more, some.
-            shuttle::check_dfs(move || writers(2, 1, failing), None);
+        let (lost, full) = (true, false);
+        // All schedules there are, of one sync each; of more, some.
+        for (failing, loses) in [
+            (None, lost),
+            (Some(0), lost),
+            (Some(1), lost),
+            (Some(0), full),
+        ] {
+            shuttle::check_dfs(move || writers(2, 1, failing, loses), None);
+        }
+        let lost = [None, Some(0), Some(1), Some(2)].map(|n| (n, lost));
+        let full = [Some(0), Some(1)].map(|n| (n, full));
+        for (failing, loses) in lost.into_iter().chain(full) {
             shuttle::check_random(
-                move || writers(3, 2, failing),
+                move || writers(3, 2, failing, loses),
                 10 * crate::sync::schedules(),
             );
         }

@@ -14,6 +14,9 @@
 //!
 //! Each write of metadata is of whole sectors' worth of entries that either have their old value or their new one, so that a torn one
 //! is as good as none. A flush that finds no change of metadata is one sync.
+//!
+//! A file system that never writes in place, as btrfs, can have no room even for a table that is in the file already. Such a flush fails,
+//! keeps all that it did not write, and the next one begins with step 1 again; nothing was lost by it, so nothing is latched.
 
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -23,36 +26,40 @@ use std::sync::atomic::Ordering;
 use super::core::Core;
 use super::damaged;
 use super::write::Writer;
+use crate::image::block::is_full;
+use crate::image::durable::NotDurable;
 
 /// What was given up in so many commits waits for older calls to end. A call that hangs (in a file beneath the image) holds up all of it.
 const LEAVING_MAX: usize = 64;
 
 impl Core {
-    /// Makes everything durable that was written before. One at a time; after a failure never again (invariant 9).
-    pub(super) fn commit(&self) -> io::Result<()> {
+    /// Makes everything durable that was written before. One at a time; after something was lost never again (invariant 9).
+    pub(super) fn commit(&self) -> Result<(), NotDurable> {
         let file = self.file();
         let Some(writer) = self.writer.get() else {
-            return file.sync_data();
+            return Ok(file.sync_data()?);
         };
         let mut writer = match writer.lock() {
             Ok(writer) if !self.is_broken() => writer,
             // A panic may have left its changes half done: they are not for the file.
-            Ok(_) | Err(_) => return Err(damaged()),
+            Ok(_) | Err(_) => return Err(damaged().into()),
         };
         if !writer.has_changes() {
             drop(writer);
-            return self.or_broken(self.is_whole().and_then(|()| file.sync_data()));
+            let done = self.is_whole().and_then(|()| file.sync_data());
+            return self.or_broken(done.map_err(NotDurable::Lost));
         }
-        let done = self
-            .is_whole()
-            .and_then(|()| self.write_metadata(&mut writer));
+        let done = match self.is_whole() {
+            Ok(()) => self.write_metadata(&mut writer),
+            Err(error) => Err(error.into()),
+        };
         self.or_broken(done)
     }
 
-    /// After a failure nothing is written to the file's metadata any more. Also when only data were to be synced: what was lost of
+    /// After a loss nothing is written to the file's metadata any more. Also when only data were to be synced: what was lost of
     /// them must not be mapped by a later commit, whose sync could succeed.
-    fn or_broken(&self, done: io::Result<()>) -> io::Result<()> {
-        if done.is_err() {
+    fn or_broken(&self, done: Result<(), NotDurable>) -> Result<(), NotDurable> {
+        if matches!(done, Err(NotDurable::Lost(_))) {
             self.broken.store(true, Ordering::Release);
         }
         done
@@ -69,31 +76,34 @@ impl Core {
         Ok(())
     }
 
-    fn write_metadata(&self, writer: &mut Writer) -> io::Result<()> {
+    fn write_metadata(&self, writer: &mut Writer) -> Result<(), NotDurable> {
         let (file, header) = (self.file(), &self.header);
-        writer.refs.write_counts(file)?;
+        put(writer.refs.write_counts(file))?;
         file.sync_data()?;
         if writer.refs.table_is_dirty() {
-            writer.refs.write_table(file)?;
+            put(writer.refs.write_table(file))?;
             file.sync_data()?;
-            if let Some(before) = writer.refs.write_place(file)? {
+            if let Some(before) = put(writer.refs.write_place(file))? {
                 file.sync_data()?;
                 writer.given_up.push(before);
             }
         }
         if !writer.dirty.is_empty() || !writer.dirty_l1.is_empty() {
-            for slice in std::mem::take(&mut writer.dirty) {
-                self.tables.write_slice(file, header, slice)?;
+            // Each goes out of its list once it is written: what had no room stays in it.
+            while let Some(&slice) = writer.dirty.first() {
+                put(self.tables.write_slice(file, header, slice))?;
+                writer.dirty.remove(&slice);
             }
             if !writer.dirty_l1.is_empty() {
                 file.sync_data()?;
-                for index in std::mem::take(&mut writer.dirty_l1) {
-                    self.tables.write_l1(file, header, index)?;
+                while let Some(&index) = writer.dirty_l1.first() {
+                    put(self.tables.write_l1(file, header, index))?;
+                    writer.dirty_l1.remove(&index);
                 }
             }
             file.sync_data()?;
         }
-        self.let_go(writer)
+        Ok(self.let_go(writer)?)
     }
 
     /// Lowers the counts of what was given up, as far as no older pass is under way.
@@ -144,6 +154,14 @@ impl Core {
         self.file().write_all_at(&[0; 8], 88)?;
         self.file().sync_data()
     }
+}
+
+/// What a write of metadata says: the file may have no room for it, and then it waits on.
+fn put<T>(done: io::Result<T>) -> Result<T, NotDurable> {
+    done.map_err(|error| match is_full(&error) {
+        true => NotDurable::NoRoom(error),
+        false => NotDurable::Lost(error),
+    })
 }
 
 impl Drop for Core {

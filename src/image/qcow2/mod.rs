@@ -33,6 +33,7 @@ use std::sync::Arc;
 use nix::fcntl::{FallocateFlags, fallocate};
 
 use super::beneath::Roots;
+use super::block::is_full;
 use super::claim::{self, Claim, Claims, OpenError, Opened};
 use super::medium::Medium;
 use super::raw::Plain;
@@ -264,7 +265,7 @@ impl Qcow2 {
         match done {
             Ok(()) => self.flush(),
             // No room: nothing was taken that could be lost, and what was acknowledged before is not in doubt.
-            Err(e) if matches!(e.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT)) => Err(e),
+            Err(e) if is_full(&e) => Err(e),
             Err(e) => {
                 self.claim.durable.latch();
                 Err(e)

@@ -297,16 +297,16 @@ impl Refs {
 
     /// Points the header at the table, which is durable; returns the clusters of the table before it.
     pub fn write_place(&mut self, file: &File) -> io::Result<Option<Clusters>> {
-        let Some(before) = self.moved_from.take() else {
+        if self.moved_from.is_none() {
             return Ok(None);
-        };
+        }
         let clusters = (self.table.len() as u64 * 8) >> self.cluster_bits;
         let clusters = u32::try_from(clusters).map_err(io::Error::other)?;
         let mut field = self.table_offset.to_be_bytes().to_vec();
         field.extend(clusters.to_be_bytes());
         // docs/interop/qcow2.rst: refcount_table_offset and refcount_table_clusters, 12 bytes of one sector.
         file.write_all_at(&field, 48)?;
-        Ok(Some(before))
+        Ok(self.moved_from.take())
     }
 
     /// The count of `cluster`, which lies at the end; makes the block for it, if there is none, out of the cluster itself.
