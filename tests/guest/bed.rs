@@ -456,14 +456,18 @@ impl Bed {
 
     /// One export's properties.
     pub fn export(&self, index: usize) -> Outcome<Value> {
-        let name = &self.volumes[index].name;
+        self.export_of(&self.volumes[index].name)
+    }
+
+    /// As [`Self::export`], of what no volume stands for: a file.
+    pub fn export_of(&self, name: &str) -> Outcome<Value> {
         let text = self.machine.agent.run("nbdtrack --json exports")?;
         let list: Value = serde_json::from_str(&text).doing("nbdtrack --json exports")?;
         let found = list
             .as_array()
             .into_iter()
             .flatten()
-            .find(|export| export["name"] == name.as_str());
+            .find(|export| export["name"] == name);
         match found {
             Some(export) => Ok(export.clone()),
             None => trouble!("no export {name} in {text}"),

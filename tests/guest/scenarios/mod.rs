@@ -28,11 +28,13 @@ macro_rules! scenario {
 mod claims;
 mod control;
 mod daemon;
+mod files;
 mod hasty;
 mod identities;
 mod jobs;
 mod kernel_client;
 mod moves;
+mod nfs;
 mod packaging;
 mod power;
 mod swap;
