@@ -204,7 +204,7 @@ impl Correlation {
             diskseq: 0,
             generation: 0,
             reason: format!(
-                "a conflict or a release was not kept, and would be forgotten by a restart: {error}"
+                "a conflict or a release was not kept yet, and would be forgotten by a restart before it is: {error}"
             ),
         }));
     }

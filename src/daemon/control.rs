@@ -12,6 +12,7 @@ use super::claims::ClaimsFile;
 use super::disk_lists::DiskLists;
 use super::keeper::{Keeper, MappingStates, ORDERS_MAX, Order};
 use super::metrics::ServingTimes;
+use super::owed::Owed;
 use super::reload::{Read, Reload};
 use super::rescan::Rescan;
 use super::row_asks::RowAsks;
@@ -166,6 +167,7 @@ impl Control {
             shared,
             store,
             states: states.clone(),
+            owed: Owed::default(),
             reports: reports.clone(),
         };
         let keeper = keeper.spawn(order_receiver);

@@ -14,6 +14,7 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use super::control::{Asker, Control, Report};
+use super::owed::Owed;
 use super::shared_table::{SharedTable, Told};
 use crate::correlation::{
     BackupChange, Change, Event, ExportName, ExportView, INTERNAL, MappingState, RequestError,
@@ -118,6 +119,7 @@ pub(super) struct Keeper {
     /// did not answer counts as away, and is asked for nothing until it does.
     pub shared: Option<SharedTable>,
     pub states: MappingStates,
+    pub owed: Owed,
     /// The loop's; it is gone only when the daemon stops.
     pub reports: mpsc::UnboundedSender<Report>,
 }
@@ -161,6 +163,7 @@ impl Keeper {
                         shared.on_told(told, &self.store).await;
                     }
                 }
+                () = until(self.owed.due()) => self.pay().await,
                 () = self.states.some.notified(), if due.is_none() => due = Some(Instant::now() + GATHER),
                 () = until(due) => {
                     self.note(&mut trouble).await;
@@ -179,6 +182,9 @@ impl Keeper {
         // What the drain did to the exports is their last word; rows that a failing disk does not take, the next start writes.
         while trouble.is_none() && !self.states.is_empty() {
             self.note(&mut trouble).await;
+        }
+        if !self.owed.is_empty() {
+            self.pay().await;
         }
         if let Err(error) = self.store.close().await {
             tracing::warn!(%error, "the store did not close; the next start tidies up");
@@ -235,7 +241,7 @@ impl Keeper {
             Some(shared) if request != INTERNAL => shared.keep(changes).await?,
             _ => None,
         };
-        let stored = self.store.apply(changes).await;
+        let stored = self.store(request, changes).await;
         match (stored, &mut self.shared) {
             (Ok(()), Some(shared)) => shared.stored(changes, kept),
             (Ok(()), None) => {}
@@ -247,6 +253,49 @@ impl Keeper {
             }
         }
         Ok(())
+    }
+
+    /// Behind what is owed, in order. What holds although the store did not take it is owed from now on.
+    async fn store(&mut self, request: RequestId, changes: &[Change]) -> Result<(), StoreError> {
+        if !self.owed.is_empty() {
+            // A store that hangs has the whole time once, and not once for each.
+            if let Err(error) = self.store.apply(&self.owed.changes()).await {
+                match request {
+                    INTERNAL => self.owed.own(changes),
+                    _ => self.owed.refused(changes, Vec::new()),
+                }
+                return Err(error);
+            }
+            self.paid();
+        }
+        if request == INTERNAL {
+            let stored = self.store.apply(changes).await;
+            if stored.is_err() {
+                self.owed.own(changes);
+            }
+            return stored;
+        }
+        let stored = self.store.apply_or_not(changes).await;
+        stored.map_err(|(error, before)| {
+            self.owed.refused(changes, before);
+            error
+        })
+    }
+
+    /// Tries what is owed.
+    async fn pay(&mut self) {
+        match self.store.apply(&self.owed.changes()).await {
+            Ok(()) => self.paid(),
+            Err(error) => {
+                tracing::debug!(%error, "the store does not take what it owes yet");
+                self.owed.put_off();
+            }
+        }
+    }
+
+    fn paid(&mut self) {
+        self.owed.paid();
+        tracing::info!(name: "store_caught_up", "the store has caught up with what it did not take");
     }
 
     async fn note(&mut self, trouble: &mut Option<(String, Duration)>) {

@@ -18,6 +18,7 @@ mod keeper;
 mod last_reading;
 mod log;
 mod metrics;
+mod owed;
 mod perform;
 mod phases;
 mod reading;

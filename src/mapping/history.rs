@@ -17,6 +17,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
+use super::index_room::IndexRoom;
 use super::trail_rows as rows;
 use crate::correlation::{Inquiry, Record, RecordKind};
 
@@ -110,6 +111,7 @@ impl History {
             file: state_dir.join(HISTORY_FILE),
             bounds,
             connection: None,
+            index: IndexRoom::default(),
             tried: None,
             pruned: None,
             trouble: None,
@@ -179,6 +181,7 @@ struct Keeper {
     file: PathBuf,
     bounds: Bounds,
     connection: Option<SqliteConnection>,
+    index: IndexRoom,
     /// The last attempt to open that failed.
     tried: Option<Instant>,
     pruned: Option<Instant>,
@@ -346,6 +349,7 @@ impl Keeper {
                 self.tried = Some(Instant::now());
             }
             self.connection = Some(opened?);
+            self.index.take(&self.file);
         }
         self.connection
             .as_mut()

@@ -7,6 +7,8 @@
 //! | `state.rs` | the state directory and its lock |
 //! | `schema.rs` | opens the file, refuses what is not ours, brings it up to date |
 //! | `rows.rs` | facts from and to rows |
+//! | `before.rs` | what a change replaces |
+//! | `index_room.rs` | room on the disk for what SQLite maps |
 //! | `backups.rs` | the table of backups |
 //! | `table.rs` | the table of VMs' disks, as appliances and people read it |
 //! | `database.rs`, `database_rows.rs` | the same table in a MariaDB or MySQL server |
@@ -28,12 +30,15 @@ use tokio::time::timeout;
 use crate::correlation::{
     Backup, BackupChange, Change, MappingRow, MappingState, Remembered, VmDisk,
 };
+use index_room::IndexRoom;
 use reconcile::Known;
 
 mod backups;
+mod before;
 mod database;
 mod database_rows;
 mod history;
+mod index_room;
 pub mod reconcile;
 mod rows;
 mod schema;
@@ -69,6 +74,7 @@ pub struct Store {
 #[derive(Debug)]
 struct Held {
     connection: SqliteConnection,
+    _index: IndexRoom,
     _lock: StateLock,
 }
 
@@ -86,10 +92,13 @@ impl Store {
                 .await
                 .map_err(|error| StoreError::failed(&file, error))??;
             let connection = schema::open(&file).await?;
+            let mut index = IndexRoom::default();
+            index.take(&file);
             Ok(Store {
                 file: file.clone(),
                 held: Arc::new(Mutex::new(Held {
                     connection,
+                    _index: index,
                     _lock: lock,
                 })),
             })
@@ -125,6 +134,33 @@ impl Store {
             rows::apply(&mut held.connection, &changes).await
         })
         .await
+    }
+
+    /// As [`Store::apply`], for changes that do not hold when they are not kept in time.
+    ///
+    /// # Errors
+    /// With what puts back what was there, to be applied before anything else; empty where nothing is carried out any more.
+    pub async fn apply_or_not(&self, changes: &[Change]) -> Result<(), (StoreError, Vec<Change>)> {
+        if changes.is_empty() {
+            return Ok(());
+        }
+        let owned = changes.to_vec();
+        // Lock: of the work, and of who waits for it; held for a comparison.
+        let attempt = Arc::new(std::sync::Mutex::new(Attempt::default()));
+        let worked = attempt.clone();
+        let done = self.with(APPLY_WITHIN, |mut held| async move {
+            let before = before::before(&mut held.connection, &owned).await?;
+            if !locked(&worked).begin(before) {
+                // Nobody waits any more: nothing is carried out.
+                return Ok(());
+            }
+            rows::apply(&mut held.connection, &owned).await
+        });
+        match done.await {
+            Ok(()) => Ok(()),
+            Err(error @ StoreError::TimedOut { .. }) => Err((error, locked(&attempt).give_up())),
+            Err(error) => Err((error, Vec::new())),
+        }
     }
 
     /// Writes how the exports of these mappings are, as one transaction. A row that is not there or not active stays as it is.
@@ -220,7 +256,11 @@ impl Store {
         let Some(held) = Arc::into_inner(self.held) else {
             return Ok(());
         };
-        let Held { connection, _lock } = held.into_inner();
+        let Held {
+            connection,
+            _index,
+            _lock,
+        } = held.into_inner();
         timeout(APPLY_WITHIN, connection.close())
             .await
             .map_err(|_| StoreError::timed_out(&self.file, APPLY_WITHIN))?
@@ -248,6 +288,33 @@ impl Store {
             Err(_) => Err(StoreError::timed_out(&self.file, within)),
         }
     }
+}
+
+/// A transaction whose outcome may come later than anybody waits for it.
+#[derive(Debug, Default)]
+struct Attempt {
+    given_up: bool,
+    before: Vec<Change>,
+}
+
+impl Attempt {
+    /// False when it was given up before it began.
+    fn begin(&mut self, before: Vec<Change>) -> bool {
+        self.before = before;
+        !self.given_up
+    }
+
+    /// What puts back what was there; empty when it has not begun, and never will.
+    fn give_up(&mut self) -> Vec<Change> {
+        self.given_up = true;
+        std::mem::take(&mut self.before)
+    }
+}
+
+fn locked(attempt: &std::sync::Mutex<Attempt>) -> std::sync::MutexGuard<'_, Attempt> {
+    attempt
+        .lock()
+        .unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
 /// Why the store could not be opened, read or written. Each says what to do.

@@ -199,7 +199,7 @@ pub(super) fn parsed<T>(
     found
 }
 
-fn definition(row: &SqliteRow) -> Result<Definition, String> {
+pub(super) fn definition(row: &SqliteRow) -> Result<Definition, String> {
     let source: String = column(row, "source")?;
     let source = [Source::Config, Source::Dbus, Source::NbdServer]
         .into_iter()
@@ -215,7 +215,7 @@ fn definition(row: &SqliteRow) -> Result<Definition, String> {
     })
 }
 
-fn release(row: &SqliteRow) -> Result<Release, String> {
+pub(super) fn release(row: &SqliteRow) -> Result<Release, String> {
     Ok(Release {
         volume: volume(row)?,
         diskseq: diskseq(&column::<String>(row, "diskseq")?)?,
@@ -223,7 +223,7 @@ fn release(row: &SqliteRow) -> Result<Release, String> {
     })
 }
 
-fn conflict(row: &SqliteRow) -> Result<Conflict, String> {
+pub(super) fn conflict(row: &SqliteRow) -> Result<Conflict, String> {
     let first: Option<String> = column(row, "first")?;
     Ok(Conflict {
         export: name(row, "export")?,
@@ -232,7 +232,7 @@ fn conflict(row: &SqliteRow) -> Result<Conflict, String> {
     })
 }
 
-fn pin(row: &SqliteRow) -> Result<Pin, String> {
+pub(super) fn pin(row: &SqliteRow) -> Result<Pin, String> {
     let identity: Option<String> = column(row, "identity")?;
     let boot: Option<String> = column(row, "boot")?;
     let to = match (identity, boot) {
@@ -258,7 +258,7 @@ fn pin(row: &SqliteRow) -> Result<Pin, String> {
     })
 }
 
-fn mapping(row: &SqliteRow) -> Result<Mapping, String> {
+pub(super) fn mapping(row: &SqliteRow) -> Result<Mapping, String> {
     let disk = VmDisk::new(
         &column::<String>(row, "vm_id")?,
         column(row, "disk_unit_number")?,

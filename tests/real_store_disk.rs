@@ -1,0 +1,235 @@
+//! Promise: a store whose disk is slow or full holds up nobody but who changes something, and those are told in time; once the disk is well
+//! again the store says what the daemon does, so that a crash loses nothing that was told, and brings nothing back.
+
+mod support;
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use support::bus::{Bus, Client as Caller};
+use support::client::Client;
+use support::daemon::Home;
+use support::fuse_disk::{FLUSHES, FuseDisk, Healer, WRITES};
+use support::ground::{Ground, Need, real, tell};
+use support::images::text;
+use support::loops::LoopDevice;
+use support::scene::{STEP_LIMIT, Scene, Volume, nbdtrack};
+use support::{Outcome, process, until};
+
+const NEEDS: &[Need] = &[Need::Loop, Need::Bus, Need::Tool("mkfs.ext4")];
+const BYTES: u64 = 4 << 20;
+/// What depends on no store answers within this.
+const PROMPT: Duration = Duration::from_secs(2);
+/// The store's 5 s, once for what it owes and once for the change, and a busy machine.
+const TOLD: Duration = Duration::from_secs(13);
+
+/// Unmounted when dropped.
+struct Mounted(PathBuf);
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let _ = process::run("umount", &["-l", &text(&self.0)], STEP_LIMIT);
+    }
+}
+
+/// A daemon whose state lies on an ext4 of a disk that can be made ill. Fields are dropped in this order.
+struct Place {
+    _healer: Healer,
+    scene: Scene,
+    mounted: Mounted,
+    disk: FuseDisk,
+}
+
+/// Serves `vol-a` by its configuration; `vol-b` is attached.
+fn begin(ground: &Ground) -> Outcome<Place> {
+    let disk = FuseDisk::make(ground.path(), "store", 16 << 20)?;
+    let args = ["-q", "-m", "0", "-b", "1024", &disk.device.node()];
+    process::succeed("mkfs.ext4", &args, STEP_LIMIT)?;
+    let folder = ground.file("mounted");
+    std::fs::create_dir(&folder)?;
+    process::succeed("mount", &[&disk.device.node(), &text(&folder)], STEP_LIMIT)?;
+    let mounted = Mounted(folder);
+    let bus = Bus::start(ground.path())?;
+    let mut home = Home::new(ground.path(), &bus.address)?;
+    home.state = mounted.0.join("state");
+    let mut volumes = Vec::new();
+    let mut devices = Vec::new();
+    for name in ["vol-a", "vol-b"] {
+        let volume = Volume::make(ground.path(), name, BYTES)?;
+        let device = LoopDevice::add()?;
+        device.attach(&volume.image)?;
+        volumes.push(volume);
+        devices.push(device);
+    }
+    home.configure(&[("vol-a", volumes[0].id())])?;
+    let daemon = Some(home.start()?);
+    let scene = Scene {
+        client: Caller::connect(&bus)?,
+        daemon,
+        home,
+        bus,
+        devices,
+        volumes,
+    };
+    scene.client.reach_state("vol-a", "Serving", STEP_LIMIT)?;
+    Ok(Place {
+        _healer: disk.healer(),
+        scene,
+        mounted,
+        disk,
+    })
+}
+
+/// One write and read of the export, and a call that asks, each promptly.
+fn goes_on(scene: &Scene, client: &mut Client) -> Outcome<Duration> {
+    let begun = Instant::now();
+    let mut back = [0; 512];
+    hold!(client.write(0, &[7; 512], true)? == Ok(()), "a write");
+    hold!(client.read(0, &mut back)? == Ok(()), "a read");
+    let served = begun.elapsed();
+    scene.client.stats()?;
+    let took = begun.elapsed();
+    hold!(took < PROMPT, "served in {served:?}, with a call {took:?}");
+    Ok(took)
+}
+
+fn logged(scene: &Scene, words: &str) -> Outcome<()> {
+    until(Duration::from_secs(60), words, || {
+        let log = std::fs::read_to_string(&scene.home.log)?;
+        Ok(log.contains(words).then_some(()))
+    })
+}
+
+#[test]
+fn a_slow_store_refuses_changes_in_time_and_a_refused_removal_stays_refused() -> Outcome<()> {
+    real("slow disk of the store", NEEDS, |ground| {
+        let mut place = begin(ground)?;
+        let scene = &place.scene;
+        scene.client.add_export("kept", &scene.volumes[1].id())?;
+        scene.client.reach_state("kept", "Serving", STEP_LIMIT)?;
+        let mut client = Client::open(&scene.endpoint(), "vol-a")?;
+
+        let held = place.disk.held();
+        place.disk.hang(WRITES | FLUSHES);
+        let address = scene.bus.address.clone();
+        // Thread: its call waits for the store; it ends with that, which has a deadline.
+        let removing = std::thread::spawn(move || -> Outcome<_> {
+            let caller = Caller::connect_to(&address)?;
+            let begun = Instant::now();
+            Ok((caller.remove_export("kept", "safe"), begun.elapsed()))
+        });
+        until(STEP_LIMIT, "the disk to be written to", || {
+            Ok((place.disk.held() > held).then_some(()))
+        })?;
+        let mut longest = Duration::ZERO;
+        until(STEP_LIMIT, "the removal's answer", || {
+            longest = longest.max(goes_on(scene, &mut client)?);
+            Ok(removing.is_finished().then_some(()))
+        })?;
+        let Ok(removed) = removing.join() else {
+            trouble!("the caller's thread ended");
+        };
+        let (answer, told) = removed?;
+        let refused = |answer: &Result<_, support::bus::Refused>| {
+            let said = answer.as_ref().err().map(|refused| refused.text.as_str());
+            said.is_some_and(|text| text.contains("no answer within 5 s"))
+        };
+        hold!(refused(&answer) && told < TOLD, "{answer:?} after {told:?}");
+        let begun = Instant::now();
+        let added = scene.client.add_export("late", "loop:/nowhere/late.img");
+        let added_in = begun.elapsed();
+        hold!(
+            refused(&added.map(drop)) && added_in < TOLD,
+            "an addition after {added_in:?}"
+        );
+        goes_on(scene, &mut client)?;
+        hold!(scene.state("kept")? == "Serving", "kept is served on");
+
+        let well = Instant::now();
+        place.disk.heal();
+        logged(scene, "the store has caught up")?;
+        let caught_up = well.elapsed();
+        // Not what the caller was told has not happened.
+        drop(client);
+        place.scene.kill()?;
+        place.scene.start()?;
+        let scene = &place.scene;
+        scene.client.reach_state("kept", "Serving", STEP_LIMIT)?;
+        hold!(scene.client.export("late")?.is_none(), "late came back");
+        scene.client.remove_export("kept", "safe")?;
+        tell(&format!(
+            "store that hangs: a removal refused after {told:?}, an addition after {added_in:?}, others within {longest:?}; \
+             caught up {caught_up:?} after it was well"
+        ));
+        place.scene.stop()
+    })
+}
+
+/// Takes all room that there is; gives it back when the file is removed.
+fn fill(folder: &Path) -> Outcome<PathBuf> {
+    let path = folder.join("filler");
+    let mut file = std::fs::OpenOptions::new()
+        .create(true)
+        .append(true)
+        .open(&path)?;
+    for piece in [64 << 10, 1 << 10] {
+        let bytes = vec![1; piece];
+        while file.write_all(&bytes).is_ok() {}
+        // What was only promised is allocated, or refused.
+        let _refused = file.sync_all();
+    }
+    Ok(path)
+}
+
+#[test]
+fn a_full_store_keeps_what_came_meanwhile_as_soon_as_there_is_room() -> Outcome<()> {
+    real("full disk of the store", NEEDS, |ground| {
+        let mut place = begin(ground)?;
+        let scene = &place.scene;
+        let mut client = Client::open(&scene.endpoint(), "vol-a")?;
+        let filler = fill(&place.mounted.0)?;
+        // Each is some records of the history, whose log has room for some more, and whose index SQLite maps: without room there the
+        // kernel ended the process.
+        for _ in 0..30 {
+            Client::open(&scene.endpoint(), "vol-a")?.leave()?;
+            scene.client.rescan()?;
+            nbdtrack(scene, &["history"])?;
+        }
+        let begun = Instant::now();
+        let added = scene.client.add_export("late", "loop:/nowhere/late.img");
+        let told = begun.elapsed();
+        let Err(refused) = added else {
+            trouble!("a full disk took an export");
+        };
+        hold!(
+            refused.text.contains("full") && told < TOLD,
+            "{refused:?} after {told:?}"
+        );
+        goes_on(scene, &mut client)?;
+        fill(&place.mounted.0)?;
+
+        // Who came first has to be known after a crash, too.
+        let twin = LoopDevice::add()?;
+        let mark = scene.client.mark();
+        twin.attach(&scene.volumes[0].image)?;
+        scene
+            .client
+            .wait_state(mark, "vol-a", "Ambiguous", STEP_LIMIT)?;
+        logged(scene, "was not kept yet")?;
+        goes_on(scene, &mut client)?;
+        drop(client);
+
+        std::fs::remove_file(&filler)?;
+        logged(scene, "the store has caught up")?;
+        scene.client.add_export("kept", &scene.volumes[1].id())?;
+        place.scene.kill()?;
+        place.scene.devices[0].detach_now()?;
+        place.scene.start()?;
+        let scene = &place.scene;
+        scene.client.reach_state("kept", "Serving", STEP_LIMIT)?;
+        scene.client.reach_state("vol-a", "Ambiguous", STEP_LIMIT)?;
+        hold!(scene.client.export("late")?.is_none(), "late came back");
+        place.scene.stop()
+    })
+}
