@@ -22,8 +22,8 @@ const NEEDS: &[Need] = &[
 const BYTES: u64 = 4 << 20;
 
 /// A daemon with two volumes of its own, on a node of the cluster.
-fn appliance(ground: &Ground, owner: &str, node: &MariaDb) -> Outcome<Scene> {
-    let folder = ground.file(owner);
+fn appliance(ground: &Ground, place: &str, owner: &str, node: &MariaDb) -> Outcome<Scene> {
+    let folder = ground.file(place);
     std::fs::create_dir(&folder)?;
     let mut scene = Scene::told_in(&folder, node.store(owner), &[])?;
     for name in ["vol-a", "vol-b"] {
@@ -107,8 +107,8 @@ fn what_fails_certification_is_begun_anew_and_one_daemon_has_the_row() -> Outcom
     real("a Galera cluster", NEEDS, |ground| {
         let nodes = MariaDb::cluster(ground.path())?;
         let [first, second] = &nodes;
-        let mut one = appliance(ground, "one", first)?;
-        let mut two = appliance(ground, "two", second)?;
+        let one = appliance(ground, "one", "one", first)?;
+        let mut two = appliance(ground, "two", "two", second)?;
         let own = [one.volumes[0].id(), two.volumes[0].id()];
         let (client_one, client_two) = (&one.client, &two.client);
         // Different disks, at once.
@@ -172,7 +172,49 @@ fn what_fails_certification_is_begun_anew_and_one_daemon_has_the_row() -> Outcom
         for node in &nodes {
             hold!(columns(node)? == before, "rows of others are as they were");
         }
-        one.stop()?;
-        two.stop()
+        two.stop()?;
+        one_name_is_one_daemons(ground, &nodes, one)
     })
+}
+
+/// The lock of the server is each node's own.
+fn one_name_is_one_daemons(ground: &Ground, nodes: &[MariaDb; 2], mut one: Scene) -> Outcome<()> {
+    let [first, second] = nodes;
+    let mut other = appliance(ground, "other", "one", second)?;
+    let volume = other.volumes[0].id();
+    let refused = |scene: &Scene, words: &str, unit: u32, volume: &str| -> Outcome<()> {
+        until(STEP_LIMIT, format!("the log to say {words:?}"), || {
+            let log = std::fs::read_to_string(&scene.home.log)?;
+            Ok(log.contains(words).then_some(()))
+        })?;
+        match ensure_now(&scene.client, unit, volume) {
+            Err(refusal) if refusal.is("NotReady") && refusal.text.contains("is away") => Ok(()),
+            other => trouble!("two daemons have one name: {other:?}"),
+        }
+    };
+    refused(&other, "to another node of the cluster", 4, &volume)?;
+    ensure_when_up(&one.client, 5, &one.volumes[1].id())?;
+
+    // It does not say that it ends.
+    one.kill()?;
+    let died = std::time::Instant::now();
+    ensure_when_up(&other.client, 4, &volume)?;
+    let taken_over = died.elapsed();
+    let leases = "SELECT owner, COUNT(DISTINCT instance) FROM nbdtrack_leases WHERE owner = 'one' GROUP BY owner";
+    hold!(first.sql(leases)? == "one\t1", "the lease");
+    // The first is back, and is the second now.
+    one.start()?;
+    refused(&one, "to another node of the cluster", 4, &volume)?;
+
+    // Taken for dead, and not dead: nothing of it gets in.
+    first.sql(
+        "UPDATE nbdtrack_leases SET instance = 'a-third', node = 'elsewhere', until_at = UTC_TIMESTAMP(6) + INTERVAL 1 HOUR WHERE owner = 'one'",
+    )?;
+    // Not what it has: that is answered from the local store.
+    refused(&other, "in this cluster by now", 6, &other.volumes[1].id())?;
+    tell(&format!(
+        "Galera: a name was taken over at another node {taken_over:?} after kill -9"
+    ));
+    one.stop()?;
+    other.stop()
 }

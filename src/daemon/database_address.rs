@@ -13,6 +13,8 @@ use crate::mapping::{Address, Secret, Tls as Wire};
 const CREDENTIAL: &str = "store-password";
 /// machine-id(5): 32 hexadecimal digits.
 const MACHINE_ID: &str = "/etc/machine-id";
+/// random(4): another UUID each time.
+const RANDOM: &str = "/proc/sys/kernel/random/uuid";
 /// More than any password has, in bytes.
 const PASSWORD_BYTES_MAX: u64 = 4_096;
 
@@ -41,6 +43,7 @@ pub(super) fn address(database: &config::Database) -> Result<Address, Error> {
         },
         ca: database.ca.clone(),
         owner,
+        instance: read(Path::new(RANDOM)).map_err(|reason| told(RANDOM, reason))?,
     })
 }
 

@@ -151,6 +151,7 @@ impl Keeper {
         let mut trouble: Option<(String, Duration)> = None;
         loop {
             let look = self.shared.as_ref().and_then(SharedTable::due);
+            let renewal = self.shared.as_ref().and_then(SharedTable::renewal);
             // Cancel-safe: neither channel nor Notify loses anything.
             tokio::select! {
                 biased;
@@ -171,6 +172,11 @@ impl Keeper {
                         Some((_, wait)) => Some(Instant::now() + *wait),
                         None => (!self.states.is_empty()).then(Instant::now),
                     };
+                }
+                () = until(renewal) => {
+                    if let Some(shared) = &mut self.shared {
+                        shared.renew().await;
+                    }
                 }
                 () = until(look) => {
                     if let Some(shared) = &mut self.shared {

@@ -30,6 +30,7 @@ mod row_asks;
 mod runtime_files;
 mod sections;
 mod service;
+mod shared_lease;
 mod shared_look;
 mod shared_table;
 mod shelf;

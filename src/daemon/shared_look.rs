@@ -437,6 +437,7 @@ mod tests {
             tls: Tls::Off,
             ca: None,
             owner: "one".to_owned(),
+            instance: "first".to_owned(),
         };
         let (reports, mut reported) = mpsc::unbounded_channel();
         let facts = Arc::new(SharedTableFacts::default());

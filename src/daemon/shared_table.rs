@@ -105,6 +105,7 @@ pub(super) struct SharedTable {
     why: String,
     wait: Duration,
     pub(super) due: Option<Instant>,
+    pub(super) renewal: Option<Instant>,
     /// Loaded from the local store before anything else is done.
     pub(super) known: Option<BTreeMap<VmDisk, Known>>,
     /// How each active mapping's export is, as last told; at most one for each export.
@@ -148,6 +149,7 @@ impl SharedTable {
             why: "it has not been reached yet".to_owned(),
             wait: RETRY_MIN,
             due: Some(Instant::now()),
+            renewal: None,
             known: None,
             states: BTreeMap::new(),
             unsaid: BTreeSet::new(),
@@ -215,6 +217,7 @@ impl SharedTable {
                 self.wait = RETRY_MIN;
                 self.unsaid = self.states.keys().cloned().collect();
                 self.due = Some(Instant::now());
+                self.renewal = self.due;
             }
             Told::Connected(Err(error)) => self.fail(error.to_string()),
             Told::Read(number, read) => self.on_read(number, read, store).await,

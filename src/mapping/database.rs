@@ -13,8 +13,8 @@ use sqlx::mysql::{MySqlConnectOptions, MySqlDatabaseError, MySqlRow, MySqlSslMod
 use sqlx::{ConnectOptions, Connection, MySqlConnection, Row};
 use tokio::time::{sleep, timeout};
 
-use super::database_rows as rows;
 use super::reconcile::{Beside, Known, SeenRow, Values};
+use super::{database_lease as lease, database_rows as rows};
 use crate::correlation::{MappingState, VmDisk};
 
 /// For a whole connection with its handshake and a look at the tables.
@@ -30,6 +30,11 @@ const ATTEMPTS: u32 = 9;
 const AGAIN_AFTER: Duration = Duration::from_millis(5);
 /// Rows that are read: more than exports there can be are a mistake of someone's.
 pub const ROWS_MAX: u32 = 65_536;
+
+/// How long a name of a cluster stays a daemon's that says nothing more, in seconds: some renewals, each with its deadline.
+pub(super) const LEASE_SECONDS: u32 = 10;
+/// How often it is renewed where nothing is written.
+pub const LEASE_RENEWED: Duration = Duration::from_secs(3);
 
 /// A password: never in a log, whoever prints what it is part of.
 #[derive(Clone)]
@@ -72,6 +77,8 @@ pub struct Address {
     pub ca: Option<PathBuf>,
     /// What stands beside this daemon's rows; no two daemons have the same.
     pub owner: String,
+    /// Another one with each start of a daemon, ASCII, at most 64 bytes: of two daemons of one name, which.
+    pub instance: String,
 }
 
 impl fmt::Display for Address {
@@ -103,6 +110,8 @@ pub enum DatabaseError {
 pub struct Database {
     connection: MySqlConnection,
     owner: String,
+    /// In a cluster, who holds the lease of the name.
+    instance: Option<String>,
     /// Transactions that were begun anew.
     retried: u64,
 }
@@ -182,9 +191,21 @@ impl Database {
                     address.owner
                 )));
             }
+            let node = lease::node(&mut connection).await.map_err(away)?;
+            if let Some(node) = &node
+                && !take_lease(&mut connection, address, node)
+                    .await
+                    .map_err(away)?
+            {
+                return Err(DatabaseError::Away(format!(
+                    "another daemon is connected as \"{}\" to another node of the cluster, or was within the last {LEASE_SECONDS} s: give each daemon its own store_owner",
+                    address.owner
+                )));
+            }
             Ok(Database {
                 connection,
                 owner: address.owner.clone(),
+                instance: node.map(|_| address.instance.clone()),
                 retried: 0,
             })
         };
@@ -215,18 +236,32 @@ impl Database {
         self.transact(Write::Prune(days)).await
     }
 
+    /// Whether the name has to be renewed.
+    pub fn is_leased(&self) -> bool {
+        self.instance.is_some()
+    }
+
+    /// Renews the name.
+    ///
+    /// # Errors
+    /// As of every call here; also when another daemon has it by now.
+    pub async fn renew(&mut self) -> Result<(), DatabaseError> {
+        self.transact(Write::Renew).await
+    }
+
     /// How often a transaction was begun anew since this was last asked.
     pub fn take_retried(&mut self) -> u64 {
         std::mem::take(&mut self.retried)
     }
 
     async fn transact(&mut self, write: Write<'_>) -> Result<(), DatabaseError> {
-        let (connection, owner, retried) = (&mut self.connection, &self.owner, &mut self.retried);
+        let (connection, retried) = (&mut self.connection, &mut self.retried);
+        let who = (self.owner.as_str(), self.instance.as_deref());
         let transaction = async {
             let mut attempt = 1;
             let mut pause = AGAIN_AFTER;
             loop {
-                let done = once(&mut *connection, owner, write).await;
+                let done = once(&mut *connection, who, write).await;
                 match done {
                     Err(rows::Fault::Sql(error)) if is_given_up(&error) && attempt < ATTEMPTS => {
                         tracing::debug!(%error, attempt, "a transaction was given up by the server, and is begun anew");
@@ -236,6 +271,12 @@ impl Database {
                         pause *= 2;
                     }
                     Err(rows::Fault::Sql(error)) => return Err(away(error)),
+                    Err(rows::Fault::Lost) => {
+                        let owner = who.0;
+                        return Err(DatabaseError::Away(format!(
+                            "another daemon has the name \"{owner}\" in this cluster by now: give each daemon its own store_owner"
+                        )));
+                    }
                     Err(rows::Fault::Taken(reason)) => return Err(DatabaseError::Taken(reason)),
                     Ok(()) => return Ok(()),
                 }
@@ -251,15 +292,35 @@ enum Write<'a> {
     Put(&'a BTreeMap<VmDisk, Known>),
     Note(&'a [MappingState]),
     Prune(u32),
+    Renew,
+}
+
+async fn take_lease(
+    connection: &mut MySqlConnection,
+    address: &Address,
+    node: &str,
+) -> Result<bool, sqlx::Error> {
+    let mut transaction = connection.begin().await?;
+    let (owner, instance) = (&address.owner, &address.instance);
+    let taken = lease::take(&mut transaction, owner, instance, node).await?;
+    transaction.commit().await?;
+    Ok(taken)
 }
 
 async fn once(
     connection: &mut MySqlConnection,
-    owner: &str,
+    (owner, instance): (&str, Option<&str>),
     write: Write<'_>,
 ) -> Result<(), rows::Fault> {
     let mut transaction = connection.begin().await.map_err(rows::Fault::Sql)?;
+    let holds = match instance {
+        // First: what another daemon has by now is not written, and is not waited for.
+        Some(instance) => lease::renew(&mut transaction, owner, instance).await,
+        None => Ok(()),
+    };
     let written = match write {
+        _ if holds.is_err() => holds,
+        Write::Renew => Ok(()),
         Write::Put(puts) => rows::put(&mut transaction, owner, puts).await,
         Write::Note(states) => rows::note(&mut transaction, owner, states).await,
         Write::Prune(days) => rows::prune(&mut transaction, owner, days).await,
@@ -389,6 +450,7 @@ mod tests {
             tls: Tls::Preferred,
             ca: None,
             owner: "a".to_owned(),
+            instance: "b".to_owned(),
         };
         assert!(!format!("{address:?} {address}").contains("hunter2"));
     }

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use sqlx::{MySqlConnection, Row};
 
 use super::database::{ROWS_MAX, is_duplicate, is_unknown_variable, seen};
+use super::database_lease::LEASES;
 use super::reconcile::{Known, SeenRow};
 use super::table::device_path;
 use crate::correlation::{MappingState, VmDisk};
@@ -14,6 +15,8 @@ use crate::correlation::{MappingState, VmDisk};
 pub(super) enum Fault {
     Sql(sqlx::Error),
     Taken(String),
+    /// The name is another daemon's.
+    Lost,
 }
 
 impl From<sqlx::Error> for Fault {
@@ -104,6 +107,7 @@ pub(super) async fn prepare(connection: &mut MySqlConnection) -> Result<(), sqlx
         ("vm_export_mappings", TABLE),
         ("nbdtrack_mappings", BESIDE),
         ("nbdtrack_owners", OWNERS),
+        ("nbdtrack_leases", LEASES),
         ("nbdtrack_vm_exports", VIEW),
     ] {
         if there.iter().any(|table| table == name) {

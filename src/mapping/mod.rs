@@ -12,6 +12,7 @@
 //! | `backups.rs` | the table of backups |
 //! | `table.rs` | the table of VMs' disks, as appliances and people read it |
 //! | `database.rs`, `database_rows.rs` | the same table in a MariaDB or MySQL server |
+//! | `database_lease.rs` | whose name is whose in a cluster of them |
 //! | `reconcile.rs` | PURE: what rows of that one mean |
 //! | `history.rs`, `trail_rows.rs` | the audit trail, in a file of its own |
 //!
@@ -36,6 +37,7 @@ use reconcile::Known;
 mod backups;
 mod before;
 mod database;
+mod database_lease;
 mod database_rows;
 mod history;
 mod index_room;
@@ -46,7 +48,9 @@ mod state;
 mod table;
 mod trail_rows;
 
-pub use database::{Address, Database, DatabaseError, Secret, Table, TableReader, Tls};
+pub use database::{
+    Address, Database, DatabaseError, LEASE_RENEWED, Secret, Table, TableReader, Tls,
+};
 pub use history::{
     Bounds, CLASS_RECORDS_MAX, HISTORY_FILE, History, HistoryError, HistoryTask, PAGE_MAX, now_us,
 };

@@ -1,0 +1,29 @@
+//! The name of this daemon in the shared database of a cluster, renewed while the database is reached.
+
+use tokio::time::Instant;
+
+use super::shared_table::{Link, SharedTable};
+use crate::mapping::LEASE_RENEWED;
+
+impl SharedTable {
+    /// When [`SharedTable::renew`] is wanted next; `None` where the server alone keeps daemons of one name apart.
+    pub fn renewal(&self) -> Option<Instant> {
+        match &self.link {
+            Link::Up(database) if database.is_leased() => self.renewal,
+            _ => None,
+        }
+    }
+
+    /// Renews it. One that was lost, or cannot be renewed, ends the connection.
+    pub async fn renew(&mut self) {
+        self.renewal = Some(Instant::now() + LEASE_RENEWED);
+        let Link::Up(database) = &mut self.link else {
+            return;
+        };
+        let renewed = database.renew().await;
+        self.count_retried();
+        if let Err(error) = renewed {
+            self.fail(error.to_string());
+        }
+    }
+}
