@@ -344,12 +344,11 @@ impl Keeper {
             {
                 return Err(trouble.clone());
             }
-            let opened = rows::open(&self.file, self.bounds.mib).await;
+            let opened = rows::open(&self.file, self.bounds.mib, &mut self.index).await;
             if opened.is_err() {
                 self.tried = Some(Instant::now());
             }
             self.connection = Some(opened?);
-            self.index.take(&self.file);
         }
         self.connection
             .as_mut()

@@ -95,9 +95,7 @@ impl Store {
             let lock = tokio::task::spawn_blocking(move || StateLock::take(&folder))
                 .await
                 .map_err(|error| StoreError::failed(&file, error))??;
-            let connection = schema::open(&file).await?;
-            let mut index = IndexRoom::default();
-            index.take(&file);
+            let (connection, index) = schema::open(&file).await?;
             Ok(Store {
                 file: file.clone(),
                 held: Arc::new(Mutex::new(Held {

@@ -6,6 +6,7 @@ use std::path::Path;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqliteSynchronous};
 use sqlx::{ConnectOptions, Connection, Row, SqliteConnection};
 
+use super::index_room::IndexRoom;
 use super::{BUSY_WITHIN, StoreError};
 
 /// One step each, from version N to N+1. Never edited once released: a new one is added.
@@ -102,7 +103,7 @@ const MIGRATIONS: [&str; 8] = [
 ];
 
 /// Opens `file`, which exists (empty when it is new), for reading and writing.
-pub(super) async fn open(file: &Path) -> Result<SqliteConnection, StoreError> {
+pub(super) async fn open(file: &Path) -> Result<(SqliteConnection, IndexRoom), StoreError> {
     let of = |error| StoreError::of(file, error);
     // First without the right to write: what is refused must stay as it is.
     let mut probe = options(file).read_only(true).connect().await.map_err(of)?;
@@ -116,6 +117,13 @@ pub(super) async fn open(file: &Path) -> Result<SqliteConnection, StoreError> {
         .connect()
         .await
         .map_err(of)?;
+    // Reads, so that the index is there, and has its room before anything is written.
+    sqlx::query("SELECT count(*) FROM sqlite_master")
+        .execute(&mut connection)
+        .await
+        .map_err(of)?;
+    let index = IndexRoom::default().take(file).await;
+    let index = index.map_err(|error| StoreError::failed(file, error))?;
     while let Some(step) = usize::try_from(version)
         .ok()
         .and_then(|at| MIGRATIONS.get(at))
@@ -125,7 +133,7 @@ pub(super) async fn open(file: &Path) -> Result<SqliteConnection, StoreError> {
             .map_err(of)?;
         version += 1;
     }
-    Ok(connection)
+    Ok((connection, index))
 }
 
 fn options(file: &Path) -> SqliteConnectOptions {

@@ -7,6 +7,7 @@ use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqliteRow, SqliteSyn
 use sqlx::{ConnectOptions, Row, SqliteConnection};
 
 use super::history::{Bounds, PAGE_MAX};
+use super::index_room::IndexRoom;
 use crate::correlation::{Inquiry, Record, RecordClass, RecordKind};
 
 /// `PRAGMA user_version` of this shape.
@@ -44,21 +45,31 @@ const SCHEMA: &str = "CREATE TABLE history (
     PRAGMA user_version = 1;";
 
 /// Opens the trail, bounded to `mib`. A damaged one is set aside under another name and a new one begun.
-pub(super) async fn open(file: &Path, mib: u32) -> Result<SqliteConnection, String> {
-    match try_open(file, mib).await {
+pub(super) async fn open(
+    file: &Path,
+    mib: u32,
+    index: &mut IndexRoom,
+) -> Result<SqliteConnection, String> {
+    match try_open(file, mib, index).await {
         Err(error) if is_damaged(&error) => {
             let aside = set_aside(file).map_err(|error| error.to_string())?;
             tracing::warn!(
                 file = %file.display(), aside = %aside.display(), %error,
                 "the history is damaged: it is set aside and begun anew"
             );
-            try_open(file, mib).await.map_err(|error| error.to_string())
+            try_open(file, mib, index)
+                .await
+                .map_err(|error| error.to_string())
         }
         other => other.map_err(|error| error.to_string()),
     }
 }
 
-async fn try_open(file: &Path, mib: u32) -> Result<SqliteConnection, sqlx::Error> {
+async fn try_open(
+    file: &Path,
+    mib: u32,
+    index: &mut IndexRoom,
+) -> Result<SqliteConnection, sqlx::Error> {
     // 0600 from the beginning: SQLite would make it by the umask.
     private(file)?;
     let pages = mib.saturating_mul((1 << 20) / PAGE_BYTES);
@@ -79,6 +90,8 @@ async fn try_open(file: &Path, mib: u32) -> Result<SqliteConnection, sqlx::Error
     let version: i64 = sqlx::query_scalar("PRAGMA user_version")
         .fetch_one(&mut connection)
         .await?;
+    // The version was read, so the index is there.
+    *index = std::mem::take(index).take(file).await?;
     match version {
         0 => {
             sqlx::raw_sql(SCHEMA).execute(&mut connection).await?;
