@@ -266,6 +266,9 @@ fn facts(described: &Described) -> Map<String, Value> {
         put("bitmaps", json!(header.bitmaps));
         put("dirty", json!(header.dirty));
         put("corrupt", json!(header.corrupt));
+        if let Some(data_file) = &header.data_file {
+            put("data_file", json!(data_file));
+        }
         if let Some(backing) = &header.backing {
             put("backing", json!(backing.name));
             put("backing_format", json!(backing.format));

@@ -1,4 +1,5 @@
-//! What lies beneath an image: the file that its header names, and what that one names. EDGE.
+//! What lies beneath an image: the file that its header names, and what that one names; and the file that its own data are in, where that
+//! is another one. EDGE.
 //!
 //! A header is written by whoever made the image, and could name any file of the machine. So each is looked up beneath the configured
 //! roots as a served file is, read only in the format that the header says, and locked against writers for as long as it is read.
@@ -32,12 +33,17 @@ pub enum ChainError {
     NoFormat(String),
     #[error("its backing file {name} is of the format {format}: raw and qcow2 are read")]
     Format { name: String, format: String },
-    #[error("its backing file {0} is not named by a path")]
-    NoPath(String),
-    #[error("its backing file: {0}")]
-    File(#[from] FileError),
-    #[error("its backing file {path}: {source}")]
+    #[error("its {part} {name} is not named by a path")]
+    NoPath { part: Part, name: String },
+    #[error("its {part}: {source}")]
+    File {
+        part: Part,
+        #[source]
+        source: FileError,
+    },
+    #[error("its {part} {path}: {source}")]
     Kernel {
+        part: Part,
         path: String,
         #[source]
         source: io::Error,
@@ -48,8 +54,28 @@ pub enum ChainError {
         #[source]
         refusal: Refusal,
     },
-    #[error("its backing file {path}: in use: {by}")]
-    Busy { path: String, by: String },
+    #[error("its {part} {path}: in use: {by}")]
+    Busy {
+        part: Part,
+        path: String,
+        by: String,
+    },
+}
+
+/// What of an image a header names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Part {
+    Backing,
+    Data,
+}
+
+impl std::fmt::Display for Part {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Part::Backing => "backing file",
+            Part::Data => "external data file",
+        })
+    }
 }
 
 /// One layer beneath an image. Never written.
@@ -66,6 +92,7 @@ pub(super) fn beneath(
     roots: &Roots,
 ) -> Result<Option<Layer>, ChainError> {
     let facts = file.metadata().map_err(|source| ChainError::Kernel {
+        part: Part::Backing,
         path: path.to_owned(),
         source,
     })?;
@@ -97,20 +124,18 @@ fn open(
         return Err(ChainError::TooDeep);
     }
     let (path, format) = place(backing, path)?;
+    let part = Part::Backing;
     let kernel = |source| ChainError::Kernel {
+        part,
         path: path.clone(),
         source,
     };
-    let found = roots.find(&path, format)?;
-    let facts = found.file.metadata().map_err(kernel)?;
+    let file = opened(part, &path, format, roots)?;
+    let facts = file.metadata().map_err(kernel)?;
     if !seen.insert((facts.dev(), facts.ino())) {
         return Err(ChainError::Cycle(path));
     }
-    let file = File::open(format!("/proc/self/fd/{}", found.file.as_raw_fd())).map_err(kernel)?;
-    lock::take(&file, &path, Use::Read, None).map_err(|by| ChainError::Busy {
-        path: path.clone(),
-        by,
-    })?;
+    let file = locked(part, &path, file)?;
     if format == Format::Raw {
         let size = file.metadata().map_err(kernel)?.len();
         return Ok(Some(Layer::Raw { file, size }));
@@ -121,10 +146,51 @@ fn open(
     };
     let (header, file_bytes) = read_header(&file).map_err(kernel)?.map_err(refused)?;
     let below = open(header.backing.as_ref(), &path, roots, seen)?;
-    let core = Core::open(file, header, file_bytes, below)
+    let data = data(&header, &path, roots)?;
+    let core = Core::open(file, header, file_bytes, data, below)
         .map_err(kernel)?
         .map_err(refused)?;
     Ok(Some(Layer::Image(Box::new(core))))
+}
+
+/// Opens the file that the data of the image at `path` are in; `None` where that is the image's own.
+pub(super) fn data(header: &Header, path: &str, roots: &Roots) -> Result<Option<File>, ChainError> {
+    let Some(name) = &header.data_file else {
+        return Ok(None);
+    };
+    let part = Part::Data;
+    let path = beside(path, name).ok_or_else(|| ChainError::NoPath {
+        part,
+        name: name.clone(),
+    })?;
+    let file = opened(part, &path, Format::Raw, roots)?;
+    locked(part, &path, file).map(Some)
+}
+
+/// Opens a file beneath the roots for reading.
+fn opened(part: Part, path: &str, format: Format, roots: &Roots) -> Result<File, ChainError> {
+    let found = roots
+        .find(path, format)
+        .map_err(|source| ChainError::File { part, source })?;
+    File::open(format!("/proc/self/fd/{}", found.file.as_raw_fd())).map_err(|source| {
+        ChainError::Kernel {
+            part,
+            path: path.to_owned(),
+            source,
+        }
+    })
+}
+
+/// Keeps writers away from a file for as long as it is open.
+fn locked(part: Part, path: &str, file: File) -> Result<File, ChainError> {
+    match lock::take(&file, path, Use::Read, None) {
+        Ok(()) => Ok(file),
+        Err(by) => Err(ChainError::Busy {
+            part,
+            path: path.to_owned(),
+            by,
+        }),
+    }
 }
 
 /// Where the file is that an image at `path` lies on, and how it is read.
@@ -137,7 +203,10 @@ pub(super) fn place(backing: &BackingName, path: &str) -> Result<(String, Format
             format: format.to_owned(),
         })?,
     };
-    let path = beside(path, &name).ok_or(ChainError::NoPath(name))?;
+    let path = beside(path, &name).ok_or(ChainError::NoPath {
+        part: Part::Backing,
+        name,
+    })?;
     Ok((path, format))
 }
 

@@ -94,6 +94,9 @@ impl Progress<'_> {
 pub fn check(file: &File, progress: &mut dyn FnMut(f64)) -> Result<Findings, CheckError> {
     let (bytes, file_bytes) = read_start(file)?;
     let header = Header::describe(&bytes, file_bytes)?;
+    if header.data_file.is_some() {
+        return Err(Refusal::DataFile.into());
+    }
     let roots = Roots::read(file, &bytes, &header, file_bytes)??;
     let mut counts = Counts::load(file, &header)?;
     let clusters = file_bytes.div_ceil(header.cluster_bytes());

@@ -208,7 +208,9 @@ mod tests {
         put(2 << 16, &[0, 1, 0, 1, 0, 1, 0, 1]);
         let (header, bytes) = read_header(&file).unwrap().unwrap();
         let reading = file.try_clone().unwrap();
-        let core = Core::open(reading, header, bytes, None).unwrap().unwrap();
+        let core = Core::open(reading, header, bytes, None, None)
+            .unwrap()
+            .unwrap();
         core.prepare(file.try_clone().unwrap()).unwrap().unwrap();
         (file, core)
     }

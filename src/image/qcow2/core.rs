@@ -34,6 +34,8 @@ pub(crate) struct Core {
     pub(super) tables: Tables,
     /// What lies beneath.
     pub(super) backing: Option<Layer>,
+    /// The guest's clusters are in this file; such an image is never written.
+    data: Option<File>,
     reading: File,
     /// Writes, and reads once there are any, go through this.
     pub(super) writing: OnceLock<File>,
@@ -112,6 +114,7 @@ impl Core {
         file: File,
         header: Header,
         file_bytes: u64,
+        data: Option<File>,
         backing: Option<Layer>,
     ) -> io::Result<Result<Core, Refusal>> {
         let tables = match Tables::load(&file, &header, file_bytes)? {
@@ -122,6 +125,7 @@ impl Core {
             header,
             tables,
             backing,
+            data,
             reading: file,
             writing: OnceLock::new(),
             streams: Streams::default(),
@@ -137,6 +141,11 @@ impl Core {
 
     pub(super) fn file(&self) -> &File {
         self.writing.get().unwrap_or(&self.reading)
+    }
+
+    /// The file that the guest's clusters are in.
+    fn guests(&self) -> &File {
+        self.data.as_ref().unwrap_or_else(|| self.file())
     }
 
     pub(super) fn pass(&self) -> Pass {
@@ -156,7 +165,7 @@ impl Core {
                 What::Zero { .. } => part.fill(0),
                 What::Data { host, .. } => {
                     self.read_ahead(host, part.len() as u64);
-                    self.file().read_exact_at(part, host)?;
+                    self.guests().read_exact_at(part, host)?;
                 }
                 What::Compressed { offset, len, skip } => self.inflate(offset, len, skip, part)?,
                 What::Beneath => match &self.backing {
@@ -193,7 +202,7 @@ impl Core {
                     true
                 }
                 What::Data { host, .. } => {
-                    sys::read_cached(self.file(), part, host).is_ok_and(|n| n == part.len())
+                    sys::read_cached(self.guests(), part, host).is_ok_and(|n| n == part.len())
                 }
                 What::Compressed { .. } => false,
                 What::Beneath => match &self.backing {

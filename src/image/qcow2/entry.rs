@@ -49,12 +49,14 @@ impl Entry {
             let sectors = (self.word & (COMPRESSED - 1)) >> shift;
             // docs/interop/qcow2.rst, "Compressed Clusters Descriptor": sectors of 512 bytes behind the one that it begins in.
             let len = (sectors + 1) * 512 - offset % 512;
-            if self.word & COPIED != 0 || offset == 0 {
+            // docs/interop/qcow2.rst, "Incompatible features", bit 2: an external data file has no compressed clusters.
+            if self.word & COPIED != 0 || offset == 0 || header.data_file.is_some() {
                 return Err(Damaged);
             }
             return Ok(Cluster::Compressed { offset, len });
         }
         let host = self.word & OFFSET;
+        let there = self.has_host(header);
         if !host.is_multiple_of(header.cluster_bytes())
             || self.word & !(OFFSET | COPIED | ZERO) != 0
         {
@@ -62,19 +64,25 @@ impl Entry {
         }
         if header.extended_l2 {
             let (allocated, zero) = (low(self.bits), high(self.bits));
-            if self.word & ZERO != 0 || allocated & zero != 0 || host == 0 && allocated != 0 {
+            if self.word & ZERO != 0 || allocated & zero != 0 || !there && allocated != 0 {
                 return Err(Damaged);
             }
         } else if self.word & ZERO != 0 && header.version < 3 {
             return Err(Damaged);
         }
-        if host == 0 && self.word & COPIED != 0 {
+        if !there && self.word & COPIED != 0 {
             return Err(Damaged);
         }
         Ok(Cluster::Standard {
-            host: (host != 0).then_some(host),
+            host: there.then_some(host),
             own: self.word & COPIED != 0,
         })
+    }
+
+    /// A standard entry leads to a host cluster. docs/interop/qcow2.rst, "Standard Cluster Descriptor": byte 0 of an external data file is one,
+    /// with the bit of an own cluster.
+    fn has_host(self, header: &Header) -> bool {
+        self.word & OFFSET != 0 || self.word & COPIED != 0 && header.data_file.is_some()
     }
 
     /// Where a standard entry that cannot be leads to nevertheless, in bytes of the file.
@@ -86,7 +94,7 @@ impl Entry {
     /// What unit `index` of a standard cluster reads as.
     pub fn unit(self, header: &Header, index: u32) -> Unit {
         if !header.extended_l2 {
-            return match (self.word & ZERO != 0, self.word & OFFSET != 0) {
+            return match (self.word & ZERO != 0, self.has_host(header)) {
                 (true, _) => Unit::Zero,
                 (false, true) => Unit::Data,
                 (false, false) => Unit::Beneath,

@@ -8,6 +8,8 @@ const FEATURE_NAMES: u32 = 0x6803_f857;
 const BITMAPS: u32 = 0x2385_2875;
 const CRYPTO: u32 = 0x0537_be77;
 const DATA_FILE_NAME: u32 = 0x4441_5441;
+/// As of a backing file's name.
+const DATA_FILE_NAME_BYTES_MAX: usize = 1023;
 /// `QCOW2_MAX_BACKING_FORMAT` is less; ours, so that a message stays one.
 const BACKING_FORMAT_BYTES_MAX: usize = 64;
 
@@ -18,7 +20,8 @@ pub(super) struct Extensions {
     /// Of the directory of bitmaps its first byte and its length; 0 where the extension is cut off.
     pub bitmaps: Option<(u64, u64)>,
     pub crypto: bool,
-    pub data_file: bool,
+    /// The name of the file that the guest's clusters are in.
+    pub data_file: Option<String>,
     /// Bits and names of incompatible features.
     names: Vec<(u8, String)>,
 }
@@ -56,7 +59,13 @@ impl Extensions {
                     found.bitmaps = Some(place.unwrap_or_default());
                 }
                 CRYPTO => found.crypto = true,
-                DATA_FILE_NAME => found.data_file = true,
+                DATA_FILE_NAME => {
+                    let text = std::str::from_utf8(data).map_err(|_| Refusal::DataFileName)?;
+                    if text.len() > DATA_FILE_NAME_BYTES_MAX || text.chars().any(char::is_control) {
+                        return Err(Refusal::DataFileName);
+                    }
+                    found.data_file = Some(text.to_owned());
+                }
                 FEATURE_NAMES => found.names = names(data),
                 // docs/interop/qcow2.rst: an unknown extension can be ignored.
                 _ => {}

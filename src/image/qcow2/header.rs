@@ -47,8 +47,12 @@ pub enum Refusal {
     Dirty,
     #[error("it is marked corrupt; see to it with: qemu-img check")]
     Corrupt,
-    #[error("its data are in an external file, which is not served")]
+    #[error(
+        "its data are in an external file: that is read, with read_only = true, and neither written nor checked here"
+    )]
     DataFile,
+    #[error("its data are in an external file, which it names not at all or not as a file's name")]
+    DataFileName,
     #[error("it needs what is not understood here: {0}")]
     Unknown(String),
     #[error("compressed by method {0}: 0 (zlib) and 1 (zstd) are served")]
@@ -120,6 +124,8 @@ pub struct Header {
     pub extended_l2: bool,
     pub compression: Compression,
     pub backing: Option<BackingName>,
+    /// The file that the guest's clusters are in instead of this one, as it stands in the header. Never compressed ones.
+    pub data_file: Option<String>,
     pub snapshots: u32,
     /// Persistent bitmaps that are in step with the data; a write would make them lie.
     pub bitmaps: bool,
@@ -251,6 +257,7 @@ impl Header {
             extended_l2,
             compression,
             backing: backing(&at, extensions.backing_format)?,
+            data_file: extensions.data_file,
             snapshots,
             bitmaps: extensions.bitmaps.is_some() && autoclear & BITMAPS_VALID != 0,
             bitmap_directory: extensions.bitmaps,
@@ -330,10 +337,13 @@ fn refuse_features(incompatible: u64, extensions: &Extensions) -> Result<(), Ref
             .collect();
         return Err(Refusal::Unknown(names.join(", ")));
     }
-    if incompatible & DATA_FILE != 0 || extensions.data_file {
-        return Err(Refusal::DataFile);
+    // docs/interop/qcow2.rst: the name belongs to the bit. QEMU takes another name from its command line; here there is none.
+    let named = extensions.data_file.as_deref().unwrap_or_default();
+    match incompatible & DATA_FILE != 0 {
+        true if named.is_empty() => Err(Refusal::DataFileName),
+        false if extensions.data_file.is_some() => Err(Refusal::DataFileName),
+        _ => Ok(()),
     }
-    Ok(())
 }
 
 fn backing(at: &Fields<'_>, format: Option<String>) -> Result<Option<BackingName>, Refusal> {

@@ -30,6 +30,9 @@ const COMPARED_BYTES_MAX: u64 = 1 << 30;
 impl Core {
     /// Makes an image that was opened for reading ready for writing, through `file`.
     pub(super) fn prepare(&self, file: File) -> io::Result<Result<(), Refusal>> {
+        if self.header.data_file.is_some() {
+            return Ok(Err(Refusal::DataFile));
+        }
         let file_bytes = file.metadata()?.len();
         let mut refs = match Refs::load(&file, &self.header, file_bytes)? {
             Ok(refs) => refs,
