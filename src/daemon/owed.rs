@@ -1,5 +1,5 @@
 //! What the store does not have yet and has to have: changes that hold whether it took them or not, and what puts back a change whose
-//! caller was told that it was not kept. Written again until the store takes it, and before everything else. PURE.
+//! caller was told that it was not kept. Written again until the store takes it, and before everything else. Memory and a clock.
 //!
 //! ```text
 //!   the middle's own change, not kept ───────> owed as it is
