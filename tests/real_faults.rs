@@ -9,9 +9,9 @@ use support::bus::{Options, Refused};
 use support::client::{Go, REP_ERR_POLICY, REP_ERR_UNKNOWN, knock};
 use support::ground::{Need, real, tell};
 use support::loops::LoopDevice;
-use support::scene::{STEP_LIMIT, Scene, Volume};
+use support::scene::{STEP_LIMIT, Scene, Volume, nbdtrack};
 use support::stream::{Held, Pace, Stream};
-use support::{Outcome, process};
+use support::{Outcome, process, until};
 
 const NEEDS: &[Need] = &[Need::Loop, Need::Bus, Need::Tool("nbdcopy")];
 const BYTES: u64 = 16 << 20;
@@ -102,6 +102,43 @@ fn twins_found_at_start_are_both_refused_until_someone_decides() -> Outcome<()> 
             .client
             .wait_state(mark, "vol-a", "Serving", STEP_LIMIT)?;
         Ok(())
+    })
+}
+
+/// More changes in one turn than orders may wait for the store: each is kept.
+#[test]
+fn no_export_of_many_that_the_configuration_took_over_is_there_again_without_it() -> Outcome<()> {
+    const MANY: usize = 1_500;
+    real("many taken over", NEEDS, |ground| {
+        let mut scene = Scene::serving(ground, &["vol-a"], BYTES)?;
+        let id = scene.volumes[0].id();
+        let without = std::fs::read_to_string(&scene.home.config)?;
+        let mut with = without.clone();
+        for n in 0..MANY {
+            let options = Options::from([("read_only", zbus::Variant::from(true))]);
+            let name = format!("r{n}");
+            scene.client.add_export_with(&name, &id, options)?;
+            with.push_str(&format!(
+                "\n[[export]]\nname = {name:?}\nvolume = {id:?}\nread_only = true\n"
+            ));
+        }
+        for text in [with, without] {
+            std::fs::write(&scene.home.config, text)?;
+            let read = nbdtrack(&scene, &["reload"])?;
+            hold!(read.status.success(), "{}", read.stderr);
+        }
+        let exports =
+            |scene: &Scene| -> Outcome<usize> { Ok(scene.client.objects("Export")?.len()) };
+        until(STEP_LIMIT, "the exports to be gone", || {
+            Ok((exports(&scene)? == 1).then_some(()))
+        })?;
+        // What was ordered is written before the end.
+        scene.stop()?;
+        scene.start()?;
+        scene.client.reach_state("vol-a", "Serving", STEP_LIMIT)?;
+        let again = exports(&scene)? - 1;
+        hold!(again == 0, "{again} of {MANY} are there again");
+        scene.stop()
     })
 }
 

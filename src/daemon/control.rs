@@ -4,14 +4,15 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::signal::unix::Signal;
 use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::task::JoinHandle;
 
 use super::claims::ClaimsFile;
 use super::disk_lists::DiskLists;
-use super::keeper::{Keeper, MappingStates, ORDERS_MAX, Order};
+use super::keeper::{Keeper, MappingStates};
 use super::metrics::ServingTimes;
+use super::orders::Orders;
 use super::owed::Owed;
 use super::reload::{Read, Reload};
 use super::rescan::Rescan;
@@ -21,6 +22,7 @@ use super::service::Service;
 use super::shared_table::{SharedTable, SharedTableFacts};
 use super::shelf::Shelf;
 use super::sockets::Sockets;
+use super::stops::Stops;
 use super::trail::Trail;
 use super::works::{Wish, Works};
 use super::{Error, Options};
@@ -108,8 +110,8 @@ pub(super) struct Control {
     /// never waits for it, and it never makes a disk's thread wait for the loop. Ends with the loop.
     pub reports: mpsc::UnboundedSender<Report>,
     report_receiver: Option<mpsc::UnboundedReceiver<Report>>,
-    /// [`ORDERS_MAX`]; when full the order is refused. The store's task ends when this is dropped.
-    pub(super) orders: mpsc::Sender<Order>,
+    /// The store's task ends when this is dropped.
+    pub(super) orders: Orders,
     /// How the exports of VMs' disks are, for their rows.
     pub(super) states: MappingStates,
     /// Of the shared table, when there is one.
@@ -156,7 +158,7 @@ impl Control {
             history,
         } = edges;
         let (reports, report_receiver) = mpsc::unbounded_channel();
-        let (orders, order_receiver) = mpsc::channel(ORDERS_MAX);
+        let (orders, order_receiver) = Orders::new();
         let states = MappingStates::default();
         let shared_facts = Arc::new(SharedTableFacts::default());
         let shared = shared.map(|(address, poll)| {
@@ -292,6 +294,7 @@ impl Control {
                 _ = &mut keeper, if lost.is_none() => lost = Some("the store's task"),
                 _ = hangup.recv() => self.begin_reload(),
                 () = config.notified() => self.begin_reload(),
+                () = self.orders.catch_up(), if self.orders.some_wait() => {}
                 () = clients.some.notified() => self.publish_clients(),
                 () = sleep_until(self.disk_lists.due()) => self.tell_disk_lists(),
                 () = sleep_until(self.service.due()) => {
@@ -321,8 +324,14 @@ impl Control {
         if !keeper.is_finished() {
             // With its last sender the store's task ends, after what it has in hand. A thread that a hung disk holds keeps
             // this process's descriptors open, so the file is closed here and not left to the end of the process.
-            (self.orders, _) = mpsc::channel(1);
-            if tokio::time::timeout(STORE_CLOSES_WITHIN, keeper)
+            let closed = async {
+                if self.orders.some_wait() {
+                    self.orders.catch_up().await;
+                }
+                (self.orders, _) = Orders::new();
+                keeper.await
+            };
+            if tokio::time::timeout(STORE_CLOSES_WITHIN, closed)
                 .await
                 .is_err()
             {
@@ -403,33 +412,6 @@ impl Control {
         }
         let notices: Vec<Notice> = changed.into_iter().map(Notice::Export).collect();
         self.publish(notices, Vec::new());
-    }
-}
-
-pub(super) fn listen(kind: SignalKind) -> Signal {
-    signal(kind).expect("the runtime has its signal driver, and these kinds can be caught")
-}
-
-/// The signals that end the daemon.
-pub(super) struct Stops {
-    term: Signal,
-    interrupt: Signal,
-}
-
-impl Stops {
-    pub(super) fn listen() -> Stops {
-        Stops {
-            term: listen(SignalKind::terminate()),
-            interrupt: listen(SignalKind::interrupt()),
-        }
-    }
-
-    /// The name of the next one. Cancel-safe.
-    pub(super) async fn next(&mut self) -> &'static str {
-        tokio::select! {
-            _ = self.term.recv() => "SIGTERM",
-            _ = self.interrupt.recv() => "SIGINT",
-        }
     }
 }
 

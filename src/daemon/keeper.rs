@@ -14,6 +14,7 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use super::control::{Asker, Control, Report};
+use super::orders::Orders;
 use super::owed::Owed;
 use super::shared_table::{SharedTable, Told};
 use crate::correlation::{
@@ -23,8 +24,6 @@ use crate::correlation::{
 use crate::dbus::Answer;
 use crate::mapping::{Store, StoreError};
 
-/// Orders that may wait for the store. Past it a request is refused, for its caller could not be answered in time.
-pub(super) const ORDERS_MAX: usize = 1_024;
 /// Rows of one transaction, so that an order behind it waits for some milliseconds.
 const STATES_MAX: usize = 1_000;
 /// An attach is three changes within some milliseconds: one commit for them, and still well within a second.
@@ -339,21 +338,26 @@ impl Keeper {
 }
 
 impl Control {
-    /// Hands an order to the store's task, or refuses it.
+    /// Has changes written, or says that they cannot be.
+    pub(super) fn write(&mut self, request: RequestId, changes: Vec<Change>) {
+        if let Err(unkept) = self.orders.write(request, changes) {
+            let result = Err(unkept);
+            // The loop is gone only when the daemon stops.
+            let _stopped = self
+                .reports
+                .send(Report::Happened(Event::Persisted { request, result }));
+        }
+    }
+
+    /// Hands another order to the store's task, or refuses it.
     pub(super) fn order(&self, order: Order) {
-        let Err(refused) = self.orders.try_send(order) else {
+        let Err(refused) = self.orders.send(order) else {
             return;
         };
-        let reason = "too many orders are waiting for the store; try again".to_owned();
-        match refused.into_inner() {
-            Order::Write { request, .. } => {
-                let result = Err(Unkept::Failed(reason));
-                let _stopped = self
-                    .reports
-                    .send(Report::Happened(Event::Persisted { request, result }));
-            }
-            // The next look is never far.
-            Order::Look => {}
+        let reason = Orders::FULL.to_owned();
+        match refused {
+            // The next look is never far; changes go by `write`.
+            Order::Look | Order::Write { .. } => {}
             Order::Keep { kept, .. } => {
                 let _ended = kept.send(Err(RequestError::NotReady(reason)));
             }

@@ -15,9 +15,11 @@ mod disk_lists;
 mod found;
 mod jobs;
 mod keeper;
+mod last_changes;
 mod last_reading;
 mod log;
 mod metrics;
+mod orders;
 mod owed;
 mod perform;
 mod phases;
@@ -35,6 +37,7 @@ mod shared_look;
 mod shared_table;
 mod shelf;
 mod sockets;
+mod stops;
 mod sys;
 mod trail;
 mod works;
@@ -56,7 +59,7 @@ use crate::image::block::Claims;
 use crate::mapping::{Bounds, History, HistoryTask, Store, StoreError};
 use crate::nbd::{Door, Limits};
 use crate::udev;
-use control::{Control, Edges, Stops};
+use control::{Control, Edges};
 use last_reading::{Dialect, LastReading};
 use refusals::Refusals;
 use reload::Read;
@@ -64,6 +67,7 @@ use runtime_files::RuntimeFiles;
 use sections::Clock;
 use shelf::Shelf;
 use sockets::Sockets;
+use stops::Stops;
 
 pub use activation::ActivationError;
 pub use found::{disk_at, refused_for_their_paths};
@@ -211,7 +215,7 @@ fn configure(options: &Options, clock: Clock) -> Result<(Config, Read), Error> {
 
 async fn serve(options: &Options, passed: Option<Sockets>) -> Result<(), Error> {
     // From now on a SIGHUP asks for a reload and does not end a daemon that is starting, and a SIGTERM ends it in order.
-    let hangup = control::listen(SignalKind::hangup());
+    let hangup = stops::listen(SignalKind::hangup());
     let mut stops = Stops::listen();
     let mut files = RuntimeFiles::default();
     let started = tokio::select! {

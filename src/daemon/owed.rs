@@ -7,54 +7,20 @@
 //!   a caller's change, not kept in time ─────> owed: what was there before, for it may be carried out still
 //! ```
 
-use std::collections::BTreeMap;
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::correlation::{
-    BootId, Change, Conflict, Definition, DiskSeq, ExportName, Mapping, Pin, Release, VmDisk,
-};
+use super::last_changes::LastChanges;
+use crate::correlation::Change;
 
 /// After a failure, doubled with each more.
 const RETRY_MIN: Duration = Duration::from_secs(1);
 const RETRY_MAX: Duration = Duration::from_secs(30);
 
-/// What one row of the store is of.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-enum Key {
-    Export(ExportName),
-    Release(BootId, DiskSeq),
-    Conflict(ExportName),
-    Mapping(VmDisk),
-    Pin(ExportName),
-}
-
-impl Key {
-    fn of(change: &Change) -> Key {
-        match change {
-            Change::PutExport(Definition { name, .. }) | Change::DeleteExport(name) => {
-                Key::Export(name.clone())
-            }
-            Change::PutRelease(Release { diskseq, boot, .. })
-            | Change::DeleteRelease { diskseq, boot } => Key::Release(boot.clone(), *diskseq),
-            Change::PutConflict(Conflict { export, .. }) | Change::DeleteConflict(export) => {
-                Key::Conflict(export.clone())
-            }
-            Change::PutMapping(Mapping { disk, .. }) | Change::RetireMapping(disk) => {
-                Key::Mapping(disk.clone())
-            }
-            Change::PutPin(Pin { export, .. }) | Change::DeletePin(export) => {
-                Key::Pin(export.clone())
-            }
-        }
-    }
-}
-
 #[derive(Debug, Default)]
 pub(super) struct Owed {
-    /// At most one for each row that the store has or could have.
-    changes: BTreeMap<Key, Change>,
+    changes: LastChanges,
     wait: Duration,
     due: Option<Instant>,
 }
@@ -70,13 +36,13 @@ impl Owed {
     }
 
     pub fn changes(&self) -> Vec<Change> {
-        self.changes.values().cloned().collect()
+        self.changes.all()
     }
 
     /// The middle's own, which holds.
     pub fn own(&mut self, changes: &[Change]) {
         for change in changes {
-            self.changes.insert(Key::of(change), change.clone());
+            self.changes.put(change.clone());
         }
         self.again();
     }
@@ -85,11 +51,11 @@ impl Owed {
     pub fn refused(&mut self, changes: &[Change], before: Vec<Change>) {
         // What was owed for a row before is what holds now.
         for was in before {
-            self.changes.entry(Key::of(&was)).or_insert(was);
+            self.changes.put_if_none(was);
         }
         for change in changes {
             if let Change::PutRelease(_) = change {
-                self.changes.insert(Key::of(change), change.clone());
+                self.changes.put(change.clone());
             }
         }
         if !self.changes.is_empty() {
@@ -116,7 +82,7 @@ impl Owed {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::correlation::Source;
+    use crate::correlation::{BootId, Definition, DiskSeq, ExportName, Release, Source};
     use crate::identity::VolumeId;
 
     fn name(text: &str) -> ExportName {

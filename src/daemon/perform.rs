@@ -4,11 +4,10 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use super::control::{Control, Report};
-use super::keeper::Order;
 use super::log;
 use crate::correlation::{
-    Action, DiskSeq, Event, ExportName, Notice, OpenDisk, OpenRefusal, Reply, RequestError,
-    RequestId, Ticket,
+    Action, Change, DiskSeq, Event, ExportName, INTERNAL, Notice, OpenDisk, OpenRefusal, Reply,
+    RequestError, RequestId, Ticket,
 };
 use crate::dbus::{Answer, Publication};
 use crate::identity::Format;
@@ -20,6 +19,8 @@ impl Control {
     pub fn carry_out(&mut self, actions: Vec<Action>) {
         let mut notices = Vec::new();
         let mut replies = Vec::new();
+        // The middle's own changes of one turn are one order: a twin begins a conflict of each export of its volume.
+        let mut own = Vec::new();
         for action in actions {
             match action {
                 Action::OpenDisk(order) => self.open_disk(order),
@@ -74,8 +75,13 @@ impl Control {
                     self.door
                         .end_lease(&export, generation, how, Box::new(report));
                 }
+                Action::Persist {
+                    request: INTERNAL,
+                    mut changes,
+                } => own.append(&mut changes),
                 Action::Persist { request, changes } => {
-                    self.order(Order::Write { request, changes });
+                    self.write_own(&mut own);
+                    self.write(request, changes);
                 }
                 Action::Reply { request, reply } => replies.push((request, reply)),
                 Action::Survey { reason } => {
@@ -89,8 +95,15 @@ impl Control {
                 Action::Log(decision) => log::decision(&decision),
             }
         }
+        self.write_own(&mut own);
         self.publish(notices, replies);
         self.keep_claims();
+    }
+
+    fn write_own(&mut self, changes: &mut Vec<Change>) {
+        if !changes.is_empty() {
+            self.write(INTERNAL, std::mem::take(changes));
+        }
     }
 
     /// Opens in a thread of the blocking pool: a disk may take for ever.
