@@ -11,10 +11,13 @@ use serde_json::Value;
 use zbus::Variant;
 
 use support::bus::{Options, Signal as Signalled, Word};
+use support::client::Client;
 use support::daemon::binary;
 use support::dice::Dice;
+use support::fuse_disk::{FuseDisk, WRITES};
 use support::ground::{Need, real};
-use support::images::{qemu_io, scene, text};
+use support::images::{qemu_io, roots, scene, text};
+use support::mounts::Mounted;
 use support::process::{self, Running, command};
 use support::scene::{STEP_LIMIT, Scene, nbdtrack};
 use support::{Doing, Outcome, until};
@@ -484,6 +487,57 @@ fn no_kill_makes_a_backup_complete() -> Outcome<()> {
                 hold!(!path.exists(), "{} is left", path.display());
             }
         }
+        scene.stop()
+    })
+}
+
+#[test]
+fn a_backup_whose_last_flush_failed_is_never_complete_whoever_heard_of_it() -> Outcome<()> {
+    const MOUNTS: &[Need] = &[
+        Need::Loop,
+        Need::Bus,
+        Need::Tool("mount"),
+        Need::Tool("mkfs.ext4"),
+    ];
+    real("lost flush of a backup", MOUNTS, |ground| {
+        let disk = FuseDisk::make(ground.path(), "ill", 64 * MIB)?;
+        let node = disk.device.node();
+        // Without a journal: a failed block of it would make the file system read-only, and the fault another one.
+        process::succeed(
+            "mkfs.ext4",
+            &["-q", "-O", "^has_journal", &node],
+            STEP_LIMIT,
+        )?;
+        let mounted = Mounted::new(ground.file("files"), &["-o", "errors=continue", &node])?;
+        let mut scene = Scene::told(ground, roots(&mounted.0), &[])?;
+        let healer = disk.healer();
+        let full = begin(&scene, &["vm", "0", "--size", "8M"])?;
+        let mut client = Client::open(&scene.endpoint(), &full)?;
+        let said = client.write(0, &[1; 1 << 20], false)?;
+        hold!(said == Ok(()), "{said:?}");
+        disk.fail(WRITES);
+        // The client does not ask whether it is durable, and the one who removes the export is told.
+        drop(client);
+        refused(&scene, &["remove", &full], "not everything is durable")?;
+        disk.heal();
+        hold!(
+            state(&scene, &full)? == "failed",
+            "{}",
+            state(&scene, &full)?
+        );
+        refused(&scene, &["backup", "finish", &full], "is failed")?;
+        let child = ["backup", "begin", "vm", "0", "--parent", &full];
+        refused(&scene, &child, "only a complete one")?;
+        // Kept, too.
+        scene.kill()?;
+        scene.start()?;
+        hold!(
+            state(&scene, &full)? == "failed",
+            "{}",
+            state(&scene, &full)?
+        );
+        json(&scene, &["backup", "delete", &full])?;
+        drop(healer);
         scene.stop()
     })
 }

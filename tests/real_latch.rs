@@ -5,7 +5,7 @@ mod support;
 
 use std::fs::File;
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use support::chorus::{Chorus, Score};
@@ -14,6 +14,7 @@ use support::dice::{self, Dice};
 use support::fuse_disk::{FLUSHES, FuseDisk, WRITES};
 use support::ground::{Need, real, tell};
 use support::loops::{LoopDevice, sparse_file};
+use support::mounts::Mounted;
 use support::pattern;
 use support::process;
 use support::scene::{STEP_LIMIT, Scene};
@@ -30,25 +31,6 @@ const MOUNTS: &[Need] = &[
 const EIO: u32 = 5;
 /// A program of the system.
 const LIMIT: Duration = Duration::from_secs(60);
-
-/// Unmounted when dropped.
-struct Mounted(PathBuf);
-
-impl Mounted {
-    fn new(at: PathBuf, args: &[&str]) -> Outcome<Mounted> {
-        std::fs::create_dir(&at)?;
-        let place = at.to_string_lossy().into_owned();
-        let args: Vec<&str> = args.iter().copied().chain([place.as_str()]).collect();
-        process::succeed("mount", &args, LIMIT)?;
-        Ok(Mounted(at))
-    }
-}
-
-impl Drop for Mounted {
-    fn drop(&mut self) {
-        let _ = process::run("umount", &[&self.0], LIMIT);
-    }
-}
 
 /// Writes until nothing more fits.
 fn fill(path: &Path) -> Outcome<()> {

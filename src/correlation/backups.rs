@@ -2,7 +2,8 @@
 //!
 //! ```text
 //!   begin ──> writing ──finish, checked──> complete ──delete──> gone
-//!                │ └────finish, damaged──> failed ─────delete──> gone
+//!                │ ├────finish, damaged──> failed ─────delete──> gone
+//!                │ └────its last flush failed──┘
 //!                └─the daemon ended──> interrupted ──finish, when told to take it──> complete
 //! ```
 //! Only a complete one can be a parent, and a complete one is not written any more, by any export.
@@ -25,7 +26,7 @@ pub enum BackupState {
     /// The daemon ended while it was written: something that a client wrote may be lost.
     Interrupted,
     Complete,
-    /// It was found to be damaged when it was finished.
+    /// It was found to be damaged when it was finished, or something that was written into it is lost.
     Failed,
 }
 
@@ -255,6 +256,21 @@ impl Backups {
         }
     }
 
+    /// The last flush of an export failed: the unfinished backup that it was of, by its name or its file, has failed. What is lost may read
+    /// well from the page cache, and the kernel has told it once.
+    pub fn spoiled(&self, export: &ExportName, file: Option<&str>, why: &str) -> Option<Backup> {
+        let unfinished = |backup: &&Backup| {
+            let state = backup.state;
+            let it = backup.name == *export || file == Some(&backup.path);
+            it && matches!(state, BackupState::Writing | BackupState::Interrupted)
+        };
+        self.all().find(unfinished).map(|backup| Backup {
+            state: BackupState::Failed,
+            reason: format!("the last flush of export {export} failed: {why}"),
+            ..backup.clone()
+        })
+    }
+
     /// The ones to delete, each before what it lies on.
     ///
     /// # Errors
@@ -454,6 +470,24 @@ mod tests {
         }
         assert_eq!(backups.delete(&last.name, false).unwrap().len(), 1);
         assert_eq!(backups.lineage(&last.name).len(), 4);
+    }
+
+    #[test]
+    fn a_backup_whose_flush_failed_is_known_by_its_export_or_its_file_and_a_complete_one_stays_so()
+    {
+        let mut backups = Backups::default();
+        let (full, _) = backups.begin(&asked(None), 0, Some("/b")).unwrap();
+        let other = ExportName::parse("other").unwrap();
+        for state in BackupState::ALL {
+            put(&mut backups, &full, state);
+            for (export, file) in [(&full.name, None), (&other, Some(full.path.as_str()))] {
+                let spoiled = backups.spoiled(export, file, "EIO");
+                let open = matches!(state, BackupState::Writing | BackupState::Interrupted);
+                assert_eq!(spoiled.is_some(), open, "{state:?}");
+                assert!(spoiled.is_none_or(|b| b.state == BackupState::Failed));
+            }
+            assert_eq!(backups.spoiled(&other, Some("/b/x"), "EIO"), None);
+        }
     }
 
     #[test]

@@ -130,6 +130,22 @@ impl Holds {
         self.by_lease.get(export)?.get(&generation).copied()
     }
 
+    /// As which identities the disk of a lease was leased.
+    pub fn leased_as(
+        &self,
+        export: &ExportName,
+        generation: Generation,
+    ) -> Option<&BTreeSet<Identity>> {
+        let held = self.disks.get(&self.disk_of(export, generation)?)?;
+        let lease = held.leases.get(&(export.clone(), generation))?;
+        Some(&lease.identities)
+    }
+
+    /// Whether a lease of an export of this name, or of one that had it before, is still held.
+    pub fn is_leased(&self, export: &ExportName) -> bool {
+        self.by_lease.get(export).is_some()
+    }
+
     /// The newest lease of an export of this name that is still held.
     pub fn newest(&self, export: &ExportName) -> Generation {
         self.by_lease

@@ -2,8 +2,8 @@
 
 use std::collections::BTreeSet;
 
-use super::{Correlation, DiskSeq, DiskView, ExportName, ExportView};
-use crate::identity::VolumeId;
+use super::{Correlation, DiskSeq, DiskView, ExportName, ExportView, Generation};
+use crate::identity::{Identity, VolumeId};
 
 impl Correlation {
     pub fn export_names(&self) -> impl ExactSizeIterator<Item = &ExportName> {
@@ -43,6 +43,17 @@ impl Correlation {
     /// It was removed but for its clients.
     pub fn is_hidden(&self, name: &ExportName) -> bool {
         self.exports.get(name).is_some_and(|export| export.hidden)
+    }
+
+    /// The path of the file that a lease is held of; `None` for a disk's, and for one that has ended.
+    pub fn leased_file(&self, name: &ExportName, generation: Generation) -> Option<&str> {
+        let mut identities = self.holds.leased_as(name, generation)?.iter();
+        identities.find_map(Identity::file)
+    }
+
+    /// Whether something of an export of this name is still open, also after it was removed.
+    pub fn is_leased(&self, name: &ExportName) -> bool {
+        self.holds.is_leased(name)
     }
 
     /// `None` when there is no such export.

@@ -309,11 +309,11 @@ async fn finish(
     if let Some(removal) = removal {
         match to_loop.ask(removal).await {
             Ok(_) | Err(RequestError::NotFound(_)) => {}
-            // Its last flush failed: something that a client wrote is lost.
-            Err(RequestError::Failed(reason)) => {
-                return fail(to_loop, shelf, backup, reason).await;
+            Err(error) => {
+                // Not if its last flush failed: that came before this answer.
+                shelf.known().backups.finish(&backup.name, true)?;
+                return Err(error);
             }
-            Err(error) => return Err(error),
         }
     }
     let closed_by = Instant::now() + CLOSED_WITHIN;

@@ -28,7 +28,7 @@ use super::works::{Wish, Works};
 use super::{Error, Options};
 use crate::config::IdentityRules;
 use crate::correlation::{
-    Correlation, Event, ExportName, Notice, OpenRefusal, OpenedDisk, Reply, RequestError,
+    Correlation, Event, ExportName, LeaseEnd, Notice, OpenRefusal, OpenedDisk, Reply, RequestError,
     RequestId, Ticket,
 };
 use crate::dbus::{Answer, Command, JobView, Publisher};
@@ -368,7 +368,17 @@ impl Control {
 
     fn on_report(&mut self, report: Report) {
         match report {
-            Report::Happened(event) => self.apply(event),
+            Report::Happened(event) => {
+                if let Event::LeaseEnded {
+                    export,
+                    generation,
+                    end: LeaseEnd::ClosedUnflushed(why),
+                } = &event
+                {
+                    self.on_unflushed(export, *generation, why);
+                }
+                self.apply(event);
+            }
             Report::Opened { ticket, result } => {
                 let result = result.map(|image| {
                     let opened = OpenedDisk {

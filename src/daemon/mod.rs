@@ -40,6 +40,7 @@ mod sockets;
 mod stops;
 mod sys;
 mod trail;
+mod unflushed;
 mod works;
 
 use std::net::SocketAddr;

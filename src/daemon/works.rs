@@ -139,7 +139,13 @@ impl Control {
                 self.wished.insert(request, answer);
                 self.apply(Event::Asked { request, what });
             }
-            Wish::Keep { changes, kept } => self.order(Order::Keep { changes, kept }),
+            Wish::Keep { changes, kept } => match self.may_keep(&changes) {
+                Ok(()) => self.order(Order::Keep { changes, kept }),
+                Err(error) => {
+                    // Who asked ends with the daemon only.
+                    let _ended = kept.send(Err(error));
+                }
+            },
             Wish::Read { job, read } => self.progress_reading(job, read),
             Wish::End { job, result } => {
                 let done = self.finish_job(job, result);

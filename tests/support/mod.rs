@@ -18,6 +18,7 @@ pub mod ground;
 pub mod images;
 pub mod loops;
 pub mod mariadb;
+pub mod mounts;
 pub mod nbd_disk;
 pub mod nbd_server;
 pub mod pattern;
