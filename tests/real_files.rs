@@ -15,7 +15,7 @@ use support::ground::{Ground, Need, real};
 use support::loops::{LoopDevice, sparse_file};
 use support::pattern;
 use support::process;
-use support::scene::{STEP_LIMIT, Scene};
+use support::scene::{STEP_LIMIT, Scene, nbdtrack};
 use support::{Outcome, until};
 
 const NEEDS: &[Need] = &[Need::Bus, Need::Tool("nbdcopy")];
@@ -331,6 +331,14 @@ fn a_file_that_shrinks_grows_or_goes_is_told_and_no_lease_outlives_it() -> Outco
         );
         let told = reason(&scene, "a")?;
         hold!(told.contains("there is no such file"), "{told:?}");
+        // Whoever asks for it anew is told again.
+        let text = std::fs::read_to_string(&scene.home.config)?;
+        std::fs::write(&scene.home.config, text + "read_only = true\n")?;
+        nbdtrack(&scene, &["reload"])?;
+        until(STEP_LIMIT, "the reason of the new definition", || {
+            let told = reason(&scene, "a")?;
+            Ok(told.contains("there is no such file").then_some(()))
+        })?;
         scene.stop()
     })
 }

@@ -85,6 +85,13 @@ impl Known {
         }
     }
 
+    /// That nothing stands under the path is news again: it is told when it is looked up next.
+    pub fn forget_absence(&mut self, path: &Identity) {
+        if let Some(Err(_)) = self.paths.get(path) {
+            self.paths.remove(path);
+        }
+    }
+
     pub fn paths(&self) -> impl Iterator<Item = &Identity> {
         self.paths.keys()
     }
@@ -207,6 +214,12 @@ mod tests {
         let gone = known.look(&at("/p"), Err("none".to_owned()));
         assert_eq!(told(&gone), ["a is gone", "/p: none"]);
         assert!(known.look(&at("/p"), Err("none".to_owned())).is_empty());
+        known.forget_absence(&at("/p"));
+        let again = known.look(&at("/p"), Err("none".to_owned()));
+        assert_eq!(told(&again), ["/p: none"], "to who asks anew");
+        known.look(&at("/p"), file(b'a', 5));
+        known.forget_absence(&at("/p"));
+        assert!(known.look(&at("/p"), file(b'a', 5)).is_empty());
     }
 
     #[test]

@@ -58,15 +58,22 @@ pub struct Observer {
 #[derive(Default)]
 struct Shared {
     /// As many as there are exports of files at most. Held for a few instructions.
-    wanted: Mutex<BTreeSet<Identity>>,
+    wanted: Mutex<Wanted>,
     asked: AtomicU64,
     /// Something above has changed.
     changed: Notify,
 }
 
+#[derive(Default)]
+struct Wanted {
+    paths: BTreeSet<Identity>,
+    /// Those that were asked for since the last round: whoever asks is told what is found, also when others were told so before.
+    anew: BTreeSet<Identity>,
+}
+
 impl Shared {
-    fn wanted(&self) -> std::sync::MutexGuard<'_, BTreeSet<Identity>> {
-        // Every change under the lock is one insertion or removal, so a poisoned lock is still good.
+    fn wanted(&self) -> std::sync::MutexGuard<'_, Wanted> {
+        // What a panic leaves between two insertions is one more look-up, so a poisoned lock is still good.
         self.wanted.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -100,12 +107,15 @@ pub fn observe(
 impl Observer {
     /// The path of `file` is looked up from now on, for files of its format.
     pub fn watch(&self, file: Identity) {
-        self.shared.wanted().insert(file);
+        let mut wanted = self.shared.wanted();
+        wanted.anew.insert(file.clone());
+        wanted.paths.insert(file);
+        drop(wanted);
         self.shared.changed.notify_one();
     }
 
     pub fn unwatch(&self, file: &Identity) {
-        self.shared.wanted().remove(file);
+        self.shared.wanted().paths.remove(file);
         self.shared.changed.notify_one();
     }
 
@@ -190,7 +200,13 @@ impl Watch {
 
     /// Looks up what is new and what is due; forgets what no one wants.
     async fn round(&mut self, due: &Due) -> Result<(), Stopped> {
-        let wanted = self.shared.wanted().clone();
+        let wanted = {
+            let mut wanted = self.shared.wanted();
+            for path in std::mem::take(&mut wanted.anew) {
+                self.known.forget_absence(&path);
+            }
+            wanted.paths.clone()
+        };
         let gone: Vec<Identity> = self
             .known
             .paths()
@@ -265,7 +281,7 @@ impl Watch {
         let mut due = Due::default();
         if let Some(mount) = self.hung.remove(path) {
             let wanted = self.shared.wanted();
-            let of_it = wanted.iter().filter(|path| {
+            let of_it = wanted.paths.iter().filter(|path| {
                 let file = path.file().unwrap_or_default();
                 std::path::Path::new(file).starts_with(&mount)
             });
