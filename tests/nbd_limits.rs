@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use nbd_common::{MIB, Memory, PATIENCE, Server, choice, request, until};
 use nbdtrack::nbd::Limits;
-use nbdtrack::nbd::wire::{cmd, option};
+use nbdtrack::nbd::wire::{NbdError, cmd, option, rep};
 
 fn server(limits: Limits) -> Server {
     Server::with(limits, Memory::new(MIB))
@@ -99,4 +99,31 @@ fn requests_over_the_rate_wait_and_are_answered() {
     // The first second's are there at once, the other 50 take one more.
     assert!(began.elapsed() >= Duration::from_millis(900));
     assert!(server.door.stats().waits_rate > 0);
+}
+
+#[test]
+fn what_is_more_than_one_may_have_is_refused_and_counted_and_the_next_is_answered() {
+    let server = server(Limits {
+        list_bytes: 2,
+        request_bytes: 4096,
+        ..Limits::default()
+    });
+    let mut client = server.talk();
+    let listed = client.option(option::LIST, &[]);
+    assert_eq!(listed[0].0, rep::ERR_TOO_BIG);
+    assert_eq!(server.door.stats().lists_too_big, 1);
+    client.option(option::GO, &choice(b"vol", &[]));
+    for (kind, error) in [
+        (cmd::READ, NbdError::Overflow),
+        (cmd::WRITE, NbdError::Inval),
+    ] {
+        client.put(&request(kind, 0, 1, 0, 8192));
+        if kind == cmd::WRITE {
+            client.put(&[0; 8192]);
+        }
+        assert_eq!(client.simple(), (error.code(), 1));
+    }
+    assert_eq!(server.door.stats().requests_too_big, 2);
+    client.put(&request(cmd::FLUSH, 0, 7, 0, 0));
+    assert_eq!(client.simple(), (0, 7));
 }

@@ -417,4 +417,65 @@ mod tests {
         };
         assert_eq!(limits(&config), wanted);
     }
+
+    #[test]
+    fn each_limit_of_the_configuration_reaches_the_server() {
+        type Field = fn(&Limits) -> u64;
+        let fields: [(&str, u64, Field, u64); 10] = [
+            (
+                "[server]\nmax_connections",
+                77,
+                |l| l.connections as u64,
+                77,
+            ),
+            (
+                "[limits]\nmax_connections_per_address",
+                78,
+                |l| l.connections_per_address as u64,
+                78,
+            ),
+            ("[limits]\nmax_handshakes", 79, |l| l.handshakes as u64, 79),
+            ("[limits]\nmax_options", 80, |l| l.options.into(), 80),
+            (
+                "[limits]\nmax_requests_per_second",
+                81,
+                |l| l.requests_per_second.into(),
+                81,
+            ),
+            (
+                "[limits]\nmax_in_flight_mib_per_connection",
+                82,
+                |l| l.in_flight_bytes,
+                82 << 20,
+            ),
+            (
+                "[limits]\nmax_in_flight_mib",
+                83,
+                |l| l.in_flight_bytes_all,
+                83 << 20,
+            ),
+            (
+                "[limits]\nhandshake_timeout_s",
+                84,
+                |l| l.handshake.as_secs(),
+                84,
+            ),
+            ("[limits]\nsend_timeout_s", 85, |l| l.send.as_secs(), 85),
+            (
+                "[limits]\nrequest_timeout_s",
+                86,
+                |l| l.request.as_secs(),
+                86,
+            ),
+        ];
+        let defaults = limits(&Config::default());
+        for (key, value, field, wanted) in fields {
+            let text = format!("{key} = {value}\n");
+            let path = PathBuf::from("nbdtrack.toml");
+            let config = config::parse(&[config::SourceFile { path, text }]).unwrap();
+            let found = limits(&config);
+            assert_eq!(field(&found), wanted, "{key}");
+            assert_ne!(field(&defaults), wanted, "{key}");
+        }
+    }
 }

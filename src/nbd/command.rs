@@ -23,9 +23,9 @@ pub struct Terms {
     pub sync: bool,
 }
 
-/// A request whose flags, range and permission hold.
+/// What a request asks of the image; its flags, range and permission hold.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Command {
+pub enum Call {
     Read(Extent),
     Write {
         at: Extent,
@@ -48,6 +48,12 @@ pub enum Command {
         /// At least one.
         of: Selected,
     },
+}
+
+/// What a request comes to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Command {
+    Call(Call),
     /// BLOCK_STATUS whose range is in a payload that [`StatusFilter::fits`]: see [`check_filtered`].
     FilteredStatus,
     /// A request of no bytes: proto.md leaves it open but for "SHOULD NOT disconnect".
@@ -68,6 +74,7 @@ pub struct Refused {
 /// others of this machine have in the page cache.
 const CACHE_BYTES_MAX: u64 = 256 << 20;
 const UNKNOWN: &str = "unknown command, or one that was not offered";
+const NO_STATUS: &str = "the status of nothing";
 const PAST_END: &str = "past the end of the export";
 const NOT_ALIGNED: &str = "not aligned to the minimum block size";
 
@@ -96,7 +103,7 @@ pub fn check(header: &RequestHeader, terms: &Terms) -> Result<Command, Refused> 
         cmd::FLUSH if header.offset != 0 || header.length != 0 => {
             refuse(NbdError::Inval, "a flush has no offset and no length")
         }
-        cmd::FLUSH => Ok(Command::Flush),
+        cmd::FLUSH => Ok(Command::Call(Call::Flush)),
         cmd::BLOCK_STATUS if has(cmd_flag::PAYLOAD_LEN) => {
             if StatusFilter::fits(header.length) {
                 Ok(Command::FilteredStatus)
@@ -120,7 +127,7 @@ pub fn check_filtered(
     header: &RequestHeader,
     payload: &[u8],
     terms: &Terms,
-) -> Result<Command, Refused> {
+) -> Result<Call, Refused> {
     let Some(filter) = StatusFilter::parse(payload, terms.contexts) else {
         return refuse(
             NbdError::Inval,
@@ -131,7 +138,10 @@ pub fn check_filtered(
         length: filter.effect_length,
         ..*header
     };
-    with_effect(&effect, terms, filter.contexts)
+    match with_effect(&effect, terms, filter.contexts)? {
+        Command::Call(call) => Ok(call),
+        _ => refuse(NbdError::Inval, NO_STATUS),
+    }
 }
 
 /// True when the stream has to be given up rather than the payload consumed: a payload of an extended request that is
@@ -140,6 +150,11 @@ pub fn is_flood(header: &RequestHeader, terms: &Terms) -> bool {
     // proto.md "Size constraints": up to 2^25 nothing is a denial of service, whatever was advertised.
     let tolerated = u64::from(terms.request_max).max(1 << 25);
     header.extended && header.payload_bytes() > tolerated
+}
+
+/// Whether more data were sent or asked for than one request may have.
+pub fn is_too_big(header: &RequestHeader, terms: &Terms) -> bool {
+    matches!(header.kind, cmd::READ | cmd::WRITE) && header.length > terms.request_max.into()
 }
 
 fn allowed_flags(kind: u16, terms: &Terms) -> u16 {
@@ -179,11 +194,11 @@ fn with_payload(header: &RequestHeader, terms: &Terms) -> Result<Command, Refuse
         return refuse(past_end(header.kind), PAST_END);
     };
     let fua = terms.sync || header.flags & cmd_flag::FUA != 0;
-    Ok(if read {
-        Command::Read(at)
+    Ok(Command::Call(if read {
+        Call::Read(at)
     } else {
-        Command::Write { at, fua }
-    })
+        Call::Write { at, fua }
+    }))
 }
 
 /// Commands whose length is an effect, of up to 64 bits; `of` is what a BLOCK_STATUS is about.
@@ -194,21 +209,21 @@ fn with_effect(header: &RequestHeader, terms: &Terms, of: Selected) -> Result<Co
         return nothing(header, terms);
     }
     if header.length == 0 {
-        return refuse(NbdError::Inval, "the status of nothing");
+        return refuse(NbdError::Inval, NO_STATUS);
     }
     let Some(at) = Span::checked(header.offset, header.length, terms.size) else {
         return refuse(past_end(header.kind), PAST_END);
     };
     let fua = terms.sync || has(cmd_flag::FUA);
-    Ok(match header.kind {
-        cmd::TRIM => Command::Trim { at, fua },
-        cmd::CACHE => Command::Cache(at.at_most(CACHE_BYTES_MAX)),
-        cmd::BLOCK_STATUS => Command::Status {
+    Ok(Command::Call(match header.kind {
+        cmd::TRIM => Call::Trim { at, fua },
+        cmd::CACHE => Call::Cache(at.at_most(CACHE_BYTES_MAX)),
+        cmd::BLOCK_STATUS => Call::Status {
             at,
             one: has(cmd_flag::REQ_ONE),
             of,
         },
-        _ => Command::Zero {
+        cmd::WRITE_ZEROES => Call::Zero {
             at,
             flags: ZeroFlags {
                 no_hole: has(cmd_flag::NO_HOLE),
@@ -216,7 +231,8 @@ fn with_effect(header: &RequestHeader, terms: &Terms, of: Selected) -> Result<Co
                 fua,
             },
         },
-    })
+        _ => return refuse(NbdError::Inval, UNKNOWN),
+    }))
 }
 
 fn aligned(header: &RequestHeader, terms: &Terms) -> Result<(), Refused> {
@@ -380,8 +396,8 @@ mod tests {
             ..terms()
         };
         let fua_of = |kind| match ask(terms, kind, 0, 0, 512).unwrap() {
-            Command::Write { fua, .. } | Command::Trim { fua, .. } => fua,
-            Command::Zero { flags, .. } => flags.fua,
+            Command::Call(Call::Write { fua, .. } | Call::Trim { fua, .. }) => fua,
+            Command::Call(Call::Zero { flags, .. }) => flags.fua,
             other => panic!("{other:?}"),
         };
         for kind in [cmd::WRITE, cmd::TRIM, cmd::WRITE_ZEROES] {
@@ -475,7 +491,7 @@ mod tests {
     fn a_read_ahead_is_bounded() {
         let command = ask_long(extended(), cmd::CACHE, 0, 512, 1 << 40);
         let at = Span::checked(512, 256 << 20, 1 << 50).unwrap();
-        assert_eq!(command, Ok(Command::Cache(at)));
+        assert_eq!(command, Ok(Command::Call(Call::Cache(at))));
     }
 
     #[test]
@@ -534,7 +550,7 @@ mod tests {
         let id = crate::nbd::wire::BASE_ALLOCATION_ID;
         assert_eq!(
             filtered(1 << 40, id),
-            Ok(Command::Status {
+            Ok(Call::Status {
                 at,
                 one: false,
                 of: BASE

@@ -1,20 +1,20 @@
 //! A bounded crew of threads that are made when they are needed and end when they are idle. It knows
 //! nothing of what it runs.
 
+use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use crate::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use crate::sync::channel::{Receiver, RecvTimeoutError, Sender, unbounded};
-use crate::sync::thread;
+use crate::sync::{Condvar, Mutex, lock, thread, wait_timeout};
 
+use super::bound::{Bounds, Limit};
 use super::stats::{Counters, add};
 
 /// How long a thread stays for the next task. Long against bursts, short against a day.
 const STAY: Duration = Duration::from_secs(10);
 /// Threads that stay for good, so that a first request finds one ready.
-const READY: u64 = 2;
+const READY: usize = 2;
 /// Virtual; our frames are small because buffers are on the heap.
 const STACK_BYTES: usize = 256 << 10;
 
@@ -25,113 +25,126 @@ pub(super) trait Task: Send + 'static {
 
 /// Threads for one kind of task.
 ///
-/// The channel is unbounded by itself; what is in it is bounded by its users: a session is queued at most
-/// once, a lease at most `disk_threads_per_lease` + 1 times. Threads end when the crew is dropped (the
-/// channel closes) after the task that they are in.
+/// The queue is unbounded by itself; what is in it is bounded by its users: a session is queued at most
+/// once, a lease at most `disk_threads_per_lease` + 1 times. Threads end when the crew is dropped, after the task that they are in
+/// and those that are queued.
 pub(super) struct Crew<T> {
     name: &'static str,
     threads_max: usize,
-    queue: Sender<T>,
-    tasks: Receiver<T>,
-    count: Arc<Count>,
+    room: Arc<Room<T>>,
     counters: Arc<Counters>,
+    bounds: Arc<Bounds>,
 }
 
-/// One word for both numbers, so that "one more task" and "one more thread for it", or "no task for me" and "one thread
-/// less", are one atomic step. As two words two submits could each take the other's thread for their own, and a task
-/// waited behind hung ones while there was room for another thread.
-#[derive(Default)]
-struct Count {
-    /// Tasks queued or running in the lower half, threads in the upper.
-    word: AtomicU64,
+/// What the threads share.
+struct Room<T>(Mutex<State<T>>);
+
+/// Invariant: unless there are `threads_max` threads, at least as many of them are neither in a task nor in `idle` as there are tasks in
+/// `queue`: each queued task has a thread that is on its way to the queue. So no task waits behind hung ones while there is room for
+/// another thread.
+struct State<T> {
+    queue: VecDeque<T>,
+    /// Threads that wait, each with what wakes it. The last one that came is woken first: it has the processor's caches, and the
+    /// others become idle for as long as it takes them to leave.
+    idle: Vec<Arc<Condvar>>,
+    threads: usize,
     /// Tasks that a thread has begun, ever.
-    begun: AtomicUsize,
+    begun: usize,
     /// A spawn failed: said once. The next submit tries again.
-    failed: AtomicBool,
+    failed: bool,
+    /// The crew was dropped.
+    closed: bool,
 }
 
-/// One thread in [`Count::word`]; one task is 1.
-const THREAD: u64 = 1 << 32;
-
-impl Count {
-    fn load(&self) -> (u64, u64) {
-        split(self.word.load(Ordering::Acquire))
-    }
-}
-
-/// Tasks and threads.
-fn split(word: u64) -> (u64, u64) {
-    (word % THREAD, word / THREAD)
+/// Who comes for a task that was queued.
+enum Comer {
+    Idle(Arc<Condvar>),
+    New,
+    /// The first of those that are busy.
+    Busy,
 }
 
 impl<T: Task> Crew<T> {
-    pub(super) fn new(name: &'static str, threads_max: usize, counters: Arc<Counters>) -> Crew<T> {
-        let (queue, tasks) = unbounded();
+    pub(super) fn new(
+        name: &'static str,
+        threads_max: usize,
+        counters: Arc<Counters>,
+        bounds: Arc<Bounds>,
+    ) -> Crew<T> {
+        let state = State {
+            queue: VecDeque::new(),
+            idle: Vec::new(),
+            threads: 0,
+            begun: 0,
+            failed: false,
+            closed: false,
+        };
         Crew {
             name,
             threads_max,
-            queue,
-            tasks,
-            count: Arc::default(),
+            room: Arc::new(Room(Mutex::new(state))),
             counters,
+            bounds,
         }
     }
 
-    /// Queues a task; never waits. There is a thread for every pending task up to the maximum: a
+    /// Queues a task; waits for no other task. There is a thread for every pending task up to the maximum: a
     /// task waits in the queue only while all of them are busy.
     pub(super) fn submit(&self, task: T) {
-        let max = self.threads_max as u64;
-        let lacks = |word: u64| {
-            let (pending, threads) = split(word + 1);
-            (pending > threads, threads < max)
-        };
-        let more = |word: u64| match lacks(word) {
-            (true, true) => Some(word + 1 + THREAD),
-            _ => Some(word + 1),
-        };
-        let order = Ordering::AcqRel;
-        let before = self.count.word.fetch_update(order, Ordering::Acquire, more);
-        // Cannot fail: `self.tasks` keeps the channel open.
-        let _ = self.queue.send(task);
-        match lacks(before.unwrap_or_else(|word| word)) {
-            (true, true) => self.start(),
-            (true, false) => add(&self.counters.threads_over_limit, 1),
-            (false, _) => {}
+        match self.queue(task) {
+            // After the lock is free, or the thread would wake only to wait for it.
+            Comer::Idle(thread) => thread.notify_one(),
+            Comer::New => self.start(),
+            Comer::Busy => self.bounds.reached(Limit::Threads, &self.counters),
+        }
+    }
+
+    fn queue(&self, task: T) -> Comer {
+        let mut state = lock(&self.room.0);
+        state.queue.push_back(task);
+        match state.idle.pop() {
+            Some(thread) => Comer::Idle(thread),
+            None if state.threads < self.threads_max => {
+                state.threads += 1;
+                Comer::New
+            }
+            None => Comer::Busy,
         }
     }
 
     /// True while half of the threads that there can be are taken.
     pub(super) fn is_crowded(&self) -> bool {
-        self.count.load().0 >= self.threads_max as u64 / 2
+        let state = lock(&self.room.0);
+        let busy = state.threads - state.idle.len();
+        busy >= self.threads_max / 2
     }
 
     /// True while tasks wait for a thread.
     pub(super) fn has_backlog(&self) -> bool {
-        !self.queue.is_empty()
+        !lock(&self.room.0).queue.is_empty()
     }
 
     /// How many tasks a thread has begun, and whether any waits for one: while some wait, the number grows, or the crew is stuck.
     pub(super) fn progress(&self) -> (usize, bool) {
-        (self.count.begun.load(Ordering::Relaxed), self.has_backlog())
+        let state = lock(&self.room.0);
+        (state.begun, !state.queue.is_empty())
     }
 
     /// Makes the thread that was counted.
     fn start(&self) {
-        let (tasks, count, counters) = (
-            self.tasks.clone(),
-            self.count.clone(),
-            self.counters.clone(),
-        );
+        let (room, counters) = (self.room.clone(), self.counters.clone());
         let spawned = thread::Builder::new()
             .name(self.name.into())
             .stack_size(STACK_BYTES)
-            .spawn(move || work(&tasks, &count, &counters));
+            .spawn(move || room.work(&counters));
         match spawned {
             Ok(_) => add(&self.counters.threads_started, 1),
             Err(error) => {
-                self.count.word.fetch_sub(THREAD, Ordering::AcqRel);
                 add(&self.counters.thread_errors, 1);
-                if !self.count.failed.swap(true, Ordering::Relaxed) {
+                let mut state = lock(&self.room.0);
+                state.threads -= 1;
+                if !std::mem::replace(&mut state.failed, true) {
+                    drop(state);
                     tracing::warn!(%error, crew = self.name, "no thread to be had");
                 }
             }
@@ -139,36 +152,54 @@ impl<T: Task> Crew<T> {
     }
 }
 
-fn work<T: Task>(tasks: &Receiver<T>, count: &Count, counters: &Counters) {
-    loop {
-        match tasks.recv_deadline(Instant::now() + STAY) {
-            Ok(task) => {
-                count.begun.fetch_add(1, Ordering::Relaxed);
-                if catch_unwind(AssertUnwindSafe(|| task.run())).is_err() {
-                    add(&counters.panics, 1);
-                    tracing::error!("a task panicked; its connection is lost");
-                }
-                count.word.fetch_sub(1, Ordering::AcqRel);
-            }
-            Err(RecvTimeoutError::Timeout) if leave(count) => return,
-            Err(RecvTimeoutError::Timeout) => {}
-            Err(RecvTimeoutError::Disconnected) => return,
+impl<T> Drop for Crew<T> {
+    fn drop(&mut self) {
+        let mut state = lock(&self.room.0);
+        state.closed = true;
+        for thread in state.idle.drain(..) {
+            thread.notify_one();
         }
     }
 }
 
-/// True when this thread is not needed any more; it is no longer counted then.
-fn leave(count: &Count) -> bool {
-    let less = |word: u64| {
-        let (pending, threads) = split(word);
-        let left = threads - 1;
-        (left >= READY && pending <= left).then_some(word - THREAD)
-    };
-    let order = Ordering::AcqRel;
-    count
-        .word
-        .fetch_update(order, Ordering::Acquire, less)
-        .is_ok()
+impl<T: Task> Room<T> {
+    /// A thread's life.
+    fn work(&self, counters: &Counters) {
+        let called = Arc::new(Condvar::new());
+        while let Some(task) = self.next(&called) {
+            if catch_unwind(AssertUnwindSafe(|| task.run())).is_err() {
+                add(&counters.panics, 1);
+                tracing::error!("a task panicked; its connection is lost");
+            }
+        }
+    }
+
+    /// The next task, or `None` when this thread is not needed any more; it is no longer counted then.
+    fn next(&self, called: &Arc<Condvar>) -> Option<T> {
+        let mut state = lock(&self.0);
+        loop {
+            if let Some(task) = state.queue.pop_front() {
+                state.begun += 1;
+                return Some(task);
+            }
+            if state.closed {
+                state.threads -= 1;
+                return None;
+            }
+            state.idle.push(called.clone());
+            let late;
+            (state, late) = wait_timeout(called, state, STAY);
+            // Still among the idle ones: nobody called, the wait ended by itself.
+            let place = state.idle.iter().position(|it| Arc::ptr_eq(it, called));
+            if let Some(place) = place {
+                state.idle.remove(place);
+                if late && state.threads > READY {
+                    state.threads -= 1;
+                    return None;
+                }
+            }
+        }
+    }
 }
 
 #[cfg(test)]
@@ -184,7 +215,7 @@ mod tests {
     }
 
     fn crew(max: usize) -> Crew<Job> {
-        Crew::new("test", max, Arc::default())
+        Crew::new("test", max, Arc::default(), Arc::default())
     }
 
     #[test]
@@ -205,6 +236,21 @@ mod tests {
     }
 
     #[test]
+    fn a_task_beyond_all_threads_waits_and_is_counted() {
+        let crew = crew(1);
+        let (hold, held) = mpsc::channel::<()>();
+        crew.submit(Box::new(move || {
+            let _ = held.recv();
+        }));
+        let (done, answer) = mpsc::channel();
+        crew.submit(Box::new(move || done.send(()).unwrap()));
+        assert_eq!(crew.counters.snapshot().threads_over_limit, 1);
+        assert!(crew.has_backlog() && crew.is_crowded());
+        drop(hold);
+        answer.recv_timeout(Duration::from_secs(10)).unwrap();
+    }
+
+    #[test]
     fn threads_never_exceed_their_bound() {
         let crew = crew(3);
         let (done, answers) = mpsc::channel();
@@ -215,7 +261,32 @@ mod tests {
         for _ in 0..100 {
             answers.recv_timeout(Duration::from_secs(10)).unwrap();
         }
-        assert!(crew.count.load().1 <= 3);
+        assert!(lock(&crew.room.0).threads <= 3);
+    }
+
+    #[test]
+    fn the_thread_that_was_busy_last_is_the_next_so_the_others_can_leave() {
+        let crew = crew(8);
+        let (hold, held) = mpsc::channel::<()>();
+        let held = Arc::new(std::sync::Mutex::new(held));
+        for _ in 0..4 {
+            let held = held.clone();
+            crew.submit(Box::new(move || {
+                let _ = held.lock().unwrap().recv();
+            }));
+        }
+        drop(hold);
+        let (done, answers) = mpsc::channel();
+        let mut threads = std::collections::HashSet::new();
+        for _ in 0..50 {
+            while lock(&crew.room.0).idle.len() < 4 {
+                thread::yield_now();
+            }
+            let done = done.clone();
+            crew.submit(Box::new(move || done.send(thread::current().id()).unwrap()));
+            threads.insert(answers.recv_timeout(Duration::from_secs(10)).unwrap());
+        }
+        assert_eq!(threads.len(), 1);
     }
 
     #[test]
@@ -235,7 +306,7 @@ mod model {
     use super::*;
     use crate::sync::before_call;
     // The test's marks are std's: they are no steps of what it tests.
-    use std::sync::atomic::AtomicU32;
+    use std::sync::atomic::{AtomicU32, Ordering};
 
     /// How many tasks have come, and how many have gone.
     type Meeting = Arc<(AtomicU32, AtomicU32)>;
@@ -259,7 +330,12 @@ mod model {
     #[test]
     fn a_crew_has_a_thread_for_each_task_while_threads_come_and_go() {
         check(|| {
-            let crew = Arc::new(Crew::new("model", THREADS as usize, Arc::default()));
+            let crew = Arc::new(Crew::new(
+                "model",
+                THREADS as usize,
+                Arc::default(),
+                Arc::default(),
+            ));
             for _ in 0..3 {
                 let meeting = Meeting::default();
                 let submitters: Vec<_> = (0..2)

@@ -41,15 +41,18 @@ impl Door {
     /// The kernel refused an epoll set, an eventfd or a thread.
     pub fn new(limits: Limits) -> io::Result<Door> {
         let counters = Arc::<Counters>::default();
-        let sessions = Crew::new("nbd-session", limits.session_threads, counters.clone());
+        let bounds = Arc::<Bounds>::default();
+        let (threads, waiting) = (limits.session_threads, limits.disk_threads);
+        let sessions = Crew::new("nbd-session", threads, counters.clone(), bounds.clone());
+        let disks = Crew::new("nbd-disk", waiting, counters.clone(), bounds.clone());
         let shared = Arc::new(Shared {
             limits,
-            counters: counters.clone(),
             poller: Arc::new(Poller::new(sessions, counters.clone())?),
-            disks: Arc::new(Crew::new("nbd-disk", limits.disk_threads, counters)),
+            disks: Arc::new(disks),
+            counters,
             file_systems: Mutex::default(),
             stopping: AtomicBool::new(false),
-            bounds: Bounds::default(),
+            bounds,
             handshakes: Handshakes::default(),
             addresses: Arc::default(),
             inline: Inside::default(),

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use crate::image::{Extent, NoWait, Span, ZeroFlags};
 
 use super::account::{Charge, Full};
-use super::command::{Command, Refused};
+use super::command::{Call, Refused};
 use super::conn::Conn;
 use super::lease::{Kind, wire_error};
 use super::meter::Operation;
@@ -55,7 +55,7 @@ impl Transmission {
         let right = self.lease.cached().then(|| self.lease.inline_read());
         let Some(right) = right.flatten() else {
             let charge = charge.map_or_else(|| conn.account.charge(len), Ok)?;
-            self.hand_over(conn, to, Command::Read(at), Vec::new(), Some(charge));
+            self.hand_over(conn, to, Call::Read(at), Vec::new(), Some(charge));
             return Ok(());
         };
         let Some(pass) = self.lease.begin(None) else {
@@ -76,7 +76,7 @@ impl Transmission {
             Ok(NoWait::WouldWait) => {
                 drop((pass, right));
                 let charge = charge.map_or_else(|| conn.account.charge(len), Ok)?;
-                self.hand_over(conn, to, Command::Read(at), Vec::new(), Some(charge));
+                self.hand_over(conn, to, Call::Read(at), Vec::new(), Some(charge));
             }
             Err(error) => {
                 drop(pass);
@@ -172,7 +172,7 @@ impl Transmission {
         &self,
         conn: &Arc<Conn>,
         to: ReplyTo,
-        command: Command,
+        call: Call,
         payload: Vec<u8>,
         charge: Option<Charge>,
     ) {
@@ -183,7 +183,7 @@ impl Transmission {
                 payload.len() as u64,
             );
         }
-        let job = Job::new(conn, to, command, payload, charge);
+        let job = Job::new(conn, to, call, payload, charge);
         self.lease.hand_over(job);
     }
 
@@ -192,13 +192,13 @@ impl Transmission {
         &self,
         conn: &Arc<Conn>,
         to: ReplyTo,
-        command: Command,
+        call: Call,
         one: bool,
         of: Selected,
     ) -> Result<(), Full> {
         let charge = conn.account.charge(Job::status_bytes(one, of))?;
         add(&self.lease.shared.counters.statuses, 1);
-        self.hand_over(conn, to, command, Vec::new(), Some(charge));
+        self.hand_over(conn, to, call, Vec::new(), Some(charge));
         Ok(())
     }
 

@@ -217,8 +217,8 @@ impl Poller {
     pub(super) fn enter(&self, conn: Arc<Conn>, shared: &Arc<Shared>) {
         let event = EpollEvent::new(EpollFlags::EPOLLONESHOT, conn.token);
         if let Err(error) = self.epoll.add(conn.fd(), event) {
-            add(&self.counters.accept_errors, 1);
-            tracing::warn!(%error, "a connection cannot be waited for");
+            shared.reached(Limit::Accept);
+            tracing::debug!(%error, "a connection cannot be waited for");
             return;
         }
         if let Some(oldest) = shared.handshakes.enter(&conn, shared.limits.handshakes) {

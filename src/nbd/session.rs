@@ -278,7 +278,7 @@ impl Handshake {
                 }
                 let mut out = Vec::new();
                 let next = if header.length > shared.limits.option_bytes {
-                    add(&shared.counters.options_too_big, 1);
+                    shared.reached(Limit::OptionBytes);
                     self.skip = header.length.into();
                     let rest = self.buffer.split_off(OptionHeader::BYTES);
                     self.buffer.clear();
@@ -328,7 +328,7 @@ impl Handshake {
                     }
                     let names = shared.names(shared.limits.list_bytes);
                     if names.is_none() {
-                        add(&shared.counters.lists_too_big, 1);
+                        shared.reached(Limit::ListBytes);
                     }
                     // Charged, so that many peers that list and never read cannot fill the memory.
                     let bytes = names

@@ -46,7 +46,7 @@ pub(super) struct Shared {
     /// Those of file systems, by their numbers, each as long as a lease uses it. Held for a map operation.
     pub(super) file_systems: Mutex<BTreeMap<u64, Weak<Crew<DiskTask>>>>,
     pub(super) stopping: AtomicBool,
-    pub(super) bounds: Bounds,
+    pub(super) bounds: Arc<Bounds>,
     pub(super) handshakes: Handshakes,
     pub(super) addresses: Arc<Addresses>,
     /// Session threads of all leases that are inside a call of an image.
@@ -105,7 +105,8 @@ impl Shared {
         }
         crews.retain(|_, crew| crew.strong_count() > 0);
         let threads = self.limits.file_system_threads;
-        let crew = Arc::new(Crew::new("nbd-files", threads, self.counters.clone()));
+        let (counters, bounds) = (self.counters.clone(), self.bounds.clone());
+        let crew = Arc::new(Crew::new("nbd-files", threads, counters, bounds));
         crews.insert(number, Arc::downgrade(&crew));
         crew
     }
@@ -131,8 +132,8 @@ impl Shared {
         }
         if let Err(error) = prepare(&socket, self.limits.idle, peer.is_some()) {
             sub(&counters.connections_now, 1);
-            add(&counters.accept_errors, 1);
-            tracing::warn!(%error, "connection refused: its socket cannot be set up");
+            self.reached(Limit::Accept);
+            tracing::debug!(%error, "connection refused: its socket cannot be set up");
             return None;
         }
         add(&counters.connections_accepted, 1);

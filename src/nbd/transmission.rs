@@ -8,7 +8,7 @@ use nix::errno::Errno;
 
 use super::account::Full;
 use super::bound::Limit;
-use super::command::{self, Command, Terms};
+use super::command::{self, Call, Command, Terms};
 use super::conn::Conn;
 use super::ending::Closing;
 use super::execute::DETACHED;
@@ -125,7 +125,7 @@ impl Transmission {
                 }
                 Outcome::Full(_) | Outcome::Slow(_) if hung_up => return Rest::End,
                 Outcome::Slow(until) => {
-                    add(&shared.counters.waits_rate, 1);
+                    shared.reached(Limit::RequestRate);
                     return Rest::Park(Interest {
                         input: false,
                         output: false,
@@ -135,9 +135,10 @@ impl Transmission {
                     });
                 }
                 Outcome::Full(full) => {
-                    if full == Full::All {
-                        shared.bounds.say(Limit::InFlightAll);
-                    }
+                    shared.bounds.say(match full {
+                        Full::Connection => Limit::InFlightConnection,
+                        Full::All => Limit::InFlightAll,
+                    });
                     if conn.blocked_since().is_none() {
                         return Rest::Park(Interest {
                             input: false,
@@ -274,29 +275,43 @@ impl Transmission {
         if let Some(rate) = &self.rate {
             rate.ready(Instant::now()).map_err(Outcome::Slow)?;
         }
-        // Header, and what of its payload is taken out of the receive buffer with it.
-        let mut taken = RequestHeader::bytes(headers);
+        let taken = RequestHeader::bytes(headers);
         let to = ReplyTo {
             headers,
             cookie: header.cookie,
             offset: header.offset,
         };
-        let counters = &self.lease.shared.counters;
         if command::is_flood(&header, &self.terms) {
             return Err(Outcome::Violation);
         }
-        let mut command = command::check(&header, &self.terms);
-        if command == Ok(Command::FilteredStatus) {
-            // Some bytes: one that says more is none.
-            let whole = taken + usize::try_from(header.length).unwrap_or(usize::MAX - taken);
-            let payload = bytes.get(taken..whole).ok_or(Outcome::NeedsInput)?;
-            command = command::check_filtered(&header, payload, &self.terms);
-        }
-        let command = match command {
-            Ok(command) => command,
+        let call = match command::check(&header, &self.terms) {
+            Ok(Command::Call(call)) => Ok(call),
+            Ok(Command::FilteredStatus) => {
+                // Some bytes: one that says more is none.
+                let whole = taken + usize::try_from(header.length).unwrap_or(usize::MAX - taken);
+                let payload = bytes.get(taken..whole).ok_or(Outcome::NeedsInput)?;
+                command::check_filtered(&header, payload, &self.terms)
+            }
+            Ok(Command::Nothing { read }) => {
+                scratch.received.consume(taken);
+                if self.lease.fenced() {
+                    self.refuse(&mut scratch.gather, to, DETACHED);
+                } else {
+                    scratch.gather.done(to, read);
+                }
+                return Ok(());
+            }
+            Ok(Command::Disconnect) => {
+                scratch.received.consume(taken);
+                return Err(Outcome::Disconnect);
+            }
+            Err(refused) => Err(refused),
+        };
+        match call {
+            Ok(call) => self.begin(conn, scratch, &header, to, call),
             Err(refused) => {
-                if header.payload_bytes() > self.terms.request_max.into() {
-                    add(&counters.requests_too_big, 1);
+                if command::is_too_big(&header, &self.terms) {
+                    self.lease.shared.reached(Limit::RequestBytes);
                 }
                 scratch.received.consume(taken);
                 self.input = Input::Discard {
@@ -305,32 +320,47 @@ impl Transmission {
                     to,
                     refused,
                 };
-                return Ok(());
+                Ok(())
             }
-        };
+        }
+    }
+
+    /// Answers a call from memory, or hands it over; a long write is received first.
+    fn begin(
+        &mut self,
+        conn: &Arc<Conn>,
+        scratch: &mut Scratch,
+        header: &RequestHeader,
+        to: ReplyTo,
+        call: Call,
+    ) -> Result<(), Outcome> {
+        let counters = &self.lease.shared.counters;
         // Bounds what can be handed over by this request.
         if conn.jobs() >= self.lease.shared.limits.in_flight_requests {
             add(&counters.waits_connection_full, 1);
             return Err(Outcome::Full(Full::Connection));
         }
-        match command {
-            Command::Read(at) => {
+        let bytes = scratch.received.bytes();
+        // Header, and what of its payload is taken out of the receive buffer with it.
+        let mut taken = RequestHeader::bytes(self.terms.headers);
+        match call {
+            Call::Read(at) => {
                 self.read(conn, &mut scratch.gather, to, at)
                     .map_err(Outcome::Full)?;
                 add(&counters.reads, 1);
                 add(&counters.bytes_read, at.len().into());
             }
-            Command::Write { at, fua } if at.len() <= IN_BUFFER_BYTES => {
+            Call::Write { at, fua } if at.len() <= IN_BUFFER_BYTES => {
                 let whole = taken + at.len() as usize;
                 let data = bytes.get(taken..whole).ok_or(Outcome::NeedsInput)?;
                 if fua || !self.write_inline(&mut scratch.gather, to, at, data) {
                     let charge = conn.account.charge(data.len()).map_err(Outcome::Full)?;
-                    self.hand_over(conn, to, command, data.to_vec(), Some(charge));
+                    self.hand_over(conn, to, call, data.to_vec(), Some(charge));
                 }
                 scratch.received.consume(whole);
                 return Ok(());
             }
-            Command::Write { at, fua } => {
+            Call::Write { at, fua } => {
                 let len = at.len() as usize;
                 let charge = conn.account.charge(len).map_err(Outcome::Full)?;
                 let mut buffer = std::mem::take(&mut scratch.spare);
@@ -347,38 +377,28 @@ impl Transmission {
                     charge,
                 });
             }
-            Command::Nothing { read } => {
-                if self.lease.fenced() {
-                    self.refuse(&mut scratch.gather, to, DETACHED);
-                } else {
-                    scratch.gather.done(to, read);
-                }
-            }
-            Command::Disconnect => {
-                scratch.received.consume(taken);
-                return Err(Outcome::Disconnect);
-            }
-            Command::Status { one, of, .. } => {
-                self.status(conn, to, command, one, of)
+            Call::Status { one, of, .. } => {
+                self.status(conn, to, call, one, of)
                     .map_err(Outcome::Full)?;
                 // Of a filtered one all of the payload is here.
                 taken += usize::try_from(header.payload_bytes()).unwrap_or(0);
             }
-            Command::Zero { at, flags }
-                if self.refuses_fast(&mut scratch.gather, to, at, flags) => {}
-            Command::Flush
-            | Command::Trim { .. }
-            | Command::Zero { .. }
-            | Command::Cache(_)
-            | Command::FilteredStatus => {
-                let counter = match command {
-                    Command::Flush => &counters.flushes,
-                    Command::Trim { .. } => &counters.trims,
-                    Command::Zero { .. } => &counters.zeroes,
-                    _ => &counters.caches,
-                };
-                add(counter, 1);
-                self.hand_over(conn, to, command, Vec::new(), None);
+            Call::Zero { at, flags } if self.refuses_fast(&mut scratch.gather, to, at, flags) => {}
+            Call::Flush => {
+                add(&counters.flushes, 1);
+                self.hand_over(conn, to, call, Vec::new(), None);
+            }
+            Call::Trim { .. } => {
+                add(&counters.trims, 1);
+                self.hand_over(conn, to, call, Vec::new(), None);
+            }
+            Call::Zero { .. } => {
+                add(&counters.zeroes, 1);
+                self.hand_over(conn, to, call, Vec::new(), None);
+            }
+            Call::Cache(_) => {
+                add(&counters.caches, 1);
+                self.hand_over(conn, to, call, Vec::new(), None);
             }
         }
         scratch.received.consume(taken);
@@ -400,7 +420,7 @@ impl Transmission {
             ..
         } = payload;
         if fua || !self.write_inline(&mut scratch.gather, to, at, &buffer) {
-            self.hand_over(conn, to, Command::Write { at, fua }, buffer, Some(charge));
+            self.hand_over(conn, to, Call::Write { at, fua }, buffer, Some(charge));
         } else if buffer.capacity() <= KEEP_BYTES {
             scratch.spare = buffer;
         }

@@ -8,7 +8,7 @@ use std::time::Instant;
 use crate::image::{Image, Span};
 
 use super::account::Charge;
-use super::command::Command;
+use super::command::Call;
 use super::conn::Conn;
 use super::lease::{Kind, Lease, wire_error};
 use super::meter::Operation;
@@ -29,7 +29,7 @@ pub(super) struct Job {
     answered: bool,
     to: ReplyTo,
     /// What is left to be done.
-    command: Command,
+    call: Call,
     /// Of a write.
     payload: Vec<u8>,
     charge: Option<Charge>,
@@ -43,14 +43,14 @@ impl Job {
     pub(super) fn new(
         conn: &Arc<Conn>,
         to: ReplyTo,
-        command: Command,
+        call: Call,
         payload: Vec<u8>,
         charge: Option<Charge>,
     ) -> Job {
         conn.job_begins();
-        let (operation, bytes) = match &command {
-            Command::Read(at) => (Operation::Read, at.len().into()),
-            Command::Write { at, .. } => (Operation::Write, at.len().into()),
+        let (operation, bytes) = match &call {
+            Call::Read(at) => (Operation::Read, at.len().into()),
+            Call::Write { at, .. } => (Operation::Write, at.len().into()),
             _ => (Operation::Other, 0),
         };
         Job {
@@ -60,7 +60,7 @@ impl Job {
             conn: conn.clone(),
             answered: false,
             to,
-            command,
+            call,
             payload,
             charge,
         }
@@ -82,7 +82,7 @@ impl Job {
         if self.conn.is_dead() {
             return None;
         }
-        let Some(pass) = lease.begin(Some(kind(&self.command))) else {
+        let Some(pass) = lease.begin(Some(kind(&self.call))) else {
             self.refuse();
             return None;
         };
@@ -96,8 +96,8 @@ impl Job {
                 .ended(self.operation, bytes, failed, self.began.elapsed());
         }
         match step {
-            Ok(Step::Rest(command)) => {
-                self.command = command;
+            Ok(Step::Rest(call)) => {
+                self.call = call;
                 return Some(self);
             }
             Ok(Step::Data(reply)) => self.answer(reply),
@@ -109,7 +109,7 @@ impl Job {
             Err(Failed { error, at }) => {
                 let wired = wire_error(&error, lease.fenced());
                 add(&lease.shared.counters.requests_failed, 1);
-                tracing::debug!(export = %lease.export, %error, command = ?self.command, "a request failed");
+                tracing::debug!(export = %lease.export, %error, call = ?self.call, "a request failed");
                 self.fail(wired, &error.to_string(), at);
             }
         }
@@ -123,8 +123,8 @@ impl Job {
                 at: Some(offset),
             }
         };
-        match self.command {
-            Command::Read(range) => {
+        match self.call {
+            Call::Read(range) => {
                 let header = wire::read_header_bytes(self.to.headers);
                 let mut reply = vec![0; header + range.len() as usize];
                 let (head, data) = reply.split_at_mut(header);
@@ -132,42 +132,39 @@ impl Job {
                 image.read(range, data).map_err(at(range.offset()))?;
                 Ok(Step::Data(reply))
             }
-            Command::Write { at: range, fua } => {
+            Call::Write { at: range, fua } => {
                 let done = image.write(range, &self.payload, fua);
                 done.map_err(at(range.offset())).map(|()| Step::Done)
             }
-            Command::Flush => match image.flush() {
+            Call::Flush => match image.flush() {
                 Ok(()) => Ok(Step::Done),
                 Err(error) => Err(Failed { error, at: None }),
             },
-            Command::Trim { at: span, fua } => {
+            Call::Trim { at: span, fua } => {
                 let (piece, rest) = span.first(PIECE_BYTES);
                 // Durable with the last piece, whose flush covers all of them (invariant 9).
                 let done = image.discard(piece, fua && rest.is_none());
                 latch_if_lost(image, fua, rest, &done);
                 done.map_err(at(piece.offset()))?;
-                Ok(Step::after(rest, |at| Command::Trim { at, fua }))
+                Ok(Step::after(rest, |at| Call::Trim { at, fua }))
             }
-            Command::Zero { at: span, flags } => {
+            Call::Zero { at: span, flags } => {
                 let (piece, rest) = span.first(PIECE_BYTES);
                 let mut now = flags;
                 now.fua = flags.fua && rest.is_none();
                 let done = image.zero(piece, now);
                 latch_if_lost(image, flags.fua, rest, &done);
                 done.map_err(at(piece.offset()))?;
-                Ok(Step::after(rest, |at| Command::Zero { at, flags }))
+                Ok(Step::after(rest, |at| Call::Zero { at, flags }))
             }
-            Command::Cache(span) => {
+            Call::Cache(span) => {
                 let (piece, rest) = span.first(PIECE_BYTES);
                 image.cache(piece).map_err(at(piece.offset()))?;
-                Ok(Step::after(rest, Command::Cache))
+                Ok(Step::after(rest, Call::Cache))
             }
-            Command::Status { at: span, one, of } => {
+            Call::Status { at: span, one, of } => {
                 let reply = self.status(image, span, one, of);
                 reply.map_err(at(span.offset())).map(Step::Data)
-            }
-            Command::Nothing { .. } | Command::FilteredStatus | Command::Disconnect => {
-                Ok(Step::Done)
             }
         }
     }
@@ -217,7 +214,7 @@ enum Step {
     Done,
     /// Done, with a reply that is more than its success.
     Data(Vec<u8>),
-    Rest(Command),
+    Rest(Call),
 }
 
 struct Failed {
@@ -226,8 +223,8 @@ struct Failed {
 }
 
 impl Step {
-    fn after(rest: Option<Span>, command: impl FnOnce(Span) -> Command) -> Step {
-        rest.map_or(Step::Done, |span| Step::Rest(command(span)))
+    fn after(rest: Option<Span>, call: impl FnOnce(Span) -> Call) -> Step {
+        rest.map_or(Step::Done, |span| Step::Rest(call(span)))
     }
 }
 
@@ -241,17 +238,14 @@ fn latch_if_lost(image: &dyn Image, fua: bool, rest: Option<Span>, done: &io::Re
     }
 }
 
-fn kind(command: &Command) -> Kind {
-    match command {
-        Command::Read(_)
-        | Command::Nothing { .. }
-        | Command::FilteredStatus
-        | Command::Disconnect => Kind::Read,
-        Command::Status { .. } => Kind::Status,
-        Command::Write { .. } => Kind::Write,
-        Command::Flush => Kind::Flush,
-        Command::Trim { .. } => Kind::Trim,
-        Command::Zero { .. } => Kind::Zero,
-        Command::Cache(_) => Kind::Cache,
+fn kind(call: &Call) -> Kind {
+    match call {
+        Call::Read(_) => Kind::Read,
+        Call::Status { .. } => Kind::Status,
+        Call::Write { .. } => Kind::Write,
+        Call::Flush => Kind::Flush,
+        Call::Trim { .. } => Kind::Trim,
+        Call::Zero { .. } => Kind::Zero,
+        Call::Cache(_) => Kind::Cache,
     }
 }

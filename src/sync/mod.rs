@@ -15,6 +15,9 @@ pub use plain::*;
 
 #[cfg(not(feature = "model"))]
 mod plain {
+    use std::sync::PoisonError;
+    use std::time::Duration;
+
     pub use std::sync::{Condvar, Mutex, MutexGuard, RwLock, RwLockReadGuard, atomic};
     pub use std::{thread, thread_local};
 
@@ -25,6 +28,17 @@ mod plain {
 
     /// A system call whose outcome depends on other threads is about to be made.
     pub fn before_call() {}
+
+    /// Waits to be notified, at most for `time`; and whether that was over first.
+    pub fn wait_timeout<'a, T>(
+        condvar: &Condvar,
+        guard: MutexGuard<'a, T>,
+        time: Duration,
+    ) -> (MutexGuard<'a, T>, bool) {
+        let waited = condvar.wait_timeout(guard, time);
+        let (guard, result) = waited.unwrap_or_else(PoisonError::into_inner);
+        (guard, result.timed_out())
+    }
 }
 
 /// Locks a mutex; a panic of ours elsewhere leaves no half-made value behind any lock of the data plane.
