@@ -85,6 +85,14 @@ fn metrics_count_what_clients_did_and_promtool_finds_nothing_wrong() -> Outcome<
             number(&text, "nbdtrack_serving_delay_seconds_count") == Some(1.0),
             "{text}"
         );
+        hold!(
+            number(
+                &text,
+                "nbdtrack_call_seconds_bucket{method=\"GetMetrics\",le=\"+Inf\"}"
+            ) == Some(2.0),
+            "this scrape and the one before: {text}"
+        );
+        hold!(text.trim_end().ends_with("# EOF"), "{text}");
         let file = ground.file("nbdtrack.prom");
         let path = file.to_string_lossy().into_owned();
         let written = nbdtrack(&scene, &["metrics", "--textfile", &path])?;

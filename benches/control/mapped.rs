@@ -18,6 +18,7 @@ const NEW: u32 = 200;
 const CALLS: usize = 2_000;
 const BYTES: u64 = 1 << 20;
 const EXISTS_MS: f64 = 2.0;
+const EXISTS_THERE_MS: f64 = 1.0;
 const NEW_MS: f64 = 20.0;
 const PROPERTY_MS: f64 = 1.0;
 const SIGNAL_MS: f64 = 2.0;
@@ -76,6 +77,7 @@ fn of(ground: &Ground, store: String, whose: &str) -> Outcome<Vec<Row>> {
     let Some(path) = path else {
         trouble!("no export serves");
     };
+    let before = in_the_daemon(&scene.client)?;
     for call in 0..CALLS {
         let number = u32::try_from(call)? % NEW;
         let began = Instant::now();
@@ -96,6 +98,7 @@ fn of(ground: &Ground, store: String, whose: &str) -> Outcome<Vec<Row>> {
         )?;
         read.push(ms(began.elapsed()));
     }
+    let there = between(&before, &in_the_daemon(&scene.client)?);
     scene.stop()?;
     let row = |what: &str, samples, aim| {
         Row::of(
@@ -109,6 +112,11 @@ fn of(ground: &Ground, store: String, whose: &str) -> Outcome<Vec<Row>> {
         row("EnsureVmExport, new, its disk not there", fill, Aim::None),
         row("EnsureVmExport, new", made, Aim::P99(NEW_MS)),
         row("EnsureVmExport, there", found, Aim::P99(EXISTS_MS)),
+        row(
+            "the same in the daemon (upper bounds of its histogram)",
+            there,
+            Aim::P99(EXISTS_THERE_MS),
+        ),
         row("a property read", read, Aim::P99(PROPERTY_MS)),
         row(
             "state changed (the log's time) -> signal heard",
@@ -116,6 +124,38 @@ fn of(ground: &Ground, store: String, whose: &str) -> Outcome<Vec<Row>> {
             Aim::P99(SIGNAL_MS),
         ),
     ])
+}
+
+/// How many calls of EnsureVmExport the daemon has answered within each of its bounds, which are in ms.
+fn in_the_daemon(client: &Client) -> Outcome<Vec<(f64, u64)>> {
+    let answer = client.call("GetMetrics", &Options::new())?;
+    let text: String = answer.body().deserialize()?;
+    let mut bounds = Vec::new();
+    for line in text.lines() {
+        let bucket = "nbdtrack_call_seconds_bucket{method=\"EnsureVmExport\",le=\"";
+        let Some(rest) = line.strip_prefix(bucket) else {
+            continue;
+        };
+        if let Some((bound, count)) = rest.split_once("\"} ")
+            && bound != "+Inf"
+        {
+            bounds.push((bound.parse::<f64>()? * 1e3, count.parse()?));
+        }
+    }
+    Ok(bounds)
+}
+
+/// The bounds of the calls between two looks, in ms.
+fn between(before: &[(f64, u64)], after: &[(f64, u64)]) -> Vec<f64> {
+    let mut times = Vec::new();
+    let mut lower = 0;
+    for ((bound, then), (_, now)) in before.iter().zip(after) {
+        let within = now - then;
+        let count = usize::try_from(within - lower).unwrap_or(0);
+        times.extend(std::iter::repeat_n(*bound, count));
+        lower = within;
+    }
+    times
 }
 
 /// The daemon serves before it has its database: until then who makes a mapping is told to come back.

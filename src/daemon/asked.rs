@@ -6,7 +6,7 @@ use super::control::{Asker, Control};
 use super::keeper::Order;
 use super::log;
 use crate::correlation::{Event, RemoveMode, Request, RequestError};
-use crate::dbus::{Answer, Call, Command, Filter, Publication, SessionView};
+use crate::dbus::{Answer, Call, Caller, Command, Filter, Publication, SessionView};
 use crate::identity::VolumeId;
 use crate::nbd::SessionFacts;
 
@@ -17,82 +17,20 @@ impl Control {
             reply,
             caller,
         } = command;
+        // Ending a session and a log that says more are of use while exports drain.
+        let goes_on = matches!(call, Call::EndSession(_) | Call::SetLogLevel(_));
+        if self.stopping && call.changes() && !goes_on {
+            let stopping = RequestError::NotReady("the daemon is stopping".to_owned());
+            return self.answer(reply, Err(stopping));
+        }
         match call {
-            Call::Request(_)
-            | Call::Rescan
-            | Call::Reload
-            | Call::CreateImage(_)
-            | Call::BeginBackup(_)
-            | Call::FinishBackup(_)
-            | Call::DeleteBackup { .. }
-                if self.stopping =>
-            {
-                self.answer(
-                    reply,
-                    Err(RequestError::NotReady("the daemon is stopping".to_owned())),
-                );
-            }
-            Call::Request(ref what)
-                if let Some(volume) = volume_named(what)
-                    && let Err(reason) = self.rules.permit(volume) =>
-            {
-                self.trail.note_refused(what, &caller, &reason);
-                self.answer(reply, Err(RequestError::InvalidArgument(reason)));
-            }
-            Call::Request(ref what) if let Err(reason) = self.shelf.permit(what) => {
-                self.trail.note_refused(what, &caller, &reason);
-                self.answer(reply, Err(RequestError::InUse(reason)));
-            }
-            // Who comes back under the name would write to another volume than it believes: no move happens under a client.
-            Call::Request(ref what @ Request::EnsureVmExport(ref ensure))
-                if ensure.moves
-                    && self.door.clients(&ensure.disk.export()) > 0
-                    && self.correlation.would_move(ensure) =>
-            {
-                let name = ensure.disk.export();
-                let error = format!(
-                    "export {name} has {} clients of the volume that it is now: end them before it is moved",
-                    self.door.clients(&name)
-                );
-                self.trail.note_refused(what, &caller, &error);
-                self.answer(reply, Err(RequestError::InUse(error)));
-            }
-            // As with a move.
-            Call::Request(
-                ref what @ (Request::Pin { ref name, .. } | Request::Unpin { ref name }),
-            ) if self.door.clients(name) > 0 => {
-                let error = format!(
-                    "export {name} has {} clients of the volume that it is now: end them before its path means another",
-                    self.door.clients(name)
-                );
-                self.trail.note_refused(what, &caller, &error);
-                self.answer(reply, Err(RequestError::InUse(error)));
-            }
-            Call::Request(
-                ref what @ Request::RemoveExport {
-                    ref name,
-                    mode: RemoveMode::Safe,
-                    ..
-                },
-            ) if self.door.clients(name) > 0 => {
-                let error = format!(
-                    "export {name} has {} clients: end them first, or remove it with mode hide, soft or hard",
-                    self.door.clients(name)
-                );
-                self.trail.note_refused(what, &caller, &error);
-                self.answer(reply, Err(RequestError::InUse(error)));
-            }
-            Call::Request(what) => {
-                let request = self.next_request();
-                self.asked.insert(request, reply);
-                self.trail.note_call(request, &what, &caller);
-                let job = self.job_of(request, &what, caller);
-                self.apply(Event::Asked { request, what });
-                // What was answered at once is no job.
-                if self.asked.contains_key(&request) {
-                    self.begin_job(job);
+            Call::Request(what) => match self.refusal(&what) {
+                Some(error) => {
+                    self.trail.note_refused(&what, &caller, &error.to_string());
+                    self.answer(reply, Err(error));
                 }
-            }
+                None => self.begin(what, reply, caller),
+            },
             Call::Reload => {
                 self.trail.note_other("Reload", &caller, "asked".to_owned());
                 self.reload_for(reply);
@@ -156,6 +94,58 @@ impl Control {
             Call::Metrics => self.answer(reply, Ok(Answer::Metrics(self.metrics()))),
             Call::Explain(subject) => self.explain(&subject, reply),
             Call::History(inquiry) => self.answer_from_history(inquiry, reply),
+        }
+    }
+
+    /// Why the middle is not asked at all: what it cannot know of files, rules and clients.
+    fn refusal(&self, what: &Request) -> Option<RequestError> {
+        if let Some(volume) = volume_named(what)
+            && let Err(reason) = self.rules.permit(volume)
+        {
+            return Some(RequestError::InvalidArgument(reason));
+        }
+        if let Err(reason) = self.shelf.permit(what) {
+            return Some(RequestError::InUse(reason));
+        }
+        // Who comes back under the name would write to another volume than it believes: no move happens under a client.
+        let (name, until) = match what {
+            Request::EnsureVmExport(ensure)
+                if ensure.moves && self.correlation.would_move(ensure) =>
+            {
+                let until = " of the volume that it is now: end them before it is moved";
+                (ensure.disk.export(), until)
+            }
+            Request::Pin { name, .. } | Request::Unpin { name } => {
+                let until = " of the volume that it is now: end them before its path means another";
+                (name.clone(), until)
+            }
+            Request::RemoveExport {
+                name,
+                mode: RemoveMode::Safe,
+                ..
+            } => {
+                let until = ": end them first, or remove it with mode hide, soft or hard";
+                (name.clone(), until)
+            }
+            _ => return None,
+        };
+        match self.door.clients(&name) {
+            0 => None,
+            clients => Some(RequestError::InUse(format!(
+                "export {name} has {clients} clients{until}"
+            ))),
+        }
+    }
+
+    fn begin(&mut self, what: Request, reply: Asker, caller: Caller) {
+        let request = self.next_request();
+        self.asked.insert(request, reply);
+        self.trail.note_call(request, &what, &caller);
+        let job = self.job_of(request, &what, caller);
+        self.apply(Event::Asked { request, what });
+        // What was answered at once is no job.
+        if self.asked.contains_key(&request) {
+            self.begin_job(job);
         }
     }
 

@@ -83,6 +83,13 @@ impl Right {
     }
 }
 
+impl Call {
+    /// Whether something may be another way afterwards.
+    pub fn changes(&self) -> bool {
+        Right::of(self) != Right::Read
+    }
+}
+
 impl Access {
     /// Whether a caller needs no polkit for this.
     pub fn lets(&self, known: &Known, right: Right) -> bool {

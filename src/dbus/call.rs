@@ -2,12 +2,13 @@
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
 
+use super::call_times::CallTimes;
 use super::{Answer, Call, Caller, Command};
 use crate::correlation::{Request, RequestError};
 
@@ -47,6 +48,8 @@ pub struct Calls {
     /// [`READING_MAX`]; when used up, `NotReady`.
     reading: Arc<Places>,
     refused: AtomicU64,
+    /// Held for one count, or while a scrape's text is made.
+    times: Mutex<CallTimes>,
 }
 
 /// The calls of one kind that may wait at one time, of which one caller takes only a part: one that floods leaves the others
@@ -112,6 +115,7 @@ impl Calls {
             adding: Places::new(ADDING_MAX, ADDING_MAX / 2),
             reading: Places::new(READING_MAX, READING_MAX / 2),
             refused: AtomicU64::new(0),
+            times: Mutex::default(),
         }
     }
 
@@ -124,24 +128,8 @@ impl Calls {
             Call::Request(Request::AddExport { .. } | Request::EnsureVmExport(_))
             | Call::CreateImage(_)
             | Call::BeginBackup(_) => &self.adding,
-            Call::Request(_)
-            | Call::Rescan
-            | Call::Reload
-            | Call::EndSession(_)
-            | Call::PruneMappings { .. }
-            | Call::FinishBackup(_)
-            | Call::DeleteBackup { .. }
-            | Call::SetLogLevel(_) => &self.changing,
-            Call::ResolveVolume(_)
-            | Call::Sessions(_)
-            | Call::Pins { .. }
-            | Call::Mappings
-            | Call::Backups
-            | Call::Stats
-            | Call::Explain(_)
-            | Call::History(_)
-            | Call::Measures
-            | Call::Metrics => &self.reading,
+            _ if call.changes() => &self.changing,
+            _ => &self.reading,
         };
         places.take(caller).ok_or_else(|| self.busy())
     }
@@ -150,7 +138,25 @@ impl Calls {
     ///
     /// # Errors
     /// The loop's; `NotReady` when its queue is full; `TimedOut` when it does not answer in time; `Failed` when it is gone.
-    pub async fn ask(&self, call: Call, caller: Caller) -> Result<Answer, RequestError> {
+    pub async fn ask(
+        &self,
+        method: &'static str,
+        call: Call,
+        caller: Caller,
+    ) -> Result<Answer, RequestError> {
+        let began = Instant::now();
+        let answer = self.answer_to(call, caller).await;
+        self.times().note(method, began.elapsed());
+        answer
+    }
+
+    /// The answered calls so far, for a scrape.
+    pub fn times(&self) -> MutexGuard<'_, CallTimes> {
+        // What a panic leaves is a count too few, so a poisoned lock is still good.
+        self.times.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    async fn answer_to(&self, call: Call, caller: Caller) -> Result<Answer, RequestError> {
         let within = time_for(&call);
         let (reply, answer) = oneshot::channel();
         let command = Command {

@@ -20,6 +20,7 @@
 mod access;
 mod backups;
 mod call;
+mod call_times;
 mod callers;
 pub mod client;
 mod client_backups;

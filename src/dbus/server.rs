@@ -360,7 +360,7 @@ impl Server {
         tokio::spawn(async move {
             let caller = server.callers.of(&connection, &message).await.caller;
             tracing::debug!(method, caller = caller.name, uid = caller.uid, "called");
-            let outcome = server.calls.ask(call, caller).await;
+            let outcome = server.calls.ask(method, call, caller).await;
             let response = match outcome {
                 Ok(outcome) => server.outcome(method, &message, outcome),
                 Err(error) => Err(error.into()),
@@ -425,7 +425,11 @@ impl Server {
                 &inquiries::explained(&explanation, &events, &remark),
             ),
             Answer::Measures(measures) => response(message, &measures),
-            Answer::Metrics(text) => response(message, &text),
+            Answer::Metrics(text) => {
+                let end = text.rfind("# EOF").unwrap_or(text.len());
+                let (all, end) = text.split_at(end);
+                response(message, &[all, &self.calls.times().text(), end].concat())
+            }
             Answer::Records(records) => response(message, &inquiries::records(&records)),
         }
     }
