@@ -53,6 +53,8 @@ pub struct Shape {
     pub depth: usize,
     pub connections: usize,
     pub structured: bool,
+    /// What each 4 KiB that is read begin with: [`MARK`], or zeroes where nothing was ever written.
+    pub mark: [u8; 8],
 }
 
 /// What was done in one run.
@@ -124,7 +126,7 @@ impl Load {
             hold!(share > 0, "{export}: {size} bytes are too few");
             connections.push(Connection {
                 socket,
-                replies: Replies::default(),
+                replies: Replies::of(shape.mark),
                 slots: vec![
                     Slot {
                         began: Instant::now(),
@@ -335,6 +337,7 @@ impl Tally {
     }
 }
 
-fn thread_cpu() -> Outcome<Duration> {
+/// Processor time of this thread so far.
+pub fn thread_cpu() -> Outcome<Duration> {
     Ok(clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID)?.into())
 }

@@ -53,7 +53,7 @@ struct Plan {
 
 const FULL: Plan = Plan {
     rounds: 9,
-    turn: Duration::from_millis(250),
+    turn: Duration::from_millis(150),
 };
 const QUICK: Plan = Plan {
     rounds: 5,
@@ -185,9 +185,24 @@ fn run(args: &Arguments) -> Outcome<()> {
         if outcome.is_err() && !support::interrupted() {
             ground.print_logs();
         }
-        outcome?;
+        if outcome.is_err() {
+            // What was measured before is not lost.
+            finish(args, plan, &load, began, results)?;
+            return outcome;
+        }
         left = &left[count..];
     }
+    finish(args, plan, &load, began, results)
+}
+
+/// Prints and writes what there is.
+fn finish(
+    args: &Arguments,
+    plan: Plan,
+    load: &str,
+    began: Instant,
+    mut results: Results,
+) -> Outcome<()> {
     results.machine = format!(
         "{}, load before {load} and after {}; {} rounds of {} ms a turn",
         machine::machine(),

@@ -17,6 +17,8 @@ const HEAD_BYTES_MAX: usize = 20 + 8 + MARK.len();
 pub struct Finished(pub u64);
 
 pub struct Replies {
+    /// What data begin with.
+    mark: [u8; MARK.len()],
     head: [u8; HEAD_BYTES_MAX],
     head_bytes: usize,
     /// Data bytes that are not looked at, and who is finished after them.
@@ -24,9 +26,10 @@ pub struct Replies {
     finished: Option<u64>,
 }
 
-impl Default for Replies {
-    fn default() -> Replies {
+impl Replies {
+    pub fn of(mark: [u8; MARK.len()]) -> Replies {
         Replies {
+            mark,
             head: [0; HEAD_BYTES_MAX],
             head_bytes: 0,
             skip: 0,
@@ -147,7 +150,7 @@ impl Replies {
             return Ok(Head::Needs(head + mark));
         }
         hold!(
-            self.head[head..head + mark] == MARK[..mark],
+            self.head[head..head + mark] == self.mark[..mark],
             "what was read is not what the disk holds"
         );
         Ok(Head::Whole {

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use socket2::Socket;
 
 use crate::cost;
-use crate::load::{Load, Op, Shape, Tally};
+use crate::load::{Load, MARK, Op, Shape, Tally, thread_cpu};
 use crate::servers::{EXPORT, ILL, Server};
 use crate::support::client::{CMD_DISC, CMD_READ, CMD_TRIM, Go, negotiate, request};
 use crate::support::fuse_disk::ALL;
@@ -74,6 +74,7 @@ pub fn warm(server: &Server) -> Outcome<()> {
         depth: 8,
         connections: 1,
         structured: false,
+        mark: MARK,
     };
     let mut load = Load::open(&server.endpoint, EXPORT, shape)?;
     let mut bytes = 0;
@@ -130,6 +131,7 @@ fn sample(tally: &Tally, cpu: Duration, in_bytes: bool) -> Sample {
 
 fn connect(server: &Server, time: Duration) -> Outcome<Sample> {
     let before = cost::cpu(server.pid)?;
+    let own = thread_cpu()?;
     let began = Instant::now();
     let mut latencies = crate::histogram::Histogram::default();
     let mut count = 0;
@@ -147,6 +149,7 @@ fn connect(server: &Server, time: Duration) -> Outcome<Sample> {
         cpu_us_per_op: Some(cpu.as_secs_f64() * 1e6 / f64::from(count)),
         p50_us: Some(latencies.percentile(50)),
         p99_us: Some(latencies.percentile(99)),
+        own_share: Some(thread_cpu()?.saturating_sub(own).as_secs_f64() / seconds),
         ..Sample::default()
     })
 }
@@ -261,6 +264,7 @@ fn huge_requests(server: &Server, done: &AtomicBool) -> Outcome<()> {
         depth: 1,
         connections: 1,
         structured: false,
+        mark: MARK,
     };
     let mut load = Load::open(&server.endpoint, EXPORT, shape)?;
     while !done.load(Ordering::Relaxed) {
