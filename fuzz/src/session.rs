@@ -1,5 +1,5 @@
 //! A whole session over a real socket against a model of the disk: random operations, valid and not. After each the reply is one
-//! that the model allows, and at the end the image's bytes are the model's. Some inputs are raw bytes instead.
+//! that the model allows, and the image's bytes are the model's. Some inputs are raw bytes instead.
 
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -8,7 +8,7 @@ use std::sync::{Arc, OnceLock, RwLock, mpsc};
 use std::time::Duration;
 
 use nbdtrack::correlation::{EndHow, ExportName, Generation, LeaseEnd};
-use nbdtrack::image::{BlockSizes, Extent, Image, NoWait, Span, ZeroFlags};
+use nbdtrack::image::{Allocation, BlockSizes, Extent, Image, NoWait, Span, ZeroFlags};
 use nbdtrack::nbd::wire::{cmd, cmd_flag, option};
 use nbdtrack::nbd::{Door, Limits};
 
@@ -18,6 +18,10 @@ const SIZE: usize = 64 << 10;
 /// A reply that takes longer is a hang: nothing here waits for anything.
 const PATIENCE: Duration = Duration::from_secs(20);
 const OPERATIONS_MAX: usize = 64;
+/// What the model's disk keeps or does not keep.
+const GRAIN: usize = 512;
+/// proto.md "base:allocation": it reads as zeroes.
+const STATE_ZERO: u64 = 2;
 
 pub fn run(data: &[u8]) {
     static DOOR: OnceLock<Door> = OnceLock::new();
@@ -41,8 +45,10 @@ pub fn run(data: &[u8]) {
         headers: how & 3,
         model: vec![0; SIZE],
         cookie: 0,
+        context: None,
+        states: Vec::new(),
     };
-    session.agree(&name);
+    session.agree(&name, how & 16 != 0);
     if how & 8 != 0 {
         // Whatever the peer says, it ends with the peer. A peer that is cut off may see no more than that.
         let _ = session.socket.write_all(input.0);
@@ -53,11 +59,11 @@ pub fn run(data: &[u8]) {
         while !input.is_empty() && count < OPERATIONS_MAX {
             session.operate(&mut input);
             count += 1;
+            assert!(
+                *image.bytes.read().unwrap() == session.model,
+                "the image is not the model"
+            );
         }
-        assert!(
-            *image.bytes.read().unwrap() == session.model,
-            "the image is not the model"
-        );
     }
     drop(session);
     let (told, ended) = mpsc::channel();
@@ -80,10 +86,14 @@ struct Session {
     headers: u8,
     model: Vec<u8>,
     cookie: u64,
+    /// Of base:allocation, when it was selected.
+    context: Option<u32>,
+    /// What the last reply said of it: lengths and flags.
+    states: Vec<(u64, u64)>,
 }
 
 impl Session {
-    fn agree(&mut self, name: &ExportName) {
+    fn agree(&mut self, name: &ExportName, status: bool) {
         self.take(18);
         self.put(&3_u32.to_be_bytes());
         match self.headers {
@@ -91,13 +101,15 @@ impl Session {
             2 => self.choose(option::EXTENDED_HEADERS, &[]),
             _ => {}
         }
-        let mut go = u32::try_from(name.as_str().len())
-            .unwrap()
-            .to_be_bytes()
-            .to_vec();
-        go.extend(name.as_str().as_bytes());
-        go.extend([0, 0]);
-        self.choose(option::GO, &go);
+        let mut choice = text(name.as_str());
+        if status && matches!(self.headers, 1 | 2) {
+            let mut contexts = choice.clone();
+            contexts.extend(1_u32.to_be_bytes());
+            contexts.extend(text("base:allocation"));
+            self.choose(option::SET_META_CONTEXT, &contexts);
+        }
+        choice.extend([0, 0]);
+        self.choose(option::GO, &choice);
     }
 
     fn choose(&mut self, code: u32, data: &[u8]) {
@@ -109,10 +121,11 @@ impl Session {
         loop {
             let head = self.take(20);
             let length = number(&head[16..20]);
-            self.take(usize::try_from(length).unwrap());
+            let data = self.take(usize::try_from(length).unwrap());
             match number(&head[12..16]) {
                 1 => return,
                 3 => {}
+                4 => self.context = u32::try_from(number(&data[..4])).ok(),
                 refused => panic!("option {code} is answered with {refused:#x}"),
             }
         }
@@ -138,6 +151,17 @@ impl Session {
                 - length;
         }
         let extended = self.headers == 2;
+        // A status of what a payload names, which this client knows how to write.
+        let filter = self
+            .context
+            .filter(|_| extended && kind == cmd::BLOCK_STATUS && fill & 4 != 0);
+        if filter.is_some() {
+            flags = cmd_flag::PAYLOAD_LEN | flags & cmd_flag::REQ_ONE;
+        }
+        let effect = length;
+        if filter.is_some() {
+            length = 12;
+        }
         let writes = kind == cmd::WRITE;
         if extended && writes {
             flags |= cmd_flag::PAYLOAD_LEN;
@@ -147,7 +171,7 @@ impl Session {
         } else {
             writes
         };
-        if twist & 2 != 0 && fill & 0x10 != 0 && !payload {
+        if twist & 2 != 0 && fill & 0x10 != 0 && !payload && filter.is_none() {
             length = if extended { u64::MAX } else { u32::MAX.into() } - u64::from(fill);
         }
         if kind == cmd::FLUSH && twist & 1 == 0 {
@@ -172,7 +196,11 @@ impl Session {
         } else {
             bytes.extend(u32::try_from(length).unwrap().to_be_bytes());
         }
-        if payload {
+        if let Some(id) = filter {
+            bytes.extend(effect.to_be_bytes());
+            bytes.extend(id.to_be_bytes());
+            length = effect;
+        } else if payload {
             bytes.extend(std::iter::repeat_n(fill, usize::try_from(length).unwrap()));
         }
         self.put(&bytes);
@@ -183,7 +211,7 @@ impl Session {
                 .is_some_and(|end| end <= SIZE as u64);
         let plain = flags
             & !(cmd_flag::FUA
-                | if writes && extended {
+                | if writes && extended || filter.is_some() {
                     cmd_flag::PAYLOAD_LEN
                 } else {
                     0
@@ -192,7 +220,7 @@ impl Session {
         let known = matches!(
             kind,
             cmd::READ | cmd::WRITE | cmd::TRIM | cmd::CACHE | cmd::WRITE_ZEROES
-        );
+        ) || kind == cmd::BLOCK_STATUS && self.context.is_some();
         let must = plain && (known && inside || kind == cmd::FLUSH && offset == 0 && length == 0);
         let from = usize::try_from(offset).unwrap_or(SIZE).min(SIZE);
         let to = from
@@ -212,10 +240,27 @@ impl Session {
                     cmd::READ => assert!(data == self.model[from..to], "read {offset}+{length}"),
                     cmd::WRITE => self.model[from..to].fill(fill),
                     cmd::WRITE_ZEROES | cmd::TRIM => self.model[from..to].fill(0),
+                    cmd::BLOCK_STATUS => self.judge_states(from, to, flags),
                     _ => {}
                 }
             }
             Err(error) => assert!(!must, "{kind} {flags:#x} {offset}+{length}: error {error}"),
+        }
+    }
+
+    /// Each stretch lies within what was asked, and what is said to be zeroes is.
+    fn judge_states(&self, from: usize, to: usize, flags: u16) {
+        assert!(!self.states.is_empty(), "a status of nothing");
+        if flags & cmd_flag::REQ_ONE != 0 {
+            assert_eq!(self.states.len(), 1, "more than one was not asked for");
+        }
+        let mut at = from;
+        for (bytes, state) in &self.states {
+            let end = at + usize::try_from(*bytes).unwrap();
+            assert!(at < end && end <= to, "{at}..{end} of {from}..{to}");
+            let zeroes = self.model[at..end].iter().all(|byte| *byte == 0);
+            assert!(zeroes || state & STATE_ZERO == 0, "{at}..{end} has data");
+            at = end;
         }
     }
 
@@ -226,6 +271,7 @@ impl Session {
         }
         let mut data = vec![0; if read { length.min(SIZE) } else { 0 }];
         let mut error = None;
+        self.states.clear();
         loop {
             let magic = number(&self.take(4));
             if magic == 0x6744_6698 {
@@ -251,6 +297,18 @@ impl Session {
                 1 => {
                     let at = usize::try_from(number(&payload[..8])).unwrap() - from;
                     data[at..at + payload.len() - 8].copy_from_slice(&payload[8..]);
+                }
+                5 => {
+                    assert_eq!(u32::try_from(number(&payload[..4])).ok(), self.context);
+                    let states = payload[4..].chunks(8);
+                    self.states
+                        .extend(states.map(|s| (number(&s[..4]), number(&s[4..]))));
+                }
+                6 => {
+                    assert_eq!(u32::try_from(number(&payload[..4])).ok(), self.context);
+                    let states = payload[8..].chunks(16);
+                    self.states
+                        .extend(states.map(|s| (number(&s[..8]), number(&s[8..]))));
                 }
                 kind if kind & 0x8000 != 0 => error = Some(number(&payload[..4])),
                 _ => {}
@@ -282,6 +340,13 @@ impl Session {
             .expect("the server answers");
         bytes
     }
+}
+
+/// A string of an option.
+fn text(text: &str) -> Vec<u8> {
+    let mut bytes = u32::try_from(text.len()).unwrap().to_be_bytes().to_vec();
+    bytes.extend(text.as_bytes());
+    bytes
 }
 
 fn number(bytes: &[u8]) -> u64 {
@@ -352,6 +417,26 @@ impl Image for Memory {
     }
     fn cache(&self, _at: Extent) -> io::Result<()> {
         Ok(())
+    }
+    /// What is zeroes is a hole, by [`GRAIN`].
+    fn allocation(&self, at: Span, stretches_max: usize) -> io::Result<Vec<Allocation>> {
+        let bytes = self.bytes.read().unwrap();
+        let mut from = usize::try_from(at.offset()).unwrap();
+        let end = from + usize::try_from(at.len()).unwrap();
+        let mut found: Vec<Allocation> = Vec::new();
+        while from < end {
+            let to = (from / GRAIN * GRAIN + GRAIN).min(end);
+            let hole = bytes[from..to].iter().all(|byte| *byte == 0);
+            let count = (to - from) as u64;
+            let full = found.len() == stretches_max;
+            match found.last_mut() {
+                Some(last) if last.hole == hole => last.bytes += count,
+                _ if full => break,
+                _ => found.push(Allocation { bytes: count, hole }),
+            }
+            from = to;
+        }
+        Ok(found)
     }
     fn can_discard(&self) -> bool {
         true
