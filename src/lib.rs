@@ -12,7 +12,7 @@
 //! | [`config`] | PURE parsing of `nbdtrack.toml` and `conf.d`, and the reading of files beside it | `correlation`, `identity` |
 //! | [`udev`] | EDGE: the kernel's and udev's events, and the survey | `correlation`, `identity` |
 //! | [`files`] | EDGE: what stands under the paths of exports that are files | `image`, `correlation`, `identity` |
-//! | [`mapping`] | EDGE: what is durable: exports made at run time, releases, conflicts | `correlation`, `identity` |
+//! | [`mapping`] | EDGE: what is durable: exports made at run time, releases, conflicts, pins, backups, the table of VMs' disks, the audit trail | `correlation`, `identity` |
 //! | [`claim`] | EDGE: which disks udev's rules keep the machine's hands off; its `list` and `spec` are pure | `udev`, `correlation`, `identity` |
 //! | [`image`] | EDGE: one opened disk: read, write, flush, zero, discard | `correlation`, `identity`, `sync` |
 //! | [`nbd`] | EDGE: clients; its `wire`, `command` and `handshake` are pure | `image`, `correlation`, `sync` |

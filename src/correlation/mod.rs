@@ -8,7 +8,7 @@
 //!
 //! What this costs: work of several steps (add, remove, detach) is written as records that wait for their
 //! events, where a task of its own would read as a line of awaits. What it gives: one owner, no
-//! lock, and a simulation that drives a million schedules through the same code that ships.
+//! lock, and a simulation that drives a hundred thousand schedules through the same code that ships.
 
 mod answers;
 pub mod backup_name;
