@@ -233,3 +233,33 @@ fn a_full_store_keeps_what_came_meanwhile_as_soon_as_there_is_room() -> Outcome<
         place.scene.stop()
     })
 }
+
+/// SQLite clears the index of its log, which it maps, with the first write after an opening: the kernel ended the process where the file
+/// system had room for a byte of each page and not for all of it.
+#[test]
+fn a_store_without_room_for_its_index_is_told_and_ends_no_process() -> Outcome<()> {
+    real("room for the store's index", NEEDS, |ground| {
+        let mut place = begin(ground)?;
+        place.scene.stop()?;
+        let filler = fill(&place.mounted.0)?;
+        let file = std::fs::OpenOptions::new().write(true).open(&filler)?;
+        // More than SQLite asks for, which is 1 KiB of each of 8 pages, and its first write; less than the index.
+        file.set_len(file.metadata()?.len() - (20 << 10))?;
+        file.sync_all()?;
+        // What is open is not free when it is removed.
+        drop(file);
+        let Err((status, said)) = place.scene.home.try_start()? else {
+            trouble!("it began without room");
+        };
+        hold!(status.code().is_some(), "{status}: {said}");
+        hold!(said.contains("no room on the disk"), "{status}: {said}");
+
+        std::fs::remove_file(&filler)?;
+        place.scene.start()?;
+        place
+            .scene
+            .client
+            .reach_state("vol-a", "Serving", STEP_LIMIT)?;
+        place.scene.stop()
+    })
+}
