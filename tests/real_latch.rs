@@ -1,6 +1,7 @@
 //! Invariant 9 on disks that really fail: once a flush or a durable write has failed, no later one of any connection succeeds until
 //! the export has a new generation, however well the disk is again; and what was promised before is on the disk.
 
+mod raw_file;
 mod support;
 
 use std::fs::File;
@@ -8,6 +9,10 @@ use std::io::Write;
 use std::path::Path;
 use std::time::Duration;
 
+use nbdtrack::identity::Format;
+use nbdtrack::image::beneath::Roots;
+use nbdtrack::image::block::Claims;
+use nbdtrack::image::{Extent, Image, qcow2, raw};
 use support::chorus::{Chorus, Score};
 use support::client::Client;
 use support::dice::{self, Dice};
@@ -156,6 +161,70 @@ fn a_file_whose_file_system_loses_a_write_is_latched_as_a_disk_is() -> Outcome<(
         drop(healer);
         scene.stop()
     })
+}
+
+/// NFS tells a writer of the error of earlier writes, which were acknowledged, and holds it for told: the flush that followed, on the same
+/// descriptor, succeeded, and they were gone. Here the test syncs that descriptor in the kernel's place.
+#[test]
+fn an_error_that_the_writers_descriptor_was_told_fails_the_next_flush_all_the_same() -> Outcome<()>
+{
+    let needs = [MOUNTS, &[Need::Tool("qemu-img")]].concat();
+    real("write-back error told to a writer", &needs, |ground| {
+        for format in [Format::Raw, Format::Qcow2] {
+            let disk = FuseDisk::make(ground.path(), format.name(), 16 << 20)?;
+            let node = disk.device.node();
+            process::succeed("mkfs.ext4", &["-q", "-O", "^has_journal", &node], LIMIT)?;
+            let at = ground.file(&format!("{}.files", format.name()));
+            let mounted = Mounted::new(at, &["-o", "errors=continue", &node])?;
+            let path = mounted.0.join("a");
+            let name = path.to_string_lossy();
+            let create = ["create", "-q", "-f", format.name(), &name, "4M"];
+            process::succeed("qemu-img", &create, LIMIT)?;
+            let roots = Roots::new(vec![mounted.0.clone()]);
+            let (order, claims) = (raw_file::order_as(&path, &roots, format), Claims::default());
+            let image: Box<dyn Image> = match format {
+                Format::Raw => Box::new(raw::open(&order, &roots, &claims)?),
+                Format::Qcow2 => Box::new(qcow2::open(&order, &roots, &claims)?),
+            };
+            let healer = disk.healer();
+            let Some(place) = Extent::checked(0, 65536, image.size()) else {
+                trouble!("{} bytes", image.size());
+            };
+            image.write(place, &[1; 65536], false)?;
+            image.flush()?;
+            disk.fail(WRITES);
+            image.write(place, &[2; 65536], false)?;
+            sync_the_writer(&path)?;
+            drop(healer);
+            let said = image.flush().map_err(|error| error.raw_os_error());
+            hold!(
+                said == Err(Some(libc::EIO)),
+                "a flush after a loss: {said:?}"
+            );
+            hold!(image.latched(), "and the next one could succeed");
+        }
+        Ok(())
+    })
+}
+
+/// Fails, as it should, on the descriptor that the file is written through: the one that has its locks.
+fn sync_the_writer(path: &Path) -> Outcome<()> {
+    for entry in std::fs::read_dir("/proc/self/fd")? {
+        let entry = entry?;
+        if !std::fs::read_link(entry.path()).is_ok_and(|target| target == path) {
+            continue;
+        }
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let facts = std::fs::read_to_string(format!("/proc/self/fdinfo/{name}"))?;
+        if facts.contains("lock:") {
+            let number: libc::c_int = name.parse()?;
+            // SAFETY: a number; the descriptor is the image's and stays open.
+            let done = unsafe { libc::fdatasync(number) };
+            hold!(done < 0, "its writer was told of no error");
+            return Ok(());
+        }
+    }
+    trouble!("nothing holds {}", path.display())
 }
 
 #[test]

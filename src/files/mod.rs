@@ -370,7 +370,7 @@ fn look_up(roots: &Roots, claims: &Claims, file: &Identity, watcher: Option<&Wat
     }
     let found = found.and_then(|found| match claims.intruder(found.incarnation) {
         // What is done to it from now on is not ours to serve: the lease ends, and no new one begins while they are there.
-        Some(by) => Err(format!("{path}: its lock was lost: {by}")),
+        Some(by) => Err(format!("{path}: {by}")),
         None => seen(path, format, &found),
     });
     (found, places)

@@ -224,7 +224,7 @@ impl Block {
     fn make_durable(&self, done: io::Result<()>) -> io::Result<()> {
         match done {
             Ok(()) => self.flush(),
-            // No room: nothing was taken that could be lost, and what was acknowledged before is not in doubt.
+            // No room, for this or for what was acknowledged before (see `claim`): of that the next flush has to hear yet.
             Err(e) if is_full(&e) => Err(e),
             Err(e) => {
                 self.claim.durable.latch();
@@ -294,7 +294,10 @@ impl Image for Block {
     }
 
     fn flush(&self) -> io::Result<()> {
-        self.claim.durable.sync(|| Ok(self.file().sync_data()?))
+        self.claim.durable.sync(|| match self.claim.syncs() {
+            Some(file) => Ok(file.sync_data()?),
+            None => Ok(self.file().sync_data()?),
+        })
     }
 
     fn zero(&self, at: Extent, flags: ZeroFlags) -> io::Result<()> {

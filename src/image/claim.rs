@@ -2,10 +2,14 @@
 //!
 //! A name can come to mean another disk between any two calls, a descriptor cannot. So: a descriptor of what stands under
 //! the name that does not open it (`O_PATH`), what it is, the real open through that descriptor, and then everything that
-//! was promised is asked of what is open. What differs between a disk and a file is its [`Subject`].
+//! was promised is asked of what is open. What differs between a disk and a file is its [`Subject`]; whose turn it is to
+//! open one stands in `place`.
 //!
-//! A disk that hangs keeps one thread here, in its open or in its last close. Others who want it wait for that no
-//! longer than they were told to, and behind an open that is late not at all; other disks never wait (invariant 11).
+//! **What has become durable is asked of a descriptor that nothing is written through.** The kernel tells a write-back error to each open
+//! file description once (`errseq_t`, kernel `Documentation/core-api/errseq.rst`), and a file system may tell it to a writer: NFS
+//! answers a write with the ENOSPC, EDQUOT or EFBIG of earlier ones, which were acknowledged, and takes it as told (`fs/nfs/file.c`,
+//! `nfs_file_write`). A later fdatasync(2) of the same description then succeeds, and what was lost is never heard of. Block devices tell it to
+//! nobody but who syncs (`block/fops.c`, `blkdev_write_iter`, `blkdev_fsync`): of them one description does for both.
 
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
@@ -13,22 +17,19 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use super::direct::Direct;
 use super::durable::Durable;
-use super::lock::{Use, in_the_way};
 use super::medium::Medium;
 pub use super::open_error::OpenError;
+use super::place::{Closed, Place, Turn, lock};
 use super::qcow2::Core;
 use crate::correlation::{DeviceNumber, DiskSeq, OpenDisk};
 
 /// How often the size is read before two readings in a row have to be the same. After a node is used
 /// again the kernel can show the last disk's size for a moment.
 const SIZE_READINGS: usize = 5;
-/// No order waits longer than this for another open or a close of its disk.
-const WAIT_MAX: Duration = Duration::from_secs(60);
 
 /// What is to be opened, and what has to be asked of it. Every call may block.
 pub(super) trait Subject {
@@ -65,26 +66,6 @@ pub struct Claims {
     disks: Mutex<BTreeMap<DiskSeq, Arc<Place>>>,
 }
 
-/// One disk of this process: opened by one caller at a time, and never before the last descriptor of it is
-/// closed, which O_EXCL would otherwise refuse as if a stranger had it.
-#[derive(Default)]
-struct Place {
-    /// Held for a few instructions, never across a system call.
-    state: Mutex<State>,
-    /// A turn or a close has ended. Waiters are opens of this one disk, each until its own deadline; notified
-    /// when a [`Turn`] or a [`Claim`] is dropped.
-    ended: Condvar,
-}
-
-#[derive(Default)]
-struct State {
-    /// By when the open that has its turn was to be done.
-    opening: Option<Instant>,
-    /// Whether descriptors are open, also those of a claim that is just being dropped.
-    held: bool,
-    claim: Weak<Claim>,
-}
-
 /// One disk or file, held until the last image of it is dropped.
 pub struct Claim {
     pub number: DeviceNumber,
@@ -97,22 +78,14 @@ pub struct Claim {
     held_for_writing: AtomicBool,
     /// A second, writable descriptor under the same claim, where the first one is read-only.
     writable: OnceLock<File>,
+    /// Of a file that is written: its syncs go through this, and nothing else does.
+    syncs: OnceLock<File>,
     /// Shared by all images of the disk: a write-back error of one is an error of all (invariant 9).
     pub durable: Durable,
     /// Of a QCOW2 image what all images of the file share.
     pub(super) core: OnceLock<Arc<Core>>,
     /// The last field, so that it is dropped when the descriptors above are closed.
     _closed: Closed,
-}
-
-/// Says, when it is dropped, that the descriptors of a claim are closed.
-struct Closed(Arc<Place>);
-
-impl Drop for Closed {
-    fn drop(&mut self) {
-        lock(&self.0.state).held = false;
-        self.0.ended.notify_all();
-    }
 }
 
 impl Claim {
@@ -126,7 +99,15 @@ impl Claim {
         &self.held
     }
 
-    fn is_held_for_writing(&self) -> bool {
+    /// What syncs go through; `None` while nothing can have been written through this claim. Once it is there it stays.
+    pub(super) fn syncs(&self) -> Option<&File> {
+        match self.medium {
+            Medium::File => self.syncs.get(),
+            Medium::Disk => self.is_held_for_writing().then(|| self.file()),
+        }
+    }
+
+    pub(super) fn is_held_for_writing(&self) -> bool {
         self.held_for_writing.load(Ordering::Acquire)
     }
 }
@@ -168,7 +149,7 @@ pub(super) fn open(
         None => claim_new(order, subject, &place)?,
     };
     let opened = complete(order, subject, claim, read_only)?;
-    lock(&place.state).claim = Arc::downgrade(&opened.claim);
+    place.is_claimed(&opened.claim);
     Ok(opened)
 }
 
@@ -193,37 +174,10 @@ fn complete(
     })
 }
 
-/// Looks at the locks of a file that is open, and how long they are apart: who finds it taken is gone again within less.
-const LOCK_LOOKS: usize = 4;
-const LOCK_LOOKS_APART: Duration = Duration::from_millis(150);
-
 impl Claims {
-    /// Who is in a file that this process has open, and that its locks were to keep out: then they were lost. `None` when it has no such
-    /// file, or nobody is. Blocks as its file system does, and for half a second where someone is in the way.
-    pub fn intruder(&self, file: DiskSeq) -> Option<String> {
-        let place = lock(&self.disks).get(&file).cloned()?;
-        for turn in 0..LOCK_LOOKS {
-            let until = Instant::now() + LOCK_LOOKS_APART * u32::from(turn > 0);
-            let mut state = lock(&place.state);
-            // Its opens and closes wake this up, too.
-            while let Some(woken) = place.wait(state, until) {
-                state = woken;
-            }
-            let claim = lock(&place.state).claim.upgrade()?;
-            if claim.medium != Medium::File || lock(&place.state).opening.is_some() {
-                return None;
-            }
-            let held = if claim.is_held_for_writing() {
-                Use::Write
-            } else {
-                Use::Read
-            };
-            let by = in_the_way(&claim.held, held)?;
-            if turn + 1 == LOCK_LOOKS {
-                return Some(by);
-            }
-        }
-        None
+    /// What is open of `disk`, if this process has it, and whether it keeps a place for it.
+    pub(super) fn known(&self, disk: DiskSeq) -> Option<Arc<Place>> {
+        lock(&self.disks).get(&disk).cloned()
     }
 
     fn place(&self, diskseq: DiskSeq) -> Arc<Place> {
@@ -232,73 +186,6 @@ impl Claims {
         disks.retain(|_, place| Arc::strong_count(place) > 1);
         Arc::clone(disks.entry(diskseq).or_default())
     }
-}
-
-/// The one open of a disk that is under way.
-struct Turn<'a> {
-    place: &'a Place,
-    deadline: Instant,
-}
-
-impl Turn<'_> {
-    fn take<'a>(place: &'a Place, order: &OpenDisk) -> Result<Turn<'a>, OpenError> {
-        let deadline = Instant::now() + order.within.min(WAIT_MAX);
-        let mut state = lock(&place.state);
-        while let Some(other) = state.opening {
-            // Invariant 11: behind an open that is late no other thread waits.
-            let until = other.min(deadline);
-            state = place.wait(state, until).ok_or_else(|| OpenError::Hangs {
-                node: order.node.clone(),
-            })?;
-        }
-        state.opening = Some(deadline);
-        Ok(Turn { place, deadline })
-    }
-
-    /// The claim on the disk; `None` when there is none, and no descriptor of an earlier one.
-    fn claim(&self, order: &OpenDisk) -> Result<Option<Arc<Claim>>, OpenError> {
-        let mut state = lock(&self.place.state);
-        loop {
-            if let Some(claim) = state.claim.upgrade() {
-                return Ok(Some(claim));
-            }
-            if !state.held {
-                return Ok(None);
-            }
-            state = self
-                .place
-                .wait(state, self.deadline)
-                .ok_or_else(|| OpenError::Busy {
-                    node: order.node.clone(),
-                    by: "nbdtrack, whose last close of it has not ended".to_owned(),
-                })?;
-        }
-    }
-}
-
-impl Drop for Turn<'_> {
-    fn drop(&mut self) {
-        lock(&self.place.state).opening = None;
-        self.place.ended.notify_all();
-    }
-}
-
-impl Place {
-    /// Waits for a change; `None` when the time is over.
-    fn wait<'a>(
-        &self,
-        state: MutexGuard<'a, State>,
-        until: Instant,
-    ) -> Option<MutexGuard<'a, State>> {
-        let left = until.checked_duration_since(Instant::now())?;
-        let waited = self.ended.wait_timeout(state, left);
-        Some(waited.unwrap_or_else(PoisonError::into_inner).0)
-    }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // Every change under these locks is one assignment, so a poisoned lock is still good.
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Opens what no one of this process has open; the caller has the turn.
@@ -326,11 +213,16 @@ fn claim_new(
     let read_only = read_only || medium.read_only(&held).map_err(refused)?;
     let held_writable = order.write && !read_only;
     subject.hold(&held, held_writable, true)?;
+    let syncs = match medium {
+        Medium::File if held_writable => Some(another(subject, &held)?),
+        Medium::File | Medium::Disk => None,
+    };
+    let syncs = kept(syncs);
     let file_system = match medium {
         Medium::Disk => None,
         Medium::File => Some(held.metadata().map_err(refused)?.dev()),
     };
-    lock(&place.state).held = true;
+    let closed = place.is_held();
     let claim = Claim {
         number: order.number,
         medium,
@@ -338,9 +230,10 @@ fn claim_new(
         held,
         held_for_writing: AtomicBool::new(held_writable),
         writable: OnceLock::new(),
+        syncs,
         durable: Durable::default(),
         core: OnceLock::new(),
-        _closed: Closed(Arc::clone(place)),
+        _closed: closed,
     };
     Ok((Arc::new(claim), read_only || !order.write))
 }
@@ -369,9 +262,24 @@ fn share(order: &OpenDisk, subject: &dyn Subject, claim: &Claim) -> Result<bool,
             Err(e) => return Err(refused(e)),
         }
     }
+    if claim.medium == Medium::File && claim.syncs.get().is_none() {
+        let _first = claim.syncs.set(another(subject, claim.file())?);
+    }
     subject.hold(&claim.held, true, false)?;
     claim.held_for_writing.store(true, Ordering::Release);
     Ok(false)
+}
+
+fn kept(file: Option<File>) -> OnceLock<File> {
+    file.map_or_else(OnceLock::new, OnceLock::from)
+}
+
+/// Another open file description of what `opened` is, to be synced through, before anything is written through `opened`. Writable as that one:
+/// there are file systems that sync nothing of a reader. Its end takes no lock along: the locks are of the other description (see `lock`).
+fn another(subject: &dyn Subject, opened: &File) -> Result<File, OpenError> {
+    let another = reopen(opened, true, 0).map_err(|e| subject.refused(e))?;
+    subject.same(&another)?;
+    Ok(another)
 }
 
 /// One more descriptor of what is claimed: O_DIRECT belongs to a descriptor, and others share the claim without it.

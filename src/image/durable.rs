@@ -10,7 +10,8 @@ use crate::sync::{Condvar, Mutex, MutexGuard};
 /// Why a sync made not all durable.
 #[derive(Debug, Error)]
 pub enum NotDurable {
-    /// Something that waits in memory had no room in the file; nothing was given to the kernel and lost, and a later sync writes it.
+    /// Something that waits in memory had no room in the file: it waits on, and a later sync writes it. That one also says what became of all
+    /// that the kernel was given before.
     #[error("no room for what is to be written: {0}")]
     NoRoom(io::Error),
     /// What the kernel had may be lost, and would be told so only once.

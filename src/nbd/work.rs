@@ -231,7 +231,7 @@ impl Step {
 /// A piece that was not the last of a request with FUA was to be durable as much as the last one (invariant 9).
 fn latch_if_lost(image: &dyn Image, fua: bool, rest: Option<Span>, done: &io::Result<()>) {
     let Err(error) = done else { return };
-    // No room: nothing was taken that could be lost, as `Image::write` and `zero` see it.
+    // No room, as `Image::write` and `zero` see it: what was acknowledged before is for the next flush to judge.
     let full = matches!(error.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT));
     if fua && rest.is_some() && !full {
         image.latch();

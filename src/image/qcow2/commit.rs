@@ -35,9 +35,8 @@ const LEAVING_MAX: usize = 64;
 impl Core {
     /// Makes everything durable that was written before. One at a time; after something was lost never again (invariant 9).
     pub(super) fn commit(&self) -> Result<(), NotDurable> {
-        let file = self.file();
         let Some(writer) = self.writer.get() else {
-            return Ok(file.sync_data()?);
+            return Ok(self.file().sync_data()?);
         };
         let mut writer = match writer.lock() {
             Ok(writer) if !self.is_broken() => writer,
@@ -46,7 +45,7 @@ impl Core {
         };
         if !writer.has_changes() {
             drop(writer);
-            let done = self.is_whole().and_then(|()| file.sync_data());
+            let done = self.is_whole().and_then(|()| self.sync());
             return self.or_broken(done.map_err(NotDurable::Lost));
         }
         let done = match self.is_whole() {
@@ -79,12 +78,12 @@ impl Core {
     fn write_metadata(&self, writer: &mut Writer) -> Result<(), NotDurable> {
         let (file, header) = (self.file(), &self.header);
         put(writer.refs.write_counts(file))?;
-        file.sync_data()?;
+        self.sync()?;
         if writer.refs.table_is_dirty() {
             put(writer.refs.write_table(file))?;
-            file.sync_data()?;
+            self.sync()?;
             if let Some(before) = put(writer.refs.write_place(file))? {
-                file.sync_data()?;
+                self.sync()?;
                 writer.given_up.push(before);
             }
         }
@@ -95,13 +94,13 @@ impl Core {
                 writer.dirty.remove(&slice);
             }
             if !writer.dirty_l1.is_empty() {
-                file.sync_data()?;
+                self.sync()?;
                 while let Some(&index) = writer.dirty_l1.first() {
                     put(self.tables.write_l1(file, header, index))?;
                     writer.dirty_l1.remove(&index);
                 }
             }
-            file.sync_data()?;
+            self.sync()?;
         }
         Ok(self.let_go(writer)?)
     }
@@ -146,17 +145,24 @@ impl Core {
         Ok(())
     }
 
+    /// fdatasync(2). Its ENOSPC is of what was taken before, and lost; no writer hears of it in place of this one.
+    fn sync(&self) -> io::Result<()> {
+        let syncs = self.syncs.get().ok_or_else(damaged)?;
+        syncs.sync_data()
+    }
+
     /// Clears what the format wants cleared by a writer that does not know of it, before anything is changed.
     pub(super) fn clear_autoclear(&self) -> io::Result<()> {
         if self.header.autoclear == 0 {
             return Ok(());
         }
         self.file().write_all_at(&[0; 8], 88)?;
-        self.file().sync_data()
+        self.sync()
     }
 }
 
-/// What a write of metadata says: the file may have no room for it, and then it waits on.
+/// What a write of metadata says: the file may have no room for it, and then it waits on. Where it says so of what was written before, the
+/// next sync does, too.
 fn put<T>(done: io::Result<T>) -> Result<T, NotDurable> {
     done.map_err(|error| match is_full(&error) {
         true => NotDurable::NoRoom(error),
@@ -211,7 +217,8 @@ mod tests {
         let core = Core::open(reading, header, bytes, None, None)
             .unwrap()
             .unwrap();
-        core.prepare(file.try_clone().unwrap()).unwrap().unwrap();
+        let [writing, syncs] = [(), ()].map(|()| file.try_clone().unwrap());
+        core.prepare(writing, syncs).unwrap().unwrap();
         (file, core)
     }
 

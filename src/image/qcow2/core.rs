@@ -39,6 +39,9 @@ pub(crate) struct Core {
     reading: File,
     /// Writes, and reads once there are any, go through this.
     pub(super) writing: OnceLock<File>,
+    /// Set with `writing`. Syncs, and nothing else, go through this: what became of earlier writes can be told to a writer instead (see
+    /// `image/claim.rs`).
+    pub(super) syncs: OnceLock<File>,
     /// Where an image that is written to is read ahead.
     streams: Streams,
     /// Set with `writing`. Held while metadata change and while they are made durable: those who need a new cluster wait for that,
@@ -128,6 +131,7 @@ impl Core {
             data,
             reading: file,
             writing: OnceLock::new(),
+            syncs: OnceLock::new(),
             streams: Streams::default(),
             writer: OnceLock::new(),
             places: OnceLock::new(),

@@ -145,7 +145,11 @@ pub(super) fn ready(
             ));
         }
         let file = claim.file().try_clone().map_err(kernel)?;
-        core.prepare(file)
+        let syncs = claim
+            .syncs()
+            .ok_or_else(|| kernel(io::ErrorKind::ReadOnlyFilesystem.into()))?;
+        let syncs = syncs.try_clone().map_err(kernel)?;
+        core.prepare(file, syncs)
             .map_err(kernel)?
             .map_err(|refusal| unfit(&refusal))?;
     }
@@ -265,7 +269,7 @@ impl Qcow2 {
     fn make_durable(&self, done: io::Result<()>) -> io::Result<()> {
         match done {
             Ok(()) => self.flush(),
-            // No room: nothing was taken that could be lost, and what was acknowledged before is not in doubt.
+            // No room, for this or for what was acknowledged before (see `claim`): of that the next flush has to hear yet.
             Err(e) if is_full(&e) => Err(e),
             Err(e) => {
                 self.claim.durable.latch();

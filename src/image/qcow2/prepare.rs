@@ -28,8 +28,8 @@ use crate::image::ahead::Streams;
 const COMPARED_BYTES_MAX: u64 = 1 << 30;
 
 impl Core {
-    /// Makes an image that was opened for reading ready for writing, through `file`.
-    pub(super) fn prepare(&self, file: File) -> io::Result<Result<(), Refusal>> {
+    /// Makes an image that was opened for reading ready for writing, through `file`; `syncs` is another open file description of the same file.
+    pub(super) fn prepare(&self, file: File, syncs: File) -> io::Result<Result<(), Refusal>> {
         if self.header.data_file.is_some() {
             return Ok(Err(Refusal::DataFile));
         }
@@ -56,6 +56,7 @@ impl Core {
         Streams::instead_of_the_kernels(&file);
         // By the one who has the turn to open: each is set once.
         let _ = self.writing.set(file);
+        let _ = self.syncs.set(syncs);
         let _ = self.places.set(places);
         self.clear_autoclear()?;
         let _ = self.writer.set(Mutex::new(Writer::new(refs)));

@@ -27,14 +27,17 @@ mod q35 {
 
 /// Two mounts that share nothing in the client, so that a lock of the one is met by the other on the server alone.
 const SERVE: &str = r"set -e
-mkdir -p /srv/nfs /nfs /other /etc/systemd/system/nbdtrack.service.d
+mkdir -p /srv/nfs/small /nfs /other /small /etc/systemd/system/nbdtrack.service.d
+mount -t tmpfs -o size=4m small /srv/nfs/small
 echo '/srv/nfs 127.0.0.1(rw,sync,no_subtree_check,no_root_squash,fsid=0)' >/etc/exports
+echo '/srv/nfs/small 127.0.0.1(rw,sync,no_subtree_check,no_root_squash,fsid=1)' >>/etc/exports
 printf '[nfsd]\ngrace-time=10\n' >/etc/nfs.conf.d/bed.conf
 systemctl start nfs-server
 for place in /nfs /other; do mount -t nfs4 -o vers=4.2,nosharecache 127.0.0.1:/ $place; done
+mount -t nfs4 -o vers=4.2,nosharecache 127.0.0.1:/small /small
 nbdtrack image create /nfs/disk.qcow2 8M
-nbdtrack image create --format raw /nfs/disk.raw 8M
-printf '[Service]\nReadWritePaths=/nfs\n' >/etc/systemd/system/nbdtrack.service.d/nfs.conf
+for image in /nfs/disk.raw /small/thin.raw; do nbdtrack image create --format raw $image 8M; done
+printf '[Service]\nReadWritePaths=/nfs /small\n' >/etc/systemd/system/nbdtrack.service.d/nfs.conf
 systemctl daemon-reload
 ";
 /// A second daemon, on the other mount.
@@ -45,7 +48,7 @@ file_roots = ["/other"]
 name = "second"
 path = "/other/disk.raw"
 "#;
-const EXPORTS: &str = r#"file_roots = ["/nfs"]
+const EXPORTS: &str = r#"file_roots = ["/nfs", "/small"]
 [[export]]
 name = "image"
 path = "/nfs/disk.qcow2"
@@ -53,7 +56,13 @@ format = "qcow2"
 [[export]]
 name = "raw"
 path = "/nfs/disk.raw"
+[[export]]
+name = "thin"
+path = "/small/thin.raw"
 "#;
+/// Of `thin` more than its server has room for, in pieces.
+const TOO_MANY: usize = 96;
+const ENOSPC: u32 = 28;
 /// The bystander's, as much as an emulated guest carries beside all else.
 const PACE: Pace = Pace {
     depth: 2,
@@ -88,6 +97,7 @@ fn server_that_hangs(shape: Shape) -> Outcome<()> {
             far.push((name, client));
         }
         second_writer_is_refused(bed)?;
+        flush_hears_of_room_that_ran_out(bed)?;
 
         let bystander = Stream::start(&bed.endpoint(), "vol-a", "vol-a", PACE, 1)?;
         bystander.wait_for(50)?;
@@ -169,10 +179,40 @@ fn second_writer_is_refused(bed: &Bed) -> Outcome<()> {
         .map(drop)
 }
 
+/// The server says that it has no room when it is given the data, of writes that were acknowledged. The kernel tells that to the next writer,
+/// and held it for told: the flush after that succeeded.
+fn flush_hears_of_room_that_ran_out(bed: &Bed) -> Outcome<()> {
+    served(bed, "thin")?;
+    let mut client = Client::open(&bed.endpoint(), "thin")?;
+    let mut last = Ok(());
+    for number in 0..TOO_MANY {
+        last = client.write((number * PIECE) as u64, &piece(number), false)?;
+        if last.is_err() {
+            break;
+        }
+    }
+    if last.is_ok() {
+        bed.machine.agent.run("sync")?;
+        last = client.write(0, &piece(0), false)?;
+    }
+    hold!(
+        last == Err(ENOSPC),
+        "a write after the server had no room: {last:?}"
+    );
+    for _ in 0..2 {
+        let flushed = client.flush()?;
+        hold!(
+            flushed.is_err(),
+            "a flush after acknowledged writes were lost"
+        );
+    }
+    client.leave()
+}
+
 /// What the server has, brought to the host once nobody writes to it.
 fn take_out(bed: &mut Bed) -> Outcome<()> {
     bed.stop_daemon()?;
-    bed.machine.agent.run("umount /nfs /other")?;
+    bed.machine.agent.run("umount /small /nfs /other")?;
     for name in ["disk.qcow2", "disk.raw"] {
         let packed = bed.folder.join(format!("{name}.packed"));
         let command = format!("gzip -1c /srv/nfs/{name} | base64 -w0");
