@@ -236,6 +236,26 @@ fn a_cut_does_not_flush() {
     assert_eq!(server.image.flushes.load(Ordering::SeqCst), 0);
 }
 
+/// The close wrote what an image had in memory, and that it failed stood in the log alone: the lease was told as closed, and whoever cut it took
+/// what was acknowledged for written.
+#[test]
+fn a_cut_flushes_what_an_image_keeps_in_memory_and_says_when_that_fails() {
+    for fails in [false, true] {
+        let server = Server::new();
+        assert_eq!(server.go().ask(cmd::WRITE, 0, 0, 512), 0);
+        server.image.keeps_changes.store(true, Ordering::SeqCst);
+        server.image.fail_flush.store(fails, Ordering::SeqCst);
+        let end = server.end(CUT).recv_timeout(PATIENCE).unwrap();
+        match end {
+            LeaseEnd::Closed => assert!(!fails),
+            LeaseEnd::ClosedUnflushed(_) => assert!(fails),
+            other => panic!("{other:?}"),
+        }
+        let flushes = server.image.flushes.load(Ordering::SeqCst);
+        assert_eq!(flushes, u32::from(!fails));
+    }
+}
+
 #[test]
 fn an_unknown_generation_is_closed_already() {
     let server = Server::new();

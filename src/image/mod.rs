@@ -210,6 +210,11 @@ pub trait Image: Send + Sync {
     }
     /// Whether `discard` does anything.
     fn can_discard(&self) -> bool;
+    /// Whether acknowledged writes rest on something that only this process knows, and that a flush, or the close, writes: without either they
+    /// are lost, though the disk is well.
+    fn keeps_changes(&self) -> bool {
+        false
+    }
     /// Part of something that was to be durable has failed: no later durable call succeeds (invariant 9).
     fn latch(&self);
     /// True once a flush failed (invariant 9).

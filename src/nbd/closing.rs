@@ -164,8 +164,9 @@ impl Lease {
             .take();
         let mut end = LeaseEnd::Closed;
         if let Some(image) = taken {
-            // The lease's own last call: no session's call can begin or be inside (invariant 9).
-            let flushed = if flush && !self.facts.read_only {
+            // The lease's own last call: no session's call can begin or be inside (invariant 9). After a cut there is none, but for what an
+            // image keeps in memory: its drop would write that, wait for the same disk, and have nobody to tell that it failed.
+            let flushed = if (flush || image.keeps_changes()) && !self.facts.read_only {
                 image.flush()
             } else {
                 Ok(())

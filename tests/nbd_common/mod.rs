@@ -33,6 +33,8 @@ pub struct Memory {
     /// What `zero` was asked.
     pub zeroed: Mutex<Vec<(Extent, ZeroFlags)>>,
     pub latched: AtomicBool,
+    /// As an image that maps what was written in memory.
+    pub keeps_changes: AtomicBool,
     pub flushes: AtomicU32,
     pub inside: AtomicU32,
     /// Calls that began.
@@ -61,6 +63,7 @@ impl Memory {
             fail_from: AtomicU64::new(u64::MAX),
             zeroed: Mutex::default(),
             latched: AtomicBool::new(false),
+            keeps_changes: AtomicBool::new(false),
             flushes: AtomicU32::new(0),
             inside: AtomicU32::new(0),
             calls: AtomicU32::new(0),
@@ -220,6 +223,9 @@ impl Image for Memory {
     }
     fn can_discard(&self) -> bool {
         true
+    }
+    fn keeps_changes(&self) -> bool {
+        self.keeps_changes.load(Ordering::SeqCst)
     }
     fn latch(&self) {
         self.latched.store(true, Ordering::SeqCst);

@@ -55,6 +55,15 @@ impl Core {
         self.or_broken(done)
     }
 
+    /// Whether anything in memory is yet to be written. What a panic or a loss left of it counts: it never will be.
+    pub(super) fn keeps_changes(&self) -> bool {
+        let Some(writer) = self.writer.get() else {
+            return false;
+        };
+        let writer = writer.lock();
+        self.is_broken() || writer.map_or(true, |writer| writer.has_changes())
+    }
+
     /// After a loss nothing is written to the file's metadata any more. Also when only data were to be synced: what was lost of
     /// them must not be mapped by a later commit, whose sync could succeed.
     fn or_broken(&self, done: Result<(), NotDurable>) -> Result<(), NotDurable> {

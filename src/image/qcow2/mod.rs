@@ -402,6 +402,10 @@ impl Image for Qcow2 {
         !self.read_only
     }
 
+    fn keeps_changes(&self) -> bool {
+        self.core.keeps_changes()
+    }
+
     fn latch(&self) {
         self.claim.durable.latch();
     }
