@@ -1,6 +1,6 @@
 //! Promise: an image that ends inside of a cluster, whose tables lie upon each other, or whose file is cut off while it is served, is
 //! written as QEMU would have it or not at all.
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::panic)]
 
 mod raw_file;
 
@@ -160,6 +160,88 @@ fn an_image_that_was_cut_short_is_not_written_and_its_lost_bytes_are_never_zeroe
     poke(&path, block + 2 * end, 0x0001_0001_0000_0000);
     let image = open_qcow2(folder.path(), &path, true).unwrap();
     write(&image, 3 * MIB, 2, 4 * KIB).unwrap();
+}
+
+/// Pokes an image, at a place that it looks for.
+type Poke<'a> = &'a dyn Fn(&Path);
+
+/// The next cluster that was given out was the one that the entry named: two clusters of the guest lay in one place, and both were written.
+/// Only an image whose counts said so much was refused.
+#[test]
+fn an_entry_that_leads_behind_the_end_of_the_file_is_refused_for_writing_and_left_as_it_is() {
+    let _turn = turn();
+    const OWN: u64 = 1 << 63;
+    const COMPRESSED: u64 = 1 << 62;
+    const CLUSTER: u64 = 64 * KIB;
+    // Bits 62 to 54 of a compressed entry are how many sectors there are behind the first.
+    const SECTORS: u32 = 62 - (16 - 8);
+    let end = |path: &Path| std::fs::metadata(path).unwrap().len().div_ceil(CLUSTER) * CLUSTER;
+    let l2 = |path: &Path| number(path, number(path, 40)) & !OWN;
+    let snapshot = |path: &Path| {
+        let name = path.to_str().unwrap();
+        tool("qemu-img", &["snapshot", "-c", "before", name]);
+        // The active table is another one from here on.
+        tool("qemu-io", &["-f", "qcow2", "-c", "write -P 2 0 64k", name]);
+        number(path, number(path, number(path, 64))) & !OWN
+    };
+    let lies: [(&str, Poke<'_>); 5] = [
+        ("the next one", &|path| {
+            poke(path, l2(path) + 8 * 5, end(path) | OWN);
+        }),
+        ("one further on", &|path| {
+            poke(path, l2(path) + 8 * 5, (end(path) + 7 * CLUSTER) | OWN);
+        }),
+        ("not its own", &|path| {
+            poke(path, l2(path) + 8 * 5, end(path))
+        }),
+        ("the end of a compressed one", &|path| {
+            let entry = COMPRESSED | 3 << SECTORS | (end(path) - 512);
+            poke(path, l2(path) + 8 * 5, entry);
+        }),
+        ("a snapshot's", &|path| {
+            let table = snapshot(path);
+            poke(path, table + 8 * 5, end(path));
+        }),
+    ];
+    for (what, lie) in lies {
+        let (folder, path) = made("cluster_size=64k", &["write -P 1 0 64k"]);
+        lie(&path);
+        let before = std::fs::read(&path).unwrap();
+        let served = open_qcow2(folder.path(), &path, true);
+        if let Ok(image) = &served {
+            // What was wrong with it: the sixth cluster reads as what was written to the ninth.
+            write(image, 9 * CLUSTER, 9, CLUSTER).unwrap();
+            let mut now = vec![0; 512];
+            let read = image.read(at(5 * CLUSTER, 512), &mut now);
+            panic!("{what}: served, and reads {read:?} {:?}", &now[..4]);
+        }
+        let said = served.map(drop).unwrap_err().to_string();
+        assert!(said.contains("cut off"), "{what}: {said}");
+        assert!(std::fs::read(&path).unwrap() == before, "{what}: changed");
+        open_qcow2(folder.path(), &path, false).unwrap();
+    }
+}
+
+/// Whoever cuts an export off has to know of it: what is in memory is lost with the process.
+#[test]
+fn an_image_says_whether_it_keeps_a_mapping_in_memory() {
+    let _turn = turn();
+    let (folder, path) = made("cluster_size=64k", &["write -P 1 0 64k"]);
+    let reader = open_qcow2(folder.path(), &path, false).unwrap();
+    assert!(!reader.keeps_changes());
+    drop(reader);
+    let image = open_qcow2(folder.path(), &path, true).unwrap();
+    write(&image, 0, 2, 4 * KIB).unwrap();
+    assert!(!image.keeps_changes(), "in place");
+    write(&image, MIB, 2, 4 * KIB).unwrap();
+    assert!(image.keeps_changes());
+    image.flush().unwrap();
+    assert!(!image.keeps_changes());
+    write(&image, 2 * MIB, 2, 4 * KIB).unwrap();
+    let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
+    file.set_len(64 * KIB).unwrap();
+    assert!(image.flush().is_err());
+    assert!(image.keeps_changes(), "what cannot be written any more");
 }
 
 /// An entry that maps a cluster of the guest to a table: what the guest writes there would be the table.

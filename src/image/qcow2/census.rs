@@ -127,12 +127,21 @@ fn snapshot(file: &File, at: u64, file_bytes: u64) -> io::Result<Option<(u64, u6
 }
 
 /// References to the clusters of one window of the file.
+pub(super) struct Counted {
+    /// Of each cluster of the window.
+    pub references: Vec<u32>,
+    /// An entry names a guest's cluster behind the end of the file, of whatever window.
+    pub behind: bool,
+}
+
+/// Counts references to the clusters of one window of the file.
 pub(super) struct Census<'a> {
     file: &'a File,
     header: &'a Header,
     file_bytes: u64,
     window: Range<u64>,
     counts: Vec<u32>,
+    behind: bool,
     /// Of the first window only, so that nothing is found twice.
     findings: Option<&'a mut Findings>,
 }
@@ -147,7 +156,7 @@ impl<'a> Census<'a> {
         window: Range<u64>,
         findings: Option<&'a mut Findings>,
         progress: &mut Progress<'_>,
-    ) -> io::Result<Vec<u32>> {
+    ) -> io::Result<Counted> {
         let len = usize::try_from(window.end - window.start).map_err(io::Error::other)?;
         let mut census = Census {
             file,
@@ -155,6 +164,7 @@ impl<'a> Census<'a> {
             file_bytes: file.metadata()?.len(),
             window,
             counts: vec![0; len],
+            behind: false,
             findings,
         };
         census.count(0, header.cluster_bytes());
@@ -172,7 +182,10 @@ impl<'a> Census<'a> {
                 census.wrong(format!("a refcount block cannot lie at byte {block}"));
             }
         }
-        Ok(census.counts)
+        Ok(Counted {
+            references: census.counts,
+            behind: census.behind,
+        })
     }
 
     fn level1(
@@ -270,7 +283,10 @@ impl<'a> Census<'a> {
 
     fn level2(&mut self, entry: Entry, active: bool) {
         let cluster = self.header.cluster_bytes();
-        match entry.cluster(self.header) {
+        let found = entry.cluster(self.header);
+        let clusters = self.file_bytes.div_ceil(cluster);
+        self.behind |= found.is_ok_and(|found| found.is_behind(self.header, clusters));
+        match found {
             Ok(Cluster::Standard { host: None, .. }) => {}
             Ok(Cluster::Standard {
                 host: Some(host), ..

@@ -127,7 +127,7 @@ pub fn check(file: &File, progress: &mut dyn FnMut(f64)) -> Result<Findings, Che
             told,
             &mut progress,
         )?;
-        for (number, references) in window.clone().zip(found) {
+        for (number, references) in window.clone().zip(found.references) {
             let counted = counts.get(number)?;
             let references = u64::from(references);
             if counted < references {

@@ -26,6 +26,20 @@ pub(super) enum Cluster {
     Compressed { offset: u64, len: u64 },
 }
 
+impl Cluster {
+    /// Lies in a cluster behind the first `clusters` of the file, which are all that it has: the next one that is given out could be that.
+    pub fn is_behind(self, header: &Header, clusters: u64) -> bool {
+        let last = match self {
+            Cluster::Standard { host: None, .. } => return false,
+            Cluster::Standard {
+                host: Some(host), ..
+            } => host,
+            Cluster::Compressed { offset, len } => offset.saturating_add(len - 1),
+        };
+        last >> header.cluster_bits >= clusters
+    }
+}
+
 /// What one unit (a subcluster, or a cluster without them) reads as.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Unit {

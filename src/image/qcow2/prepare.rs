@@ -5,6 +5,9 @@
 //! up. Where an image is damaged so that two guest clusters lie on one host cluster and its tables say neither (two crossed tables, a count
 //! that was lost), a write to the one would change what the other reads as. So all tables are gone over here, and not only those that the
 //! first write needs: the second entry can stand in any of them.
+//!
+//! So it is with an entry that names a cluster behind the end of the file, whether that has a count (lost in a crash, or with the end of
+//! the file) or none: what it names would read as zeroes once the file has grown over it, and be given to another cluster of the guest.
 
 use std::fs::File;
 use std::io;
@@ -13,7 +16,7 @@ use std::sync::Mutex;
 use std::sync::atomic::Ordering;
 
 use super::apart::Places;
-use super::census::{Census, Roots, WINDOW};
+use super::census::{Census, Counted, Roots, WINDOW};
 use super::check::{Counts, Progress};
 use super::core::{Core, read_start};
 use super::entry::{self, COPIED, Cluster};
@@ -30,11 +33,20 @@ const COMPARED_BYTES_MAX: u64 = 1 << 30;
 impl Core {
     /// Makes an image that was opened for reading ready for writing, through `file`; `syncs` is another open file description of the same file.
     pub(super) fn prepare(&self, file: File, syncs: File) -> io::Result<Result<(), Refusal>> {
+        self.prepare_comparing(file, syncs, COMPARED_BYTES_MAX)
+    }
+
+    fn prepare_comparing(
+        &self,
+        file: File,
+        syncs: File,
+        bytes_max: u64,
+    ) -> io::Result<Result<(), Refusal>> {
         if self.header.data_file.is_some() {
             return Ok(Err(Refusal::DataFile));
         }
         let file_bytes = file.metadata()?.len();
-        let mut refs = match Refs::load(&file, &self.header, file_bytes)? {
+        let refs = match Refs::load(&file, &self.header, file_bytes)? {
             Ok(refs) => refs,
             Err(refusal) => return Ok(Err(refusal)),
         };
@@ -42,13 +54,17 @@ impl Core {
             Ok(places) => places,
             Err(refusal) => return Ok(Err(refusal)),
         };
-        // Lost in a crash, or with the end of the file: then what the tables say to be there would read as zeroes once the file has
-        // grown over it.
-        if refs.has_lost(&file)? && self.tables.reach_behind(&file, &self.header, file_bytes)? {
-            return Ok(Err(Refusal::CutShort));
-        }
-        if let Err(refusal) = sole(&file, &self.header, file_bytes, &places)? {
-            return Ok(Err(refusal));
+        match sole(&file, &self.header, file_bytes, &places, bytes_max)? {
+            Ok(Sole::Yes) => {}
+            Ok(Sole::TooMuch) => {
+                tracing::warn!(
+                    "the tables of an image are too large to be compared when it is opened: nbdtrack image check tells whether two of its clusters lie in one place"
+                );
+                if self.tables.reach_behind(&file, &self.header, file_bytes)? {
+                    return Ok(Err(Refusal::CutShort));
+                }
+            }
+            Err(refusal) => return Ok(Err(refusal)),
         }
         // The file may end inside of its last cluster: who writes only some subclusters of one leaves the rest of it out.
         let end = file_bytes.next_multiple_of(self.header.cluster_bytes());
@@ -64,33 +80,39 @@ impl Core {
     }
 }
 
-/// Whether each cluster that more than one entry refers to is counted so often, and none of them says that it is its own. Those that
-/// hold metadata are `places`', and no write's.
+/// What came of going over all tables.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Sole {
+    Yes,
+    /// They were not gone over.
+    TooMuch,
+}
+
+/// Whether each cluster that more than one entry refers to is counted so often, and none of them says that it is its own; and whether all lie in
+/// the file. Those that hold metadata are `places`', and no write's.
 fn sole(
     file: &File,
     header: &Header,
     file_bytes: u64,
     places: &Places,
-) -> io::Result<Result<(), Refusal>> {
+    bytes_max: u64,
+) -> io::Result<Result<Sole, Refusal>> {
     let (start, _) = read_start(file)?;
     let roots = match Roots::read(file, &start, header, file_bytes)? {
         Ok(roots) => roots,
         Err(refusal) => return Ok(Err(refusal)),
     };
     let clusters = file_bytes.div_ceil(header.cluster_bytes());
-    let bytes = roots.table_bytes(file, header, file_bytes, COMPARED_BYTES_MAX)?;
-    if bytes.saturating_mul(clusters.div_ceil(WINDOW)) > COMPARED_BYTES_MAX {
-        tracing::warn!(
-            "the tables of an image are too large to be compared when it is opened: nbdtrack image check tells whether two of its clusters lie in one place"
-        );
-        return Ok(Ok(()));
+    let bytes = roots.table_bytes(file, header, file_bytes, bytes_max)?;
+    if bytes.saturating_mul(clusters.div_ceil(WINDOW)) > bytes_max {
+        return Ok(Ok(Sole::TooMuch));
     }
     let mut counts = Counts::load(file, header)?;
     let blocks = counts.table.clone();
     let mut from = 0;
     while from < clusters {
         let window = from..clusters.min(from + WINDOW);
-        let found = Census::take(
+        let Counted { references, behind } = Census::take(
             file,
             header,
             &roots,
@@ -99,8 +121,11 @@ fn sole(
             None,
             &mut Progress::untold(),
         )?;
+        if behind {
+            return Ok(Err(Refusal::CutShort));
+        }
         let mut shared = false;
-        for (cluster, references) in window.clone().zip(&found) {
+        for (cluster, references) in window.clone().zip(&references) {
             if *references < 2 || places.touch(cluster, cluster) {
                 continue;
             }
@@ -109,12 +134,12 @@ fn sole(
             }
             shared = true;
         }
-        if shared && let Some(cluster) = falsely_own(file, header, file_bytes, from, &found)? {
+        if shared && let Some(cluster) = falsely_own(file, header, file_bytes, from, &references)? {
             return Ok(Err(doubled(header, cluster)));
         }
         from = window.end;
     }
-    Ok(Ok(()))
+    Ok(Ok(Sole::Yes))
 }
 
 fn doubled(header: &Header, cluster: u64) -> Refusal {
@@ -161,4 +186,40 @@ fn falsely_own(
         }
     }
     Ok(None)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::core::read_header;
+    use super::super::layout::Layout;
+    use super::*;
+
+    #[test]
+    fn tables_that_are_too_large_to_be_compared_are_looked_through_for_what_lies_behind_the_end() {
+        let layout = Layout::new(1 << 20, 1 << 16, None, true).unwrap();
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(layout.file_bytes()).unwrap();
+        for (at, bytes) in layout.pieces() {
+            file.write_all_at(&bytes, at).unwrap();
+        }
+        let prepared = |bytes_max: u64| {
+            let (header, bytes) = read_header(&file).unwrap().unwrap();
+            let [reading, writing, syncs] = [(), (), ()].map(|()| file.try_clone().unwrap());
+            let core = Core::open(reading, header, bytes, None, None).unwrap();
+            core.unwrap().prepare_comparing(writing, syncs, bytes_max)
+        };
+        for bytes_max in [0, COMPARED_BYTES_MAX] {
+            assert!(prepared(bytes_max).unwrap().is_ok());
+        }
+        // The last cluster is lost, and its count with it.
+        let last = (layout.file_bytes() >> 16) - 1;
+        let mut block = [0; 8];
+        file.read_exact_at(&mut block, 1 << 16).unwrap();
+        let count = u64::from_be_bytes(block) + 2 * last;
+        file.write_all_at(&[0, 0], count).unwrap();
+        file.set_len(last << 16).unwrap();
+        for bytes_max in [0, COMPARED_BYTES_MAX] {
+            assert_eq!(prepared(bytes_max).unwrap(), Err(Refusal::CutShort));
+        }
+    }
 }

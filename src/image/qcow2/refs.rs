@@ -96,28 +96,6 @@ impl Refs {
         self.table.iter().copied().filter(|block| *block != 0)
     }
 
-    /// Whether any cluster behind the end has a count, of those that would be passed over.
-    pub fn has_lost(&mut self, file: &File) -> io::Result<bool> {
-        let (order, per_slice) = (self.order, 1 << self.slice_bits());
-        let mut cluster = self.end;
-        while cluster < self.end + PASSED_OVER_MAX
-            && cluster >> self.block_bits() < self.table.len() as u64
-        {
-            let from = self.index(cluster);
-            self.forget_clean();
-            // Most of it is not there at all, or all zero: that is seen without each of its counts being asked for.
-            let lost = self.slice(file, cluster)?.is_some_and(|slice| {
-                slice.bytes.iter().any(|byte| *byte != 0)
-                    && (from..per_slice).any(|index| count(&slice.bytes, order, index) != 0)
-            });
-            if lost {
-                return Ok(true);
-            }
-            cluster += per_slice - from;
-        }
-        Ok(false)
-    }
-
     /// Gives out at least one cluster and at most `count`, in one run, each with a count of one now. True when they are new in the file,
     /// which was made longer by them, so that they read as zeroes.
     pub fn allocate(&mut self, file: &File, count: u64) -> io::Result<(Clusters, bool)> {

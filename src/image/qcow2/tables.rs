@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use super::damaged;
-use super::entry::{self, Cluster, Damaged, Entry};
+use super::entry::{self, Damaged, Entry};
 use super::header::{Header, Refusal};
 
 /// Bytes of an L2 table that are read and written as one, or a cluster where that is less.
@@ -165,15 +165,15 @@ impl Tables {
         words.map(entry::table_offset).filter(|host| *host != 0)
     }
 
-    /// Whether any entry names a cluster that begins behind the end of the file. Reads all tables.
+    /// Whether any entry names a cluster behind the end of the file. Reads all tables.
     pub fn reach_behind(&self, file: &File, header: &Header, file_bytes: u64) -> io::Result<bool> {
+        let clusters = file_bytes.div_ceil(header.cluster_bytes());
         // One cluster: at most 2 MiB.
         let mut buf = vec![0; usize::try_from(header.cluster_bytes()).map_err(io::Error::other)?];
         for host in self.hosts() {
             file.read_exact_at(&mut buf, host)?;
             let behind = |entry: &Entry| match entry.cluster(header) {
-                Ok(Cluster::Standard { host, .. }) => host.is_some_and(|host| host >= file_bytes),
-                Ok(Cluster::Compressed { offset, .. }) => offset >= file_bytes,
+                Ok(cluster) => cluster.is_behind(header, clusters),
                 // Whoever meets it is told.
                 Err(Damaged) => false,
             };

@@ -185,6 +185,10 @@ impl Core {
         inside: u64,
         part: &[u8],
     ) -> io::Result<()> {
+        if host + self.header.cluster_bytes() > self.end.load(Ordering::Acquire) {
+            // As in `write_in_place`, before anything is copied there.
+            return Err(damaged());
+        }
         let start = cluster << self.header.cluster_bits;
         let end = (start + self.header.cluster_bytes()).min(self.header.size);
         let (from, to) = (start + inside, start + inside + part.len() as u64);
