@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 mod kernel;
+mod raw_file;
 
 use std::fs::OpenOptions;
 use std::io;
@@ -12,8 +13,9 @@ use std::time::{Duration, Instant};
 use kernel::{Loop, backing_file, descriptors_of, loop_identity, run, wait_for};
 use nbdtrack::correlation::{DeviceNumber, DiskSeq, ExportName, OpenDisk, OpenRefusal, Ticket};
 use nbdtrack::identity::Identity;
+use nbdtrack::image::beneath::Roots;
 use nbdtrack::image::block::{Block, Claims, OpenError, open};
-use nbdtrack::image::{Extent, Image};
+use nbdtrack::image::{Extent, Image, raw};
 use nbdtrack::udev::read_identities;
 
 fn order(disk: &Loop, diskseq: DiskSeq, file: &Path) -> OpenDisk {
@@ -356,4 +358,56 @@ fn behind_an_open_that_hangs_no_thread_waits_past_its_deadline_and_no_other_disk
         assert_eq!(first.join().unwrap().unwrap(), 1 << 20);
         assert!(try_open(&hung_order, &claims).is_ok(), "it has answered");
     });
+}
+
+/// A file that was served and then attached to a loop device had two writers, both of them ours.
+#[test]
+fn a_loop_device_and_the_file_behind_it_are_not_both_written() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = backing_file(dir.path(), "a", 1 << 20);
+    let roots = Roots::new(vec![dir.path().to_owned()]);
+    let mut by_path = raw_file::order(&file, &roots);
+    // As two processes, which know nothing of each other's claims.
+    let (one, other) = (Claims::default(), Claims::default());
+    let writer = raw::open(&by_path, &roots, &one).unwrap();
+    assert_eq!(one.intruder(by_path.diskseq), None);
+    let disk = Loop::make(236);
+    let mut by_node = order(&disk, disk.attach(&file), &file);
+    let told = one.intruder(by_path.diskseq).unwrap();
+    let name = format!("it backs loop{}", disk.minor);
+    assert!(told.contains(&name), "{told}");
+    for claims in [&one, &other] {
+        let refused = error(try_open(&by_node, claims));
+        let told = refused.to_string();
+        assert!(matches!(refused, OpenError::Busy { .. }), "{told}");
+        assert!(told.contains("file behind it: another program"), "{told}");
+    }
+    by_node.write = false;
+    drop(try_open(&by_node, &other).unwrap());
+    drop(writer);
+
+    by_node.write = true;
+    let writer = try_open(&by_node, &one).unwrap();
+    for write in [true, false] {
+        by_path.write = write;
+        let refused = error(raw::open(&by_path, &roots, &other));
+        assert!(matches!(refused, OpenError::Busy { .. }), "{refused}");
+    }
+    // The locks end with the claim.
+    drop(writer);
+    let _reader = raw::open(&by_path, &roots, &other).unwrap();
+    assert_eq!(other.intruder(by_path.diskseq), None, "it only reads");
+}
+
+#[test]
+fn a_loop_device_that_only_reads_a_file_is_no_second_writer() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = backing_file(dir.path(), "a", 1 << 20);
+    let roots = Roots::new(vec![dir.path().to_owned()]);
+    let by_path = raw_file::order(&file, &roots);
+    let claims = Claims::default();
+    let _writer = raw::open(&by_path, &roots, &claims).unwrap();
+    let disk = Loop::make(236);
+    disk.attach_read_only(&file);
+    assert_eq!(claims.intruder(by_path.diskseq), None);
 }

@@ -175,6 +175,44 @@ fn a_file_has_one_writer_whatever_it_is_called_and_whoever_asks() -> Outcome<()>
     })
 }
 
+/// Nothing told the daemon of a device that was attached to a file while that was served: two writers.
+#[test]
+fn a_loop_device_on_a_served_file_ends_its_leases_and_is_not_served_beside_it() -> Outcome<()> {
+    let needs = [NEEDS, &[Need::Loop, Need::Tool("losetup")]].concat();
+    real("file, then loop device", &needs, |ground| {
+        let (mut scene, path) = serving(ground)?;
+        let caller = &scene.client;
+        let device = LoopDevice::add()?;
+        let mut client = Client::open(&scene.endpoint(), "a")?;
+        let node = device.node();
+        let file = path.to_string_lossy();
+        process::succeed("losetup", &[node.as_str(), &file], STEP_LIMIT)?;
+        let volume = format!("loop:{}", path.display());
+        let options = [("wait_ms", zbus::Variant::new(300_u32))].into();
+        // Refused as long as the file's own export is there; which of the two it is then is told by nobody's hand.
+        let _asked = caller.add_export_with("device", &volume, options);
+        caller.rescan()?;
+        until(STEP_LIMIT, "one of them to be the only writer", || {
+            // In this order: once the device is served the file is no more.
+            let device = scene.state("device")?;
+            let file = scene.state("a")?;
+            hold!(device != "Serving" || file != "Serving", "both are served");
+            Ok((file != "Serving").then_some(()))
+        })?;
+        hold!(!served(&mut client), "the file's client is still served");
+        let told = reason(&scene, "a")?;
+        hold!(
+            told.contains(&format!("backs {}", device.name())),
+            "{told:?}"
+        );
+        scene.client.remove_export("device", "soft")?;
+        device.detach_now()?;
+        scene.client.rescan()?;
+        scene.client.reach_state("a", "Serving", STEP_LIMIT)?;
+        scene.stop()
+    })
+}
+
 /// Two writers of which one goes past the page cache would undo each other's halves of a page; a request of less than a block could
 /// only be done through it.
 #[test]

@@ -1,5 +1,5 @@
-//! The file behind a loop device, to ask it for its holes: block devices answer `SEEK_HOLE` with EINVAL (kernel `block/fops.c`,
-//! `fixed_size_llseek`). EDGE. Never read and never written here.
+//! The file behind a loop device, to hold its locks, and to ask it for its holes: block devices answer `SEEK_HOLE` with EINVAL (kernel
+//! `block/fops.c`, `fixed_size_llseek`). EDGE. Never read and never written here.
 //!
 //! A hole of the file reads as zeroes through the device once what the device's page cache holds has been written to
 //! the file; the caller sees to that. The path is only where to look: the file is the one whose device and inode number
@@ -41,6 +41,10 @@ impl Backing {
         }
         let file = File::open(format!("/proc/self/fd/{}", place.as_raw_fd())).ok()?;
         Some(Backing { file, status })
+    }
+
+    pub fn into_file(self) -> File {
+        self.file
     }
 
     /// As [`super::Image::allocation`]; `None` when the device no longer stands on this file as it did.

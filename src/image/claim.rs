@@ -41,8 +41,8 @@ pub(super) trait Subject {
     /// Holds what the name stands for, read anew, against the order.
     fn proven(&self) -> Result<(), OpenError>;
     /// Keeps other programs from writing, as far as the medium can, and with `write` makes sure that none does so already. Always with
-    /// the claim's first descriptor; `first` when nothing was held by it.
-    fn hold(&self, opened: &File, write: bool, first: bool) -> Result<(), OpenError>;
+    /// the claim's first descriptor; `first` when nothing was held by it. What it gives is kept for as long as the claim.
+    fn hold(&self, opened: &File, write: bool, first: bool) -> Result<Option<File>, OpenError>;
     /// Bytes that are offered.
     fn size(&self, opened: &File) -> io::Result<u64> {
         self.medium().size(opened)
@@ -80,6 +80,8 @@ pub struct Claim {
     writable: OnceLock<File>,
     /// Of a file that is written: its syncs go through this, and nothing else does.
     syncs: OnceLock<File>,
+    /// Of a loop device that is written: its file, with a writer's locks.
+    beneath: OnceLock<File>,
     /// Shared by all images of the disk: a write-back error of one is an error of all (invariant 9).
     pub durable: Durable,
     /// Of a QCOW2 image what all images of the file share.
@@ -212,7 +214,7 @@ fn claim_new(
     };
     let read_only = read_only || medium.read_only(&held).map_err(refused)?;
     let held_writable = order.write && !read_only;
-    subject.hold(&held, held_writable, true)?;
+    let beneath = kept(subject.hold(&held, held_writable, true)?);
     let syncs = match medium {
         Medium::File if held_writable => Some(another(subject, &held)?),
         Medium::File | Medium::Disk => None,
@@ -231,6 +233,7 @@ fn claim_new(
         held_for_writing: AtomicBool::new(held_writable),
         writable: OnceLock::new(),
         syncs,
+        beneath,
         durable: Durable::default(),
         core: OnceLock::new(),
         _closed: closed,
@@ -265,7 +268,10 @@ fn share(order: &OpenDisk, subject: &dyn Subject, claim: &Claim) -> Result<bool,
     if claim.medium == Medium::File && claim.syncs.get().is_none() {
         let _first = claim.syncs.set(another(subject, claim.file())?);
     }
-    subject.hold(&claim.held, true, false)?;
+    if let Some(file) = subject.hold(&claim.held, true, false)? {
+        // A second one is another description, and as good: a claim that was refused to write before kept the first.
+        let _ = claim.beneath.set(file);
+    }
     claim.held_for_writing.store(true, Ordering::Release);
     Ok(false)
 }

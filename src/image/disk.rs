@@ -1,4 +1,5 @@
-//! A disk as what is opened: its node, its device number and sequence number, and its identity read again (invariant 3).
+//! A disk as what is opened: its node, its device number and sequence number, and its identity read again (invariant 3). Of a loop device the
+//! file behind it, too, which must have one writer.
 
 use std::collections::BTreeSet;
 use std::fs::{File, OpenOptions};
@@ -7,7 +8,9 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 
 use nix::sys::stat::{major, minor};
 
+use super::backing::Backing;
 use super::claim::{OpenError, Subject};
+use super::lock::{self, Use};
 use super::medium::Medium;
 use super::{sys, users};
 use crate::correlation::{DeviceNumber, DiskSeq, OpenDisk};
@@ -89,9 +92,19 @@ impl Subject for Disk<'_> {
         Ok(())
     }
 
-    /// O_EXCL holds it already.
-    fn hold(&self, _: &File, _: bool, _: bool) -> Result<(), OpenError> {
-        Ok(())
+    /// O_EXCL holds the disk itself. The file of a loop device is held by nothing: whoever serves that, or a QEMU that has it open, would be a
+    /// second writer. A file that is not to be had under its name (deleted, of another mount namespace) is held by nobody by its path either.
+    fn hold(&self, opened: &File, write: bool, _: bool) -> Result<Option<File>, OpenError> {
+        let backing = write.then(|| Backing::find(opened, self.order.number));
+        let Some(file) = backing.flatten().map(Backing::into_file) else {
+            return Ok(None);
+        };
+        let node = &self.order.node;
+        lock::take(&file, &node.0, Use::Write, None).map_err(|by| OpenError::Busy {
+            node: node.clone(),
+            by: format!("of the file behind it: {by}"),
+        })?;
+        Ok(Some(file))
     }
 
     fn hold_less(&self, _: &File) {}

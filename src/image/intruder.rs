@@ -1,10 +1,12 @@
-//! Who is in a file that this process has open, and that its locks were to keep out. EDGE: reads locks.
+//! Who is in a file that this process has open, though it should not be: one whom its locks were to keep out, or a loop device, which
+//! asks for none. EDGE: reads locks and sysfs.
 
 use std::time::{Duration, Instant};
 
 use super::claim::Claims;
 use super::lock::{Use, in_the_way};
 use super::medium::Medium;
+use super::users;
 use crate::correlation::DiskSeq;
 
 /// Looks at the locks of a file that is open, and how long they are apart: who finds it taken is gone again within less.
@@ -26,9 +28,12 @@ impl Claims {
             } else {
                 Use::Read
             };
-            let by = in_the_way(claim.held(), held)?;
+            let lost = in_the_way(claim.held(), held).map(|by| format!("its lock was lost: {by}"));
+            // Who only reads is not harmed by what a device writes.
+            let device = || users::writing_loop_of(claim.held());
+            let by = lost.or_else(|| (held == Use::Write).then(device).flatten())?;
             if turn + 1 == LOCK_LOOKS {
-                return Some(format!("its lock was lost: {by}"));
+                return Some(by);
             }
         }
         None

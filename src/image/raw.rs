@@ -78,7 +78,7 @@ impl Subject for Plain<'_> {
         self.find().map(|_| ())
     }
 
-    fn hold(&self, opened: &File, write: bool, first: bool) -> Result<(), OpenError> {
+    fn hold(&self, opened: &File, write: bool, first: bool) -> Result<Option<File>, OpenError> {
         let node = &self.order.node;
         if write && let Some(by) = users::loop_of(opened) {
             return Err(OpenError::Busy {
@@ -89,7 +89,8 @@ impl Subject for Plain<'_> {
         let wanted = if write { Use::Write } else { Use::Read };
         // The claim's first hold is for reading where it is not for writing.
         let had = (write && !first).then_some(Use::Read);
-        lock::take(opened, &node.0, wanted, had).map_err(|by| OpenError::Busy {
+        let taken = lock::take(opened, &node.0, wanted, had);
+        taken.map(|()| None).map_err(|by| OpenError::Busy {
             node: node.clone(),
             by,
         })

@@ -1,9 +1,14 @@
 //! Who uses a disk that is busy, in words for a person. Reads `/proc` and sysfs only, decides nothing, and
 //! what it finds can be gone by the time that it is read.
 
+use std::cell::OnceCell;
+use std::ffi::OsStr;
 use std::fs;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+
+use nix::sys::stat;
 
 use crate::correlation::{DeviceNode, DeviceNumber};
 
@@ -53,18 +58,74 @@ pub fn users(number: DeviceNumber, node: &DeviceNode) -> String {
 
 /// The loop device that this file backs, in words: whoever has that would be a second writer.
 pub fn loop_of(file: &fs::File) -> Option<String> {
+    let name = backed_by(file, |_, _| true)?;
+    Some(format!("it backs {name}"))
+}
+
+/// As [`loop_of`], of devices that can write. Asks nothing of another file system than the file's own, for that could hang.
+pub fn writing_loop_of(file: &fs::File) -> Option<String> {
+    let mounts = OnceCell::new();
+    let device = file.metadata().ok()?.dev();
+    let may_be = |dir: &Path, path: &Path| {
+        let mounts = mounts.get_or_init(|| table("/proc/self/mountinfo"));
+        !fs::read_to_string(dir.join("ro")).is_ok_and(|ro| ro.trim() == "1")
+            && lies_on(mounts, path, device)
+    };
+    let name = backed_by(file, may_be)?;
+    Some(format!(
+        "a loop device can write to it, too: it backs {name}"
+    ))
+}
+
+/// The name of the first loop device on this file, of those that may be asked for by their folder in sysfs and the path of their file.
+fn backed_by(file: &fs::File, may_be: impl Fn(&Path, &Path) -> bool) -> Option<String> {
     let this = file.metadata().ok()?;
-    let same = |path: &str| {
+    let same = |path: &Path| {
         fs::metadata(path).is_ok_and(|other| (other.dev(), other.ino()) == (this.dev(), this.ino()))
     };
-    names(Path::new("/sys/block")).into_iter().find_map(|name| {
-        let shown = Path::new("/sys/block")
-            .join(&name)
-            .join("loop/backing_file");
-        let path = fs::read_to_string(shown).ok()?;
-        same(path.trim_end_matches('\n')).then(|| format!("it backs {name}"))
+    names(Path::new("/sys/block")).into_iter().find(|name| {
+        let dir = Path::new("/sys/block").join(name);
+        let Ok(shown) = fs::read(dir.join("loop/backing_file")) else {
+            return false;
+        };
+        let path = Path::new(OsStr::from_bytes(
+            shown.strip_suffix(b"\n").unwrap_or(&shown),
+        ));
+        may_be(&dir, path) && same(path)
     })
 }
+
+/// Whether the path can lead to a file of this device number, by the mount that is nearest above it in `mounts`: proc_pid_mountinfo(5). Some
+/// file systems give their files other numbers than the one that stands there.
+fn lies_on(mounts: &str, path: &Path, device: u64) -> bool {
+    let (major, minor) = (stat::major(device), stat::minor(device));
+    let nearest = mounts
+        .lines()
+        .filter_map(|line| {
+            let mut fields = line.split(' ');
+            let (number, point) = (fields.nth(2)?, fields.nth(1)?);
+            let kind = line.split_once(" - ")?.1.split(' ').next()?;
+            let octal = [
+                ("\\040", " "),
+                ("\\011", "\t"),
+                ("\\012", "\n"),
+                ("\\134", "\\"),
+            ];
+            let point = octal.iter().fold(point.to_owned(), |point, (from, to)| {
+                point.replace(from, to)
+            });
+            path.starts_with(&point)
+                .then_some((point.len(), number, kind))
+        })
+        // The last of several upon each other is the one that is seen.
+        .max_by_key(|(len, ..)| *len);
+    nearest.is_none_or(|(_, number, kind)| {
+        number == format!("{major}:{minor}") || OWN_NUMBERS.contains(&kind)
+    })
+}
+
+/// File systems whose files have other device numbers than their mount.
+const OWN_NUMBERS: [&str; 3] = ["btrfs", "overlay", "bcachefs"];
 
 fn holders(dir: &Path) -> Vec<String> {
     let named = names(&dir.join("holders"));
@@ -104,6 +165,23 @@ fn is_swap(swaps: &str, node: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// To look at a file system of a server that is gone would hold up those whose own file is well.
+    #[test]
+    fn only_the_files_own_file_system_is_looked_at_for_a_loop_device() {
+        let mounts = "22 1 8:1 / / rw - ext4 /dev/sda1 rw\n\
+                      36 22 0:40 / /far rw - nfs4 far:/b rw\n\
+                      37 22 0:41 / /far/old\\040ones rw - nfs4 far:/o rw\n\
+                      38 22 0:42 / /tree rw - btrfs /dev/sdb rw\n\
+                      39 22 0:43 / /far rw - nfs4 far:/c rw\n";
+        let on = |path: &str, device| lies_on(mounts, Path::new(path), device);
+        let sda1 = stat::makedev(8, 1);
+        assert!(on("/srv/a", sda1) && !on("/far/a", sda1));
+        assert!(!on("/far/a", stat::makedev(0, 40)) && on("/far/a", stat::makedev(0, 43)));
+        assert!(on("/far/old ones/a", stat::makedev(0, 41)) && on("/far2", sda1));
+        // A subvolume has a number of its own.
+        assert!(on("/tree/a", sda1));
+    }
 
     #[test]
     fn mounts_are_found_by_device_number_and_swaps_by_node() {
