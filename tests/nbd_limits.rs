@@ -3,10 +3,13 @@
 
 mod nbd_common;
 
+use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use nbd_common::{MIB, Memory, PATIENCE, Server, choice, request, until};
+use nbd_common::{MIB, Memory, PATIENCE, Server, choice, name, request, until};
+use nbdtrack::correlation::Generation;
 use nbdtrack::nbd::Limits;
 use nbdtrack::nbd::wire::{NbdError, cmd, option, rep};
 
@@ -16,7 +19,6 @@ fn server(limits: Limits) -> Server {
 
 #[test]
 fn one_address_cannot_take_all_connections() {
-    use std::io::Read;
     let server = server(Limits {
         connections_per_address: 3,
         ..Limits::default()
@@ -126,4 +128,127 @@ fn what_is_more_than_one_may_have_is_refused_and_counted_and_the_next_is_answere
     assert_eq!(server.door.stats().requests_too_big, 2);
     client.put(&request(cmd::FLUSH, 0, 7, 0, 0));
     assert_eq!(client.simple(), (0, 7));
+}
+
+/// Each byte was a new beginning: a request held what it was to be for as long as its client liked.
+#[test]
+fn a_byte_now_and_then_does_not_hold_a_request() {
+    let header = request(cmd::WRITE, 0, 1, 0, 256 << 10);
+    for (at_once, slowly) in [(0, 27), (28, 200)] {
+        let server = server(Limits {
+            request: Duration::from_millis(200),
+            ..Limits::default()
+        });
+        let mut client = server.go();
+        client.put(&header[..at_once]);
+        for n in 0..slowly {
+            let byte = header.get(at_once + n).unwrap_or(&1);
+            if client.socket.write_all(&[*byte]).is_err() {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        let closed = server.door.stats().requests_timed_out;
+        assert_eq!(closed, 1, "{at_once}: it went on and on");
+        until("its memory to be free", || {
+            server.door.stats().in_flight_bytes_now == 0
+        });
+        server.still_serves();
+    }
+}
+
+#[test]
+fn a_little_now_and_then_does_not_hold_a_reply() {
+    let limits = Limits {
+        send: Duration::from_millis(600),
+        ..Limits::default()
+    };
+    let server = Server::with(limits, Memory::new(4 * MIB));
+    let mut client = server.go();
+    for cookie in 0..4 {
+        client.put(&request(cmd::READ, 0, cookie, 0, 2 << 20));
+    }
+    // So much that its socket takes more of a reply again and again, and less than the least rate.
+    let began = Instant::now();
+    let mut some = [0; 4096];
+    while server.door.stats().sends_timed_out == 0 {
+        assert!(began.elapsed() < PATIENCE, "it goes on and on");
+        let _ = client.socket.read(&mut some);
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    until("its memory to be free", || {
+        server.door.stats().in_flight_bytes_now == 0
+    });
+    server.still_serves();
+}
+
+/// What is large takes longer, at the least rate that is asked for; and who takes many replies has time for each.
+#[test]
+fn who_sends_and_takes_at_the_least_rate_is_served() {
+    let server = Server::with(
+        Limits {
+            request: Duration::from_millis(200),
+            send: Duration::from_millis(200),
+            ..Limits::default()
+        },
+        Memory::new(4 * MIB),
+    );
+    let mut client = server.go();
+    let began = Instant::now();
+    client.put(&request(cmd::WRITE, 0, 1, 0, 2 << 20));
+    for _ in 0..16 {
+        std::thread::sleep(Duration::from_millis(40));
+        client.put(&[9; 128 << 10]);
+    }
+    assert_eq!(client.simple(), (0, 1));
+    assert!(began.elapsed() > Duration::from_millis(600));
+    for cookie in 0..6 {
+        client.request(cmd::READ, 0, cookie, 0, 1 << 20);
+    }
+    for cookie in 0..6 {
+        assert_eq!(client.simple(), (0, cookie));
+        for _ in 0..8 {
+            std::thread::sleep(Duration::from_millis(20));
+            client.take(128 << 10);
+        }
+    }
+    assert_eq!(server.door.stats().sends_timed_out, 0);
+}
+
+/// Sixteen connections held all that there was for everyone, and the clients of other exports waited.
+#[test]
+fn the_clients_of_one_export_leave_room_for_those_of_another() {
+    let server = server(Limits {
+        in_flight_bytes_all: 8 * MIB,
+        ..Limits::default()
+    });
+    let image = Memory::new(MIB);
+    image.cold.store(true, Ordering::SeqCst);
+    server
+        .door
+        .serve(&name("other"), Generation(1), image, false);
+    let mut greedy = Vec::new();
+    for _ in 0..16 {
+        let mut client = server.go();
+        client.put(&request(cmd::WRITE, 0, 1, 0, 1 << 20));
+        greedy.push(client);
+    }
+    until("them to have all that they may", || {
+        server.door.stats().waits_all_full > 20
+    });
+    let mut client = server.talk();
+    let replies = client.option(option::GO, &choice(b"other", &[]));
+    assert_eq!(replies.last().unwrap().0, rep::ACK);
+    client.request(cmd::READ, 0, 3, 0, 1 << 20);
+    assert_eq!(client.simple(), (0, 3));
+    client.take(1 << 20);
+    // Nor does one of them keep the others waiting for good.
+    std::thread::scope(|scope| {
+        for client in &mut greedy {
+            scope.spawn(|| {
+                client.put(&vec![1; 1 << 20]);
+                assert_eq!(client.simple(), (0, 1));
+            });
+        }
+    });
 }

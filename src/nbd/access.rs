@@ -225,7 +225,9 @@ impl Lease {
         {
             keeper.leave(&self.export, turns);
         }
-        attached
+        attached?;
+        conn.account.is_of(&self.party);
+        Ok(())
     }
 
     /// What a client that comes now may ask for.

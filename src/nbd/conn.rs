@@ -15,6 +15,7 @@ use crate::sync::{Mutex, MutexGuard, lock};
 
 use super::account::{Account, Charge};
 use super::crowd::Seat;
+use super::limits::time_for;
 use super::socket::Socket;
 use super::stats::sub;
 use super::witness::Peer;
@@ -54,11 +55,20 @@ struct Out {
     chunks: VecDeque<Chunk>,
     /// A thread is in sendmsg(2); others only queue.
     sending: bool,
-    /// The peer's window is full since then.
-    blocked_since: Option<Instant>,
+    /// The peer's window is full.
+    blocked: Option<Blocked>,
     parked: Option<Parked>,
     /// Counts what a session may wait for: a job done, bytes sent, a send blocked.
     epoch: u64,
+}
+
+/// A chunk that the peer does not take.
+#[derive(Debug, Clone, Copy)]
+struct Blocked {
+    /// Since the one before it was taken, or this was not.
+    since: Instant,
+    /// Of all of it.
+    bytes: usize,
 }
 
 /// What the parked session is waiting for besides its socket.
@@ -141,9 +151,15 @@ impl Conn {
         lock(&self.out).epoch
     }
 
-    /// Since when the peer takes nothing, while there is something to take.
-    pub(super) fn blocked_since(&self) -> Option<Instant> {
-        lock(&self.out).blocked_since
+    /// Whether there is something that the peer does not take.
+    pub(super) fn is_blocked(&self) -> bool {
+        lock(&self.out).blocked.is_some()
+    }
+
+    /// Until when it has time for the next chunk, `within` and what its length takes, while there is one that it does not take.
+    pub(super) fn blocked_until(&self, within: Duration) -> Option<Instant> {
+        let blocked = lock(&self.out).blocked?;
+        Some(blocked.since + within + time_for(blocked.bytes))
     }
 
     pub(super) fn has_output(&self) -> bool {
@@ -161,7 +177,7 @@ impl Conn {
         arm: impl FnOnce(),
     ) -> bool {
         let mut out = lock(&self.out);
-        let came = parked.room && out.epoch != epoch || out.blocked_since.is_some() && !output;
+        let came = parked.room && out.epoch != epoch || out.blocked.is_some() && !output;
         if came || self.is_dead() {
             return false;
         }
@@ -313,6 +329,7 @@ impl Conn {
 
     fn pump<'a>(&'a self, mut out: MutexGuard<'a, Out>) {
         let mut progress = false;
+        let mut taken = 0;
         let blocked = loop {
             if self.is_dead() {
                 out.chunks.clear();
@@ -327,7 +344,7 @@ impl Conn {
             let result = self.send_batch(&batch);
             if let Ok(sent) = result {
                 progress |= sent > 0;
-                consume(&mut batch, sent);
+                taken += consume(&mut batch, sent);
             }
             out = lock(&self.out);
             out.sending = false;
@@ -344,12 +361,16 @@ impl Conn {
             }
         };
         if !blocked {
-            out.blocked_since = None;
+            out.blocked = None;
             if out.chunks.capacity() > CHUNKS_PER_SEND {
                 out.chunks = VecDeque::new();
             }
-        } else if progress || out.blocked_since.is_none() {
-            out.blocked_since = Some(Instant::now());
+        } else if taken > 0 || out.blocked.is_none() {
+            // By whole chunks: who takes a byte now and then holds the rest of one no longer for it.
+            out.blocked = Some(Blocked {
+                since: Instant::now(),
+                bytes: out.chunks.front().map_or(0, |chunk| chunk.bytes.len()),
+            });
         }
         if progress || blocked {
             self.tell(out, blocked);
@@ -385,15 +406,17 @@ impl Drop for Conn {
     }
 }
 
-/// Takes `sent` bytes off the front.
-fn consume(batch: &mut VecDeque<Chunk>, mut sent: usize) {
+/// Takes `sent` bytes off the front; gives how many chunks went with them.
+fn consume(batch: &mut VecDeque<Chunk>, mut sent: usize) -> usize {
+    let before = batch.len();
     while let Some(front) = batch.front_mut() {
         let left = front.bytes.len() - front.sent;
         if sent < left {
             front.sent += sent;
-            return;
+            break;
         }
         sent -= left;
         batch.pop_front();
     }
+    before - batch.len()
 }

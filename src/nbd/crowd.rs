@@ -6,19 +6,29 @@ use std::sync::{Arc, Weak};
 
 use crate::sync::{Mutex, lock};
 
+use super::account::Party;
 use super::conn::Conn;
 
 /// Connections by their peer's network address; at most as many entries as there are connections.
 #[derive(Default)]
 pub(super) struct Addresses {
     /// Held for one map operation.
-    counts: Mutex<HashMap<IpAddr, usize>>,
+    counts: Mutex<HashMap<IpAddr, Here>>,
+}
+
+/// What there is of one address.
+#[derive(Default)]
+struct Here {
+    seats: usize,
+    party: Arc<Party>,
 }
 
 /// One connection of an address, until it is dropped.
 pub(super) struct Seat {
     addresses: Arc<Addresses>,
     from: IpAddr,
+    /// All connections of the address.
+    pub(super) party: Arc<Party>,
 }
 
 impl Addresses {
@@ -26,23 +36,25 @@ impl Addresses {
     pub(super) fn seat(self: &Arc<Addresses>, peer: IpAddr, max: usize) -> Option<Seat> {
         let from = network(peer);
         let mut counts = lock(&self.counts);
-        let count = counts.entry(from).or_default();
-        if *count >= max {
+        let here = counts.entry(from).or_default();
+        if here.seats >= max {
             return None;
         }
-        *count += 1;
-        drop(counts);
-        let addresses = Arc::clone(self);
-        Some(Seat { addresses, from })
+        here.seats += 1;
+        Some(Seat {
+            addresses: Arc::clone(self),
+            from,
+            party: here.party.clone(),
+        })
     }
 }
 
 impl Drop for Seat {
     fn drop(&mut self) {
         let mut counts = lock(&self.addresses.counts);
-        if let Some(count) = counts.get_mut(&self.from) {
-            *count -= 1;
-            if *count == 0 {
+        if let Some(here) = counts.get_mut(&self.from) {
+            here.seats -= 1;
+            if here.seats == 0 {
                 counts.remove(&self.from);
             }
         }

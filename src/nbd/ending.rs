@@ -40,9 +40,7 @@ impl Transmission {
                     return;
                 }
             }
-            if conn.blocked_since().is_some()
-                || !matches!(self.receive(conn, scratch, false), Ok(1..))
-            {
+            if conn.is_blocked() || !matches!(self.receive(conn, scratch, false), Ok(1..)) {
                 return;
             }
         }

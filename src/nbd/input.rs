@@ -54,6 +54,15 @@ impl Input {
         Input::Header { streams: false }
     }
 
+    /// Of a payload that is yet to come, in bytes; 0 while a header is.
+    pub(super) fn payload_bytes(&self) -> usize {
+        match self {
+            Input::Header { .. } => 0,
+            Input::Payload(payload) => payload.buffer.len(),
+            Input::Discard { left, .. } => *left,
+        }
+    }
+
     /// Receives what can be had, into the payload or the buffer; `wait` as in [`Socket::receive`](super::socket::Socket::receive).
     pub(super) fn receive(
         &mut self,

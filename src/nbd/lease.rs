@@ -15,6 +15,7 @@ use crate::image::Image;
 use crate::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use crate::sync::{Mutex, RwLock, RwLockReadGuard, lock};
 
+use super::account::Party;
 use super::closing::Ending;
 use super::conn::Conn;
 use super::crew::{Crew, Task};
@@ -80,6 +81,8 @@ pub(super) struct Lease {
     pub(super) ending: Mutex<Ending>,
     /// Sessions of all leases of this export.
     clients: Arc<AtomicU32>,
+    /// They hold payload together.
+    pub(super) party: Arc<Party>,
     pub(super) meter: Arc<Meter>,
 }
 
@@ -162,6 +165,7 @@ impl Lease {
             work: Mutex::default(),
             ending: Mutex::default(),
             clients,
+            party: Arc::default(),
             meter,
         })
     }

@@ -2,6 +2,15 @@
 
 use std::time::Duration;
 
+/// A peer takes a second longer for so many bytes of a request or a reply. Less than any network that a disk is served over; without such a rate one
+/// byte now and then would hold the payload of a request for ever.
+pub const LEAST_BYTES_PER_S: u64 = 1_000_000;
+
+/// What [`LEAST_BYTES_PER_S`] allows for so many bytes.
+pub(super) fn time_for(bytes: usize) -> Duration {
+    Duration::from_micros(bytes as u64 * (1_000_000 / LEAST_BYTES_PER_S))
+}
+
 /// Every bound of the door. The defaults are the product's; tests shrink them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
@@ -26,15 +35,15 @@ pub struct Limits {
     /// Payload bytes held for one connection: two of the largest requests, so that one can be received while
     /// another is written.
     pub in_flight_bytes: u64,
-    /// Payload bytes held for all connections.
+    /// Payload bytes held for all connections. The connections of one address, or of one export, leave a third of what they hold free.
     pub in_flight_bytes_all: u64,
     /// Requests of one connection that wait for a disk. Twice what the kernel's client and qemu keep in flight.
     pub in_flight_requests: u32,
     /// From accept to the end of option haggling.
     pub handshake: Duration,
-    /// How long a peer that has replies to read may read nothing.
+    /// How long a peer that has replies to read may take for one chunk of them, beyond [`LEAST_BYTES_PER_S`].
     pub send: Duration,
-    /// How long a peer may pause inside one request.
+    /// How long a peer may take to send one request, beyond [`LEAST_BYTES_PER_S`].
     pub request: Duration,
     /// How long the last replies of a drained session are given to reach the peer, which may still be sending.
     pub linger: Duration,

@@ -137,14 +137,16 @@ impl Shared {
             return None;
         }
         add(&counters.connections_accepted, 1);
-        let account = Account::new(&self.limits, counters.clone());
+        let seat = seat.flatten();
+        let party = seat.as_ref().map(|seat| seat.party.clone());
+        let account = Account::new(&self.limits, counters.clone(), party);
         let wake: Arc<dyn Wake> = self.poller.clone();
         Some(Arc::new(Conn::new(
             self.poller.token(),
             socket,
             account,
             wake,
-            seat.flatten(),
+            seat,
             peer.is_none(),
         )))
     }

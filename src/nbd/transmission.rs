@@ -15,6 +15,7 @@ use super::execute::DETACHED;
 use super::handshake::{Agreed, Facts};
 use super::input::{Input, Payload};
 use super::lease::Lease;
+use super::limits::time_for;
 use super::meter::Tally;
 use super::rate::{Again, Rate};
 use super::reply::{KEEP_BYTES, Scratch, untouched};
@@ -34,8 +35,10 @@ pub(super) struct Transmission {
     input: Input,
     /// Bytes that arrived and were not taken when the session was parked.
     carry: Vec<u8>,
-    /// Since when the rest of a request is waited for.
+    /// Since when the rest of a header, or of a payload, is waited for: not since its last byte.
     partial_since: Option<Instant>,
+    /// Of the payload that is waited for; 0 where that is a header.
+    partial_bytes: usize,
     pub(super) tally: Tally,
     /// `None` for as many requests as come.
     pub(super) rate: Option<Rate>,
@@ -67,6 +70,7 @@ impl Transmission {
             input: Input::header(),
             carry,
             partial_since: None,
+            partial_bytes: 0,
             tally: Tally::default(),
             rate,
             closing: None,
@@ -139,7 +143,7 @@ impl Transmission {
                         Full::Connection => Limit::InFlightConnection,
                         Full::All => Limit::InFlightAll,
                     });
-                    if conn.blocked_since().is_none() {
+                    if !conn.is_blocked() {
                         return Rest::Park(Interest {
                             input: false,
                             output: false,
@@ -149,17 +153,33 @@ impl Transmission {
                         });
                     }
                 }
-                Outcome::NeedsInput if conn.blocked_since().is_some() => {}
+                // Nothing is received for it meanwhile.
+                Outcome::NeedsInput if conn.is_blocked() => self.partial_since = None,
                 Outcome::NeedsInput => {
+                    let until = self.partial_until(scratch);
+                    // What is there was sent in time, as far as can be known; more is not waited for.
+                    let late = is_over(until);
                     let backlog = shared.poller.sessions.has_backlog();
                     round += 1;
                     if backlog && round >= ROUNDS {
                         return Rest::Yield;
                     }
-                    match self.receive(conn, scratch, !backlog) {
+                    match self.receive(conn, scratch, !backlog && !late) {
                         Ok(0) => self.closing = Some(Closing::Done),
                         Ok(_) => {}
-                        Err(Errno::EAGAIN) => return self.wait_for_input(scratch),
+                        Err(Errno::EAGAIN) if late => {
+                            shared.reached(Limit::RequestTime);
+                            return Rest::End;
+                        }
+                        Err(Errno::EAGAIN) => {
+                            return Rest::Park(Interest {
+                                input: true,
+                                output: false,
+                                room: false,
+                                epoch: 0,
+                                until,
+                            });
+                        }
                         Err(_) => return Rest::End,
                     }
                 }
@@ -170,19 +190,22 @@ impl Transmission {
     /// While the peer takes no replies, nothing more is begun for it. A reader that takes them as they come is waited for here: what it
     /// is sent at once of a large reply is only what its socket holds.
     fn wait_for_reader(&self, conn: &Conn, epoch: u64) -> Option<Rest> {
-        conn.blocked_since()?;
+        if !conn.is_blocked() {
+            return None;
+        }
         conn.flush();
         let shared = &self.lease.shared;
-        while conn.blocked_since().is_some()
+        while conn.is_blocked()
             && !shared.poller.sessions.has_backlog()
             && !self.lease.fenced()
+            && !is_over(conn.blocked_until(shared.limits.send))
             && conn.socket.wait_writable(shared.limits.idle)
         {
             conn.flush();
         }
-        let until = conn.blocked_since()? + self.lease.shared.limits.send;
-        if Instant::now() >= until {
-            self.lease.shared.reached(Limit::SendTime);
+        let until = conn.blocked_until(shared.limits.send)?;
+        if is_over(Some(until)) {
+            shared.reached(Limit::SendTime);
             return Some(Rest::End);
         }
         Some(Rest::Park(Interest {
@@ -194,28 +217,14 @@ impl Transmission {
         }))
     }
 
-    fn wait_for_input(&mut self, scratch: &Scratch) -> Rest {
-        let whole =
-            matches!(self.input, Input::Header { .. }) && scratch.received.bytes().is_empty();
-        let mut until = None;
-        if whole {
+    /// By when the rest of what is here in part has to be here; `None` where nothing is.
+    fn partial_until(&mut self, scratch: &Scratch) -> Option<Instant> {
+        if matches!(self.input, Input::Header { .. }) && scratch.received.bytes().is_empty() {
             self.partial_since = None;
-        } else {
-            let now = Instant::now();
-            let end = *self.partial_since.get_or_insert(now) + self.lease.shared.limits.request;
-            if now >= end {
-                self.lease.shared.reached(Limit::RequestTime);
-                return Rest::End;
-            }
-            until = Some(end);
+            return None;
         }
-        Rest::Park(Interest {
-            input: true,
-            output: false,
-            room: false,
-            epoch: 0,
-            until,
-        })
+        let since = *self.partial_since.get_or_insert_with(Instant::now);
+        Some(since + self.lease.shared.limits.request + time_for(self.partial_bytes))
     }
 
     pub(super) fn receive(
@@ -224,9 +233,7 @@ impl Transmission {
         scratch: &mut Scratch,
         wait: bool,
     ) -> nix::Result<usize> {
-        let count = self.input.receive(conn, &mut scratch.received, wait)?;
-        self.partial_since = None;
-        Ok(count)
+        self.input.receive(conn, &mut scratch.received, wait)
     }
 
     /// Takes every request that is there whole.
@@ -261,8 +268,14 @@ impl Transmission {
                 }
             };
             if let Err(outcome) = step {
+                if !matches!(outcome, Outcome::NeedsInput) {
+                    // It is we who do not go on.
+                    self.partial_since = None;
+                }
                 return outcome;
             }
+            self.partial_since = None;
+            self.partial_bytes = self.input.payload_bytes();
         }
     }
 
@@ -426,4 +439,8 @@ impl Transmission {
         }
         Ok(())
     }
+}
+
+fn is_over(until: Option<Instant>) -> bool {
+    until.is_some_and(|until| Instant::now() >= until)
 }
