@@ -17,7 +17,7 @@ use support::chorus::{Chorus, Score};
 use support::client::Client;
 use support::dice::{self, Dice};
 use support::fuse_disk::{FLUSHES, FuseDisk, WRITES};
-use support::ground::{Need, real, tell};
+use support::ground::{Need, real, skip, tell};
 use support::loops::{LoopDevice, sparse_file};
 use support::mounts::Mounted;
 use support::pattern;
@@ -203,6 +203,32 @@ fn an_error_that_the_writers_descriptor_was_told_fails_the_next_flush_all_the_sa
             );
             hold!(image.latched(), "and the next one could succeed");
         }
+        Ok(())
+    })
+}
+
+/// Its file system may have no sync at all, as squashfs and iso9660: the first flush was EINVAL, and every one after it EIO.
+#[test]
+fn a_flush_of_a_file_that_is_only_read_is_asked_of_nobody() -> Outcome<()> {
+    let name = "flush without a sync";
+    real(name, &[], |_| {
+        // No file of procfs can be synced; these have a length.
+        let known = ["/proc/config.gz", "/proc/kcore", "/proc/bus/pci/00/00.0"];
+        let cannot = |path: &&Path| {
+            let synced = File::open(path).and_then(|file| file.sync_data());
+            synced.is_err_and(|error| error.raw_os_error() == Some(libc::EINVAL))
+        };
+        let Some(path) = known.iter().map(Path::new).find(cannot) else {
+            return skip(name, "no file that cannot be synced");
+        };
+        let roots = Roots::new(vec!["/proc".into()]);
+        let mut order = raw_file::order(path, &roots);
+        order.write = false;
+        let image = raw::open(&order, &roots, &Claims::default())?;
+        for _ in 0..2 {
+            image.flush()?;
+        }
+        hold!(!image.latched(), "it is latched");
         Ok(())
     })
 }

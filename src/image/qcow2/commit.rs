@@ -36,7 +36,8 @@ impl Core {
     /// Makes everything durable that was written before. One at a time; after something was lost never again (invariant 9).
     pub(super) fn commit(&self) -> Result<(), NotDurable> {
         let Some(writer) = self.writer.get() else {
-            return Ok(self.file().sync_data()?);
+            // Nothing was ever written.
+            return Ok(());
         };
         let mut writer = match writer.lock() {
             Ok(writer) if !self.is_broken() => writer,
