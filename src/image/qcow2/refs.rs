@@ -295,7 +295,12 @@ impl Refs {
         }
         if self.table[block] == 0 {
             self.make_block(file, block, cluster)?;
-            self.set(file, cluster, 1)?;
+            if let Err(error) = self.set(file, cluster, 1) {
+                // A block that counts itself 0 times would be given to the guest by the next allocation.
+                self.table[block] = 0;
+                self.dirty_table.remove(&block);
+                return Err(error);
+            }
             return Ok(1);
         }
         self.get(file, cluster)
@@ -456,6 +461,22 @@ mod tests {
         let (given, _) = refs.allocate(file.as_file(), 5).unwrap();
         assert_eq!((given.first, given.count), (2, 5));
         assert_eq!(file.as_file().metadata().unwrap().len(), 7 << 16);
+    }
+
+    /// The block stayed in the table with its own count of 0: the next allocation gave its cluster to the guest, who wrote over the counts.
+    #[test]
+    fn a_block_that_could_not_count_itself_is_not_kept_and_its_cluster_not_given_out() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(2 << 16).unwrap();
+        let mut refs = refs(vec![0]);
+        // The block is written, and cannot be read.
+        let writing = File::options().write(true).open(file.path()).unwrap();
+        assert!(refs.allocate(&writing, 1).is_err());
+        assert_eq!(refs.blocks().count(), 0);
+        let (given, _) = refs.allocate(file.as_file(), 1).unwrap();
+        assert_eq!(refs.table, [2 << 16], "the block is made anew");
+        assert_eq!((given.first, given.count), (3, 1));
+        assert_eq!(refs.get(file.as_file(), 2).unwrap(), 1);
     }
 
     /// A refcount table whose blocks are all one that says of every cluster that it is in use.
