@@ -10,9 +10,9 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use nbd_common::*;
-use nbdtrack::correlation::{EndHow, Generation, LeaseEnd};
+use nbdtrack::correlation::{DiskSeq, EndHow, Generation, LeaseEnd, Turns};
 use nbdtrack::nbd::Limits;
-use nbdtrack::nbd::wire::{cmd, cmd_flag, option};
+use nbdtrack::nbd::wire::{cmd, cmd_flag, option, rep};
 
 const EIO: u32 = 5;
 const ESHUTDOWN: u32 = 108;
@@ -254,6 +254,50 @@ fn a_cut_flushes_what_an_image_keeps_in_memory_and_says_when_that_fails() {
         let flushes = server.image.flushes.load(Ordering::SeqCst);
         assert_eq!(flushes, u32::from(!fails));
     }
+}
+
+/// The turn ended with the session: what a client that was gone had last written could land on what the next one, of another export, wrote.
+#[test]
+fn the_turn_to_write_to_a_disk_ends_with_the_last_write_of_a_session_that_is_gone() {
+    let limits = Limits {
+        inline_writes_per_lease: 0,
+        ..Limits::default()
+    };
+    let server = Server::with(limits, Memory::new(MIB));
+    let image = server.image.clone();
+    let turns = Turns {
+        diskseq: DiskSeq(7),
+        share: false,
+    };
+    for (name, generation) in [("one", 2), ("two", 3)].map(|(n, g)| (name(n), Generation(g))) {
+        server.door.take_turns(&name, Some(turns));
+        server.door.serve(&name, generation, image.clone(), false);
+    }
+    let choose = |export: &[u8]| {
+        let mut client = server.talk();
+        let replies = client.option(option::GO, &choice(export, &[]));
+        (replies.last().unwrap().0 == rep::ACK).then_some(client)
+    };
+    image.hold("write");
+    let mut first = choose(b"one").unwrap();
+    first.request(cmd::WRITE, 0, 1, 0, 512);
+    first.put(&[1; 512]);
+    image.wait_inside(1);
+    drop(first);
+    until("its session to end", || {
+        server.door.clients(&name("one")) == 0
+    });
+    assert!(choose(b"two").is_none(), "its write is still to come");
+    // The same export's next client comes in its turn.
+    drop(choose(b"one").unwrap());
+    image.let_go();
+    let mut next = None;
+    until("the turn to end", || {
+        next = choose(b"two");
+        next.is_some()
+    });
+    assert_eq!(next.unwrap().ask(cmd::WRITE, 0, 0, 512), 0);
+    assert_eq!(image.bytes.read().unwrap()[..512], [7; 512]);
 }
 
 #[test]

@@ -102,7 +102,7 @@ pub(super) struct Gatekeeper {
     rules: RwLock<Arc<Rules>>,
     /// By export, until it is served.
     turns: Mutex<BTreeMap<ExportName, Turns>>,
-    /// Taken after the members of a lease, and nothing is taken under it.
+    /// A connection can end under any lock; nothing is taken under this one.
     writers: Mutex<BTreeMap<DiskSeq, Vec<Writer>>>,
 }
 
@@ -153,7 +153,7 @@ impl Gatekeeper {
         Ok(())
     }
 
-    pub(super) fn leave(&self, export: &ExportName, turns: Turns) {
+    fn leave(&self, export: &ExportName, turns: Turns) {
         let mut writers = lock(&self.writers);
         let Some(here) = writers.get_mut(&turns.diskseq) else {
             return;
@@ -165,6 +165,31 @@ impl Gatekeeper {
         if here.is_empty() {
             writers.remove(&turns.diskseq);
         }
+    }
+}
+
+/// A connection's turn to write to a disk. It ends with the connection, and that with the last request that is inside of an image call: what a dead
+/// session wrote last lands before the first write of whoever has the next turn.
+pub(super) struct WritersTurn {
+    shared: Arc<Shared>,
+    export: ExportName,
+    turns: Turns,
+}
+
+impl WritersTurn {
+    fn take(lease: &Lease, turns: Turns) -> Result<WritersTurn, Refusal> {
+        lease.shared.gatekeeper.enter(&lease.export, turns)?;
+        Ok(WritersTurn {
+            shared: lease.shared.clone(),
+            export: lease.export.clone(),
+            turns,
+        })
+    }
+}
+
+impl Drop for WritersTurn {
+    fn drop(&mut self) {
+        self.shared.gatekeeper.leave(&self.export, self.turns);
     }
 }
 
@@ -210,23 +235,16 @@ impl Shared {
 impl Lease {
     /// Binds a connection to this lease for life (invariant 1), if the rules let it in.
     pub(super) fn bind(&self, conn: &Arc<Conn>) -> Result<(), Refusal> {
+        let turn = self.turns.map(|turns| WritersTurn::take(self, turns));
+        let turn = turn.transpose()?;
         let keeper = &self.shared.gatekeeper;
-        if let Some(turns) = self.turns {
-            keeper.enter(&self.export, turns)?;
-        }
         let max = keeper
             .rules()
             .exports
             .get(&self.export)
             .map_or(0, |access| access.clients_max);
-        let attached = self.attach(conn, max);
-        if attached.is_err()
-            && let Some(turns) = self.turns
-        {
-            keeper.leave(&self.export, turns);
-        }
-        attached?;
-        conn.account.is_of(&self.party);
+        self.attach(conn, max)?;
+        conn.is_of(&self.party, turn);
         Ok(())
     }
 

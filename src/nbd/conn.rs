@@ -4,7 +4,7 @@
 use std::collections::VecDeque;
 use std::io::IoSlice;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -13,7 +13,8 @@ use crate::image::pages::Pages;
 use crate::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use crate::sync::{Mutex, MutexGuard, lock};
 
-use super::account::{Account, Charge};
+use super::access::WritersTurn;
+use super::account::{Account, Charge, Party};
 use super::crowd::Seat;
 use super::limits::time_for;
 use super::socket::Socket;
@@ -42,6 +43,8 @@ pub(super) struct Conn {
     wake: Arc<dyn Wake>,
     /// Of its address; lasts as long as the descriptor.
     _seat: Option<Seat>,
+    /// Of the export that it is bound to, where there are turns; lasts as long.
+    turn: OnceLock<WritersTurn>,
     dead: AtomicBool,
     /// Requests at the disk crew.
     jobs: AtomicU32,
@@ -103,9 +106,19 @@ impl Conn {
             began: Instant::now(),
             wake,
             _seat: seat,
+            turn: OnceLock::new(),
             dead: AtomicBool::new(false),
             jobs: AtomicU32::new(0),
             out: Mutex::default(),
+        }
+    }
+
+    /// From now on it is a client of an export, for life.
+    pub(super) fn is_of(&self, export: &Arc<Party>, turn: Option<WritersTurn>) {
+        self.account.is_of(export);
+        if let Some(turn) = turn {
+            // A second one cannot be, and would end here.
+            let _ = self.turn.set(turn);
         }
     }
 

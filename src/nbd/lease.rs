@@ -269,9 +269,6 @@ impl Lease {
 
     pub(super) fn detach(&self, conn: &Conn) {
         if lock(&self.members).conns.remove(&conn.token).is_some() {
-            if let Some(turns) = self.turns {
-                self.shared.gatekeeper.leave(&self.export, turns);
-            }
             let clients = self.clients.fetch_sub(1, Ordering::AcqRel) - 1;
             self.shared.clients_changed(&self.export, clients);
             self.tell(conn, Seen::Left);
