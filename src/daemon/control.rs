@@ -28,7 +28,7 @@ use super::works::{Wish, Works};
 use super::{Error, Options};
 use crate::config::IdentityRules;
 use crate::correlation::{
-    Correlation, Event, ExportName, LeaseEnd, Notice, OpenRefusal, OpenedDisk, Reply, RequestError,
+    Correlation, Event, ExportName, LeaseEnd, Notice, OpenDisk, OpenRefusal, Reply, RequestError,
     RequestId, Ticket,
 };
 use crate::dbus::{Answer, Command, JobView, Publisher};
@@ -47,7 +47,7 @@ const STORE_CLOSES_WITHIN: Duration = Duration::from_secs(5);
 pub(super) enum Report {
     Happened(Event),
     Opened {
-        ticket: Ticket,
+        order: Box<OpenDisk>,
         result: Result<Arc<dyn Image>, OpenRefusal>,
     },
     /// The files were read again, or say why not.
@@ -379,21 +379,7 @@ impl Control {
                 }
                 self.apply(event);
             }
-            Report::Opened { ticket, result } => {
-                let result = result.map(|image| {
-                    let opened = OpenedDisk {
-                        size: image.size(),
-                        read_only: image.read_only(),
-                    };
-                    self.opened.insert(ticket, image);
-                    opened
-                });
-                self.apply(Event::DiskOpened { ticket, result });
-                self.opening -= 1;
-                if self.opening == 0 {
-                    self.tell_ready();
-                }
-            }
+            Report::Opened { order, result } => self.on_opened(&order, result),
             Report::Reloaded(read) => self.on_reload(read),
             Report::RowAsks(asks) => self.on_row_asks(*asks),
             Report::Wishes(wish) => self.on_wish(*wish),

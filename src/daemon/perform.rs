@@ -6,8 +6,8 @@ use std::sync::Arc;
 use super::control::{Control, Report};
 use super::log;
 use crate::correlation::{
-    Action, Change, DiskSeq, Event, ExportName, INTERNAL, Notice, OpenDisk, OpenRefusal, Reply,
-    RequestError, RequestId, Ticket,
+    Action, Change, DiskSeq, Event, ExportName, INTERNAL, Notice, OpenDisk, OpenRefusal,
+    OpenedDisk, Reply, RequestError, RequestId, Ticket,
 };
 use crate::dbus::{Answer, Publication};
 use crate::identity::Format;
@@ -110,16 +110,12 @@ impl Control {
     fn open_disk(&mut self, order: OpenDisk) {
         self.opening += 1;
         let reports = self.reports.clone();
-        // Whoever asks for it, and by whatever name: what is complete stays as it was finished.
-        if order.write
-            && let Some(path) = order.identity.file()
-            && let Err(reason) = self.shelf.may_be_written(path, order.diskseq)
-        {
-            let refused = Err(OpenRefusal::Kernel(reason));
+        let order = Box::new(order);
+        if let Err(refused) = self.may_be_opened(&order) {
             // The loop is gone only when the daemon stops.
             let _stopped = reports.send(Report::Opened {
-                ticket: order.ticket,
-                result: refused,
+                order,
+                result: Err(refused),
             });
             return;
         }
@@ -137,11 +133,49 @@ impl Control {
             };
             let result = opened.map_err(Into::into);
             // The loop is gone only when the daemon stops; then the disk is closed by this drop.
-            let _stopped = reports.send(Report::Opened {
-                ticket: order.ticket,
-                result,
-            });
+            let _stopped = reports.send(Report::Opened { order, result });
         });
+    }
+
+    /// Whoever asks for it, and by whatever name: a backup that is complete stays as it was finished.
+    fn may_be_opened(&self, order: &OpenDisk) -> Result<(), OpenRefusal> {
+        match order.identity.file() {
+            Some(path) if order.write => self
+                .shelf
+                .may_be_written(path, order.diskseq)
+                .map_err(OpenRefusal::Kernel),
+            _ => Ok(()),
+        }
+    }
+
+    /// What a thread has opened, or why it has not. Asked again: a backup can have become complete meanwhile, and lets go of its file then.
+    pub(super) fn on_opened(
+        &mut self,
+        order: &OpenDisk,
+        result: Result<Arc<dyn Image>, OpenRefusal>,
+    ) {
+        let ticket = order.ticket;
+        let result = match (result, self.may_be_opened(order)) {
+            (Ok(image), Err(refused)) => {
+                // Closing it can wait for its file system. Nothing was written through it.
+                tokio::task::spawn_blocking(move || drop(image));
+                Err(refused)
+            }
+            (result, _) => result,
+        };
+        let result = result.map(|image| {
+            let opened = OpenedDisk {
+                size: image.size(),
+                read_only: image.read_only(),
+            };
+            self.opened.insert(ticket, image);
+            opened
+        });
+        self.apply(Event::DiskOpened { ticket, result });
+        self.opening -= 1;
+        if self.opening == 0 {
+            self.tell_ready();
+        }
     }
 
     /// Closes in a thread of the blocking pool: the last close of a disk syncs it.
