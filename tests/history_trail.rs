@@ -99,32 +99,69 @@ async fn a_flood_of_one_class_pushes_out_only_its_own_kind() {
     task.end().await;
 }
 
-#[tokio::test]
-async fn old_records_go_and_a_clock_that_jumps_ahead_does_not_empty_the_trail() {
+const DAY: u64 = 86_400 * 1_000_000;
+
+/// A trail of 1,500 records that are so old, and one record of each of these ages, in microseconds; then what is left of all of them
+/// after a start with a record of now.
+async fn left_of(old: u64, others: &[u64]) -> Vec<String> {
     let folder = tempfile::tempdir().unwrap();
     let (history, task) = History::keep(folder.path(), Bounds::default());
+    let at = |age: u64| now_us().saturating_sub(age);
     for n in 0..1_500_u64 {
-        // Of 1970: older than any bound, as all is when the clock jumps ahead.
         history.note(Record {
             detail: n.to_string(),
-            ..Record::new(RecordKind::State, n)
+            ..Record::new(RecordKind::State, at(old))
         });
     }
+    for age in others {
+        history.note(Record::new(RecordKind::State, at(*age)));
+    }
     task.end().await;
+    // Bounds are looked at with the first write after a start.
     let (history, task) = History::keep(folder.path(), Bounds::default());
     history.note(record(RecordKind::State, "vm", "now"));
-    let left = history
-        .ask(Inquiry {
-            newest: true,
+    let mut left = history.ask(all()).await.unwrap();
+    while let Some(last) = left.last().map(|last| last.id) {
+        let inquiry = Inquiry {
+            after: last,
             ..all()
-        })
-        .await
-        .unwrap();
-    assert_eq!(left.len(), 1_000);
-    assert_eq!(left.last().unwrap().detail, "now");
-    let oldest = history.ask(Inquiry { limit: 1, ..all() }).await.unwrap();
-    assert_eq!(oldest[0].detail, "500");
+        };
+        let more = history.ask(inquiry).await.unwrap();
+        if more.is_empty() {
+            break;
+        }
+        left.extend(more);
+    }
     task.end().await;
+    details(&left).into_iter().map(str::to_owned).collect()
+}
+
+#[tokio::test]
+async fn old_records_go_and_the_newest_of_each_class_stay() {
+    let left = left_of(91 * DAY, &[DAY + DAY / 24]).await;
+    assert_eq!(left.len(), 1_001);
+    assert_eq!(left[0], "501");
+    assert_eq!(left.last().unwrap(), "now");
+    let all = left_of(89 * DAY, &[DAY + DAY / 24]).await;
+    assert_eq!(all.len(), 1_502, "none is too old");
+}
+
+/// A clock that was set a year ahead made all but the newest records old, and the trail was cut with the next minute or start.
+#[tokio::test]
+async fn a_clock_that_jumps_ahead_deletes_nothing_until_it_has_stood_there_for_a_day() {
+    for (others, whole) in [
+        (&[][..], true),
+        // The machine began anew under that clock, and again.
+        (&[0, DAY / 24, 23 * (DAY / 24)], true),
+        (&[DAY + DAY / 24], false),
+        (&[7 * DAY], false),
+        // A clock that was there once, and is there again, and one that lies behind what is in the trail.
+        (&[9 * DAY], true),
+    ] {
+        let left = left_of(365 * DAY, others).await.len();
+        let all = 1_501 + others.len();
+        assert_eq!(left, if whole { all } else { 1_001 }, "{others:?}");
+    }
 }
 
 #[tokio::test]

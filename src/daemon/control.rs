@@ -9,6 +9,7 @@ use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::task::JoinHandle;
 
 use super::claims::ClaimsFile;
+use super::clock::Clock;
 use super::disk_lists::DiskLists;
 use super::keeper::{Keeper, MappingStates};
 use super::metrics::ServingTimes;
@@ -17,7 +18,6 @@ use super::owed::Owed;
 use super::reload::{Read, Reload};
 use super::rescan::Rescan;
 use super::row_asks::RowAsks;
-use super::sections::Clock;
 use super::service::Service;
 use super::shared_table::{SharedTable, SharedTableFacts};
 use super::shelf::Shelf;

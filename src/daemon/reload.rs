@@ -3,9 +3,10 @@
 use std::path::{Path, PathBuf};
 
 use super::Options;
+use super::clock::Clock;
 use super::control::{Asker, Control, Report};
 use super::last_reading::{Dialect, LastReading};
-use super::sections::{self, Clock, Reading};
+use super::sections::{self, Reading};
 use crate::config::nbd_server::CommandLine;
 use crate::config::{self, ClaimRules, Pace};
 use crate::correlation::{Definition, Difference, Event, RequestError, SectionsChange};

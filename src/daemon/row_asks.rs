@@ -1,7 +1,6 @@
 //! What rows of the shared table ask for, answered as what callers ask: by the same checks, in the same trail.
 
 use super::control::{Asker, Control};
-use super::sections::Moment;
 use crate::correlation::{
     Ensure, Mapping, NamedPath, PathFound, RemoveMode, Request, RequestError, VmDisk, Written,
 };
@@ -46,7 +45,7 @@ impl Control {
         }
     }
 
-    fn request_of(&self, asks: &RowAsks) -> Result<Request, RequestError> {
+    fn request_of(&mut self, asks: &RowAsks) -> Result<Request, RequestError> {
         let ensure = |vm_name: &str, volume: Option<VolumeId>| {
             let unfit = |error: crate::correlation::VmDiskError| {
                 RequestError::InvalidArgument(error.to_string())
@@ -99,7 +98,7 @@ impl Control {
                     path: device_path.clone(),
                     trust: false,
                     written: match asks.written {
-                        Ok(us) => self.reload.clock.written(Some(us), &Moment::now()),
+                        Ok(us) => self.reload.clock.moment().written(Some(us)),
                         Err(why) => Written::Unknown(why),
                     },
                     at: asks.found.clone(),

@@ -5,9 +5,10 @@ use std::fs::{self, File};
 use std::io::{self, Read};
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::SystemTime;
 
 use super::Error;
+use super::clock::Clock;
 use super::found::{problem, refusal};
 use super::last_reading::LastReading;
 use super::reload::Found;
@@ -22,8 +23,6 @@ use crate::udev;
 
 /// IANA's port of nbd, which the stock server takes by default.
 const PORT: u16 = 10809;
-/// A clock that went on by this much more or less than the time that passed was set.
-const CLOCK_SLACK_US: u64 = 2_000_000;
 /// Bytes of an authfile: some 100,000 addresses.
 const AUTHFILE_BYTES_MAX: u64 = 2 << 20;
 
@@ -39,85 +38,12 @@ pub(super) struct Reading {
     pub warnings: Vec<Problem>,
 }
 
-/// What the times of files are compared with: a clock that nobody sets, and how the machine's clock stands to it.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Clock {
-    /// Microseconds since 1970, when the daemon began.
-    pub started_us: u64,
-    /// By a clock that nobody sets.
-    pub started: Instant,
-    /// How far the machine's clock is ahead of where it would be, had nobody set it.
-    ahead_us: i64,
-    /// Since when nobody has set it, as it is set now; 0 for since the start.
-    steady_us: u64,
-}
-
-impl Clock {
-    pub(super) fn now() -> Clock {
-        Clock {
-            started_us: since_1970(SystemTime::now()),
-            started: Instant::now(),
-            ahead_us: 0,
-            steady_us: 0,
-        }
-    }
-
-    /// Looks whether the machine's clock was set since the last look. What it drifts between two looks is less than the slack.
-    pub(super) fn look(&mut self) {
-        self.told(
-            since_1970(SystemTime::now()),
-            micros(self.started.elapsed()),
-        );
-    }
-
-    fn told(&mut self, now_us: u64, ran_us: u64) {
-        let expected = self.started_us.saturating_add(ran_us);
-        let ahead_us = i64::try_from(i128::from(now_us) - i128::from(expected));
-        let ahead_us = ahead_us.unwrap_or(i64::MAX);
-        if ahead_us.abs_diff(self.ahead_us) > CLOCK_SLACK_US {
-            self.steady_us = now_us;
-        }
-        self.ahead_us = ahead_us;
-    }
-
-    pub(super) fn written(&self, modified_us: Option<u64>, now: &Moment) -> Written {
-        let Some(modified_us) = modified_us else {
-            return Written::Unknown("the file could not be read");
-        };
-        let Some(booted_us) = now.booted_us else {
-            return Written::Unknown("since when this machine runs cannot be read");
-        };
-        Written::of_file(
-            modified_us,
-            now.us,
-            booted_us,
-            self.steady_us,
-            self.ahead_us,
-        )
-    }
-}
-
-/// When a reading was made, in microseconds since 1970; one for all of its files, for there may be ten thousand.
-pub(super) struct Moment {
-    us: u64,
-    /// When the boot began; `None` when that cannot be read.
-    booted_us: Option<u64>,
-}
-
-impl Moment {
-    pub(super) fn now() -> Moment {
-        let us = since_1970(SystemTime::now());
-        let booted_us = up().ok().map(|up| us.saturating_sub(micros(up)));
-        Moment { us, booted_us }
-    }
-}
-
 /// Reads and judges everything, and says what of it is otherwise than in `last`.
 pub(super) fn read(
     main: &Path,
     line: Option<&CommandLine>,
     mut last: LastReading,
-    clock: Clock,
+    mut clock: Clock,
     pace: &Pace,
 ) -> Reading {
     let files = last.files.read_again(main, line, SystemTime::now(), pace);
@@ -140,18 +66,18 @@ pub(super) fn read(
     };
     let mut sections = Vec::with_capacity(judged.sections.len());
     // After the files: none is newer.
-    let now = Moment::now();
+    let now = clock.moment();
     let modified_us = files
         .iter()
         .map(|file| (file.judged.path.clone().into_os_string(), file.written_us));
-    let written = last.times(modified_us, |us| clock.written(Some(us), &now));
+    let written = last.times(modified_us, |us| now.written(Some(us)));
     for section in judged.sections.values() {
         pace.step();
         let written = match section.file == Path::new(COMMAND_LINE) {
             true => Written::Unknown("it stands on a command line"),
             false => match written.get(section.file.as_os_str()) {
                 Some((_, written)) => *written,
-                None => clock.written(None, &now),
+                None => now.written(None),
             },
         };
         match configured(section, written) {
@@ -409,23 +335,6 @@ fn addresses(generic: &Generic) -> Result<Vec<SocketAddr>, Error> {
     Ok(found)
 }
 
-/// How long this machine has run.
-fn up() -> io::Result<Duration> {
-    let text = fs::read_to_string("/proc/uptime")?;
-    let seconds = text.split(' ').next().and_then(|word| word.parse().ok());
-    let seconds: f64 = seconds.ok_or(io::ErrorKind::InvalidData)?;
-    Duration::try_from_secs_f64(seconds).map_err(io::Error::other)
-}
-
-/// Times before 1970 are 0.
-fn since_1970(time: SystemTime) -> u64 {
-    micros(time.duration_since(UNIX_EPOCH).unwrap_or_default())
-}
-
-fn micros(time: Duration) -> u64 {
-    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
-}
-
 #[cfg(test)]
 mod tests {
     use std::path::PathBuf;
@@ -441,26 +350,6 @@ mod tests {
         nbd_server::judge(&[file], &BTreeMap::new(), false)
             .generic
             .unwrap()
-    }
-
-    #[test]
-    fn a_clock_that_is_set_is_seen_and_one_that_drifts_is_not() {
-        let mut clock = Clock::now();
-        let start = clock.started_us;
-        let second = 1_000_000;
-        // A second in an hour, looked at each minute.
-        for minute in 1..=60 {
-            let ran = minute * 60 * second;
-            clock.told(start + ran + minute * second / 60, ran);
-        }
-        assert_eq!((clock.steady_us, clock.ahead_us), (0, 1_000_000));
-        let ran = 3_661 * second;
-        clock.told(start + ran - 100 * second, ran);
-        assert_eq!(clock.steady_us, start + ran - 100 * second);
-        assert_eq!(clock.ahead_us, -100_000_000);
-        let steady = clock.steady_us;
-        clock.told(start + ran - 99 * second, ran + second);
-        assert_eq!(clock.steady_us, steady);
     }
 
     /// Whoever is woken on a busy machine waits for a piece of a reading and not for all of it: another caller waited 14 ms.

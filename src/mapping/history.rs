@@ -49,7 +49,8 @@ const CLOSE_WITHIN: Duration = Duration::from_secs(1);
 pub struct Bounds {
     /// Of the file, in MiB.
     pub mib: u32,
-    /// Older records go, but for the newest of each class: a clock that jumps ahead must not empty the trail.
+    /// Older records go, but for the newest of each class, and by a clock with which the trail agrees: one that jumps ahead must not
+    /// empty it.
     pub age: Duration,
     pub class_records: u32,
 }

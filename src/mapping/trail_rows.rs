@@ -1,5 +1,6 @@
 //! The trail's file and its rows: opens it, sets a damaged one aside, writes, reads and bounds it.
 
+use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -14,6 +15,10 @@ use crate::correlation::{Inquiry, Record, RecordClass, RecordKind};
 const VERSION: i64 = 1;
 /// Whatever the clock says, the newest so many of each class stay.
 const CLASS_RECORDS_MIN: u32 = 1_000;
+/// The trail agrees with the clock when it has a record that is so old by it: then the clock has stood there for a day, and not for
+/// more than a week unseen.
+const PROOF_AGES: RangeInclusive<Duration> =
+    Duration::from_secs(86_400)..=Duration::from_secs(8 * 86_400);
 /// SQLite's page, in bytes.
 const PAGE_BYTES: u32 = 4_096;
 /// How long an operator's shell may hold the file.
@@ -283,14 +288,13 @@ fn record(row: &SqliteRow) -> Result<Record, sqlx::Error> {
     })
 }
 
-/// Deletes what is too old or too many.
+/// Deletes what is too many, and what is too old by a clock with which the trail agrees.
 pub(super) async fn prune(
     connection: &mut SqliteConnection,
     bounds: Bounds,
     now_us: u64,
 ) -> Result<(), sqlx::Error> {
-    let age = u64::try_from(bounds.age.as_micros()).unwrap_or(u64::MAX);
-    let oldest = i64::try_from(now_us.saturating_sub(age)).unwrap_or(i64::MAX);
+    let by_age = agrees(connection, now_us).await?;
     for class in RecordClass::ALL {
         sqlx::query(
             "DELETE FROM history WHERE class = ?1 AND id <=
@@ -300,17 +304,40 @@ pub(super) async fn prune(
         .bind(bounds.class_records)
         .execute(&mut *connection)
         .await?;
+        if !by_age {
+            continue;
+        }
         sqlx::query(
             "DELETE FROM history WHERE class = ?1 AND at_us < ?2 AND id <=
              (SELECT id FROM history WHERE class = ?1 ORDER BY id DESC LIMIT 1 OFFSET ?3)",
         )
         .bind(class as i64)
-        .bind(oldest)
+        .bind(before(now_us, bounds.age))
         .bind(CLASS_RECORDS_MIN.min(bounds.class_records))
         .execute(&mut *connection)
         .await?;
     }
     Ok(())
+}
+
+/// Whether the trail agrees that it is `now_us`. By a clock that was set a year ahead a moment ago all is old; and no clock that the
+/// machine has proves another one wrong, least of all over a restart.
+async fn agrees(connection: &mut SqliteConnection, now_us: u64) -> Result<bool, sqlx::Error> {
+    // The newest first: on a day like any other the first that is old enough ends the search.
+    let proof: Option<i64> = sqlx::query_scalar(
+        "SELECT id FROM history WHERE at_us BETWEEN ?1 AND ?2 ORDER BY id DESC LIMIT 1",
+    )
+    .bind(before(now_us, *PROOF_AGES.end()))
+    .bind(before(now_us, *PROOF_AGES.start()))
+    .fetch_optional(connection)
+    .await?;
+    Ok(proof.is_some())
+}
+
+/// The time that lies so far back, as the file has it.
+fn before(now_us: u64, age: Duration) -> i64 {
+    let age = u64::try_from(age.as_micros()).unwrap_or(u64::MAX);
+    i64::try_from(now_us.saturating_sub(age)).unwrap_or(i64::MAX)
 }
 
 /// Whether the file is as long as it may be.
