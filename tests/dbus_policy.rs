@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bus::{PrivateBus, block_on};
+use futures_util::StreamExt;
 use nbdtrack::correlation::{
     DeviceNode, DeviceNumber, Difference, DiskSeq, DiskView, ExportName, ExportView, Generation,
     Notice, Source, State,
@@ -802,6 +803,113 @@ impl Drop for Served {
     }
 }
 
+async fn on_the_bus(link: &zbus::Connection) {
+    let until = Instant::now() + Duration::from_secs(20);
+    loop {
+        let dbus = "org.freedesktop.DBus";
+        let asked = link.call_method(
+            Some(dbus),
+            "/",
+            Some(dbus),
+            "NameHasOwner",
+            &"org.nbdtrack1",
+        );
+        if asked.await.unwrap().body().deserialize::<bool>().unwrap() {
+            return;
+        }
+        assert!(Instant::now() < until, "the daemon is not on the bus");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+/// Answers as systemd does, for `process`; each other question stays unanswered.
+async fn answer_as_systemd(link: zbus::Connection, process: u32) {
+    let mut messages = zbus::MessageStream::from(&link);
+    while let Some(message) = messages.next().await {
+        let message = message.unwrap();
+        let header = message.header();
+        if header
+            .member()
+            .is_none_or(|member| member != "GetUnitByPID")
+            || message.body().deserialize::<u32>().unwrap() != process
+        {
+            continue;
+        }
+        let unit = "/org/freedesktop/systemd1/unit/volumed_2eservice";
+        let unit = zbus::ObjectPath::try_from(unit).unwrap();
+        let answer = zbus::Message::method_return(&header).build(&unit).unwrap();
+        link.send(&answer).await.unwrap();
+    }
+}
+
+/// The shipped unit hides others' processes from the daemon, and the history had no caller's unit.
+#[test]
+fn a_caller_whose_process_is_hidden_has_the_unit_that_systemd_says() {
+    const HIDING: &str = "mount --make-rprivate / && mount -t proc -o hidepid=invisible proc /proc";
+    let test = "a_caller_whose_process_is_hidden_has_the_unit_that_systemd_says";
+    assert!(nix::unistd::geteuid().is_root(), "this test needs root");
+    let hiding = Command::new("unshare")
+        .args(["--mount", "sh", "-c", HIDING])
+        .output()
+        .unwrap();
+    if !hiding.status.success() {
+        return polkit::skip(test, "no right to mount a /proc of its own");
+    }
+    block_on(async move {
+        let systemd = "<policy user=\"root\"><allow own=\"org.freedesktop.systemd1\"/>\
+            <allow send_destination=\"org.freedesktop.systemd1\"/></policy>";
+        let bus = PrivateBus::with_policy("nogroup", systemd);
+        let systemd = bus.connect().await;
+        let name = "org.freedesktop.systemd1";
+        systemd.request_name(name).await.unwrap();
+        tokio::spawn(answer_as_systemd(systemd, std::process::id()));
+        let folder = tempfile::tempdir().unwrap();
+        let config = folder.path().join("nbdtrack.toml");
+        std::fs::write(&config, "[server]\nlisten = []\n").unwrap();
+        // As the unit has it: ProtectProc=invisible, CapabilityBoundingSet=CAP_NET_ADMIN, and not the group root, from which nothing is hidden.
+        let script = format!(
+            "{HIDING} && exec setpriv --regid=nogroup --clear-groups --bounding-set=-all,+net_admin --inh-caps=-all \"$@\""
+        );
+        let mut serve = Command::new("unshare");
+        serve.args(["--mount", "sh", "-c", &script, "sh"]);
+        serve.args([env!("CARGO_BIN_EXE_nbdtrack"), "--bus", &bus.address]);
+        serve.arg("serve").arg("--config").arg(&config);
+        serve.arg("--state").arg(folder.path().join("state"));
+        let _served = Served(serve.stderr(Stdio::null()).spawn().unwrap());
+        let link = bus.connect().await;
+        on_the_bus(&link).await;
+        let none: BTreeMap<&str, zbus::Variant<'_>> = BTreeMap::new();
+        let reload = link.call_method(Some("org.nbdtrack1"), ROOT, Some(MANAGER), "Reload", &none);
+        reload.await.unwrap();
+        // By a process that systemd says nothing of: the call is carried out, and has no unit.
+        let began = Instant::now();
+        let mut end = vec!["call", "org.nbdtrack1", ROOT, MANAGER, "EndSession"];
+        end.extend(["ta{sv}", "1", "0"]);
+        let text = said(&bus.address, "root", &end).await;
+        assert!(text.contains("no session 1"), "{text}");
+        let took = began.elapsed();
+        assert!(took < Duration::from_secs(5), "systemd is silent: {took:?}");
+        let shown = Command::new(env!("CARGO_BIN_EXE_nbdtrack"))
+            .args(["--bus", &bus.address, "--json", "history"])
+            .output()
+            .unwrap();
+        let shown = String::from_utf8(shown.stdout).unwrap();
+        let unit_of = |method: &str| {
+            let records = shown
+                .lines()
+                .map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+            let mut units = records
+                .filter(|record| record["kind"] == "call" && record["new"] == method)
+                .map(|record| record["unit"].clone());
+            units
+                .next()
+                .unwrap_or_else(|| panic!("no {method} in {shown}"))
+        };
+        assert_eq!(unit_of("Reload"), "volumed.service", "{shown}");
+        assert_eq!(unit_of("EndSession").as_str().unwrap_or(""), "", "{shown}");
+    });
+}
+
 #[test]
 fn whom_polkit_refuses_stands_in_the_history_once_for_many() {
     const CALLS: usize = 20;
@@ -825,22 +933,7 @@ fn whom_polkit_refuses_stands_in_the_history_once_for_many() {
         serve.arg("--state").arg(folder.path().join("state"));
         let _served = Served(serve.stderr(Stdio::null()).spawn().unwrap());
         let link = bus.connect().await;
-        let until = Instant::now() + Duration::from_secs(20);
-        loop {
-            let dbus = "org.freedesktop.DBus";
-            let asked = link.call_method(
-                Some(dbus),
-                "/",
-                Some(dbus),
-                "NameHasOwner",
-                &"org.nbdtrack1",
-            );
-            if asked.await.unwrap().body().deserialize::<bool>().unwrap() {
-                break;
-            }
-            assert!(Instant::now() < until, "the daemon is not on the bus");
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
+        on_the_bus(&link).await;
         // By nobody's rule, and by a rule that lets the user do something else.
         for (method, calls) in [("Rescan", CALLS), ("Reload", 1)] {
             let call = ["call", "org.nbdtrack1", ROOT, MANAGER, method, "a{sv}", "0"];

@@ -4,6 +4,7 @@
 
 mod support;
 
+use std::collections::BTreeMap;
 use std::process::Command;
 
 fn page(path: &str) -> String {
@@ -68,14 +69,31 @@ fn every_command_and_option_is_in_the_manual_page() {
 fn every_key_and_profile_is_in_the_manual_page() {
     let manual = page("man/nbdtrack.toml.5");
     let readme = page("README.md");
-    for key in expected("[server]\nno_such_key = 1\n") {
-        assert!(manual.contains(&format!(".It Cm {key} Ar")), "{key}");
-    }
-    for key in expected("[dbus]\nno_such_key = 1\n") {
-        assert!(manual.contains(&format!(".It Cm {key} Ar")), "{key}");
-    }
-    for key in expected("[limits]\nno_such_key = 1\n") {
-        assert!(manual.contains(&format!(".It Cm {key} Ar")), "{key}");
+    let export = "[[export]]\nname = \"a\"\nvolume = \"serial:x\"\n";
+    for table in [
+        "[server]\n",
+        "[dbus]\n",
+        "[limits]\n",
+        "[identity]\n",
+        "[claim]\n",
+        export,
+    ] {
+        // What is said of another table's key of that name is not said of this one's.
+        let (name, _) = table.split_once('\n').unwrap();
+        let of_table = manual.split_once(&format!(".Ss {name}\n"));
+        let (of_table, _) = of_table
+            .unwrap_or_else(|| panic!("no {name}"))
+            .1
+            .split_once("\n.S")
+            .unwrap();
+        let keys = expected(&format!("{table}no_such_key = 1\n"));
+        assert!(!keys.is_empty(), "{name}");
+        for key in keys {
+            assert!(
+                of_table.contains(&format!(".It Cm {key} Ar")),
+                "{name} {key}"
+            );
+        }
     }
     for profile in expected("[[export]]\nname = \"a\"\nvolume = \"none:x\"\n") {
         assert!(manual.contains(&format!(".It Cm {profile}\n")), "{profile}");
@@ -99,19 +117,73 @@ fn what_the_readme_says_to_type_is_a_command() {
     }
 }
 
+/// The pages of the commands, by their names.
+fn pages(folder: &std::path::Path) -> BTreeMap<String, String> {
+    let read = |entry: std::io::Result<std::fs::DirEntry>| {
+        let entry = entry.unwrap();
+        let name = entry.file_name().into_string().unwrap();
+        let text = std::fs::read_to_string(entry.path()).unwrap();
+        name.starts_with("nbdtrack-").then_some((name, text))
+    };
+    std::fs::read_dir(folder)
+        .unwrap()
+        .filter_map(read)
+        .collect()
+}
+
 /// The pages of the commands are written by `make man` from the definitions that parse the command line.
 #[test]
 fn the_pages_of_the_commands_are_what_the_program_takes() {
     let folder = tempfile::tempdir().unwrap();
     nbdtrack(&["manual", folder.path().to_str().unwrap()]);
+    let fresh = pages(folder.path());
+    let kept = pages(std::path::Path::new(concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/man"
+    )));
     for command in commands() {
-        let name = format!("nbdtrack-{command}.1");
-        let fresh = std::fs::read_to_string(folder.path().join(&name)).unwrap();
-        let kept = std::fs::read_to_string(format!("{}/man/{name}", env!("CARGO_MANIFEST_DIR")));
         assert!(
-            kept.unwrap_or_default() == fresh,
+            fresh.contains_key(&format!("nbdtrack-{command}.1")),
+            "{command}"
+        );
+    }
+    for (name, text) in &fresh {
+        assert!(
+            kept.get(name) == Some(text),
             "man/{name} is not up to date: run 'make man'"
         );
+    }
+    let names = |pages: &BTreeMap<String, String>| pages.keys().cloned().collect::<Vec<_>>();
+    assert_eq!(names(&kept), names(&fresh), "a page of no command");
+}
+
+/// The pages told readers of pages that nobody had written.
+#[test]
+fn every_page_that_a_page_tells_of_is_there() {
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/man");
+    let all = pages(std::path::Path::new(folder));
+    let mut told = 0;
+    for (name, text) in &all {
+        let plain = text.replace("\\-", "-");
+        let words = plain.split(|letter: char| letter.is_whitespace() || "\"',;.".contains(letter));
+        for page in words.filter_map(|word| word.strip_suffix("(1)")) {
+            if page.starts_with("nbdtrack") {
+                let there = std::path::Path::new(&format!("{folder}/{page}.1")).exists();
+                assert!(there, "{name} tells of {page}(1)");
+                told += 1;
+            }
+        }
+        let title = text.lines().find(|line| line.starts_with(".TH "));
+        let year = title.is_some_and(|title| title.contains(" 20"));
+        assert!(year, "{name} has no date: {title:?}");
+    }
+    assert!(told > all.len(), "{told} pages are told of");
+    for option in [
+        "\\-C", "\\-p", "\\-d", "\\-o", "\\-r", "\\-l", "\\-M", "\\-V",
+    ] {
+        let page = &all["nbdtrack-nbd-server.1"];
+        let (_, options) = page.split_once(".SH OPTIONS").unwrap();
+        assert!(options.contains(option), "{option} is not in {options}");
     }
 }
 

@@ -155,7 +155,17 @@ fn journal_has_state_changes_and_reloads_as_fields_with_an_explanation() -> Outc
             ("vol-b", "loop:/nowhere".to_owned()),
         ])?;
         daemon.signal(Signal::SIGHUP)?;
-        logged("config_reloaded", "PRIORITY=6")?;
+        let reloaded = logged("config_reloaded", "PRIORITY=6")?;
+        for (field, value) in [
+            (
+                "MESSAGE",
+                "added 1, changed 0, removed 0, unchanged 1, refused 0",
+            ),
+            ("NBDTRACK_ADDED", "1"),
+            ("NBDTRACK_REFUSED", "0"),
+        ] {
+            hold!(reloaded[field] == value, "{field} is {value}: {reloaded}");
+        }
         // A second writer of the volume is refused with its place in the file.
         home.configure(&[("vol-a", volume.id()), ("vol-b", volume.id())])?;
         daemon.signal(Signal::SIGHUP)?;

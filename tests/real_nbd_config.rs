@@ -801,7 +801,7 @@ fn ten_thousand_sections_are_read_again_while_a_client_goes_on() -> Outcome<()> 
         hold!(place.reload().is_ok(), "reload");
         let one = began.elapsed();
         let log = fs::read_to_string(&place.home.log)?;
-        let summary = "added=0 changed=1 removed=0 unchanged=9999 refused=0";
+        let summary = "added 0, changed 1, removed 0, unchanged 9999, refused 0";
         hold!(log.contains(summary), "no line says {summary:?}");
         let report = stream.finish()?;
         hold!(report.broken.is_none(), "bystander: {:?}", report.broken);

@@ -3,7 +3,7 @@
 mod support;
 
 use std::os::unix::net::{UnixDatagram, UnixStream};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
@@ -12,10 +12,10 @@ use nix::sys::signal::Signal;
 use nix::sys::wait::{WaitPidFlag, waitpid};
 use nix::unistd::Pid;
 use support::client::{Client, Endpoint, Go, knock};
-use support::daemon::{Home, free_port};
+use support::daemon::{Home, binary, free_port};
 use support::ground::{Ground, Need, real};
 use support::loops::{LoopDevice, sparse_file};
-use support::process::{Running, command, succeed};
+use support::process::{Finished, Running, command, run_command, succeed};
 use support::scene::{STEP_LIMIT, Volume};
 use support::{Doing, Outcome};
 
@@ -271,6 +271,68 @@ fn manager_is_told_in_sentences_and_a_reload_with_its_time() -> Outcome<()> {
             "{told:?}"
         );
         hold!(daemon.wait(STEP_LIMIT)?.success(), "it ends in order");
+        Ok(())
+    })
+}
+
+/// The unit's own words for a reload, as systemd would run them for a daemon: its process id, and its runtime folder.
+fn reload_by_the_unit(daemon: &Running, runtime: &Path) -> Outcome<Finished> {
+    let unit = concat!(env!("CARGO_MANIFEST_DIR"), "/systemd/nbdtrack.service");
+    let unit = std::fs::read_to_string(unit)?;
+    let line = unit
+        .lines()
+        .find_map(|line| line.strip_prefix("ExecReload=/usr/bin/nbdtrack "));
+    let words = line.unwrap_or_default();
+    hold!(words.contains("$MAINPID"), "ExecReload= is {words:?}");
+    let words = words.replace("$MAINPID", &daemon.pid().to_string());
+    let mut reload = command(binary());
+    reload
+        .args(words.split(' '))
+        .env("RUNTIME_DIRECTORY", runtime);
+    run_command("the unit's reload", reload, STEP_LIMIT)
+}
+
+/// The unit's reload called over the system bus, and failed for every daemon on another bus or on none.
+#[test]
+fn units_reload_is_over_when_the_configuration_is_applied_and_fails_when_it_is_wrong() -> Outcome<()>
+{
+    real("service reload", NEEDS, |ground| {
+        let (_device, volume, mut home) = home(ground)?;
+        let runtime = ground.file("runtime");
+        std::fs::create_dir(&runtime)?;
+        home.environment
+            .push(("RUNTIME_DIRECTORY", runtime.clone()));
+        let manager = Manager::new(ground)?;
+        let mut daemon = start(&home, &manager)?;
+        for round in 0..20 {
+            home.configure(&[])?;
+            let done = reload_by_the_unit(&daemon, &runtime)?;
+            hold!(done.status.success(), "{}", done.stderr);
+            hold!(
+                done.stdout == "added 0, changed 0, removed 1, unchanged 0, refused 0\n",
+                "{}",
+                done.stdout
+            );
+            // Applied when it answers, not some time after: nobody waits here.
+            let answer = knock(&home.endpoint(), "vol-a")?;
+            hold!(matches!(answer, Go::Refused { .. }), "{round}: {answer:?}");
+            home.configure(&[("vol-a", volume.id())])?;
+            let done = reload_by_the_unit(&daemon, &runtime)?;
+            hold!(done.stdout.starts_with("added 1, "), "{}", done.stdout);
+        }
+        support::until(STEP_LIMIT, "the export to serve", || {
+            Ok(Client::open(&home.endpoint(), "vol-a").ok().map(drop))
+        })?;
+        std::fs::write(&home.config, "[server\n")?;
+        let done = reload_by_the_unit(&daemon, &runtime)?;
+        hold!(done.status.code() == Some(1), "{}", done.status);
+        hold!(done.stderr.contains("nbdtrack.toml:1:"), "{}", done.stderr);
+        Client::open(&home.endpoint(), "vol-a")?.leave()?;
+        // What it is told of is the reload that it asked for, and not the last one.
+        daemon.signal(Signal::SIGTERM)?;
+        hold!(daemon.wait(STEP_LIMIT)?.success(), "it ends in order");
+        let done = reload_by_the_unit(&daemon, &runtime)?;
+        hold!(done.status.code() == Some(3), "{}", done.status);
         Ok(())
     })
 }

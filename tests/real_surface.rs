@@ -8,13 +8,13 @@ use std::io::Write;
 
 use support::bus::{Client as Caller, Options, ROOT, Refused};
 use support::client::{
-    CMD_READ, Client, Go, OPT_LIST, REP_ACK, REP_ERR_POLICY, REP_SERVER, greet, knock,
-    read_option_reply, request, send_option,
+    CMD_READ, Client, Go, OPT_LIST, REP_ACK, REP_ERR_POLICY, REP_ERR_UNKNOWN, REP_SERVER, greet,
+    knock, read_option_reply, request, send_option,
 };
 use support::fuse_disk::{ALL, FuseDisk};
 use support::ground::{Ground, Need, real};
 use support::loops::LoopDevice;
-use support::scene::{STEP_LIMIT, Scene, Volume};
+use support::scene::{STEP_LIMIT, Scene, Volume, nbdtrack};
 use support::{Outcome, until};
 use zbus::{OwnedVariant, Variant};
 
@@ -70,6 +70,90 @@ fn sessions(caller: &Caller, export: Option<&str>) -> Result<Vec<u64>, Refused> 
     Ok(all.iter().map(id).collect())
 }
 
+/// A name is compared with names and nothing else: the stock server of old opened what a client asked for.
+#[test]
+fn names_that_are_paths_are_names_and_nothing_else() -> Outcome<()> {
+    real("names as paths", NEEDS, |ground| {
+        let mut scene = Scene::serving(ground, &["vol-a"], BYTES)?;
+        let mut writer = Client::open(&scene.endpoint(), "vol-a")?;
+        hold!(writer.write(0, &[0x5a; 512], true)? == Ok(()), "a write");
+        writer.leave()?;
+        // Each leads to something that is there and is not the volume.
+        let stranger = Volume::make(ground.path(), "stranger", BYTES)?;
+        let device = LoopDevice::add()?;
+        device.attach(&stranger.image)?;
+        let image = stranger.image.display().to_string();
+        let beside = format!(
+            "../{}",
+            ground.path().file_name().unwrap_or_default().display()
+        );
+        let names = [
+            device.node(),
+            image,
+            beside,
+            "../x".to_owned(),
+            "a/b".to_owned(),
+            "/".to_owned(),
+            ".".to_owned(),
+            "..".to_owned(),
+            "stranger.img".to_owned(),
+        ];
+        let nobody_has = |scene: &Scene, when: &str| -> Outcome<()> {
+            for name in &names {
+                match knock(&scene.endpoint(), name)? {
+                    Go::Refused { kind, .. } if kind == REP_ERR_UNKNOWN => {}
+                    other => trouble!("{name:?} {when}: {other:?}"),
+                }
+            }
+            Ok(())
+        };
+        let all_are_the_volume = |scene: &Scene, how: &str| -> Outcome<()> {
+            for name in &names {
+                scene.client.reach_state(name, "Serving", STEP_LIMIT)?;
+                let mut client = Client::open(&scene.endpoint(), name)?;
+                let mut bytes = [0; 512];
+                hold!(client.read(0, &mut bytes)? == Ok(()), "{name:?} {how}");
+                hold!(bytes == [0x5a; 512], "{name:?} {how} is the volume");
+                client.leave()?;
+            }
+            let listed = listed(scene)?;
+            hold!(names.iter().all(|name| listed.contains(name)), "{listed:?}");
+            Ok(())
+        };
+        nobody_has(&scene, "before it is defined")?;
+        let text = std::fs::read_to_string(&scene.home.config)?;
+        let volume = scene.volumes[0].id();
+        let sections = names.iter().map(|name| {
+            format!("\n[[export]]\nname = {name:?}\nvolume = {volume:?}\nread_only = true\n")
+        });
+        std::fs::write(
+            &scene.home.config,
+            text.clone() + &sections.collect::<String>(),
+        )?;
+        scene.client.call("Reload", &(Options::new(),))?;
+        all_are_the_volume(&scene, "in the configuration")?;
+        std::fs::write(&scene.home.config, text)?;
+        scene.client.call("Reload", &(Options::new(),))?;
+        until(STEP_LIMIT, "the sections to go", || {
+            Ok((scene.client.objects("Export")?.len() == 1).then_some(()))
+        })?;
+        nobody_has(&scene, "after it went")?;
+        for name in &names {
+            let options = Options::from([("read_only", Variant::from(true))]);
+            scene.client.add_export_with(name, &volume, options)?;
+        }
+        all_are_the_volume(&scene, "over D-Bus")?;
+        scene.kill()?;
+        scene.start()?;
+        all_are_the_volume(&scene, "after kill -9")?;
+        for name in &names {
+            scene.client.remove_export(name, "soft")?;
+        }
+        nobody_has(&scene, "after its removal")?;
+        scene.stop()
+    })
+}
+
 #[test]
 fn safe_removal_refuses_while_a_client_is_there() -> Outcome<()> {
     real("removal safe", NEEDS, |ground| {
@@ -79,6 +163,21 @@ fn safe_removal_refuses_while_a_client_is_there() -> Outcome<()> {
         match scene.client.remove_export("made", "safe") {
             Err(e) if e.is("InUse") && e.text.contains("1 clients") => {}
             other => trouble!("expected InUse that counts the client, got {other:?}"),
+        }
+        // A person is told what to type next about the clients, and not how two exports share a volume.
+        for refused in [
+            &["remove", "--safe", "made"][..],
+            &["repin", "made", "--diskseq", "1"],
+            &["unpin", "made"],
+        ] {
+            let told = nbdtrack(&scene, refused)?;
+            hold!(
+                told.status.code() == Some(1)
+                    && told.stderr.contains("'nbdtrack sessions made' lists them")
+                    && !told.stderr.contains("share"),
+                "{refused:?}: {}",
+                told.stderr
+            );
         }
         hold!(
             client.write(0, &[1; 512], true)? == Ok(()),

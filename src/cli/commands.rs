@@ -96,7 +96,7 @@ pub async fn run(bus: &Bus, command: Command, as_json: bool) -> Result<(), Failu
             client.rescan().await.map_err(failed)?;
             done(as_json, "rescanned", "")?;
         }
-        Command::Reload => show::reload(&client.reload().await.map_err(failed)?, as_json)?,
+        Command::Reload(_) => show::reload(&client.reload().await.map_err(failed)?, as_json)?,
         Command::Sessions { export } => {
             let sessions = client.sessions(export.as_deref()).await.map_err(failed)?;
             show::sessions(&sessions, as_json)?;

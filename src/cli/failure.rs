@@ -111,7 +111,6 @@ impl Failure {
                     "; 'nbdtrack volumes' shows the disks, 'nbdtrack resolve NAME --diskseq N' chooses one"
                 }
                 RequestError::NotReady(_) => "; 'nbdtrack status' shows what it waits for",
-                RequestError::InUse(_) => "; let both exports share it, or make one read-only",
                 RequestError::TimedOut(_) => {
                     "; ask again, with a longer --timeout or --hard where the command has them"
                 }
@@ -140,6 +139,14 @@ fn place(bus: &Bus) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Every export in use was once told how to share a volume, also one that only had clients.
+    #[test]
+    fn what_is_in_use_is_told_in_the_daemons_words_alone() {
+        let in_use = RequestError::InUse("export vol-a has 2 clients".to_owned());
+        let failure = Failure::Client(ClientError::Refused(in_use));
+        assert_eq!(failure.text(), "export vol-a has 2 clients");
+    }
 
     #[test]
     fn every_failure_that_may_pass_by_itself_has_exit_code_4() {

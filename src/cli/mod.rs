@@ -20,6 +20,7 @@ mod metrics;
 mod nbd_server;
 mod pins;
 mod progress;
+mod reload;
 mod show;
 mod table;
 mod take_over;
@@ -132,7 +133,7 @@ enum Command {
     /// Look at the attached disks anew
     Rescan,
     /// Read the configuration again, and tell what that changed
-    Reload,
+    Reload(reload::Asked),
     /// List the NBD sessions
     Sessions {
         /// Only those of this export
@@ -413,6 +414,7 @@ fn run(cli: Cli) -> Result<(), Failure> {
         Command::Check { config } => return check::check(&config, json),
         Command::BackupName(asked) => return backup_name::backup_name(&asked, json),
         Command::Image(asked) if !asked.needs_daemon() => return image::image(&asked, json),
+        Command::Reload(reload::Asked { pid: Some(pid) }) => return reload::by_signal(pid, json),
         Command::TakeOver(asked) => return take_over::take_over(&asked, json),
         Command::GiveBack(asked) => return take_over::give_back(&asked, json),
         command => command,

@@ -45,7 +45,10 @@ impl Control {
                 let what = if ended { "ended" } else { "there is no" };
                 let detail = format!("{what} session {id}");
                 self.trail.note_other("EndSession", &caller, detail);
-                let none = || RequestError::NotFound(format!("there is no session {id}"));
+                let none = || {
+                    let error = format!("there is no session {id}; 'nbdtrack sessions' lists them");
+                    RequestError::NotFound(error)
+                };
                 self.answer(reply, ended.then_some(Answer::Done).ok_or_else(none));
             }
             Call::Pins { pending } => {
@@ -124,7 +127,7 @@ impl Control {
                 mode: RemoveMode::Safe,
                 ..
             } => {
-                let until = ": end them first, or remove it with mode hide, soft or hard";
+                let until = ": end them first, or remove it with mode hide, which waits until they have left, soft or hard";
                 (name.clone(), until)
             }
             _ => return None,
@@ -132,7 +135,7 @@ impl Control {
         match self.door.clients(&name) {
             0 => None,
             clients => Some(RequestError::InUse(format!(
-                "export {name} has {clients} clients{until}"
+                "export {name} has {clients} clients{until}; 'nbdtrack sessions {name}' lists them, 'nbdtrack end-session ID' ends one"
             ))),
         }
     }

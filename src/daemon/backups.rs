@@ -158,7 +158,7 @@ impl Control {
         let clients = self.door.clients(&asked.name);
         if asked.mode == RemoveMode::Safe && clients > 0 {
             return Err(RequestError::InUse(format!(
-                "export {} has {clients} clients: end them first, or finish it with mode soft or hard",
+                "export {0} has {clients} clients: 'nbdtrack sessions {0}' lists them; end them first, or finish it with mode soft or hard",
                 asked.name
             )));
         }

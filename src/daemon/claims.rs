@@ -75,10 +75,10 @@ impl Control {
     }
 }
 
-/// Whether this is the machine's own daemon: systemd says so to its services (systemd.exec(5), RuntimeDirectory). One that
+/// Whether this is the machine's own daemon: systemd gives its service the folder of the list (systemd.exec(5), RuntimeDirectory). One that
 /// someone runs beside it leaves the machine's list alone.
 fn is_the_service() -> bool {
-    std::env::var_os("RUNTIME_DIRECTORY").is_some()
+    super::runtime_folder().as_deref() == Path::new(FILE).parent()
 }
 
 fn remove() {

@@ -27,6 +27,7 @@ mod phases;
 mod reading;
 mod refusals;
 mod reload;
+mod reload_outcome;
 mod rescan;
 mod rights;
 mod row_asks;
@@ -73,6 +74,7 @@ use stops::Stops;
 
 pub use activation::ActivationError;
 pub use found::{disk_at, refused_for_their_paths};
+pub use reload_outcome::{ReloadOutcome, now_us, runtime_folder};
 pub use rights::refused_for_their_names;
 pub use sockets::ListenError;
 

@@ -6,6 +6,7 @@ use super::Options;
 use super::clock::Clock;
 use super::control::{Asker, Control, Report};
 use super::last_reading::{Dialect, LastReading};
+use super::reload_outcome::{OutcomeFile, ReloadOutcome};
 use super::sections::{self, Reading};
 use crate::config::nbd_server::CommandLine;
 use crate::config::{self, ClaimRules, Pace};
@@ -23,6 +24,9 @@ pub(super) struct Reload {
     last: Option<Box<LastReading>>,
     /// What was wrong in what is being applied, for those who asked.
     told: String,
+    /// What the last one came to, for those who asked by a signal.
+    outcome: ReloadOutcome,
+    outcome_file: OutcomeFile,
     /// Exports of what is being applied, and what of the files was refused before the middle saw it.
     taken: usize,
     refused: usize,
@@ -41,6 +45,8 @@ impl Reload {
             clock,
             last: None,
             told: String::new(),
+            outcome: ReloadOutcome::default(),
+            outcome_file: OutcomeFile::of_the_service(),
             taken: 0,
             refused: 0,
             reading: false,
@@ -76,12 +82,15 @@ impl Control {
         } = self.options.clone()
         else {
             tracing::warn!("asked to reload, but started without --config: nothing to read");
+            self.reload.outcome = ReloadOutcome::begun();
+            self.tell_signaller("started without --config: there is nothing to read again");
             return;
         };
         if std::mem::replace(&mut self.reload.reading, true) {
             self.reload.again = true;
             return;
         }
+        self.reload.outcome = ReloadOutcome::begun();
         self.reload.served = std::mem::take(&mut self.reload.waiting);
         self.service.reloading();
         let reports = self.reports.clone();
@@ -107,7 +116,9 @@ impl Control {
             if let Some(found) = &read.found {
                 tracing::info!(exports = found.taken, "configuration read again");
             }
+            let problems = read.problems.clone();
             self.take(read);
+            self.tell_signaller(&problems);
             // Whoever asks for it may have done something to files, too.
             let _asked = self.files.check();
         }
@@ -117,6 +128,13 @@ impl Control {
         } else if !self.stopping {
             self.tell_ready();
         }
+    }
+
+    /// Tells those who asked by a signal, when everything is applied.
+    fn tell_signaller(&mut self, problems: &str) {
+        let mut outcome = std::mem::take(&mut self.reload.outcome);
+        problems.clone_into(&mut outcome.problems);
+        self.reload.outcome_file.write(outcome);
     }
 
     /// Applies a configuration: what is wrong in it keeps its last good state, and the rest is taken.
@@ -153,16 +171,24 @@ impl Control {
             difference.changed.len(),
             difference.refused.len(),
         ];
+        let removed = difference.removed.len();
         let differs = added + changed + refused;
+        let unchanged = self.reload.taken.saturating_sub(differs);
+        let refused = refused + self.reload.refused;
+        let summary = format!(
+            "added {added}, changed {changed}, removed {removed}, unchanged {unchanged}, refused {refused}"
+        );
+        // The same in words and in fields: people read the one, and programs the others.
         tracing::info!(
             name: "config_reloaded",
             added,
             changed,
-            removed = difference.removed.len(),
-            unchanged = self.reload.taken.saturating_sub(differs),
-            refused = refused + self.reload.refused,
-            "reloaded"
+            removed,
+            unchanged,
+            refused,
+            "{summary}"
         );
+        self.reload.outcome.changes = summary;
         let mut told = vec![Publication::Signal(crate::correlation::Notice::Reloaded(
             difference.clone(),
         ))];

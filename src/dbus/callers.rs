@@ -6,10 +6,13 @@ use std::sync::{Mutex, PoisonError};
 use zbus::{Connection, Message, OwnedVariant, Variant};
 
 use super::Caller;
-use super::connect::ask_bus;
+use super::connect::{ask_bus, ask_unit};
 
 /// Callers that are remembered; a new one beyond it has the others asked for again. Each is some 100 bytes.
 const KNOWN_MAX: usize = 1_024;
+
+/// Where systemd has the objects of its units.
+const UNITS: &str = "/org/freedesktop/systemd1/unit/";
 
 /// Who sent a message, and whether it is of the group.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -62,11 +65,15 @@ impl Callers {
             _ => Vec::new(),
         };
         let of_group = |group: u32| groups.contains(&Variant::U32(group));
+        let unit = match number("ProcessID") {
+            Some(pid) => unit(connection, pid).await,
+            None => None,
+        };
         let known = Known {
             caller: Caller {
                 name: key.1.clone(),
                 uid: number("UnixUserID"),
-                unit: number("ProcessID").and_then(unit).unwrap_or_default(),
+                unit: unit.unwrap_or_default(),
             },
             in_group: self.group.is_some_and(of_group),
         };
@@ -97,10 +104,30 @@ fn key(connection: &Connection, message: &Message) -> (String, String) {
     (connection.server_guid().to_string(), name.to_owned())
 }
 
-/// The systemd unit of a process, from the kernel's own file system, which does not wait. A process that has gone has none; that
-/// its number could be another's by now is why the unit is only told and decides nothing.
-fn unit(pid: u32) -> Option<String> {
-    unit_of(&std::fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?)
+/// The systemd unit of a process: from the kernel's own file system, which does not wait, or where the daemon's unit hides the processes
+/// of others there (ProtectProc=invisible), from systemd. A process that has gone has none; that its number could be another's by now is why the
+/// unit is only told and decides nothing.
+async fn unit(connection: &Connection, pid: u32) -> Option<String> {
+    match std::fs::read_to_string(format!("/proc/{pid}/cgroup")) {
+        Ok(cgroups) => unit_of(&cgroups),
+        Err(_) => unit_at(&ask_unit(connection, pid).await?),
+    }
+}
+
+/// The unit that an object path of systemd names: in its last part every byte that is not a letter or a digit is `_` and its two hex
+/// digits (org.freedesktop.systemd1(5); sd_bus_path_encode(3)). `None` for what is not of that form.
+fn unit_at(path: &str) -> Option<String> {
+    let mut parts = path.strip_prefix(UNITS)?.split('_');
+    let mut name = parts.next()?.as_bytes().to_vec();
+    for part in parts {
+        let digits = part.get(..2)?;
+        if !digits.bytes().all(|digit| digit.is_ascii_hexdigit()) {
+            return None;
+        }
+        name.push(u8::from_str_radix(digits, 16).ok()?);
+        name.extend_from_slice(part.get(2..)?.as_bytes());
+    }
+    String::from_utf8(name).ok().filter(|name| !name.is_empty())
 }
 
 /// The last part of a control group's path that names a service, a scope or a session (cgroups(7), systemd.unit(5)).
@@ -129,6 +156,24 @@ mod tests {
         let mixed = "12:pids:/\n1:name=systemd:/system.slice/ssh.service/sub\n0::/\n";
         assert_eq!(unit_of(mixed).as_deref(), Some("ssh.service"));
         assert_eq!(unit_of("0::/\n"), None);
+    }
+
+    #[test]
+    fn a_unit_is_read_from_its_object_path_or_not_at_all() {
+        let named = |last: &str| unit_at(&format!("{UNITS}{last}"));
+        assert_eq!(
+            named("volumed_2eservice").as_deref(),
+            Some("volumed.service")
+        );
+        assert_eq!(
+            named("getty_40tty1_2eservice").as_deref(),
+            Some("getty@tty1.service")
+        );
+        assert_eq!(named("_31a").as_deref(), Some("1a"));
+        for wrong in ["", "a_2", "a_zz", "a_+1", "a_", "a_\u{e9}\u{e9}", "_ff"] {
+            assert_eq!(named(wrong), None, "{wrong}");
+        }
+        assert_eq!(unit_at("/org/freedesktop/other/unit/a_2eservice"), None);
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use tokio::time::timeout;
 use zbus::fdo::{RequestNameFlags, RequestNameReply};
-use zbus::{Connection, MatchRule, MessageStream};
+use zbus::{Connection, MatchRule, MessageStream, OwnedObjectPath};
 
 use super::{BUS_NAME, Bus, BusError};
 
@@ -97,4 +97,18 @@ where
     let call = connection.call_method(Some(bus), "/org/freedesktop/DBus", Some(bus), method, &name);
     let answer = timeout(CALLER_WITHIN, call).await.ok()?.ok()?;
     answer.body().deserialize().ok()
+}
+
+/// Asks systemd for the object of the unit of a process; `None` without an answer within [`CALLER_WITHIN`], as where there is no systemd.
+pub async fn ask_unit(connection: &Connection, pid: u32) -> Option<String> {
+    let call = connection.call_method(
+        Some("org.freedesktop.systemd1"),
+        "/org/freedesktop/systemd1",
+        Some("org.freedesktop.systemd1.Manager"),
+        "GetUnitByPID",
+        &pid,
+    );
+    let answer = timeout(CALLER_WITHIN, call).await.ok()?.ok()?;
+    let unit: OwnedObjectPath = answer.body().deserialize().ok()?;
+    Some(unit.to_string())
 }

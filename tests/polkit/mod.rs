@@ -130,7 +130,7 @@ fn missing() -> Option<String> {
 }
 
 /// As tests/support/ground.rs does.
-fn skip(test: &str, reason: &str) {
+pub fn skip(test: &str, reason: &str) {
     let line = format!("SKIPPED: {test}: {reason}\n");
     let _ = std::io::stderr().write_all(line.as_bytes());
     if let Some(path) = std::env::var_os("NBDTRACK_SKIPS")

@@ -25,6 +25,11 @@ const READY_WITHIN: Duration = Duration::from_secs(60);
 /// Between two looks whether it has ended.
 const LOOK: Duration = Duration::from_millis(100);
 
+/// Each option's letter, its value's name, and what it does, for the manual page.
+pub fn options() -> impl Iterator<Item = (char, Option<&'static str>, &'static str)> {
+    words::options()
+}
+
 /// Does what the arguments (without the program's name) say.
 pub fn run(args: &[OsString], bus: Option<String>) -> ExitCode {
     let words: Vec<String> = args

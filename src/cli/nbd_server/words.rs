@@ -24,6 +24,15 @@ Usage: nbd-server [-C config_file] [-p pid_file] [-d] [-V]
 	A file is served, beside the configuration, to clients that name no export. A size, -c and -m are refused.
 ";
 
+/// What [`USAGE`] says of each option: its letter, its value's name, and what it does.
+pub(super) fn options() -> impl Iterator<Item = (char, Option<&'static str>, &'static str)> {
+    USAGE.lines().filter_map(|line| {
+        let (option, says) = line.strip_prefix("\t-")?.split_once('\t')?;
+        let mut words = option.split(' ');
+        Some((words.next()?.chars().next()?, words.next(), says))
+    })
+}
+
 /// What the command line asks for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Asked {
@@ -307,6 +316,24 @@ mod tests {
             )
         );
     }
+
+    #[test]
+    fn the_usage_tells_of_every_option_that_is_not_refused_and_of_its_value() {
+        let told: std::collections::BTreeMap<char, Option<&str>> = options()
+            .map(|(letter, value, _)| (letter, value))
+            .collect();
+        for (name, letter) in LONG {
+            let refused = ['c', 'm'].contains(&letter);
+            assert_eq!(told.contains_key(&letter), !refused, "--{name}");
+            let valued = "CploM".contains(letter);
+            assert_eq!(
+                told.get(&letter).is_some_and(Option::is_some),
+                valued,
+                "{letter}"
+            );
+        }
+    }
+
     #[test]
     fn a_file_is_named_by_words_in_any_order_which_come_out_again() {
         let line = "-r 127.0.0.1:2000 -M 3 /file -l/a";

@@ -56,6 +56,9 @@ pub(super) const MESSAGES: &[(&str, &str)] = &[
     ("watchdog_silent", "27e74f3c6de242f5adce6016f6bf4420"),
 ];
 
+/// Events whose message has what their fields have, in words; of those a zero says something, too.
+const TOLD_IN_WORDS: &[&str] = &["config_reloaded"];
+
 /// Whether standard error is the journal (systemd.exec(5), JOURNAL_STREAM).
 pub(super) fn is_stderr() -> bool {
     let Some(stream) = std::env::var("JOURNAL_STREAM").ok() else {
@@ -121,8 +124,7 @@ impl Facts {
     fn put(&mut self, field: &Field, value: String) {
         if field.name() == "message" {
             self.message = value;
-        } else if !matches!(value.as_str(), "" | "0") && self.fields.len() < FIELDS_MAX {
-            // Nothing is told of what an event does not have.
+        } else if self.fields.len() < FIELDS_MAX {
             self.fields.push((field.name(), value));
         }
     }
@@ -140,10 +142,18 @@ impl Visit for Facts {
 
 /// journald's native protocol (systemd.io/JOURNAL_NATIVE_PROTOCOL).
 fn encode(facts: &Facts, level: Level, name: &str, place: Option<(&str, u32)>) -> Vec<u8> {
+    let in_words = TOLD_IN_WORDS.contains(&name);
+    // Nothing is told of what an event does not have.
+    let told = |value: &str| !value.is_empty() && (in_words || value != "0");
+    let fields = facts.fields.iter().filter(|(_, value)| told(value));
     let mut text = facts.message.clone();
-    for (name, value) in &facts.fields {
+    for (name, value) in fields.clone().filter(|_| !in_words) {
         // The text alone is what `journalctl` shows.
-        let _infallible = write!(text, " {name}={value:?}");
+        let number = value.bytes().all(|digit| digit.is_ascii_digit());
+        let _infallible = match number {
+            true => write!(text, " {name}={value}"),
+            false => write!(text, " {name}={value:?}"),
+        };
     }
     let mut message = Vec::with_capacity(512);
     put(&mut message, "MESSAGE", &text);
@@ -156,7 +166,7 @@ fn encode(facts: &Facts, level: Level, name: &str, place: Option<(&str, u32)>) -
         put(&mut message, "CODE_FILE", file);
         put(&mut message, "CODE_LINE", &line.to_string());
     }
-    for (name, value) in &facts.fields {
+    for (name, value) in fields {
         put(&mut message, &field_name(name), value);
     }
     message
@@ -222,6 +232,29 @@ mod tests {
         let expected = "MESSAGE=Serving export=\"vol-a\" node=\"/dev/vdb\"\nPRIORITY=6\nSYSLOG_IDENTIFIER=nbdtrack\n\
             MESSAGE_ID=e466b53e73504047b33dd9d39f1084fe\nEXPORT=vol-a\nDEVICE_NODE=/dev/vdb\n";
         assert_eq!(message, expected);
+    }
+
+    #[test]
+    fn a_reload_reads_as_a_sentence_with_its_zeroes_and_others_pass_over_theirs() {
+        let reloaded = facts("added 1, refused 0", &[("added", "1"), ("refused", "0")]);
+        let message = encode(&reloaded, Level::INFO, "config_reloaded", None);
+        let message = String::from_utf8(message).unwrap();
+        assert!(
+            message.starts_with("MESSAGE=added 1, refused 0\n"),
+            "{message}"
+        );
+        assert!(
+            message.ends_with("NBDTRACK_ADDED=1\nNBDTRACK_REFUSED=0\n"),
+            "{message}"
+        );
+        let absent = facts("Absent", &[("generation", "0"), ("diskseq", "7")]);
+        let message = encode(&absent, Level::INFO, "event", None);
+        let message = String::from_utf8(message).unwrap();
+        assert!(
+            message.starts_with("MESSAGE=Absent diskseq=7\n"),
+            "{message}"
+        );
+        assert!(!message.contains("GENERATION"), "{message}");
     }
 
     #[test]
