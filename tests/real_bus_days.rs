@@ -15,6 +15,8 @@ use zbus::Variant;
 
 const NEEDS: &[Need] = &[Need::Loop, Need::Bus];
 const BYTES: u64 = 4 << 20;
+/// For a question of one caller beside another's flood, in a build that is not optimised.
+const OTHERS_WITHIN: Duration = Duration::from_secs(1);
 
 /// A volume that is attached, and a home whose configuration exports it on the bus of the ground's folder.
 fn home(ground: &Ground) -> Outcome<(LoopDevice, Home)> {
@@ -129,19 +131,28 @@ fn one_caller_that_floods_is_bounded_and_others_are_answered() -> Outcome<()> {
             slowest = slowest.max(began.elapsed());
             Ok(())
         };
-        runtime.block_on(async {
+        // Kept: a rule is the caller's while its stream is.
+        let subscriptions = runtime.block_on(async {
+            let mut kept = Vec::new();
             for n in 0..1_000 {
                 let rule = zbus::MatchRule::builder()
                     .msg_type(zbus::message::Type::Signal)
                     .sender(SERVICE)
                     .path(format!("/org/nbdtrack1/exports/n{n}"))
                     .build()?;
-                // The bus bounds how many one may have; refusals are fine.
                 let stream = zbus::MessageStream::for_match_rule(rule, &flood, None);
-                drop(tokio::time::timeout(Duration::from_secs(5), stream).await);
+                let stream = tokio::time::timeout(Duration::from_secs(5), stream).await;
+                // The bus bounds how many one may have; refusals are fine.
+                kept.extend(stream.ok().and_then(Result::ok));
             }
-            Ok::<_, zbus::Error>(())
+            Ok::<_, zbus::Error>(kept)
         })?;
+        // dbus-daemon(1), max_match_rules_per_connection: 512.
+        hold!(
+            subscriptions.len() > 500,
+            "{} subscriptions stand",
+            subscriptions.len()
+        );
         ask(&scene)?;
         let huge = "x".repeat(1 << 20);
         for round in 0..100u32 {
@@ -184,12 +195,11 @@ fn one_caller_that_floods_is_bounded_and_others_are_answered() -> Outcome<()> {
         ask(&scene)?;
         let after = scene.daemon()?.holdings()?;
         tell(&format!(
-            "10,000 calls of one caller: another was answered within {slowest:?}; {before:?} before, {after:?} after"
+            "10,000 calls of one caller with {} subscriptions: another was answered within {slowest:?}; {before:?} before, {after:?} after",
+            subscriptions.len()
         ));
-        hold!(
-            slowest < Duration::from_secs(10),
-            "others are answered: {slowest:?}"
-        );
+        drop(subscriptions);
+        hold!(slowest < OTHERS_WITHIN, "others are answered: {slowest:?}");
         hold!(
             after.resident_kib < before.resident_kib + 128 * 1024,
             "memory is bounded: {before:?}, {after:?}"

@@ -6,6 +6,7 @@ mod support;
 use std::io::Write;
 use std::time::{Duration, Instant};
 
+use nix::sys::signal::Signal;
 use support::bus::Options;
 use support::client::{CMD_READ, CMD_WRITE, Client, FLAG_FUA, read_reply, request};
 use support::fuse_disk::{ALL, FLUSHES, FuseDisk, WRITES};
@@ -58,6 +59,50 @@ fn disk_made_of_fuse_hangs_fails_and_heals() -> Outcome<()> {
         hold!(back[..4096] == [7; 4096], "FUA is on the disk");
         client.leave()?;
         scene.stop()
+    })
+}
+
+/// One deadline holds for all exports: disks that are slow one after another would take it from those that come last.
+#[test]
+fn stop_asks_all_slow_disks_to_flush_at_the_same_time() -> Outcome<()> {
+    real("stop beside slow disks", NEEDS, |ground| {
+        let mut disks = Vec::new();
+        for number in 0..4_u8 {
+            let name = format!("slow-{number}");
+            disks.push(FuseDisk::make(ground.path(), &name, BYTES)?);
+        }
+        let mut scene = Scene::empty(ground)?;
+        let mut clients = Vec::new();
+        for (number, disk) in (1_u8..).zip(&disks) {
+            let name = format!("slow-{number}");
+            scene.client.add_export(&name, &id(disk))?;
+            scene.client.reach_state(&name, "Serving", STEP_LIMIT)?;
+            let mut client = Client::open(&scene.endpoint(), &name)?;
+            let written = client.write(0, &[number; 4096], false)?;
+            hold!(written == Ok(()), "a write into the page cache");
+            clients.push(client);
+        }
+        let _healers: Vec<_> = disks.iter().map(FuseDisk::healer).collect();
+        let before: Vec<u64> = disks.iter().map(FuseDisk::held).collect();
+        disks.iter().for_each(|disk| disk.hang(FLUSHES));
+        scene.daemon()?.running.signal(Signal::SIGTERM)?;
+        // None of them answers before all are asked.
+        until(STEP_LIMIT, "every disk to be asked to flush", || {
+            let mut disks = disks.iter().zip(&before);
+            Ok(disks.all(|(disk, held)| disk.held() > *held).then_some(()))
+        })?;
+        disks.iter().for_each(FuseDisk::heal);
+        let ended = scene.daemon()?.running.wait(STEP_LIMIT)?;
+        hold!(ended.success(), "it ends in order: {ended}");
+        scene.daemon = None;
+        for (number, disk) in (1_u8..).zip(&disks) {
+            let back = std::fs::read(disk.back())?;
+            hold!(
+                back[..4096] == [number; 4096],
+                "what {number} wrote is on its disk"
+            );
+        }
+        Ok(())
     })
 }
 

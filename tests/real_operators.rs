@@ -7,10 +7,10 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use support::client::Client;
-use support::ground::{Need, real};
+use support::ground::{Need, real, skip};
 use support::process::{self, Running};
 use support::scene::{Scene, nbdtrack};
-use support::{Outcome, until};
+use support::{Doing, Outcome, until};
 
 const BYTES: u64 = 4 << 20;
 const LIMIT: Duration = Duration::from_secs(30);
@@ -168,6 +168,59 @@ fn metrics_are_served_on_the_loopback_and_a_unix_socket_and_nowhere_else() -> Ou
     })
 }
 
+/// Whether a terminal is told to use a colour (ECMA-48, SGR 30 to 38 and 90 to 97).
+fn coloured(text: &str) -> bool {
+    text.split("\x1b[").skip(1).any(|rest| {
+        let end = rest.find(|letter: char| !letter.is_ascii_digit() && letter != ';');
+        let (codes, letter) = rest.split_at(end.unwrap_or(rest.len()));
+        let colour = |code: &str| matches!(code.parse(), Ok(30..=38_u8 | 90..=97));
+        letter.starts_with('m') && codes.split(';').any(colour)
+    })
+}
+
+#[test]
+fn colours_are_for_a_terminal_without_no_color() -> Outcome<()> {
+    let needs = [Need::Loop, Need::Bus, Need::Tool("script")];
+    real("colours", &needs, |ground| {
+        let mut scene = Scene::serving(ground, &["vol-a"], BYTES)?;
+        let program = support::daemon::binary();
+        let nowhere = ground.file("nowhere");
+        let of_daemon = format!("--bus {}", scene.bus.address);
+        // A table, a list of findings, and the daemon's own log, whose first line says that its filter is not understood.
+        let commands = [
+            format!("{of_daemon} exports"),
+            format!("{of_daemon} doctor"),
+            format!("serve --config {}", nowhere.display()),
+        ];
+        for words in commands {
+            let line = format!("{} {words}", program.display());
+            for (no_color, colours) in [(None, true), (Some(""), true), (Some("1"), false)] {
+                let mut terminal = process::command("script");
+                terminal.args(["--quiet", "--command", &line, "/dev/null"]);
+                terminal.env("TERM", "xterm").env("NBDTRACK_LOG", "a=loud");
+                terminal.env_remove("NO_COLOR");
+                if let Some(no_color) = no_color {
+                    terminal.env("NO_COLOR", no_color);
+                }
+                let said = process::run_command(&line, terminal, LIMIT)?.stdout;
+                let told = ["vol-a", "kernel", "not understood"];
+                hold!(told.iter().any(|word| said.contains(word)), "{said}");
+                hold!(
+                    coloured(&said) == colours,
+                    "NO_COLOR={no_color:?}: {said:?}"
+                );
+            }
+            let mut pipe = process::command("sh");
+            pipe.args(["-c", &format!("{line} 2>&1")])
+                .env_remove("NO_COLOR");
+            pipe.env("TERM", "xterm").env("NBDTRACK_LOG", "a=loud");
+            let said = process::run_command(&line, pipe, LIMIT)?.stdout;
+            hold!(!said.contains('\x1b'), "a pipe is no terminal: {said:?}");
+        }
+        scene.stop()
+    })
+}
+
 #[test]
 fn top_shows_a_real_daemon_in_a_real_terminal_and_leaves_it_as_it_was() -> Outcome<()> {
     let needs = [Need::Loop, Need::Bus, Need::Tool("tmux")];
@@ -202,6 +255,9 @@ fn top_shows_a_real_daemon_in_a_real_terminal_and_leaves_it_as_it_was() -> Outco
             })
         };
         let screen = seen("2 of 2 exports, 2 serving")?;
+        let coloured_screen =
+            || -> Outcome<bool> { Ok(coloured(&tmux(&["capture-pane", "-p", "-e", "-t", "t"])?)) };
+        hold!(coloured_screen()?, "the terminal shows colours");
         hold!(
             screen.contains("vol-a") && screen.contains("vol-b"),
             "{screen}"
@@ -218,6 +274,10 @@ fn top_shows_a_real_daemon_in_a_real_terminal_and_leaves_it_as_it_was() -> Outco
             !screen.contains("vol-b"),
             "the terminal is as it was: {screen}"
         );
+        let line = format!("NO_COLOR=1 {line}");
+        tmux(&["respawn-pane", "-k", "-t", "t", &line])?;
+        seen("2 of 2 exports, 2 serving")?;
+        hold!(!coloured_screen()?, "NO_COLOR is set");
         tmux(&["kill-server"])?;
         scene.stop()
     })
@@ -288,6 +348,179 @@ fn doctor_and_watch_tell_of_a_daemon_that_runs_and_of_one_that_does_not() -> Out
             "{}",
             looked.stdout
         );
+        Ok(())
+    })
+}
+
+/// One thing that doctor looks at, on a machine that lacks it or has it.
+struct Look {
+    what: &'static str,
+    /// Makes the machine so, in a mount namespace of its own; `$1` is a folder, and what follows runs the doctor.
+    machine: &'static str,
+    verdict: &'static str,
+    /// Of what was found, or of the mend.
+    says: &'static str,
+}
+
+const RUN: &str = "shift; exec \"$@\"";
+/// Folders of the machine that are empty here.
+const NO_RULES: &str = "for d in /usr/lib/udev/rules.d /etc/udev/rules.d; do [ ! -d $d ] || mount -t tmpfs none $d; done;";
+const NO_POLICY: &str = "for d in /usr/share/dbus-1/system.d /etc/dbus-1/system.d; do [ ! -d $d ] || mount -t tmpfs none $d; done;";
+const A_DISK: &str = "mount -t tmpfs none /sys/block; mkdir /sys/block/vdz; mount -t tmpfs none /dev; : >/dev/vdz; chmod 600 /dev/vdz;";
+
+const LOOKS: &[Look] = &[
+    Look {
+        what: "kernel",
+        machine: "echo 5.10.0-28-amd64 >$1/release; mount --bind $1/release /proc/sys/kernel/osrelease; $RUN",
+        verdict: "bad",
+        says: "run Linux 5.15",
+    },
+    Look {
+        what: "kernel events",
+        machine: "shift; exec unshare --net \"$@\"",
+        verdict: "warning",
+        says: "--network host",
+    },
+    Look {
+        what: "disks",
+        machine: "$A_DISK $RUN",
+        verdict: "good",
+        says: "vdz can be opened",
+    },
+    Look {
+        what: "disks",
+        machine: "$A_DISK shift; exec 3<\"$1\"; shift; \
+                  exec setpriv --reuid=65534 --regid=65534 --clear-groups /proc/self/fd/3 \"$@\"",
+        verdict: "warning",
+        says: "/dev/vdz cannot be opened by this user",
+    },
+    Look {
+        what: "disks",
+        machine: "mount -t tmpfs none /sys/block; $RUN",
+        verdict: "warning",
+        says: "needs /sys and /dev",
+    },
+    Look {
+        what: "open files",
+        machine: "shift; exec prlimit --nofile=100:100 \"$@\"",
+        verdict: "warning",
+        says: "LimitNOFILE",
+    },
+    Look {
+        what: "udev",
+        machine: "mount -t tmpfs none /run; $RUN",
+        verdict: "warning",
+        says: "systemctl start systemd-udevd",
+    },
+    Look {
+        what: "udev",
+        machine: "mount -t tmpfs none /run; mkdir /run/udev; : >/run/udev/control; $RUN",
+        verdict: "good",
+        says: "udevd runs",
+    },
+    Look {
+        what: "udev rules",
+        machine: "$NO_RULES $RUN",
+        verdict: "warning",
+        says: "copy rules/60-nbdtrack.rules",
+    },
+    Look {
+        what: "udev rules",
+        machine: "$NO_RULES : >/usr/lib/udev/rules.d/60-nbdtrack.rules; $RUN",
+        verdict: "good",
+        says: "60-nbdtrack.rules is there",
+    },
+    Look {
+        what: "D-Bus policy",
+        machine: "$NO_POLICY $RUN",
+        verdict: "bad",
+        says: "copy dbus/org.nbdtrack1.conf",
+    },
+    Look {
+        what: "D-Bus policy",
+        machine: "$NO_POLICY : >/usr/share/dbus-1/system.d/org.nbdtrack1.conf; \
+                  echo root:x:0: >$1/group; mount --bind $1/group /etc/group; $RUN",
+        verdict: "warning",
+        says: "systemd-sysusers",
+    },
+    Look {
+        what: "D-Bus policy",
+        machine: "$NO_POLICY : >/usr/share/dbus-1/system.d/org.nbdtrack1.conf; \
+                  echo nbdtrack:x:900: >$1/group; mount --bind $1/group /etc/group; $RUN",
+        verdict: "good",
+        says: "and the group nbdtrack",
+    },
+    Look {
+        what: "configuration",
+        machine: "echo nonsense >$1/nbdtrack.toml; $RUN",
+        verdict: "bad",
+        says: "'nbdtrack check' tells all of it",
+    },
+    Look {
+        what: "daemon",
+        machine: "mount -t tmpfs none /run; $RUN",
+        verdict: "bad",
+        says: "systemctl start dbus nbdtrack",
+    },
+];
+
+#[test]
+fn doctor_finds_what_a_machine_lacks_and_says_how_to_mend_it() -> Outcome<()> {
+    let needs = ["unshare", "setpriv", "prlimit"].map(Need::Tool);
+    real("doctor's looks", &needs, |ground| {
+        let folder = ground.path().to_string_lossy().into_owned();
+        let here = ground.file("nbdtrack.toml").to_string_lossy().into_owned();
+        let words = ["doctor", "--json", "--config", &here];
+        let program = support::daemon::binary();
+        for Look {
+            what,
+            machine,
+            verdict,
+            says,
+        } in LOOKS
+        {
+            if *what == "kernel events" && std::fs::read_link("/proc/1/ns/net").is_err() {
+                skip(
+                    "doctor's look at the network namespace",
+                    "nobody here may see that of the machine's first process",
+                )?;
+                continue;
+            }
+            std::fs::write(&here, "")?;
+            let mut script = "mount --make-rprivate /; ".to_owned() + machine;
+            for (name, text) in [
+                ("$RUN", RUN),
+                ("$NO_RULES", NO_RULES),
+                ("$NO_POLICY", NO_POLICY),
+                ("$A_DISK", A_DISK),
+            ] {
+                script = script.replace(name, text);
+            }
+            let mut command = process::command("unshare");
+            command.args(["--mount", "sh", "-euc", &script, "sh", &folder]);
+            command.arg(&program).args(words);
+            let looked = process::run_command(what, command, LIMIT)?;
+            let found: serde_json::Value = serde_json::from_str(looked.stdout.trim())
+                .doing(format!("read what it says of {what}: {}", looked.stderr))?;
+            let of = |all: &'_ serde_json::Value| all["what"] == *what;
+            let one = found
+                .as_array()
+                .and_then(|all| all.iter().find(|one| of(one)));
+            let text = one.map(ToString::to_string).unwrap_or_default();
+            hold!(
+                one.is_some_and(|one| one["verdict"] == *verdict) && text.contains(says),
+                "{what} is {verdict} and says {says}: {text}"
+            );
+            let failed = looked.status.code() == Some(1);
+            hold!(failed || *verdict != "bad", "{what}: {}", looked.status);
+        }
+        let stock = ground.file("nbd-server");
+        std::fs::copy("/bin/sleep", &stock)?;
+        let mut rival = process::command(&stock);
+        let rival = Running(rival.arg("60").spawn()?);
+        let looked = process::run(&program.to_string_lossy(), &words, LIMIT)?;
+        let named = format!("nbd-server (process {})", rival.pid());
+        hold!(looked.stdout.contains(&named), "{named}: {}", looked.stdout);
         Ok(())
     })
 }
