@@ -7,9 +7,9 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
-use serde_json::Value;
 use zbus::Variant;
 
+use support::backups::{begin, copy_in, json, listed, random, refused, sha256, state};
 use support::bus::{Options, Signal as Signalled, Word};
 use support::client::Client;
 use support::daemon::binary;
@@ -20,7 +20,7 @@ use support::images::{qemu_io, roots, scene, text};
 use support::mounts::Mounted;
 use support::process::{self, Running, command};
 use support::scene::{STEP_LIMIT, Scene, nbdtrack};
-use support::{Doing, Outcome, until};
+use support::{Outcome, until};
 
 const NEEDS: &[Need] = &[
     Need::Bus,
@@ -30,64 +30,6 @@ const NEEDS: &[Need] = &[
     Need::Tool("sha256sum"),
 ];
 const MIB: u64 = 1 << 20;
-
-fn json(scene: &Scene, words: &[&str]) -> Outcome<Value> {
-    let all: Vec<&str> = words.iter().copied().chain(["--json"]).collect();
-    let said = nbdtrack(scene, &all)?;
-    hold!(
-        said.status.success(),
-        "{words:?}: {}{}",
-        said.stdout,
-        said.stderr
-    );
-    serde_json::from_str(&said.stdout).doing(format!("{words:?}"))
-}
-
-fn refused(scene: &Scene, words: &[&str], with: &str) -> Outcome<()> {
-    let said = nbdtrack(scene, words)?;
-    hold!(
-        said.status.code() == Some(1) && said.stderr.contains(with),
-        "{words:?}: {:?} {}",
-        said.status.code(),
-        said.stderr
-    );
-    Ok(())
-}
-
-fn begin(scene: &Scene, words: &[&str]) -> Outcome<String> {
-    let all: Vec<&str> = ["backup", "begin"].iter().chain(words).copied().collect();
-    let said = json(scene, &all)?;
-    Ok(said["name"].as_str().unwrap_or_default().to_owned())
-}
-
-fn listed(scene: &Scene, name: &str) -> Outcome<Option<Value>> {
-    let all = json(scene, &["backups"])?;
-    let all = all.as_array().cloned().unwrap_or_default();
-    Ok(all.into_iter().find(|backup| backup["name"] == name))
-}
-
-fn state(scene: &Scene, name: &str) -> Outcome<String> {
-    let backup = listed(scene, name)?.unwrap_or_default();
-    Ok(backup["state"].as_str().unwrap_or("none").to_owned())
-}
-
-fn random(path: &Path, bytes: u64, seed: u64) -> Outcome<()> {
-    let mut dice = Dice::new(seed);
-    let words =
-        (0..bytes / 4).flat_map(|_| u32::try_from(dice.roll(1 << 31)).unwrap_or(0).to_le_bytes());
-    Ok(std::fs::write(path, words.collect::<Vec<u8>>())?)
-}
-
-fn copy_in(scene: &Scene, from: &Path, export: &str) -> Outcome<()> {
-    let uri = scene.endpoint().uri(export);
-    process::succeed("nbdcopy", &["--flush", &text(from), &uri], STEP_LIMIT).map(drop)
-}
-
-/// As anyone can count it again.
-fn sha256(path: &Path) -> Outcome<String> {
-    let said = process::succeed("sha256sum", &[text(path)], STEP_LIMIT)?;
-    Ok(said.split(' ').next().unwrap_or_default().to_owned())
-}
 
 /// All that an export reads as.
 fn copy_out(scene: &Scene, export: &str, to: &Path) -> Outcome<()> {

@@ -4,6 +4,7 @@
 mod support;
 
 use std::io::Write;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
@@ -560,6 +561,92 @@ fn file_system_that_hangs_has_threads_of_its_own_and_holds_up_nobody_else() -> O
             }
         }
         drop(stuck);
+        scene.stop()
+    })
+}
+
+/// Calls that make files, as many as one mount may have and more, all of them on a file system that hangs.
+#[test]
+fn calls_that_make_files_on_a_file_system_that_hangs_leave_room_for_those_of_others() -> Outcome<()>
+{
+    /// `WORKS_PER_MOUNT` of src/daemon/works.rs.
+    const PER_MOUNT: usize = 32;
+    const MORE: usize = 4;
+    let needs = [NEEDS, &[Need::Tool("mkfs.ext4"), Need::Tool("mount")]].concat();
+    real("works of a hung mount", &needs, |ground| {
+        let disk = FuseDisk::make(ground.path(), "far", 64 << 20)?;
+        let (far, near) = (ground.file("far"), ground.file("near"));
+        for folder in [&far, &near] {
+            std::fs::create_dir(folder)?;
+        }
+        let node = disk.device.node();
+        process::succeed("mkfs.ext4", &["-q", "-F", &node], STEP_LIMIT)?;
+        let place = text(&far);
+        process::succeed("mount", &[node.as_str(), place.as_str()], STEP_LIMIT)?;
+        let _mounted = Mounted(place);
+        let roots = format!("file_roots = [{:?}, {:?}]\n", text(&far), text(&near));
+        let mut scene = Scene::told(ground, roots, &[])?;
+        let healer = disk.healer();
+        let make = |name: &str, folder: &std::path::Path| {
+            let path = text(&folder.join(format!("{name}.raw")));
+            let options = Options::from([
+                ("path", zbus::Variant::from(path)),
+                ("format", zbus::Variant::from("raw")),
+            ]);
+            scene
+                .client
+                .call("CreateImage", &(name, 1_u64 << 20, options))
+        };
+        make("first", &far)?;
+        disk.hang(ALL);
+        let refused = AtomicUsize::new(0);
+        let (made, longest) = std::thread::scope(|threads| -> Outcome<_> {
+            // Thread: each waits for its one call, which is refused at once or ends when the disk is healed.
+            let calls: Vec<_> = (0..PER_MOUNT + MORE)
+                .map(|n| {
+                    let (make, far, refused) = (&make, &far, &refused);
+                    threads.spawn(move || match make(&format!("far{n}"), far) {
+                        Err(e) if e.is("NotReady") && e.text.contains(&text(far)) => {
+                            refused.fetch_add(1, Ordering::SeqCst);
+                            false
+                        }
+                        made => made.is_ok(),
+                    })
+                })
+                .collect();
+            let elsewhere = || -> Outcome<Duration> {
+                // Then all of the others have their places.
+                until(STEP_LIMIT, "the mount's places to be taken", || {
+                    Ok((refused.load(Ordering::SeqCst) == MORE).then_some(()))
+                })?;
+                let mut longest = Duration::ZERO;
+                for n in 0..4 {
+                    let began = Instant::now();
+                    make(&format!("near{n}"), &near)?;
+                    longest = longest.max(began.elapsed());
+                }
+                let begin = |folder: &std::path::Path| {
+                    let options = Options::from([
+                        ("size", zbus::Variant::from(1_u64 << 20)),
+                        ("folder", zbus::Variant::from(text(folder))),
+                    ]);
+                    scene.client.call("BeginBackup", &("vm", 0_u32, options))
+                };
+                hold!(begin(&far).is_err(), "a backup on the hung mount");
+                begin(&near)?;
+                Ok(longest)
+            };
+            let longest = elsewhere();
+            disk.heal();
+            let made = calls.into_iter().filter_map(|call| call.join().ok());
+            Ok((made.filter(|made| *made).count(), longest?))
+        })?;
+        hold!(made == PER_MOUNT, "{made} were made when it answered");
+        make("last", &far)?;
+        tell(&format!(
+            "works of a hung mount: {PER_MOUNT} hang, an image elsewhere within {longest:?}"
+        ));
+        drop(healer);
         scene.stop()
     })
 }

@@ -7,12 +7,13 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use support::backups::{self, copy_in, json, random, sha256, state};
 use support::bus::{Bus, Client as Caller};
 use support::client::Client;
 use support::daemon::Home;
 use support::fuse_disk::{FLUSHES, FuseDisk, Healer, WRITES};
 use support::ground::{Ground, Need, real, tell};
-use support::images::text;
+use support::images::{roots, text};
 use support::loops::LoopDevice;
 use support::scene::{STEP_LIMIT, Scene, Volume, nbdtrack};
 use support::{Outcome, process, until};
@@ -41,7 +42,7 @@ struct Place {
     disk: FuseDisk,
 }
 
-/// Serves `vol-a` by its configuration; `vol-b` is attached.
+/// Serves `vol-a` by its configuration; `vol-b` is attached; backups may be made in `backups`, on a disk that is well.
 fn begin(ground: &Ground) -> Outcome<Place> {
     let disk = FuseDisk::make(ground.path(), "store", 16 << 20)?;
     let args = ["-q", "-m", "0", "-b", "1024", &disk.device.node()];
@@ -53,6 +54,9 @@ fn begin(ground: &Ground) -> Outcome<Place> {
     let bus = Bus::start(ground.path())?;
     let mut home = Home::new(ground.path(), &bus.address)?;
     home.state = mounted.0.join("state");
+    let folder = ground.file("backups");
+    std::fs::create_dir(&folder)?;
+    home.server = roots(&folder);
     let mut volumes = Vec::new();
     let mut devices = Vec::new();
     for name in ["vol-a", "vol-b"] {
@@ -260,6 +264,125 @@ fn a_store_without_room_for_its_index_is_told_and_ends_no_process() -> Outcome<(
             .scene
             .client
             .reach_state("vol-a", "Serving", STEP_LIMIT)?;
+        place.scene.stop()
+    })
+}
+
+/// A backup that is written and not finished, and what it holds.
+fn written(scene: &Scene, ground: &Ground, vm: &str) -> Outcome<(String, PathBuf)> {
+    let disk = ground.file(&format!("{vm}.raw"));
+    random(&disk, 4 << 20, 8)?;
+    let name = backups::begin(scene, &[vm, "0", "--size", "4M"])?;
+    copy_in(scene, &disk, &name)?;
+    Ok((name, disk))
+}
+
+/// The words of a refusal; what is not refused has none.
+fn words<T>(answer: &Result<T, support::bus::Refused>) -> String {
+    let refused = answer.as_ref().err();
+    refused.map_or(String::new(), |refused| refused.text.clone())
+}
+
+#[test]
+fn a_backup_of_which_the_store_does_not_say_whether_it_is_kept_is_written_by_nobody() -> Outcome<()>
+{
+    let needs = [NEEDS, &[Need::Tool("nbdcopy"), Need::Tool("qemu-io")]].concat();
+    real("backup on a slow store", &needs, |ground| {
+        let mut place = begin(ground)?;
+        let scene = &place.scene;
+        let (name, disk) = written(scene, ground, "vm")?;
+        let path = ground.file("backups").join(format!("{name}.qcow2"));
+        // The only thing that is left to be kept is that it is complete.
+        scene.client.remove_export(&name, "soft")?;
+        place.disk.hang(WRITES | FLUSHES);
+        let begun = Instant::now();
+        let none = support::bus::Options::new();
+        let finished = scene.client.call("FinishBackup", &(name.as_str(), none));
+        let told = begun.elapsed();
+        hold!(
+            words(&finished).contains("no answer within 5 s") && told < TOLD,
+            "{finished:?} after {told:?}"
+        );
+        // Its row says complete by now, or will, or never.
+        let write = ["-f", "qcow2", "-c", "write -P 1 0 512", &text(&path)];
+        let said = process::run("qemu-io", &write, STEP_LIMIT)?;
+        hold!(said.stderr.contains("lock"), "it is written to: {said:?}");
+        let deleted = nbdtrack(scene, &["backup", "delete", &name])?;
+        hold!(deleted.stderr.contains("being finished"), "{deleted:?}");
+        let mut client = Client::open(&scene.endpoint(), "vol-a")?;
+        goes_on(scene, &mut client)?;
+        drop(client);
+        place.disk.heal();
+        until(STEP_LIMIT, "the backup to be complete", || {
+            Ok((state(scene, &name)? == "complete").then_some(()))
+        })?;
+        place.scene.kill()?;
+        place.scene.start()?;
+        let done = json(&place.scene, &["backup", "finish", &name])?;
+        hold!(done["sha256"] == sha256(&disk)?.as_str(), "{done}");
+        tell(&format!(
+            "store that hangs: a finished backup told after {told:?}"
+        ));
+        place.scene.stop()
+    })
+}
+
+#[test]
+fn a_full_store_begins_finishes_and_deletes_no_backup_and_breaks_none() -> Outcome<()> {
+    let needs = [NEEDS, &[Need::Tool("nbdcopy"), Need::Tool("sha256sum")]].concat();
+    real("backups on a full store", &needs, |ground| {
+        let mut place = begin(ground)?;
+        let scene = &place.scene;
+        let (kept, _) = written(scene, ground, "kept")?;
+        json(scene, &["backup", "finish", &kept])?;
+        let (name, disk) = written(scene, ground, "vm")?;
+        let file_of = |name: &str| ground.file("backups").join(format!("{name}.qcow2"));
+        let filler = fill(&place.mounted.0)?;
+        // Its log has room for some rows more.
+        let mut there = Vec::new();
+        let refused = loop {
+            let vm = format!("new{}", there.len());
+            let words = ["backup", "begin", &vm, "0", "--size", "4M", "--json"];
+            let said = nbdtrack(scene, &words)?;
+            if !said.status.success() || there.len() == 50 {
+                break said;
+            }
+            there.push(vm);
+        };
+        hold!(
+            refused.stderr.contains("full"),
+            "after {}: {refused:?}",
+            there.len()
+        );
+        fill(&place.mounted.0)?;
+        let files = std::fs::read_dir(ground.file("backups"))?.count();
+        let rows = json(scene, &["backups"])?.as_array().map_or(0, Vec::len);
+        hold!(files == rows, "{files} files of {rows} backups");
+
+        // Nothing was lost by that: it is as it was, and so is its export.
+        let finished = nbdtrack(scene, &["backup", "finish", &name])?;
+        hold!(finished.stderr.contains("full"), "{finished:?}");
+        hold!(
+            state(scene, &name)? == "writing",
+            "{}",
+            state(scene, &name)?
+        );
+        hold!(scene.state(&name)? == "Serving", "{}", scene.state(&name)?);
+        let deleted = nbdtrack(scene, &["backup", "delete", &kept])?;
+        hold!(deleted.stderr.contains("full"), "{deleted:?}");
+        hold!(file_of(&kept).exists(), "its file is gone");
+        hold!(
+            state(scene, &kept)? == "complete",
+            "{}",
+            state(scene, &kept)?
+        );
+
+        std::fs::remove_file(&filler)?;
+        let done = json(scene, &["backup", "finish", &name])?;
+        hold!(done["sha256"] == sha256(&disk)?.as_str(), "{done}");
+        backups::begin(scene, &["vm", "1", "--parent", &name])?;
+        json(scene, &["backup", "delete", &kept])?;
+        hold!(!file_of(&kept).exists(), "its file is left");
         place.scene.stop()
     })
 }

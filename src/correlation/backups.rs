@@ -106,6 +106,18 @@ pub struct BeginBackup {
     pub wait: Duration,
 }
 
+impl Backup {
+    /// This one as failed, for that reason.
+    pub fn failed(self, reason: String) -> Backup {
+        Backup {
+            state: BackupState::Failed,
+            reason,
+            proof: None,
+            ..self
+        }
+    }
+}
+
 /// All backups, by name.
 #[derive(Debug, Default)]
 pub struct Backups(BTreeMap<ExportName, Backup>);

@@ -204,7 +204,7 @@ impl Control {
             opening: 0,
             asked: HashMap::new(),
             wished: HashMap::new(),
-            works: Works::new(),
+            works: Works::default(),
             shelf: backups,
             last_request: RequestId(0),
             rescans: Vec::new(),

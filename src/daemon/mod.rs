@@ -5,6 +5,7 @@
 
 mod activation;
 mod asked;
+mod backup_steps;
 mod backups;
 mod bus_access;
 mod claims;

@@ -20,6 +20,21 @@ pub(super) struct Known {
     pub backups: Backups,
     /// Those that are being finished: at most one for each backup, and at most the works that go on.
     pub finishing: BTreeMap<ExportName, Finishing>,
+    /// Those that are being begun or deleted, with which of it: at most the works that go on and what each deletes.
+    under_way: BTreeMap<ExportName, &'static str>,
+}
+
+impl Known {
+    /// Whether the backup is neither being begun nor being deleted: nothing else may be done to it or put on it meanwhile.
+    ///
+    /// # Errors
+    /// `NotReady`, with what goes on.
+    pub fn is_at_rest(&self, name: &ExportName) -> Result<(), RequestError> {
+        self.under_way.get(name).map_or(Ok(()), |what| {
+            let error = format!("backup {name} is being {what}; try again");
+            Err(RequestError::NotReady(error))
+        })
+    }
 }
 
 pub(super) struct Finishing {
@@ -29,11 +44,50 @@ pub(super) struct Finishing {
     pub askers: Vec<Asker>,
 }
 
+impl Finishing {
+    /// Who waits until now.
+    pub fn take(&mut self) -> Vec<Asker> {
+        std::mem::take(&mut self.askers)
+    }
+}
+
+/// Held while backups are being begun or deleted.
+pub(super) struct UnderWay {
+    shelf: Shelf,
+    names: Vec<ExportName>,
+}
+
+impl UnderWay {
+    /// `what` is done to backups that are all at rest.
+    pub fn begin(
+        shelf: &Shelf,
+        names: impl IntoIterator<Item = ExportName>,
+        what: &'static str,
+    ) -> UnderWay {
+        let names: Vec<ExportName> = names.into_iter().collect();
+        let each = names.iter().map(|name| (name.clone(), what));
+        shelf.known().under_way.extend(each);
+        UnderWay {
+            shelf: shelf.clone(),
+            names,
+        }
+    }
+}
+
+impl Drop for UnderWay {
+    fn drop(&mut self) {
+        let mut known = self.shelf.known();
+        for name in &self.names {
+            known.under_way.remove(name);
+        }
+    }
+}
+
 impl Shelf {
     pub fn new(backups: Vec<Backup>) -> Shelf {
         Shelf(Arc::new(Mutex::new(Known {
             backups: Backups::new(backups),
-            finishing: BTreeMap::new(),
+            ..Known::default()
         })))
     }
 

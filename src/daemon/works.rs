@@ -6,11 +6,14 @@
 //!   loop <── Wish: export it ── task
 //!   loop ── reply of the middle ──> task ── Wish: answer the caller ──> loop
 //! ```
-//! A task never makes the loop wait, and ends with its call; a thread that a file system holds is left behind with the call that began it.
+//! A task never makes the loop wait, and ends with its call; a thread that a file system holds is left behind with the call that began it. So that
+//! a file system that hangs leaves room for the others (invariant 11), the works of each mount are counted by themselves.
 
-use std::sync::Arc;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot};
 
 use super::control::{Asker, Control, Report};
 use super::keeper::Order;
@@ -18,12 +21,15 @@ use crate::correlation::{
     BackupChange, CreateImage, Definition, Event, Reply, Request, RequestError, RequestId, Source,
 };
 use crate::dbus::{Answer, Caller};
+use crate::files::{self, Mounts};
 use crate::identity::VolumeId;
 use crate::image::beneath::{FileError, Roots};
 use crate::image::create::{self, CreateError};
 
-/// Works that go on at one time; past it a caller is told `NotReady`. Each takes one thread, for as long as its file system does.
-const WORKS_MAX: usize = 32;
+/// Works that go on at one time of one mount; past it a caller is told `NotReady`. Each takes one thread, for as long as its file system does.
+const WORKS_PER_MOUNT: usize = 32;
+/// Of all mounts: four can hang with all their places taken, and there is room for the rest.
+const WORKS_MAX: usize = 5 * WORKS_PER_MOUNT;
 
 /// What a task asks the loop for.
 pub(super) enum Wish {
@@ -50,27 +56,78 @@ pub(super) enum Wish {
     },
 }
 
+/// How many works go on, by the mounts that their files lie on; a mount without any is not in it. Held for map operations.
+type Going = Arc<Mutex<BTreeMap<PathBuf, usize>>>;
+
 /// The works that go on.
-pub(super) struct Works {
-    /// [`WORKS_MAX`].
-    places: Arc<Semaphore>,
-}
+#[derive(Default)]
+pub(super) struct Works(Going);
 
 impl Works {
-    pub fn new() -> Works {
-        Works {
-            places: Arc::new(Semaphore::new(WORKS_MAX)),
-        }
+    /// A place among the works of each mount that any of the absolute `paths` lies on, for as long as it is held.
+    ///
+    /// # Errors
+    /// `NotReady` where one of them, or the daemon, has as many as it may.
+    pub fn place<'a>(
+        &self,
+        paths: impl IntoIterator<Item = &'a str>,
+    ) -> Result<Place, RequestError> {
+        self.place_on(&files::mounts(), paths)
     }
 
-    pub fn place(&self) -> Result<OwnedSemaphorePermit, RequestError> {
-        let places = Arc::clone(&self.places);
-        places.try_acquire_owned().map_err(|_| {
-            RequestError::NotReady(format!(
+    fn place_on<'a>(
+        &self,
+        mounts: &Mounts,
+        paths: impl IntoIterator<Item = &'a str>,
+    ) -> Result<Place, RequestError> {
+        let on: BTreeSet<PathBuf> = paths.into_iter().map(|path| mounts.of(path)).collect();
+        let mut going = locked(&self.0);
+        let full = on
+            .iter()
+            .find(|mount| going.get(*mount) >= Some(&WORKS_PER_MOUNT));
+        if let Some(mount) = full {
+            return Err(RequestError::NotReady(format!(
+                "{WORKS_PER_MOUNT} calls that make or read files of {} go on already; try again",
+                mount.display()
+            )));
+        }
+        if going.values().sum::<usize>() + on.len() > WORKS_MAX {
+            return Err(RequestError::NotReady(format!(
                 "{WORKS_MAX} calls that make or read files go on already; try again"
-            ))
+            )));
+        }
+        for mount in &on {
+            *going.entry(mount.clone()).or_default() += 1;
+        }
+        Ok(Place {
+            going: Arc::clone(&self.0),
+            on,
         })
     }
+}
+
+/// Held by one work while it goes on.
+pub(super) struct Place {
+    going: Going,
+    on: BTreeSet<PathBuf>,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut going = locked(&self.going);
+        for mount in &self.on {
+            let left = going.get(mount).map_or(0, |count| count - 1);
+            match left {
+                0 => going.remove(mount),
+                left => going.insert(mount.clone(), left),
+            };
+        }
+    }
+}
+
+fn locked(going: &Mutex<BTreeMap<PathBuf, usize>>) -> MutexGuard<'_, BTreeMap<PathBuf, usize>> {
+    // Each change of a number is whole, so a poisoned lock is still good.
+    going.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// A task's way to the loop. The loop is gone only when the daemon stops; then what is asked is answered `Failed`, by no one.
@@ -174,10 +231,7 @@ impl Control {
         });
     }
 
-    fn begin_image(
-        &self,
-        asked: &CreateImage,
-    ) -> Result<(String, VolumeId, OwnedSemaphorePermit), RequestError> {
+    fn begin_image(&self, asked: &CreateImage) -> Result<(String, VolumeId, Place), RequestError> {
         let invalid = RequestError::InvalidArgument;
         let path = asked
             .place(self.roots.first().as_deref())
@@ -185,13 +239,15 @@ impl Control {
         let volume = VolumeId::of_file(&path, asked.new.format)
             .map_err(|error| invalid(format!("option path: {error}")))?;
         self.rules.permit(&volume).map_err(invalid)?;
-        if let Some((backing, _)) = &asked.new.backing {
+        let beneath = asked.new.backing.as_ref().map(|(backing, _)| {
             let beside = path.rsplit_once('/').map_or("", |(folder, _)| folder);
-            let beneath = match backing.starts_with('/') {
+            match backing.starts_with('/') {
                 true => backing.clone(),
                 false => format!("{beside}/{backing}"),
-            };
-            self.shelf.may_lie_beneath(&beneath).map_err(invalid)?;
+            }
+        });
+        if let Some(beneath) = &beneath {
+            self.shelf.may_lie_beneath(beneath).map_err(invalid)?;
         }
         if self.correlation.export(&asked.name).is_some() {
             return Err(RequestError::AlreadyExists(format!(
@@ -199,7 +255,10 @@ impl Control {
                 asked.name
             )));
         }
-        Ok((path, volume, self.works.place()?))
+        let place = self
+            .works
+            .place([path.as_str()].into_iter().chain(beneath.as_deref()))?;
+        Ok((path, volume, place))
     }
 }
 
@@ -267,5 +326,51 @@ pub(super) fn refusal_of_file(error: FileError) -> RequestError {
         | FileError::Outside(_)
         | FileError::LeadsOut(_)
         | FileError::NotAFile { .. } => RequestError::InvalidArgument(text),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MOUNTS: &str = "22 1 8:1 / / rw - ext4 /dev/sda1 rw\n\
+         36 22 0:40 / /far rw - nfs4 far:/b rw\n\
+         37 22 0:41 / /near rw - ext4 /dev/sdb1 rw\n";
+
+    #[test]
+    fn a_mount_whose_works_all_hang_leaves_room_for_those_of_others() {
+        let (works, mounts) = (Works::default(), Mounts::parse(MOUNTS));
+        let on = |path: &'static str| works.place_on(&mounts, [path]);
+        let mut held: Vec<Place> = Vec::new();
+        for _ in 0..WORKS_PER_MOUNT {
+            held.push(on("/far/a").unwrap());
+        }
+        let refused = on("/far/b").err().unwrap().to_string();
+        assert!(refused.contains("of /far go on"), "{refused}");
+        // What lies on it hangs with it.
+        assert!(works.place_on(&mounts, ["/near/a", "/far/a"]).is_err());
+        held.push(on("/near/a").unwrap());
+        // Two files of one mount are one place; two mounts are two.
+        held.push(works.place_on(&mounts, ["/near/a", "/near/b"]).unwrap());
+        assert_eq!(
+            locked(&works.0).values().sum::<usize>(),
+            WORKS_PER_MOUNT + 2
+        );
+        drop(held);
+        assert!(locked(&works.0).is_empty(), "a place was not given back");
+        assert!(on("/far/b").is_ok());
+    }
+
+    #[test]
+    fn the_works_of_all_mounts_are_bounded() {
+        let works = Works::default();
+        let text: String = (0..2 * WORKS_MAX)
+            .map(|n| format!("{n} 1 0:1 / /m{n} rw - tmpfs x rw\n"))
+            .collect();
+        let mounts = Mounts::parse(&text);
+        let taken: Vec<Place> = (0..2 * WORKS_MAX)
+            .filter_map(|n| works.place_on(&mounts, [format!("/m{n}/a").as_str()]).ok())
+            .collect();
+        assert_eq!(taken.len(), WORKS_MAX);
     }
 }

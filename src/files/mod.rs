@@ -25,7 +25,7 @@ use crate::image::beneath::{FoundFile, Roots};
 use crate::image::block::Claims;
 use crate::image::qcow2;
 use known::{Known, Seen};
-use mounts::Mounts;
+pub use mounts::Mounts;
 use notice::{Due, Notices, Place, Watcher};
 
 /// Look-ups at one time.
@@ -251,9 +251,7 @@ impl Watch {
         if paths.is_empty() {
             return waiting;
         }
-        // Reads memory of the kernel only; where it cannot be read all is one mount.
-        let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-        let mounts = Mounts::parse(&mounts);
+        let mounts = mounts();
         for path in paths {
             let mount = mounts.of(path.file().unwrap_or_default());
             waiting.entry(mount).or_default().push(path.clone());
@@ -347,6 +345,11 @@ impl Watch {
     async fn tell(&self, told: Told) -> Result<(), Stopped> {
         self.out.send(told).await.map_err(|_| Stopped)
     }
+}
+
+/// The mount points of this machine now. Reads memory of the kernel only; where it cannot be read all is one mount.
+pub fn mounts() -> Mounts {
+    Mounts::parse(&std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default())
 }
 
 fn look_up(roots: &Roots, claims: &Claims, file: &Identity, watcher: Option<&Watcher>) -> Looked {

@@ -1,5 +1,6 @@
 //! Taking a file away that nothing has open, durably. EDGE.
 
+use std::ffi::OsString;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
@@ -25,17 +26,25 @@ pub enum RemoveError {
     },
 }
 
-/// Removes the file at the absolute `path`, unless anyone reads or writes it; a file that is gone already is no error. Blocks.
+/// A file that nobody reads or writes while this is held.
+pub struct Taken {
+    path: String,
+    folder: File,
+    name: OsString,
+    _held: File,
+}
+
+/// Takes the file at the absolute `path`, to be removed; `None` when it is gone already. Blocks.
 ///
 /// # Errors
-/// [`RemoveError`]
-pub fn remove(path: &str, roots: &Roots) -> Result<(), RemoveError> {
+/// [`RemoveError`]: anyone reads or writes it.
+pub fn take(path: &str, roots: &Roots) -> Result<Option<Taken>, RemoveError> {
     let kernel = |source| RemoveError::Kernel {
         path: path.to_owned(),
         source,
     };
     let found = match roots.find(path, Format::Raw) {
-        Err(FileError::Missing(_)) => return Ok(()),
+        Err(FileError::Missing(_)) => return Ok(None),
         found => found?,
     };
     let own = format!("/proc/self/fd/{}", found.file.as_raw_fd());
@@ -46,7 +55,30 @@ pub fn remove(path: &str, roots: &Roots) -> Result<(), RemoveError> {
         by,
     })?;
     let (folder, name) = roots.folder(path)?;
-    unlinkat(&folder, name.as_os_str(), UnlinkatFlags::NoRemoveDir)
+    Ok(Some(Taken {
+        path: path.to_owned(),
+        folder,
+        name,
+        _held: file,
+    }))
+}
+
+impl Taken {
+    /// Removes it, durably. Blocks.
+    ///
+    /// # Errors
+    /// [`RemoveError::Kernel`]
+    pub fn remove(self) -> Result<(), RemoveError> {
+        let kernel = |source| RemoveError::Kernel {
+            path: self.path.clone(),
+            source,
+        };
+        unlinkat(
+            &self.folder,
+            self.name.as_os_str(),
+            UnlinkatFlags::NoRemoveDir,
+        )
         .map_err(|error| kernel(error.into()))?;
-    folder.sync_all().map_err(kernel)
+        self.folder.sync_all().map_err(kernel)
+    }
 }

@@ -35,6 +35,8 @@ pub enum ChainError {
     Format { name: String, format: String },
     #[error("its {part} {name} is not named by a path")]
     NoPath { part: Part, name: String },
+    #[error("its external data file {0} is the image itself")]
+    OwnData(String),
     #[error("its {part}: {source}")]
     File {
         part: Part,
@@ -146,15 +148,20 @@ fn open(
     };
     let (header, file_bytes) = read_header(&file).map_err(kernel)?.map_err(refused)?;
     let below = open(header.backing.as_ref(), &path, roots, seen)?;
-    let data = data(&header, &path, roots)?;
+    let data = data(&header, &path, &file, roots)?;
     let core = Core::open(file, header, file_bytes, data, below)
         .map_err(kernel)?
         .map_err(refused)?;
     Ok(Some(Layer::Image(Box::new(core))))
 }
 
-/// Opens the file that the data of the image at `path` are in; `None` where that is the image's own.
-pub(super) fn data(header: &Header, path: &str, roots: &Roots) -> Result<Option<File>, ChainError> {
+/// Opens the file that the data of the image at `path`, which is `image`, are in; `None` where that is the image's own.
+pub(super) fn data(
+    header: &Header,
+    path: &str,
+    image: &File,
+    roots: &Roots,
+) -> Result<Option<File>, ChainError> {
     let Some(name) = &header.data_file else {
         return Ok(None);
     };
@@ -164,6 +171,16 @@ pub(super) fn data(header: &Header, path: &str, roots: &Roots) -> Result<Option<
         name: name.clone(),
     })?;
     let file = opened(part, &path, Format::Raw, roots)?;
+    let place = |file: &File| file.metadata().map(|facts| (facts.dev(), facts.ino()));
+    let kernel = |source| ChainError::Kernel {
+        part,
+        path: path.clone(),
+        source,
+    };
+    // Its tables would be its data: no image is meant so.
+    if place(&file).map_err(kernel)? == place(image).map_err(kernel)? {
+        return Err(ChainError::OwnData(path));
+    }
     locked(part, &path, file).map(Some)
 }
 

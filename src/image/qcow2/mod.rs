@@ -133,7 +133,7 @@ pub(super) fn ready(
             let path = order.identity.file().unwrap_or_default();
             let backing =
                 chain::beneath(&header, path, &file, roots).map_err(|error| unfit(&error))?;
-            let data = chain::data(&header, path, roots).map_err(|error| unfit(&error))?;
+            let data = chain::data(&header, path, &file, roots).map_err(|error| unfit(&error))?;
             let core = Core::open(file, header, file_bytes, data, backing).map_err(kernel)?;
             Arc::new(core.map_err(|refusal| unfit(&refusal))?)
         }

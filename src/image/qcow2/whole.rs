@@ -30,7 +30,7 @@ pub(in crate::image) fn read_all(
 ) -> Result<(), ReadError> {
     let (header, file_bytes) = read_header(&file)??;
     let beneath = chain::beneath(&header, path, &file, roots)?;
-    let data = chain::data(&header, path, roots)?;
+    let data = chain::data(&header, path, &file, roots)?;
     let core = Core::open(file, header, file_bytes, data, beneath)??;
     let size = core.header.size;
     let mut buf = vec![0; piece];

@@ -1,0 +1,278 @@
+//! The steps of a backup's life, each in a task beside the loop; `backups` says what each arrow between them is.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::backups::seconds;
+use super::reading::Reading;
+use super::shelf::Shelf;
+use super::works::{ToLoop, in_thread, make_and_export, refusal_of_file};
+use crate::correlation::{
+    Backup, BackupChange, BackupState, CreateImage, ExportName, NewImage, Request, RequestError,
+};
+use crate::dbus::Answer;
+use crate::identity::{Format, VolumeId};
+use crate::image::beneath::Roots;
+use crate::image::remove::{self, RemoveError, Taken};
+use crate::image::verify::{self, Verified, VerifyError};
+
+/// For a file that its export no longer has to be closed.
+const CLOSED_WITHIN: Duration = Duration::from_secs(3);
+const CLOSED_LOOK: Duration = Duration::from_millis(100);
+/// How often a store that did not say whether it keeps a backup is asked again.
+const KEEP_AGAIN: Duration = Duration::from_secs(1);
+
+/// What a complete backup's row says from the moment its file may be gone.
+const DELETION_BEGUN: &str = "its deletion was begun and did not end: delete it again";
+
+pub(super) async fn begin(
+    to_loop: &ToLoop,
+    shelf: &Shelf,
+    roots: Arc<Roots>,
+    backup: Backup,
+    new: NewImage,
+    wait: Duration,
+) -> Result<Answer, RequestError> {
+    let name = backup.name.clone();
+    let forget = BackupChange::Delete(name.clone());
+    let put = BackupChange::Put(Box::new(backup.clone()));
+    if let Err(error) = shelf.keep(to_loop, vec![put]).await {
+        shelf.known().backups.take(forget);
+        return Err(error);
+    }
+    if let Some(parent) = &backup.parent {
+        let lineage = shelf.known().backups.lineage(parent);
+        let beneath = Arc::clone(&roots);
+        let same = in_thread(move || as_when_finished(&lineage, &beneath)).await;
+        if let Err(error) = same.and_then(|same| same) {
+            // A row that stays says "writing", which is so: there is no file, and it can be deleted.
+            let _kept = shelf.keep(to_loop, vec![forget]).await;
+            return Err(error);
+        }
+    }
+    let asked = CreateImage {
+        name,
+        path: None,
+        new,
+        wait,
+    };
+    let volume = VolumeId::of_file(&backup.path, Format::Qcow2)
+        .map_err(|error| RequestError::InvalidArgument(error.to_string()))?;
+    let made = make_and_export(to_loop, roots, asked, backup.path, volume).await;
+    let Err(unserved) = made else {
+        return made.map_err(|unserved| unserved.error);
+    };
+    if !unserved.made {
+        let _kept = shelf.keep(to_loop, vec![forget]).await;
+    }
+    Err(unserved.error)
+}
+
+/// Whether the files of a backup and of all that it lies on are as they were when each was finished. Blocks.
+fn as_when_finished(lineage: &[Backup], roots: &Roots) -> Result<(), RequestError> {
+    let Some((first, proof)) = lineage
+        .first()
+        .and_then(|first| Some((first, first.proof.as_ref()?)))
+    else {
+        return Ok(());
+    };
+    let mut same = true;
+    for backup in lineage {
+        let told = |error: crate::image::beneath::FileError| {
+            RequestError::Failed(format!("backup {}: {error}", backup.name))
+        };
+        if let Some(proof) = &backup.proof {
+            same &= verify::unchanged(&backup.path, roots, proof).map_err(told)?;
+        }
+    }
+    if same {
+        return Ok(());
+    }
+    // Copied or repaired since, which is well as long as it reads the same.
+    let found = verify::verify(&first.path, roots, &mut |_| {}).map_err(refusal)?;
+    let found = &found.proof;
+    if found.sha256 == proof.sha256 {
+        return Ok(());
+    }
+    Err(RequestError::IdentityMismatch(format!(
+        "backup {} does not read as it did when it was finished: SHA-256 {} then, {} now",
+        first.name, proof.sha256, found.sha256
+    )))
+}
+
+/// What became of a backup that was checked and read to its end.
+pub(super) enum Finished {
+    Complete(Backup),
+    Doubted(Doubted),
+}
+
+/// A sound backup of which the store did not say in time whether it keeps it: its row says complete, or will, or never. So no one may write
+/// to its file, by our hand or another's, until that is known.
+pub(super) struct Doubted {
+    backup: Backup,
+    /// Why it is not known.
+    pub error: RequestError,
+    _held: Verified,
+}
+
+impl Doubted {
+    /// Asks the store until it keeps it. Ends with that, or with the daemon; costs a row's write at a time.
+    pub async fn until_kept(self, to_loop: &ToLoop, shelf: &Shelf) -> Result<Backup, RequestError> {
+        loop {
+            tokio::time::sleep(KEEP_AGAIN).await;
+            not_lost(shelf, &self.backup.name)?;
+            let put = BackupChange::Put(Box::new(self.backup.clone()));
+            if shelf.keep(to_loop, vec![put]).await.is_ok() {
+                return Ok(self.backup);
+            }
+        }
+    }
+}
+
+pub(super) async fn finish(
+    to_loop: &ToLoop,
+    shelf: &Shelf,
+    roots: Arc<Roots>,
+    backup: Backup,
+    removal: Option<Request>,
+    reading: &Reading,
+) -> Result<Finished, RequestError> {
+    if let Some(removal) = removal {
+        let removed = to_loop.ask(removal).await;
+        // Its last flush failed: that has been noted by now, and is why.
+        not_lost(shelf, &backup.name)?;
+        match removed {
+            Ok(_) | Err(RequestError::NotFound(_)) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    let closed_by = Instant::now() + CLOSED_WITHIN;
+    let verified = loop {
+        let verified = reading.verify(&backup, &roots).await?;
+        match &verified {
+            // An open that was under way when the export went is closed behind the answer to that.
+            Err(VerifyError::Busy { .. }) if Instant::now() < closed_by => {
+                tokio::time::sleep(CLOSED_LOOK).await;
+            }
+            _ => break verified,
+        }
+    };
+    match verified {
+        // Held until the row says that it is complete: from then on no export opens it for writing.
+        Ok(verified) => complete(to_loop, shelf, backup, verified).await,
+        Err(error @ VerifyError::Damaged { .. }) => {
+            let reason = error.to_string();
+            let failed = backup.failed(reason.clone());
+            // Known whether it is kept or not: asked again, it would be found to be as damaged.
+            shelf
+                .known()
+                .backups
+                .take(BackupChange::Put(Box::new(failed.clone())));
+            shelf
+                .keep(to_loop, vec![BackupChange::Put(Box::new(failed))])
+                .await?;
+            Err(RequestError::Failed(reason))
+        }
+        Err(error) => Err(refusal(error)),
+    }
+}
+
+async fn complete(
+    to_loop: &ToLoop,
+    shelf: &Shelf,
+    backup: Backup,
+    verified: Verified,
+) -> Result<Finished, RequestError> {
+    not_lost(shelf, &backup.name)?;
+    let backup = Backup {
+        state: BackupState::Complete,
+        reason: String::new(),
+        finished: seconds(),
+        proof: Some(verified.proof.clone()),
+        ..backup
+    };
+    let put = BackupChange::Put(Box::new(backup.clone()));
+    match shelf.keep(to_loop, vec![put]).await {
+        Ok(()) => Ok(Finished::Complete(backup)),
+        // It may be kept still.
+        Err(error @ RequestError::NotReady(_)) => Ok(Finished::Doubted(Doubted {
+            backup,
+            error,
+            _held: verified,
+        })),
+        Err(error) => Err(error),
+    }
+}
+
+/// Whether nothing that was written to a backup was lost, as far as its exports' ends have told.
+fn not_lost(shelf: &Shelf, name: &ExportName) -> Result<(), RequestError> {
+    match shelf.known().backups.get(name) {
+        Some(backup) if backup.state == BackupState::Failed => Err(RequestError::Failed(format!(
+            "backup {name} is failed: {}",
+            backup.reason
+        ))),
+        _ => Ok(()),
+    }
+}
+
+pub(super) async fn delete(
+    to_loop: &ToLoop,
+    shelf: &Shelf,
+    roots: &Arc<Roots>,
+    backups: Vec<Backup>,
+    keep_files: bool,
+) -> Result<Vec<ExportName>, RequestError> {
+    let mut deleted = Vec::new();
+    for backup in backups {
+        if !keep_files && let Some(file) = take_file(&backup, roots).await? {
+            // From here on its file may be gone whenever the daemon ends: a row that says that it is complete says so first.
+            if backup.state == BackupState::Complete {
+                let begun = Backup {
+                    reason: DELETION_BEGUN.to_owned(),
+                    ..backup.clone()
+                };
+                let begun = BackupChange::Put(Box::new(begun));
+                shelf.keep(to_loop, vec![begun]).await?;
+            }
+            in_thread(move || file.remove()).await?.map_err(unremoved)?;
+        }
+        let forget = BackupChange::Delete(backup.name.clone());
+        shelf.keep(to_loop, vec![forget]).await?;
+        deleted.push(backup.name);
+    }
+    Ok(deleted)
+}
+
+/// The file of a backup, which nobody has open; `None` when it is gone already.
+async fn take_file(backup: &Backup, roots: &Arc<Roots>) -> Result<Option<Taken>, RequestError> {
+    let closed_by = Instant::now() + CLOSED_WITHIN;
+    loop {
+        let (path, roots) = (backup.path.clone(), Arc::clone(roots));
+        match in_thread(move || remove::take(&path, &roots)).await? {
+            Err(RemoveError::Busy { .. }) if Instant::now() < closed_by => {
+                tokio::time::sleep(CLOSED_LOOK).await;
+            }
+            taken => return taken.map_err(unremoved),
+        }
+    }
+}
+
+fn unremoved(error: RemoveError) -> RequestError {
+    match error {
+        RemoveError::Busy { .. } => RequestError::DeviceBusy(error.to_string()),
+        RemoveError::File(_) | RemoveError::Kernel { .. } => {
+            RequestError::Failed(error.to_string())
+        }
+    }
+}
+
+fn refusal(error: VerifyError) -> RequestError {
+    let text = error.to_string();
+    match error {
+        VerifyError::File(error) => refusal_of_file(error),
+        VerifyError::Busy { .. } => RequestError::DeviceBusy(text),
+        _ => RequestError::Failed(text),
+    }
+}
