@@ -13,11 +13,12 @@ use nbdtrack::identity::Format;
 use nbdtrack::image::beneath::Roots;
 use nbdtrack::image::block::Claims;
 use nbdtrack::image::{Extent, Image, qcow2, raw};
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use support::chorus::{Chorus, Score};
 use support::client::Client;
 use support::dice::{self, Dice};
-use support::fuse_disk::{FLUSHES, FuseDisk, WRITES};
-use support::ground::{Need, real, skip, tell};
+use support::fuse_disk::{FLUSHES, FuseDisk, READS, WRITES};
+use support::ground::{Ground, Need, real, skip, tell};
 use support::loops::{LoopDevice, sparse_file};
 use support::mounts::Mounted;
 use support::pattern;
@@ -58,6 +59,7 @@ fn nothing_is_durable(scene: &Scene, export: &str, there: &mut [&mut Client]) ->
         let said = client.write(256 << 10, &[9; 4096], true)?;
         hold!(said == Err(EIO), "a durable write succeeded");
         hold!(client.flush()? == Err(EIO), "a second flush succeeded");
+        // Where it is in a cluster that is there: an image gets no new ones any more.
         let said = client.write(264 << 10, &[9; 4096], false)?;
         hold!(said == Ok(()), "what promises nothing goes on: {said:?}");
     }
@@ -122,42 +124,138 @@ fn a_disk_without_room_fails_one_durable_write_and_all_after_it_of_every_connect
     })
 }
 
+/// A file system on a disk that can be made ill, without a journal: a failed block of it would make it read-only, and the fault another one.
+fn ill_files(ground: &Ground, disk: &FuseDisk) -> Outcome<Mounted> {
+    let node = disk.device.node();
+    process::succeed("mkfs.ext4", &["-q", "-O", "^has_journal", &node], LIMIT)?;
+    Mounted::new(ground.file("files"), &["-o", "errors=continue", &node])
+}
+
 #[test]
 fn a_file_whose_file_system_loses_a_write_is_latched_as_a_disk_is() -> Outcome<()> {
     real("failed write-back of a file", MOUNTS, |ground| {
         let disk = FuseDisk::make(ground.path(), "ill", 16 << 20)?;
-        let node = disk.device.node();
-        // Without a journal: a failed block of it would make the file system read-only, and the fault another one.
-        process::succeed("mkfs.ext4", &["-q", "-O", "^has_journal", &node], LIMIT)?;
-        let mounted = Mounted::new(ground.file("files"), &["-o", "errors=continue", &node])?;
+        let mounted = ill_files(ground, &disk)?;
         let path = mounted.0.join("a.raw");
         pattern::write_file(&path, "a", 1 << 20, 1)?;
+        is_latched(ground, &disk, &mounted, format!("file:{}", path.display()))
+    })
+}
+
+/// What is lost of an image is its data or its tables, and either is as bad: a write that was not told to be durable, in a cluster that is there
+/// and in one that is new.
+#[test]
+fn an_image_whose_file_system_loses_a_write_is_latched_as_a_disk_is_and_stays_sound() -> Outcome<()>
+{
+    let needs = [MOUNTS, &[Need::Tool("qemu-img"), Need::Tool("qemu-io")]].concat();
+    real("failed write-back of an image", &needs, |ground| {
+        let disk = FuseDisk::make(ground.path(), "ill", 32 << 20)?;
+        let mounted = ill_files(ground, &disk)?;
+        let path = mounted.0.join("a.qcow2");
+        let name = path.to_string_lossy().into_owned();
+        let create = ["create", "-q", "-f", "qcow2", &name, "8M"];
+        process::succeed("qemu-img", &create, LIMIT)?;
+        // In a cluster that is there; what the other test writes elsewhere is new.
+        let fill = ["-f", "qcow2", "-c", "write -P 1 0 512k", &name];
+        process::succeed("qemu-io", &fill, LIMIT)?;
+        is_latched(ground, &disk, &mounted, format!("qcow2:{name}"))?;
+        let check = ["check", "-f", "qcow2", &name];
+        let said = process::run("qemu-img", &check, LIMIT)?;
+        hold!(matches!(said.status.code(), Some(0 | 3)), "{said:?}");
+        Ok(())
+    })
+}
+
+/// Writes to `a`, loses some of it, and is told so for ever; a new generation begins anew.
+fn is_latched(ground: &Ground, disk: &FuseDisk, mounted: &Mounted, id: String) -> Outcome<()> {
+    let roots = format!("file_roots = [{:?}]\n", mounted.0.display().to_string());
+    let mut scene = Scene::told(ground, roots, &[("a", id.clone())])?;
+    let healer = disk.healer();
+    scene.client.reach_state("a", "Serving", STEP_LIMIT)?;
+    let (mut one, mut two) = (
+        Client::open(&scene.endpoint(), "a")?,
+        Client::open(&scene.endpoint(), "a")?,
+    );
+    let said = one.write(0, &[1; 65536], false)?;
+    hold!(said == Ok(()) && two.flush()? == Ok(()), "a healthy disk");
+    disk.fail(WRITES);
+    let said = one.write(1 << 19, &[2; 65536], false)?;
+    hold!(said == Ok(()), "into the page cache: {said:?}");
+    hold!(two.flush()? == Err(EIO), "a flush that loses a write");
+    disk.heal();
+    nothing_is_durable(&scene, "a", &mut [&mut one, &mut two])?;
+    detach_names_the_flush(&scene, &id)?;
+    let mark = scene.client.mark();
+    scene.client.cancel_detach(&id)?;
+    if scene.state("a")? != "Serving" {
+        scene.client.wait_state(mark, "a", "Serving", STEP_LIMIT)?;
+    }
+    let mut three = Client::open(&scene.endpoint(), "a")?;
+    let said = three.write(1 << 19, &[4; 4096], true)?;
+    hold!(said == Ok(()), "a new generation begins anew: {said:?}");
+    drop(healer);
+    scene.stop()
+}
+
+/// What was read once is read again from memory; this is what the kernel has to ask the disk for.
+fn forget_pages(path: &Path) -> Outcome<()> {
+    let file = File::open(path)?;
+    file.sync_all()?;
+    Ok(posix_fadvise(
+        &file,
+        0,
+        0,
+        PosixFadviseAdvice::POSIX_FADV_DONTNEED,
+    )?)
+}
+
+#[test]
+fn a_read_that_fails_is_told_and_nothing_else_is_lost_by_it() -> Outcome<()> {
+    let needs = [MOUNTS, &[Need::Tool("qemu-img"), Need::Tool("qemu-io")]].concat();
+    real("failed read", &needs, |ground| {
+        let disk = FuseDisk::make(ground.path(), "ill", 32 << 20)?;
+        let mounted = ill_files(ground, &disk)?;
         let roots = format!("file_roots = [{:?}]\n", mounted.0.display().to_string());
-        let id = format!("file:{}", path.display());
-        let mut scene = Scene::told(ground, roots, &[("a", id.clone())])?;
+        let mut scene = Scene::told(ground, roots, &[])?;
         let healer = disk.healer();
-        scene.client.reach_state("a", "Serving", STEP_LIMIT)?;
-        let (mut one, mut two) = (
-            Client::open(&scene.endpoint(), "a")?,
-            Client::open(&scene.endpoint(), "a")?,
-        );
-        let said = one.write(0, &[1; 65536], false)?;
-        hold!(said == Ok(()) && two.flush()? == Ok(()), "a healthy disk");
-        disk.fail(WRITES);
-        let said = one.write(1 << 19, &[2; 65536], false)?;
-        hold!(said == Ok(()), "into the page cache: {said:?}");
-        hold!(two.flush()? == Err(EIO), "a flush that loses a write");
-        disk.heal();
-        nothing_is_durable(&scene, "a", &mut [&mut one, &mut two])?;
-        detach_names_the_flush(&scene, &id)?;
-        let mark = scene.client.mark();
-        scene.client.cancel_detach(&id)?;
-        if scene.state("a")? != "Serving" {
-            scene.client.wait_state(mark, "a", "Serving", STEP_LIMIT)?;
+        for (format, scheme) in [("raw", "file"), ("qcow2", "qcow2")] {
+            let path = mounted.0.join(format!("a.{format}"));
+            let name = path.to_string_lossy().into_owned();
+            let create = ["create", "-q", "-f", format, &name, "4M"];
+            process::succeed("qemu-img", &create, LIMIT)?;
+            let fill = ["-f", format, "-c", "write -P 5 0 4M", &name];
+            process::succeed("qemu-io", &fill, LIMIT)?;
+            let id = format!("{scheme}:{name}");
+            scene.client.add_export(format, &id)?;
+            let (mut one, mut two) = (
+                Client::open(&scene.endpoint(), format)?,
+                Client::open(&scene.endpoint(), format)?,
+            );
+            let mut bytes = [0; 4096];
+            hold!(
+                one.read(0, &mut bytes)? == Ok(()),
+                "{format}: a healthy disk"
+            );
+            forget_pages(&path)?;
+            disk.fail(READS);
+            for client in [&mut one, &mut two] {
+                let said = client.read(2 << 20, &mut bytes)?;
+                hold!(said == Err(EIO), "{format}: a read that fails: {said:?}");
+            }
+            disk.heal();
+            let said = one.read(2 << 20, &mut bytes)?;
+            hold!(
+                said == Ok(()) && bytes == [5; 4096],
+                "{format}: it is well: {said:?}"
+            );
+            // No promise was broken by it.
+            let said = two.write(1 << 20, &[6; 4096], true)?;
+            hold!(
+                said == Ok(()) && one.flush()? == Ok(()),
+                "{format}: {said:?}"
+            );
+            scene.client.prepare_detach(&id)?;
         }
-        let mut three = Client::open(&scene.endpoint(), "a")?;
-        let said = three.write(1 << 19, &[4; 4096], true)?;
-        hold!(said == Ok(()), "a new generation begins anew: {said:?}");
         drop(healer);
         scene.stop()
     })

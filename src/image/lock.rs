@@ -102,6 +102,8 @@ pub(super) fn in_the_way(file: &File, held: Use) -> Option<String> {
         .find_map(|(byte, told)| match is_held(file, byte) {
             Ok(false) => None,
             Ok(true) => Some(told.to_owned()),
+            // A file system without locks has none that could be lost; it was told when the file was opened.
+            Err(error) if has_none(&error) => None,
             // Whoever cannot be seen may be a writer.
             Err(error) => Some(format!("who has it open cannot be asked: {error}")),
         })

@@ -46,8 +46,14 @@ const RELEASE: u32 = 18;
 const FSYNC: u32 = 20;
 const FLUSH: u32 = 25;
 const INIT: u32 = 26;
+const GETLK: u32 = 31;
+const SETLK: u32 = 32;
+const SETLKW: u32 = 33;
 const DESTROY: u32 = 38;
 const FALLOCATE: u32 = 43;
+/// `FUSE_BIG_WRITES` and `FUSE_POSIX_LOCKS`.
+const BIG_WRITES: u32 = 1 << 5;
+const POSIX_LOCKS: u32 = 1 << 1;
 /// `FATTR_SIZE`.
 const SETS_SIZE: u32 = 1 << 3;
 const NO_REPLY: [u32; 3] = [2, 36, 42];
@@ -63,6 +69,8 @@ struct Shared {
     end: AtomicBool,
     /// Requests held so far.
     held: AtomicU64,
+    /// What a lock is answered with; 0 where the kernel keeps locks by itself.
+    locks: i32,
     /// Lock: requests that wait until the disk answers again; bounded by what the kernel sends at a time.
     waiting: Mutex<Vec<Vec<u8>>>,
 }
@@ -111,6 +119,15 @@ impl Shared {
 impl FuseFile {
     /// Over `back`, which is there, at a new file `NAME.disk` beside it; with `caches` what was not flushed goes with the power.
     pub fn over(back: &Path, name: &str, caches: bool) -> Outcome<FuseFile> {
+        FuseFile::with(back, name, caches, 0)
+    }
+
+    /// As [`FuseFile::over`], on a file system that answers every lock with this error.
+    pub fn without_locks(back: &Path, name: &str, errno: i32) -> Outcome<FuseFile> {
+        FuseFile::with(back, name, false, errno)
+    }
+
+    fn with(back: &Path, name: &str, caches: bool, locks: i32) -> Outcome<FuseFile> {
         let folder = back.parent().unwrap_or(Path::new("/"));
         let file = super::loops::sparse_file(folder, &format!("{name}.disk"), 0)?;
         let door = OpenOptions::new()
@@ -131,6 +148,7 @@ impl FuseFile {
             fail: AtomicU8::new(0),
             end: AtomicBool::new(false),
             held: AtomicU64::new(0),
+            locks,
             waiting: Mutex::default(),
         });
         let served = shared.clone();
@@ -386,7 +404,13 @@ fn perform(shared: &Shared, opcode: u32, body: &[u8]) -> Result<Vec<u8>, i32> {
             let mut out = vec![0u8; 64];
             out[..4].copy_from_slice(&7u32.to_ne_bytes());
             out[4..8].copy_from_slice(&31u32.to_ne_bytes());
-            out[12..16].copy_from_slice(&(1u32 << 5).to_ne_bytes());
+            // With locks of the file system's own it is asked for each of them.
+            let flags = if shared.locks == 0 {
+                BIG_WRITES
+            } else {
+                BIG_WRITES | POSIX_LOCKS
+            };
+            out[12..16].copy_from_slice(&flags.to_ne_bytes());
             out[16..18].copy_from_slice(&64u16.to_ne_bytes());
             out[18..20].copy_from_slice(&48u16.to_ne_bytes());
             out[20..24].copy_from_slice(&WRITE_BYTES_MAX.to_ne_bytes());
@@ -450,6 +474,7 @@ fn perform(shared: &Shared, opcode: u32, body: &[u8]) -> Result<Vec<u8>, i32> {
             Ok(Vec::new())
         }
         FLUSH | RELEASE | DESTROY => Ok(Vec::new()),
+        GETLK | SETLK | SETLKW if shared.locks != 0 => Err(shared.locks),
         _ => Err(libc::ENOSYS),
     }
 }

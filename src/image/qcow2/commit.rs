@@ -28,6 +28,7 @@ use super::damaged;
 use super::write::Writer;
 use crate::image::block::is_full;
 use crate::image::durable::NotDurable;
+use crate::image::sys;
 
 /// What was given up in so many commits waits for older calls to end. A call that hangs (in a file beneath the image) holds up all of it.
 const LEAVING_MAX: usize = 64;
@@ -77,9 +78,25 @@ impl Core {
     /// The file has all that was ever in it. One that was cut off, or copied over, is another image by now: the changes
     /// in memory are not for it.
     fn is_whole(&self) -> io::Result<()> {
-        let bytes = self.file().metadata()?.len();
+        let end = self.end.load(Ordering::Acquire);
+        self.has_all(self.file().metadata()?.len(), end)
+    }
+
+    /// The same as far as this machine knows: for each write, so it costs no more than a system call. Once it is not so, nothing is written to the
+    /// file's metadata any more.
+    pub(super) fn seems_whole(&self) -> io::Result<()> {
+        // First: others make the file longer meanwhile, and say so after that.
+        let end = self.end.load(Ordering::Acquire);
+        let whole = sys::known_size(self.file()).and_then(|bytes| self.has_all(bytes, end));
+        if whole.is_err() {
+            self.broken.store(true, Ordering::Release);
+        }
+        whole
+    }
+
+    fn has_all(&self, bytes: u64, end: u64) -> io::Result<()> {
         let whole = bytes.next_multiple_of(self.header.cluster_bytes());
-        if whole < self.end.load(Ordering::Acquire) {
+        if whole < end {
             return Err(damaged());
         }
         Ok(())
@@ -275,6 +292,22 @@ mod tests {
         drop(hangs);
         core.commit().unwrap();
         assert!(core.writer().unwrap().leaving.is_empty());
+    }
+
+    /// The last cluster is written again, behind the end that the file has now: it would be as long as ever, and zeroes in between.
+    #[test]
+    fn a_write_in_place_does_not_make_a_file_that_was_cut_off_look_whole() {
+        let (file, core) = image();
+        let durable = Durable::default();
+        core.write(0, &[7; 3 << 16], &durable).unwrap();
+        core.commit().unwrap();
+        let bytes = file.metadata().unwrap().len();
+        let cut = bytes - (2 << 16);
+        file.set_len(cut).unwrap();
+        assert!(core.write((3 << 16) - 5, &[8; 5], &durable).is_err());
+        assert_eq!(file.metadata().unwrap().len(), cut);
+        file.set_len(bytes).unwrap();
+        assert!(core.commit().is_err(), "as if nothing had been");
     }
 
     /// The kernel tells a lost page once; a later commit, the last one at the close, must not map what was lost.

@@ -102,6 +102,8 @@ impl Core {
             // Nothing lies there, and the file would be made longer by what an entry says; or a table does.
             return Err(damaged());
         }
+        // A file that was cut off would be as long as before by this write, with zeroes where its clusters were, and then look whole.
+        self.seems_whole()?;
         folios::write_all_at(self.file(), part, host)
     }
 
