@@ -8,8 +8,8 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use support::bus::Options;
-use support::client::Client;
-use support::ground::{Ground, Need, real};
+use support::client::{CMD_TRIM, CMD_WRITE_ZEROES, Client};
+use support::ground::{Ground, Need, real, tell};
 use support::images::{self, qemu_img, scene, text};
 use support::process::{self, Running};
 use support::scene::{STEP_LIMIT, Scene};
@@ -97,7 +97,13 @@ fn full(path: &Path, options: &str) -> Outcome<()> {
 const MATRIX: &[(&str, Make, &str)] = &[
     ("512 bytes", |p| full(p, "cluster_size=512"), ""),
     ("4 KiB", |p| full(p, "cluster_size=4k"), ""),
+    (
+        "8 KiB, 4 bit refcounts",
+        |p| full(p, "cluster_size=8k,refcount_bits=4"),
+        "",
+    ),
     ("64 KiB", |p| full(p, "cluster_size=64k"), ""),
+    ("1 MiB", |p| full(p, "cluster_size=1M"), ""),
     ("2 MiB", |p| full(p, "cluster_size=2M"), ""),
     ("version 2", |p| full(p, "compat=0.10"), ""),
     ("subclusters", |p| full(p, "extended_l2=on"), ""),
@@ -186,6 +192,30 @@ const MATRIX: &[(&str, Make, &str)] = &[
         "its own backing file",
         |p| overlay_unsafe(p, &text(p), "qcow2"),
         "beneath itself",
+    ),
+    (
+        "a backing file that lies on it",
+        |p| {
+            let other = p.with_extension("other.qcow2");
+            overlay_unsafe(&other, &text(p), "qcow2")?;
+            overlay_unsafe(p, &text(&other), "qcow2")
+        },
+        "beneath itself",
+    ),
+    (
+        "its own external data file",
+        |p| {
+            // Under a name of the same length, which is then its own.
+            let other = text(&p.with_extension("data2"));
+            full(p, &format!("data_file={other}"))?;
+            let bytes = std::fs::read(p)?;
+            let mut at = bytes.windows(other.len());
+            let Some(at) = at.position(|found| found == other.as_bytes()) else {
+                trouble!("the name is not in the header")
+            };
+            poke(p, at as u64, text(p).as_bytes())
+        },
+        "is the image itself",
     ),
     (
         "data file, read only",
@@ -759,6 +789,37 @@ fn neither_qemu_nor_another_daemon_and_we_are_two_writers() -> Outcome<()> {
             scene.client.reach_state(format, "Serving", STEP_LIMIT)?;
             scene.client.remove_export(format, "hard")?;
         }
+        // Nor is the file that its data are in: ours first, and QEMU's first.
+        let path = folder.join("split.qcow2");
+        full(&path, &data_file(&path, ""))?;
+        let data = path.with_extension("data");
+        let only = || {
+            Options::from([
+                ("read_only", Variant::new(true)),
+                ("wait_ms", Variant::new(500_u32)),
+            ])
+        };
+        scene.client.add_export_with("split", &id(&path), only())?;
+        let said = process::run(
+            "qemu-io",
+            &["-f", "raw", "-c", "write 0 512", &text(&data)],
+            STEP_LIMIT,
+        )?;
+        hold!(
+            !said.status.success() && said.stderr.contains("lock"),
+            "QEMU writes to an image's data: {said:?}"
+        );
+        scene.client.remove_export("split", "hard")?;
+        let theirs = qemu_nbd(ground, &data, "raw", false)?;
+        let added = scene.client.add_export_with("split", &id(&path), only());
+        hold!(added.is_err(), "served beside a writer of its data");
+        let told = reason(&scene, "split")?;
+        hold!(
+            told.contains("its external data file") && told.contains("writes to it"),
+            "{told:?}"
+        );
+        drop(theirs);
+        scene.client.remove_export("split", "hard")?;
         // What lies beneath an image is not written by anyone else, either.
         let path = folder.join("over.qcow2");
         chain(&path, 1)?;
@@ -897,6 +958,184 @@ fn two_exports_of_an_image_show_each_other_what_they_write() -> Outcome<()> {
         }
         scene.stop()?;
         check(&path, false)
+    })
+}
+
+/// An image that is nothing but its tables: the header with these clusters and entries of L1, one refcount block, and L1 behind it, `bytes` long.
+fn bare(path: &Path, cluster_bits: u32, l1_entries: u32, bytes: u64) -> Outcome<std::fs::File> {
+    use std::os::unix::fs::FileExt;
+    let file = std::fs::File::create_new(path)?;
+    file.set_len(bytes)?;
+    let cluster = 1_u64 << cluster_bits;
+    let size = u64::from(l1_entries) << (2 * cluster_bits - 3);
+    let mut header = [0; 104];
+    let mut put = |at: usize, field: &[u8]| header[at..at + field.len()].copy_from_slice(field);
+    put(0, b"QFI\xfb\0\0\0\x03");
+    put(20, &cluster_bits.to_be_bytes());
+    put(24, &size.to_be_bytes());
+    put(36, &l1_entries.to_be_bytes());
+    put(40, &(3 * cluster).to_be_bytes());
+    put(48, &cluster.to_be_bytes());
+    put(56, &1_u32.to_be_bytes());
+    put(96, &4_u32.to_be_bytes());
+    put(100, &104_u32.to_be_bytes());
+    file.write_all_at(&header, 0)?;
+    file.write_all_at(&(2 * cluster).to_be_bytes(), cluster)?;
+    Ok(file)
+}
+
+/// The most memory that the process ever had, in KiB (proc(5), `VmHWM`).
+fn peak_kib(pid: u32) -> Outcome<u64> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    let word = line.and_then(|rest| rest.split_whitespace().next());
+    Ok(word.unwrap_or_default().parse()?)
+}
+
+/// A file of a few KiB on the disk can say that it has gigabytes of tables.
+#[test]
+fn an_image_that_claims_as_much_as_it_can_is_opened_or_refused_in_bounded_memory_and_seconds()
+-> Outcome<()> {
+    use std::os::unix::fs::FileExt;
+    /// Of the whole daemon: L1 of 32 MiB is in memory twice while it is read, and once more as a list of places.
+    const PEAK_KIB_MAX: u64 = 192 << 10;
+    const WITHIN: std::time::Duration = std::time::Duration::from_secs(20);
+    real("qcow2 of claims", NEEDS, |ground| {
+        let (mut scene, folder) = scene(ground)?;
+        // L1 as long as it may be, each entry the same table, which is the cluster behind it.
+        let longest = folder.join("longest.qcow2");
+        let (l1, end) = (32 * MIB, 3 * 512 + 32 * MIB + 512);
+        let file = bare(&longest, 9, 4 << 20, end)?;
+        let entry = (end - 512).to_be_bytes();
+        let entries: Vec<u8> = entry
+            .into_iter()
+            .cycle()
+            .take(usize::try_from(l1)?)
+            .collect();
+        file.write_all_at(&entries, 3 * 512)?;
+        // 60 GiB of tables, each in a place of its own and all of them holes: what lies behind the end of the file would be
+        // looked for in all of them.
+        let largest = folder.join("largest.qcow2");
+        let (cluster, tables) = (2 * MIB, 30_000_u64);
+        let clusters = 4 + tables;
+        let file = bare(&largest, 21, u32::try_from(tables)?, clusters * cluster)?;
+        let entries: Vec<u8> = (4..clusters)
+            .flat_map(|at| (at * cluster).to_be_bytes())
+            .collect();
+        file.write_all_at(&entries, 3 * cluster)?;
+        for (name, path, word) in [
+            ("longest", &longest, "both lie at byte"),
+            ("largest", &largest, "more than are looked through"),
+        ] {
+            let begun = std::time::Instant::now();
+            let options = Options::from([("wait_ms", Variant::new(100_u32))]);
+            let added = scene.client.add_export_with(name, &id(path), options);
+            hold!(added.is_err(), "{name} is served");
+            until(WITHIN, format_args!("{name}: {word}"), || {
+                Ok(reason(&scene, name)?.contains(word).then_some(()))
+            })?;
+            let refused = begun.elapsed();
+            scene.client.remove_export(name, "hard")?;
+            let begun = std::time::Instant::now();
+            let only = Options::from([("read_only", Variant::new(true))]);
+            scene.client.add_export_with(name, &id(path), only)?;
+            let mut client = Client::open(&scene.endpoint(), name)?;
+            let mut bytes = [1; 4096];
+            let read = client.read(client.size - 4096, &mut bytes)?;
+            let opened = begun.elapsed();
+            hold!(read == Ok(()) && bytes == [0; 4096], "{name}: {read:?}");
+            hold!(opened < WITHIN, "{name}: read in {opened:?}");
+            client.leave()?;
+            scene.client.remove_export(name, "hard")?;
+            let peak = peak_kib(scene.daemon()?.pid())?;
+            tell(&format!(
+                "qcow2 of claims, {name}: refused for writing in {refused:?}, read in {opened:?}, {} MiB at most",
+                peak >> 10
+            ));
+            hold!(peak < PEAK_KIB_MAX, "{name}: {peak} KiB");
+        }
+        scene.stop()
+    })
+}
+
+/// Bytes that the file system has given to a file.
+fn taken(path: &Path) -> Outcome<u64> {
+    use std::os::unix::fs::MetadataExt;
+    Ok(std::fs::metadata(path)?.blocks() * 512)
+}
+
+#[test]
+fn what_is_given_up_is_unallocated_and_its_room_goes_back_to_the_file_system() -> Outcome<()> {
+    real("qcow2 trimmed", NEEDS, |ground| {
+        let (mut scene, folder) = scene(ground)?;
+        for (n, options) in ["", "cluster_size=8k", "extended_l2=on,cluster_size=128k"]
+            .into_iter()
+            .enumerate()
+        {
+            for (command, what) in [(CMD_TRIM, "trim"), (CMD_WRITE_ZEROES, "zero")] {
+                let path = folder.join(format!("{what}{n}.qcow2"));
+                create(&path, options, 8 * MIB)?;
+                scene.client.add_export(what, &id(&path))?;
+                let mut client = Client::open(&scene.endpoint(), what)?;
+                for piece in 0..8 {
+                    let said = client.write(piece * MIB, &[1; 1 << 20], false)?;
+                    hold!(said == Ok(()), "{what}: {said:?}");
+                }
+                hold!(client.flush()? == Ok(()), "{what}: a flush");
+                let before = taken(&path)?;
+                hold!(
+                    before >= 8 * MIB,
+                    "{what}, {options}: {before} bytes are taken"
+                );
+                let said = client.span(command, 0, MIB, 6 << 20)?;
+                // The second one gives back what nothing refers to since the first.
+                hold!(
+                    said == Ok(()) && client.flush()? == Ok(()),
+                    "{what}: {said:?}"
+                );
+                hold!(client.flush()? == Ok(()), "{what}: a flush");
+                let after = taken(&path)?;
+                hold!(
+                    after <= before - 6 * MIB + 64 * 1024,
+                    "{what}, {options}: {before} bytes were taken, and now {after}"
+                );
+                let map = ["map", "-U", "--output=json", "-f", "qcow2", &text(&path)];
+                let map: Vec<serde_json::Value> = serde_json::from_str(&qemu_img(&map)?)?;
+                let data = map.iter().filter(|run| run["data"] == true);
+                let data: u64 = data.filter_map(|run| run["length"].as_u64()).sum();
+                hold!(
+                    data == 2 * MIB,
+                    "{what}, {options}: {data} bytes of data: {map:?}"
+                );
+                client.leave()?;
+                scene.client.remove_export(what, "soft")?;
+                check(&path, false)?;
+            }
+        }
+        scene.stop()
+    })
+}
+
+#[test]
+fn an_image_is_not_served_past_the_page_cache() -> Outcome<()> {
+    real("qcow2 direct", NEEDS, |ground| {
+        let (mut scene, folder) = scene(ground)?;
+        let path = folder.join("direct.qcow2");
+        create(&path, "", MIB)?;
+        let before = std::fs::read(&path)?;
+        let options = Options::from([
+            ("direct", Variant::new(true)),
+            ("wait_ms", Variant::new(500_u32)),
+        ]);
+        let added = scene.client.add_export_with("d", &id(&path), options);
+        let mut told = added.map_or_else(|refused| format!("{refused:?}"), |_| String::new());
+        hold!(!told.is_empty(), "it is served");
+        if scene.client.export("d")?.is_some() {
+            told += &reason(&scene, "d")?;
+        }
+        hold!(told.contains("not there for QCOW2 images"), "{told:?}");
+        hold!(std::fs::read(&path)? == before, "it was changed");
+        scene.stop()
     })
 }
 

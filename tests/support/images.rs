@@ -20,6 +20,7 @@ pub const KINDS: &[&str] = &[
     "extended_l2=on,cluster_size=16k",
     "compat=0.10,cluster_size=1k",
     "cluster_size=512,refcount_bits=64",
+    "cluster_size=8k,refcount_bits=4",
 ];
 
 /// A folder that may be served from, and a daemon without exports.

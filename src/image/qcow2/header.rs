@@ -85,6 +85,10 @@ pub enum Refusal {
         "its file was cut off: clusters that its tables name lie behind the end; what there is can be read with read_only = true"
     )]
     CutShort,
+    #[error(
+        "its tables have {0} bytes, more than are looked through before it is written; it is read with read_only = true"
+    )]
+    Unsearched(u64),
     #[error("its backing file has no name that can be followed")]
     BackingName,
 }

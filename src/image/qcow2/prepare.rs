@@ -30,6 +30,10 @@ use crate::image::ahead::Streams;
 /// than 2 TiB; longer ones take a round for each 2 TiB. An opening is not to take minutes, and a file can say anything.
 const COMPARED_BYTES_MAX: u64 = 1 << 30;
 
+/// Bytes of L2 tables that are looked through for clusters behind the end of the file: of 64 TiB that are mapped in clusters of 64 KiB. A sparse
+/// file of a few KiB can say that it has a thousand times as much.
+const SEARCHED_BYTES_MAX: u64 = 8 << 30;
+
 impl Core {
     /// Makes an image that was opened for reading ready for writing, through `file`; `syncs` is another open file description of the same file.
     pub(super) fn prepare(&self, file: File, syncs: File) -> io::Result<Result<(), Refusal>> {
@@ -60,6 +64,10 @@ impl Core {
                 tracing::warn!(
                     "the tables of an image are too large to be compared when it is opened: nbdtrack image check tells whether two of its clusters lie in one place"
                 );
+                let bytes = self.tables.hosts().count() as u64 * self.header.cluster_bytes();
+                if bytes > SEARCHED_BYTES_MAX {
+                    return Ok(Err(Refusal::Unsearched(bytes)));
+                }
                 if self.tables.reach_behind(&file, &self.header, file_bytes)? {
                     return Ok(Err(Refusal::CutShort));
                 }
