@@ -126,6 +126,23 @@ fn fresh(bed: &mut Bed, configured: usize, added: usize) -> Outcome<()> {
     bed.machine
         .agent
         .run(&format!("nbdtrack add {name} --volume {id}"))?;
+    // The unit hides the processes of others from the daemon, which asks systemd.
+    let history = bed.machine.agent.run("nbdtrack --json history -n 1000")?;
+    let called = history
+        .lines()
+        .map(serde_json::from_str)
+        .collect::<Result<Vec<Value>, _>>()?;
+    let by_whom = called.iter().find(|record| {
+        record["kind"] == "call"
+            && record["new"] == "AddExport"
+            && record["export"] == name.as_str()
+    });
+    let unit = by_whom.map(|record| &record["unit"]);
+    hold!(
+        unit.is_some_and(|unit| unit == "bed-agent.service"),
+        "the caller's unit is in the history: {by_whom:?}"
+    );
+    bed.machine.agent.run("systemctl reload nbdtrack")?;
     both_serve(bed, configured, added, 1)
 }
 
@@ -265,10 +282,13 @@ fn remove_and_come_back(bed: &mut Bed, configured: usize, added: usize) -> Outco
     both_serve(bed, configured, added, 4)
 }
 
-/// Nothing of it is left, and nobody has a disk open any more.
+/// Nothing of it is left, and nobody has a disk open or listens any more: not the socket unit either.
 fn purge(bed: &mut Bed) -> Outcome<()> {
+    let agent = &bed.machine.agent;
+    agent.run("systemctl stop nbdtrack && systemctl enable --now nbdtrack.socket && test -S /run/nbdtrack-nbd.sock")?;
     dpkg(bed, "-P nbdtrack")?;
     let agent = &bed.machine.agent;
+    agent.run("! systemctl is-active nbdtrack.socket && test ! -e /run/nbdtrack-nbd.sock")?;
     let left = agent.run(
         "find / -xdev -name '*nbdtrack*' -not -path '/proc/*' -not -path '/var/lib/dpkg/*' -not -path '/var/log/*' \
          -not -path '/root/*'; getent group nbdtrack; ls -d /run/nbdtrack 2>/dev/null; true",
