@@ -67,6 +67,7 @@ struct Arguments {
     /// As `only`, for servers.
     servers: Vec<String>,
     rounds: Option<usize>,
+    turn_ms: Option<u64>,
     out: PathBuf,
 }
 
@@ -100,6 +101,7 @@ fn parse(args: Vec<String>) -> Outcome<Arguments> {
         only: Vec::new(),
         servers: Vec::new(),
         rounds: None,
+        turn_ms: None,
         out: PathBuf::from("target/bench"),
     };
     let words = |text: String| {
@@ -117,11 +119,15 @@ fn parse(args: Vec<String>) -> Outcome<Arguments> {
             "--rounds" => {
                 parsed.rounds = Some(args.next().unwrap_or_default().parse().doing("--rounds")?)
             }
+            "--turn-ms" => {
+                let text = args.next().unwrap_or_default();
+                parsed.turn_ms = Some(text.parse().doing("--turn-ms")?);
+            }
             "--out" => parsed.out = args.next().unwrap_or_default().into(),
             // What `cargo bench` adds.
             "--bench" => {}
             _ => trouble!(
-                "usage: data_plane [--quick] [--only ROW,...] [--servers NAME,...] [--rounds N] [--out FOLDER]"
+                "usage: data_plane [--quick] [--only ROW,...] [--servers NAME,...] [--rounds N] [--turn-ms N] [--out FOLDER]"
             ),
         }
     }
@@ -131,6 +137,7 @@ fn parse(args: Vec<String>) -> Outcome<Arguments> {
 fn run(args: &Arguments) -> Outcome<()> {
     let mut plan = if args.quick { QUICK } else { FULL };
     plan.rounds = args.rounds.unwrap_or(plan.rounds);
+    plan.turn = args.turn_ms.map_or(plan.turn, Duration::from_millis);
     let chosen = |words: &[String], name: &str| {
         words.is_empty() || words.iter().any(|w| name.contains(w.as_str()))
     };
