@@ -64,6 +64,7 @@ const PURE: &[&str] = &[
     "config/limits",
     "config/nbd_server",
     "config/place",
+    "config/server",
     "config/table",
     "files/known",
     "image/qcow2/entry",

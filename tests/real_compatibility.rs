@@ -119,6 +119,12 @@ const MEANT: &[Meant] = &[
         "two writers destroy each other's data",
     ),
     meant(
+        "the next client where maxconnections is 1, when the first has left",
+        "refused",
+        "served",
+        "the stock server counts all that ever came",
+    ),
+    meant(
         "processes that pgrep nbd-server finds with two clients",
         "3",
         "1",
@@ -222,6 +228,8 @@ struct Server {
     folder: PathBuf,
     config: PathBuf,
     port: u16,
+    /// Where clients are asked to go instead.
+    socket: Option<PathBuf>,
 }
 
 enum Running {
@@ -241,6 +249,16 @@ type Answers = Vec<(&'static str, String)>;
 impl Server {
     /// Starts one with these sections in its main file; `conf.d` beside it is empty.
     fn start(which: Which, ground: &Ground, sections: &str) -> Outcome<Server> {
+        Server::start_at(which, ground, sections, None)
+    }
+
+    /// As [`Server::start`], but that clients go to this socket.
+    fn start_at(
+        which: Which,
+        ground: &Ground,
+        sections: &str,
+        socket: Option<PathBuf>,
+    ) -> Outcome<Server> {
         let folder = ground.file(match which {
             Which::Stock => "stock",
             Which::Ours => "ours",
@@ -255,8 +273,10 @@ impl Server {
         let shown = folder.display();
         let text = format!(
             "[generic]\nallowlist = true\nlistenaddr = 127.0.0.1\nport = {port}\nincludedir = {shown}/conf.d\n\
-             x-state = {shown}/state\nx-bus = none\n{sections}"
+             x-state = {shown}/state\nx-bus = none\nx-settings = {shown}/ours.toml\n{sections}"
         );
+        // The stock server reads over it.
+        fs::write(folder.join("ours.toml"), "[server]\ndetach_grace_s = 60\n")?;
         let config = folder.join("nbd-server.conf");
         let pid_file = folder.join("nbd-server.pid");
         let running = match which {
@@ -278,6 +298,7 @@ impl Server {
             folder,
             config,
             port,
+            socket,
         };
         until(LIMIT, "the server to greet", || {
             Ok(knock(&server.endpoint(), "none").ok())
@@ -293,7 +314,10 @@ impl Server {
     }
 
     fn endpoint(&self) -> Endpoint {
-        Endpoint::Tcp(([127, 0, 0, 1], self.port).into())
+        match &self.socket {
+            Some(socket) => Endpoint::Unix(socket.clone()),
+            None => Endpoint::Tcp(([127, 0, 0, 1], self.port).into()),
+        }
     }
 
     fn uri(&self, export: &str) -> String {
@@ -433,6 +457,8 @@ fn clients_get_the_same_answers_of_both_or_what_is_meant() -> Outcome<()> {
             "[dead]\nexportname = /dev/of-a-dead-job\n".to_owned(),
             format!("[others]\nexportname = {fixed}\nreadonly = true\nauthfile = {list}\n"),
             format!("[nolist]\nexportname = {fixed}\nreadonly = true\nauthfile = {list}.none\n"),
+            format!("[turns]\nexportname = {fixed}\nreadonly = true\nrotational = true\n"),
+            format!("[still]\nexportname = {fixed}\nreadonly = true\nrotational = false\n"),
         ];
         let server = Server::start(which, ground, &sections.concat())?;
         let mut answers = Answers::new();
@@ -456,6 +482,8 @@ fn clients_get_the_same_answers_of_both_or_what_is_meant() -> Outcome<()> {
                 "fixed",
             ),
             ("is it rotational", ["--is", "rotational"], "plain"),
+            ("with rotational = true", ["--is", "rotational"], "turns"),
+            ("with rotational = false", ["--is", "rotational"], "still"),
             ("several connections", ["--can", "multi-conn"], "plain"),
             ("FLUSH without flush = true", ["--can", "flush"], "plain"),
             ("FUA without fua = true", ["--can", "fua"], "plain"),
@@ -524,6 +552,85 @@ fn clients_get_the_same_answers_of_both_or_what_is_meant() -> Outcome<()> {
         let mut client = Client::open(&server.endpoint(), "plain")?;
         let said = client.read(1 << 20, &mut [0; 512])?;
         answers.push(("a read behind the end", words(said)));
+        Ok(answers)
+    })
+}
+
+#[test]
+fn who_may_come_and_where_is_said_by_the_same_keys() -> Outcome<()> {
+    both("who may come", |which, ground| {
+        let plain = ground.file("plain");
+        fs::write(&plain, vec![7; 1 << 20])?;
+        let section =
+            |name: &str, more: &str| format!("[{name}]\nexportname = {}\n{more}", plain.display());
+        let mut answers = Answers::new();
+        let socket = ground.file("nbd.sock");
+        let unix = format!("unixsock = {}\n", socket.display());
+        for (more, on_socket, on_tcp) in [
+            ("", "unixsock: its socket", "unixsock: TCP"),
+            (
+                "duallisten = true\n",
+                "unixsock and duallisten: its socket",
+                "unixsock and duallisten: TCP",
+            ),
+            (
+                "duallisten = false\n",
+                "unixsock and duallisten = false: its socket",
+                "unixsock and duallisten = false: TCP",
+            ),
+        ] {
+            // The stock server leaves it behind, and does not begin where one is.
+            let _of_the_last = fs::remove_file(&socket);
+            let text = format!("{unix}{more}{}", section("plain", ""));
+            let mut server = Server::start_at(which, ground, &text, Some(socket.clone()))?;
+            answers.push((on_socket, server.go("plain")));
+            server.socket = None;
+            answers.push((on_tcp, server.go("plain")));
+            server.stop()?;
+        }
+
+        let text = format!("allowlist = false\n{}", section("plain", ""));
+        let server = Server::start(which, ground, &text)?;
+        let lists = server.nbdinfo(&["--list"], "")?;
+        answers.push((
+            "exit code of nbdinfo --list without allowlist",
+            lists.status.to_string(),
+        ));
+        let port = server.port.to_string();
+        let listed = process::run("nbd-client", &["-l", "127.0.0.1", &port], LIMIT)?;
+        answers.push((
+            "exit code of nbd-client -l without allowlist",
+            listed.status.to_string(),
+        ));
+        answers.push((
+            "is an export named by nbd-client -l without allowlist",
+            listed.stdout.contains("plain").to_string(),
+        ));
+        answers.push(("an export that is not listed", server.go("plain")));
+        server.stop()?;
+
+        let text = format!(
+            "x-missing-authfile = allow\n{}{}",
+            section("one", "maxconnections = 1\n"),
+            section("nolist", "readonly = true\nauthfile = /nowhere/at/all\n")
+        );
+        let server = Server::start(which, ground, &text)?;
+        answers.push((
+            "an export whose authfile is not there, with x-missing-authfile = allow",
+            server.go("nolist"),
+        ));
+        let client = Client::open(&server.endpoint(), "one")?;
+        let second = server.go("one");
+        answers.push((
+            "a second client where maxconnections is 1",
+            second.split(':').next().unwrap_or_default().to_owned(),
+        ));
+        client.leave()?;
+        let next = settled(Duration::from_secs(2), || server.is_served("one"));
+        answers.push((
+            "the next client where maxconnections is 1, when the first has left",
+            if next { "served" } else { "refused" }.to_owned(),
+        ));
         Ok(answers)
     })
 }

@@ -584,6 +584,51 @@ fn keys_that_work_do_what_the_stock_server_does() -> Outcome<()> {
             "readonly was written to"
         );
         client.leave()?;
+        // sync: each write is durable before it is answered. The kernel counts what it has the disk flush (field 16 of "stat", see
+        // Documentation/block/stat.rst).
+        let flushes = || -> Outcome<u64> {
+            let stat = fs::read_to_string(format!("/sys/block/{}/stat", device.name()))?;
+            Ok(stat.split_whitespace().nth(15).unwrap_or("0").parse()?)
+        };
+        for (line, wanted) in [("sync = true\n", 8), ("sync = false\n", 0), ("", 0)] {
+            place.write("a.conf", &of(line))?;
+            hold!(place.reload().is_ok(), "reload");
+            place.caller.reach_state("one", "Serving", STEP_LIMIT)?;
+            let mut client = Client::open(&place.home.endpoint(), "one")?;
+            hold!(client.flush()?.is_ok(), "a flush");
+            let before = flushes()?;
+            for offset in (0..8).map(|block| block * 4096) {
+                hold!(client.write(offset, &[7; 4096], false)?.is_ok(), "a write");
+            }
+            let made = flushes()? - before;
+            hold!(made == wanted, "{line:?}: {made} flushes for 8 writes");
+            client.leave()?;
+        }
+        // rotational: as the section says, or else the disk.
+        let queue = format!("/sys/block/{}/queue/rotational", device.name());
+        for disk_turns in [true, false] {
+            fs::write(&queue, u8::from(disk_turns).to_string())?;
+            // An image is asked when it is opened.
+            fs::remove_file(place.conf.join("a.conf"))?;
+            hold!(place.reload().is_ok(), "reload");
+            for (line, wanted) in [
+                ("", disk_turns),
+                ("rotational = true\n", true),
+                ("rotational = false\n", false),
+            ] {
+                place.write("a.conf", &of(line))?;
+                hold!(place.reload().is_ok(), "reload");
+                place.caller.reach_state("one", "Serving", STEP_LIMIT)?;
+                let client = Client::open(&place.home.endpoint(), "one")?;
+                // proto.md "Transmission flags": bit 4
+                let told = client.flags & (1 << 4) != 0;
+                hold!(
+                    told == wanted,
+                    "a disk that says {disk_turns}, {line:?}: {told}"
+                );
+                client.leave()?;
+            }
+        }
         // authfile: a client on a Unix socket has no address; no file admits no one.
         for authfile in [allowed.display().to_string(), "/nowhere/at/all".to_owned()] {
             place.write("a.conf", &of(&format!("authfile = {authfile}\n")))?;

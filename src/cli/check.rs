@@ -35,7 +35,9 @@ pub fn problems(path: &Path) -> Vec<String> {
         let judged = config::nbd_server::judge(&files, &Default::default(), false);
         let paths = daemon::refused_for_their_paths(&judged);
         let names = daemon::refused_for_their_names(&judged);
-        let all = judged.problems.iter().chain(&names).chain(&paths);
+        let settings = daemon::refused_in_settings(&judged);
+        let all = judged.problems.iter().chain(&names);
+        let all = all.chain(&settings).chain(&paths);
         return all.map(ToString::to_string).collect();
     }
     match config::read(path) {

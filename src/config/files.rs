@@ -65,6 +65,12 @@ pub fn read(path: &Path) -> Result<Vec<SourceFile>, ReadError> {
     Ok(files)
 }
 
+/// One file, whatever its name.
+pub(super) fn one(path: &Path) -> Result<SourceFile, ReadError> {
+    let file = source(path.to_owned(), &mut { FILE_BYTES_MAX })?;
+    file.ok_or_else(|| ReadError::NotAFile(path.to_owned()))
+}
+
 pub(super) fn main_file(path: &Path) -> Result<PathBuf, ReadError> {
     match fs::metadata(path) {
         Ok(found) if !found.is_dir() => Ok(path.to_owned()),

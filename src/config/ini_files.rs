@@ -8,8 +8,9 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::UNIX_EPOCH;
 
-use super::files::{FILE_BYTES_MAX, FILES_MAX, TOTAL_BYTES_MAX};
-use super::nbd_server::{COMMAND_LINE, CommandLine, IniFile, include_of};
+use super::files::{FILE_BYTES_MAX, FILES_MAX, TOTAL_BYTES_MAX, one};
+use super::nbd_server::{COMMAND_LINE, CommandLine, Generic, IniFile, include_of};
+use super::{Config, Problem, parse_settings};
 
 /// All files as they were read.
 #[derive(Debug, Default)]
@@ -65,11 +66,20 @@ pub fn read_ini_main(main: &Path, line: Option<&CommandLine>) -> IniFile {
     if line.is_some() && says_nothing(main) {
         return nothing_at(main);
     }
-    let text = source(main, &mut { TOTAL_BYTES_MAX }).map(|read| read.text);
-    IniFile {
-        path: main.to_owned(),
-        text,
-    }
+    main_at(main)
+}
+
+/// What the file that `x-settings` names says, and the defaults where nothing is named. Blocks as files do.
+///
+/// # Errors
+/// A file that cannot be read, with the place of its name; all that is wrong in it, with its own.
+pub fn settings_of(generic: &Generic) -> Result<Config, Vec<Problem>> {
+    let Some(named) = &generic.settings else {
+        return Ok(Config::default());
+    };
+    let file = one(Path::new(&named.name))
+        .map_err(|error| vec![named.problem(format!("[generic]: x-settings: {error}"))])?;
+    parse_settings(&file)
 }
 
 /// The files that the main file includes; a folder that cannot be listed is as a file that cannot be read: what stood in its files stays.
@@ -106,13 +116,12 @@ pub(super) fn nothing_at(main: &Path) -> IniFile {
     }
 }
 
-/// The folder that the main file at `path` includes.
-pub(super) fn included_folder(path: &Path, left: &mut u64) -> Option<PathBuf> {
-    let text = source(path, left).ok()?.text;
-    include_of(&IniFile {
+/// The main file at `path`, for what else it names.
+pub(super) fn main_at(path: &Path) -> IniFile {
+    IniFile {
         path: path.to_owned(),
-        text: Ok(text),
-    })
+        text: source(path, &mut { TOTAL_BYTES_MAX }).map(|read| read.text),
+    }
 }
 
 impl IniFiles {

@@ -5,6 +5,7 @@
 //! |---|---|
 //! | `mod.rs` | the values, and the checks that need all files |
 //! | `document.rs` | one file: TOML to values, each with its place |
+//! | `server.rs` | `[server]` |
 //! | `limits.rs` | `[limits]` |
 //! | `claim.rs` | `[claim]` |
 //! | `bus_access.rs` | `[dbus]` |
@@ -36,14 +37,15 @@ mod limits;
 pub mod nbd_server;
 mod pace;
 mod place;
+mod server;
 mod table;
 mod watched;
 
 pub use bus_access::BusAccess;
 pub use database::{Database, Tls};
-use document::{Document, FoundExport};
+use document::{Document, FoundExport, Role};
 pub use files::{FILE_BYTES_MAX, ReadError, read};
-pub use ini_files::{IniFiles, is_ini, read_ini, read_ini_beside, read_ini_main};
+pub use ini_files::{IniFiles, is_ini, read_ini, read_ini_beside, read_ini_main, settings_of};
 pub use known_files::{KnownFiles, ReadFile};
 pub use limits::Limits;
 pub use pace::Pace;
@@ -211,7 +213,11 @@ pub fn parse(files: &[SourceFile]) -> Result<Config, Vec<Problem>> {
     let mut config = Config::default();
     let mut found = Vec::new();
     for (at, file) in files.iter().enumerate() {
-        let document = Document::parse(file, at == 0, &mut problems);
+        let role = match at {
+            0 => Role::Main,
+            _ => Role::Part,
+        };
+        let document = Document::parse(file, role, &mut problems);
         if at == 0 {
             config.server = document.server;
             config.limits = document.limits;
@@ -242,6 +248,28 @@ pub fn parse(files: &[SourceFile]) -> Result<Config, Vec<Problem>> {
     }
     config.exports = found.into_iter().map(|export| export.definition).collect();
     Ok(config)
+}
+
+/// Parses what `x-settings` of nbd-server's configuration names: all that `nbdtrack.toml` may say but exports, and what that
+/// configuration says itself.
+///
+/// # Errors
+/// All problems of the file, by place.
+pub fn parse_settings(file: &SourceFile) -> Result<Config, Vec<Problem>> {
+    let mut problems = Vec::new();
+    let document = Document::parse(file, Role::Settings, &mut problems);
+    problems.sort_by_key(|problem| (problem.line, problem.column));
+    match problems.is_empty() {
+        true => Ok(Config {
+            server: document.server,
+            limits: document.limits,
+            identity: document.identity,
+            claim: document.claim,
+            dbus: document.dbus,
+            exports: Vec::new(),
+        }),
+        false => Err(problems),
+    }
 }
 
 fn check_count(found: &[FoundExport<'_>], problems: &mut Vec<Problem>) {

@@ -328,3 +328,62 @@ fn exports(numbers: std::ops::Range<u32>) -> String {
     }
     text
 }
+
+#[test]
+fn settings_beside_nbd_servers_configuration_say_what_that_does_not_and_nothing_else() {
+    let file = |text: &str| SourceFile {
+        path: "/etc/nbdtrack/nbdtrack.toml".into(),
+        text: text.to_owned(),
+    };
+    let taken = parse_settings(&file(
+        "[server]\nstore = \"mysql://nbd@db/appliance\"\nstore_owner = \"a\"\nhistory_days = 7\nmax_connections = 9\n\
+         [limits]\nmax_connections_per_address = 3\n[claim]\nhotplugged = true\n[dbus]\npolkit = true\n\
+         [identity]\nallow = [\"gpt\"]\n",
+    ))
+    .unwrap();
+    assert_eq!(taken.server.database.unwrap().owner.as_deref(), Some("a"));
+    assert_eq!(taken.server.max_connections, 9);
+    assert_eq!(taken.limits.connections_per_address, 3);
+    assert!(taken.claim.unwrap().hotplugged && taken.dbus.polkit);
+    assert_eq!(taken.identity.allow.len(), 1);
+    for (text, place, says) in [
+        ("[server]\nlisten = []\n", "2:10", "listenaddr, port of"),
+        ("[server]\nsocket = \"/s\"\n", "2:10", "unixsock of"),
+        ("[server]\nstate = \"/s\"\n", "2:9", "x-state of"),
+        ("[server]\nbus = \"none\"\n", "2:7", "x-bus of"),
+        (
+            "[server]\nwatch_config = true\n",
+            "2:16",
+            "x-watch-config of",
+        ),
+        (
+            "[server]\nfile_roots = [\"/b\"]\n",
+            "2:14",
+            "x-file-roots of",
+        ),
+        (
+            "[[export]]\nname = \"a\"\nvolume = \"serial:a\"\n",
+            "1:1",
+            "[[export]]: the exports beside these settings are the sections",
+        ),
+        ("[server]\nstroe = 1\n", "2:1", "unknown key \"stroe\""),
+        ("[sever]\n", "1:", "unknown key \"sever\""),
+        ("[server]\nstore_owner = 7\n", "2:15", "store_owner"),
+        ("[generic]\n", "1:1", "does not stand beside TOML"),
+        ("[server\n", "1:", ""),
+        (
+            "[limits]\nmax_handshakes = 1\nmax_handshakes = 2\n",
+            "3:1",
+            "duplicate",
+        ),
+    ] {
+        let problems = parse_settings(&file(text)).unwrap_err();
+        let told: Vec<String> = problems.iter().map(ToString::to_string).collect();
+        let begin = format!("/etc/nbdtrack/nbdtrack.toml:{place}");
+        assert!(
+            told.iter()
+                .any(|line| line.starts_with(&begin) && line.contains(says)),
+            "{text}: {told:?}"
+        );
+    }
+}

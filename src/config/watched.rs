@@ -3,8 +3,9 @@
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 
-use super::files::{CONF_D, TOTAL_BYTES_MAX, main_file};
-use super::ini_files::included_folder;
+use super::files::{CONF_D, main_file};
+use super::ini_files::main_at;
+use super::nbd_server::{include_of, settings_path_of};
 
 /// A folder, and which of its entries matter.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -39,20 +40,16 @@ impl Watched {
 pub fn watched(path: &Path) -> Vec<Watched> {
     let main = main_file(path).unwrap_or_else(|_| path.to_owned());
     let mut found = Vec::new();
-    // The name itself, and what a link of that name leads to.
-    let target = main.canonicalize().ok().filter(|target| *target != main);
-    for file in std::iter::once(&main).chain(&target) {
-        if let (Some(folder), Some(name)) = (file.parent(), file.file_name()) {
-            found.push(Watched {
-                folder: folder_of(folder),
-                which: Which::Named(name.to_owned()),
-            });
-        }
-    }
-    let mut left = TOTAL_BYTES_MAX;
+    name(&main, &mut found);
     let beside = folder_of(main.parent().unwrap_or(Path::new(".")));
     let (folder, ending) = match super::is_ini(&main) {
-        true => (included_folder(&main, &mut left), ".conf"),
+        true => {
+            let file = main_at(&main);
+            if let Some(settings) = settings_path_of(&file) {
+                name(&settings, &mut found);
+            }
+            (include_of(&file), ".conf")
+        }
         false => (Some(beside.join(CONF_D)), ".toml"),
     };
     let Some(folder) = folder else { return found };
@@ -68,6 +65,19 @@ pub fn watched(path: &Path) -> Vec<Watched> {
         which: Which::Ending(ending),
     });
     found
+}
+
+/// The name itself, and what a link of that name leads to.
+fn name(file: &Path, found: &mut Vec<Watched>) {
+    let target = file.canonicalize().ok().filter(|target| target != file);
+    for file in std::iter::once(file).chain(target.as_deref()) {
+        if let (Some(folder), Some(name)) = (file.parent(), file.file_name()) {
+            found.push(Watched {
+                folder: folder_of(folder),
+                which: Which::Named(name.to_owned()),
+            });
+        }
+    }
 }
 
 /// The parent of a bare file name is empty, and is where the daemon was started.
@@ -88,7 +98,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let main = folder.path().join("config");
         let text = format!(
-            "[generic]\nincludedir = {}/conf.d\n",
+            "[generic]\nincludedir = {0}/conf.d\nx-settings = {0}/ours.toml\n",
             folder.path().display()
         );
         fs::write(&main, text).unwrap();
@@ -101,6 +111,7 @@ mod tests {
         let conf = folder.path().join("conf.d");
         assert!(counts(folder.path(), "config"));
         assert!(counts(folder.path(), "conf.d"));
+        assert!(counts(folder.path(), "ours.toml"));
         assert!(counts(&conf, "a.conf"));
         for name in [
             ".a.conf.swp",

@@ -7,6 +7,7 @@ use std::ffi::OsString;
 use crate::config::nbd_server::LastGood;
 use crate::config::{ClaimRules, KnownFiles};
 use crate::correlation::{ConfiguredSection, ExportName, SectionsChange, Written};
+use crate::identity::OptIn;
 use crate::nbd::Rules;
 
 /// Whose configuration it is.
@@ -33,6 +34,8 @@ pub(super) struct LastReading {
     rules: Option<Rules>,
     /// `None` before the first reading.
     claim: Option<Option<ClaimRules>>,
+    /// The weaker classes of identity that sections of nbd-server's files may name.
+    pub allow: BTreeSet<OptIn>,
 }
 
 impl LastReading {
@@ -46,6 +49,7 @@ impl LastReading {
             told: Vec::new(),
             rules: None,
             claim: None,
+            allow: BTreeSet::new(),
         }
     }
 

@@ -35,6 +35,7 @@ mod row_asks;
 mod runtime_files;
 mod sections;
 mod service;
+mod settings;
 mod shared_lease;
 mod shared_look;
 mod shared_table;
@@ -77,6 +78,7 @@ pub use activation::ActivationError;
 pub use found::{disk_at, refused_for_their_paths};
 pub use reload_outcome::{ReloadOutcome, now_us, runtime_folder};
 pub use rights::refused_for_their_names;
+pub use settings::refused_in_settings;
 pub use sockets::ListenError;
 
 /// Events from udev that may wait for the loop. Past it the observer waits, and the kernel's socket buffer after it.
@@ -179,7 +181,11 @@ fn configure(options: &Options, clock: Clock) -> Result<(Config, Read), Error> {
             let Some(generic) = &reading.generic else {
                 return Err(Error::Config(reading.problems));
             };
-            (sections::server_of(generic)?, Read::of_sections(reading))
+            let settings = reading.settings.clone().map_err(Error::Config)?;
+            (
+                settings::server_of(generic, settings)?,
+                Read::of_sections(reading),
+            )
         }
         path => {
             let config = path.as_ref().map(|path| {

@@ -3,11 +3,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io::{self, Read};
-use std::net::{SocketAddr, ToSocketAddrs};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
-use super::Error;
 use super::clock::Clock;
 use super::found::{problem, refusal};
 use super::last_reading::LastReading;
@@ -15,14 +13,12 @@ use super::reload::Found;
 use crate::config::nbd_server::{
     self, Access, Backing, COMMAND_LINE, CommandLine, Generic, Section,
 };
-use crate::config::{self, Config, Pace, Problem, Server};
+use crate::config::{self, Config, Pace, Problem};
 use crate::correlation::{ConfiguredSection, Definition, ExportName, NamedPath, Source, Written};
-use crate::identity::VolumeId;
+use crate::identity::{OptIn, VolumeId};
 use crate::nbd::{self, AllowList, Rules};
 use crate::udev;
 
-/// IANA's port of nbd, which the stock server takes by default.
-const PORT: u16 = 10809;
 /// Bytes of an authfile: some 100,000 addresses.
 const AUTHFILE_BYTES_MAX: u64 = 2 << 20;
 
@@ -32,6 +28,8 @@ pub(super) struct Reading {
     pub generic: Option<Generic>,
     /// `None` when nothing of it can be used: then everything stays as it was.
     pub found: Option<Found>,
+    /// What the file that `x-settings` names says, or what is wrong with it, which stands among the problems, too.
+    pub settings: Result<Config, Vec<Problem>>,
     /// For the next reading.
     pub last: LastReading,
     pub problems: Vec<Problem>,
@@ -55,6 +53,18 @@ pub(super) fn read(
     if let (Some(generic), Some(line)) = (&mut judged.generic, line) {
         judged.warnings.extend(line.listens(main, generic));
     }
+    let settings = match &judged.generic {
+        Some(generic) => config::settings_of(generic),
+        None => Ok(Config::default()),
+    };
+    match &settings {
+        Ok(settings) if judged.generic.is_some() => {
+            last.allow.clone_from(&settings.identity.allow);
+        }
+        Ok(_) => {}
+        Err(problems) => judged.problems.extend(problems.iter().cloned()),
+    }
+    let allow = last.allow.clone();
     let missing_allows = judged
         .generic
         .as_ref()
@@ -80,7 +90,7 @@ pub(super) fn read(
                 None => now.written(None),
             },
         };
-        match configured(section, written) {
+        match configured(section, written, &allow) {
             Ok(configured) => {
                 let access = access(section, missing_allows, &mut judged.warnings);
                 if access != nbd::Access::default() {
@@ -123,6 +133,7 @@ pub(super) fn read(
         return Reading {
             generic: None,
             found: None,
+            settings,
             last,
             problems: judged.problems,
             warnings: judged.warnings,
@@ -133,28 +144,40 @@ pub(super) fn read(
         refused: judged.refused,
         change: last.change(sections, (!judged.unread).then_some(refused)),
         rules: last.rules(rules),
-        claim: last.claim(None),
+        claim: match &settings {
+            Ok(settings) => last.claim(settings.claim.clone()),
+            Err(_) => None,
+        },
         file_roots: Some(file_roots),
     };
     last.good = judged.sections;
     Reading {
         found: Some(found),
         generic: judged.generic,
+        settings,
         last,
         problems: judged.problems,
         warnings: judged.warnings,
     }
 }
 
-fn configured(section: &Section, written: Written) -> Result<ConfiguredSection, String> {
+fn configured(
+    section: &Section,
+    written: Written,
+    allow: &BTreeSet<OptIn>,
+) -> Result<ConfiguredSection, String> {
     let (volume, path) = match &section.backing {
-        Backing::Volume(volume) if volume.opt_in().is_some() => {
-            return Err(format!(
-                "[{}]: x-volume {volume} does not prove which volume it is, and is not served",
-                section.name
-            ));
+        Backing::Volume(volume) => {
+            if let Some(class) = volume.opt_in().filter(|class| !allow.contains(class)) {
+                return Err(format!(
+                    "[{}]: x-volume {volume} does not prove which volume it is, and is not served; if that is meant, say [identity] \
+                     allow = [\"{}\"] in the file that x-settings names",
+                    section.name,
+                    class.name()
+                ));
+            }
+            (volume.clone(), None)
         }
-        Backing::Volume(volume) => (volume.clone(), None),
         Backing::Device(path) => {
             let path = path
                 .to_str()
@@ -216,6 +239,7 @@ fn access(section: &Section, missing_allows: bool, warnings: &mut Vec<Problem>) 
         authfile,
         connections_max,
         sync,
+        rotational,
     } = &section.access;
     let addresses = authfile.as_deref().and_then(|path| match text(path) {
         Ok(text) => {
@@ -248,6 +272,7 @@ fn access(section: &Section, missing_allows: bool, warnings: &mut Vec<Problem>) 
         addresses,
         clients_max: *connections_max,
         sync: *sync,
+        rotational: *rotational,
     }
 }
 
@@ -268,89 +293,10 @@ fn text(path: &Path) -> io::Result<String> {
     Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 
-/// What `[generic]` says of the server as a whole. Blocks on the names of hosts.
-///
-/// # Errors
-/// An address, a port or a bus that cannot be.
-pub(super) fn server_of(generic: &Generic) -> Result<Config, Error> {
-    let mut server = Server {
-        listen: Vec::new(),
-        socket: generic.unix.clone(),
-        watch_config: generic.watch,
-        ..Server::default()
-    };
-    if generic.unix.is_none() || generic.dual {
-        server.listen = addresses(generic)?;
-    }
-    if let Some(state) = &generic.state {
-        server.state.clone_from(state);
-    }
-    if let Some(bus) = &generic.bus {
-        server.bus = config::Bus::parse(bus).map_err(|reason| Error::Option {
-            what: "x-bus",
-            text: bus.clone(),
-            reason,
-        })?;
-    }
-    Ok(Config {
-        server,
-        ..Config::default()
-    })
-}
-
-fn addresses(generic: &Generic) -> Result<Vec<SocketAddr>, Error> {
-    let port = match generic.port.as_deref() {
-        None | Some("nbd") => PORT,
-        Some(text) => text.parse().map_err(|_| Error::Option {
-            what: "port",
-            text: text.to_owned(),
-            reason: "expected a number, or nbd; names of other services are refused".to_owned(),
-        })?,
-    };
-    if generic.listen.is_empty() {
-        let all = [
-            SocketAddr::from(([0; 4], port)),
-            SocketAddr::from(([0u16; 8], port)),
-        ];
-        let has_v6 = !fs::read("/proc/net/if_inet6")
-            .unwrap_or_default()
-            .is_empty();
-        return Ok(all.into_iter().filter(|a| a.is_ipv4() || has_v6).collect());
-    }
-    let mut found: Vec<SocketAddr> = Vec::new();
-    for host in &generic.listen {
-        let resolved = (host.as_str(), port)
-            .to_socket_addrs()
-            .map_err(|error| Error::Option {
-                what: "listenaddr",
-                text: host.clone(),
-                reason: error.to_string(),
-            })?;
-        for address in resolved {
-            if !found.contains(&address) {
-                found.push(address);
-            }
-        }
-    }
-    Ok(found)
-}
-
 #[cfg(test)]
 mod tests {
-    use std::path::PathBuf;
-
     use super::super::last_reading::Dialect;
     use super::*;
-
-    fn generic(text: &str) -> Generic {
-        let file = nbd_server::IniFile {
-            path: PathBuf::from("config"),
-            text: Ok(format!("[generic]\n{text}")),
-        };
-        nbd_server::judge(&[file], &BTreeMap::new(), false)
-            .generic
-            .unwrap()
-    }
 
     /// Whoever is woken on a busy machine waits for a piece of a reading and not for all of it: another caller waited 14 ms.
     #[test]
@@ -374,32 +320,6 @@ mod tests {
             // Each file is looked at, judged beside the others, and its path is looked up.
             assert_eq!(pace.pauses(), 3 * sections / Pace::piece());
             last = reading.last;
-        }
-    }
-
-    #[test]
-    fn the_servers_sockets_are_those_of_the_stock_server() {
-        let listen = |text: &str| {
-            let server = server_of(&generic(text)).unwrap().server;
-            let listen: Vec<String> = server.listen.iter().map(ToString::to_string).collect();
-            (listen.join(" "), server.socket)
-        };
-        let all = listen("").0;
-        assert!(all.starts_with("0.0.0.0:10809"), "{all}");
-        assert_eq!(listen("listenaddr = 127.0.0.1\nport = 5").0, "127.0.0.1:5");
-        assert_eq!(
-            listen("listenaddr = 127.0.0.1, ::1\nport = nbd").0,
-            "127.0.0.1:10809 [::1]:10809"
-        );
-        let socket = Some(PathBuf::from("/run/nbd"));
-        assert_eq!(
-            listen("unixsock = /run/nbd"),
-            (String::new(), socket.clone())
-        );
-        let both = "unixsock = /run/nbd\nduallisten = true\nlistenaddr = 127.0.0.1";
-        assert_eq!(listen(both), ("127.0.0.1:10809".to_owned(), socket));
-        for wrong in ["port = telnet", "port = 70000", "x-bus = nowhere"] {
-            assert!(server_of(&generic(wrong)).is_err(), "{wrong}");
         }
     }
 }

@@ -34,6 +34,8 @@ pub struct Access {
     pub clients_max: u32,
     /// Each write is durable before it is answered.
     pub sync: bool,
+    /// Whether clients are told that it turns; `None` for what the disk says.
+    pub rotational: Option<bool>,
 }
 
 /// Addresses and networks, as nbd-server's `authfile` lists them.
@@ -246,6 +248,12 @@ impl Lease {
         self.attach(conn, max)?;
         conn.is_of(&self.party, turn);
         Ok(())
+    }
+
+    /// What was said of it, whatever the disk says.
+    pub(super) fn said_rotational(&self) -> Option<bool> {
+        let rules = self.shared.gatekeeper.rules();
+        rules.exports.get(&self.export)?.rotational
     }
 
     /// What a client that comes now may ask for.

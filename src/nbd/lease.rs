@@ -215,6 +215,7 @@ impl Lease {
     pub(super) fn facts(&self) -> Facts {
         Facts {
             size: self.size.load(Ordering::Acquire),
+            rotational: self.said_rotational().unwrap_or(self.facts.rotational),
             ..self.facts
         }
     }

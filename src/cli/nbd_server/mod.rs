@@ -76,6 +76,8 @@ enum NotServed {
     NoConfig(PathBuf),
     #[error("there is no such user or group (see the lines above)")]
     Names,
+    #[error("what x-settings names cannot be used (see the lines above)")]
+    Settings,
     #[error("what the command line names is not served (see the lines above)")]
     Export,
     #[error("{0}")]
@@ -98,7 +100,12 @@ fn begin(serve: Serve, bus: Option<String>) -> Result<(), NotServed> {
     let problems = judged.problems.iter();
     let paths = daemon::refused_for_their_paths(&judged);
     let names = daemon::refused_for_their_names(&judged);
-    let problems: Vec<_> = problems.chain(&names).chain(&paths).collect();
+    let settings = daemon::refused_in_settings(&judged);
+    let problems: Vec<_> = problems
+        .chain(&names)
+        .chain(&settings)
+        .chain(&paths)
+        .collect();
     for problem in &problems {
         eprintln!("nbd-server: {problem}");
     }
@@ -107,6 +114,9 @@ fn begin(serve: Serve, bus: Option<String>) -> Result<(), NotServed> {
     }
     if !names.is_empty() {
         return Err(NotServed::Names);
+    }
+    if !settings.is_empty() {
+        return Err(NotServed::Settings);
     }
     // Of a configuration the others are served; whoever names one export means that.
     let of_line = |file: &PathBuf| line.is_some() && file.as_os_str() == COMMAND_LINE;

@@ -117,11 +117,7 @@ pub const SECTION: [Key; 34] = [
         Boolean,
         Accepted("TRIM is offered when the disk can discard"),
     ),
-    key(
-        "rotational",
-        Boolean,
-        Accepted("the hint is not passed on: it only orders a client's queue"),
-    ),
+    key("rotational", Boolean, Works),
     key("sync", Boolean, Works),
     key(
         "splice",
@@ -209,10 +205,11 @@ pub const SECTION: [Key; 34] = [
 ];
 
 /// `[generic]`, ours. A stock server does not know them and reads on.
-pub const GENERIC_OURS: [Key; 5] = [
+pub const GENERIC_OURS: [Key; 6] = [
     key("x-state", Text, Works),
     key("x-bus", Text, Works),
     key("x-watch-config", Boolean, Works),
     key("x-missing-authfile", Text, Works),
     key("x-file-roots", Text, Works),
+    key("x-settings", Text, Works),
 ];

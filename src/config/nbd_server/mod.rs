@@ -67,9 +67,11 @@ pub struct Generic {
     pub watch: bool,
     pub user: Option<Named>,
     pub group: Option<Named>,
+    /// `x-settings`: a file in the form of `nbdtrack.toml`, for what no key here says.
+    pub settings: Option<Named>,
 }
 
-/// A user or a group, as it was named; whether there is one the reader of the name finds out.
+/// A user, a group or a file, as it was named; whether there is one the reader of the name finds out.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Named {
     pub name: String,
@@ -122,11 +124,20 @@ pub struct Judged {
 
 /// The folder that the main file includes, asked before the folder is read.
 pub fn include_of(main: &IniFile) -> Option<PathBuf> {
+    path_of(main, "includedir")
+}
+
+/// The file that `x-settings` names, for who watches it.
+pub fn settings_path_of(main: &IniFile) -> Option<PathBuf> {
+    path_of(main, "x-settings")
+}
+
+fn path_of(main: &IniFile, key: &str) -> Option<PathBuf> {
     let text = main.text.as_ref().ok()?;
     let parsed = KeyFile::parse(&main.path, text).ok()?;
     let generic = parsed.groups.first().filter(|g| g.name == GENERIC_GROUP)?;
-    let folder = generic.entries.get("includedir")?.string().ok()?;
-    Some(folder.into())
+    let path = generic.entries.get(key)?.string().ok()?;
+    Some(path.into())
 }
 
 /// Judges the main file (the first) and the included ones, in byte order of their names.
@@ -291,7 +302,20 @@ fn generic(group: &Group<'_>, remarks: &mut Remarks) -> Generic {
         watch: values.truth("x-watch-config"),
         user: Named::of(&values, "user"),
         group: Named::of(&values, "group"),
+        settings: settings(&values, of, remarks),
     }
+}
+
+fn settings(values: &Values<'_>, of: &str, remarks: &mut Remarks) -> Option<Named> {
+    let named = Named::of(values, "x-settings")?;
+    if named.name.starts_with('/') && !named.name.contains('\0') {
+        return Some(named);
+    }
+    remarks.problems.push(named.problem(format!(
+        "{of}: x-settings \"{}\": expected the absolute path of a file",
+        shown(&named.name)
+    )));
+    None
 }
 
 /// Absolute paths, with commas between them.

@@ -44,6 +44,8 @@ pub struct Access {
     pub connections_max: u32,
     /// Every write is durable before it is answered.
     pub sync: bool,
+    /// What clients are told; `None` for what the disk says.
+    pub rotational: Option<bool>,
 }
 
 /// What is wrong with a section, and what is only odd.
@@ -93,6 +95,7 @@ pub(super) fn read(file: &Path, group: &Group<'_>, remarks: &mut Remarks) -> Opt
             authfile: values.text("authfile").map(|(text, _)| text.into()),
             connections_max,
             sync: values.truth("sync"),
+            rotational: values.boolean("rotational"),
         },
     };
     (remarks.problems.len() == before).then_some(section)
@@ -297,9 +300,14 @@ impl<'a> Values<'a> {
     }
 
     pub(super) fn truth(&self, name: &str) -> bool {
-        self.found
-            .iter()
-            .any(|(key, value, _)| *key == name && matches!(value, Value::Boolean(true)))
+        self.boolean(name) == Some(true)
+    }
+
+    pub(super) fn boolean(&self, name: &str) -> Option<bool> {
+        self.found.iter().find_map(|(key, value, _)| match value {
+            Value::Boolean(said) if *key == name => Some(*said),
+            _ => None,
+        })
     }
 
     pub(super) fn integer(&self, name: &str) -> Option<i64> {
@@ -320,7 +328,7 @@ impl<'a> Values<'a> {
 }
 
 /// Keys whose writer may expect something to happen; the others are offered anyway.
-const TOLD: [&str; 3] = ["rotational", "timeout", "tlsprio"];
+const TOLD: [&str; 2] = ["timeout", "tlsprio"];
 
 /// Linux's PATH_MAX.
 const PATH_BYTES_MAX: usize = 4_095;
