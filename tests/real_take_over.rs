@@ -4,13 +4,16 @@
 mod support;
 
 use std::fs;
+use std::os::fd::AsFd;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use support::client::Endpoint;
 use support::daemon::binary;
-use support::ground::{Ground, Need, real, skip};
+use support::ground::{Ground, Need, real, skip, tell};
 use support::process::{self, Finished, Running, command};
+use support::stream::{Held, Pace, Stream};
 use support::{Doing, Outcome, until};
 
 const NEEDS: &[Need] = &[
@@ -250,6 +253,121 @@ fn newer_version_that_does_not_run_leaves_the_older_one_in_the_place() -> Outcom
         );
         debian.serves("/root/older")?;
         debian.run("nbdtrack give-back")?;
+        debian.is_stock()
+    })
+}
+
+/// Serves `/ground/one`, which this machine sees, too.
+const IN_SIGHT: &str = "[generic]\nallowlist = true\nlistenaddr = 127.0.0.1\nx-state = /var/lib/beside\nx-bus = none\n\
+    [one]\nexportname = /ground/one\n";
+const REGION: u64 = 1 << 20;
+const VOLUME: &str = "one";
+/// What a client hears of a server that ends in order (proto.md, "Error values").
+const ESHUTDOWN: &str = "errno 108";
+
+impl Debian {
+    /// A client that writes without end, from within.
+    fn stream(&self, first: u64) -> Outcome<Stream> {
+        let net = fs::File::open(format!("/proc/{}/ns/net", self.init))?;
+        let pace = Pace {
+            depth: 4,
+            rate: 1000,
+            region: REGION,
+        };
+        let endpoint = Endpoint::Tcp(([127, 0, 0, 1], 10809).into());
+        // A socket stays in the network that it was made in; the thread ends, and its network with it.
+        std::thread::scope(|scope| {
+            let inside = scope.spawn(|| {
+                let network = Some(rustix::thread::LinkNameSpaceType::Network);
+                rustix::thread::move_into_link_name_space(net.as_fd(), network)?;
+                Stream::start(&endpoint, "one", VOLUME, pace, first)
+            });
+            match inside.join() {
+                Ok(stream) => stream,
+                Err(_) => trouble!("the thread panicked"),
+            }
+        })
+    }
+
+    /// Does something to the server under a client: its stream is told that the server ends, nothing is lost of what was acknowledged,
+    /// and the next one comes in as soon as there is a server again.
+    fn under_a_client(
+        &self,
+        ground: &Ground,
+        first: &mut u64,
+        command: &str,
+        hears: &str,
+    ) -> Outcome<()> {
+        let stream = self.stream(*first)?;
+        // Three rounds of the region.
+        stream.wait_for(250)?;
+        let began = Instant::now();
+        self.run(command)?;
+        let took = began.elapsed();
+        until(LIMIT, "the client's end", || {
+            Ok(stream.is_over().then_some(()))
+        })?;
+        let report = stream.finish()?;
+        let told = report.broken.clone().unwrap_or_default();
+        hold!(told.contains(hears), "{command}: the client heard {told:?}");
+        hold!(report.wrong_read.is_none(), "{:?}", report.wrong_read);
+        let tally = report.verify(&ground.file("one"), VOLUME, Held::Acknowledged)?;
+        hold!(tally.all_right(), "{command}: {tally}");
+        *first = report
+            .blocks
+            .iter()
+            .map(|block| block.sent)
+            .max()
+            .unwrap_or(0);
+        let next = until(LIMIT, "the next client", || Ok(self.stream(*first).ok()))?;
+        let away = began.elapsed();
+        next.wait_for(100)?;
+        let report = next.finish()?;
+        hold!(
+            report.broken.is_none() && report.wrong_read.is_none(),
+            "{command}: the next one: {:?} {:?}",
+            report.broken,
+            report.wrong_read
+        );
+        let tally = report.verify(&ground.file("one"), VOLUME, Held::Flushed)?;
+        hold!(tally.all_right(), "{command}: the next one: {tally}");
+        *first = report
+            .blocks
+            .iter()
+            .map(|block| block.sent)
+            .max()
+            .unwrap_or(0);
+        tell(&format!(
+            "{command}: {} ms, the next client after {} ms, the last one heard {told:?}",
+            took.as_millis(),
+            away.as_millis()
+        ));
+        Ok(())
+    }
+}
+
+#[test]
+fn client_that_writes_through_each_exchange_is_told_of_its_end_and_loses_no_byte() -> Outcome<()> {
+    real("take-over under a client", NEEDS, |ground| {
+        let Some(debian) = Debian::begin(ground)? else {
+            let why = fs::read_to_string(ground.file("init.err.log"))?;
+            let why = format!("no overlay with namespaces here: {}", why.trim());
+            return skip("take-over under a client", &why);
+        };
+        fs::File::create(ground.file("one"))?.set_len(REGION)?;
+        debian.configure(IN_SIGHT)?;
+        debian.start_stock()?;
+        let mut first = 0;
+        // The stock server closes the connection, and has no word for it.
+        debian.under_a_client(ground, &mut first, "nbdtrack take-over", "")?;
+        debian.serves("/usr/bin/nbdtrack")?;
+        // A newer version: to the command it is another program.
+        debian.run(
+            "cp /usr/bin/nbdtrack /root/new && echo >>/root/new && mv /root/new /usr/bin/nbdtrack",
+        )?;
+        debian.under_a_client(ground, &mut first, "nbdtrack take-over", ESHUTDOWN)?;
+        debian.serves("/usr/bin/nbdtrack")?;
+        debian.under_a_client(ground, &mut first, "nbdtrack give-back", ESHUTDOWN)?;
         debian.is_stock()
     })
 }

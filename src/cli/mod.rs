@@ -167,11 +167,11 @@ enum Command {
         #[arg(value_name = "MAJOR:MINOR")]
         device: String,
     },
-    /// Take the place of Debian's nbd-server: its path, its service, its configuration
     TakeOver(take_over::TakeOver),
-    /// Give the place back to Debian's nbd-server
     GiveBack(take_over::GiveBack),
     /// Take nbd-server's command line: -C, -p, -d, -o, -V
+    ///
+    /// What no key of nbd-server's configuration says stands in the file that x-settings in its [generic] names: see nbdtrack.toml(5).
     #[command(disable_help_flag = true)]
     NbdServer {
         /// As for nbd-server(1)

@@ -17,6 +17,8 @@ use super::{TakeOverError, stock_of};
 /// The stock server's unit; made of its init script where the package has no unit.
 const SERVICE: &str = "nbd-server";
 const OWN_SERVICE: &str = "nbdtrack.service";
+/// In the order in which they are stopped and started: a client of the sockets would start the service again, which is passed them.
+const OWN_UNITS: [&str; 2] = ["nbdtrack.socket", OWN_SERVICE];
 /// How long a server may take until its process is there; it reads its configuration and its disks first.
 const STARTS_WITHIN: Duration = Duration::from_secs(30);
 
@@ -39,10 +41,12 @@ pub(super) struct Machine {
     own: Own,
 }
 
-/// Our own service. It has the same port and state, so it is in the way when it runs, when it is about to be started again (it
-/// failed while the stock server had the port), and at the next boot when it is enabled.
+/// Our own service and its sockets. They have the same port and state, so they are in the way when they run, and when the service is
+/// about to be started again (it failed while the stock server had the port). That nobody starts them while the place is taken (the
+/// boot, a call over D-Bus, a client of the sockets, a person), their units see to by themselves: they have the stock binary's other
+/// path as a condition. So they stay enabled.
 struct Own {
-    runs: bool,
+    running: Vec<&'static str>,
     enabled: bool,
 }
 
@@ -84,13 +88,15 @@ impl Machine {
             systemd
                 && run("systemctl", &["--quiet", "is-active", unit]).is_ok_and(|(active, _)| active)
         };
-        let says = |verb: &str| match systemd {
-            true => run("systemctl", &[verb, OWN_SERVICE]).map_or(String::new(), |(_, said)| said),
-            false => String::new(),
+        let says = |verb: &str, unit: &str, words: &[&str]| {
+            systemd
+                && run("systemctl", &[verb, unit])
+                    .is_ok_and(|(_, said)| words.contains(&said.trim()))
         };
+        let running = |unit: &str| says("is-active", unit, &["active", "activating", "reloading"]);
         let own = Own {
-            runs: ["active", "activating", "reloading"].contains(&says("is-active").trim()),
-            enabled: says("is-enabled").trim() == "enabled",
+            running: OWN_UNITS.into_iter().filter(|unit| running(unit)).collect(),
+            enabled: says("is-enabled", OWN_SERVICE, &["enabled"]),
         };
         let runs = active(SERVICE) || !systemd && !servers()?.is_empty();
         Ok(Machine {
@@ -137,16 +143,35 @@ impl Machine {
     }
 
     pub(super) fn service_lines(&self) -> Vec<String> {
-        let mut lines = vec![match self.runs {
+        vec![match self.runs {
             true => "the service nbd-server is stopped before and started after; its clients have to connect again".to_owned(),
             false => "the service nbd-server does not run, and is not started".to_owned(),
-        }];
-        if self.own.runs || self.own.enabled {
-            lines.push(format!(
-                "{OWN_SERVICE} is stopped and disabled: it has the same port and the same state"
-            ));
-        }
-        lines
+        }]
+    }
+
+    /// What a take-over means for our own service.
+    pub(super) fn own_service_is_kept_away(&self) -> Option<String> {
+        let runs = !self.own.running.is_empty();
+        let what = if runs { "is stopped, and does" } else { "does" };
+        (runs || self.own.enabled).then(|| {
+            format!(
+                "{OWN_SERVICE} {what} not start while nbd-server is nbdtrack, at a boot and for calls over D-Bus neither: it has the \
+                 same port and the same state"
+            )
+        })
+    }
+
+    /// What the end of it means for our own service.
+    pub(super) fn own_service_may_start(&self) -> Option<String> {
+        let when = match self.own.enabled {
+            true => "it is enabled, so it does with the next boot",
+            false => "it is not enabled",
+        };
+        self.systemd.then(|| {
+            format!(
+                "{OWN_SERVICE} may start again: {when}; beside the stock server it needs a port of its own"
+            )
+        })
     }
 
     fn service(&self, verb: &str) -> Result<(), TakeOverError> {
@@ -178,17 +203,11 @@ impl Machine {
         Ok(())
     }
 
-    /// Takes our own service out of the way, or makes it what it was.
+    /// Stops our own service, or makes it what it was. Once the diversion is there nobody starts it again.
     pub(super) fn own_service(&self, wanted: bool) -> Result<(), TakeOverError> {
-        let Own { runs, enabled } = self.own;
-        if !wanted && (runs || enabled) {
-            must("systemctl", &["--quiet", "disable", "--now", OWN_SERVICE])?;
-        }
-        if wanted && enabled {
-            must("systemctl", &["--quiet", "enable", OWN_SERVICE])?;
-        }
-        if wanted && runs {
-            must("systemctl", &["--quiet", "start", OWN_SERVICE])?;
+        let verb = if wanted { "start" } else { "stop" };
+        for unit in &self.own.running {
+            must("systemctl", &["--quiet", verb, unit])?;
         }
         Ok(())
     }

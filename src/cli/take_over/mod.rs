@@ -21,6 +21,9 @@ use machine::{Machine, Place};
 /// What dpkg calls the stock server's package.
 const PACKAGE: &str = "nbd-server";
 
+/// Take the place of Debian's nbd-server: its path, its service, its configuration
+///
+/// While it has the place nbdtrack.service does not start, whoever asks for it.
 #[derive(Debug, Args)]
 pub struct TakeOver {
     /// Say what would change, and change nothing
@@ -34,6 +37,10 @@ pub struct TakeOver {
     config: PathBuf,
 }
 
+/// Give the place back to Debian's nbd-server
+///
+/// nbdtrack.service, which stays enabled if it was, may start again: with the next boot, for a call over D-Bus, or by hand. Beside the
+/// stock server it needs a port of its own.
 #[derive(Debug, Args)]
 pub struct GiveBack {
     /// Say what would change, and change nothing
@@ -85,6 +92,7 @@ pub fn take_over(asked: &TakeOver, json: bool) -> Result<(), Failure> {
     let mut judged = judge(&files, &Default::default(), false);
     for found in [
         daemon::refused_for_their_names(&judged),
+        daemon::refused_in_settings(&judged),
         daemon::refused_for_their_paths(&judged),
     ] {
         judged.refused += found.len();
@@ -123,10 +131,11 @@ pub fn take_over(asked: &TakeOver, json: bool) -> Result<(), Failure> {
 }
 
 fn exchange(machine: &Machine, place: &Place) -> Result<(), TakeOverError> {
-    machine.own_service(false)?;
     if !place.taken {
         machine.divert(place)?;
     }
+    // After that: a call over D-Bus would start it again.
+    machine.own_service(false)?;
     machine.put_ours(place)?;
     machine.start(place, &place.binary)
 }
@@ -188,6 +197,7 @@ pub fn give_back(asked: &GiveBack, json: bool) -> Result<(), Failure> {
                 place.stock.display()
             ));
             lines.push("the pins stay in the store, for when it is taken over again".to_owned());
+            lines.extend(machine.own_service_may_start());
             lines
         }
     };
@@ -227,6 +237,7 @@ impl Plan {
             ));
         }
         steps.extend(machine.service_lines());
+        steps.extend(machine.own_service_is_kept_away());
         let volumes = judged.sections.values().map(|section| {
             let name = section.name.to_string();
             match &section.backing {
@@ -279,4 +290,23 @@ fn stock_of(binary: &Path) -> PathBuf {
     let mut name = binary.as_os_str().to_owned();
     name.push(".stock");
     PathBuf::from(name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Debian has merged `/usr`, whose paths are both; another one might not.
+    #[test]
+    fn own_units_do_not_start_while_the_stock_binary_stands_aside() {
+        let units = [
+            include_str!("../../../systemd/nbdtrack.service"),
+            include_str!("../../../systemd/nbdtrack.socket"),
+        ];
+        for binary in ["/bin/nbd-server", "/usr/bin/nbd-server"] {
+            let aside = stock_of(Path::new(binary));
+            let line = format!("\nConditionPathExists=!{}\n", aside.display());
+            assert!(units.iter().all(|unit| unit.contains(&line)), "{line}");
+        }
+    }
 }
