@@ -592,6 +592,30 @@ fn rows_from_before_the_daemon_are_imported_by_a_person() -> Outcome<()> {
             export["VolumeId"].text() == format!("disk:{}", volumes[0].id()),
             "{export:?}"
         );
+        scene.stop()?;
+
+        // Tables of a newer program: it is served on from the local store, and nothing is written there.
+        let form = "SELECT version FROM nbdtrack_schema";
+        hold!(server.sql(form)? == "1", "{}", server.sql(form)?);
+        server.sql("UPDATE nbdtrack_schema SET version = 2; DROP VIEW nbdtrack_vm_exports")?;
+        let tables =
+            "SELECT * FROM vm_export_mappings; SELECT * FROM nbdtrack_mappings; SHOW TABLES";
+        let before = server.sql(tables)?;
+        scene.start()?;
+        scene.client.reach_state(&name(0), "Serving", STEP_LIMIT)?;
+        until(STEP_LIMIT, "the newer tables to be told", || {
+            let told = std::fs::read_to_string(&scene.home.log)?;
+            let says =
+                "nbdtrack_schema says that the tables have form 2, and this nbdtrack knows form 1";
+            Ok(told.contains(says).then_some(()))
+        })?;
+        reads(&scene, 0)?;
+        let refused = ensure(&scene.client, 1, &volumes[1].id());
+        hold!(
+            matches!(&refused, Err(refusal) if refusal.is("NotReady") && refusal.text.contains("form 2")),
+            "{refused:?}"
+        );
+        hold!(server.sql(tables)? == before, "something was written");
         scene.stop()
     })
 }

@@ -6,9 +6,9 @@ use std::sync::Barrier;
 
 use support::bus::{Client, Options};
 use support::client::{Client as Nbd, Endpoint, Go, knock};
-use support::ground::{Need, real};
+use support::ground::{Need, real, tell};
 use support::loops::LoopDevice;
-use support::scene::{STEP_LIMIT, Scene, Volume};
+use support::scene::{STEP_LIMIT, Scene, Volume, nbdtrack};
 use support::{Outcome, bus::Refused};
 use zbus::Variant;
 
@@ -17,6 +17,10 @@ const BYTES: u64 = 4 << 20;
 const CALLERS: usize = 32;
 const VM: &str = "4205784a-098a-40f1-1f1e-a5cd2597fd59";
 const DISK0: &str = "migration-vm-4205784a-098a-40f1-1f1e-a5cd2597fd59-disk0";
+
+fn export(unit: u32) -> String {
+    format!("migration-vm-{VM}-disk{unit}")
+}
 
 fn ensure<'a>(
     client: &Client,
@@ -152,6 +156,135 @@ fn another_volume_is_a_move_in_so_many_words_and_never_under_a_client() -> Outco
         hold!(export["VolumeId"].text() == b, "a move is kept: {export:?}");
         let free = matches!(knock(&endpoint, DISK0)?, Go::Agreed { .. });
         hold!(free, "it is in the list again, and lets clients in");
+        scene.stop()
+    })
+}
+
+#[test]
+fn kill_under_32_callers_leaves_one_export_of_one_name_or_none() -> Outcome<()> {
+    real("a kill under 32 callers", NEEDS, |ground| {
+        let mut scene = two_volumes(ground)?;
+        let id = scene.volumes[0].id();
+        let address = scene.bus.address.clone();
+        // One after the other, each time later: before it hears of the first, in the middle, and when the last has been answered.
+        for (unit, after_ms) in (0u32..).zip([0u64, 1, 2, 4, 8, 16, 32]) {
+            let clients: Vec<Client> = (0..CALLERS)
+                .map(|_| Client::connect_to(&address))
+                .collect::<Outcome<_>>()?;
+            let call = |client: &Client| ensure(client, unit, Options::new(), &id);
+            let all = |start: &Barrier, meanwhile: &mut dyn FnMut() -> Outcome<()>| {
+                std::thread::scope(|scope| {
+                    let calls: Vec<_> = clients
+                        .iter()
+                        .map(|client| {
+                            scope.spawn(move || {
+                                start.wait();
+                                call(client)
+                            })
+                        })
+                        .collect();
+                    start.wait();
+                    let ran = meanwhile();
+                    let answers: Vec<_> = calls
+                        .into_iter()
+                        .filter_map(|call| call.join().ok())
+                        .collect();
+                    ran.map(|()| answers)
+                })
+            };
+            let start = Barrier::new(CALLERS + 1);
+            let told = all(&start, &mut || {
+                std::thread::sleep(std::time::Duration::from_millis(after_ms));
+                scene.kill()
+            })?;
+            scene.start()?;
+            let again = all(&start, &mut || Ok(()))?;
+            hold!(again.len() == CALLERS, "every caller is answered");
+            let answered = told.iter().filter(|answer| answer.is_ok()).count();
+            let mut made = 0;
+            for (name, created) in told.into_iter().flatten() {
+                hold!(name == export(unit), "before the kill: {name}");
+                made += usize::from(created);
+            }
+            for answer in again {
+                let (name, created) = answer?;
+                hold!(name == export(unit), "after the kill: {name}");
+                made += usize::from(created);
+            }
+            // Who made it may have died unanswered; that it was made twice, nobody is told.
+            hold!(made <= 1, "{made} were told to have made it");
+            hold!(
+                answered == 0 || made == 1,
+                "{answered} were answered before the kill, and nobody made it"
+            );
+            let exports = scene.client.objects("Export")?;
+            hold!(exports.len() == 1, "{exports:?}");
+            scene
+                .client
+                .reach_state(&export(unit), "Serving", STEP_LIMIT)?;
+            let rows = nbdtrack(&scene, &["--json", "mappings"])?.stdout;
+            let rows: serde_json::Value = serde_json::from_str(&rows)?;
+            let rows: Vec<_> = rows.as_array().into_iter().flatten().collect();
+            let of_it = rows
+                .iter()
+                .filter(|row| row["export"] == export(unit).as_str());
+            hold!(of_it.count() == 1, "{rows:?}");
+            tell(&format!(
+                "killed {after_ms} ms after 32 calls: {answered} were answered before"
+            ));
+            scene.client.remove_export(&export(unit), "soft")?;
+        }
+        scene.stop()
+    })
+}
+
+#[test]
+fn import_names_each_disk_of_a_vm_that_it_leaves_out_with_the_reason() -> Outcome<()> {
+    real("sections that are left out of an import", NEEDS, |ground| {
+        let mut scene = two_volumes(ground)?;
+        let config = ground.file("nbd-server.conf");
+        let (node, id) = (scene.devices[0].node(), scene.volumes[1].id());
+        let sections = [
+            format!("[{}]\nexportname = {node}\n", export(0)),
+            format!("[{}]\nexportname = {node}\nx-volume = {id}\n", export(1)),
+            format!("[{}]\nexportname = /srv/disk.qcow2\n", export(2)),
+            format!("[{}]\nexportname = /dev/none\n", export(3)),
+            // Of no VM: not meant.
+            format!("[other]\nexportname = {node}\n"),
+        ];
+        std::fs::write(&config, format!("[generic]\n{}", sections.concat()))?;
+        support::until(STEP_LIMIT, "the daemon to see the disk", || {
+            let seen = scene.client.objects("Volume")?;
+            Ok(seen
+                .values()
+                .find(|v| v["DeviceNode"].text() == node)
+                .map(|_| ()))
+        })?;
+        let config = config.display().to_string();
+        let plan = nbdtrack(&scene, &["import", "--from", &config, "--dry-run"])?.stdout;
+        let lines: Vec<&str> = plan.lines().collect();
+        hold!(lines.len() == 4, "{plan}");
+        for (line, says) in lines.iter().zip([
+            format!("{}: {node} would be disk:loop:", export(0)),
+            format!(
+                "{}: {id} skipped: x-volume says which volume it is, whatever the path: nbdtrack ensure {VM} 1 --volume {id}",
+                export(1)
+            ),
+            format!(
+                "{}: /srv/disk.qcow2 skipped: it is a file, and no disk is there: nbdtrack ensure {VM} 2 --path /srv/disk.qcow2 --format qcow2",
+                export(2)
+            ),
+            format!("{}: /dev/none skipped: No such file", export(3)),
+        ]) {
+            hold!(line.starts_with(&says), "{says}\n{plan}");
+        }
+        // What it says to type is right.
+        let unit = "1";
+        let made = nbdtrack(&scene, &["ensure", VM, unit, "--volume", &id])?;
+        hold!(made.status.success(), "{}", made.stderr);
+        scene
+            .client
+            .reach_state(&export(1), "Serving", STEP_LIMIT)?;
         scene.stop()
     })
 }

@@ -33,6 +33,8 @@ struct Named {
     disk: VmDisk,
     vm_name: String,
     path: String,
+    /// Why it is none that a path means a disk for.
+    left_out: Option<String>,
 }
 
 /// What is to be done about one.
@@ -100,14 +102,28 @@ fn sections(path: &Path) -> Result<Vec<Named>, Failure> {
     }
     let named = judged.sections.values().filter_map(|section| {
         let disk = VmDisk::of_export(&section.name)?;
-        match &section.backing {
-            Backing::Device(path) => Some(Named {
-                disk,
-                vm_name: String::new(),
-                path: path.display().to_string(),
-            }),
-            Backing::Volume(_) | Backing::File(..) => None,
-        }
+        let by_hand =
+            |option: &str| format!("nbdtrack ensure {} {} {option}", disk.vm_id(), disk.unit());
+        let (path, left_out) = match &section.backing {
+            Backing::Device(path) => (path.display().to_string(), None),
+            Backing::Volume(volume) => {
+                let make = by_hand(&format!("--volume {volume}"));
+                let why = format!("x-volume says which volume it is, whatever the path: {make}");
+                (volume.to_string(), Some(why))
+            }
+            Backing::File(path, format) => {
+                let make = format!("--path {} --format {}", path.display(), format.name());
+                let make = by_hand(&make);
+                let why = format!("it is a file, and no disk is there: {make}");
+                (path.display().to_string(), Some(why))
+            }
+        };
+        Some(Named {
+            disk,
+            vm_name: String::new(),
+            path,
+            left_out,
+        })
     });
     Ok(named.collect())
 }
@@ -122,6 +138,7 @@ fn waiting(rows: &[Properties]) -> Vec<Named> {
                 disk,
                 vm_name: text(row, "VmName"),
                 path: text(row, "DevicePath"),
+                left_out: None,
             })
         })
         .filter(|named| !named.path.is_empty())
@@ -129,6 +146,9 @@ fn waiting(rows: &[Properties]) -> Vec<Named> {
 }
 
 fn plan(named: &Named, objects: &Objects) -> Plan {
+    if let Some(why) = &named.left_out {
+        return Plan::Skip(why.clone());
+    }
     let node = match std::fs::canonicalize(&named.path) {
         Ok(node) => node.display().to_string(),
         Err(error) => return Plan::Skip(error.to_string()),

@@ -183,7 +183,7 @@ impl Database {
         let opened = async {
             let mut connection = options(address).connect().await.map_err(away)?;
             rows::begin_session(&mut connection).await.map_err(away)?;
-            rows::prepare(&mut connection).await.map_err(away)?;
+            rows::prepare(&mut connection).await?;
             let free = rows::claim(&mut connection, &address.owner).await;
             if !free.map_err(away)? {
                 return Err(DatabaseError::Away(format!(
@@ -373,7 +373,7 @@ async fn within<T>(
     })
 }
 
-fn away(error: sqlx::Error) -> DatabaseError {
+pub(super) fn away(error: sqlx::Error) -> DatabaseError {
     DatabaseError::Away(error.to_string())
 }
 

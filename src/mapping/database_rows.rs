@@ -4,8 +4,9 @@ use std::collections::BTreeMap;
 
 use sqlx::{MySqlConnection, Row};
 
-use super::database::{ROWS_MAX, is_duplicate, is_unknown_variable, seen};
+use super::database::{DatabaseError, ROWS_MAX, away, is_duplicate, is_unknown_variable, seen};
 use super::database_lease::LEASES;
+use super::database_schema::{self as schema, SCHEMA};
 use super::reconcile::{Known, SeenRow};
 use super::table::device_path;
 use crate::correlation::{MappingState, VmDisk};
@@ -97,18 +98,23 @@ pub(super) async fn begin_session(connection: &mut MySqlConnection) -> Result<()
 }
 
 /// Makes what is missing. Looks first: an account without the right to create does where everything is there.
-pub(super) async fn prepare(connection: &mut MySqlConnection) -> Result<(), sqlx::Error> {
+pub(super) async fn prepare(connection: &mut MySqlConnection) -> Result<(), DatabaseError> {
     let there: Vec<String> = sqlx::query_scalar(
         "SELECT CAST(table_name AS CHAR) FROM information_schema.tables WHERE table_schema = DATABASE()",
     )
     .fetch_all(&mut *connection)
-    .await?;
+    .await
+    .map_err(away)?;
+    let is_noted = there.iter().any(|table| table == "nbdtrack_schema")
+        && schema::is_noted(connection).await?;
     for (name, statement) in [
         ("vm_export_mappings", TABLE),
         ("nbdtrack_mappings", BESIDE),
         ("nbdtrack_owners", OWNERS),
         ("nbdtrack_leases", LEASES),
         ("nbdtrack_vm_exports", VIEW),
+        // Last: where it is, the others are.
+        ("nbdtrack_schema", SCHEMA),
     ] {
         if there.iter().any(|table| table == name) {
             continue;
@@ -119,11 +125,14 @@ pub(super) async fn prepare(connection: &mut MySqlConnection) -> Result<(), sqlx
                 .as_database_error()
                 .is_some_and(|error| error.code().as_deref() == Some("42S01"));
             if !existed {
-                return Err(error);
+                return Err(away(error));
             }
         }
     }
-    Ok(())
+    match is_noted {
+        true => Ok(()),
+        false => schema::note(connection).await.map_err(away),
+    }
 }
 
 /// Registers this daemon; false when one of its name is connected.

@@ -12,6 +12,7 @@
 //! | `backups.rs` | the table of backups |
 //! | `table.rs` | the table of VMs' disks, as appliances and people read it |
 //! | `database.rs`, `database_rows.rs` | the same table in a MariaDB or MySQL server |
+//! | `database_schema.rs` | which form the tables beside it have |
 //! | `database_lease.rs` | whose name is whose in a cluster of them |
 //! | `reconcile.rs` | PURE: what rows of that one mean |
 //! | `history.rs`, `trail_rows.rs` | the audit trail, in a file of its own |
@@ -39,6 +40,7 @@ mod before;
 mod database;
 mod database_lease;
 mod database_rows;
+mod database_schema;
 mod history;
 mod index_room;
 pub mod reconcile;
