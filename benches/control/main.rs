@@ -52,7 +52,7 @@ const FULL: Plan = Plan {
     stall_runs: 3,
     middle_cycles: 20_000,
     scale_swaps: 200,
-    reloads: 20,
+    reloads: 100,
 };
 const QUICK: Plan = Plan {
     swaps: 30,
@@ -60,7 +60,7 @@ const QUICK: Plan = Plan {
     stall_runs: 1,
     middle_cycles: 4_000,
     scale_swaps: 20,
-    reloads: 4,
+    reloads: 20,
 };
 
 fn main() -> ExitCode {

@@ -57,15 +57,23 @@ fn of(ground: &Ground, sections: u32, rounds: usize) -> Outcome<Vec<Row>> {
     // A start stores a pin for each section, and tells the bus of each export.
     std::thread::sleep(CALM);
     let mut reloads = Vec::new();
-    let mut waits = Vec::new();
+    let (mut waits, mut still) = (Vec::new(), Vec::new());
     let stream = Stream::start(&home.endpoint(), "vol-a", "vol-a", Pace::BYSTANDER, 0)?;
     for round in 0..rounds {
         let readonly = round % 2 == 0;
         let text = format!("[none-1]\nexportname = /dev/none-1\nreadonly = {readonly}\n");
         std::fs::write(conf.join("none-1.conf"), text)?;
-        let (took, longest) = reload(&client, &bus.address)?;
+        let (took, longest) = beside(&bus.address, || {
+            client.call("Reload", &(Options::new(),))?;
+            Ok(())
+        })?;
         reloads.push(ms(took));
         waits.push(ms(longest));
+        let (_, longest) = beside(&bus.address, || {
+            std::thread::sleep(took);
+            Ok(())
+        })?;
+        still.push(ms(longest));
     }
     let report = stream.finish()?;
     hold!(report.broken.is_none(), "bystander: {:?}", report.broken);
@@ -85,6 +93,7 @@ fn of(ground: &Ground, sections: u32, rounds: usize) -> Outcome<Vec<Row>> {
             waits,
             Aim::Worst(STALL_MS),
         ),
+        row("  control: as long, no reload", still, Aim::None),
         row(
             "  a streaming client's longest stall",
             vec![ms(report.longest_stall)],
@@ -93,8 +102,8 @@ fn of(ground: &Ground, sections: u32, rounds: usize) -> Outcome<Vec<Row>> {
     ])
 }
 
-/// One reload; and the longest that another caller, who reads a property again and again, waits for it.
-fn reload(client: &Client, bus: &str) -> Outcome<(Duration, Duration)> {
+/// How long `work` takes; and the longest that another caller, who asks again and again, waits beside it.
+fn beside(bus: &str, work: impl FnOnce() -> Outcome<()>) -> Outcome<(Duration, Duration)> {
     let done = AtomicBool::new(false);
     let other = Client::connect_to(bus)?;
     std::thread::scope(|scope| {
@@ -108,14 +117,14 @@ fn reload(client: &Client, bus: &str) -> Outcome<(Duration, Duration)> {
             Ok(longest)
         });
         let began = Instant::now();
-        let reloaded = client.call("Reload", &(Options::new(),));
+        let worked = work();
         let took = began.elapsed();
         done.store(true, Ordering::Release);
         let longest = match asking.join() {
             Ok(longest) => longest?,
             Err(panic) => std::panic::resume_unwind(panic),
         };
-        reloaded?;
+        worked?;
         Ok((took, longest))
     })
 }

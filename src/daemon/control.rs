@@ -8,6 +8,7 @@ use tokio::signal::unix::Signal;
 use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::task::JoinHandle;
 
+use super::aside::Aside;
 use super::claims::ClaimsFile;
 use super::clock::Clock;
 use super::disk_lists::DiskLists;
@@ -64,6 +65,8 @@ pub(super) type Asker = oneshot::Sender<Result<Answer, RequestError>>;
 
 /// What the loop drives.
 pub(super) struct Edges {
+    /// For the reading of the configuration.
+    pub aside: Aside,
     pub door: Door,
     pub publisher: Publisher,
     pub observer: Observer,
@@ -147,6 +150,7 @@ impl Control {
         clock: Clock,
     ) -> Control {
         let Edges {
+            aside,
             door,
             publisher,
             observer,
@@ -214,7 +218,7 @@ impl Control {
             states,
             shared: is_shared.then_some(shared_facts),
             keeper: Some(keeper),
-            reload: Reload::new(clock),
+            reload: Reload::new(clock, aside),
             service: Service::new(),
             options,
             jobs: BTreeMap::new(),

@@ -4,6 +4,7 @@
 //! the bus, not by a client (invariant 11). What takes time is handed to a thread or a task that answers with an event.
 
 mod activation;
+mod aside;
 mod asked;
 mod backup_steps;
 mod backups;
@@ -64,6 +65,7 @@ use crate::image::block::Claims;
 use crate::mapping::{Bounds, History, HistoryTask, Store, StoreError};
 use crate::nbd::{Door, Limits};
 use crate::udev;
+use aside::Aside;
 use clock::Clock;
 use control::{Control, Edges};
 use last_reading::{Dialect, LastReading};
@@ -343,7 +345,12 @@ async fn start(
         file_sender,
     );
 
+    let aside = Aside::start("config-read").map_err(|source| Error::Kernel {
+        what: "the thread that reads the configuration cannot start",
+        source,
+    })?;
     let edges = Edges {
+        aside,
         door,
         publisher,
         observer,

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use super::Options;
+use super::aside::Aside;
 use super::clock::Clock;
 use super::control::{Asker, Control, Report};
 use super::last_reading::{Dialect, LastReading};
@@ -20,6 +21,7 @@ const PROBLEMS_BYTES_MAX: usize = 16 << 10;
 /// Only one reading goes on at a time: of two, the older could be applied last.
 pub(super) struct Reload {
     pub(super) clock: Clock,
+    aside: Aside,
     /// What was read last; `None` before that, and while it is read.
     last: Option<Box<LastReading>>,
     /// What was wrong in what is being applied, for those who asked.
@@ -40,9 +42,10 @@ pub(super) struct Reload {
 }
 
 impl Reload {
-    pub(super) fn new(clock: Clock) -> Reload {
+    pub(super) fn new(clock: Clock, aside: Aside) -> Reload {
         Reload {
             clock,
+            aside,
             last: None,
             told: String::new(),
             outcome: ReloadOutcome::default(),
@@ -99,11 +102,17 @@ impl Control {
         // It is there: it was taken with the start, and a reading gives it back.
         let last = self.reload.last.take();
         let last = last.unwrap_or_else(|| Box::new(LastReading::none(Dialect::Toml)));
-        tokio::task::spawn_blocking(move || {
+        let taken = self.reload.aside.take(move || {
             let read = Read::again(&path, command_line.as_ref(), *last, clock);
             // The loop is gone only when the daemon stops.
             let _stopped = reports.send(Report::Reloaded(read));
         });
+        if let Err(error) = taken {
+            tracing::error!(%error, "the configuration cannot be read again");
+            self.answer_reload(&Err(RequestError::Failed(error.to_string())));
+            self.reload.reading = false;
+            self.tell_ready();
+        }
     }
 
     /// The files were read, or not.

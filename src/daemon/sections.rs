@@ -1,4 +1,4 @@
-//! nbd-server's configuration as the daemon takes it: read, judged, its paths and authfiles looked up. In a thread of the blocking pool.
+//! nbd-server's configuration as the daemon takes it: read, judged, its paths and authfiles looked up. Not for the loop: as long as files take.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
