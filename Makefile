@@ -6,7 +6,7 @@ RELEASE := target/release
 BENCH := $(CARGO) bench --locked --bench
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build run compare bench bench-quick bench-control bench-control-quick check test test-guest soak-guest model fuzz crowd power-cuts power-cuts-guest image-model image-crashes soak-files deb test-deb container-test man install uninstall deny clean
+.PHONY: help setup build run compare bench bench-quick bench-control bench-control-quick check test test-guest soak-guest model fuzz crowd hangups power-cuts power-cuts-guest image-model image-crashes soak-files deb test-deb container-test man install uninstall deny clean
 
 # Where `make install` puts things; below DESTDIR, for a package or a guest's root.
 DESTDIR ?=
@@ -59,6 +59,9 @@ fuzz: ## libFuzzer on every target, SECONDS each (60); one with TARGET=session
 
 crowd: setup ## 10,000 idle connections, 1,000 slow readers, 200 resets, 100 streams beside 1,000 exports
 	NBDTRACK_CROWD=all $(CARGO) test --locked --test real_crowd -- --test-threads=1 --nocapture
+
+hangups: setup ## N SIGHUPs, a hundred a second, beside clients that write (N=1000)
+	NBDTRACK_HANGUPS=$(or $(N),1000) $(CARGO) test --locked --test real_nbd_config hangups -- --nocapture
 
 power-cuts-guest: setup ## N power cuts of a QEMU guest whose disk forgets what was not flushed (N=100)
 	@NBDTRACK_GUEST_POWER_CUTS=$(or $(N),100) scripts/guest-test power
