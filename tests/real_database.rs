@@ -234,6 +234,32 @@ fn update(server: &MariaDb, unit: u32, what: &str) -> Outcome<()> {
     Ok(())
 }
 
+/// No row is read while none changes, and each change is seen, also by who leaves its time as it was.
+fn looks_at_a_table_at_rest(scene: &Scene, server: &MariaDb) -> Outcome<()> {
+    for vm_name in ["web three", "web four"] {
+        // What was written last has been seen, and seen to be as it was.
+        looked(scene)?;
+        looked(scene)?;
+        let counts = || -> Outcome<[u64; 2]> {
+            Ok([server.status("Com_select")?, server.status("Com_checksum")?])
+        };
+        let before = counts()?;
+        looked(scene)?;
+        let after = counts()?;
+        hold!(after[1] > before[1], "no look: {before:?}, {after:?}");
+        hold!(after[0] == before[0], "rows: {before:?}, {after:?}");
+        server.sql(&format!(
+            "UPDATE vm_export_mappings SET vm_name = '{vm_name}', updated_at = updated_at
+             WHERE vm_id = '{VM}' AND disk_unit_number = 2"
+        ))?;
+        until(STEP_LIMIT, "the name", || {
+            let listed = nbdtrack(scene, &["mappings", "--vm", VM])?.stdout;
+            Ok(listed.contains(vm_name).then_some(()))
+        })?;
+    }
+    Ok(())
+}
+
 #[test]
 fn what_the_appliance_writes_is_a_request_by_the_rule_of_a_new_pin() -> Outcome<()> {
     real("rows of the appliance", NEEDS, |ground| {
@@ -323,6 +349,7 @@ fn what_the_appliance_writes_is_a_request_by_the_rule_of_a_new_pin() -> Outcome<
             let listed = nbdtrack(&scene, &["mappings", "--vm", VM])?.stdout;
             Ok(listed.contains("web two").then_some(()))
         })?;
+        looks_at_a_table_at_rest(&scene, &server)?;
         update(&server, 2, "status = 'inactive'")?;
         until(STEP_LIMIT, "the end by status", || {
             Ok(scene.client.export(&name(2))?.is_none().then_some(()))

@@ -44,6 +44,7 @@ mod shelf;
 mod sockets;
 mod stops;
 mod sys;
+mod table_looks;
 mod trail;
 mod unflushed;
 mod works;

@@ -1,4 +1,4 @@
-//! One look at the shared table: what was read is judged by the pure part, and what follows is done or asked of the loop.
+//! One look at the shared table: what follows from what was read is done, or asked of the loop.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::Ordering;
@@ -10,9 +10,10 @@ use tokio::time::{Instant, timeout};
 use super::control::Report;
 use super::row_asks::RowAsks;
 use super::shared_table::{ASKS_MAX, BATCH, Link, Look, Refused, SharedTable, Told};
+use super::table_looks::{Ask, Looked};
 use crate::correlation::{MappingRow, PathFound, RequestError, VmDisk, WAITING};
-use crate::mapping::reconcile::{self, Demand, Known, SeenRow, Step};
-use crate::mapping::{DatabaseError, Store, Table, TableReader, now_us};
+use crate::mapping::reconcile::{Demand, Known, SeenRow, Step};
+use crate::mapping::{DatabaseError, Store, now_us};
 use crate::udev;
 
 /// To look a path up: names and sysfs, no device.
@@ -26,12 +27,15 @@ const REFUSED_MAX: Duration = Duration::from_secs(300);
 const CLOCKS_DIFFER_US: u64 = 1_000_000;
 
 impl SharedTable {
-    /// Has the whole table read by a task of its own, which ends by its deadline.
+    /// Has the table looked at, by a deadline.
     pub(super) fn begin_look(&mut self) {
-        // Without it a look goes on, and what follows from it comes first.
-        let Some(mut reader) = self.reader.take() else {
+        let Some(reader) = &self.reader else {
             return;
         };
+        // What follows from the one that goes on comes first.
+        if self.looking.is_some() {
+            return;
+        }
         self.looks += 1;
         let number = self.looks;
         self.looking = Some(Look {
@@ -40,64 +44,49 @@ impl SharedTable {
             touched: BTreeSet::new(),
             again: false,
         });
-        let tell = self.tell.clone();
-        tokio::spawn(async move {
-            let read = reader.read().await.map(|table| (reader, table));
-            // The task is gone only when the daemon stops.
-            let _stopped = tell.send(Told::Read(number, read)).await;
+        let begun = reader.ask(Ask {
+            number,
+            known: self.known.clone().unwrap_or_default(),
+            unmarked: self.unmarked.clone(),
         });
+        if !begun {
+            self.fail("the thread that reads its table has ended".to_owned());
+        }
     }
 
-    /// The table was read, or could not be.
-    pub(super) async fn on_read(
+    /// The table was looked at, or could not be.
+    pub(super) async fn on_looked(
         &mut self,
         number: u64,
-        read: Result<(Box<TableReader>, Table), DatabaseError>,
+        looked: Result<Looked, DatabaseError>,
         store: &Store,
     ) {
         // Otherwise the connection was given up meanwhile, and with it this look.
         let Some(look) = self.looking.take_if(|look| look.number == number) else {
             return;
         };
-        let judged = match read {
-            Ok((reader, table)) => {
-                self.reader = Some(reader);
-                self.judge_all(look, table, store).await
-            }
+        let followed = match looked {
+            Ok(looked) => self.follow(look, looked, store).await,
             Err(error) => Err(error),
         };
-        if let Err(error) = judged {
+        if let Err(error) = followed {
             self.fail(error.to_string());
         }
     }
 
-    async fn judge_all(
+    async fn follow(
         &mut self,
         look: Look,
-        mut table: Table,
+        looked: Looked,
         store: &Store,
     ) -> Result<(), DatabaseError> {
-        self.facts.rows.store(
-            u64::try_from(table.rows.len()).unwrap_or(u64::MAX),
-            Ordering::Relaxed,
-        );
+        if let Some(count) = looked.count {
+            let count = u64::try_from(count).unwrap_or(u64::MAX);
+            self.facts.rows.store(count, Ordering::Relaxed);
+        }
         let touched = look.touched;
-        let is_touched = |row: &SeenRow| {
-            u32::try_from(row.unit)
-                .ok()
-                .and_then(|unit| VmDisk::new(&row.vm_id, unit).ok())
-                .is_some_and(|disk| touched.contains(&disk))
-        };
-        table
-            .rows
-            .retain(|row| touched.is_empty() || !is_touched(row));
+        let steps = looked.judgement.steps(&touched);
         let known = self.known.get_or_insert_default();
-        let aside: Vec<(VmDisk, Known)> = touched
-            .iter()
-            .filter_map(|disk| known.remove_entry(disk))
-            .collect();
-        let steps = reconcile::reconcile(&self.address.owner, table.alone, known, &table.rows);
-        known.extend(aside);
         let mut conflicts = BTreeMap::new();
         let mut puts = BTreeMap::new();
         let mut asks = Vec::new();
@@ -114,9 +103,11 @@ impl SharedTable {
         }
         self.put_all(puts, &mut conflicts).await?;
         self.say_states().await?;
-        self.mark_kept(store, &table.rows).await;
-        self.ask_all(asks, &table, &touched, &mut conflicts);
-        self.tell_conflicts(conflicts, &table.rows);
+        let fresh = looked.fresh.into_iter();
+        let fresh: Vec<VmDisk> = fresh.filter(|disk| !touched.contains(disk)).collect();
+        self.mark_kept(store, fresh).await;
+        self.ask_all(asks, looked.clock_us, &touched, &mut conflicts);
+        self.tell_conflicts(conflicts, &looked.rows);
         self.count_retried();
         self.overlooked.retain(|disk, _| touched.contains(disk));
         for disk in touched {
@@ -167,29 +158,16 @@ impl SharedTable {
     }
 
     /// Rows that are there: one that is missing later was deleted by someone.
-    async fn mark_kept(&mut self, store: &Store, rows: &[SeenRow]) {
-        let known = self.known.get_or_insert_default();
-        let ours = rows.iter().filter(|row| {
-            row.beside
-                .as_ref()
-                .is_some_and(|beside| beside.owner == self.address.owner)
-        });
-        let fresh: Vec<VmDisk> = ours
-            .filter_map(|row| VmDisk::new(&row.vm_id, u32::try_from(row.unit).ok()?).ok())
-            .filter(|disk| {
-                self.unmarked.contains(disk) || known.get(disk).is_some_and(|here| !here.kept)
-            })
-            .collect();
+    async fn mark_kept(&mut self, store: &Store, fresh: Vec<VmDisk>) {
         if fresh.is_empty() {
             return;
         }
         match store.mark(&self.name, &fresh).await {
             Ok(()) => {
+                let known = self.known.get_or_insert_default();
                 for disk in fresh {
                     self.unmarked.remove(&disk);
-                    if let Some(here) = known.get_mut(&disk) {
-                        here.kept = true;
-                    }
+                    known.kept(&disk);
                 }
             }
             // Tried again by the next look; until then its deletion by someone would bring it back.
@@ -200,7 +178,7 @@ impl SharedTable {
     fn ask_all(
         &mut self,
         asks: Vec<(i64, VmDisk, Demand)>,
-        table: &Table,
+        clock_us: u64,
         touched: &BTreeSet<VmDisk>,
         conflicts: &mut BTreeMap<i64, String>,
     ) {
@@ -209,7 +187,7 @@ impl SharedTable {
         self.refused.retain(|disk, _| stays(disk));
         self.first_seen.retain(|disk, _| stays(disk));
         for (row, disk, demand) in asks {
-            let written = self.written_at(&disk, &demand, table.clock_us);
+            let written = self.written_at(&disk, &demand, clock_us);
             let refused = self
                 .refused
                 .get(&disk)
@@ -385,8 +363,9 @@ mod tests {
     use tokio::sync::mpsc;
 
     use super::super::shared_table::SharedTableFacts;
+    use super::super::table_looks::KnownDisks;
     use super::*;
-    use crate::mapping::reconcile::{Beside, Values};
+    use crate::mapping::reconcile::{Beside, Values, judge};
     use crate::mapping::{Address, Tls};
 
     fn disk(unit: u32) -> VmDisk {
@@ -447,22 +426,24 @@ mod tests {
             kept: true,
             ..Known::default()
         };
-        let known = [0, 1, 2].map(|unit| (disk(unit), here.clone()));
-        shared.known = Some(known.into());
+        let known: BTreeMap<_, _> = [0, 1, 2].map(|unit| (disk(unit), here.clone())).into();
+        let judgement = judge("one", true, &known, &[row(0), row(1)]);
+        shared.known = Some(KnownDisks::of(known));
         shared.looked_us = Some(5);
-        let read = || Table {
-            rows: vec![row(0), row(1)],
-            alone: true,
+        let read = || Looked {
+            judgement: judgement.clone(),
+            count: Some(2),
             clock_us: 1,
+            ..Looked::default()
         };
-        shared.judge_all(look(&[2]), read(), &store).await.unwrap();
+        shared.follow(look(&[2]), read(), &store).await.unwrap();
         assert!(shared.asking.is_empty(), "{:?}", shared.asking);
-        assert_eq!(shared.known.as_ref().unwrap().len(), 3);
+        assert!(shared.known.as_ref().unwrap().get(&disk(2)).is_some());
         assert_eq!(shared.overlooked, [(disk(2), Some(5))].into());
         // As before the one that began first.
-        shared.judge_all(look(&[2]), read(), &store).await.unwrap();
+        shared.follow(look(&[2]), read(), &store).await.unwrap();
         assert_eq!(shared.overlooked, [(disk(2), Some(5))].into());
-        shared.judge_all(look(&[]), read(), &store).await.unwrap();
+        shared.follow(look(&[]), read(), &store).await.unwrap();
         assert_eq!(shared.asking, [disk(2)].into(), "now it is gone");
         assert!(shared.overlooked.is_empty());
         let asked = reported.recv().await;

@@ -8,7 +8,7 @@
 //!     └── any failure ──┴──────────┴────────────────────────┘      (waits 0.5 s, doubled up to 30 s)
 //! ```
 //!
-//! The table is read over a connection of its own while orders are carried out. A row that was written meanwhile may have been read as
+//! The table is read over a connection of its own, on a thread of its own, while orders are carried out. A row that was written meanwhile may have been read as
 //! it was before, so a look says nothing of it: the next one does.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -20,9 +20,10 @@ use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use super::control::Report;
+use super::table_looks::{KnownDisks, Looked, TableLooks};
 use crate::correlation::{Change, MappingRow, MappingState, RequestError, Unkept, VmDisk};
 use crate::mapping::reconcile::{Demand, Known};
-use crate::mapping::{Address, Database, DatabaseError, Store, Table, TableReader};
+use crate::mapping::{Address, Database, DatabaseError, Store};
 
 /// After the first failure, doubled with each more.
 const RETRY_MIN: Duration = Duration::from_millis(500);
@@ -75,9 +76,9 @@ pub(super) struct Look {
 
 /// What the task's own tasks tell it. One message for each connect or look and each request, so at most [`ASKS_MAX`] and one.
 pub(super) enum Told {
-    Connected(Result<(Box<Database>, Box<TableReader>), DatabaseError>),
+    Connected(Result<(Box<Database>, TableLooks), DatabaseError>),
     /// By the number of the look.
-    Read(u64, Result<(Box<TableReader>, Table), DatabaseError>),
+    Looked(u64, Result<Looked, DatabaseError>),
     Answered {
         disk: VmDisk,
         demand: Demand,
@@ -98,8 +99,8 @@ pub(super) struct SharedTable {
     pub(super) name: String,
     pub(super) poll: Duration,
     pub(super) link: Link,
-    /// While the table is reached and nobody looks at it.
-    pub(super) reader: Option<Box<TableReader>>,
+    /// While the table is reached.
+    pub(super) reader: Option<TableLooks>,
     pub(super) looking: Option<Look>,
     pub(super) looks: u64,
     why: String,
@@ -107,7 +108,7 @@ pub(super) struct SharedTable {
     pub(super) due: Option<Instant>,
     pub(super) renewal: Option<Instant>,
     /// Loaded from the local store before anything else is done.
-    pub(super) known: Option<BTreeMap<VmDisk, Known>>,
+    pub(super) known: Option<KnownDisks>,
     /// How each active mapping's export is, as last told; at most one for each export.
     states: BTreeMap<VmDisk, MappingState>,
     /// Of these the server has not been told.
@@ -186,7 +187,7 @@ impl SharedTable {
         self.due = None;
         if self.known.is_none() {
             match store.known(&self.name).await {
-                Ok(known) => self.known = Some(known),
+                Ok(known) => self.known = Some(KnownDisks::of(known)),
                 Err(error) => return self.fail(format!("the local store: {error}")),
             }
         }
@@ -197,7 +198,7 @@ impl SharedTable {
                 let (address, tell) = (self.address.clone(), self.tell.clone());
                 // Ends by the deadline of a connect; the store's task goes on with its orders meanwhile.
                 tokio::spawn(async move {
-                    let connected = connect(&address).await;
+                    let connected = connect(address, tell.clone()).await;
                     // The task is gone only when the daemon stops.
                     let _stopped = tell.send(Told::Connected(connected)).await;
                 });
@@ -220,7 +221,7 @@ impl SharedTable {
                 self.renewal = self.due;
             }
             Told::Connected(Err(error)) => self.fail(error.to_string()),
-            Told::Read(number, read) => self.on_read(number, read, store).await,
+            Told::Looked(number, looked) => self.on_looked(number, looked, store).await,
             Told::Answered {
                 disk,
                 demand,
@@ -247,7 +248,7 @@ impl SharedTable {
         self.facts.up.store(0, Ordering::Relaxed);
         self.facts.failures.fetch_add(1, Ordering::Relaxed);
         self.link = Link::Away;
-        // A look that goes on tells nobody any more.
+        // A look that goes on is not believed any more.
         self.reader = None;
         self.looking = None;
         self.why = why;
@@ -339,7 +340,10 @@ impl SharedTable {
             }
         };
         touch(&mut self.looking, puts.keys());
-        let known = self.known.get_or_insert_default();
+        if puts.is_empty() {
+            return;
+        }
+        let known = self.known.get_or_insert_default().edit();
         for (disk, mut here) in puts {
             if !here.active {
                 self.states.remove(&disk);
@@ -382,10 +386,8 @@ impl SharedTable {
         touch(&mut self.looking, states.iter().map(|state| &state.disk));
         for state in states {
             let disk = state.disk.clone();
-            if let Some(here) = self.known.as_mut().and_then(|known| known.get_mut(&disk))
-                && here.active
-            {
-                here.device_path.clone_from(&state.node);
+            if let Some(known) = &mut self.known {
+                known.moved(&disk, &state.node);
             }
             self.unsaid.insert(disk.clone());
             self.states.insert(disk, state);
@@ -427,10 +429,13 @@ impl SharedTable {
     }
 }
 
-async fn connect(address: &Address) -> Result<(Box<Database>, Box<TableReader>), DatabaseError> {
-    let database = Database::connect(address).await?;
-    let reader = TableReader::connect(address).await?;
-    Ok((Box::new(database), Box::new(reader)))
+async fn connect(
+    address: Address,
+    tell: mpsc::Sender<Told>,
+) -> Result<(Box<Database>, TableLooks), DatabaseError> {
+    let database = Database::connect(&address).await?;
+    let reader = TableLooks::connect(address, tell).await?;
+    Ok((Box::new(database), reader))
 }
 
 /// A look that goes on may have read these rows as they were before, or after.

@@ -9,28 +9,23 @@ use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use sqlx::mysql::{MySqlConnectOptions, MySqlDatabaseError, MySqlRow, MySqlSslMode};
-use sqlx::{ConnectOptions, Connection, MySqlConnection, Row};
+use sqlx::mysql::{MySqlConnectOptions, MySqlDatabaseError, MySqlSslMode};
+use sqlx::{ConnectOptions, Connection, MySqlConnection};
 use tokio::time::{sleep, timeout};
 
-use super::reconcile::{Beside, Known, SeenRow, Values};
+use super::reconcile::Known;
 use super::{database_lease as lease, database_rows as rows};
 use crate::correlation::{MappingState, VmDisk};
 
 /// For a whole connection with its handshake and a look at the tables.
-const CONNECT_WITHIN: Duration = Duration::from_secs(5);
+pub(super) const CONNECT_WITHIN: Duration = Duration::from_secs(5);
 /// For one transaction: a server on the same network takes milliseconds. A caller waits so long once; then the server counts as away.
 const WITHIN: Duration = Duration::from_secs(3);
-/// For the whole table.
-const READ_WITHIN: Duration = Duration::from_secs(5);
 /// Transactions that were given up for others are begun so often in all.
 const ATTEMPTS: u32 = 9;
 /// Before the second attempt, doubled with each more: within one deadline in all. In a cluster a transaction fails for what the node
 /// has not applied yet, and would fail again at once.
 const AGAIN_AFTER: Duration = Duration::from_millis(5);
-/// Rows that are read: more than exports there can be are a mistake of someone's.
-pub const ROWS_MAX: u32 = 65_536;
-
 /// How long a name of a cluster stays a daemon's that says nothing more, in seconds: some renewals, each with its deadline.
 pub(super) const LEASE_SECONDS: u32 = 10;
 /// How often it is renewed where nothing is written.
@@ -114,64 +109,6 @@ pub struct Database {
     instance: Option<String>,
     /// Transactions that were begun anew.
     retried: u64,
-}
-
-/// A connection of its own for looks at the whole table, beside which writes go on.
-#[derive(Debug)]
-pub struct TableReader {
-    connection: MySqlConnection,
-    owner: String,
-}
-
-/// The whole table, and how the server's clock stands to ours.
-#[derive(Debug)]
-pub struct Table {
-    pub rows: Vec<SeenRow>,
-    /// No other daemon has ever used this database.
-    pub alone: bool,
-    /// Microseconds since 1970, by the server's clock, when it answered.
-    pub clock_us: u64,
-}
-
-impl TableReader {
-    /// Connects to a server whose tables are there.
-    ///
-    /// # Errors
-    /// As [`Database::connect`].
-    pub async fn connect(address: &Address) -> Result<TableReader, DatabaseError> {
-        let opened = async {
-            let mut connection = options(address).connect().await.map_err(away)?;
-            rows::begin_session(&mut connection).await.map_err(away)?;
-            Ok(TableReader {
-                connection,
-                owner: address.owner.clone(),
-            })
-        };
-        within(CONNECT_WITHIN, opened).await
-    }
-
-    /// The whole table.
-    ///
-    /// # Errors
-    /// As of every call here; then the connection is of no more use.
-    pub async fn read(&mut self) -> Result<Table, DatabaseError> {
-        let reading = async {
-            let (rows, alone, clock_us) = rows::read(&mut self.connection, &self.owner)
-                .await
-                .map_err(away)?;
-            if rows.len() > usize::try_from(ROWS_MAX).unwrap_or(usize::MAX) {
-                return Err(DatabaseError::Away(format!(
-                    "vm_export_mappings has more than {ROWS_MAX} rows: delete what is inactive"
-                )));
-            }
-            Ok(Table {
-                rows,
-                alone,
-                clock_us,
-            })
-        };
-        within(READ_WITHIN, reading).await
-    }
 }
 
 impl Database {
@@ -335,7 +272,7 @@ async fn once(
     }
 }
 
-fn options(address: &Address) -> MySqlConnectOptions {
+pub(super) fn options(address: &Address) -> MySqlConnectOptions {
     let mode = match address.tls {
         Tls::Off => MySqlSslMode::Disabled,
         Tls::Preferred => MySqlSslMode::Preferred,
@@ -361,7 +298,7 @@ fn options(address: &Address) -> MySqlConnectOptions {
     }
 }
 
-async fn within<T>(
+pub(super) async fn within<T>(
     limit: Duration,
     work: impl Future<Output = Result<T, DatabaseError>>,
 ) -> Result<T, DatabaseError> {
@@ -395,43 +332,6 @@ pub(super) fn is_duplicate(error: &sqlx::Error) -> bool {
 /// ER_UNKNOWN_SYSTEM_VARIABLE: a server that knows nothing of clusters.
 pub(super) fn is_unknown_variable(error: &sqlx::Error) -> bool {
     number(error) == Some(1193)
-}
-
-/// A row of the joined tables.
-pub(super) fn seen(row: &MySqlRow) -> Result<SeenRow, sqlx::Error> {
-    let owner: Option<String> = row.try_get("owner")?;
-    let beside = owner
-        .map(|owner| {
-            Ok::<_, sqlx::Error>(Beside {
-                owner,
-                wrote: Values {
-                    vm_name: row.try_get("wrote_vm_name")?,
-                    export_name: row.try_get("wrote_export_name")?,
-                    device_path: row.try_get("wrote_device_path")?,
-                    active: row.try_get::<String, _>("wrote_status")? == "active",
-                },
-                volume: row.try_get("volume")?,
-            })
-        })
-        .transpose()?;
-    let text = |name: &str| -> Result<String, sqlx::Error> {
-        Ok(row.try_get::<Option<String>, _>(name)?.unwrap_or_default())
-    };
-    Ok(SeenRow {
-        id: row.try_get("id")?,
-        vm_id: text("vm_id")?,
-        unit: row.try_get("unit")?,
-        values: Values {
-            vm_name: text("vm_name")?,
-            export_name: text("export_name")?,
-            device_path: text("device_path")?,
-            active: text("status")? == "active",
-        },
-        updated_us: row
-            .try_get::<Option<i64>, _>("updated_us")?
-            .and_then(|us| u64::try_from(us).ok()),
-        beside,
-    })
 }
 
 #[cfg(test)]

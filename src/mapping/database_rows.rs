@@ -1,13 +1,13 @@
-//! The SQL of the shared table. Each function is the inside of one transaction, or one look.
+//! The SQL of the shared table. Each function is the inside of one transaction.
 
 use std::collections::BTreeMap;
 
 use sqlx::{MySqlConnection, Row};
 
-use super::database::{DatabaseError, ROWS_MAX, away, is_duplicate, is_unknown_variable, seen};
+use super::database::{DatabaseError, away, is_duplicate, is_unknown_variable};
 use super::database_lease::LEASES;
 use super::database_schema::{self as schema, SCHEMA};
-use super::reconcile::{Known, SeenRow};
+use super::reconcile::Known;
 use super::table::device_path;
 use crate::correlation::{MappingState, VmDisk};
 
@@ -158,37 +158,6 @@ pub(super) async fn claim(
     .execute(connection)
     .await?;
     Ok(true)
-}
-
-/// All rows, whether no other daemon is known here, and the server's clock in microseconds since 1970.
-pub(super) async fn read(
-    connection: &mut MySqlConnection,
-    owner: &str,
-) -> Result<(Vec<SeenRow>, bool, u64), sqlx::Error> {
-    // Types are what an appliance's ORM made of them; times are taken for UTC.
-    let rows = sqlx::query(
-        "SELECT CAST(m.id AS SIGNED) AS id, CAST(m.vm_id AS CHAR) AS vm_id, CAST(m.disk_unit_number AS SIGNED) AS unit,
-            CAST(m.vm_name AS CHAR) AS vm_name, CAST(m.export_name AS CHAR) AS export_name,
-            CAST(m.device_path AS CHAR) AS device_path, CAST(m.status AS CHAR) AS status,
-            TIMESTAMPDIFF(MICROSECOND, '1970-01-01', m.updated_at) AS updated_us,
-            n.owner, n.wrote_vm_name, n.wrote_export_name, n.wrote_device_path, n.wrote_status, n.volume
-         FROM vm_export_mappings m
-         LEFT JOIN nbdtrack_mappings n ON n.vm_id = m.vm_id AND n.disk_unit_number = m.disk_unit_number
-         ORDER BY m.id LIMIT ?",
-    )
-    .bind(ROWS_MAX + 1)
-    .fetch_all(&mut *connection)
-    .await?;
-    let rows = rows.iter().map(seen).collect::<Result<Vec<_>, _>>()?;
-    let others: i64 = sqlx::query_scalar("SELECT COUNT(*) FROM nbdtrack_owners WHERE owner <> ?")
-        .bind(owner)
-        .fetch_one(&mut *connection)
-        .await?;
-    let clock: i64 =
-        sqlx::query_scalar("SELECT TIMESTAMPDIFF(MICROSECOND, '1970-01-01', UTC_TIMESTAMP(6))")
-            .fetch_one(connection)
-            .await?;
-    Ok((rows, others == 0, u64::try_from(clock).unwrap_or(0)))
 }
 
 /// Makes each row say what is known here, and be this daemon's.

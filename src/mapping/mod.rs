@@ -13,6 +13,7 @@
 //! | `table.rs` | the table of VMs' disks, as appliances and people read it |
 //! | `database.rs`, `database_rows.rs` | the same table in a MariaDB or MySQL server |
 //! | `database_schema.rs` | which form the tables beside it have |
+//! | `database_reader.rs` | looks at it |
 //! | `database_lease.rs` | whose name is whose in a cluster of them |
 //! | `reconcile.rs` | PURE: what rows of that one mean |
 //! | `history.rs`, `trail_rows.rs` | the audit trail, in a file of its own |
@@ -39,6 +40,7 @@ mod backups;
 mod before;
 mod database;
 mod database_lease;
+mod database_reader;
 mod database_rows;
 mod database_schema;
 mod history;
@@ -50,9 +52,8 @@ mod state;
 mod table;
 mod trail_rows;
 
-pub use database::{
-    Address, Database, DatabaseError, LEASE_RENEWED, Secret, Table, TableReader, Tls,
-};
+pub use database::{Address, Database, DatabaseError, LEASE_RENEWED, Secret, Tls};
+pub use database_reader::{Sum, Table, TableReader};
 pub use history::{
     Bounds, CLASS_RECORDS_MAX, HISTORY_FILE, History, HistoryError, HistoryTask, PAGE_MAX, now_us,
 };

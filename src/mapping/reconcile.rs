@@ -102,55 +102,153 @@ pub enum Demand {
     Remove,
 }
 
+/// What follows from a table as it was read, before it is known what was written meanwhile.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Judgement {
+    /// Each with its disk; `None` for a row that is none.
+    steps: Vec<(Option<VmDisk>, Step)>,
+    /// What is active here and not in the table, and whether the table has had it.
+    missing: Vec<(VmDisk, bool)>,
+    /// The disks that have a row of ours; looked for only when something is missing.
+    ours: Vec<VmDisk>,
+}
+
+impl Judgement {
+    /// All is as it is known here.
+    pub fn is_empty(&self) -> bool {
+        self.steps.is_empty() && self.missing.is_empty()
+    }
+
+    /// The rows that it says something of, by their ids.
+    pub fn rows(&self) -> BTreeSet<i64> {
+        let rows = self.steps.iter().filter_map(|(_, step)| match step {
+            Step::Ask { row, .. } | Step::Conflict { row, .. } => Some(*row),
+            Step::Put(_) | Step::Retire(_) => None,
+        });
+        rows.collect()
+    }
+
+    /// What is to be done. Of what is `touched` nothing: its row may have been read as it was before, or after.
+    pub fn steps(self, touched: &BTreeSet<VmDisk>) -> Vec<Step> {
+        let stays = |disk: &VmDisk| !touched.contains(disk);
+        let steps = self.steps.into_iter();
+        let mut steps: Vec<Step> = steps
+            .filter(|(disk, _)| disk.as_ref().is_none_or(stays))
+            .map(|(_, step)| step)
+            .collect();
+        let missing = self.missing.into_iter().filter(|(disk, _)| stays(disk));
+        let missing: Vec<(VmDisk, bool)> = missing.collect();
+        let deleted = missing.iter().filter(|(_, kept)| *kept).count();
+        // A table that was emptied or restored from an old copy is no word of anyone who wants all exports gone.
+        let believed = deleted <= 1 || self.ours.iter().any(stays);
+        steps.extend(
+            missing
+                .into_iter()
+                .filter_map(|(disk, kept)| match (kept, believed) {
+                    (false, _) => Some(Step::Put(disk)),
+                    (true, true) => Some(Step::Ask {
+                        row: 0,
+                        disk,
+                        demand: Demand::Remove,
+                    }),
+                    (true, false) => None,
+                }),
+        );
+        if !believed {
+            steps.push(Step::Conflict {
+                row: 0,
+                text: format!(
+                    "all {deleted} rows of this machine are gone from the database at once: nothing is removed by that; \
+                     put the rows back, or remove the exports with 'nbdtrack remove'"
+                ),
+            });
+        }
+        steps
+    }
+}
+
 /// Judges the whole table. `alone`: no other daemon uses this database, so that a row without an owner can only be meant for this one.
-pub fn reconcile(
+pub fn judge(
     owner: &str,
     alone: bool,
     known: &BTreeMap<VmDisk, Known>,
     rows: &[SeenRow],
-) -> Vec<Step> {
+) -> Judgement {
     let mut steps = Vec::new();
     let mut seen = BTreeSet::new();
     for row in rows {
-        let others = row
-            .beside
-            .as_ref()
-            .filter(|beside| beside.owner != owner)
-            .map(|beside| beside.owner.as_str());
-        let disk = match u32::try_from(row.unit)
-            .map_err(|_| format!("disk_unit_number {} is none", row.unit))
-            .and_then(|unit| VmDisk::new(&row.vm_id, unit).map_err(|error| error.to_string()))
-        {
+        let others = row.others(owner);
+        let disk = match row.disk() {
             Ok(disk) => disk,
             Err(why) if others.is_none() => {
-                steps.push(conflict(row, &why));
+                steps.push((None, conflict(row, &why)));
                 continue;
             }
             Err(_) => continue,
         };
-        seen.insert(disk.clone());
         let here = known.get(&disk);
-        if let Some(other) = others {
-            if here.is_some_and(|here| here.active) {
+        let step = match others {
+            Some(other) => here.filter(|here| here.active).map(|_| {
                 let text = format!("it belongs to {other}, and {disk} is exported here as well");
-                steps.push(conflict(row, &text));
-            }
-            continue;
-        }
-        if row.values.export_name != disk.export().as_str() {
-            let text = format!("export_name has to be {}", disk.export());
-            steps.push(conflict(row, &text));
-            continue;
-        }
-        steps.extend(match (&row.beside, here) {
-            (Some(beside), Some(here)) if here.active => judge_active(row, beside, &disk, here),
-            (Some(beside), _) => judge_inactive(row, beside, &disk, here.is_some()),
-            (None, Some(here)) if here.active => judge_unclaimed(row, &disk, here),
-            (None, _) => judge_new(row, &disk, alone),
-        });
+                conflict(row, &text)
+            }),
+            None => judge_row(row, &disk, here, alone),
+        };
+        steps.extend(step.map(|step| (Some(disk.clone()), step)));
+        seen.insert(disk);
     }
-    steps.extend(judge_missing(owner, known, rows, &seen));
-    steps
+    let missing: Vec<(VmDisk, bool)> = known
+        .iter()
+        .filter(|(disk, here)| here.active && !seen.contains(*disk))
+        .map(|(disk, here)| (disk.clone(), here.kept))
+        .collect();
+    let ours = match missing.is_empty() {
+        true => Vec::new(),
+        false => rows.iter().filter_map(|row| row.ours(owner)).collect(),
+    };
+    Judgement {
+        steps,
+        missing,
+        ours,
+    }
+}
+
+impl SeenRow {
+    /// # Errors
+    /// Why it can be no disk of a VM.
+    fn disk(&self) -> Result<VmDisk, String> {
+        u32::try_from(self.unit)
+            .map_err(|_| format!("disk_unit_number {} is none", self.unit))
+            .and_then(|unit| VmDisk::new(&self.vm_id, unit).map_err(|error| error.to_string()))
+    }
+
+    /// Whose it is, if not `owner`'s or nobody's.
+    fn others(&self, owner: &str) -> Option<&str> {
+        let beside = self.beside.as_ref();
+        let others = beside.filter(|beside| beside.owner != owner);
+        others.map(|beside| beside.owner.as_str())
+    }
+
+    /// The disk, if the row is `owner`'s.
+    pub fn ours(&self, owner: &str) -> Option<VmDisk> {
+        let beside = self.beside.as_ref();
+        beside.filter(|beside| beside.owner == owner)?;
+        self.disk().ok()
+    }
+}
+
+/// A row that is not another one's.
+fn judge_row(row: &SeenRow, disk: &VmDisk, here: Option<&Known>, alone: bool) -> Option<Step> {
+    if row.values.export_name != disk.export().as_str() {
+        let text = format!("export_name has to be {}", disk.export());
+        return Some(conflict(row, &text));
+    }
+    match (&row.beside, here) {
+        (Some(beside), Some(here)) if here.active => judge_active(row, beside, disk, here),
+        (Some(beside), _) => judge_inactive(row, beside, disk, here.is_some()),
+        (None, Some(here)) if here.active => judge_unclaimed(row, disk, here),
+        (None, _) => judge_new(row, disk, alone),
+    }
 }
 
 /// Ours, and its export is there.
@@ -240,49 +338,6 @@ fn judge_new(row: &SeenRow, disk: &VmDisk, alone: bool) -> Option<Step> {
         return Some(conflict(row, &text));
     }
     Some(serve(row, disk))
-}
-
-/// Active here, and not in the table.
-fn judge_missing(
-    owner: &str,
-    known: &BTreeMap<VmDisk, Known>,
-    rows: &[SeenRow],
-    seen: &BTreeSet<VmDisk>,
-) -> Vec<Step> {
-    let missing: Vec<(&VmDisk, &Known)> = known
-        .iter()
-        .filter(|(disk, here)| here.active && !seen.contains(*disk))
-        .collect();
-    let deleted = missing.iter().filter(|(_, here)| here.kept).count();
-    let ours = |row: &SeenRow| {
-        row.beside
-            .as_ref()
-            .is_some_and(|beside| beside.owner == owner)
-    };
-    // A table that was emptied or restored from an old copy is no word of anyone who wants all exports gone.
-    let believed = deleted <= 1 || rows.iter().any(ours);
-    let mut steps: Vec<Step> = missing
-        .into_iter()
-        .filter_map(|(disk, here)| match (here.kept, believed) {
-            (false, _) => Some(Step::Put(disk.clone())),
-            (true, true) => Some(Step::Ask {
-                row: 0,
-                disk: disk.clone(),
-                demand: Demand::Remove,
-            }),
-            (true, false) => None,
-        })
-        .collect();
-    if !believed {
-        steps.push(Step::Conflict {
-            row: 0,
-            text: format!(
-                "all {deleted} rows of this machine are gone from the database at once: nothing is removed by that; \
-                 put the rows back, or remove the exports with 'nbdtrack remove'"
-            ),
-        });
-    }
-    steps
 }
 
 fn serve(row: &SeenRow, disk: &VmDisk) -> Step {

@@ -47,6 +47,15 @@ fn known(here: Option<Known>) -> BTreeMap<VmDisk, Known> {
     here.into_iter().map(|here| (disk(), here)).collect()
 }
 
+fn reconcile(
+    owner: &str,
+    alone: bool,
+    known: &BTreeMap<VmDisk, Known>,
+    rows: &[SeenRow],
+) -> Vec<Step> {
+    judge(owner, alone, known, rows).steps(&BTreeSet::new())
+}
+
 fn one(known_here: Option<Known>, row: &SeenRow) -> Vec<Step> {
     reconcile(US, true, &known(known_here), std::slice::from_ref(row))
 }
@@ -225,6 +234,39 @@ fn a_table_that_lost_all_rows_at_once_removes_nothing() {
         2,
         "with one of ours left, the others were deleted: {steps:?}"
     );
+}
+
+/// What was written while the table was read is judged by the next look, and bears witness to nothing.
+#[test]
+fn of_what_was_touched_meanwhile_nothing_follows() {
+    let units = |units: std::ops::Range<u32>| units.map(|unit| VmDisk::new("a", unit).unwrap());
+    let known: BTreeMap<_, _> = units(0..4).map(|disk| (disk, here(true))).collect();
+    let ours = row(
+        values(ELSEWHERE, true, "web"),
+        Some((US, values(HERE, true, "web"))),
+    );
+    let judged = judge(US, true, &known, &[ours]);
+    assert_eq!(judged.rows(), [7].into());
+    let steps = |touched: &[u32]| {
+        let touched = touched.iter().map(|unit| VmDisk::new("a", *unit).unwrap());
+        judged.clone().steps(&touched.collect())
+    };
+    assert_eq!(steps(&[]).len(), 4, "a path, and three removals");
+    assert!(
+        matches!(&steps(&[1, 2, 3])[..], [Step::Ask { disk, demand: Demand::Serve { .. }, .. }] if disk.unit() == 0)
+    );
+    // The only row of ours is not known to have been there.
+    assert!(
+        matches!(&steps(&[0])[..], [Step::Conflict { row: 0, text }] if text.starts_with("all 3 rows"))
+    );
+    assert!(matches!(
+        &steps(&[0, 1, 2])[..],
+        [Step::Ask {
+            demand: Demand::Remove,
+            ..
+        }]
+    ));
+    assert_eq!(steps(&[0, 1, 2, 3]), []);
 }
 
 #[test]

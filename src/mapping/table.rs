@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use sqlx::sqlite::SqliteRow;
-use sqlx::{Row, SqliteConnection};
+use sqlx::{QueryBuilder, Row, Sqlite, SqliteConnection};
 
 use super::reconcile::Known;
 use super::rows::{begin, end};
@@ -11,6 +11,8 @@ use crate::correlation::{MappingRow, MappingState, VmDisk};
 
 /// The longest path that the appliances' column holds, in bytes.
 const DEVICE_PATH_BYTES_MAX: usize = 255;
+/// Rows of one statement: SQLite takes 32,766 values (SQLITE_MAX_VARIABLE_NUMBER).
+const MARKED_AT_ONCE: usize = 500;
 
 /// Writes how these mappings' exports are; of a row that is not there or not active, nothing.
 pub(super) async fn note(
@@ -169,17 +171,20 @@ pub(super) async fn mark(
 ) -> Result<(), sqlx::Error> {
     begin(connection).await?;
     let mut marked = Ok(());
-    for disk in disks {
-        let one = sqlx::query(
-            "INSERT INTO nbdtrack_mappings (vm_id, disk_unit_number, in_database) VALUES (?, ?, ?)
-             ON CONFLICT (vm_id, disk_unit_number) DO UPDATE SET in_database = excluded.in_database",
-        )
-        .bind(disk.vm_id())
-        .bind(disk.unit())
-        .bind(database)
-        .execute(&mut *connection)
-        .await;
-        if let Err(error) = one {
+    for some in disks.chunks(MARKED_AT_ONCE) {
+        let mut insert = QueryBuilder::<Sqlite>::new(
+            "INSERT INTO nbdtrack_mappings (vm_id, disk_unit_number, in_database) ",
+        );
+        insert.push_values(some, |mut row, disk| {
+            row.push_bind(disk.vm_id())
+                .push_bind(disk.unit())
+                .push_bind(database);
+        });
+        insert.push(
+            " ON CONFLICT (vm_id, disk_unit_number) DO UPDATE SET in_database = excluded.in_database",
+        );
+        let done = insert.build().persistent(false);
+        if let Err(error) = done.execute(&mut *connection).await {
             marked = Err(error);
             break;
         }
