@@ -61,6 +61,8 @@ fn survivor_of_a_conflict_of_a_configured_export_is_refused_after_a_restart() {
         mappings: Vec::new(),
         conflicts: vec![Conflict {
             export: definition().name,
+            // As a daemon left it that did not keep the volume.
+            volume: None,
             first: Some(DiskSeq(10)),
             boot: boot.clone(),
         }],

@@ -328,6 +328,7 @@ impl Machine {
         let change = SectionsChange {
             put: sections.iter().filter(differs).cloned().collect(),
             gone: gone.cloned().collect(),
+            unread: refused.is_none(),
             refused,
         };
         let everything = SectionsChange {

@@ -86,8 +86,20 @@ async fn every_change_is_there_after_a_new_start() {
                 volume: volume(8),
                 ..release(u64::MAX, "boot-1")
             }),
-            Change::DeleteConflict(name("a'; DROP TABLE exports; --")),
+            Change::DeleteConflict {
+                export: name("a'; DROP TABLE exports; --"),
+                volume: volume(7),
+            },
+            // Of another volume of the same export: it stays.
+            Change::DeleteConflict {
+                export: name("größe"),
+                volume: volume(8),
+            },
             Change::PutConflict(conflict("größe", Some(u64::MAX))),
+            Change::PutConflict(Conflict {
+                volume: Some(volume(9)),
+                ..conflict("größe", Some(3))
+            }),
             Change::RetireMapping(put.mappings[1].disk.clone()),
             Change::PutMapping(mapping("b", 65_535, "renamed")),
             Change::PutPin(attached("moves", 7)),
@@ -109,7 +121,13 @@ async fn every_change_is_there_after_a_new_start() {
             },
             release(1, "boot-2"),
         ],
-        conflicts: vec![conflict("größe", Some(u64::MAX))],
+        conflicts: vec![
+            conflict("größe", Some(u64::MAX)),
+            Conflict {
+                volume: Some(volume(9)),
+                ..conflict("größe", Some(3))
+            },
+        ],
         mappings: vec![put.mappings[0].clone(), mapping("b", 65_535, "renamed")],
         pins: vec![
             put.pins[0].clone(),
@@ -312,6 +330,8 @@ async fn a_store_of_an_earlier_shape_is_brought_up_to_date_with_all_its_rows() {
         kept.pins.len() + kept.releases.len() + kept.conflicts.len(),
         3
     );
+    // The export's, as the store had that.
+    assert_eq!(kept.conflicts[0].volume, Some(volume(2)));
     let state = MappingState {
         disk: VmDisk::new("4205784a", 0).expect("a disk"),
         node: "/dev/vdc".to_owned(),
@@ -406,7 +426,9 @@ fn sorted(mut remembered: Remembered) -> Remembered {
     remembered
         .releases
         .sort_by_key(|r| (r.boot.clone(), r.diskseq));
-    remembered.conflicts.sort_by(|a, b| a.export.cmp(&b.export));
+    remembered
+        .conflicts
+        .sort_by(|a, b| (&a.export, &a.volume).cmp(&(&b.export, &b.volume)));
     remembered.mappings.sort_by(|a, b| a.disk.cmp(&b.disk));
     remembered
 }
@@ -475,6 +497,7 @@ fn release(number: u64, boot: &str) -> Release {
 fn conflict(export: &str, first: Option<u64>) -> Conflict {
     Conflict {
         export: name(export),
+        volume: Some(volume(7)),
         first: first.map(DiskSeq),
         boot: BootId("boot".to_owned()),
     }

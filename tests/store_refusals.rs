@@ -98,7 +98,7 @@ async fn a_newer_store_and_a_strangers_are_refused_and_kept() {
             error,
             StoreError::Newer {
                 found: 1000,
-                known: 8,
+                known: 9,
                 ..
             }
         ),
@@ -129,7 +129,7 @@ async fn rows_that_are_not_understood_are_kept_and_not_used() {
         "INSERT INTO exports (name, volume, read_only, share, source) VALUES ('worst', 'serial:X1', 0, 0, 'carrier pigeon')",
         "INSERT INTO exports (name, volume, read_only, share, source) VALUES (x'ff00', 'serial:X1', 0, 0, 'dbus')",
         "INSERT INTO releases VALUES ('boot', '-1', 'serial:X1')",
-        "INSERT INTO conflicts VALUES ('good', 'first', 'boot')",
+        "INSERT INTO conflicts VALUES ('good', 'serial:X17', 'first', 'boot')",
         // Where a disk is plugged in is no volume, and half of an attachment is none.
         "INSERT INTO pins VALUES ('slot', '/dev/vdb', 'slot:pci-0000:00:07.0', NULL, NULL, '')",
         "INSERT INTO pins VALUES ('inside', '/dev/vdb', 'attachment:boot/7', NULL, NULL, '')",

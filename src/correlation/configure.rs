@@ -71,14 +71,17 @@ impl Correlation {
                     difference.changed.push(name);
                 }
                 None => {
-                    difference.added.push(name.clone());
+                    difference.added.push(name);
                     self.insert_export(definition, true);
-                    self.inherit_conflict(&name);
-                    self.refuse(&name);
-                    self.settle(&name);
-                    self.out.push(Action::Tell(Notice::Export(name)));
                 }
             }
+        }
+        // When all are there: the one whose conflict the others share may be the last by name.
+        for name in &difference.added {
+            self.inherit_conflict(name);
+            self.refuse(name);
+            self.settle(name);
+            self.out.push(Action::Tell(Notice::Export(name.clone())));
         }
         self.retire_leftovers();
         difference
@@ -243,11 +246,11 @@ impl Correlation {
             .get(name)
             .is_some_and(|export| export.definition.volume == definition.volume);
         if !same_volume {
-            self.drop_conflict(name);
+            self.leave_conflict(name);
         }
         let before = self.remove_export(name);
         self.insert_export(definition, true);
-        if let Some(before) = &before {
+        if let Some(before) = before.as_ref().filter(|_| same_volume) {
             // The same volume is as doubtful under its new definition as it was.
             self.set_conflict(name, before.conflict);
         }

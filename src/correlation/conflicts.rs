@@ -1,17 +1,46 @@
 //! Several disks that claim one volume: how a conflict begins, is kept, and ends (invariant 2).
+//!
+//! A conflict is the volume's, and each export of the volume has it. So it outlives the export that had it first: what is left of it is
+//! kept, durably, for as long as a disk claims the volume, and whoever exports the volume next waits with it.
 
 use std::collections::BTreeSet;
 
 use super::requests::Persisting;
 use super::{
-    Action, Change, Conflict, Correlation, DiskSeq, Export, ExportName, INTERNAL, Notice, Reply,
+    Action, Change, Conflict, Correlation, DiskSeq, ExportName, INTERNAL, Notice, Reply,
     RequestError, RequestId, State,
 };
+use crate::identity::{Identity, VolumeId};
+
+/// What is left of a conflict when its export has gone, or is of another volume, or is not defined yet: the configuration is read after
+/// the store.
+#[derive(Debug, Clone)]
+pub(super) struct LeftConflict {
+    first: Option<DiskSeq>,
+    candidates: BTreeSet<Identity>,
+    /// The last survey saw no disk of the volume. One survey can miss a disk.
+    missed: bool,
+}
+
+impl LeftConflict {
+    pub fn new(first: Option<DiskSeq>, volume: &VolumeId) -> LeftConflict {
+        LeftConflict {
+            first,
+            candidates: volume.candidates(),
+            missed: false,
+        }
+    }
+}
 
 impl Correlation {
     /// Invariant 2, kept durably: a conflict begins when a second disk claims the volume, and ends by itself only
     /// when the disk that was there first is alone again.
     pub(super) fn judge_conflict(&mut self, name: &ExportName) {
+        self.judge_conflict_but(name, &BTreeSet::new());
+    }
+
+    /// As [`Self::judge_conflict`], when of these disks none can be said to have come first.
+    pub(super) fn judge_conflict_but(&mut self, name: &ExportName, equals: &BTreeSet<DiskSeq>) {
         let Some(export) = self.exports.get(name) else {
             return;
         };
@@ -25,9 +54,11 @@ impl Correlation {
                     .binding
                     .diskseq()
                     .filter(|bound| {
-                        active.contains(bound) && export.binding.state() != State::Failed
+                        active.contains(bound)
+                            && !equals.contains(bound)
+                            && export.binding.state() != State::Failed
                     })
-                    .or_else(|| self.first_of_volume(export));
+                    .or_else(|| self.first_of_volume(&export.candidates));
                 self.begin_conflict(name, first, active);
             }
             Some(Some(first)) if active.len() == 1 && active.contains(&first) => {
@@ -38,21 +69,24 @@ impl Correlation {
     }
 
     /// Whom another export of the same volume served before the conflict.
-    fn first_of_volume(&self, export: &Export) -> Option<DiskSeq> {
-        self.conflicts_beside(export).flatten().next()
+    fn first_of_volume(&self, candidates: &BTreeSet<Identity>) -> Option<DiskSeq> {
+        self.conflicts_beside(candidates).flatten().next()
     }
 
-    /// What other exports of the same volume remember. The exports in conflict are walked, who are few, not those of the volume: there
-    /// may be ten thousand of them, and each asks as it is defined.
+    /// What other exports of the same volume remember, and those that were. The exports in conflict are walked, who are few, not those of
+    /// the volume: there may be ten thousand of them, and each asks as it is defined.
     fn conflicts_beside<'a>(
         &'a self,
-        export: &'a Export,
+        candidates: &'a BTreeSet<Identity>,
     ) -> impl Iterator<Item = Option<DiskSeq>> + 'a {
-        self.in_conflict.iter().filter_map(|name| {
+        let had = self.in_conflict.iter().filter_map(|name| {
             let other = self.exports.get(name)?;
-            let same = !other.candidates.is_disjoint(&export.candidates);
+            let same = !other.candidates.is_disjoint(candidates);
             other.conflict.filter(|_| same)
-        })
+        });
+        let left = self.left_conflicts.values();
+        let left = left.filter(|left| !left.candidates.is_disjoint(candidates));
+        had.chain(left.map(|left| left.first))
     }
 
     /// The one place where an export's conflict is written, so that `in_conflict` is always right.
@@ -99,46 +133,159 @@ impl Correlation {
         else {
             return;
         };
-        let Some(first) = self.conflicts_beside(export).next() else {
+        let Some(first) = self.conflicts_beside(&export.candidates).next() else {
             return;
         };
         self.set_conflict(name, Some(first));
         self.keep_conflict(name, first);
     }
 
-    pub(super) fn keep_conflict(&mut self, name: &ExportName, first: Option<DiskSeq>) {
-        let conflict = Conflict {
-            export: name.clone(),
-            first,
-            boot: self.settings.boot.clone(),
+    fn keep_conflict(&mut self, name: &ExportName, first: Option<DiskSeq>) {
+        let Some(export) = self.exports.get(name) else {
+            return;
         };
+        let volume = export.definition.volume.clone();
+        let put = self.put_conflict(name.clone(), volume, first);
         self.out.push(Action::Persist {
             request: INTERNAL,
-            changes: vec![Change::PutConflict(conflict)],
+            changes: vec![put],
         });
     }
 
-    /// The export goes, or its volume is another one.
-    pub(super) fn drop_conflict(&mut self, name: &ExportName) {
-        if self
-            .exports
-            .get(name)
-            .is_some_and(|export| export.conflict.is_some())
-        {
-            self.end_conflict(name);
+    fn put_conflict(&self, export: ExportName, volume: VolumeId, first: Option<DiskSeq>) -> Change {
+        Change::PutConflict(Conflict {
+            export,
+            volume: Some(volume),
+            first,
+            boot: self.settings.boot.clone(),
+        })
+    }
+
+    /// The export goes, or is of another volume from now on. Its conflict is the volume's, and stays with the disks that claim it.
+    pub(super) fn leave_conflict(&mut self, name: &ExportName) {
+        let Some(export) = self.exports.get(name) else {
+            return;
+        };
+        let Some(first) = export.conflict else {
+            return;
+        };
+        let volume = export.definition.volume.clone();
+        let left = LeftConflict::new(first, &volume);
+        self.set_conflict(name, None);
+        let others = self.in_conflict.iter();
+        let others = others.filter_map(|other| Some(&self.exports.get(other)?.candidates));
+        let left_by_others = self.left_conflicts.values().map(|other| &other.candidates);
+        // One is enough, however many exports come and go.
+        let is_kept = others
+            .chain(left_by_others)
+            .any(|candidates| candidates.is_superset(&left.candidates));
+        if is_kept || self.surveyed && !self.disks.present(&left.candidates) {
+            self.delete_conflicts(vec![(name.clone(), volume)]);
+        } else {
+            self.left_conflicts.insert((name.clone(), volume), left);
         }
+    }
+
+    /// What is left of the conflict that an export of this name had about this volume.
+    pub(super) fn take_conflict(
+        &mut self,
+        name: &ExportName,
+        volume: &VolumeId,
+    ) -> Option<Option<DiskSeq>> {
+        let left = self.left_conflicts.remove(&(name.clone(), volume.clone()));
+        if let Some(left) = left {
+            self.remembered_conflicts.remove(name);
+            return Some(left.first);
+        }
+        // A path is no volume yet.
+        if volume.path().is_some() {
+            return None;
+        }
+        let first = self.remembered_conflicts.remove(name)?;
+        // From now on with its volume.
+        let delete = Change::DeleteConflict {
+            export: name.clone(),
+            volume: volume.clone(),
+        };
+        let put = self.put_conflict(name.clone(), volume.clone(), first);
+        self.out.push(Action::Persist {
+            request: INTERNAL,
+            changes: vec![delete, put],
+        });
+        Some(first)
+    }
+
+    /// The disks have changed: ends what is left of conflicts whose first disk is alone again, and of those whose volume no disk claims
+    /// any more. `gone` is what a disk was that has surely left; `None` after a survey, of which it takes two that saw no disk.
+    pub(super) fn judge_left_conflicts(&mut self, gone: Option<&BTreeSet<Identity>>) {
+        if self.left_conflicts.is_empty() || !self.surveyed {
+            return;
+        }
+        let mut over = Vec::new();
+        let mut left_conflicts = std::mem::take(&mut self.left_conflicts);
+        left_conflicts.retain(|(name, volume), left| {
+            let claimed = self.disks.present(&left.candidates);
+            let active = self.claimants_of(&left.candidates).active;
+            let alone = left
+                .first
+                .is_some_and(|first| active.len() == 1 && active.contains(&first));
+            let proven = match gone {
+                Some(gone) => !gone.is_disjoint(&left.candidates),
+                None => left.missed,
+            };
+            left.missed = !claimed && (left.missed || gone.is_none());
+            // A file that no export names is not looked at.
+            let seen = |of: &Identity| of.file().is_none() || self.by_candidate.get(of).is_some();
+            let proven = proven && left.candidates.iter().all(seen) && !self.may_come(name);
+            let over_now = alone || !claimed && proven;
+            if over_now {
+                over.push((name.clone(), volume.clone()));
+            }
+            !over_now
+        });
+        self.left_conflicts = left_conflicts;
+        self.delete_conflicts(over);
+    }
+
+    /// An export of this name may stand in the configuration and not be defined yet.
+    fn may_come(&self, name: &ExportName) -> bool {
+        let unread = |refused: &BTreeSet<ExportName>| refused.contains(name);
+        self.in_the_files.as_ref().is_none_or(unread) || self.pins.unmet.contains_key(name)
+    }
+
+    fn delete_conflicts(&mut self, of: Vec<(ExportName, VolumeId)>) {
+        if of.is_empty() {
+            return;
+        }
+        let delete = |(export, volume)| Change::DeleteConflict { export, volume };
+        self.out.push(Action::Persist {
+            request: INTERNAL,
+            changes: of.into_iter().map(delete).collect(),
+        });
     }
 
     pub(super) fn end_conflict(&mut self, name: &ExportName) {
-        if self.exports.get(name).is_none() {
+        let Some(export) = self.exports.get(name) else {
             return;
-        }
+        };
+        let volume = export.definition.volume.clone();
         self.set_conflict(name, None);
-        let changes = vec![Change::DeleteConflict(name.clone())];
-        self.out.push(Action::Persist {
-            request: INTERNAL,
-            changes,
+        self.delete_conflicts(vec![(name.clone(), volume)]);
+    }
+
+    /// The conflicts about one volume: those of exports, and what is left of others.
+    fn conflicts_of(&self, volume: &VolumeId) -> Vec<(ExportName, VolumeId, Option<DiskSeq>)> {
+        let candidates = volume.candidates();
+        let had = self.in_conflict.iter().filter_map(|name| {
+            let export = self.exports.get(name)?;
+            let same = !export.candidates.is_disjoint(&candidates);
+            let first = export.conflict.filter(|_| same)?;
+            Some((name.clone(), export.definition.volume.clone(), first))
         });
+        let left = self.left_conflicts.iter();
+        let left = left.filter(|(_, left)| !left.candidates.is_disjoint(&candidates));
+        had.chain(left.map(|((name, volume), left)| (name.clone(), volume.clone(), left.first)))
+            .collect()
     }
 
     pub(super) fn resolve(
@@ -147,47 +294,198 @@ impl Correlation {
         name: &ExportName,
         diskseq: DiskSeq,
     ) -> Result<(), RequestError> {
-        if self.judge_resolution(name, diskseq)? {
-            let changes = vec![Change::DeleteConflict(name.clone())];
-            self.persist(
-                request,
-                Persisting::Resolve {
-                    name: name.clone(),
-                    diskseq,
-                },
-                changes,
-            );
-        } else {
+        let volume = self.judge_resolution(name, diskseq)?;
+        let Some(volume) = volume else {
             self.reply(request, Ok(Reply::Done));
-        }
+            return Ok(());
+        };
+        // A person said which disk the volume is: that holds for all that is known of the volume.
+        let conflicts = self.conflicts_of(&volume).into_iter();
+        let delete = |(export, volume, _)| Change::DeleteConflict { export, volume };
+        let changes = conflicts.map(delete).collect();
+        let name = name.clone();
+        let purpose = Persisting::Resolve {
+            name,
+            volume,
+            diskseq,
+        };
+        self.persist(request, purpose, changes);
         Ok(())
     }
 
-    /// Whether there is a conflict that this disk may end.
-    pub(super) fn judge_resolution(
+    /// The store has let the conflicts of this volume go. The machine may have changed while it was writing.
+    pub(super) fn resolved(
+        &mut self,
+        request: RequestId,
+        name: &ExportName,
+        volume: &VolumeId,
+        diskseq: DiskSeq,
+    ) {
+        let outcome = self.judge_resolution(name, diskseq);
+        let export = self.exports.get(name);
+        let same = export.is_some_and(|export| export.definition.volume == *volume);
+        let outcome = match outcome {
+            Ok(_) if !same => Err(RequestError::NotReady(format!(
+                "the definition of export {name} changed"
+            ))),
+            outcome => outcome,
+        };
+        let conflicts = self.conflicts_of(volume);
+        match &outcome {
+            Ok(_) => {
+                for (export, of, _) in &conflicts {
+                    let had = self.exports.get(export);
+                    if had.is_some_and(|had| had.definition.volume == *of) {
+                        self.set_conflict(export, None);
+                    }
+                    self.left_conflicts.remove(&(export.clone(), of.clone()));
+                }
+                let ended = conflicts.into_iter().map(|(export, of, _)| (export, of));
+                let ended: Vec<(ExportName, VolumeId)> = ended.collect();
+                // Also one that came while the store was writing.
+                self.delete_conflicts(ended.clone());
+                for (export, _) in ended {
+                    self.settle(&export);
+                }
+            }
+            // They were taken out of the store, and are none the less.
+            Err(_) if !conflicts.is_empty() => {
+                let conflicts = conflicts.into_iter();
+                let changes = conflicts
+                    .map(|(export, of, first)| self.put_conflict(export, of, first))
+                    .collect();
+                self.out.push(Action::Persist {
+                    request: INTERNAL,
+                    changes,
+                });
+            }
+            Err(_) => {}
+        }
+        self.settle(name);
+        self.reply(request, outcome.map(|_| Reply::Done));
+    }
+
+    /// The volume whose conflict this disk may end; `None` when there is no conflict.
+    fn judge_resolution(
         &self,
         name: &ExportName,
         diskseq: DiskSeq,
-    ) -> Result<bool, RequestError> {
+    ) -> Result<Option<VolumeId>, RequestError> {
         let export = self
             .exports
             .get(name)
             .ok_or_else(|| RequestError::NotFound(format!("there is no export {name}")))?;
         // What was given up, is asked to leave or is a member of something else claims nothing.
         let claimants = self.claimants(export).active;
+        let volume = &export.definition.volume;
         if !claimants.contains(&diskseq) {
             return Err(RequestError::IdentityMismatch(format!(
-                "no attached disk with diskseq {diskseq} could be {}",
-                export.definition.volume
+                "no attached disk with diskseq {diskseq} could be {volume}",
             )));
         }
-        if export.conflict.is_some() && claimants.len() > 1 {
+        let beside = || self.conflicts_beside(&export.candidates).next().is_some();
+        let doubted = export.conflict.is_some() || beside();
+        if doubted && claimants.len() > 1 {
             return Err(RequestError::Ambiguous(format!(
-                "{} disks still present the identity of {}: detach all but the right one, then confirm it",
+                "{} disks still present the identity of {volume}: detach all but the right one, then confirm it",
                 claimants.len(),
-                export.definition.volume
             )));
         }
-        Ok(export.conflict.is_some())
+        Ok(doubted.then(|| volume.clone()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::super::*;
+    use crate::identity::Format;
+
+    const PATH: &str = "/images/a.raw";
+
+    /// The store keeps what is asked for.
+    fn ask(middle: &mut Correlation, request: u64, what: Request) {
+        let request = RequestId(request);
+        middle.apply(middle.now, Event::Asked { request, what });
+        let result = Ok(());
+        middle.apply(middle.now, Event::Persisted { request, result });
+    }
+
+    /// While no export names a file nobody looks whether it is there, and it was taken for gone: to remove the export of a path at which
+    /// another file had been put, and to add it again, was to confirm that file.
+    #[test]
+    fn a_file_that_nobody_watches_has_not_left() {
+        let volume = VolumeId::of_file(PATH, Format::Raw).unwrap();
+        let boot = BootId("boot".to_owned());
+        let mut middle = Correlation::new(Settings::new(boot), Remembered::default());
+        middle.start();
+        middle.apply(Duration::ZERO, Event::Sections(SectionsChange::default()));
+        let survey = |mark| Event::Surveyed {
+            mark: Mark(mark),
+            disks: Vec::new(),
+            routine: true,
+        };
+        middle.apply(Duration::ZERO, survey(1));
+        let definition = Definition {
+            name: ExportName::parse("a").unwrap(),
+            volume: volume.clone(),
+            read_only: false,
+            share: false,
+            direct: false,
+            source: Source::Dbus,
+        };
+        let name = definition.name.clone();
+        let add = Request::AddExport {
+            definition,
+            wait: Duration::ZERO,
+        };
+        let files = [1, 2].map(|file: u8| {
+            (
+                DiskSeq::of_file(&[file]),
+                DeviceNumber::of_file(file.into()),
+            )
+        });
+        let seen = |mark, (diskseq, number)| Event::DiskSeen {
+            mark: Mark(mark),
+            facts: DiskFacts {
+                node: DeviceNode(PATH.to_owned()),
+                number,
+                diskseq,
+                size: 512,
+                read_only: false,
+                identities: Reading::Known(volume.candidates()),
+                serial: String::new(),
+                wwid: String::new(),
+                model: String::new(),
+                holders: Vec::new(),
+                leaving: false,
+            },
+        };
+        let gone = |mark, (diskseq, number)| Event::DiskGone {
+            mark: Mark(mark),
+            number,
+            diskseq: Some(diskseq),
+        };
+        ask(&mut middle, 1, add.clone());
+        for event in [seen(1, files[0]), seen(2, files[1]), gone(3, files[0])] {
+            middle.apply(middle.now, event);
+        }
+        let state = |middle: &Correlation| middle.export(&name).map(|view| view.state);
+        assert_eq!(state(&middle), Some(State::Ambiguous));
+        let remove = Request::RemoveExport {
+            name: name.clone(),
+            mode: RemoveMode::Safe,
+            within: Duration::ZERO,
+        };
+        ask(&mut middle, 2, remove);
+        assert_eq!(state(&middle), None);
+        middle.apply(middle.now, gone(4, files[1]));
+        for mark in 5..8 {
+            middle.apply(middle.now, survey(mark));
+        }
+        ask(&mut middle, 3, add);
+        middle.apply(middle.now, seen(8, files[1]));
+        assert_eq!(state(&middle), Some(State::Ambiguous));
     }
 }

@@ -51,8 +51,13 @@ impl Disk {
 #[derive(Debug)]
 pub(super) enum DiskChange {
     Came(DiskSeq),
-    Changed { diskseq: DiskSeq, before: Box<Disk> },
+    Changed {
+        diskseq: DiskSeq,
+        before: Box<Disk>,
+    },
     Left(Box<Disk>),
+    /// A survey did not see it, and no other disk in its place. If it comes back, it never was away.
+    Missed(Box<Disk>),
 }
 
 #[derive(Debug, Clone)]
@@ -181,6 +186,7 @@ impl Disks {
         }
         self.surveyed_at = mark;
         let present: BTreeSet<DiskSeq> = disks.iter().map(|facts| facts.diskseq).collect();
+        let taken: BTreeSet<DeviceNumber> = disks.iter().map(|facts| facts.number).collect();
         let missing: Vec<DiskSeq> = self
             .disks
             .values()
@@ -192,6 +198,12 @@ impl Disks {
         let mut changes: Vec<DiskChange> = missing
             .into_iter()
             .filter_map(|diskseq| self.remove(diskseq))
+            .map(|change| match change {
+                DiskChange::Left(disk) if !taken.contains(&disk.facts.number) => {
+                    DiskChange::Missed(disk)
+                }
+                change => change,
+            })
             .collect();
         for facts in disks {
             changes.extend(self.seen(mark, facts));

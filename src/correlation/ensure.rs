@@ -6,8 +6,8 @@
 use super::membership::Waiter;
 use super::requests::{Persisting, Step};
 use super::{
-    Action, Change, Correlation, Decision, Definition, EXPORTS_MAX, Ensure, ExportName, INTERNAL,
-    Level, Mapping, Notice, RequestError, RequestId, Source, Timer, VmDisk,
+    Action, Change, Correlation, Decision, Definition, Ensure, ExportName, INTERNAL, Level,
+    Mapping, Notice, RequestError, RequestId, Source, Timer, VmDisk,
 };
 
 impl Correlation {
@@ -111,11 +111,7 @@ impl Correlation {
         ensure: Ensure,
         definition: Definition,
     ) -> Result<(), RequestError> {
-        if self.exports.len() >= EXPORTS_MAX {
-            return Err(RequestError::Failed(format!(
-                "there are {EXPORTS_MAX} exports already: remove some first"
-            )));
-        }
+        self.judge_room()?;
         self.judge_owner(&definition)?;
         self.judge_definition(&definition)?;
         let name = definition.name.clone();
@@ -169,6 +165,9 @@ impl Correlation {
             return Err(RequestError::NotReady(format!(
                 "export {name} is being added or changed; try again"
             )));
+        }
+        if export.conflict.is_some() {
+            self.judge_room()?;
         }
         self.judge_owner(&definition)?;
         self.judge_definition(&definition)?;

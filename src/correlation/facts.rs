@@ -229,10 +229,13 @@ pub struct Release {
     pub boot: BootId,
 }
 
-/// Durable: several disks claimed this export's volume.
+/// Durable: several disks claimed a volume, and nobody has said which of them it is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Conflict {
+    /// Whose volume it was. The conflict can outlive it.
     pub export: ExportName,
+    /// `None` where that was not kept: then it is the export's, whatever that has.
+    pub volume: Option<VolumeId>,
     /// Whom the export served when the second came; `None` when they were found together.
     pub first: Option<DiskSeq>,
     pub boot: BootId,
@@ -260,7 +263,11 @@ pub enum Change {
         boot: BootId,
     },
     PutConflict(Conflict),
-    DeleteConflict(ExportName),
+    /// Also one whose volume was not kept.
+    DeleteConflict {
+        export: ExportName,
+        volume: VolumeId,
+    },
     /// The mapping of a VM's disk is active.
     PutMapping(Mapping),
     /// It is inactive: its export is gone.

@@ -56,11 +56,7 @@ impl Correlation {
                 "an export {name} is being added or removed; try again"
             )));
         }
-        if self.exports.len() >= EXPORTS_MAX {
-            return Err(RequestError::Failed(format!(
-                "there are {EXPORTS_MAX} exports already: remove some first"
-            )));
-        }
+        self.judge_room()?;
         self.judge_definition(&definition)?;
         self.introduce(&definition);
         self.persist(
@@ -69,6 +65,16 @@ impl Correlation {
             vec![Change::PutExport(definition)],
         );
         Ok(())
+    }
+
+    /// Refuses one more export. What is left of conflicts counts, for an export that comes and goes can leave one behind.
+    pub(super) fn judge_room(&self) -> Result<(), RequestError> {
+        if self.exports.len() + self.left_conflicts.len() < EXPORTS_MAX {
+            return Ok(());
+        }
+        Err(RequestError::Failed(format!(
+            "there are {EXPORTS_MAX} exports already: remove some first"
+        )))
     }
 
     /// An export that is not stored yet: its name is taken, and it opens nothing (invariant 5).
@@ -229,7 +235,7 @@ impl Correlation {
             definition,
         };
         let name = export.definition.name.clone();
-        let conflict = self.remembered_conflicts.remove(&name);
+        let conflict = self.take_conflict(&name, &export.definition.volume);
         self.exports.insert(name.clone(), export);
         self.set_conflict(&name, conflict);
     }
@@ -259,7 +265,7 @@ impl Correlation {
     }
 
     pub(super) fn forget(&mut self, name: &ExportName, reason: &RequestError) {
-        self.drop_conflict(name);
+        self.leave_conflict(name);
         self.retire(name);
         let Some(export) = self.remove_export(name) else {
             return;

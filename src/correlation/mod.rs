@@ -63,8 +63,9 @@ pub use request_error::RequestError;
 pub use view::*;
 pub use vm::*;
 
-use crate::identity::Identity;
+use crate::identity::{Identity, VolumeId};
 use binding::Binding;
+use conflicts::LeftConflict;
 use detach::Detach;
 use disks::Disks;
 use holds::Holds;
@@ -219,8 +220,12 @@ pub struct Correlation {
     released: BTreeMap<DiskSeq, Released>,
     /// As the store gave them, until the first survey.
     remembered_releases: Vec<Release>,
-    /// As the store gave them, until their export is defined: the configuration is read after the store.
+    /// What is left of conflicts whose export is not there, by its name and their volume.
+    left_conflicts: BTreeMap<(ExportName, VolumeId), LeftConflict>,
+    /// As the store gave them, without their volume, until their export is defined: the configuration is read after the store.
     remembered_conflicts: BTreeMap<ExportName, Option<DiskSeq>>,
+    /// Exports that stand in the files of the configuration and cannot be taken; `None` while not all files could be read.
+    in_the_files: Option<BTreeSet<ExportName>>,
     /// As the store gave them, until the configuration was first read.
     remembered_mappings: BTreeMap<ExportName, Mapping>,
     detaches: BTreeMap<RequestId, Detach>,
@@ -252,7 +257,9 @@ impl Correlation {
             tickets: BTreeMap::new(),
             released: BTreeMap::new(),
             remembered_releases: remembered.releases,
+            left_conflicts: BTreeMap::new(),
             remembered_conflicts: BTreeMap::new(),
+            in_the_files: None,
             remembered_mappings: remembered
                 .mappings
                 .into_iter()
@@ -272,9 +279,17 @@ impl Correlation {
             // A diskseq says nothing in another boot.
             let same_boot = conflict.boot == correlation.settings.boot;
             let first = conflict.first.filter(|_| same_boot);
-            correlation
-                .remembered_conflicts
-                .insert(conflict.export, first);
+            match conflict.volume {
+                Some(volume) => {
+                    let left = LeftConflict::new(first, &volume);
+                    let key = (conflict.export, volume);
+                    correlation.left_conflicts.insert(key, left);
+                }
+                None => {
+                    let known = &mut correlation.remembered_conflicts;
+                    known.insert(conflict.export, first);
+                }
+            }
         }
         for definition in remembered.exports {
             correlation.insert_export(definition, true);
@@ -286,6 +301,8 @@ impl Correlation {
     pub fn start(&mut self) -> Vec<Action> {
         let names: Vec<ExportName> = self.exports.keys().cloned().collect();
         for name in names {
+            // One that came to the volume late may have been stored without it, when the daemon died.
+            self.inherit_conflict(&name);
             self.settle(&name);
             self.refuse(&name);
             self.out.push(Action::Tell(Notice::Export(name)));

@@ -42,6 +42,7 @@ impl Correlation {
                 self.settle(&name);
             }
         }
+        self.judge_left_conflicts(None);
         self.judge_open_pins();
     }
 
@@ -64,6 +65,11 @@ impl Correlation {
                     self.judge_pins_at(diskseq, Some(&before.facts.node));
                 }
                 DiskChange::Left(disk) => {
+                    self.disk_left(&disk);
+                    self.judge_left_conflicts(Some(&disk.identities));
+                    self.judge_pins_at(disk.facts.diskseq, Some(&disk.facts.node));
+                }
+                DiskChange::Missed(disk) => {
                     self.disk_left(&disk);
                     self.judge_pins_at(disk.facts.diskseq, Some(&disk.facts.node));
                 }

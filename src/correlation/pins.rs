@@ -29,6 +29,8 @@ pub struct SectionsChange {
     pub put: Vec<ConfiguredSection>,
     /// The reading before had them, and this one has them not.
     pub gone: BTreeSet<ExportName>,
+    /// Not all files could be read: others may stand in them.
+    pub unread: bool,
     /// They stand in the files and cannot be taken; `None` when not all files could be read: else what has no section has no pin.
     pub refused: Option<BTreeSet<ExportName>>,
 }

@@ -36,6 +36,7 @@ pub(super) enum Persisting {
     },
     Resolve {
         name: ExportName,
+        volume: VolumeId,
         diskseq: DiskSeq,
     },
     Pins(Vec<Pin>),
@@ -145,21 +146,14 @@ impl Correlation {
                 self.unpinned(request, &name, result);
             }
             (Persisting::Cancel { disks }, Ok(())) => self.cancelled(request, &disks),
-            (Persisting::Resolve { name, diskseq }, Ok(())) => {
-                // The machine may have changed while the store was writing.
-                let outcome = self.judge_resolution(&name, diskseq);
-                match (
-                    &outcome,
-                    self.exports.get(&name).and_then(|export| export.conflict),
-                ) {
-                    (Ok(_), Some(_)) => self.end_conflict(&name),
-                    // It was taken out of the store, and is none the less.
-                    (Err(_), Some(first)) => self.keep_conflict(&name, first),
-                    (_, None) => {}
-                }
-                self.settle(&name);
-                self.reply(request, outcome.map(|_| Reply::Done));
-            }
+            (
+                Persisting::Resolve {
+                    name,
+                    volume,
+                    diskseq,
+                },
+                Ok(()),
+            ) => self.resolved(request, &name, &volume, diskseq),
             (Persisting::Detach, result) => {
                 if let Some(detach) = self.detaches.get_mut(&request) {
                     detach.persisted = true;

@@ -33,7 +33,13 @@ impl SectionsChange {
 impl Correlation {
     /// The configuration was read: what of it changed is applied, and what has no pin is judged.
     pub(super) fn on_sections(&mut self, change: SectionsChange) {
-        let SectionsChange { put, gone, refused } = change;
+        let SectionsChange {
+            put,
+            gone,
+            unread,
+            refused,
+        } = change;
+        self.in_the_files = (!unread).then(|| refused.clone().unwrap_or_default());
         let mut wanted = std::mem::take(&mut self.pins.unmet);
         wanted.retain(|name, _| !gone.contains(name));
         let mut paths = Vec::with_capacity(put.len());
@@ -159,7 +165,7 @@ mod tests {
         let change = SectionsChange {
             put,
             gone: gone.collect(),
-            refused: None,
+            ..SectionsChange::default()
         };
         let actions = middle.apply(Duration::ZERO, Event::Sections(change));
         let told = actions.into_iter().find_map(|action| match action {

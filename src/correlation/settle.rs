@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 
 use super::binding::{Cue, Failure, Want};
 use super::{Correlation, DiskSeq, EndHow, Export, ExportName};
+use crate::identity::Identity;
 
 /// The attached disks that present a volume's identity, by what speaks for or against them.
 #[derive(Debug, Default)]
@@ -26,8 +27,12 @@ impl Correlation {
     }
 
     pub(super) fn claimants(&self, export: &Export) -> Claimants {
+        self.claimants_of(&export.candidates)
+    }
+
+    pub(super) fn claimants_of(&self, candidates: &BTreeSet<Identity>) -> Claimants {
         let mut claimants = Claimants::default();
-        for diskseq in self.disks.presenting(&export.candidates) {
+        for diskseq in self.disks.presenting(candidates) {
             let Some(disk) = self.disks.get(diskseq) else {
                 continue;
             };

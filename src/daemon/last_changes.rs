@@ -5,13 +5,15 @@ use std::collections::BTreeMap;
 use crate::correlation::{
     BootId, Change, Conflict, Definition, DiskSeq, ExportName, Mapping, Pin, Release, VmDisk,
 };
+use crate::identity::VolumeId;
 
 /// What one row of the store is of.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 enum Row {
     Export(ExportName),
     Release(BootId, DiskSeq),
-    Conflict(ExportName),
+    /// `None` where its volume was not kept.
+    Conflict(ExportName, Option<VolumeId>),
     Mapping(VmDisk),
     Pin(ExportName),
 }
@@ -24,8 +26,11 @@ impl Row {
             }
             Change::PutRelease(Release { diskseq, boot, .. })
             | Change::DeleteRelease { diskseq, boot } => Row::Release(boot.clone(), *diskseq),
-            Change::PutConflict(Conflict { export, .. }) | Change::DeleteConflict(export) => {
-                Row::Conflict(export.clone())
+            Change::PutConflict(Conflict { export, volume, .. }) => {
+                Row::Conflict(export.clone(), volume.clone())
+            }
+            Change::DeleteConflict { export, volume } => {
+                Row::Conflict(export.clone(), Some(volume.clone()))
             }
             Change::PutMapping(Mapping { disk, .. }) | Change::RetireMapping(disk) => {
                 Row::Mapping(disk.clone())

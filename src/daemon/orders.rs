@@ -91,7 +91,10 @@ mod tests {
     use crate::identity::VolumeId;
 
     fn conflict_is_over(export: &str) -> Change {
-        Change::DeleteConflict(ExportName::parse(export).unwrap())
+        Change::DeleteConflict {
+            export: ExportName::parse(export).unwrap(),
+            volume: VolumeId::parse("serial:x").unwrap(),
+        }
     }
 
     fn retire(export: &str) -> Change {

@@ -105,7 +105,10 @@ mod tests {
         let mut owed = Owed::default();
         let (delete, conflict) = (
             Change::DeleteExport(name("a")),
-            Change::DeleteConflict(name("a")),
+            Change::DeleteConflict {
+                export: name("a"),
+                volume: VolumeId::parse("serial:x").unwrap(),
+            },
         );
         owed.refused(&[put("a")], Vec::new());
         assert!(owed.is_empty() && owed.due().is_none(), "it never began");

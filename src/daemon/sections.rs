@@ -14,7 +14,9 @@ use crate::config::nbd_server::{
     self, Access, Backing, COMMAND_LINE, CommandLine, Generic, Section,
 };
 use crate::config::{self, Config, Pace, Problem};
-use crate::correlation::{ConfiguredSection, Definition, ExportName, NamedPath, Source, Written};
+use crate::correlation::{
+    ConfiguredSection, Definition, ExportName, NamedPath, SectionsChange, Source, Written,
+};
 use crate::identity::{OptIn, VolumeId};
 use crate::nbd::{self, AllowList, Rules};
 use crate::udev;
@@ -142,7 +144,10 @@ pub(super) fn read(
     let found = Found {
         taken: sections.len(),
         refused: judged.refused,
-        change: last.change(sections, (!judged.unread).then_some(refused)),
+        change: SectionsChange {
+            unread: judged.unread,
+            ..last.change(sections, (!judged.unread).then_some(refused))
+        },
         rules: last.rules(rules),
         claim: match &settings {
             Ok(settings) => last.claim(settings.claim.clone()),

@@ -3,8 +3,8 @@
 use sqlx::sqlite::{SqliteArguments, SqliteRow};
 use sqlx::{Sqlite, SqliteConnection, query::Query};
 
-use super::rows::{conflict, definition, mapping, pin, release};
-use crate::correlation::{Change, Conflict, Definition, Mapping, Pin, Release};
+use super::rows::{conflict, definition, mapping, pin, release, text_of};
+use crate::correlation::{Change, Conflict, Definition, ExportName, Mapping, Pin, Release};
 
 type Asked<'q> = Query<'q, Sqlite, SqliteArguments>;
 
@@ -33,10 +33,10 @@ fn asked(change: &Change) -> Asked<'_> {
                 .bind(&boot.0)
                 .bind(diskseq.to_string())
         }
-        Change::PutConflict(Conflict { export, .. }) | Change::DeleteConflict(export) => {
-            sqlx::query("SELECT export, first, boot FROM conflicts WHERE export = ?")
-                .bind(export.as_str())
+        Change::PutConflict(Conflict { export, volume, .. }) => {
+            asked_conflict(export, text_of(volume.as_ref()))
         }
+        Change::DeleteConflict { export, volume } => asked_conflict(export, volume.to_string()),
         Change::PutMapping(Mapping { disk, .. }) | Change::RetireMapping(disk) => sqlx::query(
             "SELECT export_name, vm_id, disk_unit_number, vm_name FROM vm_export_mappings
              WHERE status = 'active' AND vm_id = ? AND disk_unit_number = ?",
@@ -50,6 +50,12 @@ fn asked(change: &Change) -> Asked<'_> {
     }
 }
 
+fn asked_conflict(export: &ExportName, volume: String) -> Asked<'_> {
+    sqlx::query("SELECT export, volume, first, boot FROM conflicts WHERE export = ? AND volume = ?")
+        .bind(export.as_str())
+        .bind(volume)
+}
+
 fn absent(change: &Change) -> Change {
     match change {
         Change::PutExport(Definition { name, .. }) | Change::DeleteExport(name) => {
@@ -60,9 +66,17 @@ fn absent(change: &Change) -> Change {
             diskseq: *diskseq,
             boot: boot.clone(),
         },
-        Change::PutConflict(Conflict { export, .. }) | Change::DeleteConflict(export) => {
-            Change::DeleteConflict(export.clone())
-        }
+        Change::PutConflict(Conflict {
+            export,
+            volume: Some(volume),
+            ..
+        })
+        | Change::DeleteConflict { export, volume } => Change::DeleteConflict {
+            export: export.clone(),
+            volume: volume.clone(),
+        },
+        // Written by no one any more: to put it is to change nothing.
+        put @ Change::PutConflict(Conflict { volume: None, .. }) => put.clone(),
         Change::PutMapping(Mapping { disk, .. }) | Change::RetireMapping(disk) => {
             Change::RetireMapping(disk.clone())
         }
@@ -78,7 +92,7 @@ fn present(change: &Change, row: &SqliteRow) -> Option<Change> {
         Change::PutRelease(_) | Change::DeleteRelease { .. } => {
             release(row).map(Change::PutRelease)
         }
-        Change::PutConflict(_) | Change::DeleteConflict(_) => {
+        Change::PutConflict(_) | Change::DeleteConflict { .. } => {
             conflict(row).map(Change::PutConflict)
         }
         Change::PutMapping(_) | Change::RetireMapping(_) => mapping(row).map(Change::PutMapping),

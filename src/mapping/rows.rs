@@ -83,14 +83,17 @@ async fn apply_each(
                     .bind(diskseq.to_string())
             }
             Change::PutConflict(conflict) => sqlx::query(
-                "INSERT INTO conflicts (export, first, boot) VALUES (?, ?, ?)
-                 ON CONFLICT (export) DO UPDATE SET first = excluded.first, boot = excluded.boot",
+                "INSERT INTO conflicts (export, volume, first, boot) VALUES (?, ?, ?, ?)
+                 ON CONFLICT (export, volume) DO UPDATE SET first = excluded.first, boot = excluded.boot",
             )
             .bind(conflict.export.as_str())
+            .bind(text_of(conflict.volume.as_ref()))
             .bind(conflict.first.map(|diskseq| diskseq.to_string()))
             .bind(&conflict.boot.0),
-            Change::DeleteConflict(export) => {
-                sqlx::query("DELETE FROM conflicts WHERE export = ?").bind(export.as_str())
+            Change::DeleteConflict { export, volume } => {
+                sqlx::query("DELETE FROM conflicts WHERE export = ? AND volume IN (?, '')")
+                    .bind(export.as_str())
+                    .bind(volume.to_string())
             }
             // A row of the appliances' table keeps its id for good: whoever refers to it finds it again.
             Change::PutMapping(mapping) => sqlx::query(
@@ -152,9 +155,10 @@ pub(super) async fn load(
     let releases = sqlx::query("SELECT boot, diskseq, volume FROM releases ORDER BY boot, diskseq")
         .fetch_all(&mut *transaction)
         .await?;
-    let conflicts = sqlx::query("SELECT export, first, boot FROM conflicts ORDER BY export")
-        .fetch_all(&mut *transaction)
-        .await?;
+    let conflicts =
+        sqlx::query("SELECT export, volume, first, boot FROM conflicts ORDER BY export, volume")
+            .fetch_all(&mut *transaction)
+            .await?;
     let mappings = sqlx::query(
         "SELECT export_name, vm_id, disk_unit_number, vm_name FROM vm_export_mappings
          WHERE status = 'active' ORDER BY vm_id, disk_unit_number",
@@ -174,6 +178,11 @@ pub(super) async fn load(
         releases: parsed(&releases, "releases", file, release),
         conflicts: parsed(&conflicts, "conflicts", file, conflict),
     })
+}
+
+/// Of a conflict's volume.
+pub(super) fn text_of(volume: Option<&VolumeId>) -> String {
+    volume.map(ToString::to_string).unwrap_or_default()
 }
 
 pub(super) fn parsed<T>(
@@ -225,8 +234,11 @@ pub(super) fn release(row: &SqliteRow) -> Result<Release, String> {
 
 pub(super) fn conflict(row: &SqliteRow) -> Result<Conflict, String> {
     let first: Option<String> = column(row, "first")?;
+    let volume: String = column(row, "volume")?;
     Ok(Conflict {
         export: name(row, "export")?,
+        // One that cannot be read back is that of the export, whatever that has.
+        volume: VolumeId::parse(&volume).ok(),
         first: first.as_deref().map(diskseq).transpose()?,
         boot: BootId(column(row, "boot")?),
     })

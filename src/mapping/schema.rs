@@ -10,7 +10,7 @@ use super::index_room::IndexRoom;
 use super::{BUSY_WITHIN, StoreError};
 
 /// One step each, from version N to N+1. Never edited once released: a new one is added.
-const MIGRATIONS: [&str; 8] = [
+const MIGRATIONS: [&str; 9] = [
     // Numbers that are 64 bits without a sign are text: SQLite's integers have a sign.
     "CREATE TABLE exports (
         name TEXT NOT NULL PRIMARY KEY,
@@ -100,6 +100,19 @@ const MIGRATIONS: [&str; 8] = [
     );",
     // Why a path is in doubt, as it was found first.
     "ALTER TABLE pins ADD COLUMN doubt TEXT NOT NULL DEFAULT '';",
+    // A conflict is the volume's, and outlives the export that had it; empty where the volume was not kept.
+    "CREATE TABLE conflicts_of_volumes (
+        export TEXT NOT NULL,
+        volume TEXT NOT NULL DEFAULT '',
+        first TEXT,
+        boot TEXT NOT NULL,
+        PRIMARY KEY (export, volume)
+    );
+    INSERT INTO conflicts_of_volumes (export, volume, first, boot)
+        SELECT c.export, coalesce(e.volume, ''), c.first, c.boot
+        FROM conflicts c LEFT JOIN exports e ON e.name = c.export;
+    DROP TABLE conflicts;
+    ALTER TABLE conflicts_of_volumes RENAME TO conflicts;",
 ];
 
 /// Opens `file`, which exists (empty when it is new), for reading and writing.

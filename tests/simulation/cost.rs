@@ -330,8 +330,8 @@ fn read(middle: &mut Correlation, change: SectionsChange) -> (usize, u64) {
 fn a_reload_costs_what_changed_and_not_what_there_is() {
     let of = |put: Vec<ConfiguredSection>| SectionsChange {
         put,
-        gone: BTreeSet::new(),
         refused: Some(BTreeSet::new()),
+        ..SectionsChange::default()
     };
     let (mut shapes, mut asked) = (BTreeSet::new(), Vec::new());
     for count in [1_000, 10_000] {

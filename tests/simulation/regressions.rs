@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use nbdtrack::correlation::{DiskSeq, RemoveMode, Reply, Request, RequestError, Source, State};
 
-use crate::world::{Broken, World, definition, name, volume};
+use crate::world::{Broken, World, definition, ensure, name, volume};
 
 const WITHIN: Duration = Duration::from_secs(30);
 
@@ -110,6 +110,154 @@ fn a_new_export_waits_with_the_others_of_its_volume() {
     });
     world.settle_all();
     assert_eq!(state(&world, 2), Some(State::Ambiguous));
+    ends_well(world);
+}
+
+/// Disk 1 was served as volume 0 by e0, disk 2 came beside it, and is alone now.
+fn survivor() -> World {
+    let mut world = serving();
+    left_alone(&mut world);
+    world
+}
+
+fn left_alone(world: &mut World) {
+    world.attach(1, 0, true);
+    world.settle_all();
+    world.detach(0, true);
+    world.settle_all();
+    assert_eq!(state(world, 0), Some(State::Ambiguous));
+}
+
+fn resolve(index: u8, diskseq: u64) -> Request {
+    Request::ResolveConflict {
+        name: name(index),
+        diskseq: DiskSeq(diskseq),
+    }
+}
+
+/// The conflict went with the export that had it: to remove it and add it again was to confirm the survivor, by two calls that
+/// need no right to confirm.
+#[test]
+fn a_conflict_outlives_the_export_that_had_it() {
+    let mut world = survivor();
+    world.ask(remove(0, false));
+    world.settle_all();
+    assert_eq!(state(&world, 0), None);
+    world.ask(add(0, 0));
+    world.settle_all();
+    assert_eq!(state(&world, 0), Some(State::Ambiguous));
+    world.ask(remove(0, false));
+    world.settle_all();
+    world.crash(false, 0);
+    world.settle_all();
+    // Another name, and a disk of a VM.
+    let wait = Duration::ZERO;
+    world.ask(Request::EnsureVmExport(ensure(2, 0, 0, wait)));
+    world.settle_all();
+    assert_eq!(state(&world, 2), Some(State::Ambiguous));
+    world.ask(resolve(2, 2));
+    world.settle_all();
+    assert_eq!(state(&world, 2), Some(State::Serving));
+    world.crash(false, 0);
+    world.settle_all();
+    assert_eq!(state(&world, 2), Some(State::Serving), "it was confirmed");
+    ends_well(world);
+}
+
+/// What is left of a conflict is not kept for ever.
+#[test]
+fn a_conflict_without_an_export_ends_with_the_last_disk_of_the_volume() {
+    let mut world = survivor();
+    world.ask(remove(0, false));
+    world.settle_all();
+    assert_eq!(world.store.conflicts.len(), 1);
+    world.detach(1, true);
+    world.settle_all();
+    assert!(world.store.conflicts.is_empty());
+    world.attach(1, 0, true);
+    world.settle_all();
+    world.ask(add(0, 0));
+    world.settle_all();
+    assert_eq!(state(&world, 0), Some(State::Serving));
+    ends_well(world);
+}
+
+/// An export that was given another name in the file, by one reload, left its conflict behind.
+#[test]
+fn a_conflict_survives_another_name_and_another_volume_and_back() {
+    let mut world = World::new(Broken::Nothing, &[(0, 0)], &[]);
+    world.configure(vec![definition(0, 0, 0, Source::Config)]);
+    world.settle_all();
+    left_alone(&mut world);
+    world.configure(vec![definition(1, 0, 0, Source::Config)]);
+    world.settle_all();
+    assert_eq!(state(&world, 0), None);
+    assert_eq!(state(&world, 1), Some(State::Ambiguous));
+    world.configure(vec![definition(1, 1, 0, Source::Config)]);
+    world.settle_all();
+    assert_eq!(state(&world, 1), Some(State::Absent));
+    world.configure(vec![definition(1, 0, 0, Source::Config)]);
+    world.settle_all();
+    assert_eq!(state(&world, 1), Some(State::Ambiguous));
+    ends_well(world);
+}
+
+/// Exports that the file got while the daemon was down: one was defined before the one that had the conflict, by its name, and served
+/// the survivor; another took its place.
+#[test]
+fn a_conflict_meets_what_the_file_got_while_the_daemon_was_down() {
+    for file in [vec![0, 1], vec![0]] {
+        let mut world = World::new(Broken::Nothing, &[(0, 0)], &[]);
+        let reader = |index: u8| definition(index, 0, 1, Source::Config);
+        world.configure(vec![reader(1)]);
+        world.settle_all();
+        world.attach(1, 0, true);
+        world.settle_all();
+        world.detach(0, true);
+        world.settle_all();
+        world.edit(file.iter().copied().map(reader).collect(), 0);
+        world.settle_all();
+        for index in file {
+            assert_eq!(state(&world, index), Some(State::Ambiguous), "e{index}");
+        }
+        ends_well(world);
+    }
+}
+
+/// A confirmation counted for one export, and another of the same volume began its next start with the others' doubt.
+#[test]
+fn a_confirmation_is_of_the_volume_whoever_exports_it() {
+    let mut world = serving();
+    world.ask(Request::AddExport {
+        definition: definition(2, 0, 1, Source::Dbus),
+        wait: Duration::ZERO,
+    });
+    world.settle_all();
+    left_alone(&mut world);
+    assert_eq!(state(&world, 2), Some(State::Ambiguous));
+    world.ask(resolve(2, 2));
+    world.settle_all();
+    let both = [state(&world, 0), state(&world, 2)];
+    assert_eq!(both, [Some(State::Serving); 2]);
+    world.crash(false, 0);
+    world.settle_all();
+    let both = [state(&world, 0), state(&world, 2)];
+    assert_eq!(both, [Some(State::Serving); 2]);
+    ends_well(world);
+}
+
+/// The export went while its confirmation was being stored: what was taken out of the store is put back.
+#[test]
+fn a_confirmation_of_an_export_that_goes_confirms_nothing() {
+    let mut world = survivor();
+    world.ask(remove(0, false));
+    world.ask(resolve(0, 2));
+    world.settle_all();
+    assert_eq!(world.store.conflicts.len(), 1);
+    world.crash(false, 0);
+    world.ask(add(0, 0));
+    world.settle_all();
+    assert_eq!(state(&world, 0), Some(State::Ambiguous));
     ends_well(world);
 }
 

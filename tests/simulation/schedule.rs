@@ -56,6 +56,7 @@ pub enum Kind {
     CancelDetach,
     Resolve,
     Configure,
+    Edit,
     Pass,
     PassToDeadline,
     Crash,
@@ -64,7 +65,7 @@ pub enum Kind {
 }
 
 /// How often each kind is drawn, and whether a seed may leave it out.
-const KINDS: [(Kind, u8, bool); 31] = [
+const KINDS: [(Kind, u8, bool); 32] = [
     (Kind::Attach, 10, false),
     (Kind::Detach, 6, true),
     (Kind::Swap, 3, true),
@@ -91,6 +92,7 @@ const KINDS: [(Kind, u8, bool); 31] = [
     (Kind::CancelDetach, 2, true),
     (Kind::Resolve, 3, true),
     (Kind::Configure, 2, true),
+    (Kind::Edit, 1, true),
     (Kind::Pass, 3, true),
     (Kind::PassToDeadline, 3, true),
     (Kind::Crash, 1, true),
@@ -274,22 +276,8 @@ pub fn take(world: &mut World, step: Step) {
                 diskseq,
             });
         }
-        Kind::Configure => {
-            let mut definitions = Vec::new();
-            for index in 0..NAMES {
-                if a >> index & 1 == 1 {
-                    let direct = (a >> (NAMES + index) & 1) << 2;
-                    let flags = (c >> (2 * index)) & 3 | direct;
-                    definitions.push(definition(
-                        index,
-                        b >> (2 * index) & 3,
-                        flags,
-                        Source::Config,
-                    ));
-                }
-            }
-            world.configure(definitions);
-        }
+        Kind::Configure => world.configure(file(a, b, c)),
+        Kind::Edit => world.edit(file(a, b, c), c >> 6),
         Kind::Pass => world.pass(Duration::from_millis(u64::from(a) * u64::from(a))),
         Kind::PassToDeadline => {
             world.pass_to_deadline(Duration::from_secs(u64::from(a) * 2));
@@ -302,6 +290,17 @@ pub fn take(world: &mut World, step: Step) {
             }
         }
     }
+}
+
+/// A configuration by its bits.
+fn file(a: u8, b: u8, c: u8) -> Vec<Definition> {
+    let named = (0..NAMES).filter(|index| a >> index & 1 == 1);
+    let definition = |index: u8| {
+        let direct = (a >> (NAMES + index) & 1) << 2;
+        let flags = (c >> (2 * index)) & 3 | direct;
+        definition(index, b >> (2 * index) & 3, flags, Source::Config)
+    };
+    named.map(definition).collect()
 }
 
 /// Takes steps out for as long as the schedule fails without them.

@@ -134,7 +134,7 @@ impl Pending {
 pub struct Store {
     pub exports: BTreeMap<ExportName, Definition>,
     pub releases: Vec<Release>,
-    pub conflicts: BTreeMap<ExportName, Conflict>,
+    pub conflicts: BTreeMap<(ExportName, Option<VolumeId>), Conflict>,
     /// Active ones by their disk; one of two on a disk would replace the other, as the table's key does.
     pub mappings: BTreeMap<VmDisk, Mapping>,
     pub pins: BTreeMap<ExportName, Pin>,
@@ -173,7 +173,14 @@ pub struct World {
     config_refused: BTreeSet<ExportName>,
     /// The definitions of the configuration that were taken over last.
     configured: BTreeMap<ExportName, Definition>,
-    conflicts: BTreeMap<ExportName, Option<DiskSeq>>,
+    /// By export and volume.
+    conflicts: BTreeMap<(ExportName, u8), Option<DiskSeq>>,
+    /// Volumes that two disks claimed, and whom the first of them was, until someone says which is right, or that one is alone again, or
+    /// none is left: whatever exports come and go meanwhile, no other disk is served as the volume.
+    doubts: BTreeMap<u8, Option<DiskSeq>>,
+    /// What was told of each disk last: whether it claims what it presents.
+    claims: BTreeMap<DiskSeq, (u64, bool)>,
+    surveyed: bool,
     releases: BTreeSet<DiskSeq>,
     /// Given up, and told so: never to be opened.
     given_up: BTreeSet<DiskSeq>,
@@ -223,6 +230,10 @@ pub fn ensure(index: u8, volume_index: u8, bits: u8, wait: Duration) -> Ensure {
 
 pub fn volume(index: u8) -> VolumeId {
     VolumeId::parse(&format!("loop:/v{index}")).expect("a valid volume")
+}
+
+fn index_of(volume: &VolumeId) -> Option<u8> {
+    (0..VOLUMES).find(|index| self::volume(*index) == *volume)
 }
 
 fn identity(volume: u8) -> Identity {
@@ -288,6 +299,9 @@ impl World {
             config_refused: BTreeSet::new(),
             configured: BTreeMap::new(),
             conflicts: BTreeMap::new(),
+            doubts: BTreeMap::new(),
+            claims: BTreeMap::new(),
+            surveyed: false,
             releases: BTreeSet::new(),
             given_up: BTreeSet::new(),
             pending: BTreeMap::new(),
@@ -497,9 +511,12 @@ impl World {
             Event::DiskSeen { mark, facts } => {
                 let known = matches!(facts.identities, Reading::Known(_));
                 self.count_delivery(facts.number.minor, *mark, known);
+                self.count_claim(*mark, facts);
             }
             Event::DiskGone { mark, number, .. } => self.count_delivery(number.minor, *mark, false),
             Event::Surveyed { mark, disks, .. } => {
+                self.surveyed = true;
+                disks.iter().for_each(|facts| self.count_claim(*mark, facts));
                 for slot in 0..SLOTS {
                     let facts = disks.iter().find(|facts| facts.number == number(slot));
                     let known =
@@ -519,6 +536,12 @@ impl World {
             }
         }
         self.apply(event);
+    }
+
+    fn count_claim(&mut self, mark: Mark, facts: &DiskFacts) {
+        let claims = !facts.leaving && facts.holders.is_empty();
+        let told = self.claims.entry(facts.diskseq).or_default();
+        *told = (mark.0, claims).max(*told);
     }
 
     fn count_delivery(&mut self, slot: u32, mark: Mark, known: bool) {
@@ -796,6 +819,12 @@ impl World {
         }
     }
 
+    /// Somebody edits the file while the daemon is down.
+    pub fn edit(&mut self, definitions: Vec<Definition>, kept: u8) {
+        self.config = definitions;
+        self.crash(false, kept);
+    }
+
     // ---- Time, crashes, the end.
 
     pub fn pass(&mut self, time: Duration) {
@@ -866,17 +895,22 @@ impl World {
         self.stopped = false;
         self.survey_wanted = true;
         self.now = Duration::ZERO;
+        self.surveyed = false;
+        self.claims.clear();
         let boot = BootId(format!("boot{}", self.boot));
         let conflicts: Vec<Conflict> = self.store.conflicts.values().cloned().collect();
         self.conflicts = conflicts
             .iter()
-            .map(|conflict| {
-                (
-                    conflict.export.clone(),
-                    conflict.first.filter(|_| conflict.boot == boot),
-                )
+            .filter_map(|conflict| {
+                let volume = index_of(conflict.volume.as_ref()?)?;
+                let first = conflict.first.filter(|_| conflict.boot == boot);
+                Some(((conflict.export.clone(), volume), first))
             })
             .collect();
+        self.doubts.clear();
+        for ((_, volume), first) in self.conflicts.clone() {
+            self.doubt(volume, first);
+        }
         let present: BTreeSet<DiskSeq> = self.slots.iter().flatten().map(|disk| disk.seq).collect();
         self.releases = self
             .store
@@ -1024,7 +1058,6 @@ impl World {
                     self.fail(format!("{export} is forgotten while it serves"));
                 }
                 self.refused.remove(&export);
-                self.conflicts.remove(&export);
                 // Another export of this name counts anew, above what is still held of this one.
                 let held = self
                     .leases
@@ -1075,6 +1108,14 @@ impl World {
             self.fail(format!(
                 "{export} of volume {wanted} was bound to a disk of volume {}",
                 handle.volume
+            ));
+        }
+        if let Some(first) = self.doubts.get(&wanted)
+            && *first != Some(handle.seq)
+        {
+            self.fail(format!(
+                "{export} was bound to diskseq {}, which claims volume {wanted} beside {first:?}, and nobody has said that it is",
+                handle.seq
             ));
         }
         let bound = self.middle.export(&export).and_then(|view| view.disk);
@@ -1189,11 +1230,17 @@ impl World {
         for change in &changes {
             match change {
                 Change::PutConflict(conflict) => {
-                    self.conflicts
-                        .insert(conflict.export.clone(), conflict.first);
+                    let volume = conflict.volume.as_ref().and_then(index_of);
+                    if let Some(volume) = volume {
+                        let key = (conflict.export.clone(), volume);
+                        self.conflicts.insert(key, conflict.first);
+                        self.doubt(volume, conflict.first);
+                    }
                 }
-                Change::DeleteConflict(export) if request == INTERNAL => {
-                    self.conflicts.remove(export);
+                Change::DeleteConflict { export, volume } if request == INTERNAL => {
+                    let volume = index_of(volume);
+                    self.conflicts
+                        .retain(|(of, about), _| of != export || Some(*about) != volume);
                 }
                 Change::PutRelease(release) => {
                     self.releases.insert(release.diskseq);
@@ -1208,7 +1255,7 @@ impl World {
                 }
                 Change::PutExport(_)
                 | Change::DeleteExport(_)
-                | Change::DeleteConflict(_)
+                | Change::DeleteConflict { .. }
                 | Change::PutMapping(_)
                 | Change::RetireMapping(_)
                 | Change::PutPin(_)
@@ -1297,7 +1344,9 @@ impl World {
                 }
             }
             (Pending::Resolve { name }, Ok(_)) => {
-                self.conflicts.remove(&name);
+                let volume = self.volume_of(&name);
+                self.conflicts.retain(|(_, about), _| *about != volume);
+                self.doubts.remove(&volume);
             }
             (Pending::Cancel, Ok(_)) => {}
             (_, Err(_)) => {}
@@ -1386,6 +1435,7 @@ impl World {
                 ));
             }
         }
+        self.judge_doubts();
         let names: Vec<ExportName> = (0..NAMES).map(name).collect();
         for export in names {
             let serving = self
@@ -1415,6 +1465,36 @@ impl World {
         if let Some(request) = late.first().filter(|_| looked) {
             self.fail(format!("{request:?} is late"));
         }
+    }
+
+    /// Doubts that end by themselves.
+    fn judge_doubts(&mut self) {
+        if !self.surveyed {
+            return;
+        }
+        let mut doubts = std::mem::take(&mut self.doubts);
+        doubts.retain(|index, first| {
+            let claimants = self.middle.disks_of(&volume(*index));
+            let claims = |seq: &&DiskSeq| {
+                !self.releases.contains(*seq) && self.claims.get(*seq).is_some_and(|told| told.1)
+            };
+            let active: Vec<&DiskSeq> = claimants.iter().filter(claims).collect();
+            let alone = matches!((active.as_slice(), first), ([only], Some(first)) if *only == first);
+            !alone && !claimants.is_empty()
+        });
+        self.doubts = doubts;
+    }
+
+    /// One of the exports may not have known who came first.
+    fn doubt(&mut self, volume: u8, first: Option<DiskSeq>) {
+        let known = self.doubts.entry(volume).or_insert(first);
+        *known = known.or(first);
+    }
+
+    fn volume_of(&self, export: &ExportName) -> u8 {
+        let view = self.middle.export(export);
+        view.and_then(|view| (0..VOLUMES).find(|v| volume(*v).to_string() == view.volume_id))
+            .unwrap_or(VOLUMES)
     }
 
     /// Everything that decides what can happen next, without what only counts.
@@ -1592,7 +1672,8 @@ impl World {
             .flatten()
             .filter(claims)
             .any(|disk| self.releases.contains(&disk.seq));
-        let conflict = self.conflicts.get(export).copied();
+        let conflict = self.conflicts.get(&(export.clone(), wanted)).copied();
+        let conflict = conflict.or_else(|| self.doubts.get(&wanted).copied());
         let expected = match (active.as_slice(), conflict) {
             _ if self.stopped => State::Absent,
             ([], _) if released => State::Released,
@@ -1643,10 +1724,12 @@ impl Store {
                         .retain(|r| (r.diskseq, &r.boot) != (diskseq, &boot));
                 }
                 Change::PutConflict(conflict) => {
-                    self.conflicts.insert(conflict.export.clone(), conflict);
+                    let key = (conflict.export.clone(), conflict.volume.clone());
+                    self.conflicts.insert(key, conflict);
                 }
-                Change::DeleteConflict(export) => {
-                    self.conflicts.remove(&export);
+                Change::DeleteConflict { export, volume } => {
+                    self.conflicts.remove(&(export.clone(), None));
+                    self.conflicts.remove(&(export, Some(volume)));
                 }
                 Change::PutMapping(mapping) => {
                     self.mappings.insert(mapping.disk.clone(), mapping);
