@@ -67,6 +67,39 @@ async fn survey(events: &mut mpsc::Receiver<Event>) -> Vec<DiskFacts> {
     }
 }
 
+/// The capacity of a disk could not be read for a moment, and it was told to be gone: with it went the record that it was given up.
+#[tokio::test]
+async fn a_disk_whose_size_is_lost_for_a_moment_is_not_gone() {
+    let tree = Tree::new();
+    let (dir, never) = (tree.add("vda", "253:0", 1), tree.add("vdb", "253:16", 2));
+    fs::write(dir.join("serial"), "one").unwrap();
+    // A drive without a medium is no disk.
+    fs::write(never.join("size"), "0\n").unwrap();
+    let (sender, mut events) = mpsc::channel(16);
+    let observer = observe(settings(&tree), sender).unwrap();
+    let read = |disks: Vec<DiskFacts>| {
+        let facts = |facts: DiskFacts| (facts.diskseq.0, facts.size, facts.identities);
+        disks.into_iter().map(facts).collect::<Vec<_>>()
+    };
+    let known = read(survey(&mut events).await);
+    assert_eq!((known.len(), known[0].0, known[0].1), (1, 1, 1 << 20));
+    fs::write(dir.join("size"), "0\n").unwrap();
+    observer.survey("test");
+    let lost = read(survey(&mut events).await);
+    assert!(
+        matches!(lost.as_slice(), [(1, 0, Reading::Unknown(_))]),
+        "{lost:?}"
+    );
+    fs::write(dir.join("size"), "2048\n").unwrap();
+    observer.survey("test");
+    assert_eq!(read(survey(&mut events).await), known);
+    // Another disk in its place has not been there.
+    fs::write(dir.join("size"), "0\n").unwrap();
+    fs::write(dir.join("diskseq"), "3\n").unwrap();
+    observer.survey("test");
+    assert_eq!(read(survey(&mut events).await), []);
+}
+
 #[tokio::test]
 async fn a_disk_that_does_not_answer_is_told_without_identity_and_again_when_it_answers() {
     let tree = Tree::new();

@@ -218,7 +218,7 @@ pub struct Correlation {
     /// Which disk and export an open is for; an export that gave it up is `None`.
     tickets: BTreeMap<Ticket, (DiskSeq, Option<ExportName>)>,
     released: BTreeMap<DiskSeq, Released>,
-    /// As the store gave them, until the first survey.
+    /// As the store gave them, until their disk is seen.
     remembered_releases: Vec<Release>,
     /// What is left of conflicts whose export is not there, by its name and their volume.
     left_conflicts: BTreeMap<(ExportName, VolumeId), LeftConflict>,
@@ -327,6 +327,10 @@ impl Correlation {
             } => {
                 let changes = self.disks.gone(mark, number, diskseq);
                 self.observe(changes);
+                // Also of a disk that a survey had missed.
+                if let Some(gone) = diskseq.filter(|gone| self.disks.get(*gone).is_none()) {
+                    self.end_release(gone);
+                }
             }
             Event::FileAbsent { file, reason } => self.on_file_absent(file, reason),
             Event::Surveyed {

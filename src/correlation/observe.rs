@@ -50,7 +50,7 @@ impl Correlation {
         for change in changes {
             match change {
                 DiskChange::Came(diskseq) => {
-                    self.recall_release_of_file(diskseq);
+                    self.recall_release(diskseq);
                     self.announce(diskseq);
                     self.tell_disk(diskseq);
                     self.settle_disk(diskseq, None);
@@ -65,6 +65,7 @@ impl Correlation {
                     self.judge_pins_at(diskseq, Some(&before.facts.node));
                 }
                 DiskChange::Left(disk) => {
+                    self.end_release(disk.facts.diskseq);
                     self.disk_left(&disk);
                     self.judge_left_conflicts(Some(&disk.identities));
                     self.judge_pins_at(disk.facts.diskseq, Some(&disk.facts.node));
@@ -148,15 +149,6 @@ impl Correlation {
 
     fn disk_left(&mut self, disk: &Disk) {
         let diskseq = disk.facts.diskseq;
-        // A release ends with the removal of its disk.
-        if self.released.remove(&diskseq).is_some() {
-            let boot = self.settings.boot.clone();
-            let changes = vec![Change::DeleteRelease { diskseq, boot }];
-            self.out.push(Action::Persist {
-                request: INTERNAL,
-                changes,
-            });
-        }
         for name in self.exports_of(&disk.identities) {
             self.settle(&name);
         }
@@ -230,30 +222,43 @@ impl Correlation {
         }
     }
 
-    /// The release of a file that the store remembers: it is seen on its own, before the first survey or after it.
-    fn recall_release_of_file(&mut self, diskseq: DiskSeq) {
+    /// This disk has left, or this file is another one: what was given up is gone. No survey alone says so, for it can miss a disk.
+    pub(super) fn end_release(&mut self, diskseq: DiskSeq) {
+        let boot = self.settings.boot.clone();
+        let before = self.remembered_releases.len();
+        self.remembered_releases
+            .retain(|release| release.diskseq != diskseq || release.boot != boot);
+        let was_remembered = self.remembered_releases.len() != before;
+        if self.released.remove(&diskseq).is_some() || was_remembered {
+            let changes = vec![Change::DeleteRelease { diskseq, boot }];
+            self.out.push(Action::Persist {
+                request: INTERNAL,
+                changes,
+            });
+        }
+    }
+
+    /// The release that the store remembers of a disk or file that the first survey did not see.
+    fn recall_release(&mut self, diskseq: DiskSeq) {
         let boot = &self.settings.boot;
-        let found = self.remembered_releases.iter().position(|release| {
-            diskseq.is_file() && release.diskseq == diskseq && release.boot == *boot
-        });
+        let found = self
+            .remembered_releases
+            .iter()
+            .position(|release| release.diskseq == diskseq && release.boot == *boot);
         if let Some(at) = found {
             let release = self.remembered_releases.swap_remove(at);
             self.release(diskseq, release.volume);
         }
     }
 
-    /// Takes up the releases that the store remembers: those of this boot whose disk is still there. Those of files wait for
-    /// theirs.
+    /// Takes up the releases that the store remembers: those of this boot whose disk is there. The others wait for theirs, for a survey
+    /// can miss a disk, and no other disk of this boot gets that number. Those of another boot are of no disk.
     fn recall_releases(&mut self) {
         for release in std::mem::take(&mut self.remembered_releases) {
-            if release.boot == self.settings.boot
-                && release.diskseq.is_file()
-                && self.disks.get(release.diskseq).is_none()
-            {
+            let same_boot = release.boot == self.settings.boot;
+            if same_boot && self.disks.get(release.diskseq).is_none() {
                 self.remembered_releases.push(release);
-            } else if release.boot == self.settings.boot
-                && self.disks.get(release.diskseq).is_some()
-            {
+            } else if same_boot {
                 self.release(release.diskseq, release.volume);
             } else {
                 let changes = vec![Change::DeleteRelease {

@@ -120,6 +120,16 @@ impl Correlation {
         if let Some(held) = export.binding.kept().filter(|held| held.diskseq == only) {
             return Some(self.want_kept(held));
         }
+        let sizeless = |disk: &super::disks::Disk| disk.facts.size == 0;
+        // An empty file is a file.
+        if !only.is_file() && self.disks.get(only).is_some_and(sizeless) {
+            return Some(Want::Nothing {
+                reason: format!(
+                    "{} (diskseq {only}) says that it has no room: it has no medium, or its driver cannot read it",
+                    self.node_of(only)
+                ),
+            });
+        }
         if let Some(blocking) = self.holds.blocking(&export.candidates, only) {
             return Some(Want::Nothing {
                 reason: format!(

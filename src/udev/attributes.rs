@@ -29,8 +29,11 @@ const TRIES: usize = 5;
 #[derive(Debug)]
 pub enum Found {
     Disk(Box<Disk>),
-    /// The device holds no disk: a loop device without a file, a drive without a medium.
+    /// The device holds no disk: a loop device without a file.
     Empty,
+    /// It has no room: a drive without a medium, a disk that its driver has given up (NVMe sets 0 before it removes), or one whose
+    /// capacity could not be read for a moment. The disk may be the one that it was.
+    Sizeless(DiskSeq),
     /// No such device.
     Absent,
     /// A partition, or memory that is never a volume.
@@ -75,7 +78,7 @@ pub fn read_disk(sysfs: &Path, number: DeviceNumber, depth: &Depth) -> io::Resul
             Ok(Some(found)) => return Ok(found),
             Ok(None) => {}
             // The device goes while it is read: the link is looked up again.
-            Err(e) if is_gone(&e) && !directory(sysfs, number).exists() => {
+            Err(e) if is_gone(&e) && !directory(sysfs, number).try_exists()? => {
                 return Ok(Found::Absent);
             }
             Err(e) if is_gone(&e) => {}
@@ -112,7 +115,7 @@ pub fn read_attributes(
             Ok(attributes) => Ok((disk.diskseq, attributes)),
             Err(reason) => Err(io::Error::other(reason)),
         },
-        Found::Empty | Found::Absent | Found::NotOurs => Err(io::Error::new(
+        Found::Empty | Found::Sizeless(_) | Found::Absent | Found::NotOurs => Err(io::Error::new(
             io::ErrorKind::NotFound,
             format!("{number}: no disk there"),
         )),
@@ -191,7 +194,8 @@ fn is_dying(dir: &Path) -> io::Result<bool> {
     Ok(matches!(state.as_deref(), Some("cancel" | "deleted")))
 }
 
-fn is_gone(e: &io::Error) -> bool {
+/// The device went while it was read.
+pub fn is_gone(e: &io::Error) -> bool {
     matches!(
         e.raw_os_error(),
         Some(libc::ENOENT | libc::ENODEV | libc::ENXIO | libc::ENOTDIR)
@@ -203,7 +207,7 @@ fn read_once(sysfs: &Path, number: DeviceNumber, depth: &Depth) -> io::Result<Op
     let dir = directory(sysfs, number);
     // Not by `text`: the lines are wanted here.
     let Some(uevent) = bytes(&dir.join("uevent"), TEXT_BYTES_MAX)? else {
-        return if dir.exists() {
+        return if dir.try_exists()? {
             Err(invalid(number, "no uevent attribute"))
         } else {
             Ok(Some(Found::Absent))
@@ -248,8 +252,8 @@ fn read_once(sysfs: &Path, number: DeviceNumber, depth: &Depth) -> io::Result<Op
         .and_then(|sectors: u64| sectors.checked_mul(512)) // `size` counts 512 bytes whatever the disk's block size.
         .ok_or_else(|| invalid(number, "no usable size"))?;
     if size == 0 {
-        // A drive without a medium, or a disk that its driver has given up (NVMe sets 0 before it removes).
-        return Ok(Some(Found::Empty));
+        let after = diskseq(&dir, number)?;
+        return Ok((before == after).then_some(Found::Sizeless(before)));
     }
     let read_only = text(&dir.join("ro"))?.as_deref() == Some("1");
     let attributes = match (depth, backing_file) {
@@ -288,7 +292,7 @@ fn read_once(sysfs: &Path, number: DeviceNumber, depth: &Depth) -> io::Result<Op
 fn diskseq(dir: &Path, number: DeviceNumber) -> io::Result<DiskSeq> {
     match number_in::<u64>(&dir.join("diskseq"))? {
         Some(seq) if seq != 0 => Ok(DiskSeq(seq)),
-        _ if !dir.exists() => Err(io::Error::from_raw_os_error(libc::ENODEV)),
+        _ if !dir.try_exists()? => Err(io::Error::from_raw_os_error(libc::ENODEV)),
         _ => Err(invalid(number, "no diskseq (Linux 5.15 or newer has it)")),
     }
 }
@@ -538,7 +542,7 @@ mod tests {
     #[test]
     fn what_is_no_whole_disk_with_a_medium_is_none() {
         let empty = Tree::with("sr0", &[("size", b"0\n")]);
-        assert!(matches!(empty.read(), Ok(Found::Empty)));
+        assert!(matches!(empty.read(), Ok(Found::Sizeless(DiskSeq(9)))));
         for memory in ["ram0", "zram12"] {
             assert!(matches!(Tree::with(memory, &[]).read(), Ok(Found::NotOurs)));
         }

@@ -112,7 +112,20 @@ impl Watch {
                     self.tell(Event::DiskSeen { mark, facts }).await?;
                 }
             }
-            Ok(Found::Empty | Found::Absent) => {
+            // Not gone while it is attached: what was given up stays given up, and whoever comes beside it is a twin.
+            Ok(Found::Sizeless(diskseq)) if self.knows(number, diskseq) => {
+                let known = self.known.get(&number);
+                let facts = known.map(|known| DiskFacts {
+                    size: 0,
+                    identities: Reading::Unknown("the disk says that it has no room".to_owned()),
+                    ..known.facts.clone()
+                });
+                self.in_survey(number, mark, facts.as_ref());
+                if let Some(facts) = facts.filter(|_| told) {
+                    self.tell(Event::DiskSeen { mark, facts }).await?;
+                }
+            }
+            Ok(Found::Empty | Found::Sizeless(_) | Found::Absent) => {
                 self.forget(number, None);
                 self.in_survey(number, mark, None);
                 if told {
@@ -146,6 +159,13 @@ impl Watch {
             }
         }
         Ok(())
+    }
+
+    /// This very disk was read there before.
+    fn knows(&self, number: DeviceNumber, diskseq: DiskSeq) -> bool {
+        self.known
+            .get(&number)
+            .is_some_and(|known| known.facts.diskseq == diskseq)
     }
 
     /// Tells that disks are gone which have this one's identity and which the kernel is taking away: its events of two SCSI disks

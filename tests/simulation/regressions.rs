@@ -300,6 +300,71 @@ fn before_the_first_survey_nothing_is_safe_to_detach() {
     ends_well(world);
 }
 
+/// A survey missed a disk that was given up; when the next one saw it, it was opened again, and detached under its clients.
+#[test]
+fn what_was_given_up_stays_so_when_a_survey_misses_it() {
+    let mut world = serving();
+    world.ask(prepare_detach(0, false));
+    world.settle_all();
+    assert_eq!(world.replies.last(), Some(&Ok(Reply::Done)));
+    world.blind(0);
+    world.deliver(0);
+    assert_eq!(world.middle.disks_of(&volume(0)), []);
+    world.survey(0, false);
+    world.settle_all();
+    assert_eq!(state(&world, 0), Some(State::Released));
+    // The first survey of a daemon is no better than another one.
+    world.crash(false, 0);
+    world.blind(0);
+    world.deliver(0);
+    assert_eq!(state(&world, 0), Some(State::Absent));
+    world.settle_all();
+    assert_eq!(state(&world, 0), Some(State::Released));
+    world.detach(0, true);
+    world.settle_all();
+    assert!(world.store.releases.is_empty());
+    ends_well(world);
+}
+
+/// It left while a survey had missed it: the record goes with the kernel's word.
+#[test]
+fn the_release_of_a_disk_that_was_missed_ends_when_it_is_removed() {
+    let mut world = serving();
+    world.ask(prepare_detach(0, false));
+    world.settle_all();
+    world.blind(0);
+    world.deliver(0);
+    assert_eq!(world.store.releases.len(), 1);
+    world.detach(0, true);
+    world.settle_all();
+    assert!(world.store.releases.is_empty());
+    ends_well(world);
+}
+
+/// A disk without a size, which has a diskseq and an identity as before, is neither opened nor gone.
+#[test]
+fn a_disk_without_a_size_is_not_opened_and_is_still_there() {
+    let mut world = World::new(
+        Broken::Nothing,
+        &[(0, 0)],
+        &[definition(0, 0, 0, Source::Dbus)],
+    );
+    world.settle_all();
+    world.sizeless(0);
+    world.deliver(0);
+    assert_eq!(state(&world, 0), Some(State::Draining));
+    assert_eq!(world.middle.disks_of(&volume(0)), [DiskSeq(1)]);
+    world.end_lease(0, false);
+    world.answer(0);
+    assert_eq!(state(&world, 0), Some(State::Absent));
+    assert!(world.opens.is_empty());
+    // A second disk beside it is a twin.
+    world.attach(1, 0, true);
+    world.deliver(1);
+    assert_eq!(state(&world, 0), Some(State::Ambiguous));
+    ends_well(world);
+}
+
 /// A detach that was asked for while the cancellation of an earlier one was being stored was answered, and then the
 /// cancellation took effect.
 #[test]

@@ -40,6 +40,8 @@ pub enum Kind {
     Lose,
     Double,
     Survey,
+    Blind,
+    Sizeless,
     Open,
     OpenFails,
     Answer,
@@ -65,7 +67,7 @@ pub enum Kind {
 }
 
 /// How often each kind is drawn, and whether a seed may leave it out.
-const KINDS: [(Kind, u8, bool); 32] = [
+const KINDS: [(Kind, u8, bool); 34] = [
     (Kind::Attach, 10, false),
     (Kind::Detach, 6, true),
     (Kind::Swap, 3, true),
@@ -76,6 +78,8 @@ const KINDS: [(Kind, u8, bool); 32] = [
     (Kind::Lose, 2, true),
     (Kind::Double, 2, true),
     (Kind::Survey, 4, true),
+    (Kind::Blind, 1, true),
+    (Kind::Sizeless, 1, true),
     (Kind::Open, 14, false),
     (Kind::OpenFails, 2, true),
     (Kind::Answer, 24, false),
@@ -216,6 +220,8 @@ pub fn take(world: &mut World, step: Step) {
         Kind::Lose => world.lose(a),
         Kind::Double => world.double(a),
         Kind::Survey => world.survey(if b & 3 == 0 { a } else { 0 }, b & 4 != 0),
+        Kind::Blind => world.blind(slot),
+        Kind::Sizeless => world.sizeless(slot),
         Kind::Open => world.open(a, 0),
         Kind::OpenFails => world.open(a, 1 + (b & 1)),
         Kind::Answer => world.answer(a),

@@ -482,6 +482,27 @@ impl World {
         }
     }
 
+    /// A survey that misses a disk which is there.
+    pub fn blind(&mut self, slot: u8) {
+        self.survey(0, false);
+        if let Some(Event::Surveyed { disks, .. }) = self.observations.back_mut() {
+            disks.retain(|facts| facts.number != number(slot));
+        }
+        // Until a better one the model is wrong.
+        self.survey_wanted = true;
+    }
+
+    /// The disk's capacity cannot be read, for a moment.
+    pub fn sizeless(&mut self, slot: u8) {
+        self.observe(slot, true);
+        if let Some(Event::DiskSeen { facts, .. }) = self.observations.back_mut()
+            && facts.number == number(slot)
+        {
+            facts.size = 0;
+        }
+        self.observe(slot, true);
+    }
+
     pub fn lose(&mut self, index: u8) {
         if self.observations.is_empty() {
             return;
