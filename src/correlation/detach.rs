@@ -184,6 +184,7 @@ impl Correlation {
     }
 
     pub(super) fn cancelled(&mut self, request: RequestId, disks: &BTreeSet<DiskSeq>) {
+        let mut names = BTreeSet::new();
         for diskseq in disks {
             self.released.remove(diskseq);
             self.log_disk(
@@ -192,14 +193,13 @@ impl Correlation {
                 "taken back",
                 "the detach was cancelled".to_owned(),
             );
-            let names = self
-                .disks
-                .get(*diskseq)
-                .map(|disk| self.exports_of(&disk.identities))
-                .unwrap_or_default();
-            for name in names {
-                self.settle(&name);
-            }
+            let identities = self.disks.get(*diskseq).map(|disk| &disk.identities);
+            names.extend(identities.map(|said| self.exports_of(said)).into_iter().flatten());
+        }
+        // When all are back: of two that come back together none is the first.
+        for name in names {
+            self.judge_conflict_but(&name, disks);
+            self.settle(&name);
         }
         self.reply(request, Ok(Reply::Done));
     }

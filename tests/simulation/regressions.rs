@@ -300,6 +300,30 @@ fn before_the_first_survey_nothing_is_safe_to_detach() {
     ends_well(world);
 }
 
+/// Two disks of a volume were given up and taken back together: the one that had come first to the machine was served again when the
+/// other left, though the other may be the one with the newer data.
+#[test]
+fn of_two_disks_that_are_taken_back_together_none_is_the_first() {
+    for leaves in [0, 1] {
+        let mut world = serving();
+        world.ask(prepare_detach(0, false));
+        world.settle_all();
+        // The first is given up: an ordinary return.
+        world.attach(1, 0, true);
+        world.settle_all();
+        assert_eq!(state(&world, 0), Some(State::Serving));
+        world.ask(prepare_detach(0, false));
+        world.settle_all();
+        world.ask(Request::CancelDetach { volume: volume(0) });
+        world.settle_all();
+        assert_eq!(state(&world, 0), Some(State::Ambiguous));
+        world.detach(leaves, true);
+        world.settle_all();
+        assert_eq!(state(&world, 0), Some(State::Ambiguous));
+        ends_well(world);
+    }
+}
+
 /// A survey missed a disk that was given up; when the next one saw it, it was opened again, and detached under its clients.
 #[test]
 fn what_was_given_up_stays_so_when_a_survey_misses_it() {

@@ -181,6 +181,8 @@ pub struct World {
     /// What was told of each disk last: whether it claims what it presents.
     claims: BTreeMap<DiskSeq, (u64, bool)>,
     surveyed: bool,
+    /// The disks of a volume in doubt of which nobody can say who was first.
+    equals: BTreeMap<u8, BTreeSet<DiskSeq>>,
     releases: BTreeSet<DiskSeq>,
     /// Given up, and told so: never to be opened.
     given_up: BTreeSet<DiskSeq>,
@@ -302,6 +304,7 @@ impl World {
             doubts: BTreeMap::new(),
             claims: BTreeMap::new(),
             surveyed: false,
+            equals: BTreeMap::new(),
             releases: BTreeSet::new(),
             given_up: BTreeSet::new(),
             pending: BTreeMap::new(),
@@ -929,6 +932,7 @@ impl World {
             })
             .collect();
         self.doubts.clear();
+        self.equals.clear();
         for ((_, volume), first) in self.conflicts.clone() {
             self.doubt(volume, first);
         }
@@ -977,10 +981,12 @@ impl World {
         } = &event
             && matches!(self.pending.get(request), Some(Pending::Cancel))
         {
-            for seq in self.cancels.remove(request).unwrap_or_default() {
-                self.releases.remove(&seq);
-                self.given_up.remove(&seq);
+            let seqs = self.cancels.remove(request).unwrap_or_default();
+            for seq in &seqs {
+                self.releases.remove(seq);
+                self.given_up.remove(seq);
             }
+            self.doubt_equals(&seqs);
         }
         self.applied += 1;
         let actions = self.middle.apply(self.now, event);
@@ -1368,6 +1374,7 @@ impl World {
                 let volume = self.volume_of(&name);
                 self.conflicts.retain(|(_, about), _| *about != volume);
                 self.doubts.remove(&volume);
+                self.equals.remove(&volume);
             }
             (Pending::Cancel, Ok(_)) => {}
             (_, Err(_)) => {}
@@ -1503,13 +1510,34 @@ impl World {
             let alone = matches!((active.as_slice(), first), ([only], Some(first)) if *only == first);
             !alone && !claimants.is_empty()
         });
+        self.equals.retain(|index, _| doubts.contains_key(index));
         self.doubts = doubts;
     }
 
     /// One of the exports may not have known who came first.
     fn doubt(&mut self, volume: u8, first: Option<DiskSeq>) {
+        let equals = self.equals.get(&volume);
+        if first.is_some_and(|first| equals.is_some_and(|equals| equals.contains(&first))) {
+            self.fail(format!(
+                "{first:?} is told to be the first of volume {volume}, of two that came back together"
+            ));
+        }
         let known = self.doubts.entry(volume).or_insert(first);
         *known = known.or(first);
+    }
+
+    /// These disks came back together: where they claim one volume, nobody knows which is right.
+    fn doubt_equals(&mut self, seqs: &BTreeSet<DiskSeq>) {
+        for index in 0..VOLUMES {
+            let claimants = self.middle.disks_of(&volume(index));
+            let claims = |seq: &&DiskSeq| {
+                !self.releases.contains(*seq) && self.claims.get(*seq).is_some_and(|told| told.1)
+            };
+            let active: BTreeSet<DiskSeq> = claimants.iter().filter(claims).copied().collect();
+            if active.len() > 1 && active.is_subset(seqs) && !self.doubts.contains_key(&index) {
+                self.equals.insert(index, active);
+            }
+        }
     }
 
     fn volume_of(&self, export: &ExportName) -> u8 {
