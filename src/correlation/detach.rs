@@ -5,13 +5,18 @@ use std::time::Duration;
 
 use super::requests::Persisting;
 use super::{
-    Action, Change, Correlation, Decision, DiskSeq, EndHow, Level, Release, Released, Reply,
-    RequestError, RequestId, Timer,
+    Action, Change, Correlation, Decision, DiskSeq, EndHow, INTERNAL, Level, Reading, Release,
+    Released, Reply, RequestError, RequestId, Timer,
 };
 use crate::identity::VolumeId;
 
 /// A drain or cut reports by itself at its deadline; the caller is answered at the latest this much later.
 const REPORT_SLACK: Duration = Duration::from_secs(1);
+
+/// A disk that has not told its identity so long after it was seen first may never do so. Longer than the edge waits for it (2 s).
+const READ_WITHIN: Duration = Duration::from_secs(5);
+/// Volumes that one disk which was not read is promised not to be served as.
+const PROMISED_MAX: usize = 64;
 
 /// A `PrepareDetach` that is under way.
 #[derive(Debug, Clone)]
@@ -45,8 +50,13 @@ impl Correlation {
         let mut disks = self.holds.of(&candidates);
         disks.extend(&attached);
         if disks.is_empty() {
-            // Nothing is attached and nothing is held: it is safe, and a caller who lost the first reply hears so again.
             self.known(&volume, &candidates)?;
+        }
+        if attached.is_empty() {
+            self.promise_unread(&volume)?;
+        }
+        if disks.is_empty() {
+            // Nothing is attached and nothing is held: it is safe, and a caller who lost the first reply hears so again.
             self.reply(request, Ok(Reply::Done));
             return Ok(());
         }
@@ -117,6 +127,56 @@ impl Correlation {
         Err(RequestError::NotReady(reason.to_owned()))
     }
 
+    /// Of a disk that nobody has read yet, nobody knows that it is not this volume: it is given up if it turns out to be that. Not
+    /// durable, for the disk may be another volume's; so as long as it can be expected to answer, the caller is asked to wait for it.
+    fn promise_unread(&mut self, volume: &VolumeId) -> Result<(), RequestError> {
+        let unread = self.disks.iter().filter(|(_, disk)| {
+            !disk.announced && matches!(disk.facts.identities, Reading::Unknown(_))
+        });
+        let mut hung = Vec::new();
+        for (diskseq, disk) in unread {
+            let promised = self.promised.get(&diskseq);
+            let full = promised
+                .is_some_and(|volumes| volumes.len() >= PROMISED_MAX && !volumes.contains(volume));
+            if full || self.now < disk.seen + READ_WITHIN {
+                return Err(RequestError::NotReady(format!(
+                    "{} (diskseq {diskseq}) is attached and has not been read yet, and could be {volume}; try again",
+                    disk.facts.node
+                )));
+            }
+            hung.push(diskseq);
+        }
+        for diskseq in hung {
+            let volumes = self.promised.entry(diskseq).or_default();
+            volumes.insert(volume.clone());
+        }
+        Ok(())
+    }
+
+    /// The disk has been read: it is given up if that was promised of what it is.
+    pub(super) fn keep_promise(&mut self, diskseq: DiskSeq) {
+        let (Some(promised), Some(disk)) =
+            (self.promised.get_mut(&diskseq), self.disks.get(diskseq))
+        else {
+            return;
+        };
+        let is = |volume: &&VolumeId| !volume.candidates().is_disjoint(&disk.identities);
+        let Some(volume) = promised.iter().find(is).cloned() else {
+            return;
+        };
+        promised.remove(&volume);
+        let release = Release {
+            volume: volume.clone(),
+            diskseq,
+            boot: self.settings.boot.clone(),
+        };
+        self.out.push(Action::Persist {
+            request: INTERNAL,
+            changes: vec![Change::PutRelease(release)],
+        });
+        self.release(diskseq, volume);
+    }
+
     pub(super) fn release(&mut self, diskseq: DiskSeq, volume: VolumeId) {
         let due = self.now + self.settings.detach_grace;
         let before = self.released.remove(&diskseq);
@@ -149,6 +209,9 @@ impl Correlation {
         volume: &VolumeId,
     ) -> Result<(), RequestError> {
         self.ready_to_detach()?;
+        for promised in self.promised.values_mut() {
+            promised.remove(volume);
+        }
         let candidates = volume.candidates();
         let attached = self.disks.presenting(&candidates);
         let disks: BTreeSet<DiskSeq> = self
@@ -194,7 +257,12 @@ impl Correlation {
                 "the detach was cancelled".to_owned(),
             );
             let identities = self.disks.get(*diskseq).map(|disk| &disk.identities);
-            names.extend(identities.map(|said| self.exports_of(said)).into_iter().flatten());
+            names.extend(
+                identities
+                    .map(|said| self.exports_of(said))
+                    .into_iter()
+                    .flatten(),
+            );
         }
         // When all are back: of two that come back together none is the first.
         for name in names {

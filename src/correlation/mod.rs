@@ -218,6 +218,8 @@ pub struct Correlation {
     /// Which disk and export an open is for; an export that gave it up is `None`.
     tickets: BTreeMap<Ticket, (DiskSeq, Option<ExportName>)>,
     released: BTreeMap<DiskSeq, Released>,
+    /// Disks that were not read yet when these volumes were given up.
+    promised: BTreeMap<DiskSeq, BTreeSet<VolumeId>>,
     /// As the store gave them, until their disk is seen.
     remembered_releases: Vec<Release>,
     /// What is left of conflicts whose export is not there, by its name and their volume.
@@ -256,6 +258,7 @@ impl Correlation {
             holds: Holds::default(),
             tickets: BTreeMap::new(),
             released: BTreeMap::new(),
+            promised: BTreeMap::new(),
             remembered_releases: remembered.releases,
             left_conflicts: BTreeMap::new(),
             remembered_conflicts: BTreeMap::new(),

@@ -51,12 +51,14 @@ impl Correlation {
             match change {
                 DiskChange::Came(diskseq) => {
                     self.recall_release(diskseq);
+                    self.keep_promise(diskseq);
                     self.announce(diskseq);
                     self.tell_disk(diskseq);
                     self.settle_disk(diskseq, None);
                     self.judge_pins_at(diskseq, None);
                 }
                 DiskChange::Changed { diskseq, before } => {
+                    self.keep_promise(diskseq);
                     self.announce(diskseq);
                     self.tell_resized(diskseq, &before);
                     self.tell_disk(diskseq);
@@ -66,6 +68,7 @@ impl Correlation {
                 }
                 DiskChange::Left(disk) => {
                     self.end_release(disk.facts.diskseq);
+                    self.promised.remove(&disk.facts.diskseq);
                     self.disk_left(&disk);
                     self.judge_left_conflicts(Some(&disk.identities));
                     self.judge_pins_at(disk.facts.diskseq, Some(&disk.facts.node));

@@ -48,7 +48,7 @@ use crate::correlation::BootId;
 pub struct Settings {
     /// A survey that no event asked for, at this interval. On a healthy machine it finds nothing new.
     pub survey_every: Duration,
-    /// How long a disk may take to tell its attributes before it is reported without them.
+    /// How long a disk may take to tell its attributes before it is reported without them. Less than `correlation` waits for it (5 s).
     pub read_deadline: Duration,
     /// Where sysfs is; tests point it to a tree of their own.
     pub sysfs: PathBuf,

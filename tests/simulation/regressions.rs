@@ -300,6 +300,64 @@ fn before_the_first_survey_nothing_is_safe_to_detach() {
     ends_well(world);
 }
 
+/// A disk is attached that nobody has read. The caller was told that nothing of the volume is attached; then it was read, opened, and
+/// detached under its clients.
+#[test]
+fn a_disk_that_is_not_read_yet_is_not_told_to_be_safe() {
+    let mut world = World::new(Broken::Nothing, &[], &[definition(0, 0, 0, Source::Dbus)]);
+    world.settle_all();
+    world.attach(0, 0, false);
+    world.deliver(0);
+    world.ask(prepare_detach(0, false));
+    assert!(
+        matches!(world.replies.last(), Some(Err(RequestError::NotReady(_)))),
+        "{:?}",
+        world.replies
+    );
+    // It hangs, and nobody waits for it any longer; but it is not opened when it answers.
+    world.pass(Duration::from_secs(10));
+    world.ask(prepare_detach(0, false));
+    assert_eq!(world.replies.last(), Some(&Ok(Reply::Done)));
+    deliver_all(&mut world);
+    world.settle_all();
+    assert_eq!(state(&world, 0), Some(State::Released));
+    world.crash(false, 0);
+    world.settle_all();
+    assert_eq!(state(&world, 0), Some(State::Released));
+    world.ask(Request::CancelDetach { volume: volume(0) });
+    world.settle_all();
+    assert_eq!(state(&world, 0), Some(State::Serving));
+    ends_well(world);
+}
+
+/// The same disk turned out to be another volume, or the detach was taken back before it was read.
+#[test]
+fn a_promise_of_a_disk_that_was_not_read_is_of_one_volume() {
+    for cancelled in [false, true] {
+        let volume_of_disk = u8::from(!cancelled);
+        let mut world = World::new(
+            Broken::Nothing,
+            &[],
+            &[
+                definition(0, 0, 0, Source::Dbus),
+                definition(1, 1, 0, Source::Dbus),
+            ],
+        );
+        world.settle_all();
+        world.attach(0, volume_of_disk, false);
+        world.deliver(0);
+        world.pass(Duration::from_secs(10));
+        world.ask(prepare_detach(0, false));
+        assert_eq!(world.replies.last(), Some(&Ok(Reply::Done)));
+        if cancelled {
+            world.ask(Request::CancelDetach { volume: volume(0) });
+        }
+        world.settle_all();
+        assert_eq!(state(&world, volume_of_disk), Some(State::Serving));
+        ends_well(world);
+    }
+}
+
 /// Two disks of a volume were given up and taken back together: the one that had come first to the machine was served again when the
 /// other left, though the other may be the one with the newer data.
 #[test]

@@ -106,12 +106,17 @@ enum Pending {
         hide: bool,
     },
     /// `released` present the volume's identity when asked; `held` are held as it.
+    /// Of `unread` the middle knows, but not that they are the volume.
     Detach {
+        volume: u8,
         released: BTreeSet<DiskSeq>,
         held: BTreeSet<DiskSeq>,
+        unread: BTreeSet<DiskSeq>,
         due: Duration,
     },
-    Cancel,
+    Cancel {
+        volume: u8,
+    },
     Resolve {
         name: ExportName,
     },
@@ -124,7 +129,7 @@ impl Pending {
             Pending::Ensure { .. } => "ensure",
             Pending::Remove { .. } => "remove",
             Pending::Detach { .. } => "detach",
-            Pending::Cancel => "cancel",
+            Pending::Cancel { .. } => "cancel",
             Pending::Resolve { .. } => "resolve",
         }
     }
@@ -186,6 +191,8 @@ pub struct World {
     releases: BTreeSet<DiskSeq>,
     /// Given up, and told so: never to be opened.
     given_up: BTreeSet<DiskSeq>,
+    /// The same of disks that nobody had read, which hold as this volume; and not over a crash.
+    promised: BTreeSet<(DiskSeq, u8)>,
     pending: BTreeMap<RequestId, Pending>,
     /// The disks that a `CancelDetach` takes back when it is stored.
     cancels: BTreeMap<RequestId, BTreeSet<DiskSeq>>,
@@ -307,6 +314,7 @@ impl World {
             equals: BTreeMap::new(),
             releases: BTreeSet::new(),
             given_up: BTreeSet::new(),
+            promised: BTreeSet::new(),
             pending: BTreeMap::new(),
             cancels: BTreeMap::new(),
             next_request: 1,
@@ -540,7 +548,9 @@ impl World {
             Event::DiskGone { mark, number, .. } => self.count_delivery(number.minor, *mark, false),
             Event::Surveyed { mark, disks, .. } => {
                 self.surveyed = true;
-                disks.iter().for_each(|facts| self.count_claim(*mark, facts));
+                disks
+                    .iter()
+                    .for_each(|facts| self.count_claim(*mark, facts));
                 for slot in 0..SLOTS {
                     let facts = disks.iter().find(|facts| facts.number == number(slot));
                     let known =
@@ -794,13 +804,27 @@ impl World {
                     .filter(|l| Some(l.volume) == index)
                     .map(|l| l.seq)
                     .collect();
+                let volume = index.unwrap_or(VOLUMES);
+                let is_unread = |disk: &&TruthDisk| {
+                    disk.volume == volume
+                        && !released.contains(&disk.seq)
+                        && self.middle.diskseqs().any(|known| known == disk.seq)
+                        && self.middle.disk(disk.seq).is_none()
+                };
+                let unread = self.slots.iter().flatten().filter(is_unread);
+                // Where a disk is there that is known to be the volume, it is the one that is given up.
+                let unread = unread.filter(|_| released.is_empty());
                 Pending::Detach {
+                    volume,
+                    unread: unread.map(|disk| disk.seq).collect(),
                     released,
                     held,
                     due: self.now + *within + MARGIN,
                 }
             }
-            Request::CancelDetach { .. } => Pending::Cancel,
+            Request::CancelDetach { volume } => Pending::Cancel {
+                volume: index_of(volume).unwrap_or(VOLUMES),
+            },
             Request::ResolveConflict { name, .. } => Pending::Resolve { name: name.clone() },
         };
         self.pending.insert(request, pending);
@@ -921,6 +945,7 @@ impl World {
         self.now = Duration::ZERO;
         self.surveyed = false;
         self.claims.clear();
+        self.promised.clear();
         let boot = BootId(format!("boot{}", self.boot));
         let conflicts: Vec<Conflict> = self.store.conflicts.values().cloned().collect();
         self.conflicts = conflicts
@@ -979,8 +1004,10 @@ impl World {
             request,
             result: Ok(()),
         } = &event
-            && matches!(self.pending.get(request), Some(Pending::Cancel))
+            && let Some(Pending::Cancel { volume }) = self.pending.get(request)
         {
+            let volume = *volume;
+            self.promised.retain(|(_, of)| *of != volume);
             let seqs = self.cancels.remove(request).unwrap_or_default();
             for seq in &seqs {
                 self.releases.remove(seq);
@@ -1019,6 +1046,13 @@ impl World {
                     .any(|other| other.diskseq == order.diskseq)
                 {
                     self.fail(format!("two opens of diskseq {} at once", order.diskseq));
+                }
+                let as_volume = self.volume_of(&order.export);
+                if self.promised.contains(&(order.diskseq, as_volume)) {
+                    self.fail(format!(
+                        "diskseq {} is opened as volume {as_volume}, which was told to be safe before it was read",
+                        order.diskseq
+                    ));
                 }
                 if self.given_up.contains(&order.diskseq) {
                     self.fail(format!(
@@ -1344,7 +1378,18 @@ impl World {
                     self.fail(format!("{name} was told to be removed and still serves"));
                 }
             }
-            (Pending::Detach { released, held, .. }, Ok(_)) => {
+            (
+                Pending::Detach {
+                    volume,
+                    released,
+                    held,
+                    unread,
+                    ..
+                },
+                Ok(_),
+            ) => {
+                self.promised
+                    .extend(unread.iter().map(|seq| (*seq, volume)));
                 let boot = BootId(format!("boot{}", self.boot));
                 for seq in released.union(&held).copied() {
                     if self.leases.values().any(|lease| lease.seq == seq)
@@ -1376,7 +1421,7 @@ impl World {
                 self.doubts.remove(&volume);
                 self.equals.remove(&volume);
             }
-            (Pending::Cancel, Ok(_)) => {}
+            (Pending::Cancel { volume }, Ok(_)) => self.promised.retain(|(_, of)| *of != volume),
             (_, Err(_)) => {}
             (Pending::Add { name, .. }, Ok(other)) => self.fail(format!("{name}: {other:?}")),
             (Pending::Ensure { disk, .. }, Ok(other)) => self.fail(format!("{disk}: {other:?}")),
@@ -1507,7 +1552,8 @@ impl World {
                 !self.releases.contains(*seq) && self.claims.get(*seq).is_some_and(|told| told.1)
             };
             let active: Vec<&DiskSeq> = claimants.iter().filter(claims).collect();
-            let alone = matches!((active.as_slice(), first), ([only], Some(first)) if *only == first);
+            let alone =
+                matches!((active.as_slice(), first), ([only], Some(first)) if *only == first);
             !alone && !claimants.is_empty()
         });
         self.equals.retain(|index, _| doubts.contains_key(index));
