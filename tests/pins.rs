@@ -45,6 +45,8 @@ struct Machine {
     opens: BTreeMap<Ticket, DiskSeq>,
     ended: Vec<ExportName>,
     replies: Vec<(RequestId, Result<Reply, RequestError>)>,
+    /// How often links were to be looked up again.
+    looked_up: u32,
     asked: u64,
 }
 
@@ -99,6 +101,7 @@ impl Machine {
             opens: BTreeMap::new(),
             ended: Vec::new(),
             replies: Vec::new(),
+            looked_up: 0,
             asked: 0,
         }
     }
@@ -153,6 +156,7 @@ impl Machine {
                         }
                     }
                     Action::Reply { request, reply } => self.replies.push((request, reply)),
+                    Action::LookUpPaths => self.looked_up += 1,
                     _ => {}
                 }
             }
@@ -677,6 +681,77 @@ fn hold_first_reason(pin: &PinnedTo, word: &str) {
         panic!("{pin:?}");
     };
     assert!(why.contains(word), "{why}");
+}
+
+/// A link led to `/dev/vdb` when the configuration was read. Before it was judged another disk came there, and the section, which
+/// trusts its path, was pinned to that; of a pinned one the log said that the link holds it.
+#[test]
+fn a_disk_that_comes_to_where_a_link_led_is_not_what_the_link_means() {
+    const LINK: &str = "/dev/disk/by-id/virtio-A";
+    let read = |machine: &mut Machine, at: Option<(usize, DiskSeq)>| {
+        let found = at.map(|(place, diskseq)| PathFound {
+            node: node(place),
+            diskseq: Some(diskseq),
+            born_us: None,
+            linked_us: Some(STARTED - 1),
+        });
+        let definition = Definition {
+            name: name("job"),
+            volume: VolumeId::of_path(LINK),
+            read_only: false,
+            share: false,
+            direct: false,
+            source: Source::NbdServer,
+        };
+        let path = NamedPath {
+            path: LINK.to_owned(),
+            trust: true,
+            written: Written::At(STARTED),
+            at: found.ok_or_else(|| "there is nothing".to_owned()),
+        };
+        let section = ConfiguredSection {
+            definition,
+            path: Some(path),
+        };
+        machine.read(vec![section], Some(BTreeSet::new()));
+    };
+    let mut machine = Machine::new(BOOT, BTreeMap::new());
+    let a = machine.attach(0, &["A"]);
+    read(&mut machine, Some((0, a)));
+    machine.detach(0);
+    let b = machine.attach(0, &["B"]);
+    machine.survey();
+    assert!(machine.pins.is_empty(), "{:?}", machine.pins);
+    assert_eq!(machine.looked_up, 1);
+    let (state, reason) = machine.state("job");
+    assert_eq!(state, State::Absent);
+    assert!(reason.contains("looked up again"), "{reason}");
+    let refused = machine.confirm("job", b, false);
+    assert!(
+        matches!(refused, Err(RequestError::NotReady(_))),
+        "{refused:?}"
+    );
+    machine.survey();
+    assert_eq!(machine.looked_up, 1, "once for each disk");
+    // udev took the link away with its disk, and made it again with the next one.
+    read(&mut machine, None);
+    let back = machine.attach(1, &["A"]);
+    read(&mut machine, Some((1, back)));
+    assert_eq!(machine.served("job"), Some(back));
+    // The names move: nothing is said of a disk that the link does not lead to.
+    machine.detach(1);
+    machine.attach(1, &["C"]);
+    assert_eq!(machine.looked_up, 2);
+    let (state, reason) = machine.state("job");
+    assert_eq!(state, State::Absent);
+    assert!(!reason.contains("Mismatch"), "{reason}");
+    // Where the link does lead to it, it is believed no less than before.
+    let mut other = Machine::new(BOOT, BTreeMap::new());
+    let d = other.attach(2, &["D"]);
+    other.survey();
+    read(&mut other, Some((2, d)));
+    assert_eq!(other.served("job"), Some(d));
+    assert_eq!(other.looked_up, 0);
 }
 
 /// Random machines. What is held: `judge_served` at every binding, `Correlation::check` at every step, and below that a pin is made

@@ -140,6 +140,7 @@ impl Rig {
                     | Action::Survey { .. }
                     | Action::WatchFile { .. }
                     | Action::UnwatchFile { .. }
+                    | Action::LookUpPaths
                     | Action::Tell(_)
                     | Action::Log(_) => {}
                 }

@@ -199,6 +199,7 @@ fn answer(action: Action) -> Option<Event> {
         | Action::Survey { .. }
         | Action::WatchFile { .. }
         | Action::UnwatchFile { .. }
+        | Action::LookUpPaths
         | Action::Tell(_)
         | Action::Log(_) => None,
     }

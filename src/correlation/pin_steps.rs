@@ -7,6 +7,7 @@
 use std::collections::BTreeSet;
 
 use super::binding::{Failure, Want};
+use super::disks::Disk;
 use super::pin_rule::{
     AtPath, FoundDisk, Pin, PinnedTo, Question, Verdict, confirmation, judge, mismatch,
 };
@@ -43,6 +44,12 @@ impl Correlation {
                 "the disks of this machine have not been surveyed yet".to_owned(),
             );
         }
+        if let Some(disk) = self.overtaking(section) {
+            return AtPath::Unknown(format!(
+                "where {} leads is being looked up again, for the disk with diskseq {} has come to {} since",
+                section.path, disk.facts.diskseq, disk.facts.node
+            ));
+        }
         let plain = DeviceNode(section.path.clone());
         let (node, looked) = match &section.at {
             Ok(found) => (&found.node, Some(found)),
@@ -74,6 +81,29 @@ impl Correlation {
             size: disk.facts.size,
             since_us: Some(born.unwrap_or(seen).min(seen).max(linked)),
         })
+    }
+
+    /// The disk that came to where a link led when it was looked up, with another one there. The link may lead elsewhere by now: udev
+    /// takes it away with its disk.
+    fn overtaking(&self, section: &NamedPath) -> Option<&Disk> {
+        let found = section.at.as_ref().ok()?;
+        let is_link = found.node.0 != section.path;
+        let disk = self.disks.at(&found.node)?;
+        (is_link && found.diskseq != Some(disk.facts.diskseq)).then_some(disk)
+    }
+
+    /// Has a link looked up again that was overtaken: once for each disk, for what is found then is newer than that.
+    fn look_again(&mut self, name: &ExportName) {
+        let section = self.pins.sections.get(name);
+        let Some(diskseq) = section
+            .and_then(|section| self.overtaking(section))
+            .map(|disk| disk.facts.diskseq)
+        else {
+            return;
+        };
+        if self.pins.looked.insert(name.clone(), diskseq) != Some(diskseq) {
+            self.out.push(Action::LookUpPaths);
+        }
     }
 
     /// Another export that claims the volume of this disk, or is about to: the old and the new name of a job, which stand at one path,
@@ -139,6 +169,7 @@ impl Correlation {
 
     /// Judges one section, and does what follows from it.
     pub(super) fn judge_pin(&mut self, name: &ExportName) {
+        self.look_again(name);
         let Some(verdict) = self.verdict(name) else {
             return;
         };

@@ -74,6 +74,8 @@ pub(super) struct Pins {
     pub(super) claimed: BTreeMap<DiskSeq, BTreeSet<ExportName>>,
     /// What one step has to store goes as one write.
     pub(super) batch: Vec<Pin>,
+    /// The disks for whose sake the links of sections were looked up again last.
+    pub(super) looked: BTreeMap<ExportName, DiskSeq>,
     /// What was said of a section last, so that the log has it once.
     pub(super) said: BTreeMap<ExportName, String>,
     last_request: u64,
@@ -151,6 +153,7 @@ impl Pins {
             self.unlist(name, &section);
         }
         self.said.remove(name);
+        self.looked.remove(name);
     }
 
     fn unlist(&mut self, name: &ExportName, section: &NamedPath) {

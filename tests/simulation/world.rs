@@ -1137,8 +1137,8 @@ impl World {
             Action::Persist { request, changes } => self.persist(request, changes),
             Action::Reply { request, reply } => self.reply(request, reply),
             Action::Survey { .. } => self.survey_wanted = true,
-            // No export of the simulation is a file.
-            Action::WatchFile { .. } | Action::UnwatchFile { .. } => {}
+            // No export of the simulation is a file or has a path.
+            Action::WatchFile { .. } | Action::UnwatchFile { .. } | Action::LookUpPaths => {}
             Action::Tell(Notice::ExportState { old, new, .. }) => {
                 self.reached
                     .iter_mut()
