@@ -23,7 +23,7 @@ const ANSWER_WITHIN: Duration = Duration::from_secs(90);
 /// A row that was refused is asked for again after so long, doubled with each more.
 const REFUSED_MIN: Duration = Duration::from_secs(5);
 const REFUSED_MAX: Duration = Duration::from_secs(300);
-/// Clocks of two machines that keep time differ by less; then a row's time says nothing.
+/// Clocks of machines that keep time differ by less: ours, the database's, and the appliance's.
 const CLOCKS_DIFFER_US: u64 = 1_000_000;
 
 impl SharedTable {
@@ -326,9 +326,9 @@ impl SharedTable {
     }
 }
 
-/// When a row was written, as far as that can be trusted, in microseconds since 1970. The time in the row is the appliance's word; it
-/// is taken when it lies between the last look, which did not see the row so, and this one. Else the last look is the earliest that it
-/// can have been.
+/// When a row was written at the earliest, as far as that can be trusted, in microseconds since 1970 by this machine's clock. The time in
+/// the row is the appliance's word; it is taken when it lies between the last look, which did not see the row so, and this one, and then
+/// it is as much too late as that clock may be ahead of ours. Else the last look is the earliest that it can have been.
 fn written(
     updated_us: Option<u64>,
     looked_us: Option<u64>,
@@ -342,7 +342,9 @@ fn written(
         return Err("the database's clock and this machine's differ");
     }
     Ok(match updated_us {
-        Some(updated) if (looked..=now_us).contains(&updated) => updated,
+        Some(updated) if (looked..=now_us).contains(&updated) => {
+            updated.saturating_sub(CLOCKS_DIFFER_US).max(looked)
+        }
         _ => looked,
     })
 }
@@ -453,7 +455,9 @@ mod tests {
     #[test]
     fn a_rows_time_is_taken_only_where_a_look_proves_it() {
         let at = |updated, looked| written(updated, looked, 100_000_000, 100_500_000);
-        assert_eq!(at(Some(99_000_000), Some(95_000_000)), Ok(99_000_000));
+        // A disk that came within the last second before it may have come after it, by a clock that is ahead.
+        assert_eq!(at(Some(99_000_000), Some(95_000_000)), Ok(98_000_000));
+        assert_eq!(at(Some(95_500_000), Some(95_000_000)), Ok(95_000_000));
         assert_eq!(
             at(Some(10), Some(95_000_000)),
             Ok(95_000_000),
