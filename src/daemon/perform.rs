@@ -1,6 +1,7 @@
 //! Carrying out what the middle orders.
 
 use std::collections::BTreeSet;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use super::control::{Control, Report};
@@ -124,15 +125,14 @@ impl Control {
         let reader = self.observer.identity_reader();
         let roots = Arc::clone(&self.roots);
         tokio::task::spawn_blocking(move || {
-            let opened = match order.identity.format() {
+            let result = answered(|| match order.identity.format() {
                 Some(Format::Raw) => raw::open(&order, &roots, &claims).map(shared),
                 Some(Format::Qcow2) => qcow2::open(&order, &roots, &claims).map(shared),
                 None => {
                     let read = |number| reader.read(number);
                     block::open(&order, &read, &claims).map(shared)
                 }
-            };
-            let result = opened.map_err(Into::into);
+            });
             // The loop is gone only when the daemon stops; then the disk is closed by this drop.
             let _stopped = reports.send(Report::Opened { order, result });
         });
@@ -184,7 +184,8 @@ impl Control {
         let image = self.opened.remove(&ticket);
         let reports = self.reports.clone();
         tokio::task::spawn_blocking(move || {
-            drop(image);
+            // The hook of panics has told it.
+            let _told = catch_unwind(AssertUnwindSafe(|| drop(image)));
             let _stopped = reports.send(Report::Happened(Event::Dropped { ticket }));
         });
     }
@@ -281,6 +282,35 @@ impl Control {
     }
 }
 
+/// What an open gives, also when it breaks: an order that nobody answers would keep its disk from every export for good.
+fn answered<T, E: Into<OpenRefusal>>(
+    open: impl FnOnce() -> Result<T, E>,
+) -> Result<T, OpenRefusal> {
+    // What it had in hand is dropped, and closed by that.
+    match catch_unwind(AssertUnwindSafe(open)) {
+        Ok(opened) => opened.map_err(Into::into),
+        Err(_) => Err(OpenRefusal::Kernel(
+            "the thread that was to open it broke, which is a fault of this program".to_owned(),
+        )),
+    }
+}
+
 fn shared<T: Image + 'static>(image: T) -> Arc<dyn Image> {
     Arc::new(image)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    #[allow(clippy::panic)] // It is what is tested.
+    fn an_open_that_breaks_is_answered() {
+        let broken = answered::<(), OpenRefusal>(|| panic!("a fault"));
+        assert!(
+            matches!(&broken, Err(OpenRefusal::Kernel(why)) if why.contains("broke")),
+            "{broken:?}"
+        );
+        assert_eq!(answered(|| Ok::<i32, OpenRefusal>(7)), Ok(7));
+    }
 }
