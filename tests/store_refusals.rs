@@ -5,7 +5,9 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use nbdtrack::correlation::{Change, Definition, ExportName, Source};
+use nbdtrack::correlation::{
+    BootId, Change, Definition, DiskSeq, ExportName, Pin, PinnedTo, Release, Source,
+};
 use nbdtrack::identity::VolumeId;
 use nbdtrack::mapping::{Store, StoreError};
 use sqlx::sqlite::SqliteConnectOptions;
@@ -117,7 +119,7 @@ async fn a_newer_store_and_a_strangers_are_refused_and_kept() {
 }
 
 #[tokio::test]
-async fn rows_that_are_not_understood_are_kept_and_not_used() {
+async fn rows_that_are_not_understood_are_kept_and_nothing_is_served_by_them() {
     let folder = tempfile::tempdir().expect("a folder");
     let file = folder.path().join("nbdtrack.db");
     let store = Store::open(folder.path()).await.expect("opens");
@@ -129,7 +131,9 @@ async fn rows_that_are_not_understood_are_kept_and_not_used() {
         "INSERT INTO exports (name, volume, read_only, share, source) VALUES ('worst', 'serial:X1', 0, 0, 'carrier pigeon')",
         "INSERT INTO exports (name, volume, read_only, share, source) VALUES (x'ff00', 'serial:X1', 0, 0, 'dbus')",
         "INSERT INTO releases VALUES ('boot', '-1', 'serial:X1')",
+        "INSERT INTO releases VALUES ('boot', '7', 'no volume')",
         "INSERT INTO conflicts VALUES ('good', 'serial:X17', 'first', 'boot')",
+        "INSERT INTO conflicts VALUES ('good', 'no volume', '9', 'boot')",
         // Where a disk is plugged in is no volume, and half of an attachment is none.
         "INSERT INTO pins VALUES ('slot', '/dev/vdb', 'slot:pci-0000:00:07.0', NULL, NULL, '')",
         "INSERT INTO pins VALUES ('inside', '/dev/vdb', 'attachment:boot/7', NULL, NULL, '')",
@@ -142,8 +146,31 @@ async fn rows_that_are_not_understood_are_kept_and_not_used() {
     let remembered = store.load().await.expect("loads");
     let names: Vec<&str> = remembered.exports.iter().map(|e| e.name.as_str()).collect();
     assert_eq!(names, ["good"]);
-    assert!(remembered.releases.is_empty() && remembered.conflicts.is_empty());
-    assert_eq!(remembered.pins, []);
+    // What they are of is refused; one that does not say of what it is speaks of nothing.
+    let given_up = Release {
+        volume: VolumeId::of_attachment("boot", 7),
+        diskseq: DiskSeq(7),
+        boot: BootId("boot".to_owned()),
+    };
+    assert_eq!(remembered.releases, [given_up]);
+    let volume = VolumeId::parse("serial:X17").ok();
+    let conflicts: Vec<_> = remembered
+        .conflicts
+        .iter()
+        .map(|c| (c.export.as_str(), &c.volume, c.first))
+        .collect();
+    assert_eq!(
+        conflicts,
+        [("good", &None, Some(DiskSeq(9))), ("good", &volume, None)]
+    );
+    let pins: Vec<&str> = remembered.pins.iter().map(|p| p.export.as_str()).collect();
+    assert_eq!(pins, ["inside", "number", "slot", "text"]);
+    let doubtful = |pin: &Pin| matches!(pin.to, PinnedTo::Doubtful { .. });
+    assert!(
+        remembered.pins.iter().all(doubtful),
+        "{:?}",
+        remembered.pins
+    );
     store.close().await.expect("closes");
     let mut connection = options(&file).connect().await.expect("opens");
     let kept: i64 = sqlx::query_scalar("SELECT count(*) FROM exports")

@@ -113,7 +113,8 @@ impl Store {
             .unwrap_or_else(|_| Err(StoreError::timed_out(&file, OPEN_WITHIN)))
     }
 
-    /// Everything that is remembered. A row that no longer parses is named in a WARN, left where it is and left out.
+    /// Everything that is remembered. A row that no longer parses is named in a WARN and left where it is. An export, or whose it is, is
+    /// left out then; a conflict, a release and a pin are of the export or the disk that their key names, which is not served by itself.
     ///
     /// # Errors
     /// When the file cannot be read, or not in time.

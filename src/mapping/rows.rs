@@ -141,7 +141,8 @@ async fn apply_each(
     Ok(())
 }
 
-/// Everything that parses, in the order of its keys; of what doesn't, a WARN tells each row.
+/// Everything that parses, in the order of its keys; of what doesn't, a WARN tells each row. What speaks against serving something does so
+/// also when it is damaged, as far as its row says of what it speaks.
 pub(super) async fn load(
     connection: &mut SqliteConnection,
     file: &Path,
@@ -172,11 +173,11 @@ pub(super) async fn load(
     .await?;
     transaction.rollback().await?;
     Ok(Remembered {
-        pins: parsed(&pins, "pins", file, pin),
+        pins: parsed_or(&pins, "pins", file, pin, damaged_pin),
         mappings: parsed(&mappings, "vm_export_mappings", file, mapping),
         exports: parsed(&exports, "exports", file, definition),
-        releases: parsed(&releases, "releases", file, release),
-        conflicts: parsed(&conflicts, "conflicts", file, conflict),
+        releases: parsed_or(&releases, "releases", file, release, damaged_release),
+        conflicts: parsed_or(&conflicts, "conflicts", file, conflict, damaged_conflict),
     })
 }
 
@@ -191,18 +192,37 @@ pub(super) fn parsed<T>(
     file: &Path,
     parse: fn(&SqliteRow) -> Result<T, String>,
 ) -> Vec<T> {
+    parsed_or(rows, table, file, parse, |_| None)
+}
+
+/// With what is made of a row that does not parse.
+fn parsed_or<T>(
+    rows: &[SqliteRow],
+    table: &'static str,
+    file: &Path,
+    parse: fn(&SqliteRow) -> Result<T, String>,
+    damaged: fn(&SqliteRow) -> Option<T>,
+) -> Vec<T> {
     let mut found = Vec::with_capacity(rows.len());
     for row in rows {
         match parse(row) {
             Ok(value) => found.push(value),
             // Kept: it may be a person's edit, or of a version that knew more.
-            Err(reason) => tracing::warn!(
-                file = %file.display(),
-                table,
-                row = row.try_get::<String, _>(0).unwrap_or_default(),
-                reason,
-                "a row of the store is not understood: it is kept and not used"
-            ),
+            Err(reason) => {
+                let made = damaged(row);
+                tracing::warn!(
+                    file = %file.display(),
+                    table,
+                    row = row.try_get::<String, _>(0).unwrap_or_default(),
+                    reason,
+                    "a row of the store is not understood: it is kept and {}",
+                    match made {
+                        Some(_) => "what it is of is not served before someone has said how it is",
+                        None => "not used",
+                    }
+                );
+                found.extend(made);
+            }
         }
     }
     found
@@ -241,6 +261,38 @@ pub(super) fn conflict(row: &SqliteRow) -> Result<Conflict, String> {
         volume: VolumeId::parse(&volume).ok(),
         first: first.as_deref().map(diskseq).transpose()?,
         boot: BootId(column(row, "boot")?),
+    })
+}
+
+/// The disk with this number was given up, as whatever volume.
+fn damaged_release(row: &SqliteRow) -> Option<Release> {
+    let boot: String = column(row, "boot").ok()?;
+    let diskseq = diskseq(&column::<String>(row, "diskseq").ok()?).ok()?;
+    Some(Release {
+        volume: VolumeId::of_attachment(&boot, diskseq.0),
+        diskseq,
+        boot: BootId(boot),
+    })
+}
+
+/// Nobody knows who came first.
+fn damaged_conflict(row: &SqliteRow) -> Option<Conflict> {
+    Some(Conflict {
+        export: name(row, "export").ok()?,
+        volume: volume(row).ok(),
+        first: None,
+        boot: BootId(column(row, "boot").unwrap_or_default()),
+    })
+}
+
+/// A person says what the path means.
+fn damaged_pin(row: &SqliteRow) -> Option<Pin> {
+    Some(Pin {
+        export: name(row, "export").ok()?,
+        path: column(row, "path").ok()?,
+        to: PinnedTo::Doubtful {
+            why: "what the store had of it is damaged".to_owned(),
+        },
     })
 }
 
