@@ -58,7 +58,8 @@ impl Correlation {
                             && !equals.contains(bound)
                             && export.binding.state() != State::Failed
                     })
-                    .or_else(|| self.first_of_volume(&export.candidates));
+                    .or_else(|| self.first_of_volume(&export.candidates))
+                    .or_else(|| self.only_one_held(&export.candidates, &active, equals));
                 self.begin_conflict(name, first, active);
             }
             Some(Some(first)) if active.len() == 1 && active.contains(&first) => {
@@ -71,6 +72,22 @@ impl Correlation {
     /// Whom another export of the same volume served before the conflict.
     fn first_of_volume(&self, candidates: &BTreeSet<Identity>) -> Option<DiskSeq> {
         self.conflicts_beside(candidates).flatten().next()
+    }
+
+    /// The claimant that is open as this volume, for whatever export: that export had it before another came, so all exports of the
+    /// volume say the same of who was first.
+    fn only_one_held(
+        &self,
+        candidates: &BTreeSet<Identity>,
+        active: &BTreeSet<DiskSeq>,
+        equals: &BTreeSet<DiskSeq>,
+    ) -> Option<DiskSeq> {
+        let held = self.holds.of(candidates);
+        let mut held = held
+            .intersection(active)
+            .filter(|held| !equals.contains(held));
+        let only = held.next().copied();
+        only.filter(|_| held.next().is_none())
     }
 
     /// What other exports of the same volume remember, and those that were. The exports in conflict are walked, who are few, not those of
