@@ -848,7 +848,7 @@ fn hundred_hangups_a_second_disturb_no_client_of_an_unchanged_export() -> Outcom
         hold!(exports == names.len(), "{exports} exports are left");
         // Some come while one is read, and have the next one for all of them.
         let log = fs::read_to_string(&place.home.log)?;
-        let reloads = log.matches(" reloaded added=").count();
+        let reloads = log.matches(" INFO added ").count();
         hold!(
             reloads > usize::try_from(hangups)? / 10,
             "{reloads} reloads for {hangups} SIGHUPs"
