@@ -300,6 +300,59 @@ fn the_turn_to_write_to_a_disk_ends_with_the_last_write_of_a_session_that_is_gon
     assert_eq!(image.bytes.read().unwrap()[..512], [7; 512]);
 }
 
+/// A client that lost its connection comes again, sends what was not answered, and goes on: what it had sent before is not to land later.
+#[test]
+fn what_a_client_writes_is_not_overwritten_by_what_it_sent_over_a_connection_that_it_lost() {
+    for inline in [0, Limits::default().inline_writes_per_lease] {
+        let limits = Limits {
+            inline_writes_per_lease: inline,
+            ..Limits::default()
+        };
+        let server = Server::with(limits, Memory::new(MIB));
+        let image = server.image.clone();
+        let mut beside = server.go();
+        image.hold("write");
+        let mut lost = server.go();
+        lost.request(cmd::WRITE, 0, 1, 0, 512);
+        lost.put(&[1; 512]);
+        image.wait_inside(1);
+        // Not all of what it sent was taken when it went.
+        lost.request(cmd::WRITE, 0, 2, 512, 512);
+        lost.put(&[2; 512]);
+        drop(lost);
+        image.let_others_pass("write");
+        let mut again = server.go();
+        again.request(cmd::WRITE, 0, 3, 0, 512);
+        again.put(&[3; 512]);
+        // Whoever was there before goes on.
+        for _ in 0..300 {
+            assert_eq!(beside.ask(cmd::READ, 0, 4096, 512), 0);
+        }
+        image.let_go();
+        assert_eq!(again.simple(), (0, 3));
+        assert!(
+            image.bytes.read().unwrap()[..512]
+                .iter()
+                .all(|byte| *byte == 3)
+        );
+    }
+}
+
+/// A read that hangs changes nothing.
+#[test]
+fn a_client_does_not_wait_for_the_reads_of_one_that_is_gone() {
+    let server = Server::new();
+    let image = server.image.clone();
+    image.cold.store(true, Ordering::SeqCst);
+    image.hold("read");
+    let mut lost = server.go();
+    lost.request(cmd::READ, 0, 1, 0, 512);
+    image.wait_inside(1);
+    drop(lost);
+    assert_eq!(server.go().ask(cmd::WRITE, 0, 0, 512), 0);
+    image.let_go();
+}
+
 #[test]
 fn an_unknown_generation_is_closed_already() {
     let server = Server::new();

@@ -134,8 +134,27 @@ impl Correlation {
         // It may have been adopted by the configuration, which keeps it.
         if self.exports.get(name).is_some_and(|export| !export.durable) {
             self.forget(name, &error);
+        } else {
+            self.refuse_unmapped(name);
         }
         self.reply(request, Err(error));
+    }
+
+    /// The configuration has taken the export over, and the store has no mapping of it: those who wait for it may have asked for the
+    /// mapping, too, which nobody is to be told of that is not stored.
+    pub(super) fn refuse_unmapped(&mut self, name: &ExportName) {
+        let Some(export) = self
+            .exports
+            .get_mut(name)
+            .filter(|export| export.mapping.is_none())
+        else {
+            return;
+        };
+        let waiters = std::mem::take(&mut export.waiters);
+        let error = RequestError::NotReady(format!(
+            "export {name} stands in the configuration file since it was asked for; try again"
+        ));
+        self.refuse_waiters(waiters, &error);
     }
 
     pub(super) fn refuse_waiters(&mut self, waiters: Vec<Waiter>, error: &RequestError) {

@@ -132,6 +132,7 @@ impl Correlation {
                         "export {name} stands in the configuration file now: take it out there"
                     );
                     self.reply(request, Err(RequestError::NotSupported(error)));
+                    self.refuse_unmapped(&name);
                     self.show_if(&name, mode);
                     self.settle(&name);
                     self.answer_waiters(&name);

@@ -10,11 +10,12 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 
 use crate::image::pages::Pages;
-use crate::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use crate::sync::atomic::{AtomicBool, Ordering};
 use crate::sync::{Mutex, MutexGuard, lock};
 
 use super::access::WritersTurn;
 use super::account::{Account, Charge, Party};
+use super::asked::Asked;
 use super::crowd::Seat;
 use super::limits::time_for;
 use super::socket::Socket;
@@ -46,8 +47,7 @@ pub(super) struct Conn {
     /// Of the export that it is bound to, where there are turns; lasts as long.
     turn: OnceLock<WritersTurn>,
     dead: AtomicBool,
-    /// Requests at the disk crew.
-    jobs: AtomicU32,
+    pub(super) asked: Asked,
     /// Why: replies come from several threads. Held for pushing and popping, never over a syscall.
     /// Lock order: taken last, but for the poller's table.
     out: Mutex<Out>,
@@ -108,7 +108,7 @@ impl Conn {
             _seat: seat,
             turn: OnceLock::new(),
             dead: AtomicBool::new(false),
-            jobs: AtomicU32::new(0),
+            asked: Asked::default(),
             out: Mutex::default(),
         }
     }
@@ -145,17 +145,9 @@ impl Conn {
         drop(out);
     }
 
-    pub(super) fn jobs(&self) -> u32 {
-        self.jobs.load(Ordering::Acquire)
-    }
-
-    pub(super) fn job_begins(&self) {
-        self.jobs.fetch_add(1, Ordering::AcqRel);
-    }
-
-    /// After the job's reply was given to `send`.
-    pub(super) fn job_ends(&self) {
-        self.jobs.fetch_sub(1, Ordering::AcqRel);
+    /// After the job's reply was given to `send`; `changes` as it was said at its beginning.
+    pub(super) fn job_ends(&self, changes: bool) {
+        self.asked.ends(changes);
         self.tell(lock(&self.out), false);
     }
 

@@ -55,20 +55,11 @@ impl Transmission {
         epoch: u64,
         hung_up: bool,
     ) -> Option<Rest> {
-        let park = |input, room, until| {
-            Some(Rest::Park(Interest {
-                input,
-                output: false,
-                room,
-                epoch,
-                until,
-            }))
-        };
-        if conn.jobs() > 0 || conn.has_output() {
+        if conn.asked.jobs() > 0 || conn.has_output() {
             return if hung_up {
                 Some(Rest::End)
             } else {
-                park(false, true, None)
+                Some(Rest::Park(Interest::room(epoch, None)))
             };
         }
         match closing {
@@ -89,7 +80,7 @@ impl Transmission {
                 scratch.received.load(&[]);
                 match conn.socket.receive(scratch.received.room(), false) {
                     Ok(1..) => Some(Rest::Yield),
-                    Err(Errno::EAGAIN) => park(true, false, Some(until)),
+                    Err(Errno::EAGAIN) => Some(Rest::Park(Interest::input(Some(until)))),
                     Ok(0) | Err(_) => Some(Rest::End),
                 }
             }

@@ -8,7 +8,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use crate::correlation::{ExportName, Generation, LeaseEnd, RefusalKind, Turns};
 use crate::image::Image;
@@ -90,6 +90,8 @@ pub(super) struct Lease {
 pub(super) struct Members {
     pub(super) closed: bool,
     pub(super) conns: HashMap<u64, Arc<Conn>>,
+    /// Of members that have left; see `predecessors`.
+    pub(super) left: Vec<Weak<Conn>>,
 }
 
 #[derive(Default)]
@@ -268,8 +270,15 @@ impl Lease {
         Ok(())
     }
 
-    pub(super) fn detach(&self, conn: &Conn) {
-        if lock(&self.members).conns.remove(&conn.token).is_some() {
+    pub(super) fn detach(&self, conn: &Arc<Conn>) {
+        conn.asked.finish();
+        let mut members = lock(&self.members);
+        let was_member = members.conns.remove(&conn.token).is_some();
+        if was_member && conn.asked.may_change() {
+            members.leave(conn);
+        }
+        drop(members);
+        if was_member {
             let clients = self.clients.fetch_sub(1, Ordering::AcqRel) - 1;
             self.shared.clients_changed(&self.export, clients);
             self.tell(conn, Seen::Left);

@@ -5,6 +5,7 @@
 
 mod access;
 mod account;
+mod asked;
 mod bound;
 mod closing;
 mod command;
@@ -27,6 +28,7 @@ mod meter;
 mod model;
 mod pipes;
 mod poller;
+mod predecessors;
 mod pulse;
 mod rate;
 mod reply;

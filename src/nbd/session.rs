@@ -63,6 +63,49 @@ pub(super) struct Interest {
     pub(super) until: Option<Instant>,
 }
 
+impl Interest {
+    const TIME: Interest = Interest {
+        input: false,
+        output: false,
+        room: false,
+        epoch: 0,
+        until: None,
+    };
+
+    /// For bytes from the peer.
+    pub(super) fn input(until: Option<Instant>) -> Interest {
+        Interest {
+            input: true,
+            until,
+            ..Interest::TIME
+        }
+    }
+
+    /// For the peer to take what it is sent.
+    pub(super) fn output(until: Instant) -> Interest {
+        Interest {
+            output: true,
+            ..Interest::time(until)
+        }
+    }
+
+    pub(super) fn room(epoch: u64, until: Option<Instant>) -> Interest {
+        Interest {
+            room: true,
+            epoch,
+            until,
+            ..Interest::TIME
+        }
+    }
+
+    pub(super) fn time(until: Instant) -> Interest {
+        Interest {
+            until: Some(until),
+            ..Interest::TIME
+        }
+    }
+}
+
 /// How a turn of a session ended.
 pub(super) enum Rest {
     /// Another turn, at once.
@@ -104,13 +147,7 @@ impl Session {
             Phase::Handshake(handshake) => Some(handshake.deadline),
             Phase::Transmission(_) => None,
         };
-        Interest {
-            input: true,
-            output: false,
-            room: false,
-            epoch: 0,
-            until,
-        }
+        Interest::input(until)
     }
 
     /// True when its lease is ending and the session has not noticed.
@@ -194,11 +231,8 @@ impl Handshake {
                 conn.flush();
                 if conn.has_output() {
                     return Ok(Rest::Park(Interest {
-                        input: false,
                         output: true,
-                        room: true,
-                        epoch: conn.epoch(),
-                        until: Some(self.deadline),
+                        ..Interest::room(conn.epoch(), Some(self.deadline))
                     }));
                 }
             }
@@ -220,13 +254,7 @@ impl Handshake {
                     self.arrived(scratch.received.bytes());
                 }
                 Err(Errno::EAGAIN) => {
-                    return Ok(Rest::Park(Interest {
-                        input: true,
-                        output: false,
-                        room: false,
-                        epoch: 0,
-                        until: Some(self.deadline),
-                    }));
+                    return Ok(Rest::Park(Interest::input(Some(self.deadline))));
                 }
                 Err(_) => return Ok(Rest::End),
             }
@@ -398,7 +426,8 @@ impl Handshake {
                         add(&shared.counters.handshakes_extended, 1);
                     }
                     let carry = std::mem::take(&mut self.buffer);
-                    return Err(Box::new(Transmission::new(lease, facts, agreed, carry)));
+                    let transmission = Transmission::new(lease, facts, agreed, carry, conn);
+                    return Err(Box::new(transmission));
                 }
                 Next::Closed(reason) => {
                     conn.send(out, None);

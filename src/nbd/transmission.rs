@@ -17,6 +17,7 @@ use super::input::{Input, Payload};
 use super::lease::Lease;
 use super::limits::time_for;
 use super::meter::Tally;
+use super::predecessors::Predecessors;
 use super::rate::{Again, Rate};
 use super::reply::{KEEP_BYTES, Scratch, untouched};
 use super::session::{Interest, Rest};
@@ -44,6 +45,7 @@ pub(super) struct Transmission {
     pub(super) rate: Option<Rate>,
     pub(super) closing: Option<Closing>,
     full: Again,
+    pub(super) predecessors: Predecessors,
 }
 
 pub(super) enum Outcome {
@@ -62,9 +64,15 @@ impl Transmission {
         facts: Facts,
         agreed: Agreed,
         carry: Vec<u8>,
+        conn: &Conn,
     ) -> Transmission {
         let rate = Rate::new(lease.shared.limits.requests_per_second, Instant::now());
         Transmission {
+            predecessors: if facts.read_only {
+                Predecessors::default()
+            } else {
+                lease.predecessors(conn)
+            },
             terms: lease.terms(facts, agreed),
             lease,
             input: Input::header(),
@@ -100,7 +108,7 @@ impl Transmission {
                 return Rest::End;
             }
             let epoch = conn.epoch();
-            if let Some(rest) = self.wait_for_reader(conn, epoch) {
+            if let Some(rest) = self.wait_for_reader(conn) {
                 return rest;
             }
             if lease.fenced() && self.closing.is_none() {
@@ -114,6 +122,13 @@ impl Transmission {
                 }
                 continue;
             }
+            if let Some(until) = self.predecessors.until(&lease) {
+                return if hung_up {
+                    Rest::End
+                } else {
+                    Rest::Park(Interest::time(until))
+                };
+            }
             let outcome = self.process(conn, scratch);
             scratch.gather.send(conn);
             self.tally.tell(&lease.meter);
@@ -122,7 +137,7 @@ impl Transmission {
             }
             match outcome {
                 Outcome::GatherFull => {}
-                Outcome::Disconnect => self.closing = Some(Closing::Done),
+                Outcome::Disconnect => self.finish(conn),
                 Outcome::Violation => {
                     add(&shared.counters.requests_violated, 1);
                     return Rest::End;
@@ -130,13 +145,7 @@ impl Transmission {
                 Outcome::Full(_) | Outcome::Slow(_) if hung_up => return Rest::End,
                 Outcome::Slow(until) => {
                     shared.reached(Limit::RequestRate);
-                    return Rest::Park(Interest {
-                        input: false,
-                        output: false,
-                        room: false,
-                        epoch,
-                        until: Some(until),
-                    });
+                    return Rest::Park(Interest::time(until));
                 }
                 Outcome::Full(full) => {
                     shared.bounds.say(match full {
@@ -144,13 +153,8 @@ impl Transmission {
                         Full::All => Limit::InFlightAll,
                     });
                     if !conn.is_blocked() {
-                        return Rest::Park(Interest {
-                            input: false,
-                            output: false,
-                            room: true,
-                            epoch,
-                            until: (full == Full::All).then(|| Instant::now() + self.full.next()),
-                        });
+                        let until = (full == Full::All).then(|| Instant::now() + self.full.next());
+                        return Rest::Park(Interest::room(epoch, until));
                     }
                 }
                 // Nothing is received for it meanwhile.
@@ -165,20 +169,14 @@ impl Transmission {
                         return Rest::Yield;
                     }
                     match self.receive(conn, scratch, !backlog && !late) {
-                        Ok(0) => self.closing = Some(Closing::Done),
+                        Ok(0) => self.finish(conn),
                         Ok(_) => {}
                         Err(Errno::EAGAIN) if late => {
                             shared.reached(Limit::RequestTime);
                             return Rest::End;
                         }
                         Err(Errno::EAGAIN) => {
-                            return Rest::Park(Interest {
-                                input: true,
-                                output: false,
-                                room: false,
-                                epoch: 0,
-                                until,
-                            });
+                            return Rest::Park(Interest::input(until));
                         }
                         Err(_) => return Rest::End,
                     }
@@ -187,9 +185,15 @@ impl Transmission {
         }
     }
 
+    /// The peer asks for nothing more.
+    fn finish(&mut self, conn: &Conn) {
+        conn.asked.finish();
+        self.closing = Some(Closing::Done);
+    }
+
     /// While the peer takes no replies, nothing more is begun for it. A reader that takes them as they come is waited for here: what it
     /// is sent at once of a large reply is only what its socket holds.
-    fn wait_for_reader(&self, conn: &Conn, epoch: u64) -> Option<Rest> {
+    fn wait_for_reader(&self, conn: &Conn) -> Option<Rest> {
         if !conn.is_blocked() {
             return None;
         }
@@ -208,13 +212,7 @@ impl Transmission {
             shared.reached(Limit::SendTime);
             return Some(Rest::End);
         }
-        Some(Rest::Park(Interest {
-            input: false,
-            output: true,
-            room: false,
-            epoch,
-            until: Some(until),
-        }))
+        Some(Rest::Park(Interest::output(until)))
     }
 
     /// By when the rest of what is here in part has to be here; `None` where nothing is.
@@ -349,7 +347,7 @@ impl Transmission {
     ) -> Result<(), Outcome> {
         let counters = &self.lease.shared.counters;
         // Bounds what can be handed over by this request.
-        if conn.jobs() >= self.lease.shared.limits.in_flight_requests {
+        if conn.asked.jobs() >= self.lease.shared.limits.in_flight_requests {
             add(&counters.waits_connection_full, 1);
             return Err(Outcome::Full(Full::Connection));
         }

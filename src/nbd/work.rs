@@ -47,7 +47,7 @@ impl Job {
         payload: Vec<u8>,
         charge: Option<Charge>,
     ) -> Job {
-        conn.job_begins();
+        conn.asked.begins(changes(&call));
         let (operation, bytes) = match &call {
             Call::Read(at) => (Operation::Read, at.len().into()),
             Call::Write { at, .. } => (Operation::Write, at.len().into()),
@@ -205,7 +205,7 @@ impl Drop for Job {
         if !self.answered {
             self.conn.kill();
         }
-        self.conn.job_ends();
+        self.conn.job_ends(changes(&self.call));
     }
 }
 
@@ -236,6 +236,11 @@ fn latch_if_lost(image: &dyn Image, fua: bool, rest: Option<Span>, done: &io::Re
     if fua && rest.is_some() && !full {
         image.latch();
     }
+}
+
+/// Whether the disk is another afterwards; the same for what is left of a call.
+fn changes(call: &Call) -> bool {
+    matches!(kind(call), Kind::Write | Kind::Trim | Kind::Zero)
 }
 
 fn kind(call: &Call) -> Kind {

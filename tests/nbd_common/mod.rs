@@ -39,11 +39,17 @@ pub struct Memory {
     pub inside: AtomicU32,
     /// Calls that began.
     pub calls: AtomicU32,
-    held: Mutex<Vec<&'static str>>,
+    held: Mutex<Vec<Held>>,
     /// Kinds of calls that had to wait.
     waiting: Mutex<Vec<&'static str>>,
     changed: Condvar,
     pub dropped: Arc<AtomicBool>,
+}
+
+struct Held {
+    kind: &'static str,
+    /// Those that come from now on pass; those inside go on waiting.
+    passed: bool,
 }
 
 impl Memory {
@@ -75,11 +81,21 @@ impl Memory {
     }
 
     pub fn hold(&self, kind: &'static str) {
-        self.held.lock().unwrap().push(kind);
+        self.held.lock().unwrap().push(Held {
+            kind,
+            passed: false,
+        });
+    }
+
+    /// Calls that are inside go on waiting, and those that come pass them.
+    pub fn let_others_pass(&self, kind: &str) {
+        for held in self.held.lock().unwrap().iter_mut() {
+            held.passed |= held.kind == kind;
+        }
     }
 
     pub fn let_go_of(&self, kind: &str) {
-        self.held.lock().unwrap().retain(|held| *held != kind);
+        self.held.lock().unwrap().retain(|held| held.kind != kind);
         self.changed.notify_all();
     }
 
@@ -102,11 +118,11 @@ impl Memory {
         self.calls.fetch_add(1, Ordering::SeqCst);
         self.inside.fetch_add(1, Ordering::SeqCst);
         let mut held = self.held.lock().unwrap();
-        if held.contains(&kind) {
+        if held.iter().any(|held| held.kind == kind && !held.passed) {
             self.waiting.lock().unwrap().push(kind);
-        }
-        while held.contains(&kind) {
-            held = self.changed.wait(held).unwrap();
+            while held.iter().any(|held| held.kind == kind) {
+                held = self.changed.wait(held).unwrap();
+            }
         }
         drop(held);
         self.inside.fetch_sub(1, Ordering::SeqCst);

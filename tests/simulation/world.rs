@@ -1428,11 +1428,6 @@ impl World {
         }
     }
 
-    fn is_configured(&self, export: &ExportName) -> bool {
-        let view = self.middle.export(export);
-        view.is_some_and(|view| view.source == Source::Config)
-    }
-
     /// Who ensured a disk's export was told that it serves this volume, stored with whose it is; one was told to have made it.
     fn judge_ensured(
         &mut self,
@@ -1453,10 +1448,7 @@ impl World {
                 "{export} was told to serve volume {wanted:?} and serves {served:?}"
             ));
         }
-        // Known and not mended: where the configuration takes an export over while a change of it is being stored and fails or is
-        // refused, the export is served on, and its mapping is not what callers were told until somebody ensures it again.
-        let taken_over = self.is_configured(export);
-        if !self.store.mappings.contains_key(disk) && !self.forgetful && !taken_over {
+        if !self.store.mappings.contains_key(disk) && !self.forgetful {
             self.fail(format!(
                 "{disk} was told to have {export} before it is stored"
             ));
@@ -1466,8 +1458,7 @@ impl World {
                 .answers
                 .iter()
                 .any(|answer| matches!(answer, Event::Persisted { .. }));
-        let differs = self.middle.mapping(disk) != self.store.mappings.get(disk);
-        if differs && !under_way && !taken_over {
+        if self.middle.mapping(disk) != self.store.mappings.get(disk) && !under_way {
             self.fail(format!(
                 "{disk}: the store has another mapping than the export"
             ));
@@ -1736,7 +1727,7 @@ impl World {
         }
         for disk in [vm_disk(0), vm_disk(1)] {
             let (told, stored) = (self.middle.mapping(&disk), self.store.mappings.get(&disk));
-            if told != stored && !self.forgetful && !self.is_configured(&disk.export()) {
+            if told != stored && !self.forgetful {
                 self.fail(format!(
                     "{disk} is mapped as {told:?} and stored as {stored:?}"
                 ));
