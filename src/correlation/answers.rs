@@ -7,7 +7,7 @@ use super::binding::{Binding, Cue, Failure};
 use super::enact::RETRY_MAX;
 use super::{
     Action, Correlation, DiskSeq, ExportName, Generation, LeaseEnd, Level, Notice, OpenRefusal,
-    OpenedDisk, Ticket, Timer,
+    OpenedDisk, Ticket, Timer, Topic,
 };
 use crate::identity::Identity;
 
@@ -197,7 +197,7 @@ impl Correlation {
                 if let LeaseEnd::ClosedUnflushed(error) = &end {
                     let what = format!("the last flush of export {name} failed: {error}");
                     self.fail_detaches(diskseq, false, &what);
-                    self.log_disk(diskseq, Level::Warn, "not durable", what.clone());
+                    self.log_disk(diskseq, Level::Warn, Topic::NotDurable, what.clone());
                     let leaving = self.exports.get_mut(name).filter(|_| bound.is_some());
                     if let Some(leaving) = leaving.and_then(|export| export.leaving.as_mut()) {
                         leaving.unflushed = Some(what.clone());

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::membership::{Waiter, judge_pair};
 use super::{
     Action, Change, Correlation, Decision, Definition, Difference, EndHow, ExportName, Generation,
-    INTERNAL, Leaving, Level, Notice, Source, Timer,
+    INTERNAL, Leaving, Level, Notice, Source, Timer, Topic,
 };
 use crate::identity::Identity;
 
@@ -282,7 +282,7 @@ impl Correlation {
     fn refuse_definition(&mut self, definition: &Definition, reason: &str) {
         self.out.push(Action::Log(Decision {
             level: Level::Warn,
-            what: "refused",
+            topic: Topic::Refused,
             export: Some(definition.name.clone()),
             volume: definition.volume.to_string(),
             node: String::new(),

@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::requests::Persisting;
 use super::{
     Action, Change, Correlation, Decision, DiskSeq, EndHow, INTERNAL, Level, Reading, Release,
-    Released, Reply, RequestError, RequestId, Timer,
+    Released, Reply, RequestError, RequestId, Timer, Topic,
 };
 use crate::identity::VolumeId;
 
@@ -198,7 +198,7 @@ impl Correlation {
         self.log_disk(
             diskseq,
             Level::Info,
-            "released",
+            Topic::Released,
             "prepared for detach".to_owned(),
         );
     }
@@ -253,7 +253,7 @@ impl Correlation {
             self.log_disk(
                 *diskseq,
                 Level::Info,
-                "taken back",
+                Topic::TakenBack,
                 "the detach was cancelled".to_owned(),
             );
             let identities = self.disks.get(*diskseq).map(|disk| &disk.identities);
@@ -353,7 +353,7 @@ impl Correlation {
         };
         self.out.push(Action::Log(Decision {
             level: Level::Warn,
-            what: "still attached",
+            topic: Topic::StillAttached,
             export: None,
             volume: volume.clone(),
             node: disk.facts.node.to_string(),

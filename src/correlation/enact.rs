@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::binding::{Binding, Context, Cue, Failure, Order, Want};
 use super::{
     Action, Correlation, Decision, DiskSeq, EndHow, ExportName, Generation, Level, Notice,
-    OpenDisk, RefusalKind, Source, State, Ticket, Timer, Turns,
+    OpenDisk, RefusalKind, Source, State, Ticket, Timer, Topic, Turns,
 };
 
 /// A failed open is tried again after this, doubled each time up to the maximum: nothing tells us when whoever
@@ -268,7 +268,7 @@ impl Correlation {
         };
         self.out.push(Action::Log(Decision {
             level,
-            what: new.name(),
+            topic: Topic::State(new),
             export: Some(name.clone()),
             volume: export.definition.volume.to_string(),
             node: diskseq

@@ -7,7 +7,7 @@ use super::membership::Waiter;
 use super::requests::{Persisting, Step};
 use super::{
     Action, Change, Correlation, Decision, Definition, Ensure, ExportName, INTERNAL, Level,
-    Mapping, Notice, RequestError, RequestId, Source, Timer, VmDisk,
+    Mapping, Notice, RequestError, RequestId, Source, Timer, Topic, VmDisk,
 };
 
 impl Correlation {
@@ -309,7 +309,7 @@ impl Correlation {
             .unwrap_or_default();
         self.out.push(Action::Log(Decision {
             level: Level::Info,
-            what: "moved",
+            topic: Topic::Moved,
             export: Some(name.clone()),
             volume: definition.volume.to_string(),
             node: String::new(),

@@ -7,6 +7,7 @@ use super::facts::{
 };
 use super::pins::SectionsChange;
 use super::request_error::RequestError;
+use super::topic::Topic;
 use super::vm::{Mapping, VmDisk};
 use crate::identity::{Identity, VolumeId};
 
@@ -261,7 +262,7 @@ pub struct OpenDisk {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Decision {
     pub level: Level,
-    pub what: &'static str,
+    pub topic: Topic,
     pub export: Option<ExportName>,
     pub volume: String,
     pub node: String,

@@ -41,6 +41,7 @@ mod rows;
 mod sections;
 mod settle;
 mod step;
+mod topic;
 #[cfg(test)]
 mod transitions;
 mod view;
@@ -60,6 +61,7 @@ pub use pin_rule::{AtPath, FoundDisk, Pin, PinnedTo, Written};
 pub use pins::{ConfiguredSection, NamedPath, PathFound, SectionsChange};
 pub use record::*;
 pub use request_error::RequestError;
+pub use topic::Topic;
 pub use view::*;
 pub use vm::*;
 

@@ -5,7 +5,7 @@ use super::disks::{Disk, DiskChange};
 use super::index::Index;
 use super::{
     Action, Change, Correlation, Decision, DiskFacts, DiskSeq, INTERNAL, Level, Mark, Notice,
-    Reading, Timer,
+    Reading, Timer, Topic,
 };
 use crate::identity::Identity;
 
@@ -18,7 +18,7 @@ impl Correlation {
         if routine && self.surveyed && !changes.is_empty() {
             self.out.push(Action::Log(Decision {
                 level: Level::Warn,
-                what: "survey",
+                topic: Topic::Survey,
                 export: None,
                 volume: String::new(),
                 node: String::new(),
@@ -97,7 +97,7 @@ impl Correlation {
             id: id.clone(),
             node: node.clone(),
         }));
-        self.log_disk(diskseq, Level::Info, "attached", String::new());
+        self.log_disk(diskseq, Level::Info, Topic::Attached, String::new());
         if id.is_empty() {
             return;
         }
@@ -131,7 +131,7 @@ impl Correlation {
             self.log_disk(
                 diskseq,
                 Level::Info,
-                "resized",
+                Topic::Resized,
                 format!("from {old} to {new} bytes"),
             );
         }
@@ -159,7 +159,7 @@ impl Correlation {
             let (id, node) = (disk.id(), disk.facts.node.clone());
             self.out.push(Action::Log(Decision {
                 level: Level::Info,
-                what: "detached",
+                topic: Topic::Detached,
                 export: None,
                 volume: id.clone(),
                 node: node.to_string(),
@@ -281,7 +281,7 @@ impl Correlation {
         &mut self,
         diskseq: DiskSeq,
         level: Level,
-        what: &'static str,
+        topic: Topic,
         reason: String,
     ) {
         let disk = self.disks.get(diskseq);
@@ -291,7 +291,7 @@ impl Correlation {
             .unwrap_or_default();
         self.out.push(Action::Log(Decision {
             level,
-            what,
+            topic,
             export: None,
             volume,
             node,

@@ -5,7 +5,7 @@ use super::pins::NamedPath;
 use super::requests::Persisting;
 use super::{
     Action, Change, Correlation, Decision, Definition, DiskSeq, Export, ExportName, Level, Reply,
-    RequestError, RequestId,
+    RequestError, RequestId, Topic,
 };
 
 /// One pinned section as it is now.
@@ -204,13 +204,7 @@ impl Correlation {
     }
 
     /// Once for each thing that is to be said.
-    pub(super) fn say(
-        &mut self,
-        name: &ExportName,
-        level: Level,
-        what: &'static str,
-        reason: String,
-    ) {
+    pub(super) fn say(&mut self, name: &ExportName, level: Level, topic: Topic, reason: String) {
         if self.pins.said.get(name) == Some(&reason) {
             return;
         }
@@ -221,7 +215,7 @@ impl Correlation {
             .map(|export| export.definition.volume.to_string());
         self.out.push(Action::Log(Decision {
             level,
-            what,
+            topic,
             export: Some(name.clone()),
             volume: volume.unwrap_or_default(),
             node: String::new(),

@@ -15,7 +15,7 @@ use super::pins::{NamedPath, OWN_REQUESTS};
 use super::requests::Persisting;
 use super::{
     Action, Change, Correlation, Definition, DeviceNode, DiskSeq, Export, ExportName, INTERNAL,
-    Level, Reading, Reply, RequestError, RequestId, Source,
+    Level, Reading, Reply, RequestError, RequestId, Source, Topic,
 };
 use crate::identity::VolumeId;
 
@@ -197,7 +197,7 @@ impl Correlation {
             Verdict::Pin(to) if to.volume().is_some() => {
                 let diskseq = self.pins_disk(name);
                 self.begin_storing(name, diskseq);
-                self.say(name, Level::Info, "pinned", format!("{path} is {to}"));
+                self.say(name, Level::Info, Topic::Pinned, format!("{path} is {to}"));
                 // Invariant 5: what the store does not have is not served meanwhile, though it may be what was served before.
                 if self.pins.known.get(name).is_none_or(|known| known.to != to) {
                     self.aim(name, VolumeId::of_path(&path));
@@ -206,12 +206,12 @@ impl Correlation {
             }
             Verdict::Pin(to) => {
                 let text = format!("{path} holds {to}, which names no volume");
-                self.say(name, Level::Warn, "pin", text);
+                self.say(name, Level::Warn, Topic::Pin, text);
                 self.settle(name);
             }
             Verdict::Confirm { found, why } => {
                 let text = confirmation(name, &path, &found, &why);
-                self.say(name, Level::Warn, "pin", text);
+                self.say(name, Level::Warn, Topic::Pin, text);
                 let why = format!("diskseq {}: {why}", found.diskseq);
                 let doubtful = keep(PinnedTo::Doubtful { why });
                 let known = self.pins.known.get(name);
@@ -222,7 +222,7 @@ impl Correlation {
                 self.aim(name, VolumeId::of_path(&path));
             }
             Verdict::Undecided(reason) => {
-                self.say(name, Level::Debug, "pin", reason.clone());
+                self.say(name, Level::Debug, Topic::Pin, reason.clone());
                 // Whatever comes to a path where there was nothing comes after the line.
                 let nothing = self.surveyed
                     && self
@@ -241,7 +241,7 @@ impl Correlation {
 
     fn aim_by_pin(&mut self, name: &ExportName, against: String) {
         if !against.is_empty() {
-            self.say(name, Level::Warn, "pin", against);
+            self.say(name, Level::Warn, Topic::Pin, against);
         }
         let volume = self.pins.known.get(name).and_then(|pin| pin.to.volume());
         if let Some(volume) = volume {
@@ -314,7 +314,7 @@ impl Correlation {
                 }
                 // Judged again by the next survey.
                 Err(error) => {
-                    self.say(&name, Level::Warn, "pin", error.to_string());
+                    self.say(&name, Level::Warn, Topic::Pin, error.to_string());
                     self.settle(&name);
                 }
             }
@@ -357,7 +357,7 @@ impl Correlation {
             ..planned.clone()
         };
         if let Err(error) = self.judge_definition(&definition) {
-            self.say(name, Level::Warn, "refused", error.to_string());
+            self.say(name, Level::Warn, Topic::Refused, error.to_string());
             self.pins.unmet.insert(name.clone(), definition);
             self.settle(name);
             return;

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use super::{
     Action, Change, Correlation, Decision, Definition, DiskSeq, ExportName, INTERNAL, Level,
-    Mapping, Pin, RemoveMode, Reply, Request, RequestError, RequestId, Unkept,
+    Mapping, Pin, RemoveMode, Reply, Request, RequestError, RequestId, Topic, Unkept,
 };
 use crate::identity::{Identity, VolumeId};
 
@@ -192,7 +192,7 @@ impl Correlation {
     fn log_store(&mut self, error: &str) {
         self.out.push(Action::Log(Decision {
             level: Level::Warn,
-            what: "store",
+            topic: Topic::Store,
             export: None,
             volume: String::new(),
             node: String::new(),

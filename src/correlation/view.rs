@@ -28,7 +28,7 @@ impl State {
         State::Failed,
     ];
 
-    pub fn name(self) -> &'static str {
+    pub const fn name(self) -> &'static str {
         match self {
             State::Absent => "Absent",
             State::Opening => "Opening",

@@ -13,7 +13,7 @@ use nbdtrack::correlation::{
     DeviceNumber, DiskFacts, DiskSeq, EndHow, Ensure, Event, ExportName, Generation, INTERNAL,
     LeaseEnd, Mapping, Mark, Notice, OpenDisk, OpenRefusal, OpenedDisk, Pin, Reading, Release,
     Remembered, RemoveMode, Reply, Request, RequestError, RequestId, SectionsChange, Settings,
-    Source, State, Ticket, Unkept, VmDisk,
+    Source, State, Ticket, Topic, Unkept, VmDisk,
 };
 use nbdtrack::identity::{Identity, Scheme, VolumeId};
 
@@ -1027,7 +1027,7 @@ impl World {
     fn perform_all(&mut self, actions: Vec<Action>) {
         for action in actions {
             match &action {
-                Action::Log(decision) if decision.what == "refused" => {
+                Action::Log(decision) if decision.topic == Topic::Refused => {
                     self.config_refused.extend(decision.export.clone());
                 }
                 Action::Log(_) | Action::Tell(_) => {}

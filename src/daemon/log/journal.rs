@@ -37,6 +37,9 @@ pub(super) const MESSAGES: &[(&str, &str)] = &[
     ("still attached", "64947c48777d4716b0f1b9ab68d37f83"),
     ("refused", "f866effe7a444994bcce12da5d5cface"),
     ("not durable", "89bf15fc552f4ee5a50e0264679a8d00"),
+    ("moved", "e197123cfc64418a88fdc313271e7239"),
+    ("pinned", "b54c1d74657e4c0f9fa17e6610fbd12a"),
+    ("pin", "335f388ff14147f09920349747033efe"),
     ("store", "69705377c0bc463ab078822c4e0fee38"),
     ("survey", "2ea677ec29224760bdf8b2c4dd94fbc4"),
     ("config_reloaded", "c0b24da241714e5ea8d5458c9365b828"),
@@ -214,6 +217,7 @@ fn put(message: &mut Vec<u8>, name: &str, value: &str) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::correlation::{State, Topic};
 
     fn facts(message: &str, fields: &[(&'static str, &str)]) -> Facts {
         Facts {
@@ -276,6 +280,15 @@ mod tests {
         let fields = [("reason", long.as_str()); FIELDS_MAX];
         let message = encode(&facts("x", &fields), Level::INFO, "event", None);
         assert!(message.len() < 160 << 10, "{}", message.len());
+    }
+
+    #[test]
+    fn everything_that_the_middle_logs_has_a_message_id() {
+        let states = State::ALL.into_iter().map(Topic::State);
+        for topic in states.chain(Topic::EVENTS) {
+            let name = topic.name();
+            assert!(MESSAGES.iter().any(|(known, _)| *known == name), "{name}");
+        }
     }
 
     #[test]

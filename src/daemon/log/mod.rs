@@ -135,7 +135,7 @@ fn filter(wanted: Option<&str>) -> (EnvFilter, Option<String>) {
 pub(super) fn decision(decision: &Decision) {
     let Decision {
         level,
-        what,
+        topic,
         export,
         volume,
         node,
@@ -147,6 +147,7 @@ pub(super) fn decision(decision: &Decision) {
         .as_ref()
         .map(|name| name.as_str())
         .unwrap_or_default();
+    let what = topic.name();
     match level {
         Level::Debug => {
             tracing::debug!(export, volume, node, diskseq, generation, reason, "{what}")

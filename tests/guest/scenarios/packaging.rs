@@ -370,14 +370,14 @@ fn exchange_of_servers(shape: Shape) -> Outcome<()> {
 }
 
 /// Between the end of one and the start of the next there is nobody whom a caller reaches: the bus would have systemd start
-/// `nbdtrack.service`, on the same port and state. It keeps the call, and the next one answers it. (That systemd was asked shows in the
-/// journal alone: a unit that is not enabled is forgotten with its condition's time.)
+/// `nbdtrack.service`, on the same port and state. It keeps the call, and the next one answers it. (That systemd was asked, the bus says in the journal:
+/// a unit that is not enabled is forgotten with its condition's time.)
 fn call_while_it_restarts(bed: &mut Bed) -> Outcome<()> {
     let agent = &bed.machine.agent;
     let said = agent.run(
         "since=$(date +%s) && systemctl stop nbd-server && \
          { timeout 20 busctl call org.nbdtrack1 /org/nbdtrack1 org.nbdtrack1.Manager GetStats 'a{sv}' 0 >/root/answer 2>&1 & } && \
-         call=$! && until journalctl -q -u nbdtrack --since @$since -g ConditionPathExists | grep -q .; do sleep 0.2; done && \
+         call=$! && until journalctl -q -t dbus-daemon --since @$since -g 'Activating via systemd.*nbdtrack' | grep -q .; do sleep 0.2; done && \
          systemctl start nbd-server && wait $call && cat /root/answer && ! systemctl is-active nbdtrack",
     )?;
     hold!(said.starts_with("a{sv}"), "{said}");
