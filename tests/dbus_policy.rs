@@ -793,6 +793,173 @@ fn with_polkit_a_password_is_asked_for_only_when_the_call_allows_it() {
     });
 }
 
+/// A command on a terminal of its own, as `bin`, where the private bus is the system's and a password of root is known.
+struct AtTerminal {
+    child: Child,
+    /// `None` at the end of the input.
+    keyboard: Option<std::process::ChildStdin>,
+    screen: std::sync::mpsc::Receiver<Vec<u8>>,
+    shown: String,
+}
+
+impl AtTerminal {
+    const PASSWORD: &str = "only in this namespace";
+    /// shadow(5), with that password.
+    const SHADOW: &str = "root:$6$nbdtrack$3BWNjBZnMmStuKkwDnWp6f/plqcQXahPFc93fRfizHM0oEmSWVGAqro0bNvlt4oBXQka4vUey1i6Jbf0NmTje.:20000:0:99999:7:::\n";
+    /// `script` gives the terminal; what pkttyagent and its setuid helper read below /etc and /run is the test's.
+    const PLACE: &str = "set -e; mount --make-rprivate /; mount -t tmpfs none /run; mkdir /run/dbus; \
+        ln -s \"$1\" /run/dbus/system_bus_socket; \
+        touch /run/nbdtrack; mount --bind \"$4\" /run/nbdtrack; \
+        mount --bind \"$2/shadow\" /etc/shadow; mount --bind \"$2/pam.d\" /etc/pam.d; \
+        exec script --quiet --return --echo never --command \"$3\" /dev/null";
+
+    fn run(bus: &PrivateBus, folder: &std::path::Path, command: &str) -> AtTerminal {
+        let socket = bus.address.strip_prefix("unix:path=").unwrap();
+        let line = format!("exec setpriv --reuid=bin --regid=bin --clear-groups {command}");
+        let mut place = Command::new("unshare");
+        place.args(["--mount", "sh", "-c", Self::PLACE, "sh", socket]);
+        place
+            .arg(folder)
+            .arg(line)
+            .arg(env!("CARGO_BIN_EXE_nbdtrack"));
+        place.env("LC_ALL", "C").env_remove("LANGUAGE");
+        place.stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut child = place.spawn().unwrap();
+        let mut output = child.stdout.take().unwrap();
+        let (sender, screen) = std::sync::mpsc::channel();
+        // Ends with the output, and so with the command.
+        std::thread::spawn(move || {
+            let mut part = [0; 4096];
+            while let Ok(read @ 1..) = std::io::Read::read(&mut output, &mut part) {
+                let _ = sender.send(part[..read].to_vec());
+            }
+        });
+        AtTerminal {
+            keyboard: child.stdin.take(),
+            child,
+            screen,
+            shown: String::new(),
+        }
+    }
+
+    fn enter(&mut self, line: &str) {
+        writeln!(self.keyboard.as_ref().unwrap(), "{line}").unwrap();
+    }
+
+    fn until(&mut self, wanted: &str) {
+        let until = Instant::now() + Duration::from_secs(30);
+        while !self.shown.contains(wanted) {
+            let left = until.saturating_duration_since(Instant::now());
+            match self.screen.recv_timeout(left) {
+                Ok(part) => self.shown += &String::from_utf8_lossy(&part),
+                Err(_) => panic!("no {wanted:?} on the terminal: {:?}", self.shown),
+            }
+        }
+    }
+
+    /// What was shown, and the exit code.
+    fn end(mut self) -> (String, Option<i32>) {
+        // What else it asks is answered with the end of the input.
+        self.keyboard = None;
+        while let Ok(part) = self.screen.recv() {
+            self.shown += &String::from_utf8_lossy(&part);
+        }
+        let code = self.child.wait().unwrap().code();
+        (std::mem::take(&mut self.shown), code)
+    }
+}
+
+impl Drop for AtTerminal {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// The operator was never asked: polkit passes over an agent that is registered as a fallback where the caller has no login session.
+#[test]
+fn with_polkit_the_person_at_a_terminal_is_asked_without_a_login_session() {
+    assert!(nix::unistd::geteuid().is_root(), "this test needs root");
+    let test = "with_polkit_the_person_at_a_terminal_is_asked_without_a_login_session";
+    for tool in ["script", "pkttyagent"] {
+        if Command::new(tool).arg("--version").output().is_err() {
+            return polkit::skip(test, &format!("{tool} is missing"));
+        }
+    }
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("shadow"), AtTerminal::SHADOW).unwrap();
+    std::fs::create_dir(folder.path().join("pam.d")).unwrap();
+    let pam = "auth required pam_unix.so\naccount required pam_unix.so\n";
+    std::fs::write(folder.path().join("pam.d/polkit-1"), pam).unwrap();
+    block_on(async move {
+        let bus = polkit::bus("nogroup");
+        let Some(_polkit) = Polkit::start(test, &bus, RULES).await else {
+            return;
+        };
+        let _publisher = asking(&bus.address).await;
+        let link = bus.connect().await;
+        let run = |line: &str| AtTerminal::run(&bus, folder.path(), line);
+
+        let mut at = run("/run/nbdtrack rescan");
+        let (shown, code) = tokio::task::spawn_blocking(move || {
+            at.until("Password: ");
+            at.enter(AtTerminal::PASSWORD);
+            at.until("rescanned");
+            at.end()
+        })
+        .await
+        .unwrap();
+        assert!(
+            shown.contains("AUTHENTICATING FOR org.nbdtrack1.change"),
+            "{shown}"
+        );
+        assert_eq!(code, Some(0), "{shown}");
+
+        let at = run("/run/nbdtrack --no-ask-password rescan");
+        let began = Instant::now();
+        let (shown, code) = tokio::task::spawn_blocking(move || at.end()).await.unwrap();
+        assert!(
+            began.elapsed() < Duration::from_secs(10),
+            "at once: {shown}"
+        );
+        assert!(
+            shown.contains("polkit wants a password for org.nbdtrack1.change"),
+            "{shown}"
+        );
+        assert!(shown.contains("without --no-ask-password"), "{shown}");
+        assert!(!shown.contains("AUTHENTICATING"), "{shown}");
+        assert_eq!(code, Some(5), "{shown}");
+
+        // An agent that asks already, as a desktop's does, goes on asking, and nothing is heard of another one.
+        let mut at = run("sh -c 'echo pid $$; read -r _; exec /run/nbdtrack rescan'");
+        let mut at = tokio::task::spawn_blocking(move || {
+            at.until("\n");
+            at
+        })
+        .await
+        .unwrap();
+        let pid = at
+            .shown
+            .trim()
+            .strip_prefix("pid ")
+            .unwrap()
+            .parse()
+            .unwrap();
+        let answering = polkit::answer_one(&link, pid, true);
+        let going = tokio::task::spawn_blocking(move || {
+            at.enter("");
+            at.until("rescanned");
+            at.end()
+        });
+        let (asked, ended) = tokio::join!(answering, going);
+        let (shown, code) = ended.unwrap();
+        assert_eq!(asked.action, "org.nbdtrack1.change");
+        let rest = shown.split_once('\n').unwrap().1;
+        assert_eq!(rest.trim(), "rescanned", "{shown}");
+        assert_eq!(code, Some(0), "{shown}");
+    });
+}
+
 /// A daemon of its own, ended with the test.
 struct Served(Child);
 

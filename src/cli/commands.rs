@@ -14,8 +14,8 @@ use super::{
 use crate::dbus::Bus;
 use crate::dbus::client::{Client, ClientError, Options};
 
-/// Connects, and runs one command.
-pub async fn run(bus: &Bus, command: Command, as_json: bool) -> Result<(), Failure> {
+/// Connects, and runs one command. Without `may_ask`, no one is asked for a password.
+pub async fn run(bus: &Bus, command: Command, as_json: bool, may_ask: bool) -> Result<(), Failure> {
     let failed = |error| failure(bus, error);
     if let Command::Doctor { config } = &command {
         return doctor::doctor(bus, config, as_json).await;
@@ -24,7 +24,8 @@ pub async fn run(bus: &Bus, command: Command, as_json: bool) -> Result<(), Failu
     // A screen that is drawn anew each second is no place for a question.
     let client = match command {
         Command::Top(_) => client,
-        _ => client.asking(),
+        _ if may_ask => client.asking(),
+        _ => client,
     };
     match command {
         Command::Status => {

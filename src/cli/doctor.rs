@@ -364,7 +364,7 @@ async fn daemon(bus: &Bus) -> Vec<Finding> {
             }
             findings
         }
-        Err(ClientError::Denied(text)) => vec![trouble(
+        Err(ClientError::Denied(text) | ClientError::PasswordWanted(text)) => vec![trouble(
             WHAT,
             Verdict::Warning,
             format!("runs, and this user may not ask it: {text}"),

@@ -62,7 +62,7 @@ impl Failure {
                 ClientError::NoDaemon(_) => 3,
                 ClientError::TimedOut(_)
                 | ClientError::Refused(RequestError::TimedOut(_) | RequestError::NotReady(_)) => 4,
-                ClientError::Denied(_) => 5,
+                ClientError::Denied(_) | ClientError::PasswordWanted(_) => 5,
                 ClientError::Refused(_) | ClientError::Bus(_) => 1,
             },
             Failure::Bus(_)
@@ -102,6 +102,9 @@ impl Failure {
         let next = match self {
             Failure::Client(ClientError::Denied(_)) => {
                 "; changing needs root, reading root or the group nbdtrack"
+            }
+            Failure::Client(ClientError::PasswordWanted(_)) => {
+                "; on a terminal, without --no-ask-password and with pkttyagent installed, this command asks for it"
             }
             Failure::Client(ClientError::Refused(error)) => match error {
                 RequestError::NotFound(_) => {

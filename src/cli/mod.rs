@@ -63,6 +63,9 @@ struct Cli {
     /// Print JSON
     #[arg(long, global = true)]
     json: bool,
+    /// Ask for no password at the terminal: a call for which polkit wants one is refused
+    #[arg(long, global = true)]
+    no_ask_password: bool,
     #[command(subcommand)]
     command: Command,
 }
@@ -150,7 +153,7 @@ enum Command {
     /// Show what happened: disks, exports, clients, and who called what
     History(History),
     /// Print what happens, as it happens, until interrupted
-    Watch(Watch),
+    Watch(watch::Watch),
     /// Show what the exports carry, anew each second, on a whole terminal
     Top(Top),
     /// Print what is measured as OpenMetrics, or serve it to Prometheus
@@ -290,22 +293,6 @@ struct PrepareDetach {
 }
 
 #[derive(Debug, Args)]
-struct Watch {
-    /// Only what is told of this export
-    #[arg(long, value_name = "NAME", add = ArgValueCandidates::new(complete::exports))]
-    export: Option<String>,
-    /// Only what is told of this disk, SCHEME:VALUE as `nbdtrack volumes` has it
-    #[arg(long, value_name = "ID")]
-    volume: Option<String>,
-    /// Only changes to this state
-    #[arg(long, value_name = "STATE")]
-    state: Option<String>,
-    /// Only this signal; may be repeated
-    #[arg(long, value_name = "SIGNAL")]
-    signal: Vec<String>,
-}
-
-#[derive(Debug, Args)]
 struct Top {
     /// Ask the daemon this often
     #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = interval)]
@@ -428,7 +415,7 @@ fn run(cli: Cli) -> Result<(), Failure> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
-    runtime.block_on(commands::run(&bus, command, json))
+    runtime.block_on(commands::run(&bus, command, json, !cli.no_ask_password))
 }
 
 fn interval(text: &str) -> Result<Duration, String> {

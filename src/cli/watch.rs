@@ -1,11 +1,29 @@
 //! `watch`: what happens, one line each.
 
+use clap::Args;
+use clap_complete::ArgValueCandidates;
 use serde_json::{Map, Value, json};
 
 use super::show::{plain, print, to_json};
 use super::table::printable;
-use super::{Failure, Watch};
+use super::{Failure, complete};
 use crate::dbus::client::{Client, ClientError, Told};
+
+#[derive(Debug, Args)]
+pub struct Watch {
+    /// Only what is told of this export
+    #[arg(long, value_name = "NAME", add = ArgValueCandidates::new(complete::exports))]
+    export: Option<String>,
+    /// Only what is told of this disk, SCHEME:VALUE as `nbdtrack volumes` has it
+    #[arg(long, value_name = "ID")]
+    volume: Option<String>,
+    /// Only changes to this state
+    #[arg(long, value_name = "STATE")]
+    state: Option<String>,
+    /// Only this signal; may be repeated
+    #[arg(long, value_name = "SIGNAL")]
+    signal: Vec<String>,
+}
 
 /// Prints signals until interrupted or until the daemon goes away.
 pub async fn watch(client: &Client, asked: &Watch, as_json: bool) -> Result<(), Failure> {

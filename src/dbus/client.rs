@@ -38,6 +38,9 @@ pub enum ClientError {
     /// The bus's policy does not let this user call.
     #[error("{0}")]
     Denied(String),
+    /// polkit wants a password, and no one was asked for it; nothing was done.
+    #[error("{0}")]
+    PasswordWanted(String),
     /// No answer in time.
     #[error("no answer within {} s", .0.as_secs())]
     TimedOut(Duration),
@@ -397,8 +400,10 @@ fn failure(error: zbus::Error) -> ClientError {
             }
         }
         zbus::Error::FDO(error) => match *error {
-            zbus::fdo::Error::AccessDenied(text)
-            | zbus::fdo::Error::InteractiveAuthorizationRequired(text) => ClientError::Denied(text),
+            zbus::fdo::Error::AccessDenied(text) => ClientError::Denied(text),
+            zbus::fdo::Error::InteractiveAuthorizationRequired(text) => {
+                ClientError::PasswordWanted(text)
+            }
             zbus::fdo::Error::ServiceUnknown(text)
             | zbus::fdo::Error::NameHasNoOwner(text)
             | zbus::fdo::Error::NoReply(text) => ClientError::NoDaemon(text),
@@ -414,7 +419,7 @@ impl ClientError {
         match self {
             ClientError::NoDaemon(_) => "NoDaemon",
             ClientError::Refused(error) => parts(error).0,
-            ClientError::Denied(_) => "NotAuthorized",
+            ClientError::Denied(_) | ClientError::PasswordWanted(_) => "NotAuthorized",
             ClientError::TimedOut(_) => "TimedOut",
             ClientError::Bus(_) => "Failed",
         }

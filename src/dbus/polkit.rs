@@ -95,7 +95,7 @@ impl Gate {
     ///
     /// # Errors
     /// `NotReady` when too many are asked of polkit already; the standard `InteractiveAuthorizationRequired` when a password would
-    /// do; else `NotAuthorized`, with polkit's answer or why there is none.
+    /// do and no one was asked for it; else `NotAuthorized`, with polkit's answer or why there is none.
     pub async fn permit(
         &self,
         (callers, calls): (&Callers, &Calls),
@@ -172,22 +172,21 @@ impl Question<'_> {
         if authorized {
             return Ok(());
         }
-        if challenge && !self.interactive {
-            // D-Bus Specification, "Message Format", ALLOW_INTERACTIVE_AUTHORIZATION: the error that asks for the flag.
-            let text = format!(
-                "{method}: polkit wants a password for {action}, and the call does not allow to ask for one"
-            );
+        let dismissed = details.contains_key("polkit.dismissed");
+        if challenge && !dismissed {
+            // D-Bus Specification, "Message Format", ALLOW_INTERACTIVE_AUTHORIZATION: the error that asks for the flag. With the flag it
+            // says, as systemd's does, that no one was asked: who can asks now, and calls again.
+            let what = match self.interactive {
+                true => "the caller has no authentication agent that asks for it",
+                false => "the call does not allow to ask for one",
+            };
+            let text = format!("{method}: polkit wants a password for {action}, and {what}");
             return Err(standard("InteractiveAuthorizationRequired", text));
         }
-        no(
-            match (challenge, details.contains_key("polkit.dismissed")) {
-                (_, true) => format!("{method}: no password was given for {action}"),
-                (true, false) => format!(
-                    "{method}: polkit wants a password for {action}, and the caller has no authentication agent that asks for it"
-                ),
-                (false, false) => format!("{method}: polkit does not let this user do {action}"),
-            },
-        )
+        no(match dismissed {
+            true => format!("{method}: no password was given for {action}"),
+            false => format!("{method}: polkit does not let this user do {action}"),
+        })
     }
 
     /// On a connection of its own, for two reasons: a person takes longer than the daemon's other peers may, and when it ends, in
