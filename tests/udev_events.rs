@@ -7,7 +7,9 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use kernel::{Loop, backing_file, one};
-use nbdtrack::correlation::{DeviceNumber, DiskFacts, DiskSeq, Event, Mark, Reading};
+use nbdtrack::correlation::{
+    DeviceNumber, DiskFacts, DiskSeq, Event, Holder, HolderKind, Mark, Reading,
+};
 use nbdtrack::udev::{Observer, Settings, observe};
 use nix::sys::socket::{
     AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, sendto, socket,
@@ -60,6 +62,16 @@ impl Watched {
                 && facts.diskseq == diskseq
             {
                 return facts;
+            }
+        }
+    }
+
+    /// Waits until the disk of `stack` is told to be held by these.
+    async fn held(&mut self, stack: &Stack, holders: &[Holder]) {
+        loop {
+            let facts = self.seen(stack.disk.number(), Stack::DISK).await;
+            if facts.holders == holders {
+                return;
             }
         }
     }
@@ -277,6 +289,125 @@ async fn an_event_of_a_device_that_sysfs_does_not_have_makes_no_disk() {
             _ => {}
         }
     }
+}
+
+/// A sysfs with a disk and a map of device-mapper, of which real devices' events tell.
+struct Stack {
+    sysfs: tempfile::TempDir,
+    disk: Loop,
+    map: Loop,
+}
+
+impl Stack {
+    const DISK: DiskSeq = DiskSeq(9);
+    const MAP: DiskSeq = DiskSeq(10);
+
+    fn new() -> Stack {
+        let stack = Stack {
+            sysfs: tempfile::tempdir().unwrap(),
+            disk: Loop::make(240),
+            map: Loop::make(240),
+        };
+        for folder in ["block", "dev/block", "sdx/holders"] {
+            std::fs::create_dir_all(stack.at(folder)).unwrap();
+        }
+        stack.device("sdx", &stack.disk, Stack::DISK);
+        stack
+    }
+
+    fn at(&self, path: &str) -> std::path::PathBuf {
+        self.sysfs.path().join(path)
+    }
+
+    fn put(&self, path: &str, content: &str) {
+        std::fs::create_dir_all(self.at(path).parent().unwrap()).unwrap();
+        std::fs::write(self.at(path), content).unwrap();
+    }
+
+    fn device(&self, name: &str, of: &Loop, diskseq: DiskSeq) {
+        self.put(
+            &format!("{name}/uevent"),
+            &format!("DEVNAME={name}\nDEVTYPE=disk\n"),
+        );
+        self.put(&format!("{name}/diskseq"), &format!("{diskseq}\n"));
+        self.put(&format!("{name}/size"), "2048\n");
+        self.put(&format!("{name}/ro"), "0\n");
+        let link = self.at("dev/block").join(of.number().to_string());
+        std::os::unix::fs::symlink(self.at(name), link).unwrap();
+    }
+
+    /// As `dmsetup create --notable` with a UUID of multipath.
+    fn make_map(&self) {
+        self.put("dm-0/dm/uuid", "mpath-36001405d27e5d89\n");
+        self.device("dm-0", &self.map, Stack::MAP);
+        self.put("dm-0/size", "0\n");
+    }
+
+    /// As the load of a table, before the map is resumed.
+    fn load(&self) {
+        self.put("dm-0/slaves/sdx/dev", "0:0\n");
+        std::os::unix::fs::symlink(self.at("dm-0"), self.at("sdx/holders/dm-0")).unwrap();
+    }
+
+    fn unload(&self) {
+        std::fs::remove_dir_all(self.at("dm-0/slaves/sdx")).unwrap();
+        std::fs::remove_file(self.at("sdx/holders/dm-0")).unwrap();
+    }
+
+    fn remove_map(&self) {
+        let link = self.at("dev/block").join(self.map.number().to_string());
+        std::fs::remove_file(link).unwrap();
+        std::fs::remove_dir_all(self.at("dm-0")).unwrap();
+    }
+}
+
+/// A disk's own events tell of it before multipath has it, and no event of it comes afterwards: only the map's.
+#[tokio::test]
+async fn a_disk_is_read_anew_when_a_multipath_map_takes_it_and_when_it_lets_it_go() {
+    let stack = Stack::new();
+    let mut watched = watch(Settings {
+        sysfs: stack.sysfs.path().to_owned(),
+        ..quiet()
+    })
+    .await;
+    let map = Holder {
+        name: "dm-0".to_owned(),
+        kind: HolderKind::Multipath,
+    };
+    let (taken, free) = (vec![map], Vec::new());
+    stack.disk.event("add");
+    watched.held(&stack, &free).await;
+
+    stack.make_map();
+    stack.map.event("add");
+    watched.gone(stack.map.number()).await;
+    stack.load();
+    stack.put("dm-0/size", "2048\n");
+    stack.map.event("change");
+    watched.held(&stack, &taken).await;
+
+    // Another table, in which the path is no more, and then again.
+    stack.unload();
+    stack.map.event("change");
+    watched.held(&stack, &free).await;
+    stack.load();
+    stack.map.event("change");
+    watched.held(&stack, &taken).await;
+
+    stack.unload();
+    stack.remove_map();
+    stack.map.event("change");
+    watched.held(&stack, &free).await;
+
+    // A map that goes before it was ever resumed, so that it was never a disk.
+    stack.make_map();
+    stack.load();
+    stack.disk.event("change");
+    watched.held(&stack, &taken).await;
+    stack.unload();
+    stack.remove_map();
+    stack.map.event("change");
+    watched.held(&stack, &free).await;
 }
 
 #[tokio::test]

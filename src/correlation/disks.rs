@@ -6,7 +6,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::facts::{BootId, DeviceNode, DeviceNumber, DiskFacts, DiskSeq, Mark, Reading};
+use super::facts::{
+    BootId, DeviceNode, DeviceNumber, DiskFacts, DiskSeq, Holder, HolderKind, Mark, Reading,
+};
 use super::index::Index;
 use crate::identity::{self, Identity, Scheme};
 
@@ -38,12 +40,14 @@ impl Disk {
         self.identities.iter().filter(made)
     }
 
-    /// Members of a multipath or md device are never candidates; what is built on them may be.
+    /// The multipath map or the array that has this disk. Its members are never candidates; what is built on them may be.
+    pub fn member_of(&self) -> Option<&Holder> {
+        let holders = &mut self.facts.holders.iter();
+        holders.find(|holder| holder.kind != HolderKind::Other)
+    }
+
     pub fn is_member(&self) -> bool {
-        self.facts
-            .holders
-            .iter()
-            .any(|holder| holder.starts_with("md") || holder.contains("mpath"))
+        self.member_of().is_some()
     }
 }
 

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 
 use super::binding::{Binding, Failure};
 use super::disks::Disk;
-use super::{Correlation, DiskSeq, Export, ExportName, Reading};
+use super::{Correlation, DiskSeq, Export, ExportName, Holder, Reading};
 use crate::identity::{Identity, Scheme};
 
 /// Disks that match are all told (a machine has few twins); of those that do not, the nearest so many.
@@ -168,7 +168,10 @@ impl Correlation {
             obstacles.push("its owner asked it to leave".to_owned());
         }
         if !disk.facts.holders.is_empty() {
-            obstacles.push(format!("it is held by {}", disk.facts.holders.join(", ")));
+            obstacles.push(format!(
+                "it is held by {}",
+                Holder::names(&disk.facts.holders)
+            ));
         }
         if !disk.busy.is_empty() {
             obstacles.push(disk.busy.clone());

@@ -138,6 +138,33 @@ pub enum Reading {
     Unknown(String),
 }
 
+/// A device that is built on a disk and holds it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Holder {
+    /// The kernel's name, `dm-0`.
+    pub name: String,
+    pub kind: HolderKind,
+}
+
+/// What a holder makes of the disks beneath it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HolderKind {
+    /// A map of multipath: each disk beneath it is one way to the volume, and the map is the volume.
+    Multipath,
+    /// An array of md: a disk beneath it is a part of something else.
+    Array,
+    /// LVM and whatever else: what it has on the disk says nothing of whose the disk is.
+    Other,
+}
+
+impl Holder {
+    /// The names of holders, in words.
+    pub fn names(holders: &[Holder]) -> String {
+        let names: Vec<&str> = holders.iter().map(|holder| holder.name.as_str()).collect();
+        names.join(", ")
+    }
+}
+
 /// One attached disk as the kernel shows it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DiskFacts {
@@ -152,9 +179,8 @@ pub struct DiskFacts {
     pub serial: String,
     pub wwid: String,
     pub model: String,
-    /// Who holds the disk (md, multipath, LVM); empty when no one. A disk that is a member of a
-    /// multipath or md device is no candidate.
-    pub holders: Vec<String>,
+    /// What holds the disk; empty when nothing does.
+    pub holders: Vec<Holder>,
     /// Its owner asked it to go and waits for us to close it (the loop driver's `autoclear`).
     pub leaving: bool,
 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use super::binding::{Cue, Failure, Want};
-use super::{Correlation, DiskSeq, EndHow, Export, ExportName};
+use super::{Correlation, DiskSeq, EndHow, Export, ExportName, HolderKind};
 use crate::identity::Identity;
 
 /// The attached disks that present a volume's identity, by what speaks for or against them.
@@ -221,16 +221,20 @@ impl Correlation {
                 "{} (diskseq {diskseq}) was asked to leave by its owner",
                 self.node_of(diskseq)
             )
-        } else if let Some(disk) = claimants
+        } else if let Some((disk, holder)) = claimants
             .members
             .first()
             .and_then(|member| self.disks.get(*member))
+            .and_then(|disk| Some((disk, disk.member_of()?)))
         {
-            format!(
-                "{} is a member of {}",
-                disk.facts.node,
-                disk.facts.holders.join(", ")
-            )
+            let (node, name) = (&disk.facts.node, &holder.name);
+            match holder.kind {
+                HolderKind::Multipath => format!(
+                    "{node} is a path of the multipath map {name}, and no path is served beside its map: export the map, or keep multipath \
+                     off the disk ([claim] in nbdtrack.toml(5)) and remove the map"
+                ),
+                HolderKind::Array | HolderKind::Other => format!("{node} is a member of {name}"),
+            }
         } else if let Some(path) = volume.file() {
             let known = export
                 .candidates

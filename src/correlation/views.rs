@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use super::{Correlation, DiskSeq, DiskView, ExportName, ExportView, Generation};
+use super::{Correlation, DiskSeq, DiskView, ExportName, ExportView, Generation, Holder};
 use crate::identity::{Identity, VolumeId};
 
 impl Correlation {
@@ -96,7 +96,7 @@ impl Correlation {
         let in_use = if disk.facts.holders.is_empty() {
             disk.busy.clone()
         } else {
-            disk.facts.holders.join(", ")
+            Holder::names(&disk.facts.holders)
         };
         Some(DiskView {
             id: disk.id(),

@@ -11,7 +11,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use super::{node, nvme};
-use crate::correlation::{DeviceNode, DeviceNumber, DiskSeq};
+use crate::correlation::{DeviceNode, DeviceNumber, DiskSeq, Holder, HolderKind};
 use crate::identity::{self, Attributes, Identity};
 
 /// One sysfs attribute has at most a page.
@@ -51,7 +51,7 @@ pub struct Disk {
     /// Bytes.
     pub size: u64,
     pub read_only: bool,
-    pub holders: Vec<String>,
+    pub holders: Vec<Holder>,
     pub slaves: Vec<String>,
     /// The loop driver's; false for every other disk.
     pub autoclear: bool,
@@ -280,7 +280,7 @@ fn read_once(sysfs: &Path, number: DeviceNumber, depth: &Depth) -> io::Result<Op
         diskseq: before,
         size,
         read_only,
-        holders: links(&dir.join("holders"))?,
+        holders: holders(&dir.join("holders"))?,
         slaves: links(&dir.join("slaves"))?,
         autoclear,
         attributes,
@@ -317,6 +317,31 @@ fn is_node_name(name: &str) -> bool {
 fn is_memory(name: &str) -> bool {
     let rest = name.strip_prefix('z').unwrap_or(name).strip_prefix("ram");
     rest.is_some_and(|n| !n.is_empty() && n.bytes().all(|b| b.is_ascii_digit()))
+}
+
+fn holders(dir: &Path) -> io::Result<Vec<Holder>> {
+    let named = links(dir)?.into_iter().map(|name| {
+        let kind = holder_kind(&dir.join(&name), &name)?;
+        Ok(Holder { name, kind })
+    });
+    named.collect()
+}
+
+/// What the holder with this folder in sysfs makes of the disks beneath it.
+///
+/// A map of device-mapper is `dm-N` whatever it maps; its UUID tells (Linux `Documentation/ABI/testing/sysfs-block-dm`). multipath-tools begins
+/// that of each of its maps with `mpath-` (`libmultipath/devmapper.h`, `UUID_PREFIX`). kpartx's map of a partition *on* such a map has
+/// `partN-mpath-…`: it holds the map, which is no path.
+fn holder_kind(dir: &Path, name: &str) -> io::Result<HolderKind> {
+    if name.starts_with("md") {
+        return Ok(HolderKind::Array);
+    }
+    // No UUID, or none any more: the map goes, and its going is told.
+    let uuid = bytes(&dir.join("dm/uuid"), TEXT_BYTES_MAX)?.unwrap_or_default();
+    Ok(match uuid.starts_with(b"mpath-") {
+        true => HolderKind::Multipath,
+        false => HolderKind::Other,
+    })
 }
 
 fn links(dir: &Path) -> io::Result<Vec<String>> {
@@ -534,9 +559,29 @@ mod tests {
     }
 
     #[test]
-    fn members_show_their_holders() {
-        let tree = Tree::with("sdb", &[("holders/md0/x", b""), ("holders/dm-1/x", b"")]);
-        assert_eq!(tree.disk().holders, ["dm-1", "md0"]);
+    fn a_disk_tells_what_holds_it_and_a_path_that_multipath_does() {
+        let tree = Tree::with(
+            "sdb",
+            &[
+                ("holders/md0/dev", b"9:0\n"),
+                ("holders/dm-0/dm/uuid", b"mpath-36001405d27e5d89\n"),
+                ("holders/dm-1/dm/uuid", b"part1-mpath-36001405d27e5d89\n"),
+                ("holders/dm-2/dm/uuid", b"LVM-pV8TgNKMJVNrolJgMhVwg4CA\n"),
+                ("holders/dm-3/dm/uuid", b"\n"),
+                ("holders/bcache0/dev", b"252:0\n"),
+            ],
+        );
+        let holders = tree.disk().holders;
+        let found: Vec<_> = holders.iter().map(|h| (h.name.as_str(), h.kind)).collect();
+        let expected = [
+            ("bcache0", HolderKind::Other),
+            ("dm-0", HolderKind::Multipath),
+            ("dm-1", HolderKind::Other),
+            ("dm-2", HolderKind::Other),
+            ("dm-3", HolderKind::Other),
+            ("md0", HolderKind::Array),
+        ];
+        assert_eq!(found, expected);
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! The watching task's reads of single disks: started on the blocking pool, awaited up to a deadline, learned
 //! from, told. What is read last of each disk is remembered here; which export it belongs to is not.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
 
@@ -9,7 +10,7 @@ use super::counters::count;
 use super::shared::lock;
 use super::slots::{Start, Why};
 use super::watch::{Done, Known, RETRY_AFTER, Stopped, Watch};
-use crate::correlation::{DeviceNumber, DiskFacts, DiskSeq, Event, Mark, Reading};
+use crate::correlation::{DeviceNumber, DiskFacts, DiskSeq, Event, Holder, Mark, Reading};
 use crate::identity;
 
 impl Watch {
@@ -219,23 +220,43 @@ impl Watch {
             .get(&number)
             .filter(|known| known.facts.diskseq == disk.diskseq);
         let autoclear_at_first = before.map_or(disk.autoclear, |known| known.autoclear_at_first);
-        // What this disk is built on has a holder now, of which no event tells.
-        for (member, known) in &self.known {
-            if disk.slaves.contains(&known.name) && !known.facts.holders.contains(&disk.name) {
-                self.slots.want(*member, Why::Event);
-            }
-        }
-        let name = disk.name.clone();
+        let (name, slaves) = (disk.name.clone(), disk.slaves.clone());
+        let held_before = before.map(|known| known.facts.holders.clone());
         let facts = facts(disk, autoclear_at_first);
-        self.known.insert(
-            number,
-            Known {
-                facts: facts.clone(),
-                name,
-                autoclear_at_first,
-            },
-        );
+        let known = Known {
+            facts: facts.clone(),
+            name,
+            slaves,
+            autoclear_at_first,
+        };
+        self.reread_stack(number, &known, held_before.as_deref());
+        self.known.insert(number, known);
         facts
+    }
+
+    /// Reads disks anew that were read before something on them came, went or was made otherwise, for no event of their own tells it: device-mapper
+    /// sends `add` before a map has a table, `change` when it is resumed, and `remove`, each of the map alone (Linux
+    /// `drivers/md/dm-ioctl.c`, `do_resume`). `change` comes before a table that was replaced lets its disks go; udev's event
+    /// of it comes after.
+    fn reread_stack(&mut self, number: DeviceNumber, disk: &Known, held_before: Option<&[Holder]>) {
+        let holds = |above: &Known, name: &str| above.slaves.iter().any(|slave| slave == name);
+        let held = |below: &Known, name: &str| below.facts.holders.iter().any(|h| h.name == name);
+        let mut agreed = true;
+        for (other, known) in &self.known {
+            if *other == number {
+                continue;
+            }
+            if holds(disk, &known.name) != held(known, &disk.name) {
+                self.slots.want(*other, Why::Event);
+            }
+            agreed &= holds(known, &disk.name) == held(disk, &known.name);
+        }
+        // A map that came or went while this very disk was read. Only after a reading that says something new, and so once: what
+        // sysfs goes on saying, for a link that is cut off from a long list or a map without a table, is no reason to read for ever.
+        let news = held_before != Some(&disk.facts.holders);
+        if news && (is_held_by_a_stranger(&self.known, disk) || !agreed) {
+            self.slots.want(number, Why::Event);
+        }
     }
 
     /// The disk, or that incarnation of it, is gone.
@@ -247,15 +268,20 @@ impl Watch {
         self.unreadable.remove(&number);
         self.late.remove(&number);
         lock(&self.shared.id_paths).remove(&number);
-        let Some(gone) = self.known.remove(&number) else {
-            return;
-        };
+        self.known.remove(&number);
+        // Not by the name of what is gone: a map that was never read, for it had no table, is known by none.
         for (member, known) in &self.known {
-            if known.facts.holders.contains(&gone.name) {
+            if is_held_by_a_stranger(&self.known, known) {
                 self.slots.want(*member, Why::Event);
             }
         }
     }
+}
+
+/// Something holds the disk of which nothing is known: it is gone, or was not read yet.
+fn is_held_by_a_stranger(known: &BTreeMap<DeviceNumber, Known>, disk: &Known) -> bool {
+    let is_known = |holder: &Holder| known.values().any(|other| other.name == holder.name);
+    disk.facts.holders.iter().any(|holder| !is_known(holder))
 }
 
 fn facts(disk: Disk, autoclear_at_first: bool) -> DiskFacts {

@@ -73,6 +73,8 @@ pub(super) enum Done {
 pub(super) struct Known {
     pub(super) facts: DiskFacts,
     pub(super) name: String,
+    /// What it is built on, by name.
+    pub(super) slaves: Vec<String>,
     /// The loop driver's `autoclear` when this disk was first seen. `mount -o loop` sets it from the
     /// beginning: only one that appears later says that its owner wants the disk to go.
     pub(super) autoclear_at_first: bool,

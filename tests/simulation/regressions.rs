@@ -280,6 +280,22 @@ fn a_member_of_an_array_does_not_stand_in_the_way_of_a_confirmation() {
     ends_well(world);
 }
 
+/// A map is `dm-N`, and its paths were told by "mpath" in that name: each path was served, beside the map and beside the others.
+#[test]
+fn a_path_that_a_multipath_map_takes_is_given_up_and_served_again_when_the_map_is_gone() {
+    let mut world = serving();
+    world.alter(0, 1);
+    world.settle_all();
+    let view = world.middle.export(&name(0)).unwrap();
+    assert_eq!(view.state, State::Absent);
+    let reason = "/dev/x0 is a path of the multipath map dm-0";
+    assert!(view.reason.contains(reason), "{}", view.reason);
+    world.alter(0, 1);
+    world.settle_all();
+    assert_eq!(state(&world, 0), Some(State::Serving));
+    ends_well(world);
+}
+
 /// The caller of a detach was told "safe" by a daemon that had not looked yet, and opened the disk right after.
 #[test]
 fn before_the_first_survey_nothing_is_safe_to_detach() {

@@ -10,10 +10,10 @@ use std::time::Duration;
 
 use nbdtrack::correlation::{
     Action, BootId, Change, ConfiguredSection, Conflict, Correlation, Definition, DeviceNode,
-    DeviceNumber, DiskFacts, DiskSeq, EndHow, Ensure, Event, ExportName, Generation, INTERNAL,
-    LeaseEnd, Mapping, Mark, Notice, OpenDisk, OpenRefusal, OpenedDisk, Pin, Reading, Release,
-    Remembered, RemoveMode, Reply, Request, RequestError, RequestId, SectionsChange, Settings,
-    Source, State, Ticket, Topic, Unkept, VmDisk,
+    DeviceNumber, DiskFacts, DiskSeq, EndHow, Ensure, Event, ExportName, Generation, Holder,
+    HolderKind, INTERNAL, LeaseEnd, Mapping, Mark, Notice, OpenDisk, OpenRefusal, OpenedDisk, Pin,
+    Reading, Release, Remembered, RemoveMode, Reply, Request, RequestError, RequestId,
+    SectionsChange, Settings, Source, State, Ticket, Topic, Unkept, VmDisk,
 };
 use nbdtrack::identity::{Identity, Scheme, VolumeId};
 
@@ -464,7 +464,13 @@ impl World {
             wwid: String::new(),
             model: String::new(),
             holders: if disk.member {
-                vec!["md0".to_owned()]
+                let multipath = disk.seq.0 % 2 == 1;
+                let (name, kind) = match multipath {
+                    true => ("dm-0", HolderKind::Multipath),
+                    false => ("md0", HolderKind::Array),
+                };
+                let name = name.to_owned();
+                vec![Holder { name, kind }]
             } else {
                 Vec::new()
             },

@@ -125,7 +125,10 @@ fn a_disk_that_could_not_be_read_comes_first_and_is_no_match_and_no_mismatch() {
 #[test]
 fn a_member_of_an_array_stands_aside_and_says_of_what() {
     let mut member = facts(3, "/b");
-    member.holders = vec!["md0".to_owned()];
+    member.holders = vec![Holder {
+        name: "md0".to_owned(),
+        kind: HolderKind::Array,
+    }];
     let explained = machine(vec![member]).explain_export(&name()).unwrap();
     let only = explained.candidates.first().unwrap();
     assert_eq!(only.verdict, "stands aside");

@@ -18,6 +18,7 @@ scenario!(
     volume_with_signatures_is_left_alone_until_its_export_comes
 );
 scenario!(own, own_disks_of_the_machine_are_untouched_by_the_claims);
+scenario!(path, path_of_a_multipath_map_is_served_by_nobody);
 
 /// Bytes of a volume that has partitions.
 const BYTES: u64 = 16 << 20;
@@ -229,6 +230,64 @@ fn left_alone(bed: &mut Bed, bus: Bus) -> Outcome<()> {
         .agent
         .run("systemctl stop multipathd multipathd.socket")
         .map(drop)
+}
+
+/// A map of one path, as multipath names its maps; `dmsetup` makes it, so that it comes and goes when the scenario says.
+fn map_of(bed: &Bed, node: &str) -> Outcome<String> {
+    let name = node.trim_start_matches("/dev/");
+    let number = bed
+        .machine
+        .agent
+        .run(&format!("cat /sys/block/{name}/dev"))?;
+    let (number, sectors) = (number.trim(), BYTES / 512);
+    Ok(format!(
+        "dmsetup create bedpath --uuid mpath-bedpath --table '0 {sectors} multipath 0 0 1 1 round-robin 0 1 1 {number} 1'"
+    ))
+}
+
+/// The kernel tells of the map alone: no event says of a disk that it has become a path.
+fn path_of_a_multipath_map_is_served_by_nobody(shape: Shape) -> Outcome<()> {
+    scenario("path of a map", shape, |bed| {
+        let a = add(bed, "vol-a", Bus::VirtioBlk)?;
+        bed.plug_and_settle(a)?;
+        let disk = node(bed, a)?;
+        let map = map_of(bed, &disk)?;
+        let run = |bed: &Bed, line: &str| bed.machine.agent.run(line).map(drop);
+        run(
+            bed,
+            &format!("modprobe dm_multipath && modprobe dm_round_robin && {map} && udevadm settle"),
+        )?;
+        bed.configure(&[a])?;
+        bed.start_daemon()?;
+        bed.reach(a, "Absent")?;
+        let said = bed.refused(a)?;
+        hold!(
+            said.contains("is a path of the multipath map dm-"),
+            "{said}"
+        );
+        // The map goes, and its path is a disk like others.
+        run(bed, "dmsetup remove bedpath")?;
+        bed.reach(a, "Serving")?;
+        bed.fill(a)?;
+        // While it is served, the kernel lets no map have it.
+        run(bed, &format!("! {map} 2>/dev/null"))?;
+        bed.write(a, 1)?;
+        // Given up, taken by a map, and then wanted back.
+        bed.prepare_detach(a)?;
+        run(bed, &format!("udevadm settle && {map} && udevadm settle"))?;
+        let id = bed.volumes[a].id.clone();
+        run(bed, &format!("nbdtrack cancel-detach {id}"))?;
+        bed.reach(a, "Absent")?;
+        let said = bed.refused(a)?;
+        hold!(
+            said.contains("is a path of the multipath map dm-"),
+            "{said}"
+        );
+        bed.row.notes.push(said);
+        run(bed, "dmsetup remove bedpath")?;
+        bed.reach(a, "Serving")?;
+        bed.compare(a)
+    })
 }
 
 fn own_disks_of_the_machine_are_untouched_by_the_claims(shape: Shape) -> Outcome<()> {
