@@ -151,6 +151,7 @@ impl Keeper {
         loop {
             let look = self.shared.as_ref().and_then(SharedTable::due);
             let renewal = self.shared.as_ref().and_then(SharedTable::renewal);
+            let writes = self.shared.as_ref().is_some_and(SharedTable::has_writes);
             // Cancel-safe: neither channel nor Notify loses anything.
             tokio::select! {
                 biased;
@@ -160,7 +161,7 @@ impl Keeper {
                 },
                 told = told(&mut self.shared) => {
                     if let Some(shared) = &mut self.shared {
-                        shared.on_told(told, &self.store).await;
+                        shared.on_told(told);
                     }
                 }
                 () = until(self.owed.due()) => self.pay().await,
@@ -182,6 +183,12 @@ impl Keeper {
                         shared.turn(&self.store).await;
                     }
                 }
+                // Last: whatever comes meanwhile waits for one batch only.
+                () = std::future::ready(()), if writes => {
+                    if let Some(shared) = &mut self.shared {
+                        shared.write_some(&self.store).await;
+                    }
+                }
             }
         }
         // What the drain did to the exports is their last word; rows that a failing disk does not take, the next start writes.
@@ -190,6 +197,9 @@ impl Keeper {
         }
         if !self.owed.is_empty() {
             self.pay().await;
+        }
+        if let Some(shared) = &mut self.shared {
+            shared.say_rest().await;
         }
         if let Err(error) = self.store.close().await {
             tracing::warn!(%error, "the store did not close; the next start tidies up");

@@ -40,6 +40,7 @@ mod settings;
 mod shared_lease;
 mod shared_look;
 mod shared_table;
+mod shared_writes;
 mod shelf;
 mod sockets;
 mod stops;

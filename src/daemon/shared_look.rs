@@ -1,4 +1,4 @@
-//! One look at the shared table: what follows from what was read is done, or asked of the loop.
+//! One look at the shared table, and who asks by its rows: they are asked of the loop. What is to be written is `shared_writes`'.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::Ordering;
@@ -9,10 +9,11 @@ use tokio::time::{Instant, timeout};
 
 use super::control::Report;
 use super::row_asks::RowAsks;
-use super::shared_table::{ASKS_MAX, BATCH, Link, Look, Refused, SharedTable, Told};
+use super::shared_table::{ASKS_MAX, Look, Refused, SharedTable, Told};
+use super::shared_writes::Following;
 use super::table_looks::{Ask, Looked};
 use crate::correlation::{MappingRow, PathFound, RequestError, VmDisk, WAITING};
-use crate::mapping::reconcile::{Demand, Known, SeenRow, Step};
+use crate::mapping::reconcile::{Demand, SeenRow};
 use crate::mapping::{DatabaseError, Store, now_us};
 use crate::udev;
 
@@ -43,6 +44,7 @@ impl SharedTable {
             began_us: now_us(),
             touched: BTreeSet::new(),
             again: false,
+            following: None,
         });
         let begun = reader.ask(Ask {
             number,
@@ -55,60 +57,48 @@ impl SharedTable {
     }
 
     /// The table was looked at, or could not be.
-    pub(super) async fn on_looked(
-        &mut self,
-        number: u64,
-        looked: Result<Looked, DatabaseError>,
-        store: &Store,
-    ) {
+    pub(super) fn on_looked(&mut self, number: u64, looked: Result<Looked, DatabaseError>) {
         // Otherwise the connection was given up meanwhile, and with it this look.
-        let Some(look) = self.looking.take_if(|look| look.number == number) else {
+        let going_on = self.looking.as_mut();
+        let Some(look) = going_on.filter(|look| look.number == number) else {
             return;
         };
-        let followed = match looked {
-            Ok(looked) => self.follow(look, looked, store).await,
-            Err(error) => Err(error),
-        };
-        if let Err(error) = followed {
-            self.fail(error.to_string());
+        match looked {
+            Ok(looked) => {
+                if let Some(count) = looked.count {
+                    let count = u64::try_from(count).unwrap_or(u64::MAX);
+                    self.facts.rows.store(count, Ordering::Relaxed);
+                }
+                look.following = Some(Box::new(Following::of(looked, &look.touched)));
+            }
+            Err(error) => self.fail(error.to_string()),
         }
     }
 
-    async fn follow(
-        &mut self,
-        look: Look,
-        looked: Looked,
-        store: &Store,
-    ) -> Result<(), DatabaseError> {
-        if let Some(count) = looked.count {
-            let count = u64::try_from(count).unwrap_or(u64::MAX);
-            self.facts.rows.store(count, Ordering::Relaxed);
-        }
+    /// The rows are written: who asks by one is heard, and what waits for a person is told.
+    pub(super) async fn end_look(&mut self, store: &Store) {
+        let Some(look) = self.looking.take() else {
+            return;
+        };
+        let Some(following) = look.following else {
+            return;
+        };
         let touched = look.touched;
-        let steps = looked.judgement.steps(&touched);
-        let known = self.known.get_or_insert_default();
-        let mut conflicts = BTreeMap::new();
-        let mut puts = BTreeMap::new();
-        let mut asks = Vec::new();
-        for step in steps {
-            match step {
-                Step::Put(disk) | Step::Retire(disk) => {
-                    puts.extend(known.get(&disk).cloned().map(|here| (disk, here)));
-                }
-                Step::Ask { row, disk, demand } => asks.push((row, disk, demand)),
-                Step::Conflict { row, text } => {
-                    conflicts.insert(row, text);
-                }
-            }
-        }
-        self.put_all(puts, &mut conflicts).await?;
-        self.say_states().await?;
-        let fresh = looked.fresh.into_iter();
-        let fresh: Vec<VmDisk> = fresh.filter(|disk| !touched.contains(disk)).collect();
+        let Following {
+            asks,
+            mut conflicts,
+            fresh,
+            rows,
+            clock_us,
+            ..
+        } = *following;
+        // Of what was written while batches were, nothing either.
+        let stays = |disk: &VmDisk| !touched.contains(disk);
+        let fresh: Vec<VmDisk> = fresh.into_iter().filter(stays).collect();
         self.mark_kept(store, fresh).await;
-        self.ask_all(asks, looked.clock_us, &touched, &mut conflicts);
-        self.tell_conflicts(conflicts, &looked.rows);
-        self.count_retried();
+        let asks = asks.into_iter().filter(|(_, disk, _)| stays(disk));
+        self.ask_all(asks.collect(), clock_us, &touched, &mut conflicts);
+        self.tell_conflicts(conflicts, &rows);
         self.overlooked.retain(|disk, _| touched.contains(disk));
         for disk in touched {
             self.overlooked.entry(disk).or_insert(self.looked_us);
@@ -118,43 +108,6 @@ impl SharedTable {
             true => Instant::now(),
             false => Instant::now() + self.poll,
         });
-        Ok(())
-    }
-
-    async fn put_all(
-        &mut self,
-        puts: BTreeMap<VmDisk, Known>,
-        conflicts: &mut BTreeMap<i64, String>,
-    ) -> Result<(), DatabaseError> {
-        let Link::Up(database) = &mut self.link else {
-            return Ok(());
-        };
-        let all: Vec<(VmDisk, Known)> = puts.into_iter().collect();
-        for batch in all.chunks(BATCH) {
-            let together = database.put(&batch.iter().cloned().collect()).await;
-            match together {
-                Ok(()) => {}
-                Err(error @ DatabaseError::Away(_)) => return Err(error),
-                // One of them: the others are written without it.
-                Err(DatabaseError::Taken(_)) => {
-                    for (at, one) in batch.iter().enumerate() {
-                        match database.put(&BTreeMap::from([one.clone()])).await {
-                            Ok(()) => {}
-                            Err(error @ DatabaseError::Away(_)) => return Err(error),
-                            Err(DatabaseError::Taken(reason)) => {
-                                // No row of ours has it, so it is told by a number that no row has.
-                                let number = -1 - i64::try_from(at).unwrap_or(0);
-                                conflicts.insert(number, reason);
-                            }
-                        }
-                    }
-                }
-            }
-            // What stands beside a row that is new says nothing yet.
-            let active = batch.iter().filter(|(_, here)| here.active);
-            self.unsaid.extend(active.map(|(disk, _)| disk.clone()));
-        }
-        Ok(())
     }
 
     /// Rows that are there: one that is missing later was deleted by someone.
@@ -367,7 +320,7 @@ mod tests {
     use super::super::shared_table::SharedTableFacts;
     use super::super::table_looks::KnownDisks;
     use super::*;
-    use crate::mapping::reconcile::{Beside, Values, judge};
+    use crate::mapping::reconcile::{Beside, Known, Values, judge};
     use crate::mapping::{Address, Tls};
 
     fn disk(unit: u32) -> VmDisk {
@@ -400,7 +353,16 @@ mod tests {
             began_us: 7,
             touched: touched.iter().map(|unit| disk(*unit)).collect(),
             again: false,
+            following: None,
         }
+    }
+
+    /// A look that found this, to its end.
+    async fn follow(shared: &mut SharedTable, look: Look, looked: Looked, store: &Store) {
+        shared.looking = Some(look);
+        shared.on_looked(1, Ok(looked));
+        shared.write_some(store).await;
+        assert!(shared.looking.is_none());
     }
 
     /// The table was read while a row was on its way there: it is not taken for one that someone has deleted.
@@ -438,14 +400,14 @@ mod tests {
             clock_us: 1,
             ..Looked::default()
         };
-        shared.follow(look(&[2]), read(), &store).await.unwrap();
+        follow(&mut shared, look(&[2]), read(), &store).await;
         assert!(shared.asking.is_empty(), "{:?}", shared.asking);
         assert!(shared.known.as_ref().unwrap().get(&disk(2)).is_some());
         assert_eq!(shared.overlooked, [(disk(2), Some(5))].into());
         // As before the one that began first.
-        shared.follow(look(&[2]), read(), &store).await.unwrap();
+        follow(&mut shared, look(&[2]), read(), &store).await;
         assert_eq!(shared.overlooked, [(disk(2), Some(5))].into());
-        shared.follow(look(&[]), read(), &store).await.unwrap();
+        follow(&mut shared, look(&[]), read(), &store).await;
         assert_eq!(shared.asking, [disk(2)].into(), "now it is gone");
         assert!(shared.overlooked.is_empty());
         let asked = reported.recv().await;

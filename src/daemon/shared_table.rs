@@ -3,7 +3,7 @@
 //! every other caller, by the loop.
 //!
 //! ```text
-//!   Away ── due ──> Connecting ──> Up ── poll due ──> read beside it ──> reconcile ──> put | ask the loop | tell a conflict
+//!   Away ── due ──> Connecting ──> Up ── poll due ──> read beside it ──> reconcile ──> put in batches ──> ask the loop, tell conflicts
 //!     ^                 |          |                        |
 //!     └── any failure ──┴──────────┴────────────────────────┘      (waits 0.5 s, doubled up to 30 s)
 //! ```
@@ -20,6 +20,7 @@ use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use super::control::Report;
+use super::shared_writes::Following;
 use super::table_looks::{KnownDisks, Looked, TableLooks};
 use crate::correlation::{Change, MappingRow, MappingState, RequestError, Unkept, VmDisk};
 use crate::mapping::reconcile::{Demand, Known};
@@ -28,8 +29,6 @@ use crate::mapping::{Address, Database, DatabaseError, Store};
 /// After the first failure, doubled with each more.
 const RETRY_MIN: Duration = Duration::from_millis(500);
 const RETRY_MAX: Duration = Duration::from_secs(30);
-/// Rows of one transaction: a server on the same network writes them well within a transaction's deadline.
-pub(super) const BATCH: usize = 200;
 /// Requests by rows that wait for the loop at one time; the others come with the next look.
 pub(super) const ASKS_MAX: usize = 32;
 
@@ -72,6 +71,8 @@ pub(super) struct Look {
     pub touched: BTreeSet<VmDisk>,
     /// Another one is asked for, which begins after this.
     pub again: bool,
+    /// What it found, once it has read the table, until all that follows is done.
+    pub following: Option<Box<Following>>,
 }
 
 /// What the task's own tasks tell it. One message for each connect or look and each request, so at most [`ASKS_MAX`] and one.
@@ -110,7 +111,7 @@ pub(super) struct SharedTable {
     /// Loaded from the local store before anything else is done.
     pub(super) known: Option<KnownDisks>,
     /// How each active mapping's export is, as last told; at most one for each export.
-    states: BTreeMap<VmDisk, MappingState>,
+    pub(super) states: BTreeMap<VmDisk, MappingState>,
     /// Of these the server has not been told.
     pub(super) unsaid: BTreeSet<VmDisk>,
     /// Rows that the table has, and of which the local store does not say so yet.
@@ -208,7 +209,7 @@ impl SharedTable {
     }
 
     /// Takes over what one of the task's own tasks told.
-    pub async fn on_told(&mut self, told: Told, store: &Store) {
+    pub fn on_told(&mut self, told: Told) {
         match told {
             Told::Connected(Ok((database, reader))) => {
                 tracing::info!(name: "database_up", database = %self.address, "the shared table is reached");
@@ -221,7 +222,7 @@ impl SharedTable {
                 self.renewal = self.due;
             }
             Told::Connected(Err(error)) => self.fail(error.to_string()),
-            Told::Looked(number, looked) => self.on_looked(number, looked, store).await,
+            Told::Looked(number, looked) => self.on_looked(number, looked),
             Told::Answered {
                 disk,
                 demand,
@@ -379,41 +380,6 @@ impl SharedTable {
         {
             self.fail(error.to_string());
         }
-    }
-
-    /// How exports are now; told to the table while it is there, and after it was away.
-    pub async fn note(&mut self, states: Vec<MappingState>) {
-        touch(&mut self.looking, states.iter().map(|state| &state.disk));
-        for state in states {
-            let disk = state.disk.clone();
-            if let Some(known) = &mut self.known {
-                known.moved(&disk, &state.node);
-            }
-            self.unsaid.insert(disk.clone());
-            self.states.insert(disk, state);
-        }
-        if let Err(error) = self.say_states().await {
-            self.fail(error.to_string());
-        }
-    }
-
-    pub(super) async fn say_states(&mut self) -> Result<(), DatabaseError> {
-        let Link::Up(database) = &mut self.link else {
-            return Ok(());
-        };
-        while !self.unsaid.is_empty() {
-            let disks: Vec<VmDisk> = self.unsaid.iter().take(BATCH).cloned().collect();
-            let states: Vec<MappingState> = disks
-                .iter()
-                .filter_map(|disk| self.states.get(disk).cloned())
-                .collect();
-            touch(&mut self.looking, &disks);
-            database.note(&states).await?;
-            for disk in disks {
-                self.unsaid.remove(&disk);
-            }
-        }
-        Ok(())
     }
 
     /// Deletes what is inactive and old, of this daemon's.

@@ -21,6 +21,9 @@ use crate::correlation::{MappingState, VmDisk};
 pub(super) const CONNECT_WITHIN: Duration = Duration::from_secs(5);
 /// For one transaction: a server on the same network takes milliseconds. A caller waits so long once; then the server counts as away.
 const WITHIN: Duration = Duration::from_secs(3);
+/// A transaction for which nobody waits begins no more rows after so long, and is committed with those that it has: others wait for it, and
+/// a server that is slow takes some rows each time, where it would take none of so many.
+pub const BATCH_FOR: Duration = Duration::from_millis(500);
 /// Transactions that were given up for others are begun so often in all.
 const ATTEMPTS: u32 = 9;
 /// Before the second attempt, doubled with each more: within one deadline in all. In a cluster a transaction fails for what the node
@@ -154,15 +157,27 @@ impl Database {
     /// # Errors
     /// As of every call here; then the connection is of no more use. `Taken` when one of them is another daemon's.
     pub async fn put(&mut self, puts: &BTreeMap<VmDisk, Known>) -> Result<(), DatabaseError> {
-        self.transact(Write::Put(puts)).await
+        self.transact(Write::Put(puts, None)).await.map(drop)
     }
 
-    /// Writes how these exports are, each only while the row says what was written there last.
+    /// As [`Database::put`], of as many of the first as are written within [`BATCH_FOR`], and at least one; returns how many.
+    ///
+    /// # Errors
+    /// As of every call here; then none is written. `Taken` when one of those that were begun is another daemon's.
+    pub async fn put_some(
+        &mut self,
+        puts: &BTreeMap<VmDisk, Known>,
+    ) -> Result<usize, DatabaseError> {
+        self.transact(Write::Put(puts, Some(BATCH_FOR))).await
+    }
+
+    /// Writes how as many of the first of these exports are as are written within [`BATCH_FOR`], and at least one; returns how many. Each
+    /// only while the row says what was written there last.
     ///
     /// # Errors
     /// As of every call here.
-    pub async fn note(&mut self, states: &[MappingState]) -> Result<(), DatabaseError> {
-        self.transact(Write::Note(states)).await
+    pub async fn note(&mut self, states: &[MappingState]) -> Result<usize, DatabaseError> {
+        self.transact(Write::Note(states, BATCH_FOR)).await
     }
 
     /// Deletes this daemon's inactive rows that have not changed for `days`.
@@ -170,7 +185,7 @@ impl Database {
     /// # Errors
     /// As of every call here.
     pub async fn prune(&mut self, days: u32) -> Result<(), DatabaseError> {
-        self.transact(Write::Prune(days)).await
+        self.transact(Write::Prune(days)).await.map(drop)
     }
 
     /// Whether the name has to be renewed.
@@ -183,7 +198,7 @@ impl Database {
     /// # Errors
     /// As of every call here; also when another daemon has it by now.
     pub async fn renew(&mut self) -> Result<(), DatabaseError> {
-        self.transact(Write::Renew).await
+        self.transact(Write::Renew).await.map(drop)
     }
 
     /// How often a transaction was begun anew since this was last asked.
@@ -191,7 +206,7 @@ impl Database {
         std::mem::take(&mut self.retried)
     }
 
-    async fn transact(&mut self, write: Write<'_>) -> Result<(), DatabaseError> {
+    async fn transact(&mut self, write: Write<'_>) -> Result<usize, DatabaseError> {
         let (connection, retried) = (&mut self.connection, &mut self.retried);
         let who = (self.owner.as_str(), self.instance.as_deref());
         let transaction = async {
@@ -215,7 +230,7 @@ impl Database {
                         )));
                     }
                     Err(rows::Fault::Taken(reason)) => return Err(DatabaseError::Taken(reason)),
-                    Ok(()) => return Ok(()),
+                    Ok(rows) => return Ok(rows),
                 }
             }
         };
@@ -226,8 +241,9 @@ impl Database {
 /// The inside of a transaction.
 #[derive(Clone, Copy)]
 enum Write<'a> {
-    Put(&'a BTreeMap<VmDisk, Known>),
-    Note(&'a [MappingState]),
+    /// All, or those that are begun within this.
+    Put(&'a BTreeMap<VmDisk, Known>, Option<Duration>),
+    Note(&'a [MappingState], Duration),
     Prune(u32),
     Renew,
 }
@@ -248,22 +264,29 @@ async fn once(
     connection: &mut MySqlConnection,
     (owner, instance): (&str, Option<&str>),
     write: Write<'_>,
-) -> Result<(), rows::Fault> {
+) -> Result<usize, rows::Fault> {
     let mut transaction = connection.begin().await.map_err(rows::Fault::Sql)?;
     let holds = match instance {
         // First: what another daemon has by now is not written, and is not waited for.
         Some(instance) => lease::renew(&mut transaction, owner, instance).await,
         None => Ok(()),
     };
-    let written = match write {
-        _ if holds.is_err() => holds,
-        Write::Renew => Ok(()),
-        Write::Put(puts) => rows::put(&mut transaction, owner, puts).await,
-        Write::Note(states) => rows::note(&mut transaction, owner, states).await,
-        Write::Prune(days) => rows::prune(&mut transaction, owner, days).await,
+    let written = match (holds, write) {
+        (Err(lost), _) => Err(lost),
+        (Ok(()), Write::Renew) => Ok(0),
+        (Ok(()), Write::Put(puts, begun_within)) => {
+            rows::put(&mut transaction, owner, puts, begun_within).await
+        }
+        (Ok(()), Write::Note(states, begun_within)) => {
+            rows::note(&mut transaction, owner, states, begun_within).await
+        }
+        (Ok(()), Write::Prune(days)) => rows::prune(&mut transaction, owner, days).await,
     };
     match written {
-        Ok(()) => transaction.commit().await.map_err(rows::Fault::Sql),
+        Ok(rows) => {
+            let committed = transaction.commit().await;
+            committed.map(|()| rows).map_err(rows::Fault::Sql)
+        }
         Err(fault) => {
             // The server may have undone it by itself.
             let _undone = transaction.rollback().await;

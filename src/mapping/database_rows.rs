@@ -1,6 +1,7 @@
 //! The SQL of the shared table. Each function is the inside of one transaction.
 
 use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
 
 use sqlx::{MySqlConnection, Row};
 
@@ -160,13 +161,19 @@ pub(super) async fn claim(
     Ok(true)
 }
 
-/// Makes each row say what is known here, and be this daemon's.
+/// Makes each row say what is known here, and be this daemon's; returns how many, which are all but those that come later than `begun_within`.
 pub(super) async fn put(
     connection: &mut MySqlConnection,
     owner: &str,
     puts: &BTreeMap<VmDisk, Known>,
-) -> Result<(), Fault> {
+    begun_within: Option<Duration>,
+) -> Result<usize, Fault> {
+    let began = Instant::now();
+    let mut written = 0;
     for (disk, known) in puts {
+        if written > 0 && begun_within.is_some_and(|within| began.elapsed() > within) {
+            break;
+        }
         let other: Option<String> = sqlx::query_scalar(
             "SELECT owner FROM nbdtrack_mappings WHERE vm_id = ? AND disk_unit_number = ? FOR UPDATE",
         )
@@ -188,8 +195,9 @@ pub(super) async fn put(
                 .execute(&mut *connection)
                 .await?;
         }
+        written += 1;
     }
-    Ok(())
+    Ok(written)
 }
 
 /// False when there is no row, and none is wanted.
@@ -273,13 +281,19 @@ async fn put_beside(
     .map(drop)
 }
 
-/// Writes how exports are. A path that someone else wrote stays until it has been judged.
+/// Writes how exports are, and returns of how many, as [`put`] does. A path that someone else wrote stays until it has been judged.
 pub(super) async fn note(
     connection: &mut MySqlConnection,
     owner: &str,
     states: &[MappingState],
-) -> Result<(), Fault> {
+    begun_within: Duration,
+) -> Result<usize, Fault> {
+    let began = Instant::now();
+    let mut written = 0;
     for state in states {
+        if written > 0 && began.elapsed() > begun_within {
+            break;
+        }
         let path = device_path(&state.node);
         sqlx::query(
             "UPDATE vm_export_mappings m JOIN nbdtrack_mappings n
@@ -312,15 +326,17 @@ pub(super) async fn note(
         .bind(owner)
         .execute(&mut *connection)
         .await?;
+        written += 1;
     }
-    Ok(())
+    Ok(written)
 }
 
+/// Returns how many rows it has deleted.
 pub(super) async fn prune(
     connection: &mut MySqlConnection,
     owner: &str,
     days: u32,
-) -> Result<(), Fault> {
+) -> Result<usize, Fault> {
     let rows = sqlx::query(
         "SELECT CAST(m.id AS SIGNED) AS id, n.vm_id, n.disk_unit_number FROM vm_export_mappings m
          JOIN nbdtrack_mappings n ON n.vm_id = m.vm_id AND n.disk_unit_number = m.disk_unit_number
@@ -330,7 +346,7 @@ pub(super) async fn prune(
     .bind(days)
     .fetch_all(&mut *connection)
     .await?;
-    for row in rows {
+    for row in &rows {
         sqlx::query("DELETE FROM vm_export_mappings WHERE id = ?")
             .bind(row.try_get::<i64, _>(0)?)
             .execute(&mut *connection)
@@ -344,7 +360,7 @@ pub(super) async fn prune(
         .execute(&mut *connection)
         .await?;
     }
-    Ok(())
+    Ok(rows.len())
 }
 
 fn status(active: bool) -> &'static str {

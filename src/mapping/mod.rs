@@ -52,7 +52,7 @@ mod state;
 mod table;
 mod trail_rows;
 
-pub use database::{Address, Database, DatabaseError, LEASE_RENEWED, Secret, Tls};
+pub use database::{Address, BATCH_FOR, Database, DatabaseError, LEASE_RENEWED, Secret, Tls};
 pub use database_reader::{Sum, Table, TableReader};
 pub use history::{
     Bounds, CLASS_RECORDS_MAX, HISTORY_FILE, History, HistoryError, HistoryTask, PAGE_MAX, now_us,

@@ -1,0 +1,188 @@
+//! What is written to the shared table and nobody waits for: rows that a look found wanting, and how exports are. After a reconnect that is
+//! all of them, and the server may be slow; so a turn of the store's task writes one batch, and what callers ask of the store comes between.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::shared_table::{Link, SharedTable, touch};
+use super::table_looks::Looked;
+use crate::correlation::{MappingState, VmDisk};
+use crate::mapping::reconcile::{Demand, Known, SeenRow, Step};
+use crate::mapping::{DatabaseError, Store};
+
+/// Rows of one batch at most; a server that is slow writes fewer of them before the batch ends ([`crate::mapping::BATCH_FOR`]). An order that
+/// comes meanwhile waits for one batch, so for that long and a commit, or for a transaction's deadline where the server does not answer.
+const BATCH: usize = 200;
+
+/// What a look found, and of which something is still to be done.
+pub(super) struct Following {
+    /// Rows to be written as they are known here when their turn comes; at most one for each export.
+    puts: BTreeSet<VmDisk>,
+    /// So many of the first are written each by itself: one of them is refused.
+    singly: usize,
+    /// By row; by numbers below 0 those of which no row is ours.
+    pub conflicts: BTreeMap<i64, String>,
+    pub asks: Vec<(i64, VmDisk, Demand)>,
+    /// As [`Looked`] has them.
+    pub fresh: Vec<VmDisk>,
+    pub rows: Vec<SeenRow>,
+    pub clock_us: u64,
+}
+
+impl Following {
+    /// Of what is `touched` nothing follows.
+    pub fn of(looked: Looked, touched: &BTreeSet<VmDisk>) -> Following {
+        let mut following = Following {
+            puts: BTreeSet::new(),
+            singly: 0,
+            conflicts: BTreeMap::new(),
+            asks: Vec::new(),
+            fresh: looked.fresh,
+            rows: looked.rows,
+            clock_us: looked.clock_us,
+        };
+        for step in looked.judgement.steps(touched) {
+            match step {
+                Step::Put(disk) | Step::Retire(disk) => {
+                    following.puts.insert(disk);
+                }
+                Step::Ask { row, disk, demand } => following.asks.push((row, disk, demand)),
+                Step::Conflict { row, text } => {
+                    following.conflicts.insert(row, text);
+                }
+            }
+        }
+        following
+    }
+
+    fn refuse(&mut self, reason: String) {
+        // No row of ours has it, so it is told by a number that no row has.
+        let others = self.conflicts.range(..0).count();
+        let number = -1 - i64::try_from(others).unwrap_or(0);
+        self.conflicts.insert(number, reason);
+    }
+}
+
+impl SharedTable {
+    /// Whether [`SharedTable::write_some`] has something to do.
+    pub fn has_writes(&self) -> bool {
+        let some = match &self.looking {
+            // A look says nothing of rows that are written while it reads, and would have to say it of all.
+            Some(look) => look.following.is_some(),
+            None => !self.unsaid.is_empty(),
+        };
+        some && matches!(self.link, Link::Up(_))
+    }
+
+    /// Writes one batch: of what follows from a look first, then of how exports are. A look of which all is written ends.
+    pub async fn write_some(&mut self, store: &Store) {
+        let following = self
+            .looking
+            .as_ref()
+            .and_then(|look| look.following.as_ref());
+        let written = match following.map(|following| following.puts.is_empty()) {
+            Some(true) => {
+                self.end_look(store).await;
+                Ok(())
+            }
+            Some(false) => self.put_some().await,
+            None => self.say_some().await,
+        };
+        self.count_retried();
+        if let Err(error) = written {
+            self.fail(error.to_string());
+        }
+    }
+
+    async fn put_some(&mut self) -> Result<(), DatabaseError> {
+        let (Link::Up(database), Some(look)) = (&mut self.link, &mut self.looking) else {
+            return Ok(());
+        };
+        let Some(following) = look.following.as_deref_mut() else {
+            return Ok(());
+        };
+        let count = if following.singly > 0 { 1 } else { BATCH };
+        // What an order has changed since is in the table already, or is the next look's.
+        let known = self.known.get_or_insert_default();
+        let is_due = |disk: &VmDisk| known.get(disk).is_some() && !look.touched.contains(disk);
+        following.puts.retain(is_due);
+        let first = following.puts.iter().take(count);
+        let puts: BTreeMap<VmDisk, Known> = first
+            .filter_map(|disk| Some((disk.clone(), known.get(disk)?.clone())))
+            .collect();
+        if puts.is_empty() {
+            return Ok(());
+        }
+        let written = match database.put_some(&puts).await {
+            Ok(written) => written,
+            Err(error @ DatabaseError::Away(_)) => return Err(error),
+            // The others are written without it.
+            Err(DatabaseError::Taken(_)) if puts.len() > 1 => {
+                following.singly = puts.len();
+                return Ok(());
+            }
+            Err(DatabaseError::Taken(reason)) => {
+                following.refuse(reason);
+                following.puts.pop_first();
+                0
+            }
+        };
+        following.singly = following.singly.saturating_sub(1);
+        for (disk, here) in puts.into_iter().take(written) {
+            following.puts.remove(&disk);
+            // What stands beside a row that is new says nothing yet.
+            if here.active {
+                self.unsaid.insert(disk);
+            }
+        }
+        Ok(())
+    }
+
+    /// How exports are now; told to the table while it is there, and after it was away.
+    pub async fn note(&mut self, states: Vec<MappingState>) {
+        touch(&mut self.looking, states.iter().map(|state| &state.disk));
+        for state in states {
+            let disk = state.disk.clone();
+            if let Some(known) = &mut self.known {
+                known.moved(&disk, &state.node);
+            }
+            self.unsaid.insert(disk.clone());
+            self.states.insert(disk, state);
+        }
+        // News does not wait for a look that goes on.
+        if let Err(error) = self.say_some().await {
+            self.fail(error.to_string());
+        }
+    }
+
+    /// All that the table has not been told, at the end of the daemon.
+    pub async fn say_rest(&mut self) {
+        while matches!(self.link, Link::Up(_)) && !self.unsaid.is_empty() {
+            if let Err(error) = self.say_some().await {
+                self.fail(error.to_string());
+            }
+        }
+    }
+
+    async fn say_some(&mut self) -> Result<(), DatabaseError> {
+        let Link::Up(database) = &mut self.link else {
+            return Ok(());
+        };
+        let mut states = Vec::new();
+        for disk in self.unsaid.iter().take(BATCH).cloned().collect::<Vec<_>>() {
+            match self.states.get(&disk) {
+                Some(state) => states.push(state.clone()),
+                // Nobody has told yet; when somebody does it is said.
+                None => drop(self.unsaid.remove(&disk)),
+            }
+        }
+        if states.is_empty() {
+            return Ok(());
+        }
+        touch(&mut self.looking, states.iter().map(|state| &state.disk));
+        let said = database.note(&states).await?;
+        for state in &states[..said] {
+            self.unsaid.remove(&state.disk);
+        }
+        Ok(())
+    }
+}
