@@ -35,35 +35,8 @@ const CHANGES: AddWatchFlags = AddWatchFlags::IN_CLOSE_WRITE
     .union(AddWatchFlags::IN_MOVE_SELF)
     .union(AddWatchFlags::IN_ONLYDIR);
 
-/// Watches the configuration at `path` for as long as the process lives; `changed` is notified after each change of it.
-///
-/// # Errors
-/// The kernel has no inotify instance (inotify(7), `max_user_instances`) or no thread to give.
-pub(super) fn watch(path: PathBuf, changed: Arc<Notify>) -> io::Result<()> {
-    let inotify = Inotify::init(InitFlags::IN_NONBLOCK | InitFlags::IN_CLOEXEC)?;
-    let mut watch = ConfigWatch {
-        inotify,
-        path,
-        folders: HashMap::new(),
-    };
-    // Before the caller reads the files: what changes after that is told.
-    watch.look_up();
-    // Ends with the process: it holds nothing that would have to be put in order.
-    let thread = std::thread::Builder::new().name("config-watch".into());
-    thread.spawn(move || {
-        loop {
-            if let Err(error) = watch.next() {
-                tracing::error!(%error, "the configuration's files cannot be watched any more: send SIGHUP after a change");
-                return;
-            }
-            tracing::info!(config = %watch.path.display(), "the configuration's files have changed");
-            changed.notify_one();
-        }
-    })?;
-    Ok(())
-}
-
-struct ConfigWatch {
+/// A watch of the configuration's files.
+pub(super) struct ConfigWatch {
     inotify: Inotify,
     path: PathBuf,
     /// What counts in each folder that is watched: a handful.
@@ -71,6 +44,41 @@ struct ConfigWatch {
 }
 
 impl ConfigWatch {
+    /// Watches the configuration at `path`. Blocks as its files do.
+    ///
+    /// # Errors
+    /// The kernel has no inotify instance (inotify(7), `max_user_instances`).
+    pub fn begin(path: PathBuf) -> io::Result<ConfigWatch> {
+        let inotify = Inotify::init(InitFlags::IN_NONBLOCK | InitFlags::IN_CLOEXEC)?;
+        let mut watch = ConfigWatch {
+            inotify,
+            path,
+            folders: HashMap::new(),
+        };
+        watch.look_up();
+        Ok(watch)
+    }
+
+    /// Notifies `changed` after each change, for as long as the process lives.
+    ///
+    /// # Errors
+    /// The kernel has no thread to give.
+    pub fn run(mut self, changed: Arc<Notify>) -> io::Result<()> {
+        // Ends with the process: it holds nothing that would have to be put in order.
+        let thread = std::thread::Builder::new().name("config-watch".into());
+        thread.spawn(move || {
+            loop {
+                if let Err(error) = self.next() {
+                    tracing::error!(%error, "the configuration's files cannot be watched any more: send SIGHUP after a change");
+                    return;
+                }
+                tracing::info!(config = %self.path.display(), "the configuration's files have changed");
+                changed.notify_one();
+            }
+        })?;
+        Ok(())
+    }
+
     /// Watches the folders that the configuration has now; true when they are others than before.
     fn look_up(&mut self) -> bool {
         let mut folders: HashMap<WatchDescriptor, Vec<Watched>> = HashMap::new();

@@ -13,6 +13,7 @@ use super::claims::ClaimsFile;
 use super::clock::Clock;
 use super::disk_lists::DiskLists;
 use super::keeper::{Keeper, MappingStates};
+use super::last_reading::LastReading;
 use super::metrics::ServingTimes;
 use super::orders::Orders;
 use super::owed::Owed;
@@ -53,6 +54,8 @@ pub(super) enum Report {
     },
     /// The files were read again, or say why not.
     Reloaded(Read),
+    /// They were read when that had been given up.
+    ReadTooLate(Box<LastReading>),
     /// Someone asks by a row of the shared table.
     RowAsks(Box<RowAsks>),
     /// The list of claims was written, or says why not.
@@ -296,8 +299,9 @@ impl Control {
                     None => lost = Some("the D-Bus service"),
                 },
                 _ = &mut keeper, if lost.is_none() => lost = Some("the store's task"),
-                _ = hangup.recv() => self.begin_reload(),
-                () = config.notified() => self.begin_reload(),
+                _ = hangup.recv() => self.reload_by_signal(),
+                () = config.notified() => self.reload_by_itself(),
+                () = sleep_until(self.reload.due()) => self.give_up_reading(),
                 () = self.orders.catch_up(), if self.orders.some_wait() => {}
                 () = clients.some.notified() => self.publish_clients(),
                 () = sleep_until(self.disk_lists.due()) => self.tell_disk_lists(),
@@ -385,6 +389,7 @@ impl Control {
             }
             Report::Opened { order, result } => self.on_opened(&order, result),
             Report::Reloaded(read) => self.on_reload(read),
+            Report::ReadTooLate(last) => self.on_read_too_late(last),
             Report::RowAsks(asks) => self.on_row_asks(*asks),
             Report::Wishes(wish) => self.on_wish(*wish),
             Report::ClaimsWritten(result) => {

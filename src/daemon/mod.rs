@@ -12,6 +12,7 @@ mod bus_access;
 mod claims;
 mod clock;
 mod config_watch;
+mod configure;
 mod control;
 mod database_address;
 mod disk_lists;
@@ -30,6 +31,7 @@ mod reading;
 mod refusals;
 mod reload;
 mod reload_outcome;
+mod reload_turn;
 mod rescan;
 mod rights;
 mod row_asks;
@@ -50,14 +52,13 @@ mod trail;
 mod unflushed;
 mod works;
 
-use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use tokio::signal::unix::SignalKind;
 use tokio::sync::mpsc;
 
-use crate::config::{self, Config, Pace};
+use crate::config::{self, Config};
 use crate::correlation::{Correlation, Event, Settings};
 use crate::dbus::{self, Bus};
 use crate::files;
@@ -69,16 +70,16 @@ use crate::nbd::{Door, Limits};
 use crate::udev;
 use aside::Aside;
 use clock::Clock;
+use configure::Configured;
 use control::{Control, Edges};
-use last_reading::{Dialect, LastReading};
 use refusals::Refusals;
-use reload::Read;
 use runtime_files::RuntimeFiles;
 use shelf::Shelf;
 use sockets::Sockets;
 use stops::Stops;
 
 pub use activation::ActivationError;
+pub use configure::read_first;
 pub use found::{disk_at, refused_for_their_paths};
 pub use reload_outcome::{ReloadOutcome, now_us, runtime_folder};
 pub use rights::refused_for_their_names;
@@ -118,6 +119,10 @@ pub struct Options {
 pub enum Error {
     #[error(transparent)]
     Read(#[from] config::ReadError),
+    #[error(
+        "the configuration at {path} could not be read within {seconds} s: its file system does not answer; look at what is mounted there, and start again when it answers"
+    )]
+    ConfigHangs { path: PathBuf, seconds: u64 },
     /// Everything that is wrong in the configuration, a line each.
     #[error("{}", .0.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"))]
     Config(Vec<config::Problem>),
@@ -175,59 +180,6 @@ pub fn run(options: &Options) -> Result<(), Error> {
     outcome
 }
 
-/// The configuration with the command line's words in it, and what of it can change while the daemon runs.
-fn configure(options: &Options, clock: Clock) -> Result<(Config, Read), Error> {
-    let (mut config, read) = match &options.config {
-        Some(path) if options.command_line.is_some() || config::is_ini(path) => {
-            let line = options.command_line.as_ref();
-            let last = LastReading::none(Dialect::NbdServer);
-            let reading = sections::read(path, line, last, clock, &Pace::default());
-            let Some(generic) = &reading.generic else {
-                return Err(Error::Config(reading.problems));
-            };
-            let settings = reading.settings.clone().map_err(Error::Config)?;
-            (
-                settings::server_of(generic, settings)?,
-                Read::of_sections(reading),
-            )
-        }
-        path => {
-            let config = path.as_ref().map(|path| {
-                let files = config::read(path)?;
-                config::parse(&files).map_err(Error::Config)
-            });
-            let mut config = config.transpose()?.unwrap_or_default();
-            let read = Read::of_toml(std::mem::take(&mut config.exports), config.claim.take());
-            (config, read)
-        }
-    };
-    let server = &mut config.server;
-    if let Some(listen) = &options.listen {
-        let parse = |text: &String| {
-            text.parse::<SocketAddr>().map_err(|error| Error::Option {
-                what: "--listen",
-                text: text.clone(),
-                reason: format!("{error}; expected ADDRESS:PORT, such as 127.0.0.1:10809"),
-            })
-        };
-        server.listen = listen.iter().map(parse).collect::<Result<_, _>>()?;
-    }
-    if let Some(socket) = &options.socket {
-        server.socket = Some(socket.clone());
-    }
-    if let Some(state) = &options.state {
-        server.state.clone_from(state);
-    }
-    if let Some(bus) = &options.bus {
-        server.bus = config::Bus::parse(bus).map_err(|reason| Error::Option {
-            what: "--bus",
-            text: bus.clone(),
-            reason,
-        })?;
-    }
-    Ok((config, read))
-}
-
 async fn serve(options: &Options, passed: Option<Sockets>) -> Result<(), Error> {
     // From now on a SIGHUP asks for a reload and does not end a daemon that is starting, and a SIGTERM ends it in order.
     let hangup = stops::listen(SignalKind::hangup());
@@ -270,16 +222,21 @@ async fn start(
     runtime_files: &mut RuntimeFiles,
 ) -> Result<Started, Error> {
     let clock = Clock::now();
-    let (config, read) = configure(options, clock)?;
+    let place = options.config.clone().unwrap_or_default();
+    let told = options.clone();
+    let configured =
+        configure::read_at_start(&place, move || Configured::read(&told, clock)).await??;
+    let Configured {
+        config,
+        read,
+        shared,
+        watch,
+    } = configured;
     let bus = match &config.server.bus {
         config::Bus::System => Bus::System,
         config::Bus::None => Bus::None,
         config::Bus::Address(address) => Bus::parse(address)?,
     };
-    let shared = config.server.database.as_ref();
-    let shared = shared
-        .map(|database| Ok::<_, Error>((database_address::address(database)?, database.poll)))
-        .transpose()?;
     raise_descriptor_limit();
     let store = Store::open(&config.server.state).await?;
     let remembered = store.load().await?;
@@ -372,15 +329,10 @@ async fn start(
         options.clone(),
         clock,
     );
-    if let Some(path) = options
-        .config
-        .clone()
-        .filter(|_| config.server.watch_config)
-    {
-        config_watch::watch(path, control.config_changed()).map_err(|source| Error::Kernel {
-            what: "the configuration's files cannot be watched",
-            source,
-        })?;
+    if let Some(watch) = watch {
+        watch
+            .run(control.config_changed())
+            .map_err(configure::not_watched)?;
     }
     control.start(sockets);
     control.take(read);

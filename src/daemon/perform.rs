@@ -92,7 +92,7 @@ impl Control {
                 }
                 Action::WatchFile { file } => self.files.watch(file),
                 Action::UnwatchFile { file } => self.files.unwatch(&file),
-                Action::LookUpPaths => self.begin_reload(),
+                Action::LookUpPaths => self.reload_by_itself(),
                 Action::Tell(notice) => notices.push(notice),
                 Action::Log(decision) => log::decision(&decision),
             }

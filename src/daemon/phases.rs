@@ -47,8 +47,14 @@ impl Control {
         } else {
             "; no bus, so no one can be told or ask"
         };
-        self.service
-            .ready(format!("Following the volumes of {exports} exports{bus}."));
+        let config = if self.reload.hangs() {
+            "; the file system of the configuration does not answer"
+        } else {
+            ""
+        };
+        self.service.ready(format!(
+            "Following the volumes of {exports} exports{bus}{config}."
+        ));
     }
 
     /// Begins to drain; gives the time at which the stop is over, drained or not.

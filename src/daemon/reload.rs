@@ -2,12 +2,15 @@
 
 use std::path::{Path, PathBuf};
 
+use tokio::time::Instant;
+
 use super::Options;
 use super::aside::Aside;
 use super::clock::Clock;
 use super::control::{Asker, Control, Report};
 use super::last_reading::{Dialect, LastReading};
 use super::reload_outcome::{OutcomeFile, ReloadOutcome};
+use super::reload_turn::{LastWord, Turn};
 use super::sections::{self, Reading};
 use crate::config::nbd_server::CommandLine;
 use crate::config::{self, ClaimRules, Pace};
@@ -32,9 +35,12 @@ pub(super) struct Reload {
     /// Exports of what is being applied, and what of the files was refused before the middle saw it.
     taken: usize,
     refused: usize,
-    reading: bool,
+    turn: Turn,
     /// Asked for again since the reading began.
     again: bool,
+    /// The daemon itself needs what a reading finds that has not begun yet or was given up: for a disk that came, or a file that changed.
+    /// Nobody would ask for it again.
+    owed: bool,
     /// Callers whom the reading that goes on answers: it began after they asked. With those below at most the calls that
     /// D-Bus lets in.
     served: Vec<Asker>,
@@ -52,23 +58,39 @@ impl Reload {
             outcome_file: OutcomeFile::of_the_service(),
             taken: 0,
             refused: 0,
-            reading: false,
+            turn: Turn::default(),
             again: false,
+            owed: false,
             served: Vec::new(),
             waiting: Vec::new(),
         }
     }
 
     pub(super) fn is_reading(&self) -> bool {
-        self.reading
+        matches!(self.turn, Turn::Reads { .. })
+    }
+
+    /// Whether one was given up and has not come back.
+    pub(super) fn hangs(&self) -> bool {
+        matches!(self.turn, Turn::Hangs { .. })
+    }
+
+    /// When [`Control::give_up_reading`] is wanted.
+    pub(super) fn due(&self) -> Option<Instant> {
+        self.turn.due()
     }
 }
 
 impl Control {
     pub(super) fn reload_for(&mut self, asker: Asker) {
-        if self.options.config.is_none() {
+        let Some(path) = &self.options.config else {
             let reason = "started without --config: there is nothing to read again".to_owned();
             self.answer(asker, Err(RequestError::NotSupported(reason)));
+            return;
+        };
+        // Not kept until it answers: by then the caller has other plans.
+        if let Some(refusal) = self.reload.turn.refusal(path) {
+            self.answer(asker, Err(RequestError::NotReady(refusal)));
             return;
         }
         // Those who have given up are not kept.
@@ -77,22 +99,45 @@ impl Control {
         self.begin_reload();
     }
 
-    pub(super) fn begin_reload(&mut self) {
+    /// On SIGHUP.
+    pub(super) fn reload_by_signal(&mut self) {
+        let path = self.options.config.as_deref();
+        let refusal = match path {
+            Some(path) => self.reload.turn.refusal(path),
+            None => Some("started without --config: there is nothing to read again".to_owned()),
+        };
+        let Some(refusal) = refusal else {
+            self.begin_reload();
+            return;
+        };
+        tracing::warn!(name: "reload_refused", "asked to reload: {refusal}");
+        self.reload.outcome = ReloadOutcome::begun();
+        self.tell_signaller(&refusal);
+    }
+
+    /// For a disk that came, or a file that changed. While a reading hangs it is owed.
+    pub(super) fn reload_by_itself(&mut self) {
+        self.reload.owed = true;
+        if !self.reload.hangs() {
+            self.begin_reload();
+        }
+    }
+
+    fn begin_reload(&mut self) {
         let Options {
             config: Some(path),
             command_line,
             ..
         } = self.options.clone()
         else {
-            tracing::warn!("asked to reload, but started without --config: nothing to read");
-            self.reload.outcome = ReloadOutcome::begun();
-            self.tell_signaller("started without --config: there is nothing to read again");
             return;
         };
-        if std::mem::replace(&mut self.reload.reading, true) {
+        if self.reload.is_reading() {
             self.reload.again = true;
             return;
         }
+        let own = std::mem::take(&mut self.reload.owed);
+        let last_word = self.reload.turn.begin(own);
         self.reload.outcome = ReloadOutcome::begun();
         self.reload.served = std::mem::take(&mut self.reload.waiting);
         self.service.reloading();
@@ -103,14 +148,51 @@ impl Control {
         let last = self.reload.last.take();
         let last = last.unwrap_or_else(|| Box::new(LastReading::none(Dialect::Toml)));
         let taken = self.reload.aside.take(move || {
-            let read = Read::again(&path, command_line.as_ref(), *last, clock);
+            let read = Read::again(&path, command_line.as_ref(), *last, clock, &last_word);
             // The loop is gone only when the daemon stops.
-            let _stopped = reports.send(Report::Reloaded(read));
+            let _stopped = reports.send(match read {
+                Ok(read) => Report::Reloaded(read),
+                Err(last) => Report::ReadTooLate(last),
+            });
         });
         if let Err(error) = taken {
             tracing::error!(%error, "the configuration cannot be read again");
             self.answer_reload(&Err(RequestError::Failed(error.to_string())));
-            self.reload.reading = false;
+            self.reload.turn = Turn::Rest;
+            self.tell_ready();
+        }
+    }
+
+    /// The deadline of a reading has come.
+    pub(super) fn give_up_reading(&mut self) {
+        let (Some(own), Some(path)) = (self.reload.turn.give_up(), &self.options.config) else {
+            return;
+        };
+        let told = Turn::given_up(path);
+        tracing::error!(name: "config_hangs", "{told}");
+        self.reload.owed |= own;
+        // Whoever has asked since it began would wait for the same.
+        self.reload.again = false;
+        let waiting = std::mem::take(&mut self.reload.waiting);
+        self.reload.served.extend(waiting);
+        self.answer_reload(&Err(RequestError::TimedOut(told.clone())));
+        self.reload.outcome = ReloadOutcome::begun();
+        self.tell_signaller(&told);
+        self.tell_ready();
+    }
+
+    /// A reading that was given up has come back. It is thrown away: to whoever asked it has failed, and a change that comes so much later
+    /// surprises. What the daemon owes is read anew, as it is now.
+    pub(super) fn on_read_too_late(&mut self, last: Box<LastReading>) {
+        self.reload.last = Some(last);
+        self.reload.turn = Turn::Rest;
+        tracing::info!(
+            name: "config_answers",
+            "the file system of the configuration answers again; the reading that it held up is thrown away, and what is configured stays until the next reload"
+        );
+        if self.reload.owed && !self.stopping {
+            self.begin_reload();
+        } else {
             self.tell_ready();
         }
     }
@@ -131,7 +213,7 @@ impl Control {
             // Whoever asks for it may have done something to files, too.
             let _asked = self.files.check();
         }
-        self.reload.reading = false;
+        self.reload.turn = Turn::Rest;
         if std::mem::take(&mut self.reload.again) {
             self.begin_reload();
         } else if !self.stopping {
@@ -172,7 +254,7 @@ impl Control {
     /// The middle has applied a configuration: the signal for a reload, and the answers. Nothing at the start, when no one
     /// asked.
     pub(super) fn reloaded(&mut self, difference: Difference) -> Vec<Publication> {
-        if !self.reload.reading {
+        if !self.reload.is_reading() {
             return Vec::new();
         }
         let [added, changed, refused] = [
@@ -261,13 +343,29 @@ pub(super) struct Read {
 }
 
 impl Read {
-    fn again(path: &Path, line: Option<&CommandLine>, last: LastReading, clock: Clock) -> Read {
+    /// The last reading as it was when the loop has the last word.
+    fn again(
+        path: &Path,
+        line: Option<&CommandLine>,
+        last: LastReading,
+        clock: Clock,
+        last_word: &LastWord,
+    ) -> Result<Read, Box<LastReading>> {
         match last.dialect {
             Dialect::NbdServer => {
-                let pace = Pace::default();
-                Read::of_sections(sections::read(path, line, last, clock, &pace))
+                let looked = sections::look(path, line, last, clock, &Pace::default());
+                match last_word.take() {
+                    true => Ok(Read::of_sections(looked.compare())),
+                    false => Err(Box::new(looked.into_last())),
+                }
             }
-            Dialect::Toml => Read::toml(path, last),
+            Dialect::Toml => {
+                let parsed = parsed(path);
+                match last_word.take() {
+                    true => Ok(Read::toml(parsed, last)),
+                    false => Err(Box::new(last)),
+                }
+            }
         }
     }
 
@@ -291,16 +389,8 @@ impl Read {
         }
     }
 
-    /// Reads and judges all files; a problem keeps everything as it was and is told by file, line and column.
-    fn toml(path: &Path, mut last: LastReading) -> Read {
-        let parsed = config::read(path)
-            .map_err(|error| vec![error.to_string()])
-            .and_then(|files| {
-                let told = |problems: Vec<config::Problem>| {
-                    problems.iter().map(ToString::to_string).collect::<Vec<_>>()
-                };
-                config::parse(&files).map_err(told)
-            });
+    /// A problem keeps everything as it was and is told by file, line and column.
+    fn toml(parsed: Result<config::Config, Vec<String>>, mut last: LastReading) -> Read {
         let (found, problems) = match parsed {
             Ok(config) => {
                 let found = Found::in_toml(config.exports, config.claim, &mut last);
@@ -317,6 +407,13 @@ impl Read {
             problems,
         }
     }
+}
+
+/// All files of `nbdtrack.toml`, read and judged.
+fn parsed(path: &Path) -> Result<config::Config, Vec<String>> {
+    let files = config::read(path).map_err(|error| vec![error.to_string()])?;
+    let told = |problems: Vec<config::Problem>| problems.iter().map(ToString::to_string).collect();
+    config::parse(&files).map_err(told)
 }
 
 /// Logs what is wrong in a reading, and gives as much of it as callers are told. Not for the loop: there may be ten thousand lines.

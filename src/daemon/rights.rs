@@ -1,4 +1,5 @@
-//! `user` and `group` of nbd-server's configuration: the rights that the process gives up before it has a second thread.
+//! `user` and `group` of nbd-server's configuration: the rights that the process gives up before it has a second thread; the
+//! one that has read them has ended then.
 //!
 //! The stock server binds, becomes that user and opens each path once for each client. This one goes on opening: a disk that comes back
 //! has another node, whose owner is whoever udev's rules say; the bus lets only root own the name, and asks at each connection to a
@@ -14,6 +15,7 @@ use rustix::thread::{
     set_no_new_privs,
 };
 
+use super::configure::read_first;
 use super::{Error, Options};
 use crate::config::nbd_server::{Generic, Judged, Named, judge};
 use crate::config::{self, Problem};
@@ -63,11 +65,7 @@ pub fn refused_for_their_names(judged: &Judged) -> Vec<Problem> {
 /// A user or group that is not there, or a kernel that refuses.
 pub(super) fn reduce(options: &Options) -> Result<Reduced, Error> {
     let mut reduced = Reduced::default();
-    let Some(generic) = options
-        .config
-        .as_deref()
-        .and_then(|main| generic(main, options))
-    else {
+    let Some(generic) = read(options)? else {
         return Ok(reduced);
     };
     let one = |problem| Error::Config(vec![problem]);
@@ -97,6 +95,15 @@ pub(super) fn reduce(options: &Options) -> Result<Reduced, Error> {
             .map_err(|e| kernel(e.into()))?;
     }
     Ok(reduced)
+}
+
+/// What the configuration says of it, in a thread that has ended then.
+fn read(options: &Options) -> Result<Option<Generic>, Error> {
+    let Some(main) = options.config.clone() else {
+        return Ok(None);
+    };
+    let options = options.clone();
+    read_first(&main.clone(), move || generic(&main, &options))
 }
 
 impl Reduced {

@@ -11,7 +11,7 @@ use super::found::{problem, refusal};
 use super::last_reading::LastReading;
 use super::reload::Found;
 use crate::config::nbd_server::{
-    self, Access, Backing, COMMAND_LINE, CommandLine, Generic, Section,
+    self, Access, Backing, COMMAND_LINE, CommandLine, Generic, Judged, Section,
 };
 use crate::config::{self, Config, Pace, Problem};
 use crate::correlation::{
@@ -38,14 +38,25 @@ pub(super) struct Reading {
     pub warnings: Vec<Problem>,
 }
 
-/// Reads and judges everything, and says what of it is otherwise than in `last`.
-pub(super) fn read(
+/// All that was found in files, before it is compared with the last reading.
+pub(super) struct Looked {
+    judged: Judged,
+    settings: Result<Config, Vec<Problem>>,
+    allow: BTreeSet<OptIn>,
+    sections: Vec<ConfiguredSection>,
+    rules: Rules,
+    /// As it was; but for what it knows of the files themselves.
+    last: LastReading,
+}
+
+/// Reads and judges everything. Blocks as files do.
+pub(super) fn look(
     main: &Path,
     line: Option<&CommandLine>,
     mut last: LastReading,
     mut clock: Clock,
     pace: &Pace,
-) -> Reading {
+) -> Looked {
     let files = last.files.read_again(main, line, SystemTime::now(), pace);
     let judged = files.iter().map(|file| {
         pace.step();
@@ -59,14 +70,14 @@ pub(super) fn read(
         Some(generic) => config::settings_of(generic),
         None => Ok(Config::default()),
     };
-    match &settings {
-        Ok(settings) if judged.generic.is_some() => {
-            last.allow.clone_from(&settings.identity.allow);
+    let allow = match &settings {
+        Ok(settings) if judged.generic.is_some() => settings.identity.allow.clone(),
+        Ok(_) => last.allow.clone(),
+        Err(problems) => {
+            judged.problems.extend(problems.iter().cloned());
+            last.allow.clone()
         }
-        Ok(_) => {}
-        Err(problems) => judged.problems.extend(problems.iter().cloned()),
-    }
-    let allow = last.allow.clone();
+    };
     let missing_allows = judged
         .generic
         .as_ref()
@@ -112,57 +123,85 @@ pub(super) fn read(
         (Some(one), None) => Some(one.name.clone()),
         _ => None,
     };
-    // Both are in the order of names.
-    let taken = sections
-        .iter()
-        .map(|section| section.definition.name.as_str());
-    let mut taken = taken.peekable();
-    let refused = judged
-        .standing
-        .iter()
-        .filter(|name| {
-            while taken.next_if(|taken| *taken < name.as_str()).is_some() {}
-            taken.peek() != Some(&name.as_str())
-        })
-        .filter_map(|name| ExportName::parse(name).ok())
-        .collect();
-    let said = judged
-        .generic
-        .as_ref()
-        .map_or(&[][..], |generic| &generic.file_roots);
-    let file_roots = file_roots(said, &sections);
-    if judged.generic.is_none() {
-        return Reading {
-            generic: None,
-            found: None,
+    Looked {
+        judged,
+        settings,
+        allow,
+        sections,
+        rules,
+        last,
+    }
+}
+
+impl Looked {
+    /// For the next reading, where this one is thrown away.
+    pub fn into_last(self) -> LastReading {
+        self.last
+    }
+
+    /// Says what is otherwise than in the last reading.
+    pub fn compare(self) -> Reading {
+        let Looked {
+            mut last,
+            judged,
+            settings,
+            allow,
+            sections,
+            rules,
+        } = self;
+        last.allow = allow;
+        // Both are in the order of names.
+        let taken = sections
+            .iter()
+            .map(|section| section.definition.name.as_str());
+        let mut taken = taken.peekable();
+        let refused = judged
+            .standing
+            .iter()
+            .filter(|name| {
+                while taken.next_if(|taken| *taken < name.as_str()).is_some() {}
+                taken.peek() != Some(&name.as_str())
+            })
+            .filter_map(|name| ExportName::parse(name).ok())
+            .collect();
+        let said = judged
+            .generic
+            .as_ref()
+            .map_or(&[][..], |generic| &generic.file_roots);
+        let file_roots = file_roots(said, &sections);
+        if judged.generic.is_none() {
+            return Reading {
+                generic: None,
+                found: None,
+                settings,
+                last,
+                problems: judged.problems,
+                warnings: judged.warnings,
+            };
+        }
+        let found = Found {
+            taken: sections.len(),
+            refused: judged.refused,
+            change: SectionsChange {
+                unread: judged.unread,
+                ..last.change(sections, (!judged.unread).then_some(refused))
+            },
+            rules: last.rules(rules),
+            claim: match &settings {
+                Ok(settings) => last.claim(settings.claim.clone()),
+                Err(_) => None,
+            },
+            file_roots: Some(file_roots),
+        };
+        last.good = judged.sections;
+        Reading {
+            found: Some(found),
+            generic: judged.generic,
             settings,
             last,
             problems: judged.problems,
             warnings: judged.warnings,
-        };
-    }
-    let found = Found {
-        taken: sections.len(),
-        refused: judged.refused,
-        change: SectionsChange {
-            unread: judged.unread,
-            ..last.change(sections, (!judged.unread).then_some(refused))
-        },
-        rules: last.rules(rules),
-        claim: match &settings {
-            Ok(settings) => last.claim(settings.claim.clone()),
-            Err(_) => None,
-        },
-        file_roots: Some(file_roots),
-    };
-    last.good = judged.sections;
-    Reading {
-        found: Some(found),
-        generic: judged.generic,
-        settings,
-        last,
-        problems: judged.problems,
-        warnings: judged.warnings,
+        }
     }
 }
 
@@ -320,7 +359,7 @@ mod tests {
         let mut last = LastReading::none(Dialect::NbdServer);
         for _ in 0..2 {
             let pace = Pace::default();
-            let reading = read(&main, None, last, Clock::now(), &pace);
+            let reading = look(&main, None, last, Clock::now(), &pace).compare();
             assert_eq!(reading.found.unwrap().taken as u64, sections);
             // Each file is looked at, judged beside the others, and its path is looked up.
             assert_eq!(pace.pauses(), 3 * sections / Pace::piece());

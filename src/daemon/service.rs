@@ -206,6 +206,20 @@ impl Service {
     }
 }
 
+/// Tells the manager what the start waits for, without a thread: it may be too early for one. Dropped where the manager reads nothing.
+pub(super) fn tell_once(status: &str) {
+    let Some(named) = std::env::var_os("NOTIFY_SOCKET") else {
+        return;
+    };
+    let told = NotifySocket::reach(&named).and_then(|manager| {
+        manager.ours.set_nonblocking(true)?;
+        manager.send(&[NotifyState::Status(status)])
+    });
+    if let Err(error) = told {
+        tracing::debug!(%error, "the service manager is not told what the start waits for");
+    }
+}
+
 /// The thread's body: one message each, as the manager takes them.
 fn tell(socket: &NotifySocket, queue: &Receiver<Told>) {
     while let Ok(told) = queue.recv() {

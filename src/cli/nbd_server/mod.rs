@@ -92,15 +92,17 @@ enum NotServed {
 fn begin(serve: Serve, bus: Option<String>) -> Result<(), NotServed> {
     let line = serve.export.as_ref().map(|named| named.line(ALLOW));
     let line = line.transpose().map_err(NotServed::CommandLine)?;
-    let judged = judge(
-        &read_ini_beside(&serve.config, line.as_ref()).files,
-        &Default::default(),
-        false,
-    );
+    let (main, beside) = (serve.config.clone(), line.clone());
+    let read = daemon::read_first(&serve.config, move || {
+        let files = read_ini_beside(&main, beside.as_ref()).files;
+        let judged = judge(&files, &Default::default(), false);
+        let paths = daemon::refused_for_their_paths(&judged);
+        let names = daemon::refused_for_their_names(&judged);
+        let settings = daemon::refused_in_settings(&judged);
+        (judged, paths, names, settings, is_ini(&main))
+    });
+    let (judged, paths, names, settings, is_ini) = read?;
     let problems = judged.problems.iter();
-    let paths = daemon::refused_for_their_paths(&judged);
-    let names = daemon::refused_for_their_names(&judged);
-    let settings = daemon::refused_in_settings(&judged);
     let problems: Vec<_> = problems
         .chain(&names)
         .chain(&settings)
@@ -109,7 +111,7 @@ fn begin(serve: Serve, bus: Option<String>) -> Result<(), NotServed> {
     for problem in &problems {
         eprintln!("nbd-server: {problem}");
     }
-    if judged.generic.is_none() || line.is_none() && !is_ini(&serve.config) {
+    if judged.generic.is_none() || line.is_none() && !is_ini {
         return Err(NotServed::NoConfig(serve.config));
     }
     if !names.is_empty() {

@@ -91,6 +91,11 @@ fn with_thread(
     (target, queue, guard)
 }
 
+/// Whether there is a log yet.
+pub(super) fn is_started() -> bool {
+    LOG.get().is_some()
+}
+
 /// Lines that were dropped because no one read them.
 pub(super) fn lost() -> u64 {
     LOG.get().map_or(0, |log| {

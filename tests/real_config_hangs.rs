@@ -1,0 +1,326 @@
+//! Promise: a configuration on a file system that does not answer keeps nobody waiting for ever. A reload is answered by its deadline and
+//! changes nothing, now or later; what is served is served on; and a start says what it waits for, and ends by its deadline.
+
+mod support;
+
+use std::os::unix::net::UnixDatagram;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::Signal;
+use support::bus::{Bus, Client as Caller, Options, Refused};
+use support::client::Client;
+use support::daemon::{Home, STOP_LIMIT, binary};
+use support::fuse_disk::{FuseFile, READS};
+use support::ground::{Ground, Need, real, tell};
+use support::loops::LoopDevice;
+use support::process::{Finished, Running, command, run_command};
+use support::scene::{STEP_LIMIT, Scene, Volume};
+use support::{Doing, Outcome, until};
+
+const NEEDS: &[Need] = &[Need::Loop, Need::Bus];
+const BYTES: u64 = 4 << 20;
+/// What waits for no file answers within this.
+const PROMPT: Duration = Duration::from_secs(2);
+/// The deadlines of a reload and of a start, and what a busy machine adds.
+const RELOAD: (Duration, Duration) = (Duration::from_secs(30), Duration::from_secs(36));
+const START: (Duration, Duration) = (Duration::from_secs(60), Duration::from_secs(70));
+
+/// A file of the configuration on a file system of its own.
+fn file(ground: &Ground, text: &str) -> Outcome<FuseFile> {
+    let back = ground.file("config.back");
+    std::fs::write(&back, text)?;
+    FuseFile::over(&back, "config", false)
+}
+
+fn disk(ground: &Ground, name: &str) -> Outcome<(Volume, LoopDevice)> {
+    let volume = Volume::make(ground.path(), name, BYTES)?;
+    let device = LoopDevice::add()?;
+    device.attach(&volume.image)?;
+    Ok((volume, device))
+}
+
+fn log_says(home: &Home, words: &str, limit: Duration) -> Outcome<()> {
+    until(limit, words, || {
+        let log = std::fs::read_to_string(&home.log)?;
+        Ok(log.contains(words).then_some(()))
+    })
+}
+
+fn is_held(file: &FuseFile, before: u64) -> Outcome<()> {
+    until(STEP_LIMIT, "the file to be read", || {
+        Ok((file.held() > before).then_some(()))
+    })
+}
+
+fn reload(caller: &Caller) -> Result<(), Refused> {
+    caller.call("Reload", &(Options::new(),)).map(drop)
+}
+
+/// As the unit's `ExecReload=` asks.
+fn reload_by_pid(scene: &Scene, runtime: &Path) -> Outcome<Finished> {
+    let mut reload = command(binary());
+    let pid = scene.daemon.as_ref().map_or(0, |daemon| daemon.pid());
+    reload
+        .args(["reload", "--pid", &pid.to_string()])
+        .env("RUNTIME_DIRECTORY", runtime);
+    run_command("reload --pid", reload, STEP_LIMIT)
+}
+
+#[test]
+fn a_reload_whose_files_hang_is_answered_and_changes_nothing_now_or_later() -> Outcome<()> {
+    real("reload of files that hang", NEEDS, |ground| {
+        let file = file(ground, "# nothing\n")?;
+        let (a, device_a) = disk(ground, "vol-a")?;
+        let (b, device_b) = disk(ground, "vol-b")?;
+        let bus = Bus::start(ground.path())?;
+        let mut home = Home::new(ground.path(), &bus.address)?;
+        home.config = file.file.clone();
+        home.configure(&[("vol-a", a.id())])?;
+        let runtime = ground.file("runtime");
+        std::fs::create_dir(&runtime)?;
+        home.environment
+            .push(("RUNTIME_DIRECTORY", runtime.clone()));
+        let mut scene = Scene {
+            client: Caller::connect(&bus)?,
+            daemon: Some(home.start()?),
+            home,
+            bus,
+            devices: vec![device_a, device_b],
+            volumes: vec![a, b],
+        };
+        let _healer = file.healer();
+        let vol_b = scene.volumes[1].id();
+        scene.client.reach_state("vol-a", "Serving", STEP_LIMIT)?;
+        let mut client = Client::open(&scene.endpoint(), "vol-a")?;
+        let both = [("vol-a", scene.volumes[0].id()), ("vol-b", vol_b)];
+        scene.home.configure(&both)?;
+
+        let before = file.held();
+        file.hang(READS);
+        let address = scene.bus.address.clone();
+        // Thread: its call waits for the reload; it ends with that, which has a deadline.
+        let asking = std::thread::spawn(move || -> Outcome<_> {
+            let caller = Caller::connect_to(&address)?;
+            let begun = Instant::now();
+            Ok((reload(&caller), begun.elapsed()))
+        });
+        is_held(&file, before)?;
+        let mut longest = Duration::ZERO;
+        until(RELOAD.1, "the reload's answer", || {
+            let begun = Instant::now();
+            hold!(client.write(0, &[7; 512], true)? == Ok(()), "a write");
+            scene.client.rescan()?;
+            longest = longest.max(begun.elapsed());
+            hold!(longest < PROMPT, "{longest:?}");
+            Ok(asking.is_finished().then_some(()))
+        })?;
+        let Ok(answer) = asking.join() else {
+            trouble!("the caller's thread ended");
+        };
+        let (answer, told) = answer?;
+        let names = |text: &str| text.contains(&*file.file.to_string_lossy());
+        hold!(
+            matches!(&answer, Err(no) if no.is("TimedOut") && names(&no.text)),
+            "{answer:?}"
+        );
+        hold!((RELOAD.0..RELOAD.1).contains(&told), "after {told:?}");
+
+        // Who asks now is not kept until it answers, over D-Bus or by a signal.
+        let begun = Instant::now();
+        let again = reload(&scene.client);
+        hold!(
+            matches!(&again, Err(no) if no.is("NotReady") && names(&no.text)),
+            "{again:?}"
+        );
+        let by_signal = reload_by_pid(&scene, &runtime)?;
+        hold!(
+            by_signal.status.code() == Some(1) && names(&by_signal.stderr),
+            "{by_signal:?}"
+        );
+        let refused = begun.elapsed();
+        hold!(refused < PROMPT, "refused after {refused:?}");
+        hold!(
+            scene.client.export("vol-b")?.is_none(),
+            "nothing is applied"
+        );
+
+        file.heal();
+        log_says(&scene.home, "answers again", STEP_LIMIT)?;
+        scene.client.rescan()?;
+        hold!(
+            scene.client.export("vol-b")?.is_none(),
+            "the reading that came too late was applied"
+        );
+        // What was thrown away is news to the next.
+        let applied = reload(&scene.client);
+        hold!(applied.is_ok(), "{applied:?}");
+        scene.client.reach_state("vol-b", "Serving", STEP_LIMIT)?;
+        hold!(
+            client.write(0, &[8; 512], true)? == Ok(()),
+            "its client goes on"
+        );
+        client.leave()?;
+        tell(&format!(
+            "reload of a file that hangs: answered after {told:?}, others within {longest:?}, two more refused in {refused:?}"
+        ));
+
+        // A stop does not wait for it. That the process is there until then is FUSE's: it lets go of no read that it was told of.
+        let before = file.held();
+        file.hang(READS);
+        scene.daemon()?.running.signal(Signal::SIGHUP)?;
+        is_held(&file, before)?;
+        scene.daemon()?.running.signal(Signal::SIGTERM)?;
+        log_says(&scene.home, "everything is flushed and closed", STEP_LIMIT)?;
+        file.heal();
+        let ended = scene.daemon()?.running.wait(STEP_LIMIT)?;
+        scene.daemon = None;
+        hold!(ended.success(), "it ends in order: {ended}");
+        Ok(())
+    })
+}
+
+/// An export of nbd-server's file is of the disk that its path leads to, for which the files are read again when a disk comes. Nobody would ask
+/// for that again.
+#[test]
+fn what_a_disk_needs_of_files_that_hang_is_read_when_they_answer() -> Outcome<()> {
+    real("disk that needs files that hang", NEEDS, |ground| {
+        let (volume, device) = disk(ground, "vol-a")?;
+        let text = format!(
+            "[generic]\n[vol-a]\nexportname = {}\nx-trust-path = true\n",
+            device.node()
+        );
+        device.detach_now()?;
+        let file = file(ground, &text)?;
+        let bus = Bus::start(ground.path())?;
+        let mut home = Home::new(ground.path(), &bus.address)?;
+        home.config = file.file.clone();
+        let mut daemon = home.start()?;
+        let _healer = file.healer();
+        let client = Caller::connect(&bus)?;
+        client.reach_state("vol-a", "Absent", STEP_LIMIT)?;
+        let before = file.held();
+        file.hang(READS);
+        device.attach(&volume.image)?;
+        is_held(&file, before)?;
+        log_says(&home, "could not be read within", RELOAD.1)?;
+        daemon.assert_alive()?;
+        file.heal();
+        client.reach_state("vol-a", "Serving", STEP_LIMIT)?;
+        daemon.stop()
+    })
+}
+
+/// A start whose configuration is here, with what it tells its manager and its log.
+struct Start {
+    running: Running,
+    manager: UnixDatagram,
+    log: PathBuf,
+    begun: Instant,
+}
+
+impl Start {
+    fn of(folder: &Path, config: &Path) -> Outcome<Start> {
+        std::fs::create_dir(folder)?;
+        let mut home = Home::new(folder, "none")?;
+        home.config = config.to_owned();
+        let socket = folder.join("notify.sock");
+        let manager = UnixDatagram::bind(&socket).doing("bind the notify socket")?;
+        manager.set_nonblocking(true)?;
+        let mut command = home.command();
+        command.env("NOTIFY_SOCKET", &socket);
+        let log = std::fs::File::create(&home.log)?;
+        command.stdout(Stdio::null()).stderr(log);
+        let begun = Instant::now();
+        let running = Running(command.spawn().doing("start nbdtrack")?);
+        Ok(Start {
+            running,
+            manager,
+            log: home.log,
+            begun,
+        })
+    }
+
+    fn tells(&self, words: &str) -> Outcome<()> {
+        let mut told = String::new();
+        until(
+            STEP_LIMIT,
+            format!("the manager to be told {words:?}"),
+            || {
+                let mut message = [0; 4096];
+                while let Ok(bytes) = self.manager.recv(&mut message) {
+                    told += &String::from_utf8_lossy(&message[..bytes]);
+                }
+                Ok(told.contains(words).then_some(()))
+            },
+        )
+    }
+
+    fn logs(&self, words: &str, limit: Duration) -> Outcome<()> {
+        until(limit, words, || {
+            let said = std::fs::read_to_string(&self.log)?;
+            Ok(said.contains(words).then_some(()))
+        })
+    }
+}
+
+#[test]
+fn a_start_whose_files_hang_says_so_and_ends_by_its_deadline_or_when_it_is_asked() -> Outcome<()> {
+    real("start with files that hang", NEEDS, |ground| {
+        let file = file(ground, "# nothing\n")?;
+        let _healer = file.healer();
+        // The same file beside a main file that answers.
+        let folder = ground.file("folder");
+        std::fs::create_dir_all(folder.join("conf.d"))?;
+        std::fs::write(folder.join("nbdtrack.toml"), "[server]\nlisten = []\n")?;
+        std::os::unix::fs::symlink(&file.file, folder.join("conf.d/hangs.toml"))?;
+        let waits = |config: &Path| {
+            let config = config.display();
+            format!("waiting for the file system of the configuration, {config}")
+        };
+        file.hang(READS);
+        let mut heals = Start::of(&ground.file("heals"), &folder)?;
+        heals.tells(&format!("STATUS={}", waits(&folder)))?;
+        file.heal();
+        heals.tells("READY=1")?;
+        heals.running.signal(Signal::SIGTERM)?;
+        hold!(
+            heals.running.wait(STOP_LIMIT)?.success(),
+            "it ends in order"
+        );
+
+        // Each says its last word while the file hangs, and is gone when FUSE has answered the read that it was told of.
+        file.hang(READS);
+        let mut asked = Start::of(&ground.file("asked"), &folder)?;
+        asked.tells(&format!("STATUS={}", waits(&folder)))?;
+        asked.logs(&waits(&folder), PROMPT)?;
+        asked.running.signal(Signal::SIGTERM)?;
+        asked.logs("before it served anything", PROMPT)?;
+        file.heal();
+        hold!(
+            asked.running.wait(STEP_LIMIT)?.success(),
+            "it ends in order"
+        );
+
+        file.hang(READS);
+        let mut main = Start::of(&ground.file("main"), &file.file)?;
+        main.tells(&format!("STATUS={}", waits(&file.file)))?;
+        main.logs(&waits(&file.file), PROMPT)?;
+        let config = file.file.display();
+        let last = format!("the configuration at {config} could not be read");
+        main.logs(&last, START.1)?;
+        let took = main.begun.elapsed();
+        hold!(
+            (START.0..START.1).contains(&took),
+            "it gave up after {took:?}"
+        );
+        file.heal();
+        let ended = main.running.wait(STEP_LIMIT)?;
+        hold!(ended.code() == Some(1), "{ended}");
+        tell(&format!(
+            "start with a file that hangs: given up after {took:?}"
+        ));
+        Ok(())
+    })
+}
