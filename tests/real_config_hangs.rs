@@ -181,17 +181,17 @@ fn a_reload_whose_files_hang_is_answered_and_changes_nothing_now_or_later() -> O
     })
 }
 
-/// An export of nbd-server's file is of the disk that its path leads to, for which the files are read again when a disk comes. Nobody would ask
-/// for that again.
+/// Where a link of nbd-server's file leads when another disk comes, the daemon looks up with the files. Nobody would ask for that again.
 #[test]
 fn what_a_disk_needs_of_files_that_hang_is_read_when_they_answer() -> Outcome<()> {
     real("disk that needs files that hang", NEEDS, |ground| {
-        let (volume, device) = disk(ground, "vol-a")?;
-        let text = format!(
-            "[generic]\n[vol-a]\nexportname = {}\nx-trust-path = true\n",
-            device.node()
-        );
-        device.detach_now()?;
+        let (first, device) = disk(ground, "vol-a")?;
+        let other = Volume::make(ground.path(), "vol-b", BYTES)?;
+        // Where a node itself leads, the events tell.
+        let link = PathBuf::from(format!("/dev/nbdtrack-test-{}", std::process::id()));
+        std::os::unix::fs::symlink(device.node(), &link)?;
+        let _link = Link(link.clone());
+        let text = format!("[generic]\n[vol-a]\nexportname = {}\nx-trust-path = true\n", link.display());
         let file = file(ground, &text)?;
         let bus = Bus::start(ground.path())?;
         let mut home = Home::new(ground.path(), &bus.address)?;
@@ -199,17 +199,36 @@ fn what_a_disk_needs_of_files_that_hang_is_read_when_they_answer() -> Outcome<()
         let mut daemon = home.start()?;
         let _healer = file.healer();
         let client = Caller::connect(&bus)?;
-        client.reach_state("vol-a", "Absent", STEP_LIMIT)?;
+        client.reach_state("vol-a", "Serving", STEP_LIMIT)?;
         let before = file.held();
         file.hang(READS);
-        device.attach(&volume.image)?;
+        client.prepare_detach(&first.id())?;
+        device.detach_now()?;
+        client.reach_state("vol-a", "Absent", STEP_LIMIT)?;
+        device.attach(&other.image)?;
         is_held(&file, before)?;
         log_says(&home, "could not be read within", RELOAD.1)?;
         daemon.assert_alive()?;
+        let says_so = || -> Outcome<bool> {
+            let told = format!("{:?}", client.export("vol-a")?);
+            Ok(told.contains("IdentityMismatch"))
+        };
+        hold!(!says_so()?, "nobody has looked yet");
         file.heal();
-        client.reach_state("vol-a", "Serving", STEP_LIMIT)?;
+        until(STEP_LIMIT, "the link to be looked up", || {
+            Ok(says_so()?.then_some(()))
+        })?;
         daemon.stop()
     })
+}
+
+/// Beneath /dev, where nbd-server's paths are disks; goes with the test.
+struct Link(PathBuf);
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        let _gone = std::fs::remove_file(&self.0);
+    }
 }
 
 /// A start whose configuration is here, with what it tells its manager and its log.
