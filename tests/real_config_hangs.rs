@@ -191,7 +191,10 @@ fn what_a_disk_needs_of_files_that_hang_is_read_when_they_answer() -> Outcome<()
         let link = PathBuf::from(format!("/dev/nbdtrack-test-{}", std::process::id()));
         std::os::unix::fs::symlink(device.node(), &link)?;
         let _link = Link(link.clone());
-        let text = format!("[generic]\n[vol-a]\nexportname = {}\nx-trust-path = true\n", link.display());
+        let text = format!(
+            "[generic]\n[vol-a]\nexportname = {}\nx-trust-path = true\n",
+            link.display()
+        );
         let file = file(ground, &text)?;
         let bus = Bus::start(ground.path())?;
         let mut home = Home::new(ground.path(), &bus.address)?;
