@@ -3,6 +3,8 @@
 
 mod nbd_common;
 
+use std::io::Write;
+use std::net::Shutdown;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::channel;
@@ -338,6 +340,94 @@ fn what_a_client_writes_is_not_overwritten_by_what_it_sent_over_a_connection_tha
     }
 }
 
+/// Of a TCP connection whose window is closed nothing tells the end: it stands behind what was sent before and is not received.
+#[test]
+fn what_waits_behind_a_closed_window_of_a_lost_connection_lands_before_what_comes_after() {
+    const BLOCK: u32 = 64 << 10;
+    let server = Server::new();
+    let image = server.image.clone();
+    let mut beside = server.go();
+    image.hold("write");
+    let mut lost = server.go_tcp();
+    lost.request(cmd::WRITE, 0, 1, 0, 512);
+    lost.put(&[1; 512]);
+    image.wait_inside(1);
+    lost.socket.set_nonblocking(true).unwrap();
+    let more = [
+        request(cmd::WRITE, 0, 2, BLOCK.into(), BLOCK),
+        vec![2; BLOCK as usize],
+    ]
+    .concat();
+    // As much as both ends hold.
+    while lost.socket.write_all(&more).is_ok() {}
+    drop(lost);
+    image.let_others_pass("write");
+    let mut again = server.go();
+    again.request(cmd::WRITE, 0, 3, BLOCK.into(), BLOCK);
+    again.put(&vec![3; BLOCK as usize]);
+    for _ in 0..300 {
+        assert_eq!(beside.ask(cmd::READ, 0, 4096, 512), 0);
+    }
+    image.let_go();
+    assert_eq!(again.simple(), (0, 3));
+    until("the lost connection's end", || {
+        server.door.clients(&name("vol")) == 2
+    });
+    let block = BLOCK as usize;
+    assert!(
+        image.bytes.read().unwrap()[block..2 * block]
+            .iter()
+            .all(|byte| *byte == 3)
+    );
+}
+
+/// Each was there when the other looked, and both had said that they send no more.
+#[test]
+fn newcomers_do_not_wait_for_each_other() {
+    let server = Server::new();
+    let image = server.image.clone();
+    let mut threads = Vec::new();
+    for _ in 0..8 {
+        let mut client = server.talk();
+        threads.push(std::thread::spawn(move || {
+            client.put(&option_bytes(option::GO, &choice(b"vol", &[])));
+            client.request(cmd::WRITE, 0, 9, 0, 512);
+            client.put(&[9; 512]);
+            client.socket.shutdown(Shutdown::Write).unwrap();
+            let replies = client.replies(option::GO);
+            assert_eq!(replies.last().unwrap().0, rep::ACK);
+            assert_eq!(client.simple(), (0, 9));
+        }));
+    }
+    for thread in threads {
+        thread.join().unwrap();
+    }
+    assert!(
+        image.bytes.read().unwrap()[..512]
+            .iter()
+            .all(|byte| *byte == 9)
+    );
+    assert_eq!(server.go().ask(cmd::WRITE, 0, 0, 512), 0);
+}
+
+/// It gave up while it waited: its place is free at once, whatever the disk does.
+#[test]
+fn a_client_that_leaves_while_it_waits_keeps_no_place() {
+    let server = Server::new();
+    let image = server.image.clone();
+    image.hold("write");
+    let mut lost = server.go();
+    lost.request(cmd::WRITE, 0, 1, 0, 512);
+    lost.put(&[1; 512]);
+    image.wait_inside(1);
+    drop(lost);
+    let mut impatient = server.go();
+    impatient.request(cmd::DISC, 0, 2, 0, 0);
+    impatient.socket.shutdown(Shutdown::Write).unwrap();
+    impatient.closed();
+    image.let_go();
+}
+
 /// A read that hangs changes nothing.
 #[test]
 fn a_client_does_not_wait_for_the_reads_of_one_that_is_gone() {
@@ -445,17 +535,15 @@ fn a_hung_disk_leaves_other_exports_their_threads() {
     server
         .door
         .serve(&name("hung"), Generation(1), hung.clone(), false);
-    let mut stuck = Vec::new();
-    for _ in 0..12 {
-        let mut client = server.talk();
-        client.option(nbdtrack::nbd::wire::option::GO, &choice(b"hung", &[]));
+    // All are there before the first writes: who comes later would wait for it.
+    let mut stuck: Vec<Client> = (0..12).map(|_| server.go_to("hung")).collect();
+    for client in &mut stuck {
         for cookie in 0..20 {
             client.request(cmd::READ, 0, cookie, 0, 512);
             client.request(cmd::FLUSH, 0, 100 + cookie, 0, 0);
             client.request(cmd::WRITE, 0, 200 + cookie, 0, 512);
             client.put(&[1; 512]);
         }
-        stuck.push(client);
     }
     hung.wait_inside(8);
     server.image.cold.store(true, Ordering::SeqCst);
@@ -618,14 +706,12 @@ fn many_hung_disks_leave_threads_to_the_others() {
         server
             .door
             .serve(&name(&export), Generation(1), hung.clone(), false);
-        for _ in 0..10 {
-            let mut client = server.talk();
-            client.option(option::GO, &choice(export.as_bytes(), &[]));
-            client.request(cmd::FLUSH, 0, 1, 0, 0);
-            client.request(cmd::WRITE, 0, 2, 0, 512);
-            client.put(&[1; 512]);
-            crowd.push(client);
-        }
+        crowd.extend((0..10).map(|_| server.go_to(&export)));
+    }
+    for client in &mut crowd {
+        client.request(cmd::FLUSH, 0, 1, 0, 0);
+        client.request(cmd::WRITE, 0, 2, 0, 512);
+        client.put(&[1; 512]);
     }
     hung.wait_inside(20);
     let mut client = server.go();

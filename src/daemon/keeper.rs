@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::task::JoinHandle;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 
 use super::control::{Asker, Control, Report};
 use super::orders::Orders;
@@ -28,6 +28,8 @@ use crate::mapping::{Store, StoreError};
 const STATES_MAX: usize = 1_000;
 /// An attach is three changes within some milliseconds: one commit for them, and still well within a second.
 const GATHER: Duration = Duration::from_millis(100);
+/// For the shared table at a stop, of the five seconds that the store has to close.
+const REST_WITHIN: Duration = Duration::from_secs(2);
 /// After a failure, doubled with each more.
 const RETRY_MIN: Duration = Duration::from_secs(1);
 const RETRY_MAX: Duration = Duration::from_secs(30);
@@ -199,7 +201,12 @@ impl Keeper {
             self.pay().await;
         }
         if let Some(shared) = &mut self.shared {
-            shared.say_rest().await;
+            // A slow server is told less; what it was not told, the next start says.
+            if timeout(REST_WITHIN, shared.say_rest()).await.is_err() {
+                tracing::info!(
+                    "the shared table was not told everything before the stop: the next start tells it"
+                );
+            }
         }
         if let Err(error) = self.store.close().await {
             tracing::warn!(%error, "the store did not close; the next start tidies up");

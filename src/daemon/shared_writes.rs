@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::shared_table::{Link, SharedTable, touch};
 use super::table_looks::Looked;
 use crate::correlation::{MappingState, VmDisk};
-use crate::mapping::reconcile::{Demand, Known, SeenRow, Step};
+use crate::mapping::reconcile::{Demand, Known, SeenRow, Step, Values};
 use crate::mapping::{DatabaseError, Store};
 
 /// Rows of one batch at most; a server that is slow writes fewer of them before the batch ends ([`crate::mapping::BATCH_FOR`]). An order that
@@ -15,8 +15,8 @@ const BATCH: usize = 200;
 
 /// What a look found, and of which something is still to be done.
 pub(super) struct Following {
-    /// Rows to be written as they are known here when their turn comes; at most one for each export.
-    puts: BTreeSet<VmDisk>,
+    /// Rows to be written as they are known here when their turn comes, each with what it said; at most one for each export.
+    puts: BTreeMap<VmDisk, Option<Values>>,
     /// So many of the first are written each by itself: one of them is refused.
     singly: usize,
     /// By row; by numbers below 0 those of which no row is ours.
@@ -32,7 +32,7 @@ impl Following {
     /// Of what is `touched` nothing follows.
     pub fn of(looked: Looked, touched: &BTreeSet<VmDisk>) -> Following {
         let mut following = Following {
-            puts: BTreeSet::new(),
+            puts: BTreeMap::new(),
             singly: 0,
             conflicts: BTreeMap::new(),
             asks: Vec::new(),
@@ -42,8 +42,8 @@ impl Following {
         };
         for step in looked.judgement.steps(touched) {
             match step {
-                Step::Put(disk) | Step::Retire(disk) => {
-                    following.puts.insert(disk);
+                Step::Put { disk, seen } => {
+                    following.puts.insert(disk, seen);
                 }
                 Step::Ask { row, disk, demand } => following.asks.push((row, disk, demand)),
                 Step::Conflict { row, text } => {
@@ -104,15 +104,15 @@ impl SharedTable {
         // What an order has changed since is in the table already, or is the next look's.
         let known = self.known.get_or_insert_default();
         let is_due = |disk: &VmDisk| known.get(disk).is_some() && !look.touched.contains(disk);
-        following.puts.retain(is_due);
-        let first = following.puts.iter().take(count);
+        following.puts.retain(|disk, _| is_due(disk));
+        let first = following.puts.keys().take(count);
         let puts: BTreeMap<VmDisk, Known> = first
             .filter_map(|disk| Some((disk.clone(), known.get(disk)?.clone())))
             .collect();
         if puts.is_empty() {
             return Ok(());
         }
-        let written = match database.put_some(&puts).await {
+        let written = match database.put_some(&puts, &following.puts).await {
             Ok(written) => written,
             Err(error @ DatabaseError::Away(_)) => return Err(error),
             // The others are written without it.

@@ -13,7 +13,7 @@ use sqlx::mysql::{MySqlConnectOptions, MySqlDatabaseError, MySqlSslMode};
 use sqlx::{ConnectOptions, Connection, MySqlConnection};
 use tokio::time::{sleep, timeout};
 
-use super::reconcile::Known;
+use super::reconcile::{Known, Values};
 use super::{database_lease as lease, database_rows as rows};
 use crate::correlation::{MappingState, VmDisk};
 
@@ -157,18 +157,21 @@ impl Database {
     /// # Errors
     /// As of every call here; then the connection is of no more use. `Taken` when one of them is another daemon's.
     pub async fn put(&mut self, puts: &BTreeMap<VmDisk, Known>) -> Result<(), DatabaseError> {
-        self.transact(Write::Put(puts, None)).await.map(drop)
+        self.transact(Write::Put(puts)).await.map(drop)
     }
 
-    /// As [`Database::put`], of as many of the first as are written within [`BATCH_FOR`], and at least one; returns how many.
+    /// As [`Database::put`], of as many of the first as are written within [`BATCH_FOR`], and at least one; returns how many. A row that is not as
+    /// it was `seen` (`None` for one that was not there) stays as it is and counts as written: what somebody wrote meanwhile is for the next
+    /// look.
     ///
     /// # Errors
     /// As of every call here; then none is written. `Taken` when one of those that were begun is another daemon's.
     pub async fn put_some(
         &mut self,
         puts: &BTreeMap<VmDisk, Known>,
+        seen: &BTreeMap<VmDisk, Option<Values>>,
     ) -> Result<usize, DatabaseError> {
-        self.transact(Write::Put(puts, Some(BATCH_FOR))).await
+        self.transact(Write::PutSome(puts, seen)).await
     }
 
     /// Writes how as many of the first of these exports are as are written within [`BATCH_FOR`], and at least one; returns how many. Each
@@ -241,8 +244,11 @@ impl Database {
 /// The inside of a transaction.
 #[derive(Clone, Copy)]
 enum Write<'a> {
-    /// All, or those that are begun within this.
-    Put(&'a BTreeMap<VmDisk, Known>, Option<Duration>),
+    Put(&'a BTreeMap<VmDisk, Known>),
+    PutSome(
+        &'a BTreeMap<VmDisk, Known>,
+        &'a BTreeMap<VmDisk, Option<Values>>,
+    ),
     Note(&'a [MappingState], Duration),
     Prune(u32),
     Renew,
@@ -274,8 +280,9 @@ async fn once(
     let written = match (holds, write) {
         (Err(lost), _) => Err(lost),
         (Ok(()), Write::Renew) => Ok(0),
-        (Ok(()), Write::Put(puts, begun_within)) => {
-            rows::put(&mut transaction, owner, puts, begun_within).await
+        (Ok(()), Write::Put(puts)) => rows::put(&mut transaction, owner, puts).await,
+        (Ok(()), Write::PutSome(puts, seen)) => {
+            rows::put_some(&mut transaction, owner, puts, seen, BATCH_FOR).await
         }
         (Ok(()), Write::Note(states, begun_within)) => {
             rows::note(&mut transaction, owner, states, begun_within).await

@@ -9,7 +9,7 @@ use sqlx::mysql::MySqlRow;
 use sqlx::{ConnectOptions, MySqlConnection, Row};
 
 use super::database::{Address, CONNECT_WITHIN, DatabaseError, away, options, within};
-use super::database_rows::begin_session;
+use super::database_rows::{begin_session, columns};
 use super::reconcile::{Beside, SeenRow, Values};
 
 /// For the whole table.
@@ -166,19 +166,12 @@ fn seen(row: &MySqlRow) -> Result<SeenRow, sqlx::Error> {
             })
         })
         .transpose()?;
-    let text = |name: &str| -> Result<String, sqlx::Error> {
-        Ok(row.try_get::<Option<String>, _>(name)?.unwrap_or_default())
-    };
+    let vm_id: Option<String> = row.try_get("vm_id")?;
     Ok(SeenRow {
         id: row.try_get("id")?,
-        vm_id: text("vm_id")?,
+        vm_id: vm_id.unwrap_or_default(),
         unit: row.try_get("unit")?,
-        values: Values {
-            vm_name: text("vm_name")?,
-            export_name: text("export_name")?,
-            device_path: text("device_path")?,
-            active: text("status")? == "active",
-        },
+        values: columns(row)?,
         updated_us: row
             .try_get::<Option<i64>, _>("updated_us")?
             .and_then(|us| u64::try_from(us).ok()),

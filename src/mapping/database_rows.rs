@@ -3,12 +3,13 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
+use sqlx::mysql::MySqlRow;
 use sqlx::{MySqlConnection, Row};
 
 use super::database::{DatabaseError, away, is_duplicate, is_unknown_variable};
 use super::database_lease::LEASES;
 use super::database_schema::{self as schema, SCHEMA};
-use super::reconcile::Known;
+use super::reconcile::{Known, Values};
 use super::table::device_path;
 use crate::correlation::{MappingState, VmDisk};
 
@@ -161,43 +162,106 @@ pub(super) async fn claim(
     Ok(true)
 }
 
-/// Makes each row say what is known here, and be this daemon's; returns how many, which are all but those that come later than `begun_within`.
+/// Makes each row say what is known here, and be this daemon's; returns how many.
 pub(super) async fn put(
     connection: &mut MySqlConnection,
     owner: &str,
     puts: &BTreeMap<VmDisk, Known>,
-    begun_within: Option<Duration>,
+) -> Result<usize, Fault> {
+    for (disk, known) in puts {
+        let there = row(connection, owner, disk).await?;
+        put_one(connection, owner, disk, known, there.map(|(id, _)| id)).await?;
+    }
+    Ok(puts.len())
+}
+
+/// As [`put`], all but those that come later than `begun_within` and those whose row is not as it was `seen`, which are counted.
+pub(super) async fn put_some(
+    connection: &mut MySqlConnection,
+    owner: &str,
+    puts: &BTreeMap<VmDisk, Known>,
+    seen: &BTreeMap<VmDisk, Option<Values>>,
+    begun_within: Duration,
 ) -> Result<usize, Fault> {
     let began = Instant::now();
-    let mut written = 0;
+    let mut done = 0;
     for (disk, known) in puts {
-        if written > 0 && begun_within.is_some_and(|within| began.elapsed() > within) {
+        if done > 0 && began.elapsed() > begun_within {
             break;
         }
-        let other: Option<String> = sqlx::query_scalar(
-            "SELECT owner FROM nbdtrack_mappings WHERE vm_id = ? AND disk_unit_number = ? FOR UPDATE",
-        )
-        .bind(disk.vm_id())
-        .bind(disk.unit())
-        .fetch_optional(&mut *connection)
-        .await?;
-        if let Some(other) = other.filter(|other| other != owner) {
-            return Err(Fault::Taken(format!(
-                "{disk} belongs to \"{other}\" in the database; it is that daemon's until it deletes the row"
-            )));
+        let there = row(connection, owner, disk).await?;
+        let is_as_seen = seen
+            .get(disk)
+            .is_some_and(|seen| there.as_ref().map(|(_, now)| now) == seen.as_ref());
+        if is_as_seen {
+            put_one(connection, owner, disk, known, there.map(|(id, _)| id)).await?;
         }
-        if put_row(connection, disk, known).await? {
-            put_beside(connection, owner, disk, known).await?;
-        } else {
-            sqlx::query("DELETE FROM nbdtrack_mappings WHERE vm_id = ? AND disk_unit_number = ?")
-                .bind(disk.vm_id())
-                .bind(disk.unit())
-                .execute(&mut *connection)
-                .await?;
-        }
-        written += 1;
+        done += 1;
     }
-    Ok(written)
+    Ok(done)
+}
+
+/// The disk's row and its columns, kept as they are until the transaction ends. An error when it is another daemon's.
+async fn row(
+    connection: &mut MySqlConnection,
+    owner: &str,
+    disk: &VmDisk,
+) -> Result<Option<(i64, Values)>, Fault> {
+    let other: Option<String> = sqlx::query_scalar(
+        "SELECT owner FROM nbdtrack_mappings WHERE vm_id = ? AND disk_unit_number = ? FOR UPDATE",
+    )
+    .bind(disk.vm_id())
+    .bind(disk.unit())
+    .fetch_optional(&mut *connection)
+    .await?;
+    if let Some(other) = other.filter(|other| other != owner) {
+        return Err(Fault::Taken(format!(
+            "{disk} belongs to \"{other}\" in the database; it is that daemon's until it deletes the row"
+        )));
+    }
+    let row = sqlx::query(
+        "SELECT CAST(id AS SIGNED) AS id, CAST(vm_name AS CHAR) AS vm_name, CAST(export_name AS CHAR) AS export_name,
+            CAST(device_path AS CHAR) AS device_path, CAST(status AS CHAR) AS status
+         FROM vm_export_mappings WHERE vm_id = ? AND disk_unit_number = ? FOR UPDATE",
+    )
+    .bind(disk.vm_id())
+    .bind(disk.unit())
+    .fetch_optional(connection)
+    .await?;
+    let there = row.map(|row| Ok::<_, sqlx::Error>((row.try_get("id")?, columns(&row)?)));
+    Ok(there.transpose()?)
+}
+
+/// What a row of `vm_export_mappings` says, of which `NULL` is as nothing.
+pub(super) fn columns(row: &MySqlRow) -> Result<Values, sqlx::Error> {
+    let text = |name: &str| -> Result<String, sqlx::Error> {
+        Ok(row.try_get::<Option<String>, _>(name)?.unwrap_or_default())
+    };
+    Ok(Values {
+        vm_name: text("vm_name")?,
+        export_name: text("export_name")?,
+        device_path: text("device_path")?,
+        active: text("status")? == "active",
+    })
+}
+
+async fn put_one(
+    connection: &mut MySqlConnection,
+    owner: &str,
+    disk: &VmDisk,
+    known: &Known,
+    id: Option<i64>,
+) -> Result<(), Fault> {
+    if put_row(connection, disk, known, id).await? {
+        put_beside(connection, owner, disk, known).await?;
+    } else {
+        sqlx::query("DELETE FROM nbdtrack_mappings WHERE vm_id = ? AND disk_unit_number = ?")
+            .bind(disk.vm_id())
+            .bind(disk.unit())
+            .execute(connection)
+            .await?;
+    }
+    Ok(())
 }
 
 /// False when there is no row, and none is wanted.
@@ -205,17 +269,11 @@ async fn put_row(
     connection: &mut MySqlConnection,
     disk: &VmDisk,
     known: &Known,
+    id: Option<i64>,
 ) -> Result<bool, Fault> {
     let export = disk.export();
     let status = status(known.active);
     let path = device_path(&known.device_path);
-    let id: Option<i64> = sqlx::query_scalar(
-        "SELECT CAST(id AS SIGNED) FROM vm_export_mappings WHERE vm_id = ? AND disk_unit_number = ? FOR UPDATE",
-    )
-    .bind(disk.vm_id())
-    .bind(disk.unit())
-    .fetch_optional(&mut *connection)
-    .await?;
     let written = match id {
         Some(id) => {
             sqlx::query(

@@ -67,10 +67,13 @@ pub struct Known {
 /// What follows from a row.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Step {
-    /// Write what is known here.
-    Put(VmDisk),
-    /// Make the row inactive: its export is gone.
-    Retire(VmDisk),
+    /// Write what is known here: at least that the row is inactive, where its export is gone. Only while the row is as it was seen: what
+    /// somebody writes meanwhile is for the next look.
+    Put {
+        disk: VmDisk,
+        /// `None` where there was no row.
+        seen: Option<Values>,
+    },
     /// Someone asks; `row` is 0 for one that was deleted.
     Ask {
         row: i64,
@@ -123,7 +126,7 @@ impl Judgement {
     pub fn rows(&self) -> BTreeSet<i64> {
         let rows = self.steps.iter().filter_map(|(_, step)| match step {
             Step::Ask { row, .. } | Step::Conflict { row, .. } => Some(*row),
-            Step::Put(_) | Step::Retire(_) => None,
+            Step::Put { .. } => None,
         });
         rows.collect()
     }
@@ -145,7 +148,7 @@ impl Judgement {
             missing
                 .into_iter()
                 .filter_map(|(disk, kept)| match (kept, believed) {
-                    (false, _) => Some(Step::Put(disk)),
+                    (false, _) => Some(Step::Put { disk, seen: None }),
                     (true, true) => Some(Step::Ask {
                         row: 0,
                         disk,
@@ -257,7 +260,7 @@ fn judge_active(row: &SeenRow, beside: &Beside, disk: &VmDisk, here: &Known) -> 
     if !now.active {
         return Some(match wrote.active {
             true => ask(row, disk, Demand::Remove),
-            false => Step::Put(disk.clone()),
+            false => put(row, disk),
         });
     }
     let path = &now.device_path;
@@ -275,7 +278,7 @@ fn judge_active(row: &SeenRow, beside: &Beside, disk: &VmDisk, here: &Known) -> 
         device_path: here.device_path.clone(),
         active: true,
     };
-    (*now != wanted || *wrote != wanted).then(|| Step::Put(disk.clone()))
+    (*now != wanted || *wrote != wanted).then(|| put(row, disk))
 }
 
 /// Ours, and there is no export of it, or none is remembered.
@@ -290,7 +293,7 @@ fn judge_inactive(row: &SeenRow, beside: &Beside, disk: &VmDisk, remembered: boo
     }
     // Its export went while the database was away.
     if remembered && wrote.active {
-        return Some(Step::Retire(disk.clone()));
+        return Some(put(row, disk));
     }
     if beside.volume.is_empty() {
         let text = format!(
@@ -312,7 +315,7 @@ fn judge_unclaimed(row: &SeenRow, disk: &VmDisk, here: &Known) -> Option<Step> {
     let path = &row.values.device_path;
     Some(
         if !row.values.active || path.is_empty() || *path == here.device_path {
-            Step::Put(disk.clone())
+            put(row, disk)
         } else {
             serve(row, disk)
         },
@@ -338,6 +341,13 @@ fn judge_new(row: &SeenRow, disk: &VmDisk, alone: bool) -> Option<Step> {
         return Some(conflict(row, &text));
     }
     Some(serve(row, disk))
+}
+
+fn put(row: &SeenRow, disk: &VmDisk) -> Step {
+    Step::Put {
+        disk: disk.clone(),
+        seen: Some(row.values.clone()),
+    }
 }
 
 fn serve(row: &SeenRow, disk: &VmDisk) -> Step {

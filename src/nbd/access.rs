@@ -13,6 +13,7 @@ use super::conn::Conn;
 use super::door::Door;
 use super::handshake::{Agreed, Facts, Refusal};
 use super::lease::Lease;
+use super::predecessors::Predecessors;
 use super::shared::Shared;
 
 /// The rules of all exports; what has none is open to everyone who reaches the socket.
@@ -234,9 +235,27 @@ impl Shared {
     }
 }
 
+impl Shared {
+    /// What a client that names `name` gets; when that `binds` it, for life, and with whom it has to wait for first.
+    pub(super) fn choose(
+        &self,
+        name: &str,
+        conn: &Arc<Conn>,
+        binds: bool,
+    ) -> Result<(Arc<Lease>, Predecessors), Refusal> {
+        let lease = self.look_up_for(name, conn)?;
+        let predecessors = if binds {
+            lease.bind(conn)?
+        } else {
+            Predecessors::default()
+        };
+        Ok((lease, predecessors))
+    }
+}
+
 impl Lease {
     /// Binds a connection to this lease for life (invariant 1), if the rules let it in.
-    pub(super) fn bind(&self, conn: &Arc<Conn>) -> Result<(), Refusal> {
+    fn bind(&self, conn: &Arc<Conn>) -> Result<Predecessors, Refusal> {
         let turn = self.turns.map(|turns| WritersTurn::take(self, turns));
         let turn = turn.transpose()?;
         let keeper = &self.shared.gatekeeper;
@@ -245,9 +264,9 @@ impl Lease {
             .exports
             .get(&self.export)
             .map_or(0, |access| access.clients_max);
-        self.attach(conn, max)?;
+        let predecessors = self.attach(conn, max)?;
         conn.is_of(&self.party, turn);
-        Ok(())
+        Ok(predecessors)
     }
 
     /// What was said of it, whatever the disk says.

@@ -77,6 +77,10 @@ struct Blocked {
 /// What the parked session is waiting for besides its socket.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Parked {
+    /// Everything that came was taken.
+    pub(super) input: bool,
+    /// What comes is not taken, for a reason that is not the peer's.
+    pub(super) behind: bool,
     pub(super) room: bool,
 }
 
@@ -189,6 +193,20 @@ impl Conn {
         out.parked = Some(parked);
         arm();
         true
+    }
+
+    /// The session has taken everything that came, and waits for more.
+    pub(super) fn is_taken(&self) -> bool {
+        lock(&self.out).parked.is_some_and(|parked| parked.input)
+    }
+
+    /// What came may wait untaken in the socket, and the disk be changed by it. (Of a peer that does not take its replies the end shows: its
+    /// kernel resets what it leaves unread.)
+    pub(super) fn is_behind(&self) -> bool {
+        match lock(&self.out).parked {
+            Some(parked) => parked.behind,
+            None => self.asked.wrote(),
+        }
     }
 
     pub(super) fn unpark(&self) {

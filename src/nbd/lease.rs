@@ -23,6 +23,7 @@ use super::gate::Gate;
 use super::handshake::{Facts, Refusal};
 use super::inline::{Inside, Right};
 use super::meter::Meter;
+use super::predecessors::Predecessors;
 use super::shared::Shared;
 use super::stats::add;
 use super::witness::{Client, Seen};
@@ -240,7 +241,11 @@ impl Lease {
     }
 
     /// Takes a connection in, unless the lease is ending or the export has `clients_max` (0 for any number).
-    pub(super) fn attach(&self, conn: &Arc<Conn>, clients_max: u32) -> Result<(), Refusal> {
+    pub(super) fn attach(
+        &self,
+        conn: &Arc<Conn>,
+        clients_max: u32,
+    ) -> Result<Predecessors, Refusal> {
         let mut members = lock(&self.members);
         // `end` fences first and closes the list after, under this lock: a member is either seen by
         // the one who ends, or not taken.
@@ -263,11 +268,16 @@ impl Lease {
                 ),
             });
         };
+        let older = if self.facts.read_only {
+            Vec::new()
+        } else {
+            members.writers()
+        };
         members.conns.insert(conn.token, conn.clone());
         drop(members);
         self.shared.clients_changed(&self.export, before + 1);
         self.tell(conn, Seen::Came);
-        Ok(())
+        Ok(Predecessors::among(&older))
     }
 
     pub(super) fn detach(&self, conn: &Arc<Conn>) {

@@ -144,6 +144,8 @@ impl Poller {
         }
         // The session is in the table before anything can look for it there.
         let parked = Parked {
+            input: interest.input,
+            behind: !interest.input && !interest.output,
             room: interest.room,
         };
         let armed = conn.park(parked, interest.output, interest.epoch, || {

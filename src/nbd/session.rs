@@ -383,18 +383,12 @@ impl Handshake {
                     contexts.answer(verdict, &mut out)
                 }
                 Next::Choose(choose) => {
-                    let bind = |found: Arc<super::lease::Lease>| {
-                        if choose.binds() {
-                            found.bind(conn)?;
-                        }
-                        Ok(found)
-                    };
-                    let found = shared.look_up_for(choose.name(), conn).and_then(bind);
+                    let found = shared.choose(choose.name(), conn, choose.binds());
                     let verdict = match found {
-                        Ok(found) => {
+                        Ok((found, predecessors)) => {
                             let facts = found.facts();
                             if choose.binds() {
-                                lease = Some((found, facts));
+                                lease = Some((found, facts, predecessors));
                             }
                             Ok(facts)
                         }
@@ -418,7 +412,7 @@ impl Handshake {
                     // Before the client hears of it: who has chosen makes room for no one.
                     shared.handshakes.leave(conn.token);
                     conn.send(out, None);
-                    let Some((lease, facts)) = lease else {
+                    let Some((lease, facts, predecessors)) = lease else {
                         return Ok(Took::End);
                     };
                     add(&shared.counters.handshakes_done, 1);
@@ -426,7 +420,7 @@ impl Handshake {
                         add(&shared.counters.handshakes_extended, 1);
                     }
                     let carry = std::mem::take(&mut self.buffer);
-                    let transmission = Transmission::new(lease, facts, agreed, carry, conn);
+                    let transmission = Transmission::new(lease, facts, agreed, carry, predecessors);
                     return Err(Box::new(transmission));
                 }
                 Next::Closed(reason) => {

@@ -71,6 +71,18 @@ impl Socket {
         poll(&mut fds, limit).is_ok_and(|count| count > 0)
     }
 
+    /// How many bytes have come and were not received, at most as many as `into` holds; `None` unless the peer has ended its side.
+    pub(super) fn left_at_end(&self, into: &mut [u8]) -> Option<usize> {
+        let ended = PollFlags::from_bits_retain(libc::POLLRDHUP);
+        let mut fds = [PollFd::new(self.fd(), ended)];
+        sync::before_call();
+        if !poll(&mut fds, PollTimeout::ZERO).is_ok_and(|count| count > 0) {
+            return None;
+        }
+        let peek = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+        Some(recv(self.0.as_raw_fd(), into, peek).unwrap_or(0))
+    }
+
     /// Asks for twice the room that a socket has (socket(7): wmem_max, doubled): a reply of the usual size fits. Of pages it costs no memory.
     pub(super) fn make_room(&self) {
         // A wish: with less room it goes on as before.

@@ -64,15 +64,11 @@ impl Transmission {
         facts: Facts,
         agreed: Agreed,
         carry: Vec<u8>,
-        conn: &Conn,
+        predecessors: Predecessors,
     ) -> Transmission {
         let rate = Rate::new(lease.shared.limits.requests_per_second, Instant::now());
         Transmission {
-            predecessors: if facts.read_only {
-                Predecessors::default()
-            } else {
-                lease.predecessors(conn)
-            },
+            predecessors,
             terms: lease.terms(facts, agreed),
             lease,
             input: Input::header(),
@@ -123,11 +119,10 @@ impl Transmission {
                 continue;
             }
             if let Some(until) = self.predecessors.until(&lease) {
-                return if hung_up {
-                    Rest::End
-                } else {
-                    Rest::Park(Interest::time(until))
-                };
+                if hung_up || self.has_left(conn, scratch) {
+                    return Rest::End;
+                }
+                return Rest::Park(Interest::time(until));
             }
             let outcome = self.process(conn, scratch);
             scratch.gather.send(conn);
@@ -185,6 +180,15 @@ impl Transmission {
         }
     }
 
+    /// The peer of a session that has not begun anything has ended, and what it left is one request without data at most, such as DISC: it
+    /// gave up, and is not to keep its place.
+    fn has_left(&self, conn: &Conn, scratch: &Scratch) -> bool {
+        let mut rest = [0; 2 * RequestHeader::BYTES_MAX];
+        let here = scratch.received.bytes().len();
+        let left = conn.socket.left_at_end(&mut rest);
+        left.is_some_and(|left| here + left <= RequestHeader::BYTES_MAX)
+    }
+
     /// The peer asks for nothing more.
     fn finish(&mut self, conn: &Conn) {
         conn.asked.finish();
@@ -231,7 +235,9 @@ impl Transmission {
         scratch: &mut Scratch,
         wait: bool,
     ) -> nix::Result<usize> {
-        self.input.receive(conn, &mut scratch.received, wait)
+        let received = self.input.receive(conn, &mut scratch.received, wait);
+        conn.asked.receives();
+        received
     }
 
     /// Takes every request that is there whole.
@@ -364,7 +370,7 @@ impl Transmission {
             Call::Write { at, fua } if at.len() <= IN_BUFFER_BYTES => {
                 let whole = taken + at.len() as usize;
                 let data = bytes.get(taken..whole).ok_or(Outcome::NeedsInput)?;
-                if fua || !self.write_inline(&mut scratch.gather, to, at, data) {
+                if fua || !self.write_inline(conn, &mut scratch.gather, to, at, data) {
                     let charge = conn.account.charge(data.len()).map_err(Outcome::Full)?;
                     self.hand_over(conn, to, call, data.to_vec(), Some(charge));
                 }
@@ -430,7 +436,7 @@ impl Transmission {
             charge,
             ..
         } = payload;
-        if fua || !self.write_inline(&mut scratch.gather, to, at, &buffer) {
+        if fua || !self.write_inline(conn, &mut scratch.gather, to, at, &buffer) {
             self.hand_over(conn, to, Call::Write { at, fua }, buffer, Some(charge));
         } else if buffer.capacity() <= KEEP_BYTES {
             scratch.spare = buffer;

@@ -3,6 +3,8 @@
 #![allow(dead_code, clippy::unwrap_used)]
 
 use std::io::{self, Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, Ordering};
@@ -293,18 +295,32 @@ impl Server {
     }
 
     pub fn connect(&self) -> Client {
-        let socket = UnixStream::connect(&self.path).unwrap();
-        socket.set_read_timeout(Some(PATIENCE)).unwrap();
-        socket.set_write_timeout(Some(PATIENCE)).unwrap();
-        Client {
-            socket,
-            structured: false,
-        }
+        Client::over(UnixStream::connect(&self.path).unwrap())
     }
 
     /// Greeted, flags sent.
     pub fn talk(&self) -> Client {
-        let mut client = self.connect();
+        self.greeted(self.connect())
+    }
+
+    /// As [`Server::go`], on another export.
+    pub fn go_to(&self, export: &str) -> Client {
+        let mut client = self.talk();
+        let replies = client.option(option::GO, &choice(export.as_bytes(), &[]));
+        assert_eq!(replies.last().unwrap().0, rep::ACK);
+        client
+    }
+
+    /// As [`Server::go`], over TCP.
+    pub fn go_tcp(&self) -> Client {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        self.door.listen_tcp(listener).unwrap();
+        let socket = UnixStream::from(OwnedFd::from(TcpStream::connect(address).unwrap()));
+        self.agreed(self.greeted(Client::over(socket)))
+    }
+
+    fn greeted(&self, mut client: Client) -> Client {
         assert_eq!(client.take(18), wire::greeting());
         client.put(&3u32.to_be_bytes());
         client
@@ -312,7 +328,10 @@ impl Server {
 
     /// In transmission on `vol`, with simple replies.
     pub fn go(&self) -> Client {
-        let mut client = self.talk();
+        self.agreed(self.talk())
+    }
+
+    fn agreed(&self, mut client: Client) -> Client {
         let replies = client.option(option::GO, &choice(b"vol", &[]));
         assert_eq!(replies.last().unwrap().0, rep::ACK);
         client
@@ -378,6 +397,16 @@ pub struct Client {
 }
 
 impl Client {
+    /// A socket of any kind: what is called on it is the same.
+    pub fn over(socket: UnixStream) -> Client {
+        socket.set_read_timeout(Some(PATIENCE)).unwrap();
+        socket.set_write_timeout(Some(PATIENCE)).unwrap();
+        Client {
+            socket,
+            structured: false,
+        }
+    }
+
     pub fn put(&mut self, bytes: &[u8]) {
         self.socket.write_all(bytes).unwrap();
     }

@@ -21,6 +21,8 @@ pub struct RequestHeader {
 impl RequestHeader {
     const COMPACT_BYTES: usize = 28;
     const EXTENDED_BYTES: usize = 32;
+    /// Of either form.
+    pub const BYTES_MAX: usize = Self::EXTENDED_BYTES;
 
     /// Bytes of a header where `headers` were agreed.
     pub fn bytes(headers: Headers) -> usize {
