@@ -37,12 +37,13 @@ pub fn slow(mut blocks: Value) -> Value {
     json!({ "driver": "raw", "file": { "driver": "throttle", "throttle-group": "slow", "file": file } })
 }
 
-/// Sends so many durable writes, and does not wait for their replies.
+/// Sends so many durable writes, and does not wait for their replies. No block touches another: the guest's kernel would make one request
+/// of them, which a throttled disk keeps for as long as all of them together.
 pub fn send_writes(bed: &mut Bed, client: &Client, index: usize, count: u64) -> Outcome<()> {
     let mut socket = client.socket.try_clone()?;
     for number in 0..count {
         let sequence = bed.sequence();
-        let block = 10 + usize::try_from(number)?;
+        let block = 10 + 2 * usize::try_from(number)?;
         let offset = (block * BLOCK) as u64;
         let mut data = vec![0; BLOCK];
         let volume = &mut bed.volumes[index];
