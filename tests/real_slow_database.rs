@@ -1,5 +1,5 @@
 //! Promise: a shared table that takes its rows slowly holds up no order for the local store, however many rows it is to be told after a
-//! reconnect; and no row is written as it was before an order that came between.
+//! reconnect; and no row is written as it was before an order that came between, or over what somebody else wrote there since it was looked at.
 
 mod support;
 
@@ -23,6 +23,8 @@ const NEEDS: &[Need] = &[
 const DISKS: u32 = 200;
 /// Rows are written in the order of these numbers.
 const LAST: u32 = DISKS - 1;
+/// So that rows after it show that its turn has passed.
+const MEANWHILE: u32 = DISKS / 2;
 /// There when the daemon has made all that it needs.
 const TABLES: &str = "information_schema.tables WHERE table_name = 'nbdtrack_schema'";
 const SLOWLY: &str = "FOR EACH ROW DO SLEEP(0.04)";
@@ -156,8 +158,26 @@ fn orders_come_between_the_rows_that_a_slow_table_lacks_and_none_is_written_as_i
         scene.home.configure(&[])?;
         scene.start()?;
         reaches(&server, "nbdtrack_mappings", 1)?;
+        // Somebody else's word, after the look and before the row's turn.
+        let export = name(MEANWHILE);
+        server.sql(&format!(
+            "INSERT INTO vm_export_mappings (vm_name, export_name, device_path, status, created_at, updated_at, vm_id, disk_unit_number)
+             VALUES ('', '{export}', '/dev/another', 'active', UTC_TIMESTAMP(3), UTC_TIMESTAMP(3), '{VM}', {MEANWHILE})"
+        ))?;
         orders_come_between(&scene, &server, "nbdtrack_mappings")?;
-        reaches(&server, "nbdtrack_mappings WHERE state = 'Absent'", DISKS)?;
+        // One was removed, one is new, and one is somebody else's.
+        reaches(
+            &server,
+            "nbdtrack_mappings WHERE state = 'Absent'",
+            DISKS - 1,
+        )?;
+        let path = server.sql(&format!(
+            "SELECT device_path FROM vm_export_mappings WHERE disk_unit_number = {MEANWHILE}"
+        ))?;
+        hold!(
+            path.trim() == "/dev/another",
+            "what was written meanwhile stays until it is judged: {path:?}"
+        );
         let removed = format!("seen WHERE unit = {LAST}");
         hold!(
             count(&server, &removed)? == 0,
