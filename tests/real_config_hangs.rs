@@ -295,7 +295,11 @@ fn a_start_whose_files_hang_says_so_and_ends_by_its_deadline_or_when_it_is_asked
         // The same file beside a main file that answers.
         let folder = ground.file("folder");
         std::fs::create_dir_all(folder.join("conf.d"))?;
-        std::fs::write(folder.join("nbdtrack.toml"), "[server]\nlisten = []\n")?;
+        let main = "[server]\nlisten = []\nwatch_config = true\n";
+        std::fs::write(folder.join("nbdtrack.toml"), main)?;
+        // Read before the one that hangs.
+        let other = folder.join("conf.d/changes.toml");
+        std::fs::write(&other, "# nothing\n")?;
         std::os::unix::fs::symlink(&file.file, folder.join("conf.d/hangs.toml"))?;
         let waits = |config: &Path| {
             let config = config.display();
@@ -304,8 +308,13 @@ fn a_start_whose_files_hang_says_so_and_ends_by_its_deadline_or_when_it_is_asked
         file.hang(READS);
         let mut heals = Start::of(&ground.file("heals"), &folder)?;
         heals.tells(&format!("STATUS={}", waits(&folder)))?;
+        std::fs::write(
+            &other,
+            "[[export]]\nname = \"late\"\nvolume = \"serial:late\"\n",
+        )?;
         file.heal();
         heals.tells("READY=1")?;
+        heals.logs("added 1, changed 0", STEP_LIMIT)?;
         heals.running.signal(Signal::SIGTERM)?;
         hold!(
             heals.running.wait(STOP_LIMIT)?.success(),

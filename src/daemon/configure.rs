@@ -32,7 +32,7 @@ pub(super) struct Configured {
     pub read: Read,
     /// Where the table of VMs' disks is shared, and how often it is looked at.
     pub shared: Option<(Address, Duration)>,
-    /// Since before the caller has this; `None` where the configuration says nothing of it.
+    /// Since before the files were read; `None` where the configuration says nothing of it.
     pub watch: Option<ConfigWatch>,
 }
 
@@ -42,15 +42,15 @@ impl Configured {
     /// # Errors
     /// All that is wrong in them, or in the command line.
     pub fn read(options: &Options, clock: Clock) -> Result<Configured, Error> {
+        // Before they are read, so that what changes meanwhile is seen; whether it is wanted, they say themselves.
+        let watch = options.config.clone().map(ConfigWatch::begin);
         let (config, read) = configure(options, clock)?;
         let shared = config.server.database.as_ref();
         let shared = shared
             .map(|database| Ok::<_, Error>((database_address::address(database)?, database.poll)))
             .transpose()?;
-        let watched = options.config.clone();
-        let watch = watched
+        let watch = watch
             .filter(|_| config.server.watch_config)
-            .map(ConfigWatch::begin)
             .transpose()
             .map_err(not_watched)?;
         Ok(Configured {
