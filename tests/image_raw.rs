@@ -146,6 +146,42 @@ fn what_a_truncated_file_no_longer_has_is_an_error_and_never_zeroes() {
     }
 }
 
+/// Something that a client does to an image.
+type Change<'a> = &'a dyn Fn(&Block) -> std::io::Result<()>;
+
+/// A write behind the new end made the file as long as before, and what was lost read as zeroes.
+#[test]
+fn a_file_that_was_cut_off_is_not_made_long_again() {
+    let changes: [Change<'_>; 5] = [
+        &|image| image.write(at(SIZE - 4096, 4096), &[7; 4096], false),
+        &|image| image.write(at(0, 4096), &[7; 4096], true),
+        &|image| image.zero(at(SIZE - 4096, 4096), ZeroFlags::default()),
+        &|image| {
+            let no_hole = true;
+            image.zero(
+                at(SIZE - 4096, 4096),
+                ZeroFlags {
+                    no_hole,
+                    ..ZeroFlags::default()
+                },
+            )
+        },
+        &|image| image.discard(at(SIZE - 4096, 4096), false),
+    ];
+    for (n, change) in changes.iter().enumerate() {
+        let dir = tempfile::tempdir().unwrap();
+        let image = opened(dir.path());
+        let path = dir.path().join("a.raw");
+        let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
+        change(&image).unwrap();
+        file.set_len(SIZE / 2).unwrap();
+        let refused = change(&image).map_err(|e| e.raw_os_error());
+        assert_eq!(refused, Err(Some(libc::EIO)), "{n}");
+        assert_eq!(std::fs::metadata(&path).unwrap().len(), SIZE / 2, "{n}");
+        assert!(image.latched() && image.flush().is_err(), "{n}");
+    }
+}
+
 #[test]
 fn the_open_refuses_a_file_that_was_exchanged_since_it_was_announced() {
     let dir = tempfile::tempdir().unwrap();

@@ -144,6 +144,11 @@ impl Block {
         if self.read_only {
             return Err(io::Error::from_raw_os_error(libc::EPERM));
         }
+        // A file that was cut off would be as long as before by a write, with zeroes for what is lost, and then look whole.
+        if !self.claim.medium.has(self.file(), self.size())? {
+            self.latch();
+            return Err(io::Error::from_raw_os_error(libc::EIO));
+        }
         Ok(())
     }
 
@@ -240,7 +245,7 @@ impl Image for Block {
     }
 
     fn grow(&self) -> io::Result<u64> {
-        let found = self.claim.medium.size(self.file())?;
+        let found = self.claim.medium.known_size(self.file())?;
         Ok(self.size.fetch_max(found, Ordering::AcqRel).max(found))
     }
 

@@ -44,6 +44,22 @@ impl Medium {
         }
     }
 
+    /// Bytes, without waiting for a server: of a file as many as this machine knows of, which a look-up of its path has made so.
+    pub fn known_size(self, opened: &File) -> io::Result<u64> {
+        match self {
+            Medium::Disk => sys::size(opened),
+            Medium::File => sys::known_size(opened),
+        }
+    }
+
+    /// Whether a write inside of `size` bytes makes nothing longer. A disk cannot be made longer by one.
+    pub fn has(self, opened: &File, size: u64) -> io::Result<bool> {
+        match self {
+            Medium::Disk => Ok(true),
+            Medium::File => Ok(sys::known_size(opened)? >= size),
+        }
+    }
+
     /// Whether what is open says that it refuses writes.
     pub fn read_only(self, opened: &File) -> io::Result<bool> {
         match self {
