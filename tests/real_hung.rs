@@ -1,16 +1,18 @@
 //! Disks that hang and disks that fail, as the kernel sees them: what is promised to the callers, to the clients
 //! and to everyone else meanwhile.
 
+mod raw_file;
 mod support;
 
 use std::io::Write;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use nbdtrack::image::Image;
 use nix::sys::signal::Signal;
 use support::bus::Options;
 use support::client::{CMD_READ, CMD_WRITE, Client, FLAG_FUA, read_reply, request};
-use support::fuse_disk::{ALL, FLUSHES, FuseDisk, WRITES};
+use support::fuse_disk::{ALL, FLUSHES, FuseDisk, FuseFile, LOOKS, WRITES};
 use support::ground::{Ground, Need, real, tell};
 use support::images::{qemu_img, text};
 use support::loops::sparse_file;
@@ -705,5 +707,50 @@ fn stop_with_a_hung_disk_ends_within_its_deadline() -> Outcome<()> {
         ));
         scene.client.reach_state("ill", "Serving", STEP_LIMIT)?;
         next.stop()
+    })
+}
+
+/// What a call does in a thread, when that ends within a few seconds.
+fn prompt<T: Send + 'static>(call: impl FnOnce() -> T + Send + 'static) -> Outcome<T> {
+    let (tell, told) = std::sync::mpsc::channel();
+    // Thread: left behind when it hangs; it ends with the fault.
+    std::thread::spawn(move || tell.send(call()));
+    Ok(told.recv_timeout(Duration::from_secs(5))?)
+}
+
+/// Every open for writing looked at the files of all loop devices, on whatever mount they lay.
+#[test]
+fn a_loop_device_on_a_server_that_is_gone_holds_up_no_open_of_another_file() -> Outcome<()> {
+    real("loop device on a dead mount", &[Need::Loop], |ground| {
+        let far = FuseDisk::make(ground.path(), "far", 1 << 20)?;
+        let _healer = far.healer();
+        let path = sparse_file(ground.path(), "near.raw", 1 << 20)?;
+        let folder = ground.path().to_owned();
+        far.hang(LOOKS);
+        let size = prompt(move || raw_file::open(&folder, &path).size())?;
+        hold!(size == 1 << 20, "{size}");
+        Ok(())
+    })
+}
+
+/// The control loop asks for it, and waits for no server.
+#[test]
+fn what_a_file_has_grown_to_is_known_without_asking_its_server() -> Outcome<()> {
+    real("growth of a file", &[], |ground| {
+        let back = sparse_file(ground.path(), "back", 1 << 20)?;
+        let far = FuseFile::over(&back, "far", false)?;
+        let _healer = far.healer();
+        let image = raw_file::open(ground.path(), &far.file);
+        std::fs::OpenOptions::new()
+            .write(true)
+            .open(&back)?
+            .set_len(2 << 20)?;
+        far.power_up()?;
+        // As the look-up that finds it.
+        hold!(far.file.metadata()?.len() == 2 << 20, "its server's");
+        far.hang(LOOKS);
+        let grown = prompt(move || image.grow())??;
+        hold!(grown == 2 << 20, "{grown}");
+        Ok(())
     })
 }

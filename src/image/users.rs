@@ -58,28 +58,25 @@ pub fn users(number: DeviceNumber, node: &DeviceNode) -> String {
 
 /// The loop device that this file backs, in words: whoever has that would be a second writer.
 pub fn loop_of(file: &fs::File) -> Option<String> {
-    let name = backed_by(file, |_, _| true)?;
+    let name = backed_by(file, |_| true)?;
     Some(format!("it backs {name}"))
 }
 
-/// As [`loop_of`], of devices that can write. Asks nothing of another file system than the file's own, for that could hang.
+/// As [`loop_of`], of devices that can write.
 pub fn writing_loop_of(file: &fs::File) -> Option<String> {
-    let mounts = OnceCell::new();
-    let device = file.metadata().ok()?.dev();
-    let may_be = |dir: &Path, path: &Path| {
-        let mounts = mounts.get_or_init(|| table("/proc/self/mountinfo"));
-        !fs::read_to_string(dir.join("ro")).is_ok_and(|ro| ro.trim() == "1")
-            && lies_on(mounts, path, device)
-    };
-    let name = backed_by(file, may_be)?;
+    let can_write =
+        |dir: &Path| !fs::read_to_string(dir.join("ro")).is_ok_and(|ro| ro.trim() == "1");
+    let name = backed_by(file, can_write)?;
     Some(format!(
         "a loop device can write to it, too: it backs {name}"
     ))
 }
 
-/// The name of the first loop device on this file, of those that may be asked for by their folder in sysfs and the path of their file.
-fn backed_by(file: &fs::File, may_be: impl Fn(&Path, &Path) -> bool) -> Option<String> {
+/// The name of the first loop device on this file, of those that are meant by their folder in sysfs. Asks nothing of another file system
+/// than the file's own, for that could hang.
+fn backed_by(file: &fs::File, is_meant: impl Fn(&Path) -> bool) -> Option<String> {
     let this = file.metadata().ok()?;
+    let mounts = OnceCell::new();
     let same = |path: &Path| {
         fs::metadata(path).is_ok_and(|other| (other.dev(), other.ino()) == (this.dev(), this.ino()))
     };
@@ -91,7 +88,8 @@ fn backed_by(file: &fs::File, may_be: impl Fn(&Path, &Path) -> bool) -> Option<S
         let path = Path::new(OsStr::from_bytes(
             shown.strip_suffix(b"\n").unwrap_or(&shown),
         ));
-        may_be(&dir, path) && same(path)
+        let mounts = mounts.get_or_init(|| table("/proc/self/mountinfo"));
+        is_meant(&dir) && lies_on(mounts, path, this.dev()) && same(path)
     })
 }
 

@@ -27,6 +27,8 @@ use super::{Doing, Outcome};
 pub const READS: u8 = 1;
 pub const WRITES: u8 = 2;
 pub const FLUSHES: u8 = 4;
+/// What stat(2) asks; not among all, for a disk is not asked so.
+pub const LOOKS: u8 = 8;
 pub const ALL: u8 = READS | WRITES | FLUSHES;
 
 /// Bytes of one WRITE at most; what we read from the kernel is this and its headers.
@@ -368,6 +370,7 @@ fn take(shared: &Shared, door: &File, message: &[u8]) {
         READ => READS,
         WRITE => WRITES,
         FSYNC => FLUSHES,
+        GETATTR => LOOKS,
         _ => 0,
     };
     if shared.hang.load(Ordering::SeqCst) & class != 0 {
