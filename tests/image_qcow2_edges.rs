@@ -13,7 +13,7 @@ use nbdtrack::identity::Format;
 use nbdtrack::image::beneath::Roots;
 use nbdtrack::image::block::Claims;
 use nbdtrack::image::qcow2::{self, Qcow2};
-use nbdtrack::image::{Extent, Image, ZeroFlags, raw};
+use nbdtrack::image::{Extent, Image, Span, ZeroFlags, raw};
 use raw_file::{open_qcow2, order_as};
 
 const KIB: u64 = 1 << 10;
@@ -500,4 +500,21 @@ fn a_file_has_one_writer_in_a_process_whatever_its_name_and_its_format() {
     let found = by_qemu_unlocked(&path);
     let at = |offset: u64| found[usize::try_from(offset).unwrap()];
     assert_eq!([at(0), at(MIB), at(2 * MIB), at(3 * MIB)], [1, 7, 8, 9]);
+}
+
+/// One question for a petabyte without data was millions of looks, and nothing ended it before.
+#[test]
+fn a_question_for_a_petabyte_ends_before_its_end() {
+    let _turn = turn();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("a.qcow2");
+    let create = ["create", "-q", "-f", "qcow2", path.to_str().unwrap(), "1P"];
+    tool("qemu-img", &create);
+    let image = open_qcow2(folder.path(), &path, false).unwrap();
+    let span = Span::checked(0, image.size(), image.size()).unwrap();
+    let found = image.allocation(span, 16).unwrap();
+    assert!(found.len() == 1 && found[0].hole, "{found:?}");
+    // A look covers all that one table of 64 KiB would be of.
+    assert_eq!(found[0].bytes, 4096 * (512 << 20));
+    assert_eq!(image.depths(span, 16).unwrap(), [(found[0].bytes, 0)]);
 }

@@ -19,6 +19,8 @@ use super::tables::{entries, words};
 
 /// Refcount blocks in memory.
 const BLOCKS_MAX: usize = 16;
+/// Rounds, one for each window of the file: of 128 TiB in clusters of 64 KiB. A sparse file of a few KiB can have a million times as many.
+const ROUNDS_MAX: u64 = 64;
 /// Findings that are told in words.
 const TOLD_MAX: usize = 20;
 
@@ -100,6 +102,9 @@ pub fn check(file: &File, progress: &mut dyn FnMut(f64)) -> Result<Findings, Che
     let roots = Roots::read(file, &bytes, &header, file_bytes)??;
     let mut counts = Counts::load(file, &header)?;
     let clusters = file_bytes.div_ceil(header.cluster_bytes());
+    if clusters.div_ceil(WINDOW) > ROUNDS_MAX {
+        return Err(Refusal::TooLong(clusters).into());
+    }
     let mut findings = Findings {
         clusters,
         dirty: header.dirty,

@@ -239,7 +239,10 @@ impl Core {
         let slice = match self.tables.slice(self.file(), header, first, wait)? {
             Look::Here(slice) => slice,
             Look::NoTable => {
-                let (what, bytes) = (What::Beneath, end - at);
+                // All that the table would be of.
+                let bits = header.l2_bits();
+                let table_end = ((first >> bits) + 1) << (bits + header.cluster_bits);
+                let (what, bytes) = (What::Beneath, table_end.min(at + len) - at);
                 return Ok(Some(Run { what, bytes }));
             }
             Look::WouldWait => return Ok(None),

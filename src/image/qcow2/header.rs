@@ -89,6 +89,12 @@ pub enum Refusal {
         "its tables have {0} bytes, more than are looked through before it is written; it is read with read_only = true"
     )]
     Unsearched(u64),
+    #[error(
+        "its file is far longer than what its reference counts are of; see to it with: qemu-img check -r all, on a copy; it is read with read_only = true"
+    )]
+    Uncounted,
+    #[error("its file has {0} clusters, more than are checked")]
+    TooLong(u64),
     #[error("its backing file has no name that can be followed")]
     BackingName,
 }

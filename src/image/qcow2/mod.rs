@@ -22,6 +22,7 @@
 //! | `layout.rs` | PURE: the file of a new image |
 //! | `check.rs` | whether reference counts and tables agree |
 //! | `whole.rs` | reading all of an image once |
+//! | `stretches.rs` | PURE: how much of an image is told at a time |
 //! | `bitmaps.rs` | where persistent bitmaps lie |
 //! | `census.rs` | what of the file is referred to, and how often |
 
@@ -58,6 +59,7 @@ pub mod layout;
 mod prepare;
 mod ranges;
 mod refs;
+mod stretches;
 mod tables;
 mod whole;
 mod write;
@@ -68,6 +70,7 @@ pub use self::whole::ReadError;
 pub(super) use self::whole::read_all;
 use empty::Emptying;
 use header::{BackingName, Header, Refusal};
+use stretches::stretches;
 
 /// As of disks; QEMU's server says the same of images.
 const PREFERRED_BYTES: u32 = 4096;
@@ -363,35 +366,16 @@ impl Image for Qcow2 {
     }
 
     fn allocation(&self, at: Span, stretches_max: usize) -> io::Result<Vec<Allocation>> {
-        let mut found: Vec<Allocation> = Vec::new();
-        let (mut next, end) = (at.offset(), at.offset() + at.len());
-        while next < end {
-            let (bytes, hole) = self.core.allocated(next, end - next).map_err(told)?;
-            let full = found.len() == stretches_max;
-            match found.last_mut() {
-                Some(last) if last.hole == hole => last.bytes += bytes,
-                _ if full => break,
-                _ => found.push(Allocation { bytes, hole }),
-            }
-            next += bytes;
-        }
-        Ok(found)
+        let next = |at, len| self.core.allocated(at, len).map_err(told);
+        let found = stretches(at, stretches_max, next)?;
+        let allocation = |(bytes, hole)| Allocation { bytes, hole };
+        Ok(found.into_iter().map(allocation).collect())
     }
 
     fn depths(&self, at: Span, stretches_max: usize) -> io::Result<Vec<(u64, u32)>> {
-        let mut found: Vec<(u64, u32)> = Vec::new();
-        let (mut next, end) = (at.offset(), at.offset() + at.len());
-        while next < end {
-            let (bytes, depth) = self.core.depth(next, end - next).map_err(told)?;
-            let full = found.len() == stretches_max;
-            match found.last_mut() {
-                Some(last) if last.1 == depth => last.0 += bytes,
-                _ if full => break,
-                _ => found.push((bytes, depth)),
-            }
-            next += bytes;
-        }
-        Ok(found)
+        stretches(at, stretches_max, |at, len| {
+            self.core.depth(at, len).map_err(told)
+        })
     }
 
     fn file_system(&self) -> Option<u64> {

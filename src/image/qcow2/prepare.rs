@@ -34,6 +34,13 @@ const COMPARED_BYTES_MAX: u64 = 1 << 30;
 /// file of a few KiB can say that it has a thousand times as much.
 const SEARCHED_BYTES_MAX: u64 = 8 << 30;
 
+/// Rounds of that comparison: of 32 TiB of a file with clusters of 64 KiB. Each costs 128 MiB and some 0.1 s also where there are no tables.
+const ROUNDS_MAX: u64 = 16;
+
+/// Bytes of refcount blocks that are made as one, with zeroes, for clusters that are there and have none: of 8 TiB in clusters of 64 KiB. A file that is
+/// much longer than its counts was not written so by anyone.
+const BLOCKS_BYTES_MAX: u64 = 256 << 20;
+
 impl Core {
     /// Makes an image that was opened for reading ready for writing, through `file`; `syncs` is another open file description of the same file.
     pub(super) fn prepare(&self, file: File, syncs: File) -> io::Result<Result<(), Refusal>> {
@@ -54,6 +61,12 @@ impl Core {
             Ok(refs) => refs,
             Err(refusal) => return Ok(Err(refusal)),
         };
+        let uncounted = refs
+            .blocks_to_make()
+            .saturating_mul(self.header.cluster_bytes());
+        if uncounted > BLOCKS_BYTES_MAX {
+            return Ok(Err(Refusal::Uncounted));
+        }
         let places = match Places::new(&self.header, refs.blocks(), self.tables.hosts()) {
             Ok(places) => places,
             Err(refusal) => return Ok(Err(refusal)),
@@ -112,7 +125,8 @@ fn sole(
     };
     let clusters = file_bytes.div_ceil(header.cluster_bytes());
     let bytes = roots.table_bytes(file, header, file_bytes, bytes_max)?;
-    if bytes.saturating_mul(clusters.div_ceil(WINDOW)) > bytes_max {
+    let rounds = clusters.div_ceil(WINDOW);
+    if rounds > ROUNDS_MAX || bytes.saturating_mul(rounds) > bytes_max {
         return Ok(Ok(Sole::TooMuch));
     }
     let mut counts = Counts::load(file, header)?;
@@ -229,5 +243,49 @@ mod tests {
         for bytes_max in [0, COMPARED_BYTES_MAX] {
             assert_eq!(prepared(bytes_max).unwrap(), Err(Refusal::CutShort));
         }
+    }
+
+    fn image_of(cluster: u32) -> File {
+        let layout = Layout::new(1 << 20, cluster, None, true).unwrap();
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(layout.file_bytes()).unwrap();
+        for (at, bytes) in layout.pieces() {
+            file.write_all_at(&bytes, at).unwrap();
+        }
+        file
+    }
+
+    /// A sparse file of a few hundred bytes on the disk kept the opening busy for as long as it said.
+    #[test]
+    fn a_file_that_says_it_is_endless_is_refused_and_not_gone_over() {
+        let file = image_of(512);
+        file.set_len(4 << 40).unwrap();
+        let (header, bytes) = read_header(&file).unwrap().unwrap();
+        let [reading, writing, syncs] = [(), (), ()].map(|()| file.try_clone().unwrap());
+        let core = Core::open(reading, header, bytes, None, None)
+            .unwrap()
+            .unwrap();
+        let prepared = core.prepare_comparing(writing, syncs, COMPARED_BYTES_MAX);
+        assert_eq!(prepared.unwrap(), Err(Refusal::Uncounted));
+        let checked = super::super::check::check(&file, &mut |_| {});
+        assert!(matches!(
+            checked,
+            Err(super::super::check::CheckError::Refused(Refusal::TooLong(
+                clusters
+            ))) if clusters == 8 << 30
+        ));
+    }
+
+    #[test]
+    fn tables_are_gone_over_in_so_many_rounds_at_most() {
+        let file = image_of(1 << 16);
+        let (header, _) = read_header(&file).unwrap().unwrap();
+        let places = Places::new(&header, [].into_iter(), [].into_iter()).unwrap();
+        let rounds = |rounds: u64| {
+            let bytes = rounds * WINDOW * header.cluster_bytes();
+            sole(&file, &header, bytes, &places, COMPARED_BYTES_MAX).unwrap()
+        };
+        assert_eq!(rounds(ROUNDS_MAX + 1), Ok(Sole::TooMuch));
+        assert_eq!(rounds(1), Ok(Sole::Yes));
     }
 }

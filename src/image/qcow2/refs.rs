@@ -96,6 +96,11 @@ impl Refs {
         self.table.iter().copied().filter(|block| *block != 0)
     }
 
+    /// Blocks that a larger table would need before the next new cluster is counted.
+    pub fn blocks_to_make(&self) -> u64 {
+        (self.end >> self.block_bits()).saturating_sub(self.table.len() as u64)
+    }
+
     /// Gives out at least one cluster and at most `count`, in one run, each with a count of one now. True when they are new in the file,
     /// which was made longer by them, so that they read as zeroes.
     pub fn allocate(&mut self, file: &File, count: u64) -> io::Result<(Clusters, bool)> {
