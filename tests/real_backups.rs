@@ -343,6 +343,79 @@ fn a_backup_that_is_damaged_or_was_changed_is_no_parent() -> Outcome<()> {
     })
 }
 
+/// What changed beneath it was read through it, and kept as what it held.
+#[test]
+fn a_backup_is_finished_only_as_what_was_begun_and_on_what_was_finished() -> Outcome<()> {
+    real(
+        "backups that were changed before their end",
+        NEEDS,
+        |ground| {
+            let (mut scene, folder) = scene(ground)?;
+            let disk = ground.file("disk.raw");
+            random(&disk, 4 * MIB, 9)?;
+            let path = |name: &str| folder.join(format!("{name}.qcow2"));
+            let full = begin(&scene, &["vm", "0", "--size", "4M"])?;
+            copy_in(&scene, &disk, &full)?;
+            json(&scene, &["backup", "finish", &full])?;
+            let child = begin(&scene, &["vm", "0", "--parent", &full])?;
+            let uri = scene.endpoint().uri(&child);
+            qemu_io(&uri, "raw", &["write -P 7 1M 64k", "flush"])?;
+            scene.client.remove_export(&child, "soft")?;
+            let sound = std::fs::read(path(&full))?;
+            qemu_io(&text(&path(&full)), "qcow2", &["write -P 8 2M 64k"])?;
+            let finish = ["backup", "finish", &child];
+            refused(
+                &scene,
+                &finish,
+                "does not read as it did when it was finished",
+            )?;
+            hold!(
+                state(&scene, &child)? == "writing",
+                "after a change beneath"
+            );
+            // As it was, it is well again, whenever it was written.
+            std::fs::write(path(&full), sound)?;
+
+            // Another file of the same bytes is not the one that clients wrote into.
+            let other = folder.join("other");
+            std::fs::copy(path(&child), &other)?;
+            let own = folder.join("own");
+            std::fs::rename(path(&child), &own)?;
+            std::fs::rename(&other, path(&child))?;
+            refused(&scene, &finish, "another file stands there now")?;
+            std::fs::rename(&own, path(&child))?;
+            let done = json(&scene, &finish)?;
+            hold!(done["state"] == "complete", "{done}");
+            scene.stop()
+        },
+    )
+}
+
+/// Only a lock kept it, for as long as the image was open.
+#[test]
+fn a_backup_that_an_exported_image_lies_on_is_not_deleted() -> Outcome<()> {
+    real("image on a backup", NEEDS, |ground| {
+        let (mut scene, folder) = scene(ground)?;
+        let full = begin(&scene, &["vm", "0", "--size", "4M"])?;
+        json(&scene, &["backup", "finish", &full])?;
+        let base = text(&folder.join(format!("{full}.qcow2")));
+        let top = text(&folder.join("top.qcow2"));
+        let make = ["image", "create", &top, "--backing", &base];
+        let make = [&make[..], &["--backing-format", "qcow2", "--export", "top"]].concat();
+        json(&scene, &make)?;
+        let id = format!("qcow2:{top}");
+        scene.client.prepare_detach(&id)?;
+        let delete = ["backup", "delete", &full];
+        refused(&scene, &delete, "lies on")?;
+        scene.client.cancel_detach(&id)?;
+        scene.client.reach_state("top", "Serving", STEP_LIMIT)?;
+        scene.client.remove_export("top", "soft")?;
+        json(&scene, &delete)?;
+        hold!(!Path::new(&base).exists(), "its file");
+        scene.stop()
+    })
+}
+
 #[test]
 fn no_kill_makes_a_backup_complete() -> Outcome<()> {
     real("killed backups", NEEDS, |ground| {

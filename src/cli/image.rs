@@ -158,7 +158,8 @@ fn create(asked: &Create, as_json: bool) -> Result<(), Failure> {
     let new = wanted(asked)?;
     let path = absolute(&asked.path, true)?;
     let size = create::create(&path, &everything(), &new)
-        .map_err(|error| Failure::Image(error.to_string()))?;
+        .map_err(|error| Failure::Image(error.to_string()))?
+        .size;
     if as_json {
         let made = json!({"path": path, "format": new.format.name(), "size": size});
         return Ok(print_json(&made)?);

@@ -65,6 +65,16 @@ pub struct Backup {
     pub finished: u64,
     /// Of a complete one.
     pub proof: Option<Proof>,
+    /// The file that this daemon made for it. In no row: after a restart an unfinished one is interrupted, and is finished on the word of who asks.
+    pub made: Option<Inode>,
+}
+
+/// A file by its inode, whatever number its file system has at the moment: that can be another after each mount.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Inode {
+    pub number: u64,
+    /// Nanoseconds since 1970; 0 where its file system does not keep it.
+    pub born_ns: u128,
 }
 
 /// What a complete backup was when it was finished.
@@ -229,6 +239,7 @@ impl Backups {
             begun: now,
             finished: 0,
             proof: None,
+            made: None,
         };
         Ok((backup, new))
     }

@@ -51,7 +51,7 @@ mod vm;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-pub use backups::{Backup, BackupChange, BackupState, Backups, BeginBackup, Proof};
+pub use backups::{Backup, BackupChange, BackupState, Backups, BeginBackup, Inode, Proof};
 pub use explain::{Candidate, Explanation};
 pub use facts::*;
 pub use messages::*;

@@ -6,17 +6,17 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::backups::seconds;
-use super::reading::Reading;
+use super::reading::{Reading, as_when_finished, refusal};
 use super::shelf::Shelf;
-use super::works::{ToLoop, in_thread, make_and_export, refusal_of_file};
+use super::works::{Held, ToLoop, export_made, in_thread, make};
 use crate::correlation::{
-    Backup, BackupChange, BackupState, CreateImage, ExportName, NewImage, Request, RequestError,
+    Backup, BackupChange, BackupState, ExportName, NewImage, Proof, Request, RequestError,
 };
 use crate::dbus::Answer;
 use crate::identity::{Format, VolumeId};
 use crate::image::beneath::Roots;
 use crate::image::remove::{self, RemoveError, Taken};
-use crate::image::verify::{self, Verified, VerifyError};
+use crate::image::verify::{Verified, VerifyError};
 
 /// For a file that its export no longer has to be closed.
 const CLOSED_WITHIN: Duration = Duration::from_secs(3);
@@ -52,54 +52,26 @@ pub(super) async fn begin(
             return Err(error);
         }
     }
-    let asked = CreateImage {
-        name,
-        path: None,
-        new,
-        wait,
-    };
     let volume = VolumeId::of_file(&backup.path, Format::Qcow2)
         .map_err(|error| RequestError::InvalidArgument(error.to_string()))?;
-    let made = make_and_export(to_loop, roots, asked, backup.path, volume).await;
-    let Err(unserved) = made else {
-        return made.map_err(|unserved| unserved.error);
-    };
-    if !unserved.made {
-        let _kept = shelf.keep(to_loop, vec![forget]).await;
-    }
-    Err(unserved.error)
-}
-
-/// Whether the files of a backup and of all that it lies on are as they were when each was finished. Blocks.
-fn as_when_finished(lineage: &[Backup], roots: &Roots) -> Result<(), RequestError> {
-    let Some((first, proof)) = lineage
-        .first()
-        .and_then(|first| Some((first, first.proof.as_ref()?)))
-    else {
-        return Ok(());
-    };
-    let mut same = true;
-    for backup in lineage {
-        let told = |error: crate::image::beneath::FileError| {
-            RequestError::Failed(format!("backup {}: {error}", backup.name))
-        };
-        if let Some(proof) = &backup.proof {
-            same &= verify::unchanged(&backup.path, roots, proof).map_err(told)?;
+    let inode = match make(roots, new, &backup.path).await {
+        Ok(inode) => inode,
+        Err(error) => {
+            let _kept = shelf.keep(to_loop, vec![forget]).await;
+            return Err(error);
         }
-    }
-    if same {
-        return Ok(());
-    }
-    // Copied or repaired since, which is well as long as it reads the same.
-    let found = verify::verify(&first.path, roots, &mut |_| {}).map_err(refusal)?;
-    let found = &found.proof;
-    if found.sha256 == proof.sha256 {
-        return Ok(());
-    }
-    Err(RequestError::IdentityMismatch(format!(
-        "backup {} does not read as it did when it was finished: SHA-256 {} then, {} now",
-        first.name, proof.sha256, found.sha256
-    )))
+    };
+    // Of no other file is this backup finished by this daemon.
+    let path = backup.path.clone();
+    let made = Backup {
+        made: Some(inode),
+        ..backup
+    };
+    shelf
+        .known()
+        .backups
+        .take(BackupChange::Put(Box::new(made)));
+    export_made(to_loop, name, volume, &path, wait).await
 }
 
 /// What became of a backup that was checked and read to its end.
@@ -114,7 +86,7 @@ pub(super) struct Doubted {
     backup: Backup,
     /// Why it is not known.
     pub error: RequestError,
-    _held: Verified,
+    _held: Held<Verified>,
 }
 
 impl Doubted {
@@ -149,8 +121,10 @@ pub(super) async fn finish(
         }
     }
     let closed_by = Instant::now() + CLOSED_WITHIN;
+    let parent = backup.parent.as_ref();
+    let beneath = parent.map_or_else(Vec::new, |parent| shelf.known().backups.lineage(parent));
     let verified = loop {
-        let verified = reading.verify(&backup, &roots).await?;
+        let verified = reading.verify(&backup, beneath.clone(), &roots).await?;
         match &verified {
             // An open that was under way when the export went is closed behind the answer to that.
             Err(VerifyError::Busy { .. }) if Instant::now() < closed_by => {
@@ -161,7 +135,7 @@ pub(super) async fn finish(
     };
     match verified {
         // Held until the row says that it is complete: from then on no export opens it for writing.
-        Ok(verified) => complete(to_loop, shelf, backup, verified).await,
+        Ok((proof, held)) => complete(to_loop, shelf, backup, proof, held).await,
         Err(error @ VerifyError::Damaged { .. }) => {
             let reason = error.to_string();
             let failed = backup.failed(reason.clone());
@@ -183,14 +157,15 @@ async fn complete(
     to_loop: &ToLoop,
     shelf: &Shelf,
     backup: Backup,
-    verified: Verified,
+    proof: Proof,
+    held: Held<Verified>,
 ) -> Result<Finished, RequestError> {
     not_lost(shelf, &backup.name)?;
     let backup = Backup {
         state: BackupState::Complete,
         reason: String::new(),
         finished: seconds(),
-        proof: Some(verified.proof.clone()),
+        proof: Some(proof),
         ..backup
     };
     let put = BackupChange::Put(Box::new(backup.clone()));
@@ -200,7 +175,7 @@ async fn complete(
         Err(error @ RequestError::NotReady(_)) => Ok(Finished::Doubted(Doubted {
             backup,
             error,
-            _held: verified,
+            _held: held,
         })),
         Err(error) => Err(error),
     }
@@ -222,11 +197,12 @@ pub(super) async fn delete(
     shelf: &Shelf,
     roots: &Arc<Roots>,
     backups: Vec<Backup>,
+    images: Arc<Vec<String>>,
     keep_files: bool,
 ) -> Result<Vec<ExportName>, RequestError> {
     let mut deleted = Vec::new();
     for backup in backups {
-        if !keep_files && let Some(file) = take_file(&backup, roots).await? {
+        if !keep_files && let Some(file) = take_file(&backup, &images, roots).await? {
             // From here on its file may be gone whenever the daemon ends: a row that says that it is complete says so first.
             if backup.state == BackupState::Complete {
                 let begun = Backup {
@@ -236,7 +212,8 @@ pub(super) async fn delete(
                 let begun = BackupChange::Put(Box::new(begun));
                 shelf.keep(to_loop, vec![begun]).await?;
             }
-            in_thread(move || file.remove()).await?.map_err(unremoved)?;
+            let removed = in_thread(move || file.take().map_or(Ok(()), Taken::remove));
+            removed.await?.map_err(unremoved)?;
         }
         let forget = BackupChange::Delete(backup.name.clone());
         shelf.keep(to_loop, vec![forget]).await?;
@@ -245,16 +222,32 @@ pub(super) async fn delete(
     Ok(deleted)
 }
 
-/// The file of a backup, which nobody has open; `None` when it is gone already.
-async fn take_file(backup: &Backup, roots: &Arc<Roots>) -> Result<Option<Taken>, RequestError> {
+/// The file of a backup, which nobody has open and none of the absolute `images` lies on; `None` when it is gone already.
+async fn take_file(
+    backup: &Backup,
+    images: &Arc<Vec<String>>,
+    roots: &Arc<Roots>,
+) -> Result<Option<Held<Taken>>, RequestError> {
     let closed_by = Instant::now() + CLOSED_WITHIN;
     loop {
         let (path, roots) = (backup.path.clone(), Arc::clone(roots));
-        match in_thread(move || remove::take(&path, &roots)).await? {
+        let (name, images) = (backup.name.clone(), Arc::clone(images));
+        let taken = in_thread(move || {
+            let taken = remove::take(&path, &roots);
+            if let Ok(Some(file)) = &taken
+                && let Some(image) = file.lies_beneath(&images, &roots)
+            {
+                return Err(RequestError::InUse(format!(
+                    "the image {image} lies on {name} and would be lost with it; remove its export first"
+                )));
+            }
+            Ok(taken)
+        });
+        match taken.await?? {
             Err(RemoveError::Busy { .. }) if Instant::now() < closed_by => {
                 tokio::time::sleep(CLOSED_LOOK).await;
             }
-            taken => return taken.map_err(unremoved),
+            taken => return Ok(taken.map_err(unremoved)?.map(Held::new)),
         }
     }
 }
@@ -262,17 +255,8 @@ async fn take_file(backup: &Backup, roots: &Arc<Roots>) -> Result<Option<Taken>,
 fn unremoved(error: RemoveError) -> RequestError {
     match error {
         RemoveError::Busy { .. } => RequestError::DeviceBusy(error.to_string()),
-        RemoveError::File(_) | RemoveError::Kernel { .. } => {
+        RemoveError::File(_) | RemoveError::NotIts { .. } | RemoveError::Kernel { .. } => {
             RequestError::Failed(error.to_string())
         }
-    }
-}
-
-fn refusal(error: VerifyError) -> RequestError {
-    let text = error.to_string();
-    match error {
-        VerifyError::File(error) => refusal_of_file(error),
-        VerifyError::Busy { .. } => RequestError::DeviceBusy(text),
-        _ => RequestError::Failed(text),
     }
 }

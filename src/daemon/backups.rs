@@ -11,6 +11,8 @@
 //! A store that does not answer in time may keep a row still. Of a backup that is complete its file is held against writers until that is
 //! known; of all others either is true.
 
+use std::collections::BTreeSet;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU32;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -25,6 +27,7 @@ use crate::correlation::{
     RequestError,
 };
 use crate::dbus::{Answer, Caller, FINISH_BACKUP, FinishBackup};
+use crate::files;
 use crate::identity::{Format, VolumeId};
 
 impl Control {
@@ -190,11 +193,12 @@ impl Control {
             Ok(planned) => planned,
             Err(error) => return self.answer(asker, Err(error)),
         };
+        let images = Arc::new(self.images_beside(&backups));
         let names = backups.iter().map(|backup| backup.name.clone());
         let under_way = UnderWay::begin(&self.shelf, names, "deleted");
         let (to_loop, roots, shelf) = (self.to_loop(), Arc::clone(&self.roots), self.shelf.clone());
         tokio::spawn(async move {
-            let deleted = delete(&to_loop, &shelf, &roots, backups, keep_files).await;
+            let deleted = delete(&to_loop, &shelf, &roots, backups, images, keep_files).await;
             drop(under_way);
             to_loop.answer(asker, deleted.map(Answer::Names));
             drop(place);
@@ -225,6 +229,20 @@ impl Control {
             .works
             .place(backups.iter().map(|backup| backup.path.as_str()))?;
         Ok((backups, place))
+    }
+
+    /// The images that are exported from the mounts of these backups, and are none of them. Those of other mounts are not asked what they lie on: a
+    /// server that is gone would hold this deletion up.
+    fn images_beside(&self, backups: &[Backup]) -> Vec<String> {
+        let mounts = files::mounts();
+        let on: BTreeSet<PathBuf> = backups.iter().map(|b| mounts.of(&b.path)).collect();
+        let (_, volumes) = self.correlation.volumes();
+        volumes
+            .filter_map(VolumeId::file)
+            .filter(|path| on.contains(&mounts.of(path)))
+            .filter(|path| !backups.iter().any(|backup| backup.path == *path))
+            .map(str::to_owned)
+            .collect()
     }
 
     pub(super) fn list_backups(&self, asker: Asker) {

@@ -4,10 +4,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use super::works::{ToLoop, in_thread};
-use crate::correlation::{Backup, RequestError, RequestId};
+use super::works::{Held, ToLoop, in_thread, refusal_of_file};
+use crate::correlation::{Backup, Proof, RequestError, RequestId};
 use crate::image::beneath::Roots;
-use crate::image::verify::{self, Verified, VerifyError};
+use crate::image::verify::{self, Begun, Stamp, Verified, VerifyError};
 
 /// How often the job tells how far it is, where that has changed.
 const TOLD_EVERY: Duration = Duration::from_millis(500);
@@ -21,25 +21,41 @@ pub(super) struct Reading {
 }
 
 impl Reading {
-    /// Checks and reads all of it.
+    /// Checks and reads all of it, when it is what was begun; `beneath` is what it lies on, which has to be as it was when that was finished:
+    /// before the first byte is read, and behind the last.
     pub async fn verify(
         &self,
         backup: &Backup,
+        beneath: Vec<Backup>,
         roots: &Arc<Roots>,
-    ) -> Result<Result<Verified, VerifyError>, RequestError> {
+    ) -> Result<Result<(Proof, Held<Verified>), VerifyError>, RequestError> {
         let (path, roots) = (backup.path.clone(), Arc::clone(roots));
+        let begun = Begun {
+            size: backup.size,
+            beneath: beneath.first().map(|parent| parent.path.clone()),
+            made: backup.made,
+        };
         let told = Arc::clone(&self.progress);
         let verified = in_thread(move || {
-            verify::verify(&path, &roots, &mut |share| {
+            let before = stamps(&beneath, &roots)?;
+            as_when_finished(&beneath, &roots)?;
+            let verified = verify::verify(&path, &roots, Some(&begun), &mut |share| {
                 #[allow(
                     clippy::cast_possible_truncation,
                     clippy::cast_sign_loss,
                     reason = "0 to 1,000"
                 )]
                 told.store((share * 1000.0) as u32, Ordering::Relaxed);
-            })
+            });
+            if stamps(&beneath, &roots)? != before {
+                return Err(RequestError::Failed(format!(
+                    "{path}: what it lies on changed while it was read"
+                )));
+            }
+            Ok(verified)
         });
-        self.tell_until(verified).await
+        let verified = self.tell_until(verified).await??;
+        Ok(verified.map(|verified| (verified.proof.clone(), Held::new(verified))))
     }
 
     /// Tells it until `done` is; not for each piece, for the bus has others to tell.
@@ -58,5 +74,53 @@ impl Reading {
             }
             last = now;
         }
+    }
+}
+
+/// Whether the files of a backup and of all that it lies on are as they were when each was finished. Blocks.
+pub(super) fn as_when_finished(lineage: &[Backup], roots: &Roots) -> Result<(), RequestError> {
+    let Some((first, proof)) = lineage
+        .first()
+        .and_then(|first| Some((first, first.proof.as_ref()?)))
+    else {
+        return Ok(());
+    };
+    let stamps = stamps(lineage, roots)?;
+    let same = |(backup, stamp): (&Backup, Stamp)| {
+        let proof = backup.proof.as_ref();
+        proof.is_none_or(|proof| verify::unchanged(stamp, proof))
+    };
+    if lineage.iter().zip(stamps).all(same) {
+        return Ok(());
+    }
+    // Copied or repaired since, which is well as long as it reads the same.
+    let found = verify::verify(&first.path, roots, None, &mut |_| {}).map_err(refusal)?;
+    let found = &found.proof;
+    if found.sha256 == proof.sha256 {
+        return Ok(());
+    }
+    Err(RequestError::IdentityMismatch(format!(
+        "backup {} does not read as it did when it was finished: SHA-256 {} then, {} now",
+        first.name, proof.sha256, found.sha256
+    )))
+}
+
+/// How long the files of these backups are, and when each was changed last. Blocks.
+fn stamps(backups: &[Backup], roots: &Roots) -> Result<Vec<Stamp>, RequestError> {
+    let of = |backup: &Backup| {
+        let stamp = verify::stamp_of(&backup.path, roots);
+        stamp.map_err(|error| RequestError::Failed(format!("backup {}: {error}", backup.name)))
+    };
+    backups.iter().map(of).collect()
+}
+
+/// What a caller hears of a backup that was not read to its end.
+pub(super) fn refusal(error: VerifyError) -> RequestError {
+    let text = error.to_string();
+    match error {
+        VerifyError::File(error) => refusal_of_file(error),
+        VerifyError::Busy { .. } => RequestError::DeviceBusy(text),
+        VerifyError::Other { .. } => RequestError::IdentityMismatch(text),
+        _ => RequestError::Failed(text),
     }
 }

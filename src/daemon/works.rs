@@ -12,13 +12,16 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
+use tokio::runtime::Handle;
 use tokio::sync::{mpsc, oneshot};
 
 use super::control::{Asker, Control, Report};
 use super::keeper::Order;
 use crate::correlation::{
-    BackupChange, CreateImage, Definition, Event, Reply, Request, RequestError, RequestId, Source,
+    BackupChange, CreateImage, Definition, Event, ExportName, Inode, NewImage, Reply, Request,
+    RequestError, RequestId, Source,
 };
 use crate::dbus::{Answer, Caller};
 use crate::files::{self, Mounts};
@@ -179,6 +182,30 @@ pub(super) async fn in_thread<T: Send + 'static>(
     done.map_err(|broken| RequestError::Failed(format!("a thread broke: {broken}")))
 }
 
+/// An open file that a task holds: closing it can wait for its file system (locks are given back, NFS and FUSE ask their servers), so wherever
+/// it is dropped, a thread of the blocking pool does that and not the loop (invariant 11).
+pub(super) struct Held<T: Send + 'static>(Option<T>);
+
+impl<T: Send + 'static> Held<T> {
+    pub fn new(file: T) -> Held<T> {
+        Held(Some(file))
+    }
+
+    /// For a thread that may wait.
+    pub fn take(mut self) -> Option<T> {
+        self.0.take()
+    }
+}
+
+impl<T: Send + 'static> Drop for Held<T> {
+    fn drop(&mut self) {
+        if let (Some(file), Ok(runtime)) = (self.0.take(), Handle::try_current()) {
+            // Nobody waits for it; without a runtime the daemon has ended.
+            let _closed = runtime.spawn_blocking(move || drop(file));
+        }
+    }
+}
+
 impl Control {
     pub(super) fn to_loop(&self) -> ToLoop {
         ToLoop(self.reports.clone())
@@ -225,8 +252,11 @@ impl Control {
         };
         let (to_loop, roots) = (self.to_loop(), Arc::clone(&self.roots));
         tokio::spawn(async move {
-            let made = make_and_export(&to_loop, roots, asked, path, volume).await;
-            to_loop.answer(asker, made.map_err(|unserved| unserved.error));
+            let exported = match make(roots, asked.new, &path).await {
+                Ok(_) => export_made(&to_loop, asked.name, volume, &path, asked.wait).await,
+                Err(error) => Err(error),
+            };
+            to_loop.answer(asker, exported);
             drop(place);
         });
     }
@@ -262,44 +292,37 @@ impl Control {
     }
 }
 
-/// Why a new file is not served.
-pub(super) struct Unserved {
-    pub error: RequestError,
-    /// The file is there.
-    pub made: bool,
+/// Makes a file at the absolute `path`.
+pub(super) async fn make(
+    roots: Arc<Roots>,
+    new: NewImage,
+    path: &str,
+) -> Result<Inode, RequestError> {
+    let at = path.to_owned();
+    let made = in_thread(move || create::create(&at, &roots, &new)).await?;
+    Ok(made.map_err(refusal)?.inode)
 }
 
-/// Makes a file and then an export of it, which is stored and served when it is answered.
-pub(super) async fn make_and_export(
+/// Makes an export of a file that was made at `path`; it is stored and served when this is answered.
+pub(super) async fn export_made(
     to_loop: &ToLoop,
-    roots: Arc<Roots>,
-    asked: CreateImage,
-    path: String,
+    name: ExportName,
     volume: VolumeId,
-) -> Result<Answer, Unserved> {
-    let (new, at) = (asked.new, path.clone());
-    let made = in_thread(move || create::create(&at, &roots, &new)).await;
-    let made = made.and_then(|made| made.map_err(refusal));
-    made.map_err(|error| Unserved { error, made: false })?;
+    path: &str,
+    wait: Duration,
+) -> Result<Answer, RequestError> {
     let definition = Definition {
-        name: asked.name,
+        name,
         volume,
         read_only: false,
         share: false,
         direct: false,
         source: Source::Dbus,
     };
-    let request = Request::AddExport {
-        definition,
-        wait: asked.wait,
-    };
-    match to_loop.ask(request).await {
+    match to_loop.ask(Request::AddExport { definition, wait }).await {
         Ok(Reply::Added { name, created }) => Ok(Answer::Added { name, created }),
         Ok(Reply::Done) => Ok(Answer::Done),
-        Err(error) => Err(Unserved {
-            error: error.with(&format!("; the file {path} is made")),
-            made: true,
-        }),
+        Err(error) => Err(error.with(&format!("; the file {path} is made"))),
     }
 }
 
@@ -359,6 +382,25 @@ mod tests {
         drop(held);
         assert!(locked(&works.0).is_empty(), "a place was not given back");
         assert!(on("/far/b").is_ok());
+    }
+
+    /// A close on a mount that hangs held the loop up until systemd killed the daemon.
+    #[tokio::test]
+    async fn a_file_that_a_task_held_is_closed_by_another_thread() {
+        struct Told(std::sync::mpsc::Sender<std::thread::ThreadId>);
+        impl Drop for Told {
+            fn drop(&mut self) {
+                self.0.send(std::thread::current().id()).unwrap();
+            }
+        }
+        let (tell, told) = std::sync::mpsc::channel();
+        drop(Held::new(Told(tell.clone())));
+        let by = told.recv_timeout(Duration::from_secs(10)).unwrap();
+        assert_ne!(by, std::thread::current().id());
+        // Given to whoever takes it, it is theirs to close.
+        drop(Held::new(Told(tell)).take());
+        let by = told.recv_timeout(Duration::from_secs(10)).unwrap();
+        assert_eq!(by, std::thread::current().id());
     }
 
     #[test]

@@ -16,7 +16,7 @@ use nix::errno::Errno;
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat, openat2, readlinkat};
 use nix::sys::stat::Mode;
 
-use crate::correlation::DiskSeq;
+use crate::correlation::{DiskSeq, Inode};
 use crate::identity::Format;
 
 /// openat2(2): EAGAIN when a rename elsewhere made the kernel unsure that the path stays beneath. It says to try again.
@@ -145,6 +145,18 @@ pub(super) fn incarnation(file: &File, format: Format) -> io::Result<DiskSeq> {
     Ok(number(&file.metadata()?, format))
 }
 
+/// The inode of a file, which may be opened with `O_PATH`.
+///
+/// # Errors
+/// What fstat(2) gives.
+pub(super) fn inode(file: &File) -> io::Result<Inode> {
+    let facts = file.metadata()?;
+    Ok(Inode {
+        number: facts.ino(),
+        born_ns: born_ns(&facts),
+    })
+}
+
 fn beneath(folder: &File, path: &Path, flags: OFlag) -> io::Result<File> {
     let how = OpenHow::new()
         .flags(flags | OFlag::O_CLOEXEC)
@@ -244,19 +256,21 @@ fn other_kind(facts: &Metadata) -> Option<&'static str> {
 /// time of birth tells an inode number that was used again from the file that had it before, where the file system keeps one.
 /// What an image holds and the bytes that it is made of are two disks.
 fn number(facts: &Metadata, format: Format) -> DiskSeq {
-    let born = facts
-        .created()
-        .ok()
-        .and_then(|born| born.duration_since(UNIX_EPOCH).ok())
-        .map_or(0, |born| born.as_nanos());
     let mut bytes = Vec::with_capacity(32);
     bytes.extend(facts.dev().to_le_bytes());
     bytes.extend(facts.ino().to_le_bytes());
-    bytes.extend(born.to_le_bytes());
+    bytes.extend(born_ns(facts).to_le_bytes());
     if format != Format::Raw {
         bytes.extend(format.name().as_bytes());
     }
     DiskSeq::of_file(&bytes)
+}
+
+/// Nanoseconds since 1970; 0 where the file system does not keep it.
+fn born_ns(facts: &Metadata) -> u128 {
+    let born = facts.created().ok();
+    let since = born.and_then(|born| born.duration_since(UNIX_EPOCH).ok());
+    since.map_or(0, |since| since.as_nanos())
 }
 
 #[cfg(test)]

@@ -20,11 +20,11 @@ use nix::fcntl::{
 use nix::sys::stat::Mode;
 use nix::unistd::{UnlinkatFlags, linkat, unlinkat};
 
-use super::beneath::{FileError, Roots};
+use super::beneath::{self, FileError, Roots};
 use super::qcow2::header::BackingName;
 use super::qcow2::layout::{CLUSTER_BYTES, Layout, LayoutError};
 use super::qcow2::{ChainError, backing_bytes};
-use crate::correlation::{NewImage, Preallocation};
+use crate::correlation::{Inode, NewImage, Preallocation};
 use crate::identity::Format;
 
 /// Zeroes are written in pieces of this size.
@@ -59,12 +59,20 @@ pub enum CreateError {
     },
 }
 
-/// Makes the file at the absolute `path` beneath `roots`, and returns its virtual size in bytes once it is durable. Blocks, with
+/// A file that was made.
+#[derive(Debug)]
+pub struct Created {
+    /// Virtual, in bytes.
+    pub size: u64,
+    pub inode: Inode,
+}
+
+/// Makes the file at the absolute `path` beneath `roots`, and returns what it is once it is durable. Blocks, with
 /// [`Preallocation::Full`] for as long as writing all of it takes.
 ///
 /// # Errors
 /// [`CreateError`]
-pub fn create(path: &str, roots: &Roots, new: &NewImage) -> Result<u64, CreateError> {
+pub fn create(path: &str, roots: &Roots, new: &NewImage) -> Result<Created, CreateError> {
     let (folder, name) = roots.folder(path)?;
     let kernel = |source: io::Error| match source.raw_os_error() {
         Some(libc::EEXIST) => CreateError::Exists(path.to_owned()),
@@ -82,19 +90,26 @@ pub fn create(path: &str, roots: &Roots, new: &NewImage) -> Result<u64, CreateEr
     let written = plan
         .write(&file, new.preallocation)
         .and_then(|()| file.sync_all());
-    let placed = written.and_then(|()| place(&file, &folder, temporary.as_deref(), &name));
+    let known = written.and_then(|()| beneath::inode(&file));
+    let placed = known.and_then(|inode| {
+        place(&file, &folder, temporary.as_deref(), &name)?;
+        Ok(inode)
+    });
     if let (Err(_), Some(temporary)) = (&placed, &temporary) {
         // It was ours alone; what cannot be removed is found by its name.
         let _ = unlinkat(&folder, temporary.as_os_str(), UnlinkatFlags::NoRemoveDir);
     }
-    placed.map_err(kernel)?;
+    let inode = placed.map_err(kernel)?;
     folder
         .sync_all()
         .map_err(|source| CreateError::NotDurable {
             path: path.to_owned(),
             source,
         })?;
-    Ok(plan.size())
+    Ok(Created {
+        size: plan.size(),
+        inode,
+    })
 }
 
 enum Plan {
@@ -251,7 +266,7 @@ mod tests {
         let roots = Roots::new(vec![dir.path().to_owned()]);
         let path = dir.path().join("a.qcow2");
         let text = path.to_str().unwrap();
-        assert_eq!(create(text, &roots, &image(1 << 20)).unwrap(), 1 << 20);
+        assert_eq!(create(text, &roots, &image(1 << 20)).unwrap().size, 1 << 20);
         let bytes = std::fs::read(&path).unwrap();
         let again = create(text, &roots, &image(2 << 20));
         assert!(matches!(again, Err(CreateError::Exists(_))), "{again:?}");

@@ -4,10 +4,14 @@ use std::ffi::OsString;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
 
+use nix::fcntl::AtFlags;
+use nix::sys::stat::fstatat;
 use nix::unistd::{UnlinkatFlags, unlinkat};
 
 use super::beneath::{FileError, Roots};
+use super::describe::{self, Described};
 use super::lock::{self, Use};
 use crate::identity::Format;
 
@@ -18,6 +22,11 @@ pub enum RemoveError {
     File(#[from] FileError),
     #[error("{path}: in use: {by}")]
     Busy { path: String, by: String },
+    /// To take the name away would take another file, or a link only.
+    #[error(
+        "{path}: a symbolic link, or another file than was found first, has this name: nothing is removed; see to the name, or delete the backup with --keep-files"
+    )]
+    NotIts { path: String },
     #[error("{path}: {source}")]
     Kernel {
         path: String,
@@ -31,7 +40,7 @@ pub struct Taken {
     path: String,
     folder: File,
     name: OsString,
-    _held: File,
+    held: File,
 }
 
 /// Takes the file at the absolute `path`, to be removed; `None` when it is gone already. Blocks.
@@ -55,24 +64,40 @@ pub fn take(path: &str, roots: &Roots) -> Result<Option<Taken>, RemoveError> {
         by,
     })?;
     let (folder, name) = roots.folder(path)?;
-    Ok(Some(Taken {
+    let taken = Taken {
         path: path.to_owned(),
         folder,
         name,
-        _held: file,
-    }))
+        held: file,
+    };
+    taken.has_its_name()?;
+    Ok(Some(taken))
 }
 
 impl Taken {
+    /// Which of the images at the absolute `others` lies on it, at whatever depth. Blocks.
+    pub fn lies_beneath<'a>(&self, others: &'a [String], roots: &Roots) -> Option<&'a str> {
+        let held = self.held.metadata().ok()?;
+        let is_held = |layer: &Described| {
+            let found = roots.find(&layer.path, Format::Raw).ok();
+            let facts = found.and_then(|found| found.file.metadata().ok());
+            facts.is_some_and(|facts| (facts.dev(), facts.ino()) == (held.dev(), held.ino()))
+        };
+        let lies_on_it = |other: &&String| {
+            // One that cannot be read lies on nothing that is known.
+            let layers = describe::chain(other, Format::Qcow2, roots);
+            layers.is_ok_and(|(layers, _)| layers.iter().skip(1).any(is_held))
+        };
+        others.iter().find(lies_on_it).map(String::as_str)
+    }
+
     /// Removes it, durably. Blocks.
     ///
     /// # Errors
-    /// [`RemoveError::Kernel`]
+    /// [`RemoveError::NotIts`]: something else has its name by now; or [`RemoveError::Kernel`].
     pub fn remove(self) -> Result<(), RemoveError> {
-        let kernel = |source| RemoveError::Kernel {
-            path: self.path.clone(),
-            source,
-        };
+        self.has_its_name()?;
+        let kernel = |source| self.kernel(source);
         unlinkat(
             &self.folder,
             self.name.as_os_str(),
@@ -80,5 +105,100 @@ impl Taken {
         )
         .map_err(|error| kernel(error.into()))?;
         self.folder.sync_all().map_err(kernel)
+    }
+
+    /// unlinkat(2) takes a name and not a file, so the name is held against the file that is locked as late as can be.
+    fn has_its_name(&self) -> Result<(), RemoveError> {
+        let named = fstatat(
+            &self.folder,
+            self.name.as_os_str(),
+            AtFlags::AT_SYMLINK_NOFOLLOW,
+        );
+        let named = named.map_err(|error| self.kernel(error.into()))?;
+        let held = self.held.metadata().map_err(|error| self.kernel(error))?;
+        if (named.st_dev, named.st_ino) == (held.dev(), held.ino()) {
+            return Ok(());
+        }
+        Err(RemoveError::NotIts {
+            path: self.path.clone(),
+        })
+    }
+
+    fn kernel(&self, source: io::Error) -> RemoveError {
+        RemoveError::Kernel {
+            path: self.path.clone(),
+            source,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::correlation::{NewImage, Preallocation};
+    use crate::image::create::create;
+
+    #[test]
+    fn what_lies_on_a_file_is_found_at_any_depth() {
+        let dir = tempfile::tempdir().unwrap();
+        let roots = Roots::new(vec![dir.path().to_owned()]);
+        let text = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+        for (name, backing) in [
+            ("base", None),
+            ("middle", Some("base")),
+            ("top", Some("middle")),
+            ("alone", None),
+        ] {
+            let new = NewImage {
+                format: Format::Qcow2,
+                size: Some(1 << 20),
+                cluster_bytes: None,
+                backing: backing.map(|backing| (backing.to_owned(), Format::Qcow2)),
+                preallocation: Preallocation::Off,
+            };
+            create(&text(name), &roots, &new).unwrap();
+        }
+        let taken = |name: &str| take(&text(name), &roots).unwrap().unwrap();
+        let others = [text("gone"), text("alone"), text("top")];
+        assert_eq!(
+            taken("base").lies_beneath(&others, &roots),
+            Some(others[2].as_str())
+        );
+        assert_eq!(taken("top").lies_beneath(&others, &roots), None);
+        assert_eq!(taken("alone").lies_beneath(&others, &roots), None);
+    }
+
+    /// What was locked was the file, and what went was whatever had its name then.
+    #[test]
+    fn a_name_is_taken_away_only_while_it_is_the_files_own() {
+        let dir = tempfile::tempdir().unwrap();
+        let roots = Roots::new(vec![dir.path().to_owned()]);
+        let path = dir.path().join("a");
+        let text = path.to_str().unwrap();
+        std::fs::write(&path, b"its own").unwrap();
+        let taken = take(text, &roots).unwrap().unwrap();
+        let other = dir.path().join("b");
+        std::fs::write(&other, b"another's").unwrap();
+        std::fs::rename(&other, &path).unwrap();
+        let removed = taken.remove();
+        assert!(
+            matches!(removed, Err(RemoveError::NotIts { .. })),
+            "{removed:?}"
+        );
+        assert_eq!(std::fs::read(&path).unwrap(), b"another's");
+
+        // The link would go, and the data stay.
+        std::fs::rename(&path, &other).unwrap();
+        std::os::unix::fs::symlink("b", &path).unwrap();
+        assert!(matches!(
+            take(text, &roots),
+            Err(RemoveError::NotIts { .. })
+        ));
+        assert!(path.is_symlink() && other.exists());
+
+        std::fs::remove_file(&path).unwrap();
+        std::fs::rename(&other, &path).unwrap();
+        take(text, &roots).unwrap().unwrap().remove().unwrap();
+        assert!(take(text, &roots).unwrap().is_none());
     }
 }

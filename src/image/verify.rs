@@ -11,7 +11,7 @@ use super::beneath::{self, FileError, Roots};
 use super::lock::{self, Use};
 use super::qcow2::check::{self, CheckError};
 use super::qcow2::{self, ReadError};
-use crate::correlation::Proof;
+use crate::correlation::{Inode, Proof};
 use crate::identity::Format;
 
 /// Bytes that are read at a time.
@@ -39,6 +39,9 @@ pub enum VerifyError {
         #[source]
         source: ReadError,
     },
+    /// Another file, or another image in it.
+    #[error("{path}: it is not what was begun: {found}")]
+    Other { path: String, found: String },
     #[error("{path}: it changed while it was read")]
     Changed { path: String },
     #[error("{path}: {source}")]
@@ -55,14 +58,26 @@ pub struct Verified {
     _held: File,
 }
 
+/// What the file of a backup was begun as.
+#[derive(Debug, Clone)]
+pub struct Begun {
+    /// Virtual, in bytes.
+    pub size: u64,
+    /// The absolute path of what it lies on.
+    pub beneath: Option<String>,
+    /// `None` where that is not known any more.
+    pub made: Option<Inode>,
+}
+
 /// Makes the image at the absolute `path` durable, checks it, and reads all that is in it; `progress` is told the share that is done, from 0
-/// to 1. Blocks for as long as that takes.
+/// to 1. With `begun` it has to be that. Blocks for as long as that takes.
 ///
 /// # Errors
 /// [`VerifyError`]
 pub fn verify(
     path: &str,
     roots: &Roots,
+    begun: Option<&Begun>,
     progress: &mut dyn FnMut(f64),
 ) -> Result<Verified, VerifyError> {
     let kernel = |source| VerifyError::Kernel {
@@ -79,6 +94,9 @@ pub fn verify(
     })?;
     file.sync_all().map_err(kernel)?;
     let before = stamp(&file).map_err(kernel)?;
+    if let Some(begun) = begun {
+        is_as_begun(&file, path, roots, begun)?;
+    }
     let checked = check::check(&file, &mut |share| progress(share * 0.1));
     let findings = checked.map_err(|source| VerifyError::Check {
         path: path.to_owned(),
@@ -121,24 +139,113 @@ pub fn verify(
     Ok(Verified { proof, _held: file })
 }
 
-/// Whether the file at `path` is, by its length and time, as it was when `proof` was made. Blocks.
-///
-/// # Errors
-/// There is no such file.
-pub fn unchanged(path: &str, roots: &Roots, proof: &Proof) -> Result<bool, FileError> {
-    let found = roots.find(path, Format::Qcow2)?;
-    let kernel = |source| FileError::Kernel {
+/// Holds the file against what it was begun as, by what its header says; what it reads as is not asked.
+fn is_as_begun(file: &File, path: &str, roots: &Roots, begun: &Begun) -> Result<(), VerifyError> {
+    let kernel = |source| VerifyError::Kernel {
         path: path.to_owned(),
         source,
     };
-    let stamp = stamp(&found.file).map_err(kernel)?;
-    Ok(stamp == (proof.file_bytes, proof.modified_ns))
+    let other = |found: String| {
+        let path = path.to_owned();
+        Err(VerifyError::Other { path, found })
+    };
+    let inode = beneath::inode(file).map_err(kernel)?;
+    if begun.made.is_some_and(|made| made != inode) {
+        return other("another file stands there now".to_owned());
+    }
+    let read = |source| VerifyError::Read {
+        path: path.to_owned(),
+        source,
+    };
+    let header = qcow2::describe_header(file).map_err(kernel)?;
+    let header = header.map_err(|refusal| read(refusal.into()))?;
+    if header.size != begun.size {
+        return other(format!("{} bytes, and not {}", header.size, begun.size));
+    }
+    let on = qcow2::backing_path(&header, path).map_err(|error| read(error.into()))?;
+    match (&on, &begun.beneath) {
+        (None, None) => Ok(()),
+        (Some((on, Format::Qcow2)), Some(begun)) => {
+            let found = roots.find(on, Format::Qcow2)?.incarnation;
+            if found == roots.find(begun, Format::Qcow2)?.incarnation {
+                return Ok(());
+            }
+            other(format!("it lies on {on}, and not on {begun}"))
+        }
+        (Some((on, _)), _) => other(format!("it lies on {on}")),
+        (None, Some(begun)) => other(format!("it does not lie on {begun}")),
+    }
+}
+
+/// Whether a file is, by its length and time, as it was when `proof` was made.
+pub fn unchanged(stamp: Stamp, proof: &Proof) -> bool {
+    stamp == (proof.file_bytes, proof.modified_ns)
 }
 
 /// Bytes of a file, and when it was last changed, in nanoseconds since 1970.
-fn stamp(file: &File) -> io::Result<(u64, u64)> {
+pub type Stamp = (u64, u64);
+
+/// The stamp of the file at `path`. Blocks.
+///
+/// # Errors
+/// There is no such file.
+pub fn stamp_of(path: &str, roots: &Roots) -> Result<Stamp, FileError> {
+    let found = roots.find(path, Format::Qcow2)?;
+    stamp(&found.file).map_err(|source| FileError::Kernel {
+        path: path.to_owned(),
+        source,
+    })
+}
+
+fn stamp(file: &File) -> io::Result<Stamp> {
     let facts = file.metadata()?;
     let since = facts.modified()?.duration_since(UNIX_EPOCH);
     let modified = since.map_or(0, |since| since.as_nanos());
     Ok((facts.len(), u64::try_from(modified).unwrap_or(u64::MAX)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::correlation::{NewImage, Preallocation};
+    use crate::image::create::create;
+
+    #[test]
+    fn a_file_is_read_only_as_what_was_begun() {
+        let dir = tempfile::tempdir().unwrap();
+        let roots = Roots::new(vec![dir.path().to_owned()]);
+        let text = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+        let make = |name: &str, backing: Option<&str>| {
+            let new = NewImage {
+                format: Format::Qcow2,
+                size: Some(1 << 20),
+                cluster_bytes: None,
+                backing: backing.map(|backing| (backing.to_owned(), Format::Qcow2)),
+                preallocation: Preallocation::Off,
+            };
+            create(&text(name), &roots, &new).unwrap().inode
+        };
+        let (full, other) = (make("full", None), make("other", None));
+        make("child", Some("full"));
+        let verified = |name: &str, beneath: Option<&str>, made: Option<Inode>, size: u64| {
+            let begun = Begun {
+                size,
+                beneath: beneath.map(text),
+                made,
+            };
+            match verify(&text(name), &roots, Some(&begun), &mut |_| {}) {
+                Ok(_) => true,
+                Err(VerifyError::Other { .. }) => false,
+                Err(error) => unreachable!("{error}"),
+            }
+        };
+        assert!(verified("full", None, Some(full), 1 << 20));
+        assert!(verified("full", None, None, 1 << 20));
+        assert!(!verified("full", None, Some(other), 1 << 20));
+        assert!(!verified("full", None, None, 2 << 20));
+        assert!(!verified("full", Some("other"), None, 1 << 20));
+        assert!(verified("child", Some("full"), None, 1 << 20));
+        assert!(!verified("child", Some("other"), None, 1 << 20));
+        assert!(!verified("child", None, None, 1 << 20));
+    }
 }

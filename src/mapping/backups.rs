@@ -114,6 +114,7 @@ fn backup(row: &SqliteRow) -> Result<Backup, String> {
         begun: seconds("begun_at")?,
         finished: seconds("finished_at")?,
         proof,
+        made: None,
     })
 }
 
