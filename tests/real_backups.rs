@@ -17,6 +17,7 @@ use support::dice::Dice;
 use support::fuse_disk::{FuseDisk, WRITES};
 use support::ground::{Need, real};
 use support::images::{qemu_io, roots, scene, text};
+use support::loops::{LoopDevice, sparse_file};
 use support::mounts::Mounted;
 use support::process::{self, Running, command};
 use support::scene::{STEP_LIMIT, Scene, nbdtrack};
@@ -413,6 +414,45 @@ fn a_backup_that_an_exported_image_lies_on_is_not_deleted() -> Outcome<()> {
         json(&scene, &delete)?;
         hold!(!Path::new(&base).exists(), "its file");
         scene.stop()
+    })
+}
+
+/// The number of a file system is another one after a mount; a link to a backup was written through then.
+#[test]
+fn a_link_to_a_complete_backup_is_not_written_through_after_a_mount() -> Outcome<()> {
+    let needs = [NEEDS, &[Need::Loop, Need::Tool("mkfs.ext4")]].concat();
+    real("backup by a link", &needs, |ground| {
+        let disk = sparse_file(ground.path(), "disk", 32 * MIB)?;
+        process::succeed("mkfs.ext4", &["-q", &text(&disk)], STEP_LIMIT)?;
+        // The same files, by another device each time that they are mounted.
+        let devices = [LoopDevice::add()?, LoopDevice::add()?];
+        for device in &devices {
+            device.attach(&disk)?;
+        }
+        let at = ground.file("files");
+        let mut mounted = Some(Mounted::new(at.clone(), &[&devices[0].node()])?);
+        let mut scene = Scene::told(ground, roots(&at), &[])?;
+        let full = begin(&scene, &["vm", "0", "--size", "4M"])?;
+        json(&scene, &["backup", "finish", &full])?;
+        let name = format!("{full}.qcow2");
+        std::os::unix::fs::symlink(&name, at.join("latest.qcow2"))?;
+        scene.stop()?;
+        drop(mounted.take());
+        std::fs::remove_dir(&at)?;
+        mounted = Some(Mounted::new(at.clone(), &[&devices[1].node()])?);
+        scene.start()?;
+        let id = format!("qcow2:{}", at.join("latest.qcow2").display());
+        let said = nbdtrack(&scene, &["add", "w", "--volume", &id, "--wait", "1"])?;
+        hold!(!said.status.success(), "it is served");
+        let reason = scene.export("w")?;
+        let reason = reason.get("Reason").map_or("", |reason| reason.text());
+        hold!(reason.contains("is the complete backup"), "{reason}");
+        scene.client.remove_export("w", "hard")?;
+        let only = ["add", "r", "--volume", &id, "--read-only"];
+        hold!(nbdtrack(&scene, &only)?.status.success(), "read-only");
+        scene.stop()?;
+        drop(mounted);
+        Ok(())
     })
 }
 

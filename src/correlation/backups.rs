@@ -349,6 +349,15 @@ impl Backups {
         ))
     }
 
+    /// The files of all complete ones.
+    pub fn complete_paths(&self) -> Vec<String> {
+        let complete = |backup: &&Backup| backup.state == BackupState::Complete;
+        self.all()
+            .filter(complete)
+            .map(|backup| backup.path.clone())
+            .collect()
+    }
+
     /// Refuses a request that would have a complete backup written, or an image put on one that is not.
     ///
     /// # Errors

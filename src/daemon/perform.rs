@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use super::control::{Control, Report};
 use super::log;
+use super::shelf::Shelf;
 use crate::correlation::{
     Action, Change, DiskSeq, Event, ExportName, INTERNAL, Notice, OpenDisk, OpenRefusal,
     OpenedDisk, Reply, RequestError, RequestId, Ticket,
@@ -13,6 +14,7 @@ use crate::correlation::{
 use crate::dbus::{Answer, Publication};
 use crate::identity::Format;
 use crate::image::Image;
+use crate::image::beneath::Roots;
 use crate::image::{block, qcow2, raw};
 
 impl Control {
@@ -124,14 +126,19 @@ impl Control {
         let claims = Arc::clone(&self.claims);
         let reader = self.observer.identity_reader();
         let roots = Arc::clone(&self.roots);
+        let shelf = self.shelf.clone();
         tokio::task::spawn_blocking(move || {
-            let result = answered(|| match order.identity.format() {
-                Some(Format::Raw) => raw::open(&order, &roots, &claims).map(shared),
-                Some(Format::Qcow2) => qcow2::open(&order, &roots, &claims).map(shared),
-                None => {
-                    let read = |number| reader.read(number);
-                    block::open(&order, &read, &claims).map(shared)
-                }
+            let result = answered(|| {
+                is_no_link_to_a_backup(&order, &roots, &shelf)?;
+                let opened = match order.identity.format() {
+                    Some(Format::Raw) => raw::open(&order, &roots, &claims).map(shared),
+                    Some(Format::Qcow2) => qcow2::open(&order, &roots, &claims).map(shared),
+                    None => {
+                        let read = |number| reader.read(number);
+                        block::open(&order, &read, &claims).map(shared)
+                    }
+                };
+                opened.map_err(OpenRefusal::from)
             });
             // The loop is gone only when the daemon stops; then the disk is closed by this drop.
             let _stopped = reports.send(Report::Opened { order, result });
@@ -282,13 +289,31 @@ impl Control {
     }
 }
 
+/// Refuses to open for writing what is a complete backup by a link: the number that its incarnation is known by has that of its file system in it, which can be
+/// another one after a mount or a restart of the machine. Blocks.
+fn is_no_link_to_a_backup(
+    order: &OpenDisk,
+    roots: &Roots,
+    shelf: &Shelf,
+) -> Result<(), OpenRefusal> {
+    let Some(path) = order.identity.file().filter(|_| order.write) else {
+        return Ok(());
+    };
+    let complete = shelf.known().backups.complete_paths();
+    // What leads to no file is the opening's to tell.
+    let found = roots.known_as(path, &complete).unwrap_or_default();
+    let known = shelf.known();
+    found.map_or(Ok(()), |path| {
+        let may = known.backups.may_be_written(path, None);
+        may.map_err(OpenRefusal::Kernel)
+    })
+}
+
 /// What an open gives, also when it breaks: an order that nobody answers would keep its disk from every export for good.
-fn answered<T, E: Into<OpenRefusal>>(
-    open: impl FnOnce() -> Result<T, E>,
-) -> Result<T, OpenRefusal> {
+fn answered<T>(open: impl FnOnce() -> Result<T, OpenRefusal>) -> Result<T, OpenRefusal> {
     // What it had in hand is dropped, and closed by that.
     match catch_unwind(AssertUnwindSafe(open)) {
-        Ok(opened) => opened.map_err(Into::into),
+        Ok(opened) => opened,
         Err(_) => Err(OpenRefusal::Kernel(
             "the thread that was to open it broke, which is a fault of this program".to_owned(),
         )),
@@ -306,7 +331,7 @@ mod tests {
     #[test]
     #[allow(clippy::panic)] // It is what is tested.
     fn an_open_that_breaks_is_answered() {
-        let broken = answered::<(), OpenRefusal>(|| panic!("a fault"));
+        let broken = answered::<()>(|| panic!("a fault"));
         assert!(
             matches!(&broken, Err(OpenRefusal::Kernel(why)) if why.contains("broke")),
             "{broken:?}"

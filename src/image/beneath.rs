@@ -7,6 +7,7 @@
 use std::ffi::OsString;
 use std::fs::{File, Metadata, OpenOptions};
 use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{PoisonError, RwLock};
@@ -99,6 +100,31 @@ impl Roots {
             incarnation: number(&facts, format),
             file,
         })
+    }
+
+    /// Which of the absolute `others`, each of which may be a link, is the file that stands under `path`. Blocks, and asks of no other than has the
+    /// name that the file has in its folder: what lies elsewhere can hang.
+    ///
+    /// # Errors
+    /// `path` leads to no file.
+    pub fn known_as<'a>(
+        &self,
+        path: &str,
+        others: &'a [String],
+    ) -> Result<Option<&'a str>, FileError> {
+        let place = |file: &File| file.metadata().map(|facts| (facts.dev(), facts.ino()));
+        let kernel = |source| refused(path, source);
+        let file = self.find(path, Format::Raw)?.file;
+        // proc_pid_fd(5): the path that was opened, without the links that led there.
+        let own = std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()));
+        let own = own.map_err(kernel)?;
+        let this = place(&file).map_err(kernel)?;
+        let is = |other: &&String| {
+            let found = || self.find(other, Format::Raw).ok();
+            Path::new(other.as_str()).file_name() == own.file_name()
+                && found().is_some_and(|found| place(&found.file).is_ok_and(|found| found == this))
+        };
+        Ok(others.iter().find(is).map(String::as_str))
     }
 
     /// Opens the folder that the absolute `path` would lie in, as [`Roots::find`] looks files up, and gives the last part of the path.
@@ -282,6 +308,32 @@ mod tests {
         roots
             .find(path.to_str().unwrap(), Format::Raw)
             .map(|found| found.incarnation)
+    }
+
+    /// A link to a complete backup was written through once the backup's file system had another number than when it was finished.
+    #[test]
+    fn a_file_is_known_by_its_path_through_any_link() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().join("served");
+        std::fs::create_dir_all(root.join("in")).unwrap();
+        std::fs::write(root.join("in/a"), b"a").unwrap();
+        std::fs::write(root.join("b"), b"b").unwrap();
+        symlink("in/a", root.join("latest")).unwrap();
+        symlink("in", root.join("folder")).unwrap();
+        let text = |path: &str| root.join(path).to_str().unwrap().to_owned();
+        let roots = Roots::new(vec![root.clone()]);
+        let known = |path: &str, others: &[String]| {
+            let found = roots.known_as(&text(path), others).unwrap();
+            found.map(str::to_owned)
+        };
+        let backups = [text("gone/a"), text("in/a")];
+        for path in ["in/a", "latest", "folder/a"] {
+            assert_eq!(known(path, &backups), Some(text("in/a")), "{path}");
+        }
+        assert_eq!(known("latest", &[text("folder/a")]), Some(text("folder/a")));
+        assert_eq!(known("b", &backups), None);
+        assert_eq!(known("in/a", &[text("b"), text("latest")]), None);
+        assert!(roots.known_as(&text("gone"), &backups).is_err());
     }
 
     #[test]
