@@ -122,7 +122,7 @@ impl Correlation {
     }
 
     /// Settles every export of the volume that this disk is now.
-    fn settle_on(&mut self, diskseq: DiskSeq) {
+    pub(super) fn settle_on(&mut self, diskseq: DiskSeq) {
         let Some(disk) = self.disks.get(diskseq) else {
             return;
         };

@@ -41,6 +41,9 @@ impl Correlation {
             return self.ensure_moved(request, ensure, wanted);
         }
         self.judge_owner(&wanted)?;
+        if self.owner(&name).is_none() {
+            self.judge_disk_owner(&wanted)?;
+        }
         let mapping = self.mapping_for(&ensure);
         // What is being stored with the definition, those who wait for the export wait for anyway.
         let kept = export.mapping.as_ref() == Some(&mapping)
@@ -114,6 +117,7 @@ impl Correlation {
         self.judge_room()?;
         self.judge_owner(&definition)?;
         self.judge_definition(&definition)?;
+        self.judge_disk_owner(&definition)?;
         let name = definition.name.clone();
         self.introduce(&definition);
         let mapping = ensure.mapping;
@@ -171,6 +175,7 @@ impl Correlation {
         }
         self.judge_owner(&definition)?;
         self.judge_definition(&definition)?;
+        self.judge_disk_owner(&definition)?;
         let mapping = self.mapping_for(&ensure);
         if let Some(export) = self.exports.get_mut(&name) {
             export.moving = Some(definition.clone());
@@ -189,44 +194,6 @@ impl Correlation {
         self.persist(request, purpose, changes);
         self.hide(&name, "is being given another volume");
         Ok(())
-    }
-
-    /// Two VMs' disks share a volume only when both say so: even readers of one would be told of the other's data.
-    fn judge_owner(&self, definition: &Definition) -> Result<(), RequestError> {
-        for other in self.beside(definition) {
-            let Some(owner) = self.owner(&other.name) else {
-                continue;
-            };
-            if other.volume == definition.volume && !(other.share && definition.share) {
-                return Err(RequestError::InUse(format!(
-                    "export {}: volume {} belongs to {} (export {}); remove that export first, or say 'share' on both",
-                    definition.name, definition.volume, owner.disk, other.name,
-                )));
-            }
-        }
-        Ok(())
-    }
-
-    /// What is stored, or about to be, of whose export this is.
-    fn owner(&self, name: &ExportName) -> Option<&Mapping> {
-        let pending = self.pending_mappings(name).last();
-        pending
-            .map(|(_, mapping)| mapping)
-            .or_else(|| self.exports.get(name)?.mapping.as_ref())
-    }
-
-    fn pending_mappings(&self, name: &ExportName) -> impl Iterator<Item = (&Step, &Mapping)> {
-        self.persisting
-            .values()
-            .filter_map(move |purpose| match purpose {
-                Persisting::Ensure {
-                    name: named,
-                    step,
-                    mapping,
-                    ..
-                } if named == name => Some((step, mapping)),
-                _ => None,
-            })
     }
 
     /// The store has kept it, or not: an export that was made, a mapping, or a move.

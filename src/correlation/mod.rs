@@ -29,6 +29,7 @@ mod membership;
 mod messages;
 mod new_image;
 mod observe;
+mod owners;
 mod pin_calls;
 pub mod pin_rule;
 mod pin_steps;

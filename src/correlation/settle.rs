@@ -130,6 +130,9 @@ impl Correlation {
                 ),
             });
         }
+        if let Some(owner) = self.other_owner(export, only) {
+            return Some(self.want_after_owner(owner, only));
+        }
         if let Some(blocking) = self.holds.blocking(&export.candidates, only) {
             return Some(Want::Nothing {
                 reason: format!(
@@ -167,13 +170,8 @@ impl Correlation {
 
     fn want_beside(&self, export: &Export, writer: &Export, diskseq: DiskSeq) -> Want {
         let (name, volume) = (&writer.definition.name, &writer.definition.volume);
-        let going = writer.leaving.is_some() || writer.binding.kept().is_none();
-        if going || self.is_being_removed(name) || *volume == export.definition.volume {
-            return Want::Nothing {
-                reason: format!(
-                    "export {name} is still being closed on the disk with diskseq {diskseq}"
-                ),
-            };
+        if self.is_going(writer) || *volume == export.definition.volume {
+            return self.want_closed(name, diskseq);
         }
         Want::Blocked {
             failure: Failure::InUse,
@@ -181,6 +179,21 @@ impl Correlation {
                 "{} (diskseq {diskseq}) is already written to by export {name}, which knows it as {volume}; make one of \
                  them read-only, or say 'share' on both",
                 self.node_of(diskseq),
+            ),
+        }
+    }
+
+    /// Its lease ends, or is about to.
+    pub(super) fn is_going(&self, export: &Export) -> bool {
+        export.leaving.is_some()
+            || export.binding.kept().is_none()
+            || self.is_being_removed(&export.definition.name)
+    }
+
+    pub(super) fn want_closed(&self, name: &ExportName, diskseq: DiskSeq) -> Want {
+        Want::Nothing {
+            reason: format!(
+                "export {name} is still being closed on the disk with diskseq {diskseq}"
             ),
         }
     }

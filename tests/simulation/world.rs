@@ -10,10 +10,10 @@ use std::time::Duration;
 
 use nbdtrack::correlation::{
     Action, BootId, Change, ConfiguredSection, Conflict, Correlation, Definition, DeviceNode,
-    DeviceNumber, DiskFacts, DiskSeq, EndHow, Ensure, Event, ExportName, Generation, Holder,
-    HolderKind, INTERNAL, LeaseEnd, Mapping, Mark, Notice, OpenDisk, OpenRefusal, OpenedDisk, Pin,
-    Reading, Release, Remembered, RemoveMode, Reply, Request, RequestError, RequestId,
-    SectionsChange, Settings, Source, State, Ticket, Topic, Unkept, VmDisk,
+    DeviceNumber, DiskFacts, DiskSeq, EndHow, Ensure, Event, ExportName, ExportView, Generation,
+    Holder, HolderKind, INTERNAL, LeaseEnd, Mapping, Mark, Notice, OpenDisk, OpenRefusal,
+    OpenedDisk, Pin, Reading, Release, Remembered, RemoveMode, Reply, Request, RequestError,
+    RequestId, SectionsChange, Settings, Source, State, Ticket, Topic, Unkept, VmDisk,
 };
 use nbdtrack::identity::{Identity, Scheme, VolumeId};
 
@@ -1229,6 +1229,19 @@ impl World {
                 ));
             }
         }
+        let is_vms = |export: &ExportName| {
+            let disk = VmDisk::of_export(export);
+            disk.is_some_and(|disk| self.middle.mapping(&disk).is_some())
+        };
+        let other_vm = self.leases.iter().find_map(|((other, _), lease)| {
+            let meets = lease.seq == handle.seq && other != &export && !(lease.share && share);
+            (meets && is_vms(&export) && is_vms(other)).then(|| other.clone())
+        });
+        if let Some(other) = other_vm {
+            self.fail(format!(
+                "{export} is bound to the disk of {other}, and not both of these VMs' disks share"
+            ));
+        }
         if self
             .newest
             .get(&export)
@@ -1741,6 +1754,25 @@ impl World {
         }
     }
 
+    /// A file or a caller has said of one of two VMs' disks that it does not share the volume any more: one of them serves.
+    fn is_behind_a_vm(&self, export: &ExportName) -> bool {
+        let view_of = |export: &ExportName| {
+            let disk = VmDisk::of_export(export)?;
+            self.middle.mapping(&disk)?;
+            self.middle.export(export)
+        };
+        let Some(view) = view_of(export).filter(|view| view.state == State::Failed) else {
+            return false;
+        };
+        let shares = |export| self.definition_of(export).is_some_and(|of| of.share);
+        self.middle.export_names().any(|other| {
+            let serves = |other: &ExportView| {
+                other.state == State::Serving && other.volume_id == view.volume_id
+            };
+            view_of(other).as_ref().is_some_and(serves) && !(shares(export) && shares(other))
+        })
+    }
+
     fn judge_export(&mut self, export: &ExportName) {
         let Some(view) = self.middle.export(export) else {
             return;
@@ -1794,7 +1826,7 @@ impl World {
                         && !other.read_only
                 })
             });
-        if behind_a_writer {
+        if behind_a_writer || expected == State::Serving && self.is_behind_a_vm(export) {
             return;
         }
         if view.state != expected {
