@@ -265,7 +265,7 @@ impl Correlation {
     }
 
     /// An export of this name may stand in the configuration and not be defined yet.
-    fn may_come(&self, name: &ExportName) -> bool {
+    pub(super) fn may_come(&self, name: &ExportName) -> bool {
         let unread = |refused: &BTreeSet<ExportName>| refused.contains(name);
         self.in_the_files.as_ref().is_none_or(unread) || self.pins.unmet.contains_key(name)
     }

@@ -3,6 +3,8 @@
 //! A mapping stands on its export, whose name it determines; so a VM's disk has one export, and an export one VM's disk. It is
 //! in the store before it is on the export, and leaves both with the export.
 
+use std::collections::BTreeMap;
+
 use super::membership::Waiter;
 use super::requests::{Persisting, Step};
 use super::{
@@ -352,11 +354,15 @@ impl Correlation {
         }
     }
 
-    /// The configuration is known: what it does not name has no export that its mapping could be of.
+    /// The configuration was read: what it does not name has no export that its mapping could be of. Of what may stand in a file that
+    /// could not be read, or be refused there, the next reading says more, and until then the mapping is kept.
     pub(super) fn retire_leftovers(&mut self) {
-        let changes: Vec<Change> = std::mem::take(&mut self.remembered_mappings)
-            .into_values()
-            .map(|mapping| Change::RetireMapping(mapping.disk))
+        let (kept, gone) = std::mem::take(&mut self.remembered_mappings)
+            .into_iter()
+            .partition(|(name, _)| self.may_come(name));
+        self.remembered_mappings = kept;
+        let changes: Vec<Change> = BTreeMap::into_values(gone)
+            .map(|mapping: Mapping| Change::RetireMapping(mapping.disk))
             .collect();
         if !changes.is_empty() {
             self.out.push(Action::Persist {

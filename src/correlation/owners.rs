@@ -324,4 +324,74 @@ mod tests {
             "{refused:?}"
         );
     }
+
+    /// A reading that could not read all files, or refused the section, had the mapping retired: the appliance was told that its export is
+    /// gone, and nobody guarded the volume when the file was mended.
+    #[test]
+    fn a_mapping_is_kept_while_its_export_may_stand_in_a_file_that_could_not_be_taken() {
+        let name = disk(0).export();
+        let mapping = Mapping::new(disk(0), "web").unwrap();
+        let remembered = || Remembered {
+            mappings: vec![mapping.clone()],
+            ..Remembered::default()
+        };
+        let read = |middle: &mut Correlation, change: SectionsChange| {
+            let actions = middle.apply(Duration::ZERO, Event::Sections(change));
+            let mut changes = actions.into_iter().filter_map(|action| match action {
+                Action::Persist { changes, .. } => Some(changes),
+                _ => None,
+            });
+            changes.any(|changes| changes.contains(&Change::RetireMapping(disk(0))))
+        };
+        let section = |name: ExportName, volume: &str| ConfiguredSection {
+            definition: Definition {
+                name,
+                volume: VolumeId::parse(volume).unwrap(),
+                read_only: false,
+                share: false,
+                direct: false,
+                source: Source::Config,
+            },
+            path: None,
+        };
+        let unread = SectionsChange {
+            unread: true,
+            ..SectionsChange::default()
+        };
+        let refused = SectionsChange {
+            refused: Some([name.clone()].into()),
+            ..SectionsChange::default()
+        };
+        // Of two that a disk could be, the first by name stands.
+        let alike =
+            ["a", "b"].map(|last| format!("cloudstack:8a4f1f63-90f4-4b4c-9aac-00000000000{last}"));
+        let first = section(ExportName::parse("a").unwrap(), &alike[0]);
+        let unmet = SectionsChange {
+            put: vec![first, section(name.clone(), &alike[1])],
+            ..SectionsChange::default()
+        };
+        let all = SectionsChange {
+            refused: Some(BTreeSet::new()),
+            ..SectionsChange::default()
+        };
+        for doubtful in [unread, refused, unmet] {
+            let settings = Settings::new(BootId("boot".to_owned()));
+            let mut middle = Correlation::new(settings.clone(), remembered());
+            assert!(!read(&mut middle, doubtful.clone()), "{doubtful:?}");
+            let back = SectionsChange {
+                put: vec![section(name.clone(), WWN)],
+                ..all.clone()
+            };
+            assert!(!read(&mut middle, back));
+            assert_eq!(middle.mapping(&disk(0)), Some(&mapping));
+
+            let mut middle = Correlation::new(settings, remembered());
+            assert!(!read(&mut middle, doubtful));
+            let gone = SectionsChange {
+                gone: [name.clone()].into(),
+                ..all.clone()
+            };
+            assert!(read(&mut middle, gone), "it stands in no file");
+        }
+    }
 }
