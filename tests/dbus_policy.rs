@@ -574,7 +574,7 @@ const KINDS: [&str; 6] = [
 ];
 
 /// Calls whose arguments alone make them dangerous.
-const HARD: [Row; 2] = [
+const HARD: [Row; 4] = [
     (
         ROOT,
         MANAGER,
@@ -587,6 +587,21 @@ const HARD: [Row; 2] = [
         MANAGER,
         "PrepareDetach",
         &["sa{sv}", "loop:/x", "1", "hard", "b", "true"],
+        false,
+    ),
+    // A drain without time is a cut.
+    (
+        ROOT,
+        MANAGER,
+        "RemoveExport",
+        &["sa{sv}", "a", "1", "timeout_ms", "u", "0"],
+        false,
+    ),
+    (
+        ROOT,
+        MANAGER,
+        "PrepareDetach",
+        &["sa{sv}", "loop:/x", "1", "timeout_ms", "u", "0"],
         false,
     ),
 ];

@@ -1,6 +1,7 @@
 //! Who may call what, where the bus's policy lets everyone call because polkit is asked (`[dbus] polkit`). PURE.
 
 use std::collections::BTreeSet;
+use std::time::Duration;
 
 use zbus::Message;
 
@@ -33,6 +34,9 @@ pub enum Right {
     Dangerous,
 }
 
+/// A drain that is to be over sooner is a cut for whoever writes more than a moment's worth: with no time at all it is one for everybody.
+const DRAIN_MIN: Duration = Duration::from_secs(5);
+
 impl Right {
     /// The name of polkit's action.
     pub fn action(self) -> &'static str {
@@ -45,6 +49,14 @@ impl Right {
 
     fn of(call: &Call) -> Right {
         match call {
+            Call::Request(
+                Request::RemoveExport {
+                    mode: RemoveMode::Soft,
+                    within,
+                    ..
+                }
+                | Request::PrepareDetach { within, .. },
+            ) if *within < DRAIN_MIN => Right::Dangerous,
             Call::Request(
                 Request::RemoveExport {
                     mode: RemoveMode::Hard,
@@ -166,10 +178,25 @@ mod tests {
         let hard = Options::from([("mode", Variant::new("hard"))]);
         let cut = Options::from([("hard", Variant::new(true))]);
         let keep = Options::from([("keep_files", Variant::new(true))]);
+        let within = |ms: u32| Options::from([("timeout_ms", Variant::new(ms))]);
+        let [at_once, short, long] = [0, 4_999, 5_000].map(within);
+        let safe = Options::from([
+            ("mode", Variant::new("safe")),
+            ("timeout_ms", Variant::new(0_u32)),
+        ]);
         for (message, right) in [
             (message("RemoveExport", &("a", &none)), Right::Change),
             (message("RemoveExport", &("a", &hard)), Right::Dangerous),
+            (message("RemoveExport", &("a", &at_once)), Right::Dangerous),
+            (message("RemoveExport", &("a", &short)), Right::Dangerous),
+            (message("RemoveExport", &("a", &long)), Right::Change),
+            (message("RemoveExport", &("a", &safe)), Right::Change),
             (message("PrepareDetach", &("loop:/x", &none)), Right::Change),
+            (
+                message("PrepareDetach", &("loop:/x", &at_once)),
+                Right::Dangerous,
+            ),
+            (message("PrepareDetach", &("loop:/x", &long)), Right::Change),
             (
                 message("PrepareDetach", &("loop:/x", &cut)),
                 Right::Dangerous,
