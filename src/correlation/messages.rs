@@ -226,7 +226,7 @@ pub enum Action {
     Survey {
         reason: &'static str,
     },
-    /// Look up anew where the paths of the configuration lead, as a reading of it does: a link may lead elsewhere by now.
+    /// Look up anew where the paths of the configuration lead, as it was read last: a link may lead elsewhere by now.
     LookUpPaths,
     Tell(Notice),
     /// One decision in words, for the log.

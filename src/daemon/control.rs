@@ -14,6 +14,7 @@ use super::clock::Clock;
 use super::disk_lists::DiskLists;
 use super::keeper::{Keeper, MappingStates};
 use super::last_reading::LastReading;
+use super::look_up::LookedUp;
 use super::metrics::ServingTimes;
 use super::orders::Orders;
 use super::owed::Owed;
@@ -54,7 +55,9 @@ pub(super) enum Report {
     },
     /// The files were read again, or say why not.
     Reloaded(Read),
-    /// They were read when that had been given up.
+    /// It was looked up where their paths lead.
+    LookedUp(LookedUp),
+    /// They were read, or their paths looked up, when that had been given up.
     ReadTooLate(Box<LastReading>),
     /// Someone asks by a row of the shared table.
     RowAsks(Box<RowAsks>),
@@ -389,6 +392,7 @@ impl Control {
             }
             Report::Opened { order, result } => self.on_opened(&order, result),
             Report::Reloaded(read) => self.on_reload(read),
+            Report::LookedUp(looked) => self.on_looked_up(looked),
             Report::ReadTooLate(last) => self.on_read_too_late(last),
             Report::RowAsks(asks) => self.on_row_asks(*asks),
             Report::Wishes(wish) => self.on_wish(*wish),

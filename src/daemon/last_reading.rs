@@ -5,10 +5,11 @@ use std::collections::{BTreeSet, HashMap};
 use std::ffi::OsString;
 
 use crate::config::nbd_server::LastGood;
-use crate::config::{ClaimRules, KnownFiles};
-use crate::correlation::{ConfiguredSection, ExportName, SectionsChange, Written};
+use crate::config::{ClaimRules, KnownFiles, Pace};
+use crate::correlation::{ConfiguredSection, ExportName, NamedPath, SectionsChange, Written};
 use crate::identity::OptIn;
 use crate::nbd::Rules;
+use crate::udev;
 
 /// Whose configuration it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,6 +32,8 @@ pub(super) struct LastReading {
     times: HashMap<OsString, (u64, Written)>,
     /// What the middle was told of the sections, in the order of their names.
     told: Vec<ConfiguredSection>,
+    /// What of the files the middle was told to be refused; `None` when not all of them could be read.
+    refused: Option<BTreeSet<ExportName>>,
     rules: Option<Rules>,
     /// `None` before the first reading.
     claim: Option<Option<ClaimRules>>,
@@ -47,6 +50,7 @@ impl LastReading {
             good: LastGood::default(),
             times: HashMap::new(),
             told: Vec::new(),
+            refused: None,
             rules: None,
             claim: None,
             allow: BTreeSet::new(),
@@ -87,7 +91,43 @@ impl LastReading {
         sections.sort_by(|a, b| a.definition.name.cmp(&b.definition.name));
         let change = SectionsChange::between(std::mem::take(&mut self.told), &sections);
         self.told = sections;
+        self.refused.clone_from(&refused);
         SectionsChange { refused, ..change }
+    }
+
+    /// The sections whose paths lead elsewhere now. Blocks as their links do.
+    pub fn look_up(&self, pace: &Pace) -> Vec<ConfiguredSection> {
+        let elsewhere = self.told.iter().filter_map(|section| {
+            pace.step();
+            let known = section.path.as_ref()?;
+            let at = udev::look_up(&known.path).map_err(|why| why.to_string());
+            let path = (at != known.at).then(|| NamedPath {
+                at,
+                ..known.clone()
+            })?;
+            Some(ConfiguredSection {
+                definition: section.definition.clone(),
+                path: Some(path),
+            })
+        });
+        elsewhere.collect()
+    }
+
+    /// Takes over what [`Self::look_up`] has found, in its order. Of the files it says what they said last.
+    pub fn found(&mut self, elsewhere: Vec<ConfiguredSection>) -> SectionsChange {
+        let mut told = self.told.iter_mut();
+        for section in &elsewhere {
+            let name = &section.definition.name;
+            if let Some(known) = told.find(|known| known.definition.name == *name) {
+                known.path.clone_from(&section.path);
+            }
+        }
+        SectionsChange {
+            put: elsewhere,
+            gone: BTreeSet::new(),
+            unread: self.refused.is_none(),
+            refused: self.refused.clone(),
+        }
     }
 
     /// What is claimed, if that is not as it was.
@@ -112,7 +152,7 @@ impl LastReading {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::correlation::{Definition, Source};
+    use crate::correlation::{Definition, PathFound, Source};
     use crate::identity::VolumeId;
 
     fn section(name: &str, read_only: bool) -> ConfiguredSection {
@@ -148,6 +188,50 @@ mod tests {
             ..SectionsChange::default()
         };
         assert_eq!(change, nothing);
+    }
+
+    /// What stands in the files by now is nobody's business, and what was said of them holds.
+    #[test]
+    fn a_look_up_tells_which_paths_lead_elsewhere_and_nothing_else_of_the_files() {
+        let led = |name: &str, path: &str, at: Result<PathFound, String>| ConfiguredSection {
+            path: Some(NamedPath {
+                path: path.to_owned(),
+                trust: false,
+                written: Written::At(1),
+                at,
+            }),
+            ..section(name, false)
+        };
+        let nothing = udev::look_up("/dev/none").map_err(|why| why.to_string());
+        let before = Ok(PathFound {
+            node: crate::correlation::DeviceNode("/dev/x".to_owned()),
+            diskseq: None,
+            born_us: None,
+            linked_us: None,
+        });
+        let sections = [
+            led("a", "/dev/none", before.clone()),
+            led("b", "/dev/none", nothing.clone()),
+            section("c", true),
+            led("d", "/dev/none", before),
+        ];
+        let refused = Some(BTreeSet::from([ExportName::parse("e").unwrap()]));
+        let mut last = LastReading::none(Dialect::NbdServer);
+        last.change(sections.to_vec(), refused.clone());
+        let elsewhere = ["a", "d"].map(|name| led(name, "/dev/none", nothing.clone()));
+        let found = last.look_up(&Pace::default());
+        let change = last.found(found);
+        let wanted = SectionsChange {
+            put: elsewhere.to_vec(),
+            refused,
+            ..SectionsChange::default()
+        };
+        assert_eq!(change, wanted);
+        assert!(last.look_up(&Pace::default()).is_empty());
+        // A reading that finds them back where they were tells that.
+        let back = last.change(sections.to_vec(), None);
+        assert_eq!(back.put, [sections[0].clone(), sections[3].clone()]);
+        assert!(last.found(Vec::new()).unread, "not all files could be read");
     }
 
     #[test]

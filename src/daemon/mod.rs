@@ -22,6 +22,7 @@ mod keeper;
 mod last_changes;
 mod last_reading;
 mod log;
+mod look_up;
 mod metrics;
 mod orders;
 mod owed;

@@ -94,7 +94,7 @@ impl Control {
                 }
                 Action::WatchFile { file } => self.files.watch(file),
                 Action::UnwatchFile { file } => self.files.unwatch(&file),
-                Action::LookUpPaths => self.reload_by_itself(),
+                Action::LookUpPaths => self.look_up_paths(),
                 Action::Tell(notice) => notices.push(notice),
                 Action::Log(decision) => log::decision(&decision),
             }

@@ -10,7 +10,7 @@ use super::clock::Clock;
 use super::control::{Asker, Control, Report};
 use super::last_reading::{Dialect, LastReading};
 use super::reload_outcome::{OutcomeFile, ReloadOutcome};
-use super::reload_turn::{LastWord, Turn};
+use super::reload_turn::{LastWord, Owed, Turn, What};
 use super::sections::{self, Reading};
 use crate::config::nbd_server::CommandLine;
 use crate::config::{self, ClaimRules, Pace};
@@ -24,27 +24,25 @@ const PROBLEMS_BYTES_MAX: usize = 16 << 10;
 /// Only one reading goes on at a time: of two, the older could be applied last.
 pub(super) struct Reload {
     pub(super) clock: Clock,
-    aside: Aside,
+    pub(super) aside: Aside,
     /// What was read last; `None` before that, and while it is read.
-    last: Option<Box<LastReading>>,
+    pub(super) last: Option<Box<LastReading>>,
     /// What was wrong in what is being applied, for those who asked.
     told: String,
     /// What the last one came to, for those who asked by a signal.
-    outcome: ReloadOutcome,
+    pub(super) outcome: ReloadOutcome,
     outcome_file: OutcomeFile,
     /// Exports of what is being applied, and what of the files was refused before the middle saw it.
     taken: usize,
     refused: usize,
-    turn: Turn,
-    /// Asked for again since the reading began.
-    again: bool,
-    /// The daemon itself needs what a reading finds that has not begun yet or was given up: for a disk that came, or a file that changed.
-    /// Nobody would ask for it again.
-    owed: bool,
+    pub(super) turn: Turn,
+    /// The files were asked for since what goes on began.
+    pub(super) again: bool,
+    pub(super) owed: Owed,
     /// Callers whom the reading that goes on answers: it began after they asked. With those below at most the calls that
     /// D-Bus lets in.
-    served: Vec<Asker>,
-    waiting: Vec<Asker>,
+    pub(super) served: Vec<Asker>,
+    pub(super) waiting: Vec<Asker>,
 }
 
 impl Reload {
@@ -60,14 +58,21 @@ impl Reload {
             refused: 0,
             turn: Turn::default(),
             again: false,
-            owed: false,
+            owed: Owed::default(),
             served: Vec::new(),
             waiting: Vec::new(),
         }
     }
 
+    /// Whether the files are being read.
     pub(super) fn is_reading(&self) -> bool {
-        matches!(self.turn, Turn::Reads { .. })
+        matches!(
+            self.turn,
+            Turn::Reads {
+                what: What::Files,
+                ..
+            }
+        )
     }
 
     /// Whether one was given up and has not come back.
@@ -115,9 +120,9 @@ impl Control {
         self.tell_signaller(&refusal);
     }
 
-    /// For a disk that came, or a file that changed. While a reading hangs it is owed.
+    /// For a file that changed. While a reading hangs it is owed.
     pub(super) fn reload_by_itself(&mut self) {
-        self.reload.owed = true;
+        self.reload.owed.files = true;
         if !self.reload.hangs() {
             self.begin_reload();
         }
@@ -132,12 +137,13 @@ impl Control {
         else {
             return;
         };
-        if self.reload.is_reading() {
+        if matches!(self.reload.turn, Turn::Reads { .. }) {
             self.reload.again = true;
             return;
         }
+        // The paths are looked up with the files.
         let own = std::mem::take(&mut self.reload.owed);
-        let last_word = self.reload.turn.begin(own);
+        let last_word = self.reload.turn.begin(What::Files, own);
         self.reload.outcome = ReloadOutcome::begun();
         self.reload.served = std::mem::take(&mut self.reload.waiting);
         self.service.reloading();
@@ -163,40 +169,6 @@ impl Control {
         }
     }
 
-    /// The deadline of a reading has come.
-    pub(super) fn give_up_reading(&mut self) {
-        let (Some(own), Some(path)) = (self.reload.turn.give_up(), &self.options.config) else {
-            return;
-        };
-        let told = Turn::given_up(path);
-        tracing::error!(name: "config_hangs", "{told}");
-        self.reload.owed |= own;
-        // Whoever has asked since it began would wait for the same.
-        self.reload.again = false;
-        let waiting = std::mem::take(&mut self.reload.waiting);
-        self.reload.served.extend(waiting);
-        self.answer_reload(&Err(RequestError::TimedOut(told.clone())));
-        self.reload.outcome = ReloadOutcome::begun();
-        self.tell_signaller(&told);
-        self.tell_ready();
-    }
-
-    /// A reading that was given up has come back. It is thrown away: to whoever asked it has failed, and a change that comes so much later
-    /// surprises. What the daemon owes is read anew, as it is now.
-    pub(super) fn on_read_too_late(&mut self, last: Box<LastReading>) {
-        self.reload.last = Some(last);
-        self.reload.turn = Turn::Rest;
-        tracing::info!(
-            name: "config_answers",
-            "the file system of the configuration answers again; the reading that it held up is thrown away, and what is configured stays until the next reload"
-        );
-        if self.reload.owed && !self.stopping {
-            self.begin_reload();
-        } else {
-            self.tell_ready();
-        }
-    }
-
     /// The files were read, or not.
     pub(super) fn on_reload(&mut self, read: Read) {
         if self.stopping {
@@ -214,15 +186,26 @@ impl Control {
             let _asked = self.files.check();
         }
         self.reload.turn = Turn::Rest;
-        if std::mem::take(&mut self.reload.again) {
+        let again = std::mem::take(&mut self.reload.again);
+        self.go_on_reading(again);
+    }
+
+    /// Nothing is read any more: begins what is asked for, or owed.
+    pub(super) fn go_on_reading(&mut self, asked: bool) {
+        if self.stopping {
+            return;
+        }
+        if asked || self.reload.owed.files {
             self.begin_reload();
-        } else if !self.stopping {
+        } else if self.reload.owed.paths {
+            self.begin_look_up();
+        } else {
             self.tell_ready();
         }
     }
 
     /// Tells those who asked by a signal, when everything is applied.
-    fn tell_signaller(&mut self, problems: &str) {
+    pub(super) fn tell_signaller(&mut self, problems: &str) {
         let mut outcome = std::mem::take(&mut self.reload.outcome);
         problems.clone_into(&mut outcome.problems);
         self.reload.outcome_file.write(outcome);
@@ -294,7 +277,7 @@ impl Control {
         told
     }
 
-    fn answer_reload(&mut self, answer: &Result<Answer, RequestError>) {
+    pub(super) fn answer_reload(&mut self, answer: &Result<Answer, RequestError>) {
         for asker in std::mem::take(&mut self.reload.served) {
             self.answer(asker, answer.clone());
         }

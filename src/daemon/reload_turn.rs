@@ -1,4 +1,5 @@
-//! The one reading of the configuration that may go on, and its deadline. Its files may lie on a file system that never answers.
+//! The one reading of the configuration that may go on, or look-up of its paths, and its deadline. Both may come to a file system that
+//! never answers.
 //!
 //! ```text
 //!   Rest ── begins ──> Reads ── has read: applied ──> Rest
@@ -12,6 +13,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use tokio::time::Instant;
+
+use super::control::Control;
+use super::last_reading::LastReading;
+use super::reload_outcome::ReloadOutcome;
+use crate::correlation::RequestError;
 
 /// For all files of a reload: less than the 45 s in which each call is answered. On a healthy disk ten thousand of them take some tenths of
 /// a second.
@@ -29,6 +35,24 @@ impl LastWord {
     }
 }
 
+/// What is read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum What {
+    /// The files, and where their paths lead.
+    Files,
+    /// Only where the paths lead that the files named last.
+    Paths,
+}
+
+/// What the daemon itself needs and nobody would ask for again: what has not begun yet, or was given up.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Owed {
+    /// For a file that changed.
+    pub files: bool,
+    /// For a disk that came to where a link led.
+    pub paths: bool,
+}
+
 /// Where the reading is.
 #[derive(Debug, Default)]
 pub(super) enum Turn {
@@ -39,21 +63,23 @@ pub(super) enum Turn {
         /// `None` when it has read everything and its answer is near.
         until: Option<Instant>,
         last_word: LastWord,
-        /// The daemon itself wanted it.
-        own: bool,
+        what: What,
+        /// What of it the daemon itself wanted.
+        own: Owed,
     },
     /// Given up, and the thread is held by a call that has not returned.
-    Hangs { since: Instant },
+    Hangs { since: Instant, what: What },
 }
 
 impl Turn {
     /// Begins one.
-    pub fn begin(&mut self, own: bool) -> LastWord {
+    pub fn begin(&mut self, what: What, own: Owed) -> LastWord {
         let (began, last_word) = (Instant::now(), LastWord::default());
         *self = Turn::Reads {
             began,
             until: Some(began + WITHIN),
             last_word: last_word.clone(),
+            what,
             own,
         };
         last_word
@@ -67,12 +93,13 @@ impl Turn {
         }
     }
 
-    /// The deadline has come. `Some` when the reading is given up by that: whether the daemon itself wanted it.
-    pub fn give_up(&mut self) -> Option<bool> {
+    /// The deadline has come. `Some` when the reading is given up by that: what it was to read, and what of it is owed.
+    pub fn give_up(&mut self) -> Option<(What, Owed)> {
         let Turn::Reads {
             began,
             until,
             last_word,
+            what,
             own,
         } = self
         else {
@@ -82,13 +109,24 @@ impl Turn {
             *until = None;
             return None;
         }
-        let own = *own;
-        *self = Turn::Hangs { since: *began };
-        Some(own)
+        let (what, own) = (*what, *own);
+        *self = Turn::Hangs {
+            since: *began,
+            what,
+        };
+        Some((what, own))
     }
 
     /// For whom it was given up.
-    pub fn given_up(path: &Path) -> String {
+    fn given_up(what: What, path: &Path) -> String {
+        if what == What::Paths {
+            return format!(
+                "where the paths of the configuration at {} lead could not be looked up within {} s: a file system on their way does \
+                 not answer. What is configured stays, and they are looked up when it answers; look at what is mounted there",
+                path.display(),
+                WITHIN.as_secs()
+            );
+        }
         format!(
             "the configuration at {} could not be read within {} s: its file system does not answer. What was configured stays, \
              and nothing is taken of what this reading may still find; look at what is mounted there, and say 'nbdtrack reload' when it answers",
@@ -99,15 +137,55 @@ impl Turn {
 
     /// For who asks while one hangs; `None` while none does.
     pub fn refusal(&self, path: &Path) -> Option<String> {
-        let Turn::Hangs { since } = self else {
+        let Turn::Hangs { since, what } = self else {
             return None;
         };
+        let held = match what {
+            What::Files => "its file system has not answered the reading",
+            What::Paths => "a file system on the way of its paths has not answered the look-up",
+        };
         Some(format!(
-            "the configuration at {} is not read again: its file system has not answered the reading that began {} s ago. What \
+            "the configuration at {} is not read again: {held} that began {} s ago. What \
              was configured stays; look at what is mounted there, and say 'nbdtrack reload' when it answers",
             path.display(),
             since.elapsed().as_secs()
         ))
+    }
+}
+
+impl Control {
+    /// The deadline of a reading, or of a look-up, has come.
+    pub(super) fn give_up_reading(&mut self) {
+        let (Some((what, own)), Some(path)) = (self.reload.turn.give_up(), &self.options.config)
+        else {
+            return;
+        };
+        let told = Turn::given_up(what, path);
+        tracing::error!(name: "config_hangs", "{told}");
+        self.reload.owed.files |= own.files;
+        self.reload.owed.paths |= own.paths;
+        // Whoever has asked since it began would wait for the same.
+        let asked = std::mem::take(&mut self.reload.again) || what == What::Files;
+        let waiting = std::mem::take(&mut self.reload.waiting);
+        self.reload.served.extend(waiting);
+        self.answer_reload(&Err(RequestError::TimedOut(told.clone())));
+        if asked {
+            self.reload.outcome = ReloadOutcome::begun();
+            self.tell_signaller(&told);
+        }
+        self.tell_ready();
+    }
+
+    /// A reading, or a look-up, that was given up has come back. It is thrown away: to whoever asked it has failed, and a change that comes
+    /// so much later surprises. What the daemon owes is read anew, as it is now.
+    pub(super) fn on_read_too_late(&mut self, last: Box<LastReading>) {
+        self.reload.last = Some(last);
+        self.reload.turn = Turn::Rest;
+        tracing::info!(
+            name: "config_answers",
+            "the file system of the configuration answers again; the reading that it held up is thrown away, and what is configured stays until the next reload"
+        );
+        self.go_on_reading(false);
     }
 }
 
@@ -120,9 +198,13 @@ mod tests {
         let path = Path::new("/etc/nbdtrack");
         let mut turn = Turn::default();
         assert_eq!(turn.due(), None);
-        let late = turn.begin(true);
+        let owed = Owed {
+            files: true,
+            paths: false,
+        };
+        let late = turn.begin(What::Files, owed);
         assert!(turn.due().is_some());
-        assert_eq!(turn.give_up(), Some(true), "the daemon wanted it");
+        assert_eq!(turn.give_up(), Some((What::Files, owed)));
         assert!(!late.take());
         assert!(
             turn.refusal(path)
@@ -130,7 +212,7 @@ mod tests {
         );
         assert_eq!(turn.due(), None);
 
-        let in_time = turn.begin(false);
+        let in_time = turn.begin(What::Files, Owed::default());
         assert!(in_time.take());
         assert_eq!(turn.give_up(), None, "its answer is near");
         assert_eq!(turn.due(), None);
