@@ -331,6 +331,10 @@ fn what_the_appliance_writes_is_a_request_by_the_rule_of_a_new_pin() -> Outcome<
         scene.devices[0].attach(&scene.volumes[0].image)?;
         let told = waits_for(&scene, "came after the line was written")?;
         hold!(told.contains("--volume disk:"), "{told}");
+        // The appliance saves the row again: its path was written no later for that.
+        update(&server, 2, "vm_name = 'saved again'")?;
+        looked(&scene)?;
+        looked(&scene)?;
         hold!(
             scene.client.export(&name(2))?.is_none(),
             "nothing is served by it"

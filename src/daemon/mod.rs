@@ -36,6 +36,7 @@ mod reload_turn;
 mod rescan;
 mod rights;
 mod row_asks;
+mod row_paths;
 mod runtime_files;
 mod sections;
 mod service;

@@ -1,6 +1,7 @@
 //! What rows of the shared table ask for, answered as what callers ask: by the same checks, in the same trail.
 
 use super::control::{Asker, Control};
+use super::row_paths::Earliest;
 use crate::correlation::{
     Ensure, Mapping, NamedPath, PathFound, RemoveMode, Request, RequestError, VmDisk, Written,
 };
@@ -20,8 +21,8 @@ pub(super) struct RowAsks {
     pub demand: Demand,
     /// Where its path leads.
     pub found: Result<PathFound, String>,
-    /// When it was written at the earliest, in microseconds since 1970, or why that is not known.
-    pub written: Result<u64, &'static str>,
+    /// When that path was written.
+    pub written: Earliest,
     pub asker: Asker,
 }
 

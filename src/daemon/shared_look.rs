@@ -9,6 +9,7 @@ use tokio::time::{Instant, timeout};
 
 use super::control::Report;
 use super::row_asks::RowAsks;
+use super::row_paths::{Earliest, PathSaid, earliest};
 use super::shared_table::{ASKS_MAX, Look, Refused, SharedTable, Told};
 use super::shared_writes::Following;
 use super::table_looks::{Ask, Looked};
@@ -24,8 +25,6 @@ const ANSWER_WITHIN: Duration = Duration::from_secs(90);
 /// A row that was refused is asked for again after so long, doubled with each more.
 const REFUSED_MIN: Duration = Duration::from_secs(5);
 const REFUSED_MAX: Duration = Duration::from_secs(300);
-/// Clocks of machines that keep time differ by less: ours, the database's, and the appliance's.
-const CLOCKS_DIFFER_US: u64 = 1_000_000;
 
 impl SharedTable {
     /// Has the table looked at, by a deadline.
@@ -89,6 +88,7 @@ impl SharedTable {
             mut conflicts,
             fresh,
             rows,
+            paths,
             clock_us,
             ..
         } = *following;
@@ -96,8 +96,11 @@ impl SharedTable {
         let stays = |disk: &VmDisk| !touched.contains(disk);
         let fresh: Vec<VmDisk> = fresh.into_iter().filter(stays).collect();
         self.mark_kept(store, fresh).await;
+        if let Some(paths) = paths {
+            self.see_paths(paths, &touched, clock_us);
+        }
         let asks = asks.into_iter().filter(|(_, disk, _)| stays(disk));
-        self.ask_all(asks.collect(), clock_us, &touched, &mut conflicts);
+        self.ask_all(asks.collect(), &touched, &mut conflicts);
         self.tell_conflicts(conflicts, &rows);
         self.overlooked.retain(|disk, _| touched.contains(disk));
         for disk in touched {
@@ -128,19 +131,25 @@ impl SharedTable {
         }
     }
 
+    fn see_paths(&mut self, paths: Vec<PathSaid>, touched: &BTreeSet<VmDisk>, database_us: u64) {
+        let (overlooked, looked_us, now_us) = (&self.overlooked, self.looked_us, now_us());
+        self.paths.take_over(paths, touched, |said| {
+            let of_disk = said.disk.as_ref().and_then(|disk| overlooked.get(disk));
+            let looked_us = of_disk.copied().unwrap_or(looked_us);
+            earliest(said.updated_us, looked_us, database_us, now_us)
+        });
+    }
+
     fn ask_all(
         &mut self,
         asks: Vec<(i64, VmDisk, Demand)>,
-        clock_us: u64,
         touched: &BTreeSet<VmDisk>,
         conflicts: &mut BTreeMap<i64, String>,
     ) {
         let wanted: BTreeSet<&VmDisk> = asks.iter().map(|(_, disk, _)| disk).collect();
         let stays = |disk: &VmDisk| wanted.contains(disk) || touched.contains(disk);
         self.refused.retain(|disk, _| stays(disk));
-        self.first_seen.retain(|disk, _| stays(disk));
         for (row, disk, demand) in asks {
-            let written = self.written_at(&disk, &demand, clock_us);
             let refused = self
                 .refused
                 .get(&disk)
@@ -153,38 +162,11 @@ impl SharedTable {
                 continue;
             }
             self.asking.insert(disk.clone());
-            self.ask(row, disk, demand, written);
+            self.ask(row, disk, demand, self.paths.written(row));
         }
     }
 
-    /// When the row was written at the earliest. Judged by the look that first saw it so: for every later one it was there before.
-    fn written_at(
-        &mut self,
-        disk: &VmDisk,
-        demand: &Demand,
-        database_us: u64,
-    ) -> Result<u64, &'static str> {
-        if let Some((known, written)) = self.first_seen.get(disk)
-            && known == demand
-        {
-            return *written;
-        }
-        let written = match demand {
-            Demand::Serve { updated_us, .. } => {
-                let looked_us = self.overlooked.get(disk).copied();
-                let looked_us = looked_us.unwrap_or(self.looked_us);
-                written(*updated_us, looked_us, database_us, now_us())
-            }
-            Demand::Restore { .. } | Demand::Rename { .. } | Demand::Remove => {
-                Err("no path was written")
-            }
-        };
-        self.first_seen
-            .insert(disk.clone(), (demand.clone(), written));
-        written
-    }
-
-    fn ask(&self, row: i64, disk: VmDisk, demand: Demand, written: Result<u64, &'static str>) {
+    fn ask(&self, row: i64, disk: VmDisk, demand: Demand, written: Earliest) {
         let (tell, reports) = (self.tell.clone(), self.reports.clone());
         // At most ASKS_MAX; each ends by its deadlines.
         tokio::spawn(async move {
@@ -277,29 +259,6 @@ impl SharedTable {
     pub fn waiting(&self) -> impl Iterator<Item = MappingRow> {
         self.conflicts.values().cloned()
     }
-}
-
-/// When a row was written at the earliest, as far as that can be trusted, in microseconds since 1970 by this machine's clock. The time in
-/// the row is the appliance's word; it is taken when it lies between the last look, which did not see the row so, and this one, and then
-/// it is as much too late as that clock may be ahead of ours. Else the last look is the earliest that it can have been.
-fn written(
-    updated_us: Option<u64>,
-    looked_us: Option<u64>,
-    database_us: u64,
-    now_us: u64,
-) -> Result<u64, &'static str> {
-    let Some(looked) = looked_us else {
-        return Err("the daemon was not looking at the table when the row was written");
-    };
-    if database_us.abs_diff(now_us) > CLOCKS_DIFFER_US {
-        return Err("the database's clock and this machine's differ");
-    }
-    Ok(match updated_us {
-        Some(updated) if (looked..=now_us).contains(&updated) => {
-            updated.saturating_sub(CLOCKS_DIFFER_US).max(looked)
-        }
-        _ => looked,
-    })
 }
 
 async fn look_up(path: String) -> Result<PathFound, String> {
@@ -412,29 +371,5 @@ mod tests {
         assert!(shared.overlooked.is_empty());
         let asked = reported.recv().await;
         assert!(matches!(asked, Some(Report::RowAsks(asks)) if asks.disk == disk(2)));
-    }
-
-    #[test]
-    fn a_rows_time_is_taken_only_where_a_look_proves_it() {
-        let at = |updated, looked| written(updated, looked, 100_000_000, 100_500_000);
-        // A disk that came within the last second before it may have come after it, by a clock that is ahead.
-        assert_eq!(at(Some(99_000_000), Some(95_000_000)), Ok(98_000_000));
-        assert_eq!(at(Some(95_500_000), Some(95_000_000)), Ok(95_000_000));
-        assert_eq!(
-            at(Some(10), Some(95_000_000)),
-            Ok(95_000_000),
-            "an ORM that keeps no time"
-        );
-        assert_eq!(
-            at(Some(900_000_000), Some(95_000_000)),
-            Ok(95_000_000),
-            "local time"
-        );
-        assert_eq!(at(None, Some(95_000_000)), Ok(95_000_000));
-        assert!(at(Some(99_000_000), None).is_err(), "nobody looked");
-        assert!(
-            written(Some(99), Some(95), 100, 5_000_000).is_err(),
-            "clocks differ"
-        );
     }
 }

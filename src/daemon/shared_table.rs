@@ -20,6 +20,7 @@ use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use super::control::Report;
+use super::row_paths::RowPaths;
 use super::shared_writes::Following;
 use super::table_looks::{KnownDisks, Looked, TableLooks};
 use crate::correlation::{Change, MappingRow, MappingState, RequestError, Unkept, VmDisk};
@@ -117,8 +118,7 @@ pub(super) struct SharedTable {
     /// Rows that the table has, and of which the local store does not say so yet.
     pub(super) unmarked: BTreeSet<VmDisk>,
     pub(super) asking: BTreeSet<VmDisk>,
-    /// What rows ask for, and when that was written at the earliest; at most one for each row.
-    pub(super) first_seen: BTreeMap<VmDisk, (Demand, Result<u64, &'static str>)>,
+    pub(super) paths: RowPaths,
     pub(super) refused: BTreeMap<VmDisk, Refused>,
     /// What the last look found for a person, by row.
     pub(super) conflicts: BTreeMap<i64, MappingRow>,
@@ -157,7 +157,7 @@ impl SharedTable {
             unsaid: BTreeSet::new(),
             unmarked: BTreeSet::new(),
             asking: BTreeSet::new(),
-            first_seen: BTreeMap::new(),
+            paths: RowPaths::default(),
             refused: BTreeMap::new(),
             conflicts: BTreeMap::new(),
             looked_us: None,

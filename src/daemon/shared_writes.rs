@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use super::row_paths::PathSaid;
 use super::shared_table::{Link, SharedTable, touch};
 use super::table_looks::Looked;
 use crate::correlation::{MappingState, VmDisk};
@@ -25,6 +26,7 @@ pub(super) struct Following {
     /// As [`Looked`] has them.
     pub fresh: Vec<VmDisk>,
     pub rows: Vec<SeenRow>,
+    pub paths: Option<Vec<PathSaid>>,
     pub clock_us: u64,
 }
 
@@ -38,6 +40,7 @@ impl Following {
             asks: Vec::new(),
             fresh: looked.fresh,
             rows: looked.rows,
+            paths: looked.paths,
             clock_us: looked.clock_us,
         };
         for step in looked.judgement.steps(touched) {

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot};
 
 use super::aside::weigh_little;
+use super::row_paths::PathSaid;
 use super::shared_table::Told;
 use crate::correlation::VmDisk;
 use crate::mapping::reconcile::{self, Judgement, Known, SeenRow};
@@ -81,6 +82,8 @@ pub(super) struct Looked {
     pub fresh: Vec<VmDisk>,
     /// The rows that the judgement says something of.
     pub rows: Vec<SeenRow>,
+    /// Of the whole table; `None` when it is as it was.
+    pub paths: Option<Vec<PathSaid>>,
     /// Of the whole table; `None` when it is as it was, and led to nothing then.
     pub count: Option<usize>,
     /// As [`crate::mapping::Table::clock_us`].
@@ -198,6 +201,7 @@ impl Looks {
                 read,
             });
         let count = table.rows.len();
+        let paths = PathSaid::all(&self.owner, &table.rows);
         let told = judgement.rows();
         let mut rows = table.rows;
         rows.retain(|row| told.contains(&row.id));
@@ -205,6 +209,7 @@ impl Looks {
             judgement,
             fresh,
             rows,
+            paths: Some(paths),
             count: Some(count),
             clock_us: table.clock_us,
         })

@@ -91,7 +91,6 @@ pub enum Demand {
     Serve {
         vm_name: String,
         device_path: String,
-        updated_us: Option<u64>,
     },
     /// The disk is the volume that it was; no path says otherwise.
     Restore {
@@ -219,7 +218,7 @@ pub fn judge(
 impl SeenRow {
     /// # Errors
     /// Why it can be no disk of a VM.
-    fn disk(&self) -> Result<VmDisk, String> {
+    pub fn disk(&self) -> Result<VmDisk, String> {
         u32::try_from(self.unit)
             .map_err(|_| format!("disk_unit_number {} is none", self.unit))
             .and_then(|unit| VmDisk::new(&self.vm_id, unit).map_err(|error| error.to_string()))
@@ -230,6 +229,14 @@ impl SeenRow {
         let beside = self.beside.as_ref();
         let others = beside.filter(|beside| beside.owner != owner);
         others.map(|beside| beside.owner.as_str())
+    }
+
+    /// Its path, where that is somebody's word: of no other owner, and not what `owner` wrote there.
+    pub fn path_of_others(&self, owner: &str) -> Option<&str> {
+        let path = self.values.device_path.as_str();
+        let wrote = self.beside.as_ref().map(|beside| &beside.wrote.device_path);
+        let theirs = self.others(owner).is_none() && wrote.is_none_or(|wrote| wrote != path);
+        (theirs && !path.is_empty()).then_some(path)
     }
 
     /// The disk, if the row is `owner`'s.
@@ -354,7 +361,6 @@ fn serve(row: &SeenRow, disk: &VmDisk) -> Step {
     let demand = Demand::Serve {
         vm_name: row.values.vm_name.clone(),
         device_path: row.values.device_path.clone(),
-        updated_us: row.updated_us,
     };
     ask(row, disk, demand)
 }

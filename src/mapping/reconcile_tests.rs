@@ -168,7 +168,6 @@ fn a_row_that_the_appliance_inserts_is_served_unless_it_could_be_anothers() {
     let demand = Demand::Serve {
         vm_name: "web".to_owned(),
         device_path: ELSEWHERE.to_owned(),
-        updated_us: Some(5),
     };
     let ask = Step::Ask {
         row: 7,
