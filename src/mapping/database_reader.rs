@@ -49,11 +49,6 @@ impl TableReader {
         let opened = async {
             let mut connection = options(address).connect().await.map_err(away)?;
             begin_session(&mut connection).await.map_err(away)?;
-            // A snapshot is one only so; it is the server's default unless someone has changed that.
-            sqlx::raw_sql("SET SESSION TRANSACTION ISOLATION LEVEL REPEATABLE READ")
-                .execute(&mut connection)
-                .await
-                .map_err(away)?;
             Ok(TableReader {
                 connection,
                 owner: address.owner.clone(),

@@ -83,6 +83,11 @@ const VIEW: &str = "CREATE VIEW nbdtrack_vm_exports AS
 
 /// What holds for each connection.
 pub(super) async fn begin_session(connection: &mut MySqlConnection) -> Result<(), sqlx::Error> {
+    // It is the server's default unless someone has changed that. Otherwise a snapshot is none, and of two daemons that take a row beside which
+    // nothing stands yet neither sees the other.
+    sqlx::raw_sql("SET SESSION TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+        .execute(&mut *connection)
+        .await?;
     // A lock that someone holds for longer ends a transaction, which is then begun anew.
     sqlx::query("SET SESSION innodb_lock_wait_timeout = 1, lock_wait_timeout = 2")
         .execute(&mut *connection)
@@ -222,8 +227,10 @@ async fn row(
     let row = sqlx::query(
         "SELECT CAST(id AS SIGNED) AS id, CAST(vm_name AS CHAR) AS vm_name, CAST(export_name AS CHAR) AS export_name,
             CAST(device_path AS CHAR) AS device_path, CAST(status AS CHAR) AS status
-         FROM vm_export_mappings WHERE vm_id = ? AND disk_unit_number = ? FOR UPDATE",
+         FROM vm_export_mappings WHERE vm_id = ? AND BINARY vm_id = ? AND disk_unit_number = ? FOR UPDATE",
     )
+    // Twice: an appliance's table may take other cases of its letters for the same id, and has its index by that.
+    .bind(disk.vm_id())
     .bind(disk.vm_id())
     .bind(disk.unit())
     .fetch_optional(connection)
@@ -308,7 +315,8 @@ async fn put_row(
     };
     match written {
         Err(error) if is_duplicate(&error) => Err(Fault::Taken(format!(
-            "another row of vm_export_mappings has the export_name {export}"
+            "another row of vm_export_mappings has the export_name {export}, or the vm_id {} by that table's rules of equality",
+            disk.vm_id()
         ))),
         written => Ok(written.map(|_| true)?),
     }
@@ -357,11 +365,12 @@ pub(super) async fn note(
             "UPDATE vm_export_mappings m JOIN nbdtrack_mappings n
              ON n.vm_id = m.vm_id AND n.disk_unit_number = m.disk_unit_number
              SET m.device_path = ?, m.updated_at = UTC_TIMESTAMP(3), n.wrote_device_path = ?
-             WHERE m.vm_id = ? AND m.disk_unit_number = ? AND n.owner = ? AND m.status = 'active'
+             WHERE m.vm_id = ? AND n.vm_id = ? AND m.disk_unit_number = ? AND n.owner = ? AND m.status = 'active'
              AND BINARY m.device_path = BINARY n.wrote_device_path AND BINARY m.device_path <> BINARY ?",
         )
         .bind(path)
         .bind(path)
+        .bind(state.disk.vm_id())
         .bind(state.disk.vm_id())
         .bind(state.disk.unit())
         .bind(owner)
