@@ -6,7 +6,8 @@ mod support;
 use std::collections::BTreeMap;
 
 use nbdtrack::correlation::{MappingState, State, VmDisk};
-use nbdtrack::mapping::reconcile::Known;
+use nbdtrack::mapping::basis::{Basis, RowSaid};
+use nbdtrack::mapping::reconcile::{Known, Values};
 use nbdtrack::mapping::{Address, Database, DatabaseError, Tls};
 use support::ground::{Need, real};
 use support::mariadb::MariaDb;
@@ -68,8 +69,18 @@ async fn put(
     vm_id: &str,
     known: Known,
 ) -> Outcome<Result<(), DatabaseError>> {
-    let puts = BTreeMap::from([(disk(vm_id)?, known)]);
-    Ok(database.put(&puts).await)
+    put_by(database, vm_id, known, Basis::Caller { told: None }).await
+}
+
+async fn put_by(
+    database: &mut Database,
+    vm_id: &str,
+    known: Known,
+    basis: Basis,
+) -> Outcome<Result<(), DatabaseError>> {
+    let disk = disk(vm_id)?;
+    let puts = BTreeMap::from([(disk.clone(), known)]);
+    Ok(database.put(&puts, &BTreeMap::from([(disk, basis)])).await)
 }
 
 /// A daemon was asked for an export whose id another one's row had in other letters: it wrote that row, both exports went by it in the end,
@@ -166,5 +177,50 @@ fn of_two_daemons_that_take_a_row_of_nobody_one_has_it() -> Outcome<()> {
         )?;
         hold!(row == format!("of {name}\tof {name}\t{name}"), "{row}");
         Ok(())
+    })
+}
+
+/// The row said vdc and was being asked for; it was corrected to vdd, and what it had said before was written over that.
+#[test]
+fn what_is_written_meanwhile_is_not_written_over() -> Outcome<()> {
+    real("a row that is corrected", NEEDS, |ground| {
+        let server = MariaDb::make(ground.path(), &[])?;
+        server.sql(TABLE)?;
+        runtime()?.block_on(async {
+            let mut one = connect(&server, "one").await?;
+            let here = || known("web", "/dev/vdb");
+            hold!(put(&mut one, "vm", here()).await? == Ok(()), "new");
+            let says = |path: &str| Values {
+                vm_name: "web".to_owned(),
+                export_name: "migration-vm-vm-disk0".to_owned(),
+                device_path: path.to_owned(),
+                active: true,
+            };
+            let row_said = |path| Basis::Row(RowSaid(Some(says(path))));
+            let told = |path| Basis::Caller {
+                told: Some(says(path)),
+            };
+            server.sql("UPDATE vm_export_mappings SET device_path = '/dev/vdd'")?;
+            let before = server.sql(ALL)?;
+            for basis in [
+                row_said("/dev/vdc"),
+                told("/dev/vdc"),
+                Basis::Caller { told: None },
+            ] {
+                let answer = put_by(&mut one, "vm", here(), basis).await?;
+                hold!(
+                    matches!(&answer, Err(DatabaseError::Written(reason)) if reason.contains("try again")),
+                    "{answer:?}"
+                );
+            }
+            let after = server.sql(ALL)?;
+            hold!(before == after, "{before}\nbecame\n{after}");
+            for basis in [row_said("/dev/vdd"), told("/dev/vdd")] {
+                server.sql("UPDATE vm_export_mappings SET device_path = '/dev/vdd'")?;
+                let answer = put_by(&mut one, "vm", here(), basis).await?;
+                hold!(answer == Ok(()), "{answer:?}");
+            }
+            Ok(())
+        })
     })
 }

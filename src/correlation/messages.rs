@@ -82,6 +82,9 @@ pub enum Unkept {
     /// In the shared database it is another daemon's.
     #[error("{0}")]
     Taken(String),
+    /// In the shared database somebody has asked for something else meanwhile, which is heard first.
+    #[error("{0}")]
+    Overtaken(String),
     #[error("{0}")]
     Failed(String),
 }
@@ -89,7 +92,7 @@ pub enum Unkept {
 impl From<Unkept> for RequestError {
     fn from(why: Unkept) -> RequestError {
         match why {
-            Unkept::Away(reason) => RequestError::NotReady(reason),
+            Unkept::Away(reason) | Unkept::Overtaken(reason) => RequestError::NotReady(reason),
             Unkept::Taken(reason) => RequestError::InUse(reason),
             Unkept::Failed(reason) => {
                 RequestError::Failed(format!("the store could not keep it: {reason}"))

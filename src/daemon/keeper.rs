@@ -22,6 +22,7 @@ use crate::correlation::{
     RequestId, Unkept, VmDisk,
 };
 use crate::dbus::Answer;
+use crate::mapping::basis::RowSaid;
 use crate::mapping::{Store, StoreError};
 
 /// Rows of one transaction, so that an order behind it waits for some milliseconds.
@@ -39,6 +40,8 @@ pub(super) enum Order {
     Write {
         request: RequestId,
         changes: Vec<Change>,
+        /// What the row of the shared table said that asks for it; `None` where no row does.
+        by_row: Option<RowSaid>,
     },
     /// Look at the shared table, if there is one.
     Look,
@@ -215,8 +218,12 @@ impl Keeper {
 
     async fn carry_out(&mut self, order: Order) {
         match order {
-            Order::Write { request, changes } => {
-                let result = self.write(request, &changes).await;
+            Order::Write {
+                request,
+                changes,
+                by_row,
+            } => {
+                let result = self.write(request, &changes, by_row).await;
                 let _stopped = self
                     .reports
                     .send(Report::Happened(Event::Persisted { request, result }));
@@ -258,9 +265,14 @@ impl Keeper {
 
     /// What callers change has to be in the shared table first: one that says no has the last word. What the middle changes by itself
     /// is so already, and the table is told when it can be.
-    async fn write(&mut self, request: RequestId, changes: &[Change]) -> Result<(), Unkept> {
+    async fn write(
+        &mut self,
+        request: RequestId,
+        changes: &[Change],
+        by_row: Option<RowSaid>,
+    ) -> Result<(), Unkept> {
         let kept = match &mut self.shared {
-            Some(shared) if request != INTERNAL => shared.keep(changes).await?,
+            Some(shared) if request != INTERNAL => shared.keep(changes, by_row).await?,
             _ => None,
         };
         let stored = self.store(request, changes).await;

@@ -12,6 +12,7 @@ use tokio::sync::mpsc;
 use super::keeper::Order;
 use super::last_changes::LastChanges;
 use crate::correlation::{Change, INTERNAL, RequestId, Unkept};
+use crate::mapping::basis::RowSaid;
 
 /// Orders that may wait for the store. Past it a request is refused, for its caller could not be answered in time.
 const ORDERS_MAX: usize = 1_024;
@@ -20,13 +21,20 @@ pub(super) struct Orders {
     queue: mpsc::Sender<Order>,
     /// What found no room. While there is any no other change is taken, so nothing overtakes it.
     waiting: LastChanges,
+    /// What the row of the shared table said by which the request asks that is being carried out; `None` for callers.
+    pub by_row: Option<RowSaid>,
 }
 
 impl Orders {
     pub fn new() -> (Orders, mpsc::Receiver<Order>) {
         let (queue, orders) = mpsc::channel(ORDERS_MAX);
         let waiting = LastChanges::default();
-        (Orders { queue, waiting }, orders)
+        let orders_of = Orders {
+            queue,
+            waiting,
+            by_row: None,
+        };
+        (orders_of, orders)
     }
 
     /// What is not a change of rows.
@@ -49,6 +57,7 @@ impl Orders {
             let order = Order::Write {
                 request,
                 changes: unsent,
+                by_row: self.by_row.clone(),
             };
             match self.send(order) {
                 Err(Order::Write { changes, .. }) => unsent = changes,
@@ -79,6 +88,7 @@ impl Orders {
             room.send(Order::Write {
                 request: INTERNAL,
                 changes: self.waiting.take(),
+                by_row: None,
             });
         }
     }
@@ -111,7 +121,9 @@ mod tests {
 
     async fn next(orders: &mut mpsc::Receiver<Order>) -> (RequestId, Vec<Change>) {
         match orders.recv().await {
-            Some(Order::Write { request, changes }) => (request, changes),
+            Some(Order::Write {
+                request, changes, ..
+            }) => (request, changes),
             _ => panic!("a write"),
         }
     }

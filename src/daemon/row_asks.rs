@@ -7,18 +7,26 @@ use crate::correlation::{
 };
 use crate::dbus::{Call, Caller, Command};
 use crate::identity::{Format, VolumeId};
+use crate::mapping::basis::RowSaid;
 use crate::mapping::reconcile::Demand;
 use std::time::Duration;
 
 /// The drain of an export whose row went; it has no clients.
 const REMOVE_WITHIN: Duration = Duration::from_secs(5);
 
-/// One row's request.
-pub(super) struct RowAsks {
+/// What a row asks for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct RowDemand {
     /// 0 for one that was deleted.
     pub row: i64,
     pub disk: VmDisk,
     pub demand: Demand,
+    pub said: RowSaid,
+}
+
+/// One row's request.
+pub(super) struct RowAsks {
+    pub asks: RowDemand,
     /// Where its path leads.
     pub found: Result<PathFound, String>,
     /// When that path was written.
@@ -28,32 +36,38 @@ pub(super) struct RowAsks {
 
 impl Control {
     pub(super) fn on_row_asks(&mut self, asks: RowAsks) {
-        let name = match asks.row {
+        let name = match asks.asks.row {
             0 => "a row that was deleted".to_owned(),
             row => format!("row {row}"),
         };
         match self.request_of(&asks) {
-            Ok(request) => self.on_command(Command {
-                call: Call::Request(request),
-                reply: asks.asker,
-                caller: Caller {
-                    name: format!("{name} of vm_export_mappings"),
-                    uid: None,
-                    unit: String::new(),
-                },
-            }),
+            Ok(request) => {
+                // The middle orders what it asks for before it returns.
+                self.orders.by_row = Some(asks.asks.said);
+                self.on_command(Command {
+                    call: Call::Request(request),
+                    reply: asks.asker,
+                    caller: Caller {
+                        name: format!("{name} of vm_export_mappings"),
+                        uid: None,
+                        unit: String::new(),
+                    },
+                });
+                self.orders.by_row = None;
+            }
             Err(error) => self.answer(asks.asker, Err(error)),
         }
     }
 
     fn request_of(&mut self, asks: &RowAsks) -> Result<Request, RequestError> {
+        let RowDemand { disk, demand, .. } = &asks.asks;
         let ensure = |vm_name: &str, volume: Option<VolumeId>| {
             let unfit = |error: crate::correlation::VmDiskError| {
                 RequestError::InvalidArgument(error.to_string())
             };
-            let mapping = Mapping::new(asks.disk.clone(), vm_name).map_err(unfit)?;
+            let mapping = Mapping::new(disk.clone(), vm_name).map_err(unfit)?;
             Ok(Request::EnsureVmExport(Ensure {
-                disk: asks.disk.clone(),
+                disk: disk.clone(),
                 mapping,
                 moves: volume.is_some(),
                 volume,
@@ -67,9 +81,9 @@ impl Control {
         let volume = |text: Result<VolumeId, crate::identity::VolumeIdError>| {
             text.map_err(|error| RequestError::InvalidArgument(error.to_string()))
         };
-        match &asks.demand {
+        match demand {
             Demand::Remove => Ok(Request::RemoveExport {
-                name: asks.disk.export(),
+                name: disk.export(),
                 mode: RemoveMode::Safe,
                 within: REMOVE_WITHIN,
             }),
@@ -104,7 +118,7 @@ impl Control {
                     },
                     at: asks.found.clone(),
                 };
-                let volume = self.correlation.volume_at(&asks.disk, &path)?;
+                let volume = self.correlation.volume_at(disk, &path)?;
                 ensure(vm_name, Some(volume))
             }
         }

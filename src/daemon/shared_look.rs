@@ -8,7 +8,7 @@ use tokio::sync::oneshot;
 use tokio::time::{Instant, timeout};
 
 use super::control::Report;
-use super::row_asks::RowAsks;
+use super::row_asks::{RowAsks, RowDemand};
 use super::row_paths::{Earliest, PathSaid, earliest};
 use super::shared_table::{ASKS_MAX, Look, Refused, SharedTable, Told};
 use super::shared_writes::Following;
@@ -99,7 +99,7 @@ impl SharedTable {
         if let Some(paths) = paths {
             self.see_paths(paths, &touched, clock_us);
         }
-        let asks = asks.into_iter().filter(|(_, disk, _)| stays(disk));
+        let asks = asks.into_iter().filter(|asks| stays(&asks.disk));
         self.ask_all(asks.collect(), &touched, &mut conflicts);
         self.tell_conflicts(conflicts, &rows);
         self.overlooked.retain(|disk, _| touched.contains(disk));
@@ -142,59 +142,54 @@ impl SharedTable {
 
     fn ask_all(
         &mut self,
-        asks: Vec<(i64, VmDisk, Demand)>,
+        asks: Vec<RowDemand>,
         touched: &BTreeSet<VmDisk>,
         conflicts: &mut BTreeMap<i64, String>,
     ) {
-        let wanted: BTreeSet<&VmDisk> = asks.iter().map(|(_, disk, _)| disk).collect();
+        let wanted: BTreeSet<&VmDisk> = asks.iter().map(|asks| &asks.disk).collect();
         let stays = |disk: &VmDisk| wanted.contains(disk) || touched.contains(disk);
         self.refused.retain(|disk, _| stays(disk));
-        for (row, disk, demand) in asks {
+        for asks in asks {
+            let disk = &asks.disk;
             let refused = self
                 .refused
-                .get(&disk)
-                .filter(|refused| refused.demand == demand);
+                .get(disk)
+                .filter(|refused| refused.demand == asks.demand);
             if let Some(refused) = refused {
-                conflicts.insert(row, refused.text.clone());
+                conflicts.insert(asks.row, refused.text.clone());
             }
             let waits = refused.is_some_and(|refused| Instant::now() < refused.again);
-            if waits || self.asking.contains(&disk) || self.asking.len() >= ASKS_MAX {
+            if waits || self.asking.contains(disk) || self.asking.len() >= ASKS_MAX {
                 continue;
             }
             self.asking.insert(disk.clone());
-            self.ask(row, disk, demand, self.paths.written(row));
+            let written = self.paths.written(asks.row);
+            self.ask(asks, written);
         }
     }
 
-    fn ask(&self, row: i64, disk: VmDisk, demand: Demand, written: Earliest) {
+    fn ask(&self, asks: RowDemand, written: Earliest) {
         let (tell, reports) = (self.tell.clone(), self.reports.clone());
         // At most ASKS_MAX; each ends by its deadlines.
         tokio::spawn(async move {
-            let found = match &demand {
+            let found = match &asks.demand {
                 Demand::Serve { device_path, .. } => look_up(device_path.clone()).await,
                 _ => Err("no path was written".to_owned()),
             };
             let (asker, answer) = oneshot::channel();
-            let asks = RowAsks {
-                row,
-                disk: disk.clone(),
-                demand: demand.clone(),
+            let report = RowAsks {
+                asks: asks.clone(),
                 found,
                 written,
                 asker,
             };
-            let _stopped = reports.send(Report::RowAsks(Box::new(asks)));
+            let _stopped = reports.send(Report::RowAsks(Box::new(report)));
             let result = match timeout(ANSWER_WITHIN, answer).await {
                 Ok(Ok(answer)) => answer.map(drop),
                 Ok(Err(_)) => Err(RequestError::NotReady("the daemon is stopping".to_owned())),
                 Err(_) => Err(RequestError::TimedOut("no answer in time".to_owned())),
             };
-            let answered = Told::Answered {
-                disk,
-                demand,
-                result,
-            };
-            let _stopped = tell.send(answered).await;
+            let _stopped = tell.send(Told::Answered(asks, result)).await;
         });
     }
 
@@ -232,8 +227,12 @@ impl SharedTable {
                 (row, waits)
             })
             .collect();
+        self.told_rows.clear();
         for row in rows {
             if let Some(waits) = waiting.get_mut(&row.id) {
+                if let Ok(disk) = row.disk() {
+                    self.told_rows.insert(disk, row.values.clone());
+                }
                 waits.vm_id.clone_from(&row.vm_id);
                 waits.unit = u32::try_from(row.unit).unwrap_or(0);
                 waits.vm_name.clone_from(&row.values.vm_name);
@@ -370,6 +369,6 @@ mod tests {
         assert_eq!(shared.asking, [disk(2)].into(), "now it is gone");
         assert!(shared.overlooked.is_empty());
         let asked = reported.recv().await;
-        assert!(matches!(asked, Some(Report::RowAsks(asks)) if asks.disk == disk(2)));
+        assert!(matches!(asked, Some(Report::RowAsks(report)) if report.asks.disk == disk(2)));
     }
 }

@@ -20,11 +20,13 @@ use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use super::control::Report;
+use super::row_asks::RowDemand;
 use super::row_paths::RowPaths;
 use super::shared_writes::Following;
 use super::table_looks::{KnownDisks, Looked, TableLooks};
 use crate::correlation::{Change, MappingRow, MappingState, RequestError, Unkept, VmDisk};
-use crate::mapping::reconcile::{Demand, Known};
+use crate::mapping::basis::{Basis, RowSaid};
+use crate::mapping::reconcile::{Demand, Known, Values};
 use crate::mapping::{Address, Database, DatabaseError, Store};
 
 /// After the first failure, doubled with each more.
@@ -81,11 +83,7 @@ pub(super) enum Told {
     Connected(Result<(Box<Database>, TableLooks), DatabaseError>),
     /// By the number of the look.
     Looked(u64, Result<Looked, DatabaseError>),
-    Answered {
-        disk: VmDisk,
-        demand: Demand,
-        result: Result<(), RequestError>,
-    },
+    Answered(RowDemand, Result<(), RequestError>),
 }
 
 pub(super) struct Refused {
@@ -122,6 +120,8 @@ pub(super) struct SharedTable {
     pub(super) refused: BTreeMap<VmDisk, Refused>,
     /// What the last look found for a person, by row.
     pub(super) conflicts: BTreeMap<i64, MappingRow>,
+    /// What the rows of disks among them say.
+    pub(super) told_rows: BTreeMap<VmDisk, Values>,
     /// When the last look began, by this machine's clock, in microseconds since 1970; `None` until there was one.
     pub(super) looked_us: Option<u64>,
     /// Rows of which the last looks said nothing, and when the one before them began; at most one for each export.
@@ -160,6 +160,7 @@ impl SharedTable {
             paths: RowPaths::default(),
             refused: BTreeMap::new(),
             conflicts: BTreeMap::new(),
+            told_rows: BTreeMap::new(),
             looked_us: None,
             overlooked: BTreeMap::new(),
             tell,
@@ -223,14 +224,10 @@ impl SharedTable {
             }
             Told::Connected(Err(error)) => self.fail(error.to_string()),
             Told::Looked(number, looked) => self.on_looked(number, looked),
-            Told::Answered {
-                disk,
-                demand,
-                result,
-            } => {
-                self.asking.remove(&disk);
+            Told::Answered(asks, result) => {
+                self.asking.remove(&asks.disk);
                 if let Err(error) = result {
-                    self.refuse(disk, demand, &error);
+                    self.refuse(asks.disk, asks.demand, &error);
                 }
                 self.look();
             }
@@ -267,21 +264,40 @@ impl SharedTable {
         }
     }
 
-    /// Keeps a caller's change of mappings in the shared table, before the local store has it (invariant 5). `None` when it has none.
-    pub async fn keep(&mut self, changes: &[Change]) -> Result<Option<Kept>, Unkept> {
+    /// Keeps a change of mappings in the shared table that a caller asks for, or a row that said this, before the local store has it
+    /// (invariant 5). `None` when it has none.
+    pub async fn keep(
+        &mut self,
+        changes: &[Change],
+        by_row: Option<RowSaid>,
+    ) -> Result<Option<Kept>, Unkept> {
         let puts = self.puts(changes);
         if puts.is_empty() {
             return Ok(None);
         }
+        let basis = |disk: &VmDisk| match &by_row {
+            Some(said) => Basis::Row(said.clone()),
+            None => Basis::Caller {
+                told: self.told_rows.get(disk).cloned(),
+            },
+        };
+        let bases = puts
+            .keys()
+            .map(|disk| (disk.clone(), basis(disk)))
+            .collect();
         let Link::Up(database) = &mut self.link else {
             return Err(self.away());
         };
         touch(&mut self.looking, puts.keys());
-        let done = database.put(&puts).await;
+        let done = database.put(&puts, &bases).await;
         self.count_retried();
         match done {
             Ok(()) => Ok(Some(Kept(puts))),
             Err(DatabaseError::Taken(reason)) => Err(Unkept::Taken(reason)),
+            Err(DatabaseError::Written(reason)) => {
+                self.look();
+                Err(Unkept::Overtaken(reason))
+            }
             Err(DatabaseError::Away(reason)) => {
                 self.fail(reason);
                 Err(self.away())
@@ -375,10 +391,16 @@ impl SharedTable {
             })
             .collect();
         touch(&mut self.looking, before.keys());
-        if let Link::Up(database) = &mut self.link
-            && let Err(error) = database.put(&before).await
-        {
-            self.fail(error.to_string());
+        let Link::Up(database) = &mut self.link else {
+            return;
+        };
+        // Over what was written with the change that is undone.
+        let basis = Basis::Caller { told: None };
+        let bases = before.keys().map(|disk| (disk.clone(), basis.clone()));
+        match database.put(&before, &bases.collect()).await {
+            Ok(()) => {}
+            Err(DatabaseError::Written(_)) => self.look(),
+            Err(error) => self.fail(error.to_string()),
         }
     }
 

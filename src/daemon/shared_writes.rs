@@ -3,11 +3,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use super::row_asks::RowDemand;
 use super::row_paths::PathSaid;
 use super::shared_table::{Link, SharedTable, touch};
 use super::table_looks::Looked;
 use crate::correlation::{MappingState, VmDisk};
-use crate::mapping::reconcile::{Demand, Known, SeenRow, Step, Values};
+use crate::mapping::reconcile::{Known, SeenRow, Step, Values};
 use crate::mapping::{DatabaseError, Store};
 
 /// Rows of one batch at most; a server that is slow writes fewer of them before the batch ends ([`crate::mapping::BATCH_FOR`]). An order that
@@ -22,7 +23,7 @@ pub(super) struct Following {
     singly: usize,
     /// By row; by numbers below 0 those of which no row is ours.
     pub conflicts: BTreeMap<i64, String>,
-    pub asks: Vec<(i64, VmDisk, Demand)>,
+    pub asks: Vec<RowDemand>,
     /// As [`Looked`] has them.
     pub fresh: Vec<VmDisk>,
     pub rows: Vec<SeenRow>,
@@ -48,7 +49,17 @@ impl Following {
                 Step::Put { disk, seen } => {
                     following.puts.insert(disk, seen);
                 }
-                Step::Ask { row, disk, demand } => following.asks.push((row, disk, demand)),
+                Step::Ask {
+                    row,
+                    disk,
+                    demand,
+                    said,
+                } => following.asks.push(RowDemand {
+                    row,
+                    disk,
+                    demand,
+                    said,
+                }),
                 Step::Conflict { row, text } => {
                     following.conflicts.insert(row, text);
                 }
@@ -119,11 +130,11 @@ impl SharedTable {
             Ok(written) => written,
             Err(error @ DatabaseError::Away(_)) => return Err(error),
             // The others are written without it.
-            Err(DatabaseError::Taken(_)) if puts.len() > 1 => {
+            Err(DatabaseError::Taken(_) | DatabaseError::Written(_)) if puts.len() > 1 => {
                 following.singly = puts.len();
                 return Ok(());
             }
-            Err(DatabaseError::Taken(reason)) => {
+            Err(DatabaseError::Taken(reason) | DatabaseError::Written(reason)) => {
                 following.refuse(reason);
                 following.puts.pop_first();
                 0

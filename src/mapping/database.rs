@@ -13,6 +13,7 @@ use sqlx::mysql::{MySqlConnectOptions, MySqlDatabaseError, MySqlSslMode};
 use sqlx::{ConnectOptions, Connection, MySqlConnection};
 use tokio::time::{sleep, timeout};
 
+use super::basis::Basis;
 use super::reconcile::{Known, Values};
 use super::{database_lease as lease, database_rows as rows};
 use crate::correlation::{MappingState, VmDisk};
@@ -101,6 +102,9 @@ pub enum DatabaseError {
     /// The row is another daemon's, or its name is another row's.
     #[error("{0}")]
     Taken(String),
+    /// The row says what somebody wrote since it was looked at; nothing was written. The connection goes on.
+    #[error("{0}")]
+    Written(String),
 }
 
 /// One open connection.
@@ -124,7 +128,7 @@ impl Database {
             let mut connection = options(address).connect().await.map_err(away)?;
             rows::begin_session(&mut connection).await.map_err(away)?;
             rows::prepare(&mut connection).await?;
-            let free = rows::claim(&mut connection, &address.owner).await;
+            let free = lease::claim(&mut connection, &address.owner).await;
             if !free.map_err(away)? {
                 return Err(DatabaseError::Away(format!(
                     "another daemon is connected as \"{}\", or its last connection has not ended yet: give each daemon its own store_owner",
@@ -152,12 +156,17 @@ impl Database {
         within(CONNECT_WITHIN, opened).await
     }
 
-    /// Writes rows as they are known here, and that they are this daemon's: all or none.
+    /// Writes rows as they are known here, and that they are this daemon's: all or none, each on its basis.
     ///
     /// # Errors
-    /// As of every call here; then the connection is of no more use. `Taken` when one of them is another daemon's.
-    pub async fn put(&mut self, puts: &BTreeMap<VmDisk, Known>) -> Result<(), DatabaseError> {
-        self.transact(Write::Put(puts)).await.map(drop)
+    /// As of every call here; then the connection is of no more use. `Taken` when one of them is another daemon's, `Written` when one says what
+    /// its basis does not allow to be written over, or has none.
+    pub async fn put(
+        &mut self,
+        puts: &BTreeMap<VmDisk, Known>,
+        bases: &BTreeMap<VmDisk, Basis>,
+    ) -> Result<(), DatabaseError> {
+        self.transact(Write::Put(puts, bases)).await.map(drop)
     }
 
     /// As [`Database::put`], of as many of the first as are written within [`BATCH_FOR`], and at least one; returns how many. A row that is not as
@@ -233,6 +242,9 @@ impl Database {
                         )));
                     }
                     Err(rows::Fault::Taken(reason)) => return Err(DatabaseError::Taken(reason)),
+                    Err(rows::Fault::Written(reason)) => {
+                        return Err(DatabaseError::Written(reason));
+                    }
                     Ok(rows) => return Ok(rows),
                 }
             }
@@ -244,7 +256,7 @@ impl Database {
 /// The inside of a transaction.
 #[derive(Clone, Copy)]
 enum Write<'a> {
-    Put(&'a BTreeMap<VmDisk, Known>),
+    Put(&'a BTreeMap<VmDisk, Known>, &'a BTreeMap<VmDisk, Basis>),
     PutSome(
         &'a BTreeMap<VmDisk, Known>,
         &'a BTreeMap<VmDisk, Option<Values>>,
@@ -280,7 +292,7 @@ async fn once(
     let written = match (holds, write) {
         (Err(lost), _) => Err(lost),
         (Ok(()), Write::Renew) => Ok(0),
-        (Ok(()), Write::Put(puts)) => rows::put(&mut transaction, owner, puts).await,
+        (Ok(()), Write::Put(puts, bases)) => rows::put(&mut transaction, owner, puts, bases).await,
         (Ok(()), Write::PutSome(puts, seen)) => {
             rows::put_some(&mut transaction, owner, puts, seen, BATCH_FOR).await
         }

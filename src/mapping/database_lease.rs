@@ -16,6 +16,31 @@ pub(super) const LEASES: &str = "CREATE TABLE IF NOT EXISTS nbdtrack_leases (
     until_at DATETIME(6) NOT NULL
 ) ENGINE = InnoDB";
 
+/// Registers this daemon; false when one of its name is connected.
+pub(super) async fn claim(
+    connection: &mut MySqlConnection,
+    owner: &str,
+) -> Result<bool, sqlx::Error> {
+    // Held as long as the connection. Names of locks have at most 64 characters, so it is the owner's digest.
+    let got: Option<i64> = sqlx::query_scalar(
+        "SELECT CAST(GET_LOCK(CONCAT('nbdtrack-', SHA1(CONCAT(DATABASE(), '/', ?))), 0) AS SIGNED)",
+    )
+    .bind(owner)
+    .fetch_one(&mut *connection)
+    .await?;
+    if got != Some(1) {
+        return Ok(false);
+    }
+    sqlx::query(
+        "INSERT INTO nbdtrack_owners (owner, seen_at) VALUES (?, UTC_TIMESTAMP(3))
+         ON DUPLICATE KEY UPDATE seen_at = VALUES(seen_at)",
+    )
+    .bind(owner)
+    .execute(connection)
+    .await?;
+    Ok(true)
+}
+
 /// The identity of a Galera node for as long as it is in the cluster; `None` for a server that is in none.
 pub(super) async fn node(connection: &mut MySqlConnection) -> Result<Option<String>, sqlx::Error> {
     let status = sqlx::query("SHOW GLOBAL STATUS LIKE 'wsrep_gcomm_uuid'")

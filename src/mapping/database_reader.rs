@@ -9,8 +9,8 @@ use sqlx::mysql::MySqlRow;
 use sqlx::{ConnectOptions, MySqlConnection, Row};
 
 use super::database::{Address, CONNECT_WITHIN, DatabaseError, away, options, within};
-use super::database_rows::{begin_session, columns};
-use super::reconcile::{Beside, SeenRow, Values};
+use super::database_rows::{begin_session, columns, wrote};
+use super::reconcile::{Beside, SeenRow};
 
 /// For the whole table.
 const READ_WITHIN: Duration = Duration::from_secs(5);
@@ -151,12 +151,7 @@ fn seen(row: &MySqlRow) -> Result<SeenRow, sqlx::Error> {
         .map(|owner| {
             Ok::<_, sqlx::Error>(Beside {
                 owner,
-                wrote: Values {
-                    vm_name: row.try_get("wrote_vm_name")?,
-                    export_name: row.try_get("wrote_export_name")?,
-                    device_path: row.try_get("wrote_device_path")?,
-                    active: row.try_get::<String, _>("wrote_status")? == "active",
-                },
+                wrote: wrote(row)?,
                 volume: row.try_get("volume")?,
             })
         })

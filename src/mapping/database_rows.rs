@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use sqlx::mysql::MySqlRow;
 use sqlx::{MySqlConnection, Row};
 
+use super::basis::Basis;
 use super::database::{DatabaseError, away, is_duplicate, is_unknown_variable};
 use super::database_lease::LEASES;
 use super::database_schema::{self as schema, SCHEMA};
@@ -18,6 +19,7 @@ use crate::correlation::{MappingState, VmDisk};
 pub(super) enum Fault {
     Sql(sqlx::Error),
     Taken(String),
+    Written(String),
     /// The name is another daemon's.
     Lost,
 }
@@ -142,40 +144,23 @@ pub(super) async fn prepare(connection: &mut MySqlConnection) -> Result<(), Data
     }
 }
 
-/// Registers this daemon; false when one of its name is connected.
-pub(super) async fn claim(
-    connection: &mut MySqlConnection,
-    owner: &str,
-) -> Result<bool, sqlx::Error> {
-    // Held as long as the connection. Names of locks have at most 64 characters, so it is the owner's digest.
-    let got: Option<i64> = sqlx::query_scalar(
-        "SELECT CAST(GET_LOCK(CONCAT('nbdtrack-', SHA1(CONCAT(DATABASE(), '/', ?))), 0) AS SIGNED)",
-    )
-    .bind(owner)
-    .fetch_one(&mut *connection)
-    .await?;
-    if got != Some(1) {
-        return Ok(false);
-    }
-    sqlx::query(
-        "INSERT INTO nbdtrack_owners (owner, seen_at) VALUES (?, UTC_TIMESTAMP(3))
-         ON DUPLICATE KEY UPDATE seen_at = VALUES(seen_at)",
-    )
-    .bind(owner)
-    .execute(connection)
-    .await?;
-    Ok(true)
-}
-
-/// Makes each row say what is known here, and be this daemon's; returns how many.
+/// Makes each row say what is known here, and be this daemon's; returns how many. All on their bases.
 pub(super) async fn put(
     connection: &mut MySqlConnection,
     owner: &str,
     puts: &BTreeMap<VmDisk, Known>,
+    bases: &BTreeMap<VmDisk, Basis>,
 ) -> Result<usize, Fault> {
     for (disk, known) in puts {
-        let there = row(connection, owner, disk).await?;
-        put_one(connection, owner, disk, known, there.map(|(id, _)| id)).await?;
+        let there = there(connection, owner, disk).await?;
+        let now = there.row.as_ref().map(|(_, now)| now);
+        let allows = |basis: &Basis| basis.allows(now, there.wrote.as_ref(), known);
+        if !bases.get(disk).is_some_and(allows) {
+            return Err(Fault::Written(format!(
+                "somebody has written the row of {disk} in vm_export_mappings since it was looked at: it is looked at again now; try again"
+            )));
+        }
+        put_one(connection, owner, disk, known, there.row.map(|(id, _)| id)).await?;
     }
     Ok(puts.len())
 }
@@ -194,7 +179,7 @@ pub(super) async fn put_some(
         if done > 0 && began.elapsed() > begun_within {
             break;
         }
-        let there = row(connection, owner, disk).await?;
+        let there = there(connection, owner, disk).await?.row;
         let is_as_seen = seen
             .get(disk)
             .is_some_and(|seen| there.as_ref().map(|(_, now)| now) == seen.as_ref());
@@ -206,20 +191,28 @@ pub(super) async fn put_some(
     Ok(done)
 }
 
-/// The disk's row and its columns, kept as they are until the transaction ends. An error when it is another daemon's.
-async fn row(
+/// A disk's row, and the columns as this daemon wrote them last.
+struct There {
+    row: Option<(i64, Values)>,
+    wrote: Option<Values>,
+}
+
+/// Both are kept as they are until the transaction ends. An error when they are another daemon's.
+async fn there(
     connection: &mut MySqlConnection,
     owner: &str,
     disk: &VmDisk,
-) -> Result<Option<(i64, Values)>, Fault> {
-    let other: Option<String> = sqlx::query_scalar(
-        "SELECT owner FROM nbdtrack_mappings WHERE vm_id = ? AND disk_unit_number = ? FOR UPDATE",
+) -> Result<There, Fault> {
+    let beside = sqlx::query(
+        "SELECT owner, wrote_vm_name, wrote_export_name, wrote_device_path, wrote_status
+         FROM nbdtrack_mappings WHERE vm_id = ? AND disk_unit_number = ? FOR UPDATE",
     )
     .bind(disk.vm_id())
     .bind(disk.unit())
     .fetch_optional(&mut *connection)
     .await?;
-    if let Some(other) = other.filter(|other| other != owner) {
+    let other = beside.as_ref().map(|row| row.try_get::<String, _>("owner"));
+    if let Some(other) = other.transpose()?.filter(|other| other != owner) {
         return Err(Fault::Taken(format!(
             "{disk} belongs to \"{other}\" in the database; it is that daemon's until it deletes the row"
         )));
@@ -235,8 +228,19 @@ async fn row(
     .bind(disk.unit())
     .fetch_optional(connection)
     .await?;
-    let there = row.map(|row| Ok::<_, sqlx::Error>((row.try_get("id")?, columns(&row)?)));
-    Ok(there.transpose()?)
+    let row = row.map(|row| Ok::<_, sqlx::Error>((row.try_get("id")?, columns(&row)?)));
+    let (row, wrote) = (row.transpose()?, beside.as_ref().map(wrote).transpose()?);
+    Ok(There { row, wrote })
+}
+
+/// What stands beside a row of what was written there last.
+pub(super) fn wrote(beside: &MySqlRow) -> Result<Values, sqlx::Error> {
+    Ok(Values {
+        vm_name: beside.try_get("wrote_vm_name")?,
+        export_name: beside.try_get("wrote_export_name")?,
+        device_path: beside.try_get("wrote_device_path")?,
+        active: beside.try_get::<String, _>("wrote_status")? == "active",
+    })
 }
 
 /// What a row of `vm_export_mappings` says, of which `NULL` is as nothing.

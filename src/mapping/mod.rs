@@ -15,6 +15,7 @@
 //! | `database_schema.rs` | which form the tables beside it have |
 //! | `database_reader.rs` | looks at it |
 //! | `database_lease.rs` | whose name is whose in a cluster of them |
+//! | `basis.rs` | PURE: what a row of that one has to say for it to be written over |
 //! | `reconcile.rs` | PURE: what rows of that one mean |
 //! | `history.rs`, `trail_rows.rs` | the audit trail, in a file of its own |
 //!
@@ -37,6 +38,7 @@ use index_room::IndexRoom;
 use reconcile::Known;
 
 mod backups;
+pub mod basis;
 mod before;
 mod database;
 mod database_lease;

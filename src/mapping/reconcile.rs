@@ -18,6 +18,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use super::basis::RowSaid;
 use crate::correlation::VmDisk;
 
 /// The columns of the appliances' table that mean something.
@@ -79,6 +80,7 @@ pub enum Step {
         row: i64,
         disk: VmDisk,
         demand: Demand,
+        said: RowSaid,
     },
     /// A person has to look; `row` is 0 for what concerns the whole table.
     Conflict { row: i64, text: String },
@@ -152,6 +154,7 @@ impl Judgement {
                         row: 0,
                         disk,
                         demand: Demand::Remove,
+                        said: RowSaid(None),
                     }),
                     (true, false) => None,
                 }),
@@ -370,6 +373,7 @@ fn ask(row: &SeenRow, disk: &VmDisk, demand: Demand) -> Step {
         row: row.id,
         disk: disk.clone(),
         demand,
+        said: RowSaid(Some(row.values.clone())),
     }
 }
 

@@ -173,6 +173,7 @@ fn a_row_that_the_appliance_inserts_is_served_unless_it_could_be_anothers() {
         row: 7,
         disk: disk(),
         demand,
+        said: RowSaid(Some(new.values.clone())),
     };
     assert_eq!(one(None, &new), [ask]);
     let steps = reconcile(US, false, &known(None), &[new]);
@@ -190,19 +191,23 @@ fn a_row_that_the_appliance_inserts_is_served_unless_it_could_be_anothers() {
 
 #[test]
 fn a_row_that_went_or_was_made_inactive_asks_for_a_removal() {
-    let remove = |row| Step::Ask {
+    let remove = |row, said| Step::Ask {
         row,
         disk: disk(),
         demand: Demand::Remove,
+        said: RowSaid(said),
     };
     let inactive = row(
         values(HERE, false, "web"),
         Some((US, values(HERE, true, "web"))),
     );
-    assert_eq!(one(Some(here(true)), &inactive), [remove(7)]);
+    assert_eq!(
+        one(Some(here(true)), &inactive),
+        [remove(7, Some(inactive.values.clone()))]
+    );
     assert_eq!(
         reconcile(US, true, &known(Some(here(true))), &[]),
-        [remove(0)]
+        [remove(0, None)]
     );
     let unkept = Known {
         kept: false,
