@@ -328,6 +328,9 @@ impl Keeper {
     }
 
     fn paid(&mut self) {
+        if let Some(shared) = &mut self.shared {
+            shared.stored(&self.owed.changes(), None);
+        }
         self.owed.paid();
         tracing::info!(name: "store_caught_up", "the store has caught up with what it did not take");
     }
@@ -480,5 +483,43 @@ mod tests {
         states.say(&name, Some(&view(State::Absent, false).1));
         states.say(&name, Some(&absent));
         assert!(!states.is_empty());
+    }
+
+    fn known(keeper: &Keeper, unit: u32) -> Option<bool> {
+        let shared = keeper.shared.as_ref().unwrap();
+        let known = shared.known.as_ref()?;
+        known.get(&disk(unit)).map(|here| here.active)
+    }
+
+    fn disk(unit: u32) -> VmDisk {
+        VmDisk::new("a", unit).unwrap()
+    }
+
+    /// What was left over was retired at a start before the rows were loaded, and the retired one was all that was known from then on: whatever
+    /// an appliance asked for by another row was not heard. One that the store took late was known as active until the next start.
+    #[tokio::test]
+    async fn what_is_known_of_the_shared_table_is_what_the_store_has() {
+        let folder = tempfile::tempdir().unwrap();
+        let (reports, _reported) = mpsc::unbounded_channel();
+        let mut keeper = Keeper {
+            store: Store::open(folder.path()).await.unwrap(),
+            shared: Some(SharedTable::of_nowhere(reports.clone())),
+            states: MappingStates::default(),
+            owed: Owed::default(),
+            reports,
+        };
+        let made = [0, 1, 2].map(|unit| Change::PutMapping(Mapping::new(disk(unit), "").unwrap()));
+        keeper.store.apply(&made).await.unwrap();
+        let retired = [Change::RetireMapping(disk(0))];
+        keeper.write(INTERNAL, &retired, None).await.unwrap();
+        assert_eq!(known(&keeper, 0), None, "nothing is known yet");
+        let shared = keeper.shared.as_mut().unwrap();
+        shared.turn(&keeper.store).await;
+        let all = |keeper: &Keeper| [0, 1, 2].map(|unit| known(keeper, unit));
+        assert_eq!(all(&keeper), [Some(false), Some(true), Some(true)]);
+        keeper.owed.own(&[Change::RetireMapping(disk(1))]);
+        keeper.pay().await;
+        assert!(keeper.owed.is_empty());
+        assert_eq!(all(&keeper), [Some(false), Some(false), Some(true)]);
     }
 }

@@ -29,7 +29,7 @@ const REFUSED_MAX: Duration = Duration::from_secs(300);
 impl SharedTable {
     /// Has the table looked at, by a deadline.
     pub(super) fn begin_look(&mut self) {
-        let Some(reader) = &self.reader else {
+        let (Some(reader), Some(known)) = (&self.reader, &self.known) else {
             return;
         };
         // What follows from the one that goes on comes first.
@@ -47,7 +47,7 @@ impl SharedTable {
         });
         let begun = reader.ask(Ask {
             number,
-            known: self.known.clone().unwrap_or_default(),
+            known: known.clone(),
             unmarked: self.unmarked.clone(),
         });
         if !begun {
@@ -120,10 +120,11 @@ impl SharedTable {
         }
         match store.mark(&self.name, &fresh).await {
             Ok(()) => {
-                let known = self.known.get_or_insert_default();
                 for disk in fresh {
                     self.unmarked.remove(&disk);
-                    known.kept(&disk);
+                    if let Some(known) = &mut self.known {
+                        known.kept(&disk);
+                    }
                 }
             }
             // Tried again by the next look; until then its deletion by someone would bring it back.
@@ -271,15 +272,11 @@ async fn look_up(path: String) -> Result<PathFound, String> {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use tokio::sync::mpsc;
 
-    use super::super::shared_table::SharedTableFacts;
     use super::super::table_looks::KnownDisks;
     use super::*;
     use crate::mapping::reconcile::{Beside, Known, Values, judge};
-    use crate::mapping::{Address, Tls};
 
     fn disk(unit: u32) -> VmDisk {
         VmDisk::new("vm", unit).unwrap()
@@ -328,21 +325,8 @@ mod tests {
     async fn a_look_says_nothing_of_rows_that_were_written_while_it_went_on() {
         let folder = tempfile::tempdir().unwrap();
         let store = Store::open(folder.path()).await.unwrap();
-        let address = Address {
-            host: String::new(),
-            port: 0,
-            socket: None,
-            user: String::new(),
-            password: None,
-            database: String::new(),
-            tls: Tls::Off,
-            ca: None,
-            owner: "one".to_owned(),
-            instance: "first".to_owned(),
-        };
         let (reports, mut reported) = mpsc::unbounded_channel();
-        let facts = Arc::new(SharedTableFacts::default());
-        let mut shared = SharedTable::new(address, Duration::from_secs(1), reports, facts);
+        let mut shared = SharedTable::of_nowhere(reports);
         let here = Known {
             active: true,
             kept: true,

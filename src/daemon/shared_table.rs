@@ -107,7 +107,7 @@ pub(super) struct SharedTable {
     wait: Duration,
     pub(super) due: Option<Instant>,
     pub(super) renewal: Option<Instant>,
-    /// Loaded from the local store before anything else is done.
+    /// Loaded from the local store before the table is connected to; `None` until then.
     pub(super) known: Option<KnownDisks>,
     /// How each active mapping's export is, as last told; at most one for each export.
     pub(super) states: BTreeMap<VmDisk, MappingState>,
@@ -360,12 +360,16 @@ impl SharedTable {
         if puts.is_empty() {
             return;
         }
-        let known = self.known.get_or_insert_default().edit();
+        for (disk, _) in puts.iter().filter(|(_, here)| !here.active) {
+            self.states.remove(disk);
+            self.unsaid.remove(disk);
+        }
+        // Until it is loaded the store has it: what is known is all or nothing.
+        let Some(known) = &mut self.known else {
+            return;
+        };
+        let known = known.edit();
         for (disk, mut here) in puts {
-            if !here.active {
-                self.states.remove(&disk);
-                self.unsaid.remove(&disk);
-            }
             here.kept = in_table || known.get(&disk).is_some_and(|before| before.kept);
             if in_table {
                 self.unmarked.insert(disk.clone());
@@ -435,3 +439,24 @@ pub(super) fn touch<'a>(looking: &mut Option<Look>, disks: impl IntoIterator<Ite
 
 /// What is on its way from the shared table to the local store.
 pub(super) struct Kept(BTreeMap<VmDisk, Known>);
+
+#[cfg(test)]
+impl SharedTable {
+    /// Of a server that is nowhere, under the name `one`.
+    pub fn of_nowhere(reports: mpsc::UnboundedSender<Report>) -> SharedTable {
+        let address = Address {
+            host: String::new(),
+            port: 0,
+            socket: None,
+            user: String::new(),
+            password: None,
+            database: String::new(),
+            tls: crate::mapping::Tls::Off,
+            ca: None,
+            owner: "one".to_owned(),
+            instance: "first".to_owned(),
+        };
+        let facts = Arc::new(SharedTableFacts::default());
+        SharedTable::new(address, Duration::from_secs(1), reports, facts)
+    }
+}

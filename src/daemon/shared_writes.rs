@@ -108,7 +108,9 @@ impl SharedTable {
     }
 
     async fn put_some(&mut self) -> Result<(), DatabaseError> {
-        let (Link::Up(database), Some(look)) = (&mut self.link, &mut self.looking) else {
+        let (Link::Up(database), Some(look), Some(known)) =
+            (&mut self.link, &mut self.looking, &self.known)
+        else {
             return Ok(());
         };
         let Some(following) = look.following.as_deref_mut() else {
@@ -116,7 +118,6 @@ impl SharedTable {
         };
         let count = if following.singly > 0 { 1 } else { BATCH };
         // What an order has changed since is in the table already, or is the next look's.
-        let known = self.known.get_or_insert_default();
         let is_due = |disk: &VmDisk| known.get(disk).is_some() && !look.touched.contains(disk);
         following.puts.retain(|disk, _| is_due(disk));
         let first = following.puts.keys().take(count);
