@@ -68,7 +68,8 @@ impl SharedTable {
                     let count = u64::try_from(count).unwrap_or(u64::MAX);
                     self.facts.rows.store(count, Ordering::Relaxed);
                 }
-                look.following = Some(Box::new(Following::of(looked, &look.touched)));
+                let following = Following::of(looked, &look.touched, &mut self.met);
+                look.following = Some(Box::new(following));
             }
             Err(error) => self.fail(error.to_string()),
         }

@@ -118,6 +118,8 @@ pub(super) struct SharedTable {
     pub(super) asking: BTreeSet<VmDisk>,
     pub(super) paths: RowPaths,
     pub(super) refused: BTreeMap<VmDisk, Refused>,
+    /// What was done, or was so already, until a look has seen whether the row asks for it still; at most one for each row.
+    pub(super) met: BTreeMap<VmDisk, RowDemand>,
     /// What the last look found for a person, by row.
     pub(super) conflicts: BTreeMap<i64, MappingRow>,
     /// What the rows of disks among them say.
@@ -159,6 +161,7 @@ impl SharedTable {
             asking: BTreeSet::new(),
             paths: RowPaths::default(),
             refused: BTreeMap::new(),
+            met: BTreeMap::new(),
             conflicts: BTreeMap::new(),
             told_rows: BTreeMap::new(),
             looked_us: None,
@@ -226,8 +229,9 @@ impl SharedTable {
             Told::Looked(number, looked) => self.on_looked(number, looked),
             Told::Answered(asks, result) => {
                 self.asking.remove(&asks.disk);
-                if let Err(error) = result {
-                    self.refuse(asks.disk, asks.demand, &error);
+                match result {
+                    Ok(()) => drop(self.met.insert(asks.disk.clone(), asks)),
+                    Err(error) => self.refuse(asks.disk, asks.demand, &error),
                 }
                 self.look();
             }
@@ -255,6 +259,7 @@ impl SharedTable {
         // What was written meanwhile was not seen being written.
         self.looked_us = None;
         self.overlooked.clear();
+        self.met.clear();
     }
 
     pub(super) fn count_retried(&mut self) {

@@ -8,7 +8,7 @@ use super::row_paths::PathSaid;
 use super::shared_table::{Link, SharedTable, touch};
 use super::table_looks::Looked;
 use crate::correlation::{MappingState, VmDisk};
-use crate::mapping::reconcile::{Known, SeenRow, Step, Values};
+use crate::mapping::reconcile::{Demand, Known, SeenRow, Step, Values};
 use crate::mapping::{DatabaseError, Store};
 
 /// Rows of one batch at most; a server that is slow writes fewer of them before the batch ends ([`crate::mapping::BATCH_FOR`]). An order that
@@ -32,8 +32,13 @@ pub(super) struct Following {
 }
 
 impl Following {
-    /// Of what is `touched` nothing follows.
-    pub fn of(looked: Looked, touched: &BTreeSet<VmDisk>) -> Following {
+    /// Of what is `touched` nothing follows. Rows that ask for what is `met` are to say how it is: asked again, the answer would be the same,
+    /// and so on without a pause.
+    pub fn of(
+        looked: Looked,
+        touched: &BTreeSet<VmDisk>,
+        met: &mut BTreeMap<VmDisk, RowDemand>,
+    ) -> Following {
         let mut following = Following {
             puts: BTreeMap::new(),
             singly: 0,
@@ -54,17 +59,25 @@ impl Following {
                     disk,
                     demand,
                     said,
-                } => following.asks.push(RowDemand {
-                    row,
-                    disk,
-                    demand,
-                    said,
-                }),
+                } => {
+                    let asks = RowDemand {
+                        row,
+                        disk,
+                        demand,
+                        said,
+                    };
+                    if met.remove(&asks.disk).as_ref() != Some(&asks) {
+                        following.asks.push(asks);
+                    } else if asks.demand != Demand::Remove {
+                        following.puts.insert(asks.disk, asks.said.0);
+                    }
+                }
                 Step::Conflict { row, text } => {
                     following.conflicts.insert(row, text);
                 }
             }
         }
+        met.retain(|disk, _| touched.contains(disk));
         following
     }
 
@@ -199,5 +212,70 @@ impl SharedTable {
             self.unsaid.remove(&state.disk);
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::mapping::reconcile::{Beside, judge};
+
+    /// A volume's other name was written as its path: whoever was asked said that it is so, the row said the same as before, and the table was
+    /// read and the loop asked again at once, for ever.
+    #[test]
+    fn a_row_that_asks_for_what_is_so_is_written_and_not_asked_again_at_once() {
+        let disk = VmDisk::new("vm", 0).unwrap();
+        let wrote = Values {
+            vm_name: "web".to_owned(),
+            export_name: disk.export().as_str().to_owned(),
+            device_path: "/dev/vdc".to_owned(),
+            active: true,
+        };
+        let said = Values {
+            device_path: "/dev/disk/by-id/x".to_owned(),
+            ..wrote.clone()
+        };
+        let row = SeenRow {
+            id: 7,
+            vm_id: "vm".to_owned(),
+            unit: 0,
+            values: said.clone(),
+            updated_us: None,
+            beside: Some(Beside {
+                owner: "one".to_owned(),
+                wrote,
+                volume: String::new(),
+            }),
+        };
+        let here = Known {
+            vm_name: "web".to_owned(),
+            active: true,
+            device_path: "/dev/vdc".to_owned(),
+            kept: true,
+        };
+        let known = BTreeMap::from([(disk.clone(), here)]);
+        let looked = || Looked {
+            judgement: judge("one", true, &known, std::slice::from_ref(&row)),
+            ..Looked::default()
+        };
+        let (none, mut met) = (BTreeSet::new(), BTreeMap::new());
+        let asked = Following::of(looked(), &none, &mut met).asks;
+        assert_eq!(asked.len(), 1);
+        // The row may have been read as it was before.
+        let touched = BTreeSet::from([disk.clone()]);
+        met.insert(disk.clone(), asked[0].clone());
+        let first = Following::of(looked(), &touched, &mut met);
+        assert!(first.asks.is_empty() && first.puts.is_empty());
+        let second = Following::of(looked(), &none, &mut met);
+        assert!(second.asks.is_empty(), "{:?}", second.asks);
+        assert_eq!(second.puts, BTreeMap::from([(disk.clone(), Some(said))]));
+        // Written again later it is another request.
+        assert_eq!(Following::of(looked(), &none, &mut met).asks, asked);
+        let other = RowDemand {
+            demand: Demand::Remove,
+            ..asked[0].clone()
+        };
+        met.insert(disk, other);
+        assert_eq!(Following::of(looked(), &none, &mut met).asks, asked);
     }
 }

@@ -9,7 +9,7 @@
 //!   any          another owner's                  none; a conflict when it is active here too
 //!   active       as it was written                write what has changed since
 //!   active       another device_path              serve what is there, by the rule of a new pin
-//!   active       another vm_name                  take the name
+//!   active       another vm_name, not empty       take the name
 //!   active       inactive, and was active         remove the export, if it has no clients
 //!   active       gone, and was there              as before; not when all are gone at once
 //!   inactive     active as it was written         make it inactive
@@ -19,6 +19,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::basis::RowSaid;
+use super::table::device_path;
 use crate::correlation::VmDisk;
 
 /// The columns of the appliances' table that mean something.
@@ -278,14 +279,16 @@ fn judge_active(row: &SeenRow, beside: &Beside, disk: &VmDisk, here: &Known) -> 
     if *path != wrote.device_path && *path != here.device_path && !path.is_empty() {
         return Some(serve(row, disk));
     }
-    if now.vm_name != wrote.vm_name && now.vm_name != here.vm_name {
-        let vm_name = now.vm_name.clone();
+    // As little does a name: a VM without one keeps the one that it has.
+    let vm_name = &now.vm_name;
+    if *vm_name != wrote.vm_name && *vm_name != here.vm_name && !vm_name.is_empty() {
+        let vm_name = vm_name.clone();
         return Some(ask(row, disk, Demand::Rename { vm_name }));
     }
     let wanted = Values {
         vm_name: here.vm_name.clone(),
         export_name: disk.export().as_str().to_owned(),
-        device_path: here.device_path.clone(),
+        device_path: device_path(&here.device_path).to_owned(),
         active: true,
     };
     (*now != wanted || *wrote != wanted).then(|| put(row, disk))

@@ -297,3 +297,23 @@ fn what_is_no_disk_or_has_another_name_is_told_and_left() {
         );
     }
 }
+
+/// An emptied name was asked for again at every answer, without a pause; a file's path that is too long for the column was written at every look.
+#[test]
+fn what_asks_for_nothing_is_written_once() {
+    let emptied = row(
+        values(HERE, true, ""),
+        Some((US, values(HERE, true, "web"))),
+    );
+    let put = |row: &SeenRow| Step::Put {
+        disk: disk(),
+        seen: Some(row.values.clone()),
+    };
+    assert_eq!(one(Some(here(true)), &emptied), [put(&emptied)]);
+    let long = Known {
+        device_path: format!("/{}", "x".repeat(255)),
+        ..here(true)
+    };
+    let written = row(values("", true, "web"), Some((US, values("", true, "web"))));
+    assert_eq!(one(Some(long), &written), []);
+}
