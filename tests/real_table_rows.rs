@@ -1,5 +1,5 @@
 //! Promise: in a real MariaDB a row of the shared table is written only where it is this daemon's, by each byte of its id, and only while it
-//! says what its writing rests on.
+//! says what its writing rests on. A daemon that writes nothing keeps its name there.
 
 mod support;
 
@@ -9,6 +9,7 @@ use nbdtrack::correlation::{MappingState, State, VmDisk};
 use nbdtrack::mapping::basis::{Basis, RowSaid};
 use nbdtrack::mapping::reconcile::{Known, Values};
 use nbdtrack::mapping::{Address, Database, DatabaseError, Tls};
+use support::daemon::Home;
 use support::ground::{Need, real};
 use support::mariadb::MariaDb;
 use support::scene::STEP_LIMIT;
@@ -222,5 +223,36 @@ fn what_is_written_meanwhile_is_not_written_over() -> Outcome<()> {
             }
             Ok(())
         })
+    })
+}
+
+/// A server ends connections that say nothing, and with it the lock by which a second daemon of one name is kept out. Nothing is written here.
+#[test]
+fn a_daemon_that_writes_nothing_keeps_its_name_or_takes_it_again() -> Outcome<()> {
+    real("a connection at rest", NEEDS, |ground| {
+        let server = MariaDb::make(ground.path(), &["--wait-timeout=5"])?;
+        let mut home = Home::new(&ground.file("home"), "none")?;
+        home.server = server.store("one");
+        home.configure(&[])?;
+        let daemon = home.start()?;
+        let holder = || {
+            let lock = "CONCAT('nbdtrack-', SHA1('appliance/one'))";
+            server.sql(&format!("SELECT COALESCE(IS_USED_LOCK({lock}), 0)"))
+        };
+        let new_holder = |than: &str| {
+            until(STEP_LIMIT, "the name to be held", || {
+                let now = holder()?;
+                Ok((now != "0" && now != than).then_some(now))
+            })
+        };
+        let first = new_holder("0")?;
+        let since = server.status("Uptime")?;
+        until(STEP_LIMIT, "more than the server waits", || {
+            Ok((server.status("Uptime")? > since + 7).then_some(()))
+        })?;
+        hold!(holder()? == first, "{first}, and then {}", holder()?);
+        server.sql(&format!("KILL {first}"))?;
+        new_holder(&first)?;
+        daemon.stop()
     })
 }

@@ -1,4 +1,5 @@
-//! The name of this daemon in the shared database of a cluster, renewed while the database is reached.
+//! The name of this daemon in the shared database, renewed while that is reached: nothing may be written for hours, and the server ends what says
+//! nothing.
 
 use tokio::time::Instant;
 
@@ -6,10 +7,10 @@ use super::shared_table::{Link, SharedTable};
 use crate::mapping::LEASE_RENEWED;
 
 impl SharedTable {
-    /// When [`SharedTable::renew`] is wanted next; `None` where the server alone keeps daemons of one name apart.
+    /// When [`SharedTable::renew`] is wanted next; `None` while the database is away.
     pub fn renewal(&self) -> Option<Instant> {
         match &self.link {
-            Link::Up(database) if database.is_leased() => self.renewal,
+            Link::Up(_) => self.renewal,
             _ => None,
         }
     }

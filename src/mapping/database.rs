@@ -32,7 +32,7 @@ const ATTEMPTS: u32 = 9;
 const AGAIN_AFTER: Duration = Duration::from_millis(5);
 /// How long a name of a cluster stays a daemon's that says nothing more, in seconds: some renewals, each with its deadline.
 pub(super) const LEASE_SECONDS: u32 = 10;
-/// How often it is renewed where nothing is written.
+/// How often it is renewed, and the connection is asked for its lock, where nothing is written.
 pub const LEASE_RENEWED: Duration = Duration::from_secs(3);
 
 /// A password: never in a log, whoever prints what it is part of.
@@ -200,15 +200,10 @@ impl Database {
         self.transact(Write::Prune(days)).await.map(drop)
     }
 
-    /// Whether the name has to be renewed.
-    pub fn is_leased(&self) -> bool {
-        self.instance.is_some()
-    }
-
-    /// Renews the name.
+    /// Renews the name, and asks whether this connection has it still.
     ///
     /// # Errors
-    /// As of every call here; also when another daemon has it by now.
+    /// As of every call here; also when it has not.
     pub async fn renew(&mut self) -> Result<(), DatabaseError> {
         self.transact(Write::Renew).await.map(drop)
     }
@@ -238,7 +233,7 @@ impl Database {
                     Err(rows::Fault::Lost) => {
                         let owner = who.0;
                         return Err(DatabaseError::Away(format!(
-                            "another daemon has the name \"{owner}\" in this cluster by now: give each daemon its own store_owner"
+                            "the name \"{owner}\" is not this connection's any more, or another daemon's in this cluster by now: give each daemon its own store_owner"
                         )));
                     }
                     Err(rows::Fault::Taken(reason)) => return Err(DatabaseError::Taken(reason)),
@@ -291,7 +286,7 @@ async fn once(
     };
     let written = match (holds, write) {
         (Err(lost), _) => Err(lost),
-        (Ok(()), Write::Renew) => Ok(0),
+        (Ok(()), Write::Renew) => lease::is_claimed(&mut transaction, owner).await.map(|()| 0),
         (Ok(()), Write::Put(puts, bases)) => rows::put(&mut transaction, owner, puts, bases).await,
         (Ok(()), Write::PutSome(puts, seen)) => {
             rows::put_some(&mut transaction, owner, puts, seen, BATCH_FOR).await

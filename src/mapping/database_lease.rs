@@ -1,5 +1,8 @@
-//! Who writes the shared table under a name, in a cluster: a row that says until when, by the server's clock, and that every
-//! transaction renews. A lock of the server (GET_LOCK) is the node's alone, and says nothing of daemons at other nodes.
+//! Who writes the shared table under a name. A lock of the server (GET_LOCK) says it for as long as its connection lasts; so that it lasts, and
+//! that its end is noticed, it is asked for every some seconds: a server ends connections that say nothing.
+//!
+//! In a cluster that lock is the node's alone, and says nothing of daemons at other nodes. There a row says it as well, and until when, by the
+//! server's clock; every transaction renews it.
 //!
 //! The row is taken over when its time is over, or when its holder was connected to this node: whoever has this node's lock knows that
 //! no connection of that holder is left here. A holder that was taken for dead writes nothing more: its next transaction finds the row
@@ -16,18 +19,24 @@ pub(super) const LEASES: &str = "CREATE TABLE IF NOT EXISTS nbdtrack_leases (
     until_at DATETIME(6) NOT NULL
 ) ENGINE = InnoDB";
 
+/// Of the lock that a daemon's name is. Names of locks have at most 64 characters, so it is a digest.
+macro_rules! lock {
+    () => {
+        "CONCAT('nbdtrack-', SHA1(CONCAT(DATABASE(), '/', ?)))"
+    };
+}
+
 /// Registers this daemon; false when one of its name is connected.
 pub(super) async fn claim(
     connection: &mut MySqlConnection,
     owner: &str,
 ) -> Result<bool, sqlx::Error> {
-    // Held as long as the connection. Names of locks have at most 64 characters, so it is the owner's digest.
-    let got: Option<i64> = sqlx::query_scalar(
-        "SELECT CAST(GET_LOCK(CONCAT('nbdtrack-', SHA1(CONCAT(DATABASE(), '/', ?))), 0) AS SIGNED)",
-    )
-    .bind(owner)
-    .fetch_one(&mut *connection)
-    .await?;
+    // Held as long as the connection.
+    let take = concat!("SELECT CAST(GET_LOCK(", lock!(), ", 0) AS SIGNED)");
+    let got: Option<i64> = sqlx::query_scalar(take)
+        .bind(owner)
+        .fetch_one(&mut *connection)
+        .await?;
     if got != Some(1) {
         return Ok(false);
     }
@@ -39,6 +48,23 @@ pub(super) async fn claim(
     .execute(connection)
     .await?;
     Ok(true)
+}
+
+/// That this connection is the one that registered the daemon: something between may have put another one in its place.
+pub(super) async fn is_claimed(connection: &mut MySqlConnection, owner: &str) -> Result<(), Fault> {
+    let whose = concat!(
+        "SELECT CAST(IS_USED_LOCK(",
+        lock!(),
+        ") = CONNECTION_ID() AS SIGNED)"
+    );
+    let ours: Option<i64> = sqlx::query_scalar(whose)
+        .bind(owner)
+        .fetch_one(connection)
+        .await?;
+    match ours {
+        Some(1) => Ok(()),
+        _ => Err(Fault::Lost),
+    }
 }
 
 /// The identity of a Galera node for as long as it is in the cluster; `None` for a server that is in none.
