@@ -41,6 +41,7 @@ mod runtime_files;
 mod sections;
 mod service;
 mod settings;
+mod shared_keep;
 mod shared_lease;
 mod shared_look;
 mod shared_table;

@@ -1,6 +1,6 @@
 //! The shared table of VMs' disks, seen from the store's task: connected in the background, looked at every some seconds, written before
 //! the local store when a caller's change needs it. What rows mean is judged by `mapping::reconcile`; who asks by one is answered as
-//! every other caller, by the loop.
+//! every other caller, by the loop. What is written there before the local store is `shared_keep`'s.
 //!
 //! ```text
 //!   Away ── due ──> Connecting ──> Up ── poll due ──> read beside it ──> reconcile ──> put in batches ──> ask the loop, tell conflicts
@@ -24,9 +24,8 @@ use super::row_asks::RowDemand;
 use super::row_paths::RowPaths;
 use super::shared_writes::Following;
 use super::table_looks::{KnownDisks, Looked, TableLooks};
-use crate::correlation::{Change, MappingRow, MappingState, RequestError, Unkept, VmDisk};
-use crate::mapping::basis::{Basis, RowSaid};
-use crate::mapping::reconcile::{Demand, Known, Values};
+use crate::correlation::{MappingRow, MappingState, RequestError, Unkept, VmDisk};
+use crate::mapping::reconcile::{Demand, Values};
 use crate::mapping::{Address, Database, DatabaseError, Store};
 
 /// After the first failure, doubled with each more.
@@ -103,7 +102,7 @@ pub(super) struct SharedTable {
     pub(super) reader: Option<TableLooks>,
     pub(super) looking: Option<Look>,
     pub(super) looks: u64,
-    why: String,
+    pub(super) why: String,
     wait: Duration,
     pub(super) due: Option<Instant>,
     pub(super) renewal: Option<Instant>,
@@ -269,150 +268,6 @@ impl SharedTable {
         }
     }
 
-    /// Keeps a change of mappings in the shared table that a caller asks for, or a row that said this, before the local store has it
-    /// (invariant 5). `None` when it has none.
-    pub async fn keep(
-        &mut self,
-        changes: &[Change],
-        by_row: Option<RowSaid>,
-    ) -> Result<Option<Kept>, Unkept> {
-        let puts = self.puts(changes);
-        if puts.is_empty() {
-            return Ok(None);
-        }
-        let basis = |disk: &VmDisk| match &by_row {
-            Some(said) => Basis::Row(said.clone()),
-            None => Basis::Caller {
-                told: self.told_rows.get(disk).cloned(),
-            },
-        };
-        let bases = puts
-            .keys()
-            .map(|disk| (disk.clone(), basis(disk)))
-            .collect();
-        let Link::Up(database) = &mut self.link else {
-            return Err(self.away());
-        };
-        touch(&mut self.looking, puts.keys());
-        let done = database.put(&puts, &bases).await;
-        self.count_retried();
-        match done {
-            Ok(()) => Ok(Some(Kept(puts))),
-            Err(DatabaseError::Taken(reason)) => Err(Unkept::Taken(reason)),
-            Err(DatabaseError::Written(reason)) => {
-                self.look();
-                Err(Unkept::Overtaken(reason))
-            }
-            Err(DatabaseError::Away(reason)) => {
-                self.fail(reason);
-                Err(self.away())
-            }
-        }
-    }
-
-    fn away(&self) -> Unkept {
-        Unkept::Away(format!(
-            "the {} is away ({}); what is exported is served on, try again when it is back",
-            self.address, self.why
-        ))
-    }
-
-    fn puts(&self, changes: &[Change]) -> BTreeMap<VmDisk, Known> {
-        let known = |disk: &VmDisk| self.known.as_ref().and_then(|known| known.get(disk));
-        let mut puts = BTreeMap::new();
-        for change in changes {
-            match change {
-                Change::PutMapping(mapping) => {
-                    let here = known(&mapping.disk).filter(|here| here.active);
-                    let put = Known {
-                        vm_name: mapping.vm_name.clone(),
-                        active: true,
-                        device_path: here.map_or_else(String::new, |here| here.device_path.clone()),
-                        kept: true,
-                    };
-                    puts.insert(mapping.disk.clone(), put);
-                }
-                Change::RetireMapping(disk) => {
-                    let here = known(disk).cloned().unwrap_or_default();
-                    let put = Known {
-                        active: false,
-                        device_path: String::new(),
-                        ..here
-                    };
-                    puts.insert(disk.clone(), put);
-                }
-                _ => {}
-            }
-        }
-        puts
-    }
-
-    /// The local store has these changes, whoever ordered them.
-    pub fn stored(&mut self, changes: &[Change], kept: Option<Kept>) {
-        let in_table = kept.is_some();
-        let puts = match kept {
-            Some(Kept(puts)) => puts,
-            None => {
-                let puts = self.puts(changes);
-                if !puts.is_empty() {
-                    // The middle's own: the table is told by the next look.
-                    self.look();
-                }
-                puts
-            }
-        };
-        touch(&mut self.looking, puts.keys());
-        if puts.is_empty() {
-            return;
-        }
-        for (disk, _) in puts.iter().filter(|(_, here)| !here.active) {
-            self.states.remove(disk);
-            self.unsaid.remove(disk);
-        }
-        // Until it is loaded the store has it: what is known is all or nothing.
-        let Some(known) = &mut self.known else {
-            return;
-        };
-        let known = known.edit();
-        for (disk, mut here) in puts {
-            here.kept = in_table || known.get(&disk).is_some_and(|before| before.kept);
-            if in_table {
-                self.unmarked.insert(disk.clone());
-            }
-            known.insert(disk, here);
-        }
-    }
-
-    /// The local store could not keep what the table has: the table is to say what was before.
-    pub async fn undo(&mut self, kept: Kept) {
-        let before: BTreeMap<VmDisk, Known> = kept
-            .0
-            .into_iter()
-            .map(|(disk, put)| {
-                let known = self.known.as_ref().and_then(|known| known.get(&disk));
-                let gone = Known {
-                    active: false,
-                    device_path: String::new(),
-                    ..put
-                };
-                let before = known.cloned().unwrap_or(gone);
-                (disk, before)
-            })
-            .collect();
-        touch(&mut self.looking, before.keys());
-        let Link::Up(database) = &mut self.link else {
-            return;
-        };
-        // Over what was written with the change that is undone.
-        let basis = Basis::Caller { told: None };
-        let bases = before.keys().map(|disk| (disk.clone(), basis.clone()));
-        match database.put(&before, &bases.collect()).await {
-            Ok(()) => {}
-            Err(DatabaseError::Written(_)) => self.look(),
-            Err(error) => self.fail(error.to_string()),
-        }
-    }
-
     /// Deletes what is inactive and old, of this daemon's.
     pub async fn prune(&mut self, days: u32) -> Result<(), Unkept> {
         let Link::Up(database) = &mut self.link else {
@@ -441,9 +296,6 @@ pub(super) fn touch<'a>(looking: &mut Option<Look>, disks: impl IntoIterator<Ite
         look.touched.extend(disks.into_iter().cloned());
     }
 }
-
-/// What is on its way from the shared table to the local store.
-pub(super) struct Kept(BTreeMap<VmDisk, Known>);
 
 #[cfg(test)]
 impl SharedTable {
