@@ -6,7 +6,7 @@ RELEASE := target/release
 BENCH := $(CARGO) bench --locked --bench
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build run compare bench bench-quick bench-control bench-control-quick check test test-guest soak-guest model fuzz crowd hangups power-cuts power-cuts-guest image-model image-crashes soak-files deb test-deb container-test man install uninstall deny clean
+.PHONY: help setup build run compare bench bench-quick bench-control bench-control-quick check test test-guest soak-guest model fuzz crowd hangups power-cuts power-cuts-guest image-model image-crashes backup-kills soak-files deb test-deb container-test man install uninstall deny clean
 
 # Where `make install` puts things; below DESTDIR, for a package or a guest's root.
 DESTDIR ?=
@@ -74,6 +74,9 @@ image-model: setup ## N random sequences of requests to images here, in qemu-nbd
 
 image-crashes: setup ## N power cuts and N/4 ends of its writer between any two requests of an image, and K kills and power cuts of a daemon under clients, by a new seed (N=2000, K=100)
 	NBDTRACK_IMAGE_CUTS=$(or $(N),2000) NBDTRACK_IMAGE_KILLS=$$(( $(or $(N),2000) / 4 )) NBDTRACK_POWER_CUTS=$(or $(K),100) NBDTRACK_KILLS=$(or $(K),100) $(CARGO) test --locked --test real_qcow2_power --test real_qcow2_crash -- --test-threads=1 --nocapture
+
+backup-kills: setup ## N kills of the daemon anywhere in the lives of backups, by a new seed (N=300)
+	NBDTRACK_BACKUP_KILLS=$(or $(N),300) $(CARGO) test --locked --test real_backup_kills -- --test-threads=1 --nocapture
 
 soak-files: setup ## 200 mixed exports on one port for MINUTES (30): clients on all, ten added or removed a second
 	$(CARGO) build --release --locked --bin nbdtrack

@@ -7,6 +7,7 @@
 #![allow(dead_code)] // Each program that includes this module uses a part of it.
 #![allow(clippy::duplicate_mod)]
 
+pub mod backup_model;
 pub mod backups;
 pub mod bus;
 pub mod chorus;
