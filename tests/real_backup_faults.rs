@@ -214,6 +214,8 @@ struct Cut<'a> {
     call: &'static str,
     /// Of this file or folder.
     of: PathBuf,
+    /// Whether its file system has files without a name (`O_TMPFILE`).
+    nameless: bool,
 }
 
 /// Has the kernel kill the daemon at its next system call `call` that concerns `of` (strace(1), "Syscall Tampering").
@@ -223,10 +225,14 @@ fn kill_at(scene: &mut Scene, ground: &Ground, cut: &Cut<'_>) -> Outcome<Running
     strace
         .args(["-f", "-o", "/dev/null", "-P"])
         .arg(&cut.of)
-        .args(["-e", &format!("trace={}", cut.call)])
+        .args(["-e", &format!("trace=openat,{}", cut.call)])
         .args(["-e", &format!("inject={}:signal=SIGKILL:when=1", cut.call)])
-        .args(["-p", &scene.daemon()?.pid().to_string()])
-        .stderr(std::fs::File::create(&told)?);
+        .args(["-p", &scene.daemon()?.pid().to_string()]);
+    if !cut.nameless {
+        // The first is the one that looks the folder up.
+        strace.args(["-e", "inject=openat:error=EOPNOTSUPP:when=2"]);
+    }
+    strace.stderr(std::fs::File::create(&told)?);
     let strace = Running(strace.spawn().doing("start strace")?);
     until(STEP_LIMIT, "strace to be attached", || {
         let said = std::fs::read_to_string(&told)?;
@@ -297,6 +303,7 @@ fn wherever_a_call_is_cut_off_by_a_kill_each_row_and_file_says_what_is_so() -> O
                 words: words(&making),
                 call,
                 of: folder.clone(),
+                nameless: true,
             };
             cut_off(&mut scene, ground, &cut)?;
             all_is_told(&scene, &folder, cut.what)?;
@@ -330,6 +337,7 @@ fn wherever_a_call_is_cut_off_by_a_kill_each_row_and_file_says_what_is_so() -> O
                 words: words(&beginning),
                 call,
                 of: folder.clone(),
+                nameless: true,
             };
             cut_off(&mut scene, ground, &cut)?;
             all_is_told(&scene, &folder, cut.what)?;
@@ -360,6 +368,7 @@ fn wherever_a_call_is_cut_off_by_a_kill_each_row_and_file_says_what_is_so() -> O
             words: words(&["backup", "finish", full]),
             call: "pwrite64,write",
             of: log,
+            nameless: true,
         };
         cut_off(&mut scene, ground, &cut)?;
         all_is_told(&scene, &folder, cut.what)?;
@@ -381,6 +390,7 @@ fn wherever_a_call_is_cut_off_by_a_kill_each_row_and_file_says_what_is_so() -> O
                 words: words(&["backup", "delete", full, "--children"]),
                 call,
                 of: folder.clone(),
+                nameless: true,
             };
             cut_off(&mut scene, ground, &cut)?;
             all_is_told(&scene, &folder, cut.what)?;
@@ -406,6 +416,57 @@ fn wherever_a_call_is_cut_off_by_a_kill_each_row_and_file_says_what_is_so() -> O
             listed(&scene, full)?.is_none() && !path.exists(),
             "it is there"
         );
+        scene.stop()
+    })
+}
+
+/// As on NFS: such a file stayed for ever, and in a container, where each daemon has the same process id, kept its name from ever being made.
+#[test]
+fn what_a_kill_leaves_where_no_file_is_without_a_name_goes_with_the_next_call() -> Outcome<()> {
+    let needs = [NEEDS, &[Need::Tool("strace")]].concat();
+    real("kill without O_TMPFILE", &needs, |ground| {
+        let (mut scene, folder) = scene(ground)?;
+        let folder = folder.canonicalize()?;
+        let left = || -> Outcome<Vec<String>> {
+            let entries = std::fs::read_dir(&folder)?.flatten();
+            let names = entries.map(|entry| entry.file_name().to_string_lossy().into_owned());
+            Ok(names.collect())
+        };
+        let cut = |words: &[&str]| Cut {
+            what: "made under another name",
+            words: words.iter().map(|word| (*word).to_owned()).collect(),
+            call: "renameat2",
+            of: folder.clone(),
+            nameless: false,
+        };
+        let beginning = ["vm", "0", "--size", "4M", "--at", "1764129600"];
+        let words = [&["backup", "begin"][..], &beginning].concat();
+        cut_off(&mut scene, ground, &cut(&words))?;
+        let full = "backup-vm-disk0-full-20251126T040000";
+        hold!(
+            left()? == [format!(".{full}.qcow2.nbdtrack-new")],
+            "{:?}",
+            left()?
+        );
+        hold!(
+            state(&scene, full)? == "interrupted",
+            "{}",
+            state(&scene, full)?
+        );
+        json(&scene, &["backup", "delete", full])?;
+        hold!(left()?.is_empty(), "{:?}", left()?);
+
+        for name in ["a", "b"] {
+            let image = text(&folder.join(format!("{name}.qcow2")));
+            let making = ["image", "create", &image, "4M", "--export", name];
+            cut_off(&mut scene, ground, &cut(&making))?;
+            hold!(
+                left()? == [format!(".{name}.qcow2.nbdtrack-new")],
+                "{:?}",
+                left()?
+            );
+        }
+        begin(&scene, &beginning)?;
         scene.stop()
     })
 }

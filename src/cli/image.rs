@@ -157,7 +157,7 @@ fn wanted(asked: &Create) -> Result<NewImage, Failure> {
 fn create(asked: &Create, as_json: bool) -> Result<(), Failure> {
     let new = wanted(asked)?;
     let path = absolute(&asked.path, true)?;
-    let size = create::create(&path, &everything(), &new)
+    let size = create::create(&path, &everything(), &new, &|| true)
         .map_err(|error| Failure::Image(error.to_string()))?
         .size;
     if as_json {

@@ -116,6 +116,23 @@ pub struct BeginBackup {
     pub wait: Duration,
 }
 
+impl BeginBackup {
+    /// What it is to be called; `now` in seconds since 1970.
+    ///
+    /// # Errors
+    /// Names the argument that cannot be.
+    pub fn name(&self, now: u64) -> Result<ExportName, RequestError> {
+        let kind = match self.parent {
+            Some(_) => BackupKind::Incremental,
+            None => BackupKind::Full,
+        };
+        let at = self.at.unwrap_or(now);
+        let name = BackupName::new(&self.context, self.disk, kind, at);
+        name.map(|name| name.export())
+            .map_err(|error| RequestError::InvalidArgument(error.to_string()))
+    }
+}
+
 impl Backup {
     /// This one as failed, for that reason.
     pub fn failed(self, reason: String) -> Backup {
@@ -194,14 +211,7 @@ impl Backups {
             .as_ref()
             .map(|name| self.complete(name))
             .transpose()?;
-        let kind = match parent {
-            Some(_) => BackupKind::Incremental,
-            None => BackupKind::Full,
-        };
-        let at = asked.at.unwrap_or(now);
-        let name = BackupName::new(&asked.context, asked.disk, kind, at)
-            .map_err(|error| invalid(error.to_string()))?
-            .export();
+        let name = asked.name(now)?;
         if self.0.contains_key(&name) {
             return Err(RequestError::AlreadyExists(format!(
                 "there is a backup {name} already"

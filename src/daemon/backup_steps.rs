@@ -6,9 +6,10 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::backups::seconds;
+use super::patience::Patience;
 use super::reading::{Reading, as_when_finished, refusal};
 use super::shelf::Shelf;
-use super::works::{Held, ToLoop, export_made, in_thread, make};
+use super::works::{Held, ToLoop, export_made, make};
 use crate::correlation::{
     Backup, BackupChange, BackupState, ExportName, NewImage, Proof, Request, RequestError,
 };
@@ -34,6 +35,7 @@ pub(super) async fn begin(
     backup: Backup,
     new: NewImage,
     wait: Duration,
+    patience: &Patience,
 ) -> Result<Answer, RequestError> {
     let name = backup.name.clone();
     let forget = BackupChange::Delete(name.clone());
@@ -45,7 +47,8 @@ pub(super) async fn begin(
     if let Some(parent) = &backup.parent {
         let lineage = shelf.known().backups.lineage(parent);
         let beneath = Arc::clone(&roots);
-        let same = in_thread(move || as_when_finished(&lineage, &beneath)).await;
+        let look = move |own: &Patience| as_when_finished(&lineage, &beneath, own);
+        let same = patience.in_thread(look).await;
         if let Err(error) = same.and_then(|same| same) {
             // A row that stays says "writing", which is so: there is no file, and it can be deleted.
             let _kept = shelf.keep(to_loop, vec![forget]).await;
@@ -54,7 +57,7 @@ pub(super) async fn begin(
     }
     let volume = VolumeId::of_file(&backup.path, Format::Qcow2)
         .map_err(|error| RequestError::InvalidArgument(error.to_string()))?;
-    let inode = match make(roots, new, &backup.path).await {
+    let inode = match make(roots, new, &backup.path, patience).await {
         Ok(inode) => inode,
         Err(error) => {
             let _kept = shelf.keep(to_loop, vec![forget]).await;
@@ -71,6 +74,8 @@ pub(super) async fn begin(
         .known()
         .backups
         .take(BackupChange::Put(Box::new(made)));
+    // Its last step was in time and its thread's end was not: a row that says "writing", which can be deleted.
+    patience.check()?;
     export_made(to_loop, name, volume, &path, wait).await
 }
 
@@ -111,6 +116,7 @@ pub(super) async fn finish(
     removal: Option<Request>,
     reading: &Reading,
 ) -> Result<Finished, RequestError> {
+    let had_export = removal.is_some();
     if let Some(removal) = removal {
         let removed = to_loop.ask(removal).await;
         // Its last flush failed: that has been noted by now, and is why.
@@ -149,6 +155,11 @@ pub(super) async fn finish(
                 .await?;
             Err(RequestError::Failed(reason))
         }
+        // An export that was cut off closes its file when the file system lets it.
+        Err(VerifyError::Busy { .. }) if had_export => Err(RequestError::TimedOut(format!(
+            "backup {} is not finished: what its export had under way keeps {} open, and its file system does not answer; finish it again when that answers",
+            backup.name, backup.path
+        ))),
         Err(error) => Err(refusal(error)),
     }
 }
@@ -199,10 +210,12 @@ pub(super) async fn delete(
     backups: Vec<Backup>,
     images: Arc<Vec<String>>,
     keep_files: bool,
+    patience: &Patience,
 ) -> Result<Vec<ExportName>, RequestError> {
     let mut deleted = Vec::new();
     for backup in backups {
-        if !keep_files && let Some(file) = take_file(&backup, &images, roots).await? {
+        if !keep_files && let Some(file) = take_file(&backup, &images, roots, patience).await? {
+            patience.check()?;
             // From here on its file may be gone whenever the daemon ends: a row that says that it is complete says so first.
             if backup.state == BackupState::Complete {
                 let begun = Backup {
@@ -212,8 +225,8 @@ pub(super) async fn delete(
                 let begun = BackupChange::Put(Box::new(begun));
                 shelf.keep(to_loop, vec![begun]).await?;
             }
-            let removed = in_thread(move || file.take().map_or(Ok(()), Taken::remove));
-            removed.await?.map_err(unremoved)?;
+            let remove = move |_: &Patience| file.take().map_or(Ok(()), Taken::remove);
+            patience.in_thread(remove).await?.map_err(unremoved)?;
         }
         let forget = BackupChange::Delete(backup.name.clone());
         shelf.keep(to_loop, vec![forget]).await?;
@@ -227,12 +240,13 @@ async fn take_file(
     backup: &Backup,
     images: &Arc<Vec<String>>,
     roots: &Arc<Roots>,
+    patience: &Patience,
 ) -> Result<Option<Held<Taken>>, RequestError> {
     let closed_by = Instant::now() + CLOSED_WITHIN;
     loop {
         let (path, roots) = (backup.path.clone(), Arc::clone(roots));
         let (name, images) = (backup.name.clone(), Arc::clone(images));
-        let taken = in_thread(move || {
+        let taken = patience.in_thread(move |_| {
             let taken = remove::take(&path, &roots);
             if let Ok(Some(file)) = &taken
                 && let Some(image) = file.lies_beneath(&images, &roots)

@@ -19,6 +19,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::backup_steps::{Finished, begin, delete, finish};
 use super::control::{Asker, Control};
+use super::patience::{Patience, hanging};
 use super::reading::Reading;
 use super::shelf::{Finishing, Shelf, UnderWay};
 use super::works::{Place, ToLoop};
@@ -48,19 +49,30 @@ impl Control {
         self.shelf.known().backups.take(put);
         let under_way = UnderWay::begin(&self.shelf, [backup.name.clone()], "begun");
         let (to_loop, roots, shelf) = (self.to_loop(), Arc::clone(&self.roots), self.shelf.clone());
+        let patience = Patience::new();
+        let hangs = format!(
+            "backup {} is not begun at {}, and will not be when it answers: try again then",
+            backup.name, backup.path
+        );
         tokio::spawn(async move {
-            let begun = begin(&to_loop, &shelf, roots, backup, new, asked.wait).await;
-            drop(under_way);
-            to_loop.answer(asker, begun);
-            drop(place);
+            let work = async {
+                let wait = asked.wait;
+                let begun = begin(&to_loop, &shelf, roots, backup, new, wait, &patience).await;
+                drop((under_way, place));
+                begun
+            };
+            patience.answer(&to_loop, asker, work, hangs).await;
         });
     }
 
     fn plan_backup(&self, asked: &BeginBackup) -> Result<(Backup, NewImage, Place), RequestError> {
         let root = self.roots.first();
+        let now = seconds();
         let (backup, new, beneath) = {
             let known = self.shelf.known();
-            let (backup, new) = known.backups.begin(asked, seconds(), root.as_deref())?;
+            // Before its row is in the way: that can go again.
+            known.is_at_rest(&asked.name(now)?)?;
+            let (backup, new) = known.backups.begin(asked, now, root.as_deref())?;
             let parent = backup.parent.as_ref();
             let beneath = parent.map(|parent| known.backups.lineage(parent));
             parent.map_or(Ok(()), |parent| known.is_at_rest(parent))?;
@@ -131,8 +143,27 @@ impl Control {
                 progress,
                 to_loop: to_loop.clone(),
                 job,
+                patience: Patience::new(),
             };
-            let finished = match finish(&to_loop, &shelf, roots, backup, removal, &reading).await {
+            let finished = {
+                let work = finish(&to_loop, &shelf, roots, backup, removal, &reading);
+                let mut work = std::pin::pin!(work);
+                loop {
+                    tokio::select! {
+                        biased;
+                        finished = &mut work => break finished,
+                        () = reading.patience.over() => {}
+                    }
+                    let error = hanging(&format!(
+                        "backup {name} is read on when it answers; finish it again, which waits for that"
+                    ));
+                    let waiting = shelf.known().finishing.get_mut(&name).map(Finishing::take);
+                    answer_all(&to_loop, &shelf, waiting.unwrap_or_default(), &Err(error));
+                    // For those who come now.
+                    reading.patience.again();
+                }
+            };
+            let finished = match finished {
                 Ok(Finished::Complete(backup)) => Ok(backup),
                 Ok(Finished::Doubted(doubted)) => {
                     // Who waits hears of it now; who asks again waits for what comes of it.
@@ -197,11 +228,20 @@ impl Control {
         let names = backups.iter().map(|backup| backup.name.clone());
         let under_way = UnderWay::begin(&self.shelf, names, "deleted");
         let (to_loop, roots, shelf) = (self.to_loop(), Arc::clone(&self.roots), self.shelf.clone());
+        let patience = Patience::new();
+        let hangs = format!(
+            "whether {name} is deleted shows in 'nbdtrack backups' when it answers: delete it again then, if it is there"
+        );
         tokio::spawn(async move {
-            let deleted = delete(&to_loop, &shelf, &roots, backups, images, keep_files).await;
-            drop(under_way);
-            to_loop.answer(asker, deleted.map(Answer::Names));
-            drop(place);
+            let work = async {
+                let deleted = delete(
+                    &to_loop, &shelf, &roots, backups, images, keep_files, &patience,
+                );
+                let deleted = deleted.await;
+                drop((under_way, place));
+                deleted.map(Answer::Names)
+            };
+            patience.answer(&to_loop, asker, work, hangs).await;
         });
     }
 

@@ -26,6 +26,7 @@ mod look_up;
 mod metrics;
 mod orders;
 mod owed;
+mod patience;
 mod perform;
 mod phases;
 mod reading;

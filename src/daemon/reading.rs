@@ -4,7 +4,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use super::works::{Held, ToLoop, in_thread, refusal_of_file};
+use super::patience::Patience;
+use super::works::{Held, ToLoop, refusal_of_file};
 use crate::correlation::{Backup, Proof, RequestError, RequestId};
 use crate::image::beneath::Roots;
 use crate::image::verify::{self, Begun, Stamp, Verified, VerifyError};
@@ -18,6 +19,7 @@ pub(super) struct Reading {
     pub progress: Arc<AtomicU32>,
     pub to_loop: ToLoop,
     pub job: RequestId,
+    pub patience: Patience,
 }
 
 impl Reading {
@@ -36,10 +38,13 @@ impl Reading {
             made: backup.made,
         };
         let told = Arc::clone(&self.progress);
-        let verified = in_thread(move || {
+        let verified = self.patience.in_thread(move |own| {
             let before = stamps(&beneath, &roots)?;
-            as_when_finished(&beneath, &roots)?;
+            own.goes_on();
+            as_when_finished(&beneath, &roots, own)?;
             let verified = verify::verify(&path, &roots, Some(&begun), &mut |share| {
+                // It is read to its end whoever waits.
+                own.goes_on();
                 #[allow(
                     clippy::cast_possible_truncation,
                     clippy::cast_sign_loss,
@@ -78,7 +83,12 @@ impl Reading {
 }
 
 /// Whether the files of a backup and of all that it lies on are as they were when each was finished. Blocks.
-pub(super) fn as_when_finished(lineage: &[Backup], roots: &Roots) -> Result<(), RequestError> {
+/// `patience` is told of each step.
+pub(super) fn as_when_finished(
+    lineage: &[Backup],
+    roots: &Roots,
+    patience: &Patience,
+) -> Result<(), RequestError> {
     let Some((first, proof)) = lineage
         .first()
         .and_then(|first| Some((first, first.proof.as_ref()?)))
@@ -94,7 +104,10 @@ pub(super) fn as_when_finished(lineage: &[Backup], roots: &Roots) -> Result<(), 
         return Ok(());
     }
     // Copied or repaired since, which is well as long as it reads the same.
-    let found = verify::verify(&first.path, roots, None, &mut |_| {}).map_err(refusal)?;
+    let mut read = |_| {
+        patience.goes_on();
+    };
+    let found = verify::verify(&first.path, roots, None, &mut read).map_err(refusal)?;
     let found = &found.proof;
     if found.sha256 == proof.sha256 {
         return Ok(());

@@ -19,6 +19,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::control::{Asker, Control, Report};
 use super::keeper::Order;
+use super::patience::Patience;
 use crate::correlation::{
     BackupChange, CreateImage, Definition, Event, ExportName, Inode, NewImage, Reply, Request,
     RequestError, RequestId, Source,
@@ -251,13 +252,19 @@ impl Control {
             Err(error) => return self.answer(asker, Err(error)),
         };
         let (to_loop, roots) = (self.to_loop(), Arc::clone(&self.roots));
+        let patience = Patience::new();
+        let hangs = format!("{path} is not made, and will not be when it answers: try again then");
         tokio::spawn(async move {
-            let exported = match make(roots, asked.new, &path).await {
-                Ok(_) => export_made(&to_loop, asked.name, volume, &path, asked.wait).await,
-                Err(error) => Err(error),
+            let work = async {
+                let made = make(roots, asked.new, &path, &patience).await;
+                let exported = match made.and_then(|_| patience.check()) {
+                    Ok(()) => export_made(&to_loop, asked.name, volume, &path, asked.wait).await,
+                    Err(error) => Err(error),
+                };
+                drop(place);
+                exported
             };
-            to_loop.answer(asker, exported);
-            drop(place);
+            patience.answer(&to_loop, asker, work, hangs).await;
         });
     }
 
@@ -297,9 +304,11 @@ pub(super) async fn make(
     roots: Arc<Roots>,
     new: NewImage,
     path: &str,
+    patience: &Patience,
 ) -> Result<Inode, RequestError> {
     let at = path.to_owned();
-    let made = in_thread(move || create::create(&at, &roots, &new)).await?;
+    let make = move |own: &Patience| create::create(&at, &roots, &new, &|| own.goes_on());
+    let made = patience.in_thread(make).await?;
     Ok(made.map_err(refusal)?.inode)
 }
 

@@ -3,24 +3,17 @@
 //! ```text
 //!   a file without a name ── written, synced ──> linked to its name ──> its folder synced
 //! ```
-//! A crash before the link leaves nothing (`O_TMPFILE`, open(2)); where the file system has no such files, one under a name of its own
-//! that begins with a dot, which nothing reads.
+//! A crash before the link leaves nothing, or what the next one takes away ([`super::nameless`]).
 
-use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use nix::errno::Errno;
-use nix::fcntl::{
-    AT_FDCWD, AtFlags, FallocateFlags, OFlag, RenameFlags, fallocate, openat, renameat2,
-};
-use nix::sys::stat::Mode;
-use nix::unistd::{UnlinkatFlags, linkat, unlinkat};
+use nix::fcntl::{FallocateFlags, fallocate};
 
 use super::beneath::{self, FileError, Roots};
+use super::nameless::Nameless;
 use super::qcow2::header::BackingName;
 use super::qcow2::layout::{CLUSTER_BYTES, Layout, LayoutError};
 use super::qcow2::{ChainError, backing_bytes};
@@ -29,6 +22,8 @@ use crate::identity::Format;
 
 /// Zeroes are written in pieces of this size.
 static ZEROES: [u8; 1 << 20] = [0; 1 << 20];
+/// And made durable in larger ones.
+const SYNCED_BYTES: u64 = 64 << 20;
 
 /// Why no file was made. Nothing was changed then, but for [`CreateError::NotDurable`].
 #[derive(Debug, thiserror::Error)]
@@ -68,11 +63,17 @@ pub struct Created {
 }
 
 /// Makes the file at the absolute `path` beneath `roots`, and returns what it is once it is durable. Blocks, with
-/// [`Preallocation::Full`] for as long as writing all of it takes.
+/// [`Preallocation::Full`] for as long as writing all of it takes. `goes_on` hears of each step that is done, and says whether anyone waits for the
+/// next one; where nobody does, nothing of the file stays.
 ///
 /// # Errors
 /// [`CreateError`]
-pub fn create(path: &str, roots: &Roots, new: &NewImage) -> Result<Created, CreateError> {
+pub fn create(
+    path: &str,
+    roots: &Roots,
+    new: &NewImage,
+    goes_on: &dyn Fn() -> bool,
+) -> Result<Created, CreateError> {
     let (folder, name) = roots.folder(path)?;
     let kernel = |source: io::Error| match source.raw_os_error() {
         Some(libc::EEXIST) => CreateError::Exists(path.to_owned()),
@@ -86,30 +87,48 @@ pub fn create(path: &str, roots: &Roots, new: &NewImage) -> Result<Created, Crea
         return Err(CreateError::Exists(path.to_owned()));
     }
     let plan = Plan::new(path, roots, new)?;
-    let (file, temporary) = unnamed(&folder, &name).map_err(kernel)?;
-    let written = plan
-        .write(&file, new.preallocation)
-        .and_then(|()| file.sync_all());
-    let known = written.and_then(|()| beneath::inode(&file));
+    wanted(goes_on).map_err(kernel)?;
+    let new_file = Nameless::make(&folder, &name).map_err(kernel)?;
+    let written = wanted(goes_on)
+        .and_then(|()| plan.write(&new_file.file, new.preallocation, goes_on))
+        .and_then(|()| new_file.file.sync_all())
+        .and_then(|()| wanted(goes_on));
+    let known = written.and_then(|()| beneath::inode(&new_file.file));
     let placed = known.and_then(|inode| {
-        place(&file, &folder, temporary.as_deref(), &name)?;
+        new_file.place(&name)?;
         Ok(inode)
     });
-    if let (Err(_), Some(temporary)) = (&placed, &temporary) {
-        // It was ours alone; what cannot be removed is found by its name.
-        let _ = unlinkat(&folder, temporary.as_os_str(), UnlinkatFlags::NoRemoveDir);
-    }
-    let inode = placed.map_err(kernel)?;
+    let inode = match placed {
+        Ok(inode) => inode,
+        Err(error) => {
+            new_file.discard();
+            return Err(kernel(error));
+        }
+    };
     folder
         .sync_all()
         .map_err(|source| CreateError::NotDurable {
             path: path.to_owned(),
             source,
         })?;
+    if let Err(error) = wanted(goes_on) {
+        new_file.take_back(&name).map_err(kernel)?;
+        return Err(kernel(error));
+    }
     Ok(Created {
         size: plan.size(),
         inode,
     })
+}
+
+fn wanted(goes_on: &dyn Fn() -> bool) -> io::Result<()> {
+    match goes_on() {
+        true => Ok(()),
+        false => Err(io::Error::new(
+            io::ErrorKind::TimedOut,
+            "not made, for nobody waits for it any more",
+        )),
+    }
 }
 
 enum Plan {
@@ -160,7 +179,12 @@ impl Plan {
         }
     }
 
-    fn write(&self, file: &File, preallocation: Preallocation) -> io::Result<()> {
+    fn write(
+        &self,
+        file: &File,
+        preallocation: Preallocation,
+        goes_on: &dyn Fn() -> bool,
+    ) -> io::Result<()> {
         let (data_from, data_bytes, end) = match self {
             Plan::Raw(size) => (0, *size, *size),
             Plan::Qcow2(layout) => {
@@ -186,6 +210,11 @@ impl Plan {
                     let piece = &ZEROES[..left.min(ZEROES.len())];
                     file.write_all_at(piece, at)?;
                     at += piece.len() as u64;
+                    // So that no step is as long as all that a cache holds.
+                    if (at - data_from).is_multiple_of(SYNCED_BYTES) {
+                        file.sync_data()?;
+                    }
+                    wanted(goes_on)?;
                 }
             }
         }
@@ -195,54 +224,6 @@ impl Plan {
             }
         }
         Ok(())
-    }
-}
-
-/// A new file in `folder` that has no name, or one of its own, which is returned.
-fn unnamed(folder: &File, name: &OsStr) -> io::Result<(File, Option<OsString>)> {
-    // What is on the disk of a VM is for whoever may read that disk.
-    let mode = Mode::S_IRUSR | Mode::S_IWUSR;
-    let flags = OFlag::O_RDWR | OFlag::O_CLOEXEC;
-    match openat(folder, ".", flags | OFlag::O_TMPFILE, mode) {
-        Ok(file) => return Ok((File::from(file), None)),
-        // open(2), O_TMPFILE: EOPNOTSUPP of file systems, EISDIR and ENOENT of kernels without it.
-        Err(Errno::EOPNOTSUPP | Errno::EISDIR | Errno::ENOENT | Errno::EINVAL) => {}
-        Err(error) => return Err(error.into()),
-    }
-    let mut temporary = OsString::from(".");
-    temporary.push(name);
-    temporary.push(format!(".{}.new", std::process::id()));
-    let flags = flags | OFlag::O_CREAT | OFlag::O_EXCL;
-    let file = openat(folder, temporary.as_os_str(), flags, mode)?;
-    Ok((File::from(file), Some(temporary)))
-}
-
-/// Gives the file its name, unless something has it.
-fn place(file: &File, folder: &File, temporary: Option<&OsStr>, name: &OsStr) -> io::Result<()> {
-    let Some(temporary) = temporary else {
-        let own = format!("/proc/self/fd/{}", file.as_raw_fd());
-        let own = own.as_str();
-        return Ok(linkat(
-            AT_FDCWD,
-            own,
-            folder,
-            name,
-            AtFlags::AT_SYMLINK_FOLLOW,
-        )?);
-    };
-    match renameat2(
-        folder,
-        temporary,
-        folder,
-        name,
-        RenameFlags::RENAME_NOREPLACE,
-    ) {
-        // rename(2): EINVAL of file systems that cannot do that. A link does not replace either.
-        Err(Errno::EINVAL | Errno::ENOSYS) => {
-            linkat(folder, temporary, folder, name, AtFlags::empty())?;
-            Ok(unlinkat(folder, temporary, UnlinkatFlags::NoRemoveDir)?)
-        }
-        done => Ok(done?),
     }
 }
 
@@ -266,18 +247,19 @@ mod tests {
         let roots = Roots::new(vec![dir.path().to_owned()]);
         let path = dir.path().join("a.qcow2");
         let text = path.to_str().unwrap();
-        assert_eq!(create(text, &roots, &image(1 << 20)).unwrap().size, 1 << 20);
+        let made = create(text, &roots, &image(1 << 20), &|| true).unwrap();
+        assert_eq!(made.size, 1 << 20);
         let bytes = std::fs::read(&path).unwrap();
-        let again = create(text, &roots, &image(2 << 20));
+        let again = create(text, &roots, &image(2 << 20), &|| true);
         assert!(matches!(again, Err(CreateError::Exists(_))), "{again:?}");
         assert_eq!(std::fs::read(&path).unwrap(), bytes);
-        let refused = create("/elsewhere/a.qcow2", &roots, &image(1 << 20));
+        let refused = create("/elsewhere/a.qcow2", &roots, &image(1 << 20), &|| true);
         assert!(matches!(
             refused,
             Err(CreateError::Folder(FileError::Outside(_)))
         ));
         let out = dir.path().join("../a.qcow2");
-        let refused = create(out.to_str().unwrap(), &roots, &image(1 << 20));
+        let refused = create(out.to_str().unwrap(), &roots, &image(1 << 20), &|| true);
         assert!(
             matches!(refused, Err(CreateError::Folder(_))),
             "{refused:?}"
@@ -287,20 +269,30 @@ mod tests {
     }
 
     #[test]
-    fn a_name_that_someone_took_meanwhile_is_not_replaced() {
+    fn what_nobody_waits_for_any_more_leaves_nothing_whatever_was_done() {
         let dir = tempfile::tempdir().unwrap();
-        let folder = File::open(dir.path()).unwrap();
-        std::fs::write(dir.path().join("a"), b"theirs").unwrap();
-        let name = OsStr::new("a");
-        let (file, unnamed) = unnamed(&folder, name).unwrap();
-        let placed = place(&file, &folder, unnamed.as_deref(), name).unwrap_err();
-        assert_eq!(placed.raw_os_error(), Some(libc::EEXIST));
-        // As where there are no files without a name.
-        std::fs::write(dir.path().join(".a.new"), b"ours").unwrap();
-        let placed = place(&file, &folder, Some(OsStr::new(".a.new")), name).unwrap_err();
-        assert_eq!(placed.raw_os_error(), Some(libc::EEXIST));
-        assert_eq!(std::fs::read(dir.path().join("a")).unwrap(), b"theirs");
-        place(&file, &folder, Some(OsStr::new(".a.new")), OsStr::new("b")).unwrap();
-        assert_eq!(std::fs::read(dir.path().join("b")).unwrap(), b"ours");
+        let roots = Roots::new(vec![dir.path().to_owned()]);
+        let path = dir.path().join("a.raw");
+        let full = NewImage {
+            format: Format::Raw,
+            preallocation: Preallocation::Full,
+            ..image(2 << 20)
+        };
+        let steps = std::cell::Cell::new(0);
+        for steps_max in 0.. {
+            steps.set(0);
+            let goes_on = || {
+                steps.set(steps.get() + 1);
+                steps.get() <= steps_max
+            };
+            let made = create(path.to_str().unwrap(), &roots, &full, &goes_on);
+            if let Ok(made) = made {
+                assert_eq!((made.size, steps_max), (2 << 20, 6));
+                break;
+            }
+            assert!(made.unwrap_err().to_string().contains("nobody waits"));
+            let names = std::fs::read_dir(dir.path()).unwrap().count();
+            assert_eq!(names, 0, "after {steps_max} steps");
+        }
     }
 }

@@ -14,6 +14,8 @@ use nix::fcntl::{FcntlArg, fcntl};
 /// `RAW_PERM_BASE` and `RAW_SHARED_BASE`.
 const DOES: libc::off_t = 100;
 const FORBIDS: libc::off_t = 200;
+/// Beyond QEMU's: that the file is being made.
+const MAKES: libc::off_t = 300;
 
 /// Bits of `BLK_PERM_*`.
 const CONSISTENT_READ: libc::off_t = 0;
@@ -115,6 +117,18 @@ pub(super) fn lessen(file: &File, had: Use, wanted: Use) {
     for byte in had.bytes().filter(|byte| !kept.contains(byte)) {
         // Nothing refuses an unlock; the descriptor's end would be one too.
         let _ = set(file, byte, libc::F_UNLCK);
+    }
+}
+
+/// Holds a file that is being made for the one who makes it, until it is closed; false when someone else does. Nobody's I/O is concerned.
+///
+/// # Errors
+/// No lock is to be had.
+pub(super) fn for_its_maker(file: &File) -> io::Result<bool> {
+    match set(file, MAKES, libc::F_WRLCK) {
+        Ok(()) => Ok(true),
+        Err(e) if matches!(e.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => Ok(false),
+        Err(error) => Err(error),
     }
 }
 

@@ -19,6 +19,7 @@ mod folios;
 mod intruder;
 mod lock;
 mod medium;
+mod nameless;
 mod open_error;
 pub mod pages;
 mod place;

@@ -13,6 +13,7 @@ use nix::unistd::{UnlinkatFlags, unlinkat};
 use super::beneath::{FileError, Roots};
 use super::describe::{self, Described};
 use super::lock::{self, Use};
+use super::nameless;
 use crate::identity::Format;
 
 /// Why a file was not taken away.
@@ -53,7 +54,13 @@ pub fn take(path: &str, roots: &Roots) -> Result<Option<Taken>, RemoveError> {
         source,
     };
     let found = match roots.find(path, Format::Raw) {
-        Err(FileError::Missing(_)) => return Ok(None),
+        Err(FileError::Missing(_)) => {
+            // One whose making was cut off can have left something under another name.
+            if let Ok((folder, _)) = roots.folder(path) {
+                nameless::sweep(&folder);
+            }
+            return Ok(None);
+        }
         found => found?,
     };
     let own = format!("/proc/self/fd/{}", found.file.as_raw_fd());
@@ -156,7 +163,7 @@ mod tests {
                 backing: backing.map(|backing| (backing.to_owned(), Format::Qcow2)),
                 preallocation: Preallocation::Off,
             };
-            create(&text(name), &roots, &new).unwrap();
+            create(&text(name), &roots, &new, &|| true).unwrap();
         }
         let taken = |name: &str| take(&text(name), &roots).unwrap().unwrap();
         let others = [text("gone"), text("alone"), text("top")];

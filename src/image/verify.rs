@@ -223,7 +223,7 @@ mod tests {
                 backing: backing.map(|backing| (backing.to_owned(), Format::Qcow2)),
                 preallocation: Preallocation::Off,
             };
-            create(&text(name), &roots, &new).unwrap().inode
+            create(&text(name), &roots, &new, &|| true).unwrap().inode
         };
         let (full, other) = (make("full", None), make("other", None));
         make("child", Some("full"));

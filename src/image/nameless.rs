@@ -1,0 +1,223 @@
+//! A new file before it has its name, so that none is half made under one. EDGE.
+//!
+//! It has no name at all where the file system has such files (`O_TMPFILE`, open(2)): a crash leaves nothing. Elsewhere, as on NFS, it has one of
+//! its own, `.NAME.nbdtrack-new`, and is locked for as long as its maker lives: what a crash left there is known by that, and is taken away by the
+//! next who makes or deletes a file in the folder.
+
+use std::ffi::{OsStr, OsString};
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::fs::MetadataExt;
+
+use nix::errno::Errno;
+use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, RenameFlags, openat, renameat2};
+use nix::sys::stat::Mode;
+use nix::unistd::{UnlinkatFlags, linkat, unlinkat};
+
+use super::lock;
+
+const ENDS: &[u8] = b".nbdtrack-new";
+/// Whoever takes an abandoned file away can have ours for abandoned in the moment between its making and its lock.
+const TRIES: usize = 8;
+
+/// A new file of ours, with the folder that it is in.
+pub(super) struct Nameless<'a> {
+    pub file: File,
+    folder: &'a File,
+    temporary: Option<OsString>,
+}
+
+impl Nameless<'_> {
+    /// An empty one in `folder`, which is to have `name` there.
+    pub fn make<'a>(folder: &'a File, name: &OsStr) -> io::Result<Nameless<'a>> {
+        // What is on the disk of a VM is for whoever may read that disk.
+        let mode = Mode::S_IRUSR | Mode::S_IWUSR;
+        let flags = OFlag::O_RDWR | OFlag::O_CLOEXEC;
+        match openat(folder, ".", flags | OFlag::O_TMPFILE, mode) {
+            Ok(file) => Ok(Nameless {
+                file: File::from(file),
+                folder,
+                temporary: None,
+            }),
+            // open(2), O_TMPFILE: EOPNOTSUPP of file systems, EISDIR and ENOENT of kernels without it.
+            Err(Errno::EOPNOTSUPP | Errno::EISDIR | Errno::ENOENT | Errno::EINVAL) => {
+                named(folder, name)
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Gives it its name, unless something has it.
+    pub fn place(&self, name: &OsStr) -> io::Result<()> {
+        let Some(temporary) = self.temporary.as_deref() else {
+            let own = format!("/proc/self/fd/{}", self.file.as_raw_fd());
+            let follow = AtFlags::AT_SYMLINK_FOLLOW;
+            return Ok(linkat(AT_FDCWD, own.as_str(), self.folder, name, follow)?);
+        };
+        let once = RenameFlags::RENAME_NOREPLACE;
+        match renameat2(self.folder, temporary, self.folder, name, once) {
+            // rename(2): EINVAL of file systems that cannot do that. A link does not replace either.
+            Err(Errno::EINVAL | Errno::ENOSYS) => {
+                linkat(self.folder, temporary, self.folder, name, AtFlags::empty())?;
+                Ok(unlinkat(
+                    self.folder,
+                    temporary,
+                    UnlinkatFlags::NoRemoveDir,
+                )?)
+            }
+            done => Ok(done?),
+        }
+    }
+
+    /// Takes it away again when it has its name, durably; what has that name meanwhile and is another stays.
+    pub fn take_back(self, name: &OsStr) -> io::Result<()> {
+        let ours = self.file.metadata()?;
+        let look = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+        let there = File::from(openat(self.folder, name, look, Mode::empty())?).metadata()?;
+        if (there.dev(), there.ino()) == (ours.dev(), ours.ino()) {
+            unlinkat(self.folder, name, UnlinkatFlags::NoRemoveDir)?;
+        }
+        self.folder.sync_all()
+    }
+
+    /// Takes it away before it has its name.
+    pub fn discard(self) {
+        if let Some(temporary) = &self.temporary {
+            // It was ours alone; where it cannot be removed now, the next sweep does.
+            let _ = unlinkat(
+                self.folder,
+                temporary.as_os_str(),
+                UnlinkatFlags::NoRemoveDir,
+            );
+        }
+    }
+}
+
+fn named<'a>(folder: &'a File, name: &OsStr) -> io::Result<Nameless<'a>> {
+    sweep(folder);
+    let mut temporary = b".".to_vec();
+    temporary.extend_from_slice(name.as_bytes());
+    temporary.extend_from_slice(ENDS);
+    let temporary = OsString::from_vec(temporary);
+    let mode = Mode::S_IRUSR | Mode::S_IWUSR;
+    let flags = OFlag::O_RDWR | OFlag::O_CLOEXEC | OFlag::O_CREAT | OFlag::O_EXCL;
+    for _ in 0..TRIES {
+        let file = match openat(folder, temporary.as_os_str(), flags, mode) {
+            Err(Errno::EEXIST) => {
+                return Err(io::Error::new(
+                    io::ErrorKind::ResourceBusy,
+                    format!(
+                        "{} is being made beside it, or was left there by a crash on a file system without locks: then remove it",
+                        temporary.to_string_lossy()
+                    ),
+                ));
+            }
+            file => File::from(file?),
+        };
+        match lock::for_its_maker(&file) {
+            Ok(true) if file.metadata()?.nlink() > 0 => {}
+            // Someone sweeps it away.
+            Ok(_) => continue,
+            // No one who asks gets a lock here, so no one takes it away.
+            Err(_) => {}
+        }
+        return Ok(Nameless {
+            file,
+            folder,
+            temporary: Some(temporary),
+        });
+    }
+    Err(Errno::EAGAIN.into())
+}
+
+/// Takes away what makers that are no more left in `folder` under names of ours. What cannot be looked at or removed stays: it is in nobody's way.
+pub(super) fn sweep(folder: &File) {
+    let own = format!("/proc/self/fd/{}", folder.as_raw_fd());
+    let Ok(entries) = std::fs::read_dir(own) else {
+        return;
+    };
+    for entry in entries.flatten() {
+        let name = entry.file_name();
+        let bytes = name.as_bytes();
+        if bytes.first() == Some(&b'.') && bytes.ends_with(ENDS) {
+            let _stays = take_away(folder, &name);
+        }
+    }
+}
+
+fn take_away(folder: &File, name: &OsStr) -> io::Result<()> {
+    let flags = OFlag::O_RDWR | OFlag::O_CLOEXEC | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK;
+    let file = File::from(openat(folder, name, flags, Mode::empty())?);
+    let facts = file.metadata()?;
+    // One that has got its name meanwhile, by a link, is somebody's.
+    if facts.is_file() && facts.nlink() == 1 && lock::for_its_maker(&file)? {
+        // Locked by us: its maker is gone, and no one else removes it and makes another.
+        unlinkat(folder, name, UnlinkatFlags::NoRemoveDir)?;
+        tracing::info!(
+            name = %name.to_string_lossy(),
+            "a file that was being made when its maker ended is removed"
+        );
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn names(dir: &std::path::Path) -> Vec<String> {
+        let entries = std::fs::read_dir(dir).unwrap();
+        entries
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect()
+    }
+
+    #[test]
+    fn a_name_that_someone_took_meanwhile_is_not_replaced() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = File::open(dir.path()).unwrap();
+        std::fs::write(dir.path().join("a"), b"theirs").unwrap();
+        let name = OsStr::new("a");
+        let unnamed = Nameless::make(&folder, name).unwrap();
+        let placed = unnamed.place(name).unwrap_err();
+        assert_eq!(placed.raw_os_error(), Some(libc::EEXIST));
+        // As where there are no files without a name.
+        let ours = named(&folder, name).unwrap();
+        let placed = ours.place(name).unwrap_err();
+        assert_eq!(placed.raw_os_error(), Some(libc::EEXIST));
+        assert_eq!(std::fs::read(dir.path().join("a")).unwrap(), b"theirs");
+        ours.place(OsStr::new("b")).unwrap();
+        assert_eq!(names(dir.path()).len(), 2, "{:?}", names(dir.path()));
+    }
+
+    /// What a kill left on a file system without O_TMPFILE stayed for ever; and where the next daemon had the same process id, as in a
+    /// container, no file of that name could be made any more.
+    #[test]
+    fn what_a_maker_that_is_gone_left_is_in_nobodys_way_and_goes_and_what_is_being_made_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = File::open(dir.path()).unwrap();
+        for name in [
+            ".a.nbdtrack-new",
+            ".b.nbdtrack-new",
+            ".c.new",
+            "nbdtrack-new",
+        ] {
+            std::fs::write(dir.path().join(name), b"x").unwrap();
+        }
+        let being_made = named(&folder, OsStr::new("a")).unwrap();
+        let mut left = names(dir.path());
+        left.sort();
+        assert_eq!(left, [".a.nbdtrack-new", ".c.new", "nbdtrack-new"]);
+        sweep(&folder);
+        let other = named(&folder, OsStr::new("a")).err().unwrap().to_string();
+        assert!(other.contains("is being made"), "{other}");
+        being_made.place(OsStr::new("a")).unwrap();
+        drop(being_made);
+        sweep(&folder);
+        assert!(dir.path().join("a").exists());
+        named(&folder, OsStr::new("d")).unwrap().discard();
+        assert!(!dir.path().join(".d.nbdtrack-new").exists());
+    }
+}
