@@ -106,9 +106,16 @@ impl Shelf {
         self.known().backups.may_be_written(path, Some(file))
     }
 
-    /// See [`Backups::may_lie_beneath`].
-    pub fn may_lie_beneath(&self, path: &str) -> Result<(), String> {
-        self.known().backups.may_lie_beneath(path)
+    /// See [`Backups::may_lie_beneath`]; nor can one that is being deleted.
+    ///
+    /// # Errors
+    /// `InvalidArgument`, or `NotReady` with what goes on.
+    pub fn may_lie_beneath(&self, path: &str) -> Result<(), RequestError> {
+        let known = self.known();
+        let may = known.backups.may_lie_beneath(path);
+        may.map_err(RequestError::InvalidArgument)?;
+        let backup = known.backups.all().find(|backup| backup.path == path);
+        backup.map_or(Ok(()), |backup| known.is_at_rest(&backup.name))
     }
 
     pub fn view(&self, backup: &Backup) -> BackupView {
@@ -134,5 +141,44 @@ impl Shelf {
             known.backups.take(change);
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::correlation::{BackupState, Proof};
+
+    #[test]
+    fn no_image_is_put_on_a_backup_that_is_being_deleted() {
+        let name = ExportName::parse("backup").unwrap();
+        let backup = Backup {
+            name: name.clone(),
+            path: "/b/a.qcow2".to_owned(),
+            size: 1 << 20,
+            parent: None,
+            state: BackupState::Complete,
+            reason: String::new(),
+            begun: 1,
+            finished: 2,
+            proof: Some(Proof {
+                sha256: "00".repeat(32),
+                file_bytes: 1,
+                modified_ns: 1,
+                incarnations: [DiskSeq(1), DiskSeq(2)],
+            }),
+            made: None,
+        };
+        let shelf = Shelf::new(vec![backup]);
+        assert_eq!(shelf.may_lie_beneath("/b/a.qcow2"), Ok(()));
+        let under_way = UnderWay::begin(&shelf, [name], "deleted");
+        let refused = shelf.may_lie_beneath("/b/a.qcow2");
+        assert!(
+            matches!(refused, Err(RequestError::NotReady(_))),
+            "{refused:?}"
+        );
+        assert_eq!(shelf.may_lie_beneath("/b/other.qcow2"), Ok(()));
+        drop(under_way);
+        assert_eq!(shelf.may_lie_beneath("/b/a.qcow2"), Ok(()));
     }
 }

@@ -284,7 +284,7 @@ impl Control {
             }
         });
         if let Some(beneath) = &beneath {
-            self.shelf.may_lie_beneath(beneath).map_err(invalid)?;
+            self.shelf.may_lie_beneath(beneath)?;
         }
         if self.correlation.export(&asked.name).is_some() {
             return Err(RequestError::AlreadyExists(format!(
