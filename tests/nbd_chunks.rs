@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use nbd_common::*;
 use nbdtrack::correlation::{EndHow, LeaseEnd, RefusalKind};
+use nbdtrack::nbd::Limits;
 use nbdtrack::nbd::wire::{
     self, BASE_ALLOCATION_ID, Headers, cmd, cmd_flag, flag, info, option, rep,
 };
@@ -573,6 +574,23 @@ fn fast_zeroes_are_refused_at_once_where_they_are_not_even_beside_a_hung_disk() 
         talk.ask(cmd::WRITE_ZEROES, fast | cmd_flag::NO_HOLE, 0, MIB),
         ENOTSUP
     );
+}
+
+/// What began fast and goes on slowly is done: its first pieces are zeroes already.
+#[test]
+fn a_fast_zero_that_turns_slow_in_the_middle_ends_in_zeroes_and_loses_no_durability() {
+    let server = Server::with(Limits::default(), Memory::new(130 * MIB));
+    let (mut talk, _) = go(&server, Headers::Extended);
+    server.image.fast_zero.store(true, Ordering::SeqCst);
+    server.image.hold("zero");
+    let flags = cmd_flag::FAST_ZERO | cmd_flag::FUA;
+    let asked = talk.put(cmd::WRITE_ZEROES, flags, 0, 130 * MIB);
+    server.image.wait_inside(1);
+    server.image.fast_zero.store(false, Ordering::SeqCst);
+    server.image.let_go();
+    assert_eq!(talk.result(&asked), 0);
+    assert!(!server.image.latched.load(Ordering::SeqCst));
+    assert_eq!(talk.ask(cmd::FLUSH, 0, 0, 0), 0);
 }
 
 #[test]

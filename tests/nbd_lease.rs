@@ -3,7 +3,7 @@
 
 mod nbd_common;
 
-use std::io::Write;
+use std::io::{ErrorKind, Read, Write};
 use std::net::Shutdown;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -343,8 +343,23 @@ fn what_a_client_writes_is_not_overwritten_by_what_it_sent_over_a_connection_tha
 /// Of a TCP connection whose window is closed nothing tells the end: it stands behind what was sent before and is not received.
 #[test]
 fn what_waits_behind_a_closed_window_of_a_lost_connection_lands_before_what_comes_after() {
+    // The replies to one that is gone are refused; one that only says that it sends no more takes them.
+    closed_window(drop);
+    let kept = Mutex::new(None);
+    closed_window(|lost| {
+        lost.socket.shutdown(Shutdown::Write).unwrap();
+        *kept.lock().unwrap() = Some(lost);
+    });
+}
+
+fn closed_window(leave: impl FnOnce(Client)) {
     const BLOCK: u32 = 64 << 10;
-    let server = Server::new();
+    // One after the other.
+    let limits = Limits {
+        in_flight_requests: 1,
+        ..Limits::default()
+    };
+    let server = Server::with(limits, Memory::new(MIB));
     let image = server.image.clone();
     let mut beside = server.go();
     image.hold("write");
@@ -360,8 +375,11 @@ fn what_waits_behind_a_closed_window_of_a_lost_connection_lands_before_what_come
     .concat();
     // As much as both ends hold.
     while lost.socket.write_all(&more).is_ok() {}
-    drop(lost);
+    leave(lost);
     image.let_others_pass("write");
+    // Longer than a newcomer gives an open window.
+    let long = Duration::from_millis(150);
+    *image.slow.lock().unwrap() = Some((2, long));
     let mut again = server.go();
     again.request(cmd::WRITE, 0, 3, BLOCK.into(), BLOCK);
     again.put(&vec![3; BLOCK as usize]);
@@ -379,6 +397,55 @@ fn what_waits_behind_a_closed_window_of_a_lost_connection_lands_before_what_come
             .iter()
             .all(|byte| *byte == 3)
     );
+}
+
+/// Its rest may be on its way, and the end behind it.
+#[test]
+fn a_write_of_which_a_part_is_here_lands_before_what_comes_after() {
+    // Within one receive, and longer.
+    for bytes in [4 << 10, 256 << 10] {
+        let server = Server::new();
+        let image = server.image.clone();
+        let mut slow = server.go_tcp();
+        assert_eq!(slow.ask(cmd::WRITE, 0, 0, 512), 0);
+        slow.request(cmd::WRITE, 0, 1, 0, bytes);
+        slow.put(&vec![1; bytes as usize / 2]);
+        let mut again = server.go();
+        again.request(cmd::WRITE, 0, 2, 0, 512);
+        again.put(&[2; 512]);
+        // Longer than it gives an open window.
+        let long = Duration::from_millis(400);
+        again.socket.set_read_timeout(Some(long)).unwrap();
+        let answer = again.socket.read(&mut [0]);
+        assert_eq!(answer.unwrap_err().kind(), ErrorKind::WouldBlock);
+        again.socket.set_read_timeout(Some(PATIENCE)).unwrap();
+        slow.put(&vec![1; bytes as usize / 2]);
+        assert_eq!(slow.simple(), (0, 1));
+        assert_eq!(again.simple(), (0, 2));
+        let there = image.bytes.read().unwrap();
+        assert!(there[..512].iter().all(|byte| *byte == 2));
+        assert!(there[512..bytes as usize].iter().all(|byte| *byte == 1));
+    }
+}
+
+/// What it sent is older than it, or younger: which, nobody can tell, so it is not waited for longer than two kernels can hold of it.
+#[test]
+fn a_newcomer_goes_on_beside_one_that_writes_without_a_pause() {
+    let server = Server::new();
+    let mut busy = server.go_tcp();
+    let (stop, stopped) = std::sync::mpsc::channel::<()>();
+    let writer = std::thread::spawn(move || {
+        while stopped.try_recv().is_err() {
+            assert_eq!(busy.ask(cmd::WRITE, 0, 0, 64 << 10), 0);
+        }
+    });
+    for _ in 0..3 {
+        let began = Instant::now();
+        assert_eq!(server.go().ask(cmd::WRITE, 0, 512 << 10, 512), 0);
+        assert!(began.elapsed() < Duration::from_secs(5));
+    }
+    stop.send(()).unwrap();
+    writer.join().unwrap();
 }
 
 /// Each was there when the other looked, and both had said that they send no more.

@@ -8,10 +8,12 @@ pub(super) struct Asked {
     jobs: AtomicU32,
     /// Those of them that may change the disk.
     changes: AtomicU32,
-    /// It has changed the disk, or tried to.
+    /// It has asked for a change of the disk.
     wrote: AtomicBool,
-    /// Counts the calls that took what came.
+    /// Bytes that were taken from the socket.
     received: AtomicU64,
+    /// How often everything that had come was begun, and the socket held nothing more.
+    caught_up: AtomicU64,
     finished: AtomicBool,
 }
 
@@ -34,7 +36,7 @@ impl Asked {
         self.jobs.fetch_sub(1, Ordering::AcqRel);
     }
 
-    /// A request that changes the disk is about to be begun.
+    /// A request that changes the disk has come, at least its header.
     pub(super) fn writes(&self) {
         self.wrote.store(true, Ordering::Release);
     }
@@ -43,13 +45,23 @@ impl Asked {
         self.wrote.load(Ordering::Acquire)
     }
 
-    /// What had come was taken from the socket.
-    pub(super) fn receives(&self) {
-        self.received.fetch_add(1, Ordering::AcqRel);
+    pub(super) fn receives(&self, bytes: usize) {
+        self.received.fetch_add(bytes as u64, Ordering::AcqRel);
     }
 
+    /// In bytes.
     pub(super) fn received(&self) -> u64 {
         self.received.load(Ordering::Acquire)
+    }
+
+    /// Everything that had come was begun, and the socket held nothing more.
+    pub(super) fn catches_up(&self) {
+        self.caught_up.fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// Counts those moments.
+    pub(super) fn caught_up(&self) -> u64 {
+        self.caught_up.load(Ordering::Acquire)
     }
 
     /// Everything that the peer asked for was begun, or never will be.

@@ -77,11 +77,22 @@ struct Blocked {
 /// What the parked session is waiting for besides its socket.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Parked {
-    /// Everything that came was taken.
-    pub(super) input: bool,
-    /// What comes is not taken, for a reason that is not the peer's.
-    pub(super) behind: bool,
+    pub(super) backlog: Backlog,
     pub(super) room: bool,
+}
+
+/// Of what a peer has sent, what was not begun.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Backlog {
+    /// Nothing that had come when the session was parked.
+    None,
+    /// A part of a request, or whatever the socket holds: the session waits for something else.
+    Some,
+    /// The peer takes no replies, so nothing is begun for it. Its end would show whatever the socket holds: its kernel resets the
+    /// connection of who leaves replies unread.
+    EndShows,
+    /// The session runs.
+    Unknown,
 }
 
 /// Bytes to send, and what they are charged to until they are.
@@ -177,36 +188,30 @@ impl Conn {
     }
 
     /// Notes that the session is parked, unless what it waits for came since `epoch`: then `false`. `arm` is
-    /// called under the lock, so that nothing comes between.
+    /// called under the lock, so that nothing comes between; it says whether the session is parked yet, for a
+    /// deadline may have resumed it.
     pub(super) fn park(
         &self,
         parked: Parked,
         output: bool,
         epoch: u64,
-        arm: impl FnOnce(),
+        arm: impl FnOnce() -> bool,
     ) -> bool {
         let mut out = lock(&self.out);
         let came = parked.room && out.epoch != epoch || out.blocked.is_some() && !output;
         if came || self.is_dead() {
             return false;
         }
-        out.parked = Some(parked);
-        arm();
+        if arm() {
+            out.parked = Some(parked);
+        }
         true
     }
 
-    /// The session has taken everything that came, and waits for more.
-    pub(super) fn is_taken(&self) -> bool {
-        lock(&self.out).parked.is_some_and(|parked| parked.input)
-    }
-
-    /// What came may wait untaken in the socket, and the disk be changed by it. (Of a peer that does not take its replies the end shows: its
-    /// kernel resets what it leaves unread.)
-    pub(super) fn is_behind(&self) -> bool {
-        match lock(&self.out).parked {
-            Some(parked) => parked.behind,
-            None => self.asked.wrote(),
-        }
+    /// What of its peer's requests waits.
+    pub(super) fn backlog(&self) -> Backlog {
+        let parked = lock(&self.out).parked;
+        parked.map_or(Backlog::Unknown, |parked| parked.backlog)
     }
 
     pub(super) fn unpark(&self) {

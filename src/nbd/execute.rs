@@ -129,7 +129,6 @@ impl Transmission {
     /// False when the write has to be handed over.
     pub(super) fn write_inline(
         &self,
-        conn: &Conn,
         gather: &mut Gather,
         to: ReplyTo,
         at: Extent,
@@ -146,7 +145,6 @@ impl Transmission {
             self.refuse(gather, to, DETACHED);
             return true;
         };
-        conn.asked.writes();
         add(&counters.writes, 1);
         add(&counters.bytes_written, data.len() as u64);
         let began = self.tally.begin(Operation::Write);

@@ -63,13 +63,14 @@ impl Input {
         }
     }
 
-    /// Receives what can be had, into the payload or the buffer; `wait` as in [`Socket::receive`](super::socket::Socket::receive).
+    /// Receives what can be had, into the payload or the buffer; `wait` as in [`Socket::receive`](super::socket::Socket::receive). How many
+    /// bytes, and whether the socket held no more.
     pub(super) fn receive(
         &mut self,
         conn: &Conn,
         received: &mut Received,
         wait: bool,
-    ) -> nix::Result<usize> {
+    ) -> nix::Result<(usize, bool)> {
         if let Input::Payload(payload) = self {
             let missing = &mut payload.buffer[payload.filled..];
             let own = missing.len();
@@ -78,7 +79,7 @@ impl Input {
             let count = conn.socket.receive_both(missing, next, wait)?;
             payload.filled += count.min(own);
             received.filled(count.saturating_sub(own));
-            return Ok(count);
+            return Ok((count, count < own + NEXT_BYTES));
         }
         let mut room = received.room();
         if let Input::Header { streams } = self
@@ -88,7 +89,8 @@ impl Input {
             room = &mut room[..NEXT_BYTES];
         }
         let count = conn.socket.receive(room, wait)?;
+        let all = count < room.len();
         received.filled(count);
-        Ok(count)
+        Ok((count, all))
     }
 }

@@ -364,6 +364,43 @@ fn every_request_has_one_reply_and_no_wake_up_is_lost() {
     });
 }
 
+/// Its looks for one that left come while it is being parked, and it has to hear its client afterwards.
+#[test]
+fn a_session_that_is_resumed_while_it_is_being_parked_hears_its_client() {
+    check(|| {
+        let bench = Bench::new();
+        let connect = || {
+            let (ours, theirs) = UnixStream::pair().unwrap();
+            ours.set_nonblocking(true).unwrap();
+            bench.door.admit(theirs).unwrap();
+            Peer(ours)
+        };
+        let mut leaves = connect();
+        leaves.enter("vol").unwrap();
+        leaves.request(WRITE, 0, 0, 0);
+        drop(leaves);
+        let mut peer = connect();
+        peer.enter("vol").unwrap();
+        for cookie in 1..4 {
+            let offset = cookie * u64::from(BYTES);
+            peer.request(READ, 0, cookie, offset);
+            let mut sent = [Sent {
+                cookie,
+                offset,
+                read: true,
+                before: true,
+                after: false,
+                answer: None,
+            }];
+            peer.replies(&mut sent);
+            assert_eq!(sent[0].answer, Some(0));
+        }
+        drop(peer);
+        bench.end(EndHow::Drain { within: PATIENCE });
+        bench.finish(1);
+    });
+}
+
 #[test]
 fn a_drain_lets_none_in_answers_all_that_came_and_closes_behind_the_last() {
     check(|| {

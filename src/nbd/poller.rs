@@ -61,6 +61,8 @@ struct Table {
 struct Slot {
     session: Box<Session>,
     until: Option<Instant>,
+    /// No two parkings have the same.
+    parking: u64,
 }
 
 enum Due {
@@ -124,6 +126,7 @@ impl Poller {
         let conn = session.conn.clone();
         let token = conn.token;
         let until = interest.until;
+        let parking = self.token();
         let mut table = lock(&self.table);
         if table.quit {
             return;
@@ -133,7 +136,12 @@ impl Poller {
             .keys()
             .next()
             .is_none_or(|first| until.is_some_and(|at| at < first.0));
-        table.parked.insert(token, Slot { session, until });
+        let slot = Slot {
+            session,
+            until,
+            parking,
+        };
+        table.parked.insert(token, slot);
         if let Some(at) = until {
             table.timers.insert((at, token), Due::Session);
         }
@@ -144,11 +152,15 @@ impl Poller {
         }
         // The session is in the table before anything can look for it there.
         let parked = Parked {
-            input: interest.input,
-            behind: !interest.input && !interest.output,
+            backlog: interest.backlog(),
             room: interest.room,
         };
         let armed = conn.park(parked, interest.output, interest.epoch, || {
+            // Its deadline may have come meanwhile. What it waits for now is another parking's to say, which comes after this one or has
+            // come; it would be waited for in vain.
+            if !self.holds(token, parking) {
+                return false;
+            }
             let mut flags = EpollFlags::EPOLLONESHOT;
             flags.set(EpollFlags::EPOLLIN, interest.input);
             flags.set(EpollFlags::EPOLLOUT, interest.output);
@@ -156,6 +168,7 @@ impl Poller {
             let _ = self
                 .epoll
                 .modify(conn.fd(), &mut EpollEvent::new(flags, token));
+            true
         });
         // An end of the lease between the session's last look and now would find it neither running
         // nor parked.
@@ -169,6 +182,12 @@ impl Poller {
         }
     }
 
+    fn holds(&self, token: u64, parking: u64) -> bool {
+        let table = lock(&self.table);
+        let slot = table.parked.get(&token);
+        slot.is_some_and(|slot| slot.parking == parking)
+    }
+
     /// Gives a parked session to a thread; nothing happens when it is running.
     pub(super) fn resume_session(&self, token: u64) {
         self.resume_with(token, false);
@@ -176,9 +195,12 @@ impl Poller {
 
     fn resume_with(&self, token: u64, hung_up: bool) {
         let mut table = lock(&self.table);
-        let Some(Slot { mut session, until }) = table.parked.remove(&token) else {
+        let Some(slot) = table.parked.remove(&token) else {
             return;
         };
+        let Slot {
+            mut session, until, ..
+        } = slot;
         if let Some(at) = until {
             table.timers.remove(&(at, token));
         }
@@ -195,6 +217,7 @@ impl Poller {
     }
 
     fn ring(&self) {
+        sync::before_call();
         // Fails only when the counter is full: then the thread is about to wake anyway.
         let _ = self.wake.write(1);
     }
@@ -239,7 +262,7 @@ impl Poller {
         if sync::MAY_WAIT {
             return self.epoll.wait(events, timeout(next));
         }
-        // Under the model checker: again and again, until others have brought something. What is due soon is due now.
+        // Under the model checker: again and again, until others have brought something.
         loop {
             sync::before_call();
             let count = self.epoll.wait(events, EpollTimeout::ZERO)?;
@@ -249,8 +272,9 @@ impl Poller {
         }
     }
 
-    /// What is due now, and how long until the next.
+    /// What is due now, and how long until the next. Under the model checker what is due soon is due now.
     fn due(&self, now: Instant) -> (Vec<(u64, Due)>, Option<Duration>) {
+        let now = if sync::MAY_WAIT { now } else { now + SOON };
         let mut table = lock(&self.table);
         let mut due = Vec::new();
         while let Some(first) = table.timers.first_entry() {

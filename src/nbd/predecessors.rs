@@ -3,9 +3,15 @@
 //! nothing before the older ones that have ended are done with, of those that were there when it came.
 //!
 //! Whether a peer has ended is seen from its socket, but of a TCP connection only once everything that it sent before was received: behind
-//! a closed window nothing tells the end. So an older connection whose input is not being taken is waited for, too, until it has been, and
-//! [`GRACE`] has passed for what its peer sends then. What no socket shows stays unknown: a cable that was cut, or a network that is slower
-//! than that.
+//! a closed window nothing tells the end. So an older connection that is behind with its peer's requests is waited for, too, until nothing
+//! that was sent before can be left:
+//!
+//! ```text
+//!   Behind ── caught up ──> Since ── GRACE ──> Again ── caught up, and no end is seen ──> goes on beside
+//!      └──────────── BACKLOG_BYTES received: what comes now was sent meanwhile ────────────┘
+//! ```
+//!
+//! What no socket shows stays unknown: a cable that was cut, or a network that is slower than that.
 
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
@@ -14,11 +20,19 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::sync;
 
-use super::conn::Conn;
+use super::conn::{Backlog, Conn};
 use super::lease::{Lease, Members};
+use super::reply::Scratch;
+use super::session::{Interest, Rest};
+use super::transmission::Transmission;
+use super::wire::RequestHeader;
 
 /// For the rest of what a peer had sent when its window was closed, and its end: some round trips of any network that carries a disk.
 const GRACE: Duration = Duration::from_millis(100);
+/// More than two kernels keep of one connection (tcp(7), `tcp_rmem` and `tcp_wmem`: 10 MiB by default).
+const BACKLOG_BYTES: u64 = 64 << 20;
+/// Of a connection that was never seen to write, as many bytes: requests that change nothing are shorter, and with fewer its window is open.
+const UNSEEN_BYTES: usize = 16 << 10;
 /// Between two looks, doubled each time.
 const LOOK: Duration = Duration::from_millis(2);
 /// Of times that it is doubled: to 256 ms.
@@ -29,31 +43,76 @@ const DOUBLED_MAX: u32 = 7;
 pub(super) struct Predecessors {
     suspects: Vec<Suspect>,
     looks: u32,
+    told: bool,
 }
 
 struct Suspect {
     conn: Weak<Conn>,
     /// As [`super::asked::Asked::received`] was when the session came.
     received: u64,
-    /// Since when its input is known to have been taken.
-    taken: Option<Instant>,
+    stage: Stage,
+    /// As [`super::asked::Asked::caught_up`] was when the stage began.
+    caught_up: u64,
+}
+
+/// Of one whose end is not seen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    Behind,
+    /// Its window is open since then at the latest.
+    Since(Instant),
+    Again,
+}
+
+impl Suspect {
+    fn new(conn: &Arc<Conn>) -> Suspect {
+        Suspect {
+            conn: Arc::downgrade(conn),
+            received: conn.asked.received(),
+            stage: Stage::Behind,
+            caught_up: conn.asked.caught_up(),
+        }
+    }
+
+    /// One more look; whether nothing is left of what its peer sent before the session came, unless the peer has ended.
+    fn is_over(&mut self, conn: &Conn, shown: Shown, now: Instant) -> bool {
+        let backlog = shown.backlog(conn);
+        if conn.local
+            || backlog == Backlog::EndShows
+            || conn.asked.received().wrapping_sub(self.received) >= BACKLOG_BYTES
+        {
+            return true;
+        }
+        let count = conn.asked.caught_up();
+        let caught_up = backlog == Backlog::None || count != self.caught_up;
+        let next = match self.stage {
+            Stage::Behind if caught_up => Stage::Since(now),
+            Stage::Since(since) if now.duration_since(since) >= GRACE => Stage::Again,
+            Stage::Again if caught_up => return true,
+            stage => stage,
+        };
+        if next != self.stage {
+            (self.stage, self.caught_up) = (next, count);
+        }
+        // Parked is as good as caught up a moment ago.
+        next == Stage::Again && backlog == Backlog::None
+    }
 }
 
 impl Predecessors {
     /// Of the connections that were there before: those that have ended, and those of which that cannot be seen.
     pub(super) fn among(older: &[Arc<Conn>]) -> Predecessors {
-        let ends = ends(older);
-        let suspects = older.iter().zip(ends).filter_map(|(conn, ended)| {
-            let suspected = conn.asked.may_change() && (ended != Some(false) || conn.is_behind());
-            suspected.then(|| Suspect {
-                conn: Arc::downgrade(conn),
-                received: conn.asked.received(),
-                taken: None,
+        let suspects = older
+            .iter()
+            .zip(look(older))
+            .filter(|(conn, shown)| {
+                conn.asked.may_change()
+                    && (shown.ended != Some(false) || shown.hides_an_end_of(conn))
             })
-        });
+            .map(|(conn, _)| Suspect::new(conn));
         Predecessors {
             suspects: suspects.collect(),
-            looks: 0,
+            ..Predecessors::default()
         }
     }
 
@@ -69,23 +128,21 @@ impl Predecessors {
             .filter(|(conn, _)| conn.asked.may_change())
             .map(|(conn, suspect)| (suspect, conn))
             .unzip();
-        let ends = ends(&conns);
-        for ((mut suspect, conn), ended) in suspects.into_iter().zip(conns).zip(ends) {
-            if conn.is_taken() || conn.asked.received() != suspect.received {
-                suspect.taken.get_or_insert(now);
+        let shown = look(&conns);
+        for ((mut suspect, conn), shown) in suspects.into_iter().zip(conns).zip(shown) {
+            let stage = suspect.stage;
+            let is_over = suspect.is_over(&conn, shown, now);
+            if suspect.stage != stage {
+                self.looks = 0;
             }
-            let lives = ended == Some(false)
-                && suspect
-                    .taken
-                    .is_some_and(|since| now.duration_since(since) >= GRACE);
-            if !lives {
+            if !(is_over && shown.ended == Some(false)) {
                 self.suspects.push(suspect);
             }
         }
         if self.suspects.is_empty() {
             return None;
         }
-        if self.looks == DOUBLED_MAX {
+        if self.looks == DOUBLED_MAX && !std::mem::replace(&mut self.told, true) {
             tracing::info!(
                 export = %lease.export,
                 connections = self.suspects.len(),
@@ -96,6 +153,61 @@ impl Predecessors {
         self.looks = self.looks.saturating_add(1);
         Some(now + wait)
     }
+}
+
+/// What a socket shows.
+#[derive(Debug, Clone, Copy)]
+struct Shown {
+    /// Whether its peer has ended, or we have; `None` where it cannot be seen now.
+    ended: Option<bool>,
+    /// Bytes have come that were not received.
+    holds: bool,
+}
+
+impl Shown {
+    fn backlog(self, conn: &Conn) -> Backlog {
+        match conn.backlog() {
+            // What resumes the session is on its way.
+            Backlog::None if self.holds => Backlog::Some,
+            backlog => backlog,
+        }
+    }
+
+    /// Whether the peer may have ended unseen, with something left that changes the disk.
+    fn hides_an_end_of(self, conn: &Conn) -> bool {
+        // Of a Unix socket the end shows whatever it holds (unix(7), POLLRDHUP).
+        !conn.local
+            && match self.backlog(conn) {
+                Backlog::None | Backlog::EndShows => false,
+                Backlog::Some => true,
+                Backlog::Unknown => conn.asked.wrote() || conn.socket.holds(UNSEEN_BYTES),
+            }
+    }
+}
+
+impl Transmission {
+    /// `None` once the session may begin.
+    pub(super) fn wait_for_predecessors(
+        &mut self,
+        conn: &Conn,
+        scratch: &Scratch,
+        hung_up: bool,
+    ) -> Option<Rest> {
+        let until = self.predecessors.until(&self.lease)?;
+        if hung_up || has_left(conn, scratch) {
+            return Some(Rest::End);
+        }
+        Some(Rest::Park(Interest::time(until)))
+    }
+}
+
+/// The peer of a session that has not begun anything has ended, and what it left is one request without data at most, such as DISC: it gave
+/// up, and is not to keep its place.
+fn has_left(conn: &Conn, scratch: &Scratch) -> bool {
+    let mut rest = [0; 2 * RequestHeader::BYTES_MAX];
+    let here = scratch.received.bytes().len();
+    let left = conn.socket.left_at_end(&mut rest);
+    left.is_some_and(|left| here + left <= RequestHeader::BYTES_MAX)
 }
 
 impl Members {
@@ -118,22 +230,27 @@ fn still_changes(conn: &Weak<Conn>) -> Option<Arc<Conn>> {
     conn.upgrade().filter(|conn| conn.asked.may_change())
 }
 
-/// Of each whether its peer has ended, or we have; `None` where it cannot be seen now. One call for all: with many clients, one each would
-/// cost each newcomer a millisecond.
-fn ends(conns: &[Arc<Conn>]) -> Vec<Option<bool>> {
+/// What each shows. One call for all: with many clients, one each would cost each newcomer a millisecond.
+fn look(conns: &[Arc<Conn>]) -> Vec<Shown> {
     if conns.is_empty() {
         return Vec::new();
     }
+    let asked = PollFlags::from_bits_retain(libc::POLLRDHUP) | PollFlags::POLLIN;
     let mut sockets: Vec<PollFd<'_>> = conns
         .iter()
-        .map(|conn| PollFd::new(conn.fd(), PollFlags::from_bits_retain(libc::POLLRDHUP)))
+        .map(|conn| PollFd::new(conn.fd(), asked))
         .collect();
     sync::before_call();
     // Fails at a signal, and for want of memory: the next look will do.
     let looked = poll(&mut sockets, PollTimeout::ZERO).is_ok();
-    let sockets = sockets.iter();
-    let shown = sockets.map(|socket| looked.then(|| socket.any().unwrap_or(true)));
-    let each = conns.iter().zip(shown);
-    each.map(|(conn, shown)| if conn.is_dead() { Some(true) } else { shown })
-        .collect()
+    let each = conns.iter().zip(&sockets);
+    each.map(|(conn, socket)| {
+        let flags = socket.revents().unwrap_or(PollFlags::all());
+        let ended = looked.then(|| flags.intersects(!PollFlags::POLLIN));
+        Shown {
+            ended: if conn.is_dead() { Some(true) } else { ended },
+            holds: flags.contains(PollFlags::POLLIN),
+        }
+    })
+    .collect()
 }

@@ -12,7 +12,7 @@ use crate::sync::atomic::Ordering;
 use crate::sync::thread_local;
 
 use super::bound::Limit;
-use super::conn::Conn;
+use super::conn::{Backlog, Conn};
 use super::crew::Task;
 use super::handshake::{ExpectFlags, ExpectOption, Next, Reason};
 use super::reply::Scratch;
@@ -102,6 +102,17 @@ impl Interest {
         Interest {
             until: Some(until),
             ..Interest::TIME
+        }
+    }
+
+    /// In transmission.
+    pub(super) fn backlog(&self) -> Backlog {
+        match (self.input, self.output) {
+            // Bytes have a deadline where a part of a request is here.
+            (true, _) if self.until.is_none() => Backlog::None,
+            (true, _) => Backlog::Some,
+            (false, true) => Backlog::EndShows,
+            (false, false) => Backlog::Some,
         }
     }
 }

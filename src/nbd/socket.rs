@@ -83,6 +83,13 @@ impl Socket {
         Some(recv(self.0.as_raw_fd(), into, peek).unwrap_or(0))
     }
 
+    /// Whether at least `bytes` have come and were not received.
+    pub(super) fn holds(&self, bytes: usize) -> bool {
+        let peek = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+        sync::before_call();
+        recv(self.0.as_raw_fd(), &mut vec![0; bytes], peek).is_ok_and(|there| there == bytes)
+    }
+
     /// Asks for twice the room that a socket has (socket(7): wmem_max, doubled): a reply of the usual size fits. Of pages it costs no memory.
     pub(super) fn make_room(&self) {
         // A wish: with less room it goes on as before.

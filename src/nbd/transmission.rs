@@ -40,6 +40,8 @@ pub(super) struct Transmission {
     partial_since: Option<Instant>,
     /// Of the payload that is waited for; 0 where that is a header.
     partial_bytes: usize,
+    /// The last receive left nothing in the socket.
+    emptied: bool,
     pub(super) tally: Tally,
     /// `None` for as many requests as come.
     pub(super) rate: Option<Rate>,
@@ -75,6 +77,7 @@ impl Transmission {
             carry,
             partial_since: None,
             partial_bytes: 0,
+            emptied: false,
             tally: Tally::default(),
             rate,
             closing: None,
@@ -118,11 +121,8 @@ impl Transmission {
                 }
                 continue;
             }
-            if let Some(until) = self.predecessors.until(&lease) {
-                if hung_up || self.has_left(conn, scratch) {
-                    return Rest::End;
-                }
-                return Rest::Park(Interest::time(until));
+            if let Some(rest) = self.wait_for_predecessors(conn, scratch, hung_up) {
+                return rest;
             }
             let outcome = self.process(conn, scratch);
             scratch.gather.send(conn);
@@ -156,6 +156,9 @@ impl Transmission {
                 Outcome::NeedsInput if conn.is_blocked() => self.partial_since = None,
                 Outcome::NeedsInput => {
                     let until = self.partial_until(scratch);
+                    if self.emptied && until.is_none() {
+                        conn.asked.catches_up();
+                    }
                     // What is there was sent in time, as far as can be known; more is not waited for.
                     let late = is_over(until);
                     let backlog = shared.poller.sessions.has_backlog();
@@ -178,15 +181,6 @@ impl Transmission {
                 }
             }
         }
-    }
-
-    /// The peer of a session that has not begun anything has ended, and what it left is one request without data at most, such as DISC: it
-    /// gave up, and is not to keep its place.
-    fn has_left(&self, conn: &Conn, scratch: &Scratch) -> bool {
-        let mut rest = [0; 2 * RequestHeader::BYTES_MAX];
-        let here = scratch.received.bytes().len();
-        let left = conn.socket.left_at_end(&mut rest);
-        left.is_some_and(|left| here + left <= RequestHeader::BYTES_MAX)
     }
 
     /// The peer asks for nothing more.
@@ -235,9 +229,10 @@ impl Transmission {
         scratch: &mut Scratch,
         wait: bool,
     ) -> nix::Result<usize> {
-        let received = self.input.receive(conn, &mut scratch.received, wait);
-        conn.asked.receives();
-        received
+        let (received, all) = self.input.receive(conn, &mut scratch.received, wait)?;
+        conn.asked.receives(received);
+        self.emptied = all;
+        Ok(received)
     }
 
     /// Takes every request that is there whole.
@@ -368,9 +363,10 @@ impl Transmission {
                 add(&counters.bytes_read, at.len().into());
             }
             Call::Write { at, fua } if at.len() <= IN_BUFFER_BYTES => {
+                conn.asked.writes();
                 let whole = taken + at.len() as usize;
                 let data = bytes.get(taken..whole).ok_or(Outcome::NeedsInput)?;
-                if fua || !self.write_inline(conn, &mut scratch.gather, to, at, data) {
+                if fua || !self.write_inline(&mut scratch.gather, to, at, data) {
                     let charge = conn.account.charge(data.len()).map_err(Outcome::Full)?;
                     self.hand_over(conn, to, call, data.to_vec(), Some(charge));
                 }
@@ -378,6 +374,7 @@ impl Transmission {
                 return Ok(());
             }
             Call::Write { at, fua } => {
+                conn.asked.writes();
                 let len = at.len() as usize;
                 let charge = conn.account.charge(len).map_err(Outcome::Full)?;
                 let mut buffer = std::mem::take(&mut scratch.spare);
@@ -409,9 +406,11 @@ impl Transmission {
                 add(&counters.trims, 1);
                 self.hand_over(conn, to, call, Vec::new(), None);
             }
-            Call::Zero { .. } => {
+            Call::Zero { at, mut flags } => {
                 add(&counters.zeroes, 1);
-                self.hand_over(conn, to, call, Vec::new(), None);
+                // Judged above, once: a piece that turns out to be slow ends no request whose others are done.
+                flags.fast = false;
+                self.hand_over(conn, to, Call::Zero { at, flags }, Vec::new(), None);
             }
             Call::Cache(_) => {
                 add(&counters.caches, 1);
@@ -436,7 +435,7 @@ impl Transmission {
             charge,
             ..
         } = payload;
-        if fua || !self.write_inline(conn, &mut scratch.gather, to, at, &buffer) {
+        if fua || !self.write_inline(&mut scratch.gather, to, at, &buffer) {
             self.hand_over(conn, to, Call::Write { at, fua }, buffer, Some(charge));
         } else if buffer.capacity() <= KEEP_BYTES {
             scratch.spare = buffer;

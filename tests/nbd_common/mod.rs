@@ -42,6 +42,8 @@ pub struct Memory {
     /// Calls that began.
     pub calls: AtomicU32,
     held: Mutex<Vec<Held>>,
+    /// Writes of this byte take so long.
+    pub slow: Mutex<Option<(u8, Duration)>>,
     /// Kinds of calls that had to wait.
     waiting: Mutex<Vec<&'static str>>,
     changed: Condvar,
@@ -76,6 +78,7 @@ impl Memory {
             inside: AtomicU32::new(0),
             calls: AtomicU32::new(0),
             held: Mutex::default(),
+            slow: Mutex::default(),
             waiting: Mutex::default(),
             changed: Condvar::new(),
             dropped: Arc::default(),
@@ -185,6 +188,12 @@ impl Image for Memory {
     }
     fn write(&self, at: Extent, buf: &[u8], fua: bool) -> io::Result<()> {
         self.pass("write");
+        let slow = *self.slow.lock().unwrap();
+        if let Some((byte, long)) = slow
+            && buf.first() == Some(&byte)
+        {
+            std::thread::sleep(long);
+        }
         self.bytes.write().unwrap()[Self::range(at)].copy_from_slice(buf);
         if fua { self.durable() } else { Ok(()) }
     }
@@ -195,6 +204,9 @@ impl Image for Memory {
     fn zero(&self, at: Extent, flags: ZeroFlags) -> io::Result<()> {
         self.pass("zero");
         self.zeroed.lock().unwrap().push((at, flags));
+        if flags.fast && !self.fast_zero.load(Ordering::SeqCst) {
+            return Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP));
+        }
         if self.fail_from.load(Ordering::SeqCst) < at.offset() + u64::from(at.len()) {
             let errno = self.fail_errno.load(Ordering::SeqCst);
             return Err(io::Error::from_raw_os_error(errno));
@@ -311,12 +323,21 @@ impl Server {
         client
     }
 
-    /// As [`Server::go`], over TCP.
+    /// As [`Server::go`], over TCP, with little room in either socket.
     pub fn go_tcp(&self) -> Client {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
+        // What is accepted has as much (tcp(7)), and no more comes by itself.
+        let room = 128 << 10;
+        socket2::SockRef::from(&listener)
+            .set_recv_buffer_size(room)
+            .unwrap();
         self.door.listen_tcp(listener).unwrap();
-        let socket = UnixStream::from(OwnedFd::from(TcpStream::connect(address).unwrap()));
+        let socket = TcpStream::connect(address).unwrap();
+        socket2::SockRef::from(&socket)
+            .set_send_buffer_size(room)
+            .unwrap();
+        let socket = UnixStream::from(OwnedFd::from(socket));
         self.agreed(self.greeted(Client::over(socket)))
     }
 
