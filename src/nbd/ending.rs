@@ -6,8 +6,8 @@ use std::time::Instant;
 use nix::errno::Errno;
 
 use super::conn::Conn;
+use super::interest::{Interest, Rest};
 use super::reply::Scratch;
-use super::session::{Interest, Rest};
 use super::transmission::{Outcome, Transmission};
 
 /// Receives after the fence, for requests that had arrived before it.

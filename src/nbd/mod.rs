@@ -20,12 +20,15 @@ pub mod handshake;
 mod hidden;
 mod inline;
 mod input;
+mod interest;
 mod lease;
 mod limits;
 mod listener;
 mod meter;
 #[cfg(all(test, feature = "model"))]
 mod model;
+#[cfg(all(test, feature = "model"))]
+mod model_image;
 mod pipes;
 mod poller;
 mod predecessors;

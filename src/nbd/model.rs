@@ -4,9 +4,9 @@
 //! `make model` runs it; `NBDTRACK_SCHEDULES` says how many schedules of each test. A failure prints its schedule; sockets are the
 //! kernel's, whose moments a replay does not repeat to the letter.
 
-use std::io::{self, ErrorKind, Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -15,8 +15,8 @@ use shuttle::{Config, MaxSteps, Runner};
 
 use super::door::Door;
 use super::limits::Limits;
+use super::model_image::{Seen, Witnessed};
 use crate::correlation::{EndHow, ExportName, Generation, LeaseEnd};
-use crate::image::{BlockSizes, Extent, Image, NoWait, Span, ZeroFlags};
 use crate::sync::{before_call, schedules, thread};
 
 /// More steps than this are taken only by threads that wait for what never comes.
@@ -28,7 +28,7 @@ const WRITE: u16 = 1;
 const FLUSH: u16 = 3;
 const FUA: u16 = 1;
 const ESHUTDOWN: u32 = 108;
-const BYTES: u32 = 512;
+pub(super) const BYTES: u32 = 512;
 
 pub(super) fn check(test: impl Fn() + Send + Sync + 'static) {
     let test = Arc::new(test);
@@ -43,91 +43,6 @@ pub(super) fn check(test: impl Fn() + Send + Sync + 'static) {
     Runner::new(RandomScheduler::new(schedules()), config()).run(move || again());
     // Few changes of who goes first: what needs one thread to be far ahead of the others.
     Runner::new(PctScheduler::new(3, schedules()), config()).run(move || test());
-}
-
-/// What became of the image, as its calls saw it. The marks are std's: they are no steps of what is tested.
-#[derive(Default)]
-struct Seen {
-    inside: AtomicU32,
-    closed: AtomicBool,
-    begun: Mutex<Vec<u64>>,
-    flushes: AtomicU32,
-}
-
-struct Witnessed(Arc<Seen>);
-
-impl Witnessed {
-    fn call(&self, offset: Option<u64>) {
-        assert!(!self.0.closed.load(Ordering::SeqCst), "called when closed");
-        self.0.inside.fetch_add(1, Ordering::SeqCst);
-        self.0.begun.lock().unwrap().extend(offset);
-        before_call();
-        assert!(!self.0.closed.load(Ordering::SeqCst), "closed under a call");
-        self.0.inside.fetch_sub(1, Ordering::SeqCst);
-    }
-}
-
-impl Drop for Witnessed {
-    fn drop(&mut self) {
-        assert_eq!(self.0.inside.load(Ordering::SeqCst), 0, "closed too early");
-        self.0.closed.store(true, Ordering::SeqCst);
-    }
-}
-
-impl Image for Witnessed {
-    fn size(&self) -> u64 {
-        1 << 20
-    }
-    fn read_only(&self) -> bool {
-        false
-    }
-    fn block_sizes(&self) -> BlockSizes {
-        BlockSizes {
-            min: 1,
-            preferred: 4096,
-            max: 1 << 20,
-        }
-    }
-    fn read(&self, at: Extent, buf: &mut [u8]) -> io::Result<()> {
-        self.call(Some(at.offset()));
-        buf.fill(1);
-        Ok(())
-    }
-    /// Every other sector is in memory.
-    fn read_nowait(&self, at: Extent, buf: &mut [u8]) -> io::Result<NoWait> {
-        if at.offset() / u64::from(BYTES) % 2 == 0 {
-            return Ok(NoWait::WouldWait);
-        }
-        self.read(at, buf).map(|()| NoWait::Done)
-    }
-    fn write(&self, at: Extent, _buf: &[u8], _fua: bool) -> io::Result<()> {
-        self.call(Some(at.offset()));
-        Ok(())
-    }
-    fn flush(&self) -> io::Result<()> {
-        self.0.flushes.fetch_add(1, Ordering::SeqCst);
-        self.call(None);
-        Ok(())
-    }
-    fn zero(&self, _at: Extent, _flags: ZeroFlags) -> io::Result<()> {
-        Ok(())
-    }
-    fn discard(&self, _at: Extent, _fua: bool) -> io::Result<()> {
-        Ok(())
-    }
-    fn cache(&self, _at: Extent) -> io::Result<()> {
-        Ok(())
-    }
-    fn zeroes_fast(&self, _at: Span, _flags: ZeroFlags) -> bool {
-        false
-    }
-    fn can_discard(&self) -> bool {
-        false
-    }
-    fn latch(&self) {}
-    fn latched(&self) -> bool {
-        false
-    }
 }
 
 /// A client whose waits give others their turn.

@@ -16,10 +16,11 @@ use crate::sync::{self, Mutex, lock};
 use super::bound::Limit;
 use super::conn::{Conn, Parked, Wake};
 use super::crew::Crew;
+use super::interest::Interest;
 use super::lease::Lease;
 use super::listener::Listener;
 use super::pulse::{Pulse, Pulses};
-use super::session::{Interest, Session};
+use super::session::Session;
 use super::shared::Shared;
 use super::stats::{Counters, add};
 

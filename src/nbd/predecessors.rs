@@ -21,9 +21,9 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use crate::sync;
 
 use super::conn::{Backlog, Conn};
+use super::interest::{Interest, Rest};
 use super::lease::{Lease, Members};
 use super::reply::Scratch;
-use super::session::{Interest, Rest};
 use super::transmission::Transmission;
 use super::wire::RequestHeader;
 

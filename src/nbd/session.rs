@@ -12,9 +12,10 @@ use crate::sync::atomic::Ordering;
 use crate::sync::thread_local;
 
 use super::bound::Limit;
-use super::conn::{Backlog, Conn};
+use super::conn::Conn;
 use super::crew::Task;
 use super::handshake::{ExpectFlags, ExpectOption, Next, Reason};
+use super::interest::{Interest, Rest};
 use super::reply::Scratch;
 use super::shared::Shared;
 use super::stats::add;
@@ -50,81 +51,6 @@ enum State {
     Option(ExpectOption),
     /// Between states; a session found here has ended.
     Over,
-}
-
-/// What a parked session waits for.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Interest {
-    pub(super) input: bool,
-    pub(super) output: bool,
-    /// Jobs done or bytes sent since `epoch`.
-    pub(super) room: bool,
-    pub(super) epoch: u64,
-    pub(super) until: Option<Instant>,
-}
-
-impl Interest {
-    const TIME: Interest = Interest {
-        input: false,
-        output: false,
-        room: false,
-        epoch: 0,
-        until: None,
-    };
-
-    /// For bytes from the peer.
-    pub(super) fn input(until: Option<Instant>) -> Interest {
-        Interest {
-            input: true,
-            until,
-            ..Interest::TIME
-        }
-    }
-
-    /// For the peer to take what it is sent.
-    pub(super) fn output(until: Instant) -> Interest {
-        Interest {
-            output: true,
-            ..Interest::time(until)
-        }
-    }
-
-    pub(super) fn room(epoch: u64, until: Option<Instant>) -> Interest {
-        Interest {
-            room: true,
-            epoch,
-            until,
-            ..Interest::TIME
-        }
-    }
-
-    pub(super) fn time(until: Instant) -> Interest {
-        Interest {
-            until: Some(until),
-            ..Interest::TIME
-        }
-    }
-
-    /// In transmission.
-    pub(super) fn backlog(&self) -> Backlog {
-        match (self.input, self.output) {
-            // Bytes have a deadline where a part of a request is here.
-            (true, _) if self.until.is_none() => Backlog::None,
-            (true, _) => Backlog::Some,
-            (false, true) => Backlog::EndShows,
-            (false, false) => Backlog::Some,
-        }
-    }
-}
-
-/// How a turn of a session ended.
-pub(super) enum Rest {
-    /// Another turn, at once.
-    Again,
-    /// Another turn, after others had theirs.
-    Yield,
-    Park(Interest),
-    End,
 }
 
 /// One receive of the handshake, in bytes: room for any option that is usual.

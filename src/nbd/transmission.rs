@@ -14,13 +14,13 @@ use super::ending::Closing;
 use super::execute::DETACHED;
 use super::handshake::{Agreed, Facts};
 use super::input::{Input, Payload};
+use super::interest::{Interest, Rest};
 use super::lease::Lease;
 use super::limits::time_for;
 use super::meter::Tally;
 use super::predecessors::Predecessors;
 use super::rate::{Again, Rate};
 use super::reply::{KEEP_BYTES, Scratch, untouched};
-use super::session::{Interest, Rest};
 use super::stats::add;
 use super::wire::{ReplyTo, RequestHeader};
 
