@@ -64,13 +64,20 @@ fn known(vm_name: &str, device_path: &str) -> Known {
     }
 }
 
-/// What a caller has written who was told nothing of the row.
+fn untold() -> Basis {
+    Basis::Caller {
+        told: None,
+        exported: true,
+    }
+}
+
+/// What a caller has written who was told nothing of the row, of a disk that is exported.
 async fn put(
     database: &mut Database,
     vm_id: &str,
     known: Known,
 ) -> Outcome<Result<(), DatabaseError>> {
-    put_by(database, vm_id, known, Basis::Caller { told: None }).await
+    put_by(database, vm_id, known, untold()).await
 }
 
 async fn put_by(
@@ -200,13 +207,14 @@ fn what_is_written_meanwhile_is_not_written_over() -> Outcome<()> {
             let row_said = |path| Basis::Row(RowSaid(Some(says(path))));
             let told = |path| Basis::Caller {
                 told: Some(says(path)),
+                exported: true,
             };
             server.sql("UPDATE vm_export_mappings SET device_path = '/dev/vdd'")?;
             let before = server.sql(ALL)?;
             for basis in [
                 row_said("/dev/vdc"),
                 told("/dev/vdc"),
-                Basis::Caller { told: None },
+                untold(),
             ] {
                 let answer = put_by(&mut one, "vm", here(), basis).await?;
                 hold!(

@@ -171,6 +171,7 @@ impl Control {
 
     /// The files were read, or not.
     pub(super) fn on_reload(&mut self, read: Read) {
+        let found = read.found.is_some();
         if self.stopping {
             self.reload.last = Some(read.last);
             let stopping = RequestError::NotReady("the daemon is stopping".to_owned());
@@ -184,6 +185,12 @@ impl Control {
             self.tell_signaller(&problems);
             // Whoever asks for it may have done something to files, too.
             let _asked = self.files.check();
+        }
+        if let Turn::Reads { own, .. } = &self.reload.turn
+            && !found
+        {
+            // They are looked up with what a reading finds.
+            self.reload.owed.paths |= own.paths;
         }
         self.reload.turn = Turn::Rest;
         let again = std::mem::take(&mut self.reload.again);

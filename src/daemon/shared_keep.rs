@@ -24,10 +24,12 @@ impl SharedTable {
         if puts.is_empty() {
             return Ok(None);
         }
+        let known = |disk: &VmDisk| self.known.as_ref().and_then(|known| known.get(disk));
         let basis = |disk: &VmDisk| match &by_row {
             Some(said) => Basis::Row(said.clone()),
             None => Basis::Caller {
                 told: self.told_rows.get(disk).cloned(),
+                exported: known(disk).is_some_and(|here| here.active),
             },
         };
         let bases = puts
@@ -37,11 +39,14 @@ impl SharedTable {
         let Link::Up(database) = &mut self.link else {
             return Err(self.away());
         };
-        touch(&mut self.looking, puts.keys());
         let done = database.put(&puts, &bases).await;
         self.count_retried();
         match done {
-            Ok(()) => Ok(Some(Kept(puts))),
+            Ok(()) => {
+                // Only what was written: who is refused and asks again and again keeps no look from hearing the row.
+                touch(&mut self.looking, puts.keys());
+                Ok(Some(Kept(puts)))
+            }
             Err(DatabaseError::Taken(reason)) => Err(Unkept::Taken(reason)),
             Err(DatabaseError::Written(reason)) => {
                 self.look();
@@ -148,7 +153,10 @@ impl SharedTable {
             return;
         };
         // Over what was written with the change that is undone.
-        let basis = Basis::Caller { told: None };
+        let basis = Basis::Caller {
+            told: None,
+            exported: true,
+        };
         let bases = before.keys().map(|disk| (disk.clone(), basis.clone()));
         match database.put(&before, &bases.collect()).await {
             Ok(()) => {}

@@ -14,17 +14,26 @@ pub struct RowSaid(pub Option<Values>);
 pub enum Basis {
     /// Its own: that of what it said when it was looked at.
     Row(RowSaid),
-    /// Somebody's who asked for the export, and may know what was `told` of the row, if it waits for a person.
-    Caller { told: Option<Values> },
+    /// Somebody's who asked for the export.
+    Caller {
+        /// What he may know of the row, if it waits for a person.
+        told: Option<Values>,
+        /// The disk is exported here already, or was until now.
+        exported: bool,
+    },
 }
 
 impl Basis {
     /// Whether `put` may be written where the row says `now`, and beside it stands what was `wrote` last; `None` for what is not there.
     pub fn allows(&self, now: Option<&Values>, wrote: Option<&Values>, put: &Known) -> bool {
-        let told = match self {
+        let (told, exported) = match self {
             Basis::Row(RowSaid(said)) => return now == said.as_ref(),
-            Basis::Caller { told } => told.as_ref(),
+            Basis::Caller { told, exported } => (told.as_ref(), *exported),
         };
+        if put.active && !exported {
+            // Nothing is given another volume by that: who says which one it is, says it of the row, too.
+            return true;
+        }
         let Some(now) = now else {
             // Of who deletes a row and who asks for its export, the last one has the word.
             return true;
@@ -42,7 +51,7 @@ impl Basis {
                 } == *wrote
             }
             Some(wrote) => now == wrote,
-            // Nobody's: who says which volume it is, says it of this row, too. Where that is exported already, the row may say another one.
+            // Nobody's. Where the volume is absent no path says another one.
             None => {
                 let path = &now.device_path;
                 !now.active
@@ -79,7 +88,25 @@ mod tests {
     }
 
     fn caller(told: Option<Values>) -> Basis {
-        Basis::Caller { told }
+        let exported = true;
+        Basis::Caller { told, exported }
+    }
+
+    /// An appliance saves the row of a job that is over, or writes the path of the next one, before it asks.
+    #[test]
+    fn who_asks_for_an_export_that_is_not_there_is_not_refused_for_what_its_row_says() {
+        let (wrote, now) = (values(HERE), values("/dev/vdd"));
+        for active in [true, false] {
+            let now = Values {
+                active,
+                ..now.clone()
+            };
+            let [new, known] = [false, true].map(|exported| {
+                let told = None;
+                Basis::Caller { told, exported }.allows(Some(&now), Some(&wrote), &put(true))
+            });
+            assert_eq!((new, known), (true, false));
+        }
     }
 
     /// The row said vdc; by the time that its request was accepted it said vdd, and was written over.

@@ -1,4 +1,4 @@
-//! What a connection has asked for and is not done with.
+//! What a connection has asked for and is not done with, and how far its session has come with that.
 
 use crate::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
@@ -12,7 +12,7 @@ pub(super) struct Asked {
     wrote: AtomicBool,
     /// Bytes that were taken from the socket.
     received: AtomicU64,
-    /// How often everything that had come was begun, and the socket held nothing more.
+    /// As [`Progress::catches_up`] counts.
     caught_up: AtomicU64,
     finished: AtomicBool,
 }
@@ -54,7 +54,7 @@ impl Asked {
         self.received.load(Ordering::Acquire)
     }
 
-    /// Everything that had come was begun, and the socket held nothing more.
+    /// Everything was begun that had come when the socket was found empty.
     pub(super) fn catches_up(&self) {
         self.caught_up.fetch_add(1, Ordering::AcqRel);
     }
@@ -72,5 +72,52 @@ impl Asked {
     /// Whether a request that changes the disk is with it, or may be begun yet.
     pub(super) fn may_change(&self) -> bool {
         !self.finished.load(Ordering::Acquire) || self.changes.load(Ordering::Acquire) > 0
+    }
+}
+
+/// What has come of a peer's bytes, and what of it was begun.
+#[derive(Default)]
+pub(super) struct Progress {
+    /// In bytes.
+    came: u64,
+    /// As many had come when the socket was found empty, and not all of them were begun yet.
+    empty_at: Option<u64>,
+}
+
+impl Progress {
+    /// `all`: the socket held no more.
+    pub(super) fn receives(&mut self, bytes: usize, all: bool) {
+        self.came += bytes as u64;
+        if all {
+            self.empty_at.get_or_insert(self.came);
+        }
+    }
+
+    /// Whether everything is begun that had come when the socket was found empty, of all but the last `left` bytes; once each time.
+    pub(super) fn catches_up(&mut self, left: usize) -> bool {
+        let begun = self.came.saturating_sub(left as u64);
+        self.empty_at.take_if(|at| begun >= *at).is_some()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_session_has_caught_up_when_what_had_come_is_begun_whatever_comes_since() {
+        let mut progress = Progress::default();
+        assert!(!progress.catches_up(0), "nobody has looked");
+        progress.receives(100, false);
+        assert!(!progress.catches_up(0), "more may be there");
+        // A request and half of the next.
+        progress.receives(50, true);
+        assert!(!progress.catches_up(25));
+        // The rest of it, and half of another.
+        progress.receives(50, true);
+        assert!(progress.catches_up(25));
+        assert!(!progress.catches_up(0), "once");
+        progress.receives(0, true);
+        assert!(progress.catches_up(0));
     }
 }

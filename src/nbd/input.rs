@@ -63,6 +63,15 @@ impl Input {
         }
     }
 
+    /// Bytes of a write that has not come whole, with a header of `header` bytes: what of it was taken out of the receive buffer.
+    pub(super) fn taken_in_part(&self, header: usize) -> usize {
+        match self {
+            Input::Payload(payload) => header + payload.filled,
+            // A refused one changes nothing.
+            Input::Header { .. } | Input::Discard { .. } => 0,
+        }
+    }
+
     /// Receives what can be had, into the payload or the buffer; `wait` as in [`Socket::receive`](super::socket::Socket::receive). How many
     /// bytes, and whether the socket held no more.
     pub(super) fn receive(

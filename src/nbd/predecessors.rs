@@ -179,8 +179,9 @@ impl Shown {
         !conn.local
             && match self.backlog(conn) {
                 Backlog::None | Backlog::EndShows => false,
-                Backlog::Some => true,
-                Backlog::Unknown => conn.asked.wrote() || conn.socket.holds(UNSEEN_BYTES),
+                Backlog::Some | Backlog::Unknown => {
+                    conn.asked.wrote() || conn.socket.holds(UNSEEN_BYTES)
+                }
             }
     }
 }
@@ -198,6 +199,15 @@ impl Transmission {
             return Some(Rest::End);
         }
         Some(Rest::Park(Interest::time(until)))
+    }
+
+    /// Tells whoever comes later.
+    pub(super) fn catch_up(&mut self, conn: &Conn, scratch: &Scratch) {
+        let header = RequestHeader::bytes(self.terms.headers);
+        let left = scratch.received.bytes().len() + self.input.taken_in_part(header);
+        if self.progress.catches_up(left) {
+            conn.asked.catches_up();
+        }
     }
 }
 

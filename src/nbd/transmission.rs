@@ -7,6 +7,7 @@ use std::time::Instant;
 use nix::errno::Errno;
 
 use super::account::Full;
+use super::asked::Progress;
 use super::bound::Limit;
 use super::command::{self, Call, Command, Terms};
 use super::conn::Conn;
@@ -33,15 +34,14 @@ const ROUNDS: u32 = 32;
 pub(super) struct Transmission {
     pub(super) lease: Arc<Lease>,
     pub(super) terms: Terms,
-    input: Input,
+    pub(super) input: Input,
     /// Bytes that arrived and were not taken when the session was parked.
     carry: Vec<u8>,
     /// Since when the rest of a header, or of a payload, is waited for: not since its last byte.
     partial_since: Option<Instant>,
     /// Of the payload that is waited for; 0 where that is a header.
     partial_bytes: usize,
-    /// The last receive left nothing in the socket.
-    emptied: bool,
+    pub(super) progress: Progress,
     pub(super) tally: Tally,
     /// `None` for as many requests as come.
     pub(super) rate: Option<Rate>,
@@ -77,7 +77,7 @@ impl Transmission {
             carry,
             partial_since: None,
             partial_bytes: 0,
-            emptied: false,
+            progress: Progress::default(),
             tally: Tally::default(),
             rate,
             closing: None,
@@ -156,9 +156,7 @@ impl Transmission {
                 Outcome::NeedsInput if conn.is_blocked() => self.partial_since = None,
                 Outcome::NeedsInput => {
                     let until = self.partial_until(scratch);
-                    if self.emptied && until.is_none() {
-                        conn.asked.catches_up();
-                    }
+                    self.catch_up(conn, scratch);
                     // What is there was sent in time, as far as can be known; more is not waited for.
                     let late = is_over(until);
                     let backlog = shared.poller.sessions.has_backlog();
@@ -231,7 +229,7 @@ impl Transmission {
     ) -> nix::Result<usize> {
         let (received, all) = self.input.receive(conn, &mut scratch.received, wait)?;
         conn.asked.receives(received);
-        self.emptied = all;
+        self.progress.receives(received, all);
         Ok(received)
     }
 
