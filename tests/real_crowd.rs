@@ -118,6 +118,7 @@ fn beside(
     Client::open(&scene.endpoint(), "a")?.leave()?;
     let bystander = Bystander::start(&scene.endpoint(), Duration::ZERO)?;
     let before = scene.daemon()?.holdings()?;
+    let open = scene.daemon()?.descriptors()?;
     forget_peak(scene)?;
     crowd(scene)?;
     let peak = peak_kib(scene)?;
@@ -140,7 +141,7 @@ fn beside(
         before.resident_kib,
         after.resident_kib,
     ));
-    given_back?;
+    given_back.doing(scene.daemon()?.descriptors()?.beside(&open))?;
     hold!(
         peak <= before.resident_kib + peak_most_kib,
         "{what}: {peak} KiB were resident, {} before",

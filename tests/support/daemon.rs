@@ -12,8 +12,9 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;
 
 use super::client::Endpoint;
+use super::descriptors::Descriptors;
 use super::process::{Running, command};
-use super::{Deadline, Doing, Outcome, ground};
+use super::{Deadline, Doing, Outcome, ground, until};
 use crate::{hold, trouble};
 
 /// How long a daemon may take until it serves.
@@ -219,7 +220,40 @@ impl Daemon {
     pub fn holdings(&self) -> Outcome<Holdings> {
         holdings(self.pid())
     }
+
+    pub fn descriptors(&self) -> Outcome<Descriptors> {
+        Descriptors::of(self.pid())
+    }
+
+    /// Waits until it has at most `more` descriptors more than `before`, and at most so many threads: at any one moment it may have some for
+    /// what it does just then. What stays is named by the failure.
+    pub fn gives_back(
+        &self,
+        before: &Descriptors,
+        more: usize,
+        threads_most: usize,
+    ) -> Outcome<Holdings> {
+        let descriptors_most = before.count() + more;
+        let mut last = None;
+        let waited = until(GIVEN_BACK_WITHIN, "all to be given back", || {
+            let now = self.holdings()?;
+            last = Some(now);
+            let back = now.descriptors <= descriptors_most && now.threads <= threads_most;
+            Ok(back.then_some(now))
+        });
+        let Err(trouble) = waited else {
+            return waited;
+        };
+        let open = self.descriptors()?;
+        trouble!(
+            "{trouble}: at most {descriptors_most} descriptors and {threads_most} threads may be left; {last:?}; {}",
+            open.beside(before)
+        );
+    }
 }
+
+/// For all that a daemon has for the moment only: a pool's threads end after ten seconds without work.
+const GIVEN_BACK_WITHIN: Duration = Duration::from_secs(60);
 
 /// What the process of this id holds now.
 pub fn holdings(pid: u32) -> Outcome<Holdings> {

@@ -13,6 +13,7 @@ pub mod bus;
 pub mod chorus;
 pub mod client;
 pub mod daemon;
+pub mod descriptors;
 pub mod dice;
 pub mod forgetful;
 pub mod fuse_disk;
