@@ -18,11 +18,12 @@
 //! | [`nbd`] | EDGE: clients; its `wire`, `command` and `handshake` are pure | `image`, `correlation`, `sync` |
 //! | [`sync`] | the locks and threads of these two, or a model checker's | – |
 //! | [`dbus`] | EDGE: the objects on the bus, and the client that the command line uses | `correlation`, `identity` |
-//! | [`daemon`] | the loop, the only place where the edges meet | all of the above |
-//! | [`cli`] | the command line | `daemon`, `dbus`, `config`, `claim`, `image` |
+//! | [`daemon`] | the loop, the only place where the edges meet | `dbus`, `udev`, `files`, `claim`, `mapping`, `config`, `nbd`, `image`, `correlation`, `identity` |
+//! | [`cli`] | the command line | `daemon`, `dbus`, `config`, `claim`, `image`, `correlation`, `identity` |
+//! | `main` | the process | `cli` |
 //!
 //! Arrows go one way: `main → cli → daemon → {dbus, claim → udev, mapping, config, {nbd, files} → image} → correlation → identity`.
-//! `tests/arrows.rs` reads the `use` lines and holds them.
+//! `tests/arrows.rs` reads this table and each path that begins at `crate::`, and holds them together.
 //!
 //! # Invariants
 //!
