@@ -2,7 +2,8 @@
 //! processor before it.
 
 use std::io;
-use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
+
+use tokio::sync::mpsc::{self, OwnedPermit};
 
 /// Steps of nice(2): a tenth of the weight of the others, so that a thread that wakes up beside it need not wait for the end of its
 /// turn, and some of the processor where the others never rest.
@@ -13,7 +14,17 @@ type Work = Box<dyn FnOnce() + Send>;
 /// Does one piece of work after the other; ends when this is dropped, after what it has in hand. A thread of its own, since the blocking
 /// pool's would keep the low weight, which nobody can raise without a right to it. And the same one for all of it, so that what is
 /// made by one piece of work and dropped by the next lies in one heap.
-pub(super) struct Aside(SyncSender<Work>);
+pub(super) struct Aside(mpsc::Sender<Work>);
+
+/// Room for one piece of work, kept for who has this.
+pub(super) struct Place(OwnedPermit<Work>);
+
+impl Place {
+    /// Has it done; never waits.
+    pub fn take(self, work: impl FnOnce() + Send + 'static) {
+        self.0.send(Box::new(work));
+    }
+}
 
 /// The thread has ended, or has something to do already.
 #[derive(Debug, thiserror::Error)]
@@ -27,25 +38,24 @@ impl Aside {
     /// The kernel has no thread to give.
     pub fn start(name: &str) -> io::Result<Aside> {
         // One that waits: who asks for it does so when the one before has answered, and that is just before it ends.
-        let (sender, works) = sync_channel::<Work>(1);
+        let (sender, mut works) = mpsc::channel::<Work>(1);
         let thread = std::thread::Builder::new().name(name.to_owned());
         thread.spawn(move || {
             weigh_little();
-            for work in works {
+            while let Some(work) = works.blocking_recv() {
                 work();
             }
         })?;
         Ok(Aside(sender))
     }
 
-    /// Has it done; never waits.
+    /// Room for one piece of work; never waits. Asked for before anything is given to the work that would go with it.
     ///
     /// # Errors
-    /// [`Busy`]; then it is not done.
-    pub fn take(&self, work: impl FnOnce() + Send + 'static) -> Result<(), Busy> {
-        self.0
-            .try_send(Box::new(work))
-            .map_err(|_: TrySendError<Work>| Busy)
+    /// [`Busy`].
+    pub fn place(&self) -> Result<Place, Busy> {
+        let place = self.0.clone().try_reserve_owned();
+        place.map(Place).map_err(|_| Busy)
     }
 }
 
@@ -71,7 +81,7 @@ mod tests {
             .map(|_| {
                 let told = told.clone();
                 let work = move || told.send((std::thread::current().id(), weight())).unwrap();
-                aside.take(work).unwrap();
+                aside.place().unwrap().take(work);
                 heard.recv().unwrap()
             })
             .collect();
@@ -89,10 +99,10 @@ mod tests {
             begun.send(()).unwrap();
             let _dropped = goes.recv();
         };
-        aside.take(first).unwrap();
+        aside.place().unwrap().take(first);
         begins.recv().unwrap();
-        aside.take(|| {}).unwrap();
-        assert!(aside.take(|| {}).is_err());
+        aside.place().unwrap().take(|| {});
+        assert!(aside.place().is_err());
         drop(go);
     }
 

@@ -13,9 +13,9 @@ use tokio::sync::oneshot;
 use tokio::time::timeout;
 
 use super::clock::Clock;
+use super::config_read::Read;
 use super::config_watch::ConfigWatch;
 use super::last_reading::{Dialect, LastReading};
-use super::reload::Read;
 use super::{Error, Options, database_address, log, sections, service, settings};
 use crate::config::{self, Config, Pace};
 use crate::mapping::Address;

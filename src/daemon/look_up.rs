@@ -24,9 +24,14 @@ impl Control {
     }
 
     pub(super) fn begin_look_up(&mut self) {
-        // It is there, where nothing goes on: it was taken with the start, and whatever borrows it gives it back.
-        let Some(mut last) = self.reload.last.take() else {
-            return;
+        let (place, mut last) = match self.reload.borrow() {
+            Ok(borrowed) => borrowed,
+            // It stays owed.
+            Err(error) => {
+                tracing::error!(%error, "the paths of the configuration cannot be looked up");
+                self.tell_ready();
+                return;
+            }
         };
         self.reload.owed.paths = false;
         let own = Owed {
@@ -35,7 +40,7 @@ impl Control {
         };
         let last_word = self.reload.turn.begin(What::Paths, own);
         let reports = self.reports.clone();
-        let taken = self.reload.aside.take(move || {
+        place.take(move || {
             let found = last.look_up(&Pace::default());
             // The loop is gone only when the daemon stops.
             let _stopped = reports.send(match last_word.take() {
@@ -46,10 +51,6 @@ impl Control {
                 false => Report::ReadTooLate(last),
             });
         });
-        if let Err(error) = taken {
-            tracing::error!(%error, "the paths of the configuration cannot be looked up");
-            self.reload.turn = Turn::Rest;
-        }
     }
 
     pub(super) fn on_looked_up(&mut self, looked: LookedUp) {

@@ -1,25 +1,17 @@
 //! Reading the configuration again: on SIGHUP, and for callers of `Reload`, who hear what it changed.
 
-use std::path::{Path, PathBuf};
-
 use tokio::time::Instant;
 
 use super::Options;
-use super::aside::Aside;
+use super::aside::{Aside, Busy, Place};
 use super::clock::Clock;
+use super::config_read::Read;
 use super::control::{Asker, Control, Report};
-use super::last_reading::{Dialect, LastReading};
+use super::last_reading::LastReading;
 use super::reload_outcome::{OutcomeFile, ReloadOutcome};
-use super::reload_turn::{LastWord, Owed, Turn, What};
-use super::sections::{self, Reading};
-use crate::config::nbd_server::CommandLine;
-use crate::config::{self, ClaimRules, Pace};
-use crate::correlation::{Definition, Difference, Event, RequestError, SectionsChange};
+use super::reload_turn::{Owed, Turn, What};
+use crate::correlation::{Difference, Event, RequestError};
 use crate::dbus::{Answer, Publication};
-use crate::nbd::Rules;
-
-/// Problems are told to a caller up to this many bytes; the log has them all.
-const PROBLEMS_BYTES_MAX: usize = 16 << 10;
 
 /// Only one reading goes on at a time: of two, the older could be applied last.
 pub(super) struct Reload {
@@ -62,6 +54,18 @@ impl Reload {
             served: Vec::new(),
             waiting: Vec::new(),
         }
+    }
+
+    /// What a reading needs, or a look-up: the thread, and what was read last, which goes with it and comes back. Without the one the other
+    /// stays here: what is read next is compared with it.
+    ///
+    /// # Errors
+    /// [`Busy`].
+    pub(super) fn borrow(&mut self) -> Result<(Place, Box<LastReading>), Busy> {
+        let place = self.aside.place()?;
+        // It is there, where nothing goes on: it was taken with the start, and whatever borrows it gives it back.
+        let last = self.last.take().ok_or(Busy)?;
+        Ok((place, last))
     }
 
     /// Whether the files are being read.
@@ -141,32 +145,37 @@ impl Control {
             self.reload.again = true;
             return;
         }
+        self.reload.outcome = ReloadOutcome::begun();
+        let waiting = std::mem::take(&mut self.reload.waiting);
+        self.reload.served.extend(waiting);
+        let (place, last) = match self.reload.borrow() {
+            Ok(borrowed) => borrowed,
+            Err(error) => return self.fail_reload(&error),
+        };
         // The paths are looked up with the files.
         let own = std::mem::take(&mut self.reload.owed);
         let last_word = self.reload.turn.begin(What::Files, own);
-        self.reload.outcome = ReloadOutcome::begun();
-        self.reload.served = std::mem::take(&mut self.reload.waiting);
         self.service.reloading();
         let reports = self.reports.clone();
         self.reload.clock.look();
         let clock = self.reload.clock;
-        // It is there: it was taken with the start, and a reading gives it back.
-        let last = self.reload.last.take();
-        let last = last.unwrap_or_else(|| Box::new(LastReading::none(Dialect::Toml)));
-        let taken = self.reload.aside.take(move || {
-            let read = Read::again(&path, command_line.as_ref(), *last, clock, &last_word);
+        place.take(move || {
+            let read = Read::again(&path, command_line.as_ref(), last, clock, &last_word);
             // The loop is gone only when the daemon stops.
             let _stopped = reports.send(match read {
                 Ok(read) => Report::Reloaded(read),
                 Err(last) => Report::ReadTooLate(last),
             });
         });
-        if let Err(error) = taken {
-            tracing::error!(%error, "the configuration cannot be read again");
-            self.answer_reload(&Err(RequestError::Failed(error.to_string())));
-            self.reload.turn = Turn::Rest;
-            self.tell_ready();
-        }
+    }
+
+    /// It cannot begin. What is owed stays so, until something else is asked for.
+    fn fail_reload(&mut self, error: &Busy) {
+        let told = format!("the configuration cannot be read again: {error}");
+        tracing::error!("{told}");
+        self.answer_reload(&Err(RequestError::Failed(told.clone())));
+        self.tell_signaller(&told);
+        self.tell_ready();
     }
 
     /// The files were read, or not.
@@ -291,150 +300,31 @@ impl Control {
     }
 }
 
-/// What of a configuration is taken, and differs from the one before.
-#[derive(Default)]
-pub(super) struct Found {
-    /// Exports that are taken, changed or not.
-    pub taken: usize,
-    /// Sections that were refused by name as they were read, whether what they were before stays or not.
-    pub refused: usize,
-    pub change: SectionsChange,
-    /// `None` when they are as they were; so is the next.
-    pub rules: Option<Rules>,
-    pub claim: Option<Option<ClaimRules>>,
-    /// The folders beneath which files are served; `None` for those of the start.
-    pub file_roots: Option<Vec<PathBuf>>,
-}
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::channel;
 
-impl Found {
-    /// In the files of `nbdtrack.toml`, which are taken as a whole.
-    pub(super) fn in_toml(
-        exports: Vec<Definition>,
-        claim: Option<ClaimRules>,
-        last: &mut LastReading,
-    ) -> Found {
-        Found {
-            taken: exports.len(),
-            change: last.change(exports.into_iter().map(Into::into).collect(), None),
-            claim: last.claim(claim),
-            ..Found::default()
-        }
+    use super::super::last_reading::Dialect;
+    use super::*;
+
+    /// Where the thread had no room for a reading, the last one was lost with it: every later reload of nbd-server's files was one of
+    /// `nbdtrack.toml`, and refused them all.
+    #[test]
+    fn a_reading_that_cannot_begin_leaves_what_was_read_last() {
+        let aside = Aside::start("test").unwrap();
+        let (begun, begins) = channel();
+        let (go, goes) = channel::<()>();
+        aside.place().unwrap().take(move || {
+            begun.send(()).unwrap();
+            let _dropped = goes.recv();
+        });
+        begins.recv().unwrap();
+        aside.place().unwrap().take(|| {});
+        let mut reload = Reload::new(Clock::now(), aside);
+        reload.last = Some(Box::new(LastReading::none(Dialect::NbdServer)));
+        assert!(reload.borrow().is_err());
+        let last = reload.last.as_ref().unwrap();
+        assert_eq!(last.dialect, Dialect::NbdServer);
+        drop(go);
     }
-}
-
-/// What of the configuration can change while the daemon runs, as a thread has read it.
-pub(super) struct Read {
-    /// `None` when nothing of it can be used: then everything stays as it was.
-    pub found: Option<Found>,
-    /// For the next reading.
-    pub last: Box<LastReading>,
-    /// What is wrong in it, for callers.
-    pub problems: String,
-}
-
-impl Read {
-    /// The last reading as it was when the loop has the last word.
-    fn again(
-        path: &Path,
-        line: Option<&CommandLine>,
-        last: LastReading,
-        clock: Clock,
-        last_word: &LastWord,
-    ) -> Result<Read, Box<LastReading>> {
-        match last.dialect {
-            Dialect::NbdServer => {
-                let looked = sections::look(path, line, last, clock, &Pace::default());
-                match last_word.take() {
-                    true => Ok(Read::of_sections(looked.compare())),
-                    false => Err(Box::new(looked.into_last())),
-                }
-            }
-            Dialect::Toml => {
-                let parsed = parsed(path);
-                match last_word.take() {
-                    true => Ok(Read::toml(parsed, last)),
-                    false => Err(Box::new(last)),
-                }
-            }
-        }
-    }
-
-    /// With what is wrong in the log.
-    pub(super) fn of_sections(mut reading: Reading) -> Read {
-        let problems = tell(&mut reading);
-        Read {
-            found: reading.found,
-            last: Box::new(reading.last),
-            problems,
-        }
-    }
-
-    /// The first reading of `nbdtrack.toml`.
-    pub(super) fn of_toml(exports: Vec<Definition>, claim: Option<ClaimRules>) -> Read {
-        let mut last = LastReading::none(Dialect::Toml);
-        Read {
-            found: Some(Found::in_toml(exports, claim, &mut last)),
-            last: Box::new(last),
-            problems: String::new(),
-        }
-    }
-
-    /// A problem keeps everything as it was and is told by file, line and column.
-    fn toml(parsed: Result<config::Config, Vec<String>>, mut last: LastReading) -> Read {
-        let (found, problems) = match parsed {
-            Ok(config) => {
-                let found = Found::in_toml(config.exports, config.claim, &mut last);
-                (Some(found), String::new())
-            }
-            Err(problems) => {
-                problems.iter().for_each(|problem| refused_all(problem));
-                (None, bounded(&problems))
-            }
-        };
-        Read {
-            found,
-            last: Box::new(last),
-            problems,
-        }
-    }
-}
-
-/// All files of `nbdtrack.toml`, read and judged.
-fn parsed(path: &Path) -> Result<config::Config, Vec<String>> {
-    let files = config::read(path).map_err(|error| vec![error.to_string()])?;
-    let told = |problems: Vec<config::Problem>| problems.iter().map(ToString::to_string).collect();
-    config::parse(&files).map_err(told)
-}
-
-/// Logs what is wrong in a reading, and gives as much of it as callers are told. Not for the loop: there may be ten thousand lines.
-fn tell(reading: &mut Reading) -> String {
-    for warning in std::mem::take(&mut reading.warnings) {
-        tracing::warn!(name: "config_odd", "{warning}");
-    }
-    let problems: Vec<String> = std::mem::take(&mut reading.problems)
-        .iter()
-        .map(ToString::to_string)
-        .collect();
-    for problem in &problems {
-        match &reading.generic {
-            None => refused_all(problem),
-            Some(_) => {
-                tracing::error!(name: "config_refused", "refused, and what it was before stays: {problem}");
-            }
-        }
-    }
-    bounded(&problems)
-}
-
-fn refused_all(problem: &str) {
-    tracing::error!(name: "config_refused", "configuration refused, everything stays as it was: {problem}");
-}
-
-fn bounded(problems: &[String]) -> String {
-    let mut text = problems.join("\n");
-    if text.len() > PROBLEMS_BYTES_MAX {
-        text.truncate(text.floor_char_boundary(PROBLEMS_BYTES_MAX));
-        text.push_str("\n… and more, in the log");
-    }
-    text
 }

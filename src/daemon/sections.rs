@@ -1,28 +1,20 @@
-//! nbd-server's configuration as the daemon takes it: read, judged, its paths and authfiles looked up. Not for the loop: as long as files take.
+//! nbd-server's configuration as the daemon takes it: all its files read and judged, and compared with the last reading. What one section says
+//! is `one_section`'s. Not for the loop: as long as files take.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::{self, File};
-use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use super::clock::Clock;
-use super::found::{problem, refusal};
+use super::config_read::Found;
+use super::found::problem;
 use super::last_reading::LastReading;
-use super::reload::Found;
-use crate::config::nbd_server::{
-    self, Access, Backing, COMMAND_LINE, CommandLine, Generic, Judged, Section,
-};
+use super::one_section::{access, configured};
+use crate::config::nbd_server::{self, COMMAND_LINE, CommandLine, Generic, Judged};
 use crate::config::{self, Config, Pace, Problem};
-use crate::correlation::{
-    ConfiguredSection, Definition, ExportName, NamedPath, SectionsChange, Source, Written,
-};
-use crate::identity::{OptIn, VolumeId};
-use crate::nbd::{self, AllowList, Rules};
-use crate::udev;
-
-/// Bytes of an authfile: some 100,000 addresses.
-const AUTHFILE_BYTES_MAX: u64 = 2 << 20;
+use crate::correlation::{ConfiguredSection, ExportName, SectionsChange, Written};
+use crate::identity::OptIn;
+use crate::nbd::{self, Rules};
 
 /// The configuration, judged, with what was looked up for it.
 pub(super) struct Reading {
@@ -205,65 +197,6 @@ impl Looked {
     }
 }
 
-fn configured(
-    section: &Section,
-    written: Written,
-    allow: &BTreeSet<OptIn>,
-) -> Result<ConfiguredSection, String> {
-    let (volume, path) = match &section.backing {
-        Backing::Volume(volume) => {
-            if let Some(class) = volume.opt_in().filter(|class| !allow.contains(class)) {
-                return Err(format!(
-                    "[{}]: x-volume {volume} does not prove which volume it is, and is not served; if that is meant, say [identity] \
-                     allow = [\"{}\"] in the file that x-settings names",
-                    section.name,
-                    class.name()
-                ));
-            }
-            (volume.clone(), None)
-        }
-        Backing::Device(path) => {
-            let path = path
-                .to_str()
-                .ok_or_else(|| format!("[{}]: exportname is not UTF-8", section.name))?;
-            let at = udev::look_up(path);
-            let refused = at
-                .as_ref()
-                .err()
-                .and_then(|why| refusal(section, path, why));
-            if let Some(message) = refused {
-                return Err(message);
-            }
-            let named = NamedPath {
-                path: path.to_owned(),
-                trust: section.trust_path,
-                written,
-                at: at.map_err(|why| why.to_string()),
-            };
-            (VolumeId::of_path(path), Some(named))
-        }
-        Backing::File(path, format) => {
-            let path = path.to_str();
-            let path =
-                path.ok_or_else(|| format!("[{}]: exportname is not UTF-8", section.name))?;
-            let volume = VolumeId::of_file(path, *format);
-            (
-                volume.map_err(|error| format!("[{}]: exportname {error}", section.name))?,
-                None,
-            )
-        }
-    };
-    let definition = Definition {
-        name: section.name.clone(),
-        volume,
-        read_only: section.read_only,
-        share: section.share,
-        direct: false,
-        source: Source::NbdServer,
-    };
-    Ok(ConfiguredSection { definition, path })
-}
-
 /// The folders beneath which files are served: those that were said, or those of the files that are named.
 fn file_roots(said: &[PathBuf], sections: &[ConfiguredSection]) -> Vec<PathBuf> {
     if !said.is_empty() {
@@ -278,67 +211,10 @@ fn file_roots(said: &[PathBuf], sections: &[ConfiguredSection]) -> Vec<PathBuf> 
     folders.into_iter().collect()
 }
 
-fn access(section: &Section, missing_allows: bool, warnings: &mut Vec<Problem>) -> nbd::Access {
-    let Access {
-        authfile,
-        connections_max,
-        sync,
-        rotational,
-    } = &section.access;
-    let addresses = authfile.as_deref().and_then(|path| match text(path) {
-        Ok(text) => {
-            let (list, strange) = AllowList::parse(&text);
-            for line in strange {
-                let message = format!(
-                    "[{}]: authfile {}: \"{line}\" is no address and admits no one",
-                    section.name,
-                    path.display()
-                );
-                warnings.push(problem(section, message));
-            }
-            Some(list)
-        }
-        Err(error) => {
-            let (who, list) = match missing_allows {
-                true => ("everyone", None),
-                false => ("no one", Some(AllowList::default())),
-            };
-            let message = format!(
-                "[{}]: authfile {}: {error}; {who} is admitted",
-                section.name,
-                path.display()
-            );
-            warnings.push(problem(section, message));
-            list
-        }
-    });
-    nbd::Access {
-        addresses,
-        clients_max: *connections_max,
-        sync: *sync,
-        rotational: *rotational,
-    }
-}
-
-fn text(path: &Path) -> io::Result<String> {
-    use std::os::unix::fs::OpenOptionsExt;
-    // A FIFO in the place of a file must not stop the daemon.
-    let file: File = fs::OpenOptions::new()
-        .read(true)
-        .custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC)
-        .open(path)?;
-    let mut bytes = Vec::new();
-    file.take(AUTHFILE_BYTES_MAX + 1).read_to_end(&mut bytes)?;
-    if bytes.len() as u64 > AUTHFILE_BYTES_MAX {
-        return Err(io::Error::other(format!(
-            "more than {AUTHFILE_BYTES_MAX} bytes"
-        )));
-    }
-    Ok(String::from_utf8_lossy(&bytes).into_owned())
-}
-
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::super::last_reading::Dialect;
     use super::*;
 
