@@ -287,10 +287,12 @@ async fn start(
     let publisher = if config.dbus.polkit {
         let access = bus_access::access(config.dbus).await;
         let refusals = Refusals::new(history.clone());
-        let refused = Arc::new(move |caller: &dbus::Caller, method: &str, why: &str| {
-            refusals.note(method, caller, why);
-        });
-        dbus::serve_asking_polkit(&bus, command_sender, access, refused).await?
+        let denied = Arc::new(
+            move |caller: &dbus::Caller, method: &str, denial: dbus::Denial, why: &str| {
+                refusals.note(method, caller, denial, why);
+            },
+        );
+        dbus::serve_asking_polkit(&bus, command_sender, access, denied).await?
     } else {
         dbus::serve(&bus, command_sender).await?
     };

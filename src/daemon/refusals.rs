@@ -1,5 +1,6 @@
 //! Calls that polkit keeps from the loop, in the audit trail. Bounded, for whoever is refused can call again at once: of one user and
-//! method the first is told, and after a minute how many came after it.
+//! method the first is told, and after a minute how many came after it. A call for which a password is wanted is no refusal: of two calls with
+//! which a person is asked the first ends so, and is not to stand for the second.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -7,17 +8,17 @@ use std::time::Duration;
 
 use super::trail::by;
 use crate::correlation::Record;
-use crate::dbus::Caller;
+use crate::dbus::{Caller, Denial};
 use crate::mapping::History;
 
-/// How long those of one user and method are one.
+/// How long those of one user, method and end are one.
 const TOLD_EVERY: Duration = Duration::from_secs(60);
-/// Users and methods that are told apart at one time; the others are told as one. With two records of each in a minute, a flood of all
+/// Users, methods and ends that are told apart at one time; the others are told as one. With two records of each in a minute, a flood of all
 /// of them takes a day to push other calls out of the trail.
 const KINDS_MAX: usize = 64;
 
-/// A user and a method; `None` for all that there is no room for.
-type Kind = Option<(Option<u32>, String)>;
+/// A user, a method and how it ended; `None` for all that there is no room for.
+type Kind = Option<(Option<u32>, String, Denial)>;
 
 pub(super) struct Refusals {
     history: History,
@@ -34,12 +35,12 @@ impl Refusals {
     }
 
     /// Needs a running tokio runtime.
-    pub fn note(self: &Arc<Self>, method: &str, caller: &Caller, reason: &str) {
-        let Some(kind) = self.begin(caller.uid, method) else {
+    pub fn note(self: &Arc<Self>, method: &str, caller: &Caller, denial: Denial, reason: &str) {
+        let Some(kind) = self.begin(caller.uid, method, denial) else {
             return;
         };
         self.history.note(Record {
-            detail: format!("refused: {reason}"),
+            detail: format!("{}: {reason}", word(denial)),
             ..by(method, caller)
         });
         let (refusals, method, caller) = (self.clone(), method.to_owned(), caller.clone());
@@ -53,9 +54,9 @@ impl Refusals {
     }
 
     /// The kind of a refusal that is to be told; `None` for one that is only counted.
-    fn begin(&self, uid: Option<u32>, method: &str) -> Option<Kind> {
+    fn begin(&self, uid: Option<u32>, method: &str, denial: Denial) -> Option<Kind> {
         let mut more = self.more();
-        let mut kind = Some((uid, method.to_owned()));
+        let mut kind = Some((uid, method.to_owned(), denial));
         if more.len() >= KINDS_MAX && !more.contains_key(&kind) {
             kind = None;
         }
@@ -76,8 +77,11 @@ impl Refusals {
         let count = self.more().remove(kind).filter(|count| *count > 0)?;
         let seconds = TOLD_EVERY.as_secs();
         Some(match kind {
-            Some(_) => Record {
-                detail: format!("refused: {count} more of this user within {seconds} s"),
+            Some((.., denial)) => Record {
+                detail: format!(
+                    "{}: {count} more of this user within {seconds} s",
+                    word(*denial)
+                ),
                 ..by(
                     method,
                     &Caller {
@@ -88,7 +92,7 @@ impl Refusals {
             },
             None => Record {
                 detail: format!(
-                    "refused: {count} more of several users and methods within {seconds} s"
+                    "not carried out: {count} more of several users and methods within {seconds} s"
                 ),
                 ..by(
                     "",
@@ -104,6 +108,14 @@ impl Refusals {
 
     fn more(&self) -> MutexGuard<'_, HashMap<Kind, u64>> {
         self.more.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What the trail says of it, before the reason.
+fn word(denial: Denial) -> &'static str {
+    match denial {
+        Denial::PasswordWanted => "not carried out",
+        Denial::Refused => "refused",
     }
 }
 
@@ -127,11 +139,12 @@ mod tests {
         let (history, task) = History::keep(folder.path(), Bounds::default());
         let refusals = Refusals::new(history.clone());
         for _ in 0..10_000 {
-            refusals.note("Rescan", &caller(5), "no");
+            refusals.note("Rescan", &caller(5), Denial::PasswordWanted, "ask");
+            refusals.note("Rescan", &caller(5), Denial::Refused, "no");
         }
-        refusals.note("Reload", &caller(5), "no");
-        refusals.note("Rescan", &caller(6), "no");
-        let kind = Some((Some(5), "Rescan".to_owned()));
+        refusals.note("Reload", &caller(5), Denial::Refused, "no");
+        refusals.note("Rescan", &caller(6), Denial::Refused, "no");
+        let kind = Some((Some(5), "Rescan".to_owned(), Denial::Refused));
         let told = refusals.end(&kind, "Rescan", &caller(5)).unwrap();
         assert_eq!(told.detail, "refused: 9999 more of this user within 60 s");
         assert_eq!((told.uid, told.new.as_str()), (Some(5), "Rescan"));
@@ -148,6 +161,7 @@ mod tests {
         assert_eq!(
             kept,
             [
+                (Some(5), "Rescan", "not carried out: ask"),
                 (Some(5), "Rescan", "refused: no"),
                 (Some(5), "Reload", "refused: no"),
                 (Some(6), "Rescan", "refused: no"),
@@ -162,7 +176,7 @@ mod tests {
         let (history, _task) = History::keep(folder.path(), Bounds::default());
         let refusals = Refusals::new(history);
         for uid in 0..1_000 {
-            refusals.note("Rescan", &caller(uid), "no");
+            refusals.note("Rescan", &caller(uid), Denial::Refused, "no");
         }
         assert_eq!(refusals.more().len(), KINDS_MAX + 1);
         let told = refusals.end(&None, "Rescan", &caller(1)).unwrap();

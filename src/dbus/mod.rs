@@ -67,7 +67,7 @@ pub use error::BusError;
 pub use inquiries::RECORDS_MAX;
 pub use job::FINISH_BACKUP;
 pub use log_control::{LogLevel, LogState};
-pub use polkit::OnRefused;
+pub use polkit::{Denial, OnDenied};
 pub use publish::Publisher;
 
 use crate::correlation::{
@@ -343,7 +343,7 @@ pub async fn serve(bus: &Bus, commands: mpsc::Sender<Command>) -> Result<Publish
 }
 
 /// As [`serve`], for a bus whose policy lets everyone call: of whom `access` does not know polkit is asked, on the same bus, and
-/// `refused` hears whom it does not let. That is told of each such call, however many there are, in a task of the runtime.
+/// `denied` hears whose call it keeps from the loop. That is told of each such call, however many there are, in a task of the runtime.
 ///
 /// # Errors
 /// As [`serve`].
@@ -351,7 +351,7 @@ pub async fn serve_asking_polkit(
     bus: &Bus,
     commands: mpsc::Sender<Command>,
     access: Access,
-    refused: OnRefused,
+    denied: OnDenied,
 ) -> Result<Publisher, BusError> {
-    server::serve(bus, commands, Some((access, refused))).await
+    server::serve(bus, commands, Some((access, denied))).await
 }

@@ -44,13 +44,21 @@ const AUTHORITY_PATH: &str = "/org/freedesktop/PolicyKit1/Authority";
 /// polkit's AllowUserInteraction (org.freedesktop.PolicyKit1.Authority, CheckAuthorizationFlags).
 const ALLOW_INTERACTION: u32 = 1;
 
-/// Hears who was refused which method, and why.
-pub type OnRefused = Arc<dyn Fn(&Caller, &str, &str) + Send + Sync>;
+/// Why a call did not reach the loop.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Denial {
+    /// A password would let it through, and no one was asked for it: nothing was decided, and whoever can ask calls again.
+    PasswordWanted,
+    Refused,
+}
+
+/// Hears whose call of which method was kept from the loop, and why.
+pub type OnDenied = Arc<dyn Fn(&Caller, &str, Denial, &str) + Send + Sync>;
 
 /// Whoever comes through here may call.
 pub struct Gate {
     access: Access,
-    refused: OnRefused,
+    denied: OnDenied,
     /// Where polkit is asked.
     bus: Bus,
     /// [`INTRODUCING_MAX`], half for one connection; when used up, `NotReady`.
@@ -60,10 +68,10 @@ pub struct Gate {
 }
 
 impl Gate {
-    pub fn new(bus: &Bus, access: Access, refused: OnRefused) -> Gate {
+    pub fn new(bus: &Bus, access: Access, denied: OnDenied) -> Gate {
         Gate {
             access,
-            refused,
+            denied,
             bus: bus.clone(),
             introducing: Places::new(INTRODUCING_MAX, INTRODUCING_MAX / 2),
             asking: Places::new(ASKING_MAX, ASKING_OF_USER_MAX),
@@ -116,7 +124,7 @@ impl Gate {
                 "the bus did not say within {} s who calls",
                 CALLER_WITHIN.as_secs()
             );
-            (self.refused)(&known.caller, method, &text);
+            (self.denied)(&known.caller, method, Denial::Refused, &text);
             return Err(RequestError::NotAuthorized(text).into());
         };
         let _place = self
@@ -134,10 +142,10 @@ impl Gate {
         let allowed = answer.is_ok();
         let Question { method, action, .. } = question;
         tracing::debug!(method, uid, action, allowed, "asked of polkit");
-        if let Err(refusal) = &answer {
-            (self.refused)(&known.caller, method, &refusal.text);
-        }
-        answer
+        answer.map_err(|(denial, refusal)| {
+            (self.denied)(&known.caller, method, denial, &refusal.text);
+            refusal
+        })
     }
 }
 
@@ -151,12 +159,15 @@ struct Question<'a> {
 }
 
 impl Question<'_> {
-    async fn ask(&self, bus: &Bus) -> Result<(), Refusal> {
+    async fn ask(&self, bus: &Bus) -> Result<(), (Denial, Refusal)> {
         let within = match self.interactive {
             true => PERSON_WITHIN,
             false => RULES_WITHIN,
         };
-        let no = |text: String| Err(RequestError::NotAuthorized(text).into());
+        let no = |text: String| {
+            let refusal = RequestError::NotAuthorized(text).into();
+            Err((Denial::Refused, refusal))
+        };
         let (method, action) = (self.method, self.action);
         let (authorized, challenge, details) = match timeout(within, self.check(bus, within)).await
         {
@@ -181,7 +192,8 @@ impl Question<'_> {
                 false => "the call does not allow to ask for one",
             };
             let text = format!("{method}: polkit wants a password for {action}, and {what}");
-            return Err(standard("InteractiveAuthorizationRequired", text));
+            let refusal = standard("InteractiveAuthorizationRequired", text);
+            return Err((Denial::PasswordWanted, refusal));
         }
         no(match dismissed {
             true => format!("{method}: no password was given for {action}"),

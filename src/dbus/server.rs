@@ -21,7 +21,7 @@ use super::job::{self, JOB};
 use super::log_control::{self, LOG_CONTROL, LogLevel};
 use super::managed::managed;
 use super::manager::{self, MANAGER};
-use super::polkit::{Gate, OnRefused};
+use super::polkit::{Gate, OnDenied};
 use super::publish::{self, Publisher, Shared};
 use super::reply::{
     Refusal, Response, answer, beginning, method_of, response, standard, unreadable,
@@ -56,7 +56,7 @@ struct Server {
 pub async fn serve(
     bus: &Bus,
     commands: mpsc::Sender<Command>,
-    access: Option<(Access, OnRefused)>,
+    access: Option<(Access, OnDenied)>,
 ) -> Result<Publisher, BusError> {
     if *bus == Bus::None {
         return Ok(Publisher::without_bus(commands));
@@ -66,7 +66,7 @@ pub async fn serve(
         shared: shared.clone(),
         calls: Calls::new(commands),
         callers: Callers::new(access.as_ref().and_then(|(access, _)| access.group)),
-        gate: access.map(|(access, refused)| Gate::new(bus, access, refused)),
+        gate: access.map(|(access, denied)| Gate::new(bus, access, denied)),
         snapshots: tokio::sync::Semaphore::new(SNAPSHOTS_MAX),
         snapshots_waiting: Arc::new(tokio::sync::Semaphore::new(SNAPSHOTS_WAITING_MAX)),
         machine_id: machine_id(),
