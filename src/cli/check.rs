@@ -32,7 +32,7 @@ pub fn check(path: &Path, json: bool) -> Result<(), Failure> {
 pub fn problems(path: &Path) -> Vec<String> {
     if config::is_ini(path) {
         let files = config::read_ini(path).files;
-        let judged = config::nbd_server::judge(&files, &Default::default(), false);
+        let judged = config::nbd_server::judge(&files, &Default::default());
         let paths = daemon::refused_for_their_paths(&judged);
         let names = daemon::refused_for_their_names(&judged);
         let settings = daemon::refused_in_settings(&judged);

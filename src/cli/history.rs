@@ -41,12 +41,22 @@ pub async fn history(client: &Client, asked: &History, as_json: bool) -> Result<
             "--lines: at most {RECORDS_MAX}; --since has no such bound"
         )));
     }
+    let form = match (as_json, asked.csv) {
+        (true, _) => Form::Json,
+        (false, true) => Form::Csv,
+        (false, false) => Form::Table,
+    };
     let mut first = true;
     while left > 0 {
         inquiry.limit = left.min(RECORDS_MAX);
         let records = client.history(&inquiry).await.map_err(Failure::Client)?;
         let values: Vec<Value> = records.iter().map(value).collect();
-        write(&values, asked.csv, as_json, first)?;
+        match form {
+            Form::Json => json(&values)?,
+            Form::Csv => to_csv(&values, first, std::io::stdout().lock())?,
+            Form::Table if values.is_empty() && first => nothing()?,
+            Form::Table => table(&values)?,
+        }
         let asked_for = usize::try_from(inquiry.limit).unwrap_or(usize::MAX);
         let last = values.last().map(|value| Line::of(value).id);
         match last {
@@ -59,18 +69,27 @@ pub async fn history(client: &Client, asked: &History, as_json: bool) -> Result<
     Ok(())
 }
 
-fn write(values: &[Value], csv: bool, as_json: bool, first: bool) -> Result<(), Failure> {
-    if as_json {
-        let lines: String = values.iter().map(|value| format!("{value}\n")).collect();
-        return Ok(print(&lines)?);
+/// How records are written.
+enum Form {
+    Table,
+    Csv,
+    Json,
+}
+
+fn json(values: &[Value]) -> std::io::Result<()> {
+    let lines: String = values.iter().map(|value| format!("{value}\n")).collect();
+    print(&lines)
+}
+
+/// For people; a program is told by the empty table.
+fn nothing() -> std::io::Result<()> {
+    match Look::of_stdout().terminal {
+        true => print("nothing is remembered of that\n"),
+        false => table(&[]),
     }
-    if csv {
-        return Ok(to_csv(values, first, std::io::stdout().lock())?);
-    }
-    let look = Look::of_stdout();
-    if values.is_empty() && first && look.terminal {
-        return Ok(print("nothing is remembered of that\n")?);
-    }
+}
+
+fn table(values: &[Value]) -> std::io::Result<()> {
     let rows: Vec<Vec<String>> = values
         .iter()
         .map(|value| {
@@ -83,11 +102,8 @@ fn write(values: &[Value], csv: bool, as_json: bool, first: bool) -> Result<(), 
             ]
         })
         .collect();
-    Ok(print(&lay_out(
-        &["TIME", "KIND", "BY", "WHAT"],
-        &rows,
-        look,
-    ))?)
+    let look = Look::of_stdout();
+    print(&lay_out(&["TIME", "KIND", "BY", "WHAT"], &rows, look))
 }
 
 fn to_csv(values: &[Value], header: bool, out: impl Write) -> std::io::Result<()> {

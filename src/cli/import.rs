@@ -93,7 +93,7 @@ pub async fn import(client: &Client, asked: &Import, as_json: bool) -> Result<()
 /// The sections that are called as disks of VMs.
 fn sections(path: &Path) -> Result<Vec<Named>, Failure> {
     let files = config::read_ini(path).files;
-    let judged = config::nbd_server::judge(&files, &Default::default(), false);
+    let judged = config::nbd_server::judge(&files, &Default::default());
     for problem in &judged.problems {
         eprintln!("{problem}");
     }

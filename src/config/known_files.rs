@@ -15,7 +15,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use super::Pace;
 use super::files::TOTAL_BYTES_MAX;
 use super::ini_files::{included, nothing_at, of_line, says_nothing, source, spend, written_us};
-use super::nbd_server::{CommandLine, IniFile, JudgedFile};
+use super::nbd_server::{CommandLine, IniFile, JudgedFile, Part};
 
 /// Longer than the kernel's tick of file times (at most 10 ms).
 const TICK: Duration = Duration::from_millis(100);
@@ -93,7 +93,7 @@ impl KnownFiles {
             false => taken(main, &mut left),
         };
         let listed = included(&file);
-        read.push(ReadFile::of(&file, true, written_us));
+        read.push(ReadFile::of(&file, Part::Main, written_us));
         let mut before = std::mem::take(&mut self.0);
         match listed {
             Ok(paths) => {
@@ -106,10 +106,10 @@ impl KnownFiles {
             Err(unlisted) => {
                 // Its files may be there again in a moment.
                 self.0 = before;
-                read.push(ReadFile::of(&unlisted, false, None));
+                read.push(ReadFile::of(&unlisted, Part::Included, None));
             }
         }
-        read.extend(line.map(|line| ReadFile::of(&of_line(line), false, None)));
+        read.extend(line.map(|line| ReadFile::of(&of_line(line), Part::Included, None)));
         read
     }
 
@@ -140,7 +140,7 @@ impl KnownFiles {
                         path: path.clone(),
                         text,
                     },
-                    false,
+                    Part::Included,
                     written_us,
                 );
                 let settled = facts.settled_at(now);
@@ -154,16 +154,16 @@ impl KnownFiles {
             }
             Err(message) => {
                 let text = Err(message);
-                ReadFile::of(&IniFile { path, text }, false, None)
+                ReadFile::of(&IniFile { path, text }, Part::Included, None)
             }
         }
     }
 }
 
 impl ReadFile {
-    fn of(file: &IniFile, main: bool, written_us: Option<u64>) -> ReadFile {
+    fn of(file: &IniFile, part: Part, written_us: Option<u64>) -> ReadFile {
         ReadFile {
-            judged: Arc::new(JudgedFile::of(file, main)),
+            judged: Arc::new(JudgedFile::of(file, part)),
             written_us,
         }
     }
@@ -266,11 +266,7 @@ mod tests {
         let second = folder.read(LATER);
         assert_eq!(kept(&first, &second), ["d"]);
         assert_eq!(second[1].written_us, first[1].written_us);
-        let judged = judge_together(
-            second.iter().map(|file| &*file.judged),
-            &Default::default(),
-            false,
-        );
+        let judged = judge_together(second.iter().map(|file| &*file.judged), &Default::default());
         let served: Vec<_> = judged
             .sections
             .iter()
@@ -317,11 +313,7 @@ mod tests {
         fs::write(folder.path("b"), "").unwrap();
         for _ in 0..2 {
             let read = folder.read(LATER);
-            let judged = judge_together(
-                read.iter().map(|file| &*file.judged),
-                &Default::default(),
-                false,
-            );
+            let judged = judge_together(read.iter().map(|file| &*file.judged), &Default::default());
             assert!(judged.unread && judged.problems[0].message.contains("the file is empty"));
         }
         folder.write("b", "/dev/z");

@@ -7,7 +7,7 @@ use super::binding::{Binding, Cue, Failure};
 use super::enact::RETRY_MAX;
 use super::{
     Action, Correlation, DiskSeq, ExportName, Generation, LeaseEnd, Level, Notice, OpenRefusal,
-    OpenedDisk, Ticket, Timer, Topic,
+    OpenedDisk, RequestError, Ticket, Timer, Topic,
 };
 use crate::identity::Identity;
 
@@ -185,7 +185,8 @@ impl Correlation {
             LeaseEnd::TimedOut { in_flight, holding } => {
                 let holding = format!("{in_flight} requests in flight: {holding}");
                 self.holds.orphan(name, generation, holding.clone());
-                self.fail_detaches(diskseq, true, &holding);
+                let held = format!("the disk with diskseq {diskseq} is still held: {holding}");
+                self.fail_detaches(diskseq, &RequestError::TimedOut(held));
                 if bound.is_some() {
                     let reason =
                         format!("the disk with diskseq {diskseq} has not given up {holding}");
@@ -196,7 +197,8 @@ impl Correlation {
                 // Also the flush of an orphan, whose export may be gone.
                 if let LeaseEnd::ClosedUnflushed(error) = &end {
                     let what = format!("the last flush of export {name} failed: {error}");
-                    self.fail_detaches(diskseq, false, &what);
+                    let lost = format!("closed, but not everything is durable: {what}");
+                    self.fail_detaches(diskseq, &RequestError::Failed(lost));
                     self.log_disk(diskseq, Level::Warn, Topic::NotDurable, what.clone());
                     let leaving = self.exports.get_mut(name).filter(|_| bound.is_some());
                     if let Some(leaving) = leaving.and_then(|export| export.leaving.as_mut()) {

@@ -272,19 +272,14 @@ impl Correlation {
         self.reply(request, Ok(Reply::Done));
     }
 
-    pub(super) fn fail_detaches(&mut self, diskseq: DiskSeq, timed_out: bool, what: &str) {
+    /// What every `PrepareDetach` of this disk is answered with in the end.
+    pub(super) fn fail_detaches(&mut self, diskseq: DiskSeq, failure: &RequestError) {
         for detach in self
             .detaches
             .values_mut()
             .filter(|detach| detach.disks.contains(&diskseq))
         {
-            detach.failure.get_or_insert(if timed_out {
-                RequestError::TimedOut(format!(
-                    "the disk with diskseq {diskseq} is still held: {what}"
-                ))
-            } else {
-                RequestError::Failed(format!("closed, but not everything is durable: {what}"))
-            });
+            detach.failure.get_or_insert_with(|| failure.clone());
         }
     }
 

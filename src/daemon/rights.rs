@@ -163,7 +163,7 @@ fn generic(main: &Path, options: &Options) -> Option<Generic> {
         return None;
     }
     let file = config::read_ini_main(main, line);
-    let mut generic = judge(&[file], &Default::default(), false).generic?;
+    let mut generic = judge(&[file], &Default::default()).generic?;
     if let Some(line) = line {
         let _told_later = line.listens(main, &mut generic);
     }

@@ -54,7 +54,7 @@ pub(super) fn look(
         pace.step();
         &*file.judged
     });
-    let mut judged = nbd_server::judge_together(judged, &last.good, false);
+    let mut judged = nbd_server::judge_together(judged, &last.good);
     if let (Some(generic), Some(line)) = (&mut judged.generic, line) {
         judged.warnings.extend(line.listens(main, generic));
     }

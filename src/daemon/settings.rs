@@ -94,7 +94,7 @@ mod tests {
             path: PathBuf::from("config"),
             text: Ok(format!("[generic]\n{text}")),
         };
-        nbd_server::judge(&[file], &BTreeMap::new(), false)
+        nbd_server::judge(&[file], &BTreeMap::new())
             .generic
             .unwrap()
     }

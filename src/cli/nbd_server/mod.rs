@@ -95,7 +95,7 @@ fn begin(serve: Serve, bus: Option<String>) -> Result<(), NotServed> {
     let (main, beside) = (serve.config.clone(), line.clone());
     let read = daemon::read_first(&serve.config, move || {
         let files = read_ini_beside(&main, beside.as_ref()).files;
-        let judged = judge(&files, &Default::default(), false);
+        let judged = judge(&files, &Default::default());
         let paths = daemon::refused_for_their_paths(&judged);
         let names = daemon::refused_for_their_names(&judged);
         let settings = daemon::refused_in_settings(&judged);

@@ -89,7 +89,7 @@ pub fn take_over(asked: &TakeOver, json: bool) -> Result<(), Failure> {
         return Err(TakeOverError::NotInstalled(asked.config.clone()).into());
     };
     let files = read_ini(&asked.config).files;
-    let mut judged = judge(&files, &Default::default(), false);
+    let mut judged = judge(&files, &Default::default());
     for found in [
         daemon::refused_for_their_names(&judged),
         daemon::refused_in_settings(&judged),

@@ -158,8 +158,9 @@ mod tests {
                 path: PathBuf::from(COMMAND_LINE),
                 text: Ok(text.to_owned()),
             });
-            let judged = judge(&files, &LastGood::new(), true);
+            let judged = judge(&files, &LastGood::new());
             assert!(judged.problems.is_empty(), "{:?}", judged.problems);
+            assert!(judged.warnings.is_empty(), "{:?}", judged.warnings);
             assert_eq!(judged.sections.len(), 1);
             let section = &judged.sections[NAME];
             assert_eq!(

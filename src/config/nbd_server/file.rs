@@ -34,9 +34,17 @@ pub(super) struct FoundSection {
     pub remarks: Remarks,
 }
 
+/// What a file is of a configuration.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Part {
+    /// The file that has `[generic]`.
+    Main,
+    /// Every other: one that it includes, or what a command line says.
+    Included,
+}
+
 impl JudgedFile {
-    /// `main` for the file that has `[generic]`.
-    pub fn of(file: &IniFile, main: bool) -> JudgedFile {
+    pub fn of(file: &IniFile, part: Part) -> JudgedFile {
         let mut judged = JudgedFile {
             path: file.path.clone(),
             unread: false,
@@ -55,7 +63,7 @@ impl JudgedFile {
             }
         };
         let mut groups = groups.iter();
-        if main {
+        if part == Part::Main {
             let Some(group) = groups.next().filter(|group| group.name == GENERIC_GROUP) else {
                 let message = "the first section has to be [generic]".to_owned();
                 judged.refused = Some(whole(&file.path, message));

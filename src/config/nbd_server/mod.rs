@@ -30,7 +30,7 @@ use super::place::Problem;
 use crate::identity::{Format, VolumeId};
 pub use command_line::{COMMAND_LINE, CommandLine};
 use file::FoundSection;
-pub use file::JudgedFile;
+pub use file::{JudgedFile, Part};
 use key_file::{Group, KeyFile, shown};
 pub use keys::{Fate, GENERIC, GENERIC_OURS, Key, Kind, SECTION};
 pub use section::{Access, Backing, Section};
@@ -141,21 +141,18 @@ fn path_of(main: &IniFile, key: &str) -> Option<PathBuf> {
 }
 
 /// Judges the main file (the first) and the included ones, in byte order of their names.
-///
-/// `strict` makes every warning a problem of its section or file.
-pub fn judge(files: &[IniFile], last: &LastGood, strict: bool) -> Judged {
-    let files: Vec<JudgedFile> = (0..)
-        .zip(files)
-        .map(|(at, file)| JudgedFile::of(file, at == 0))
-        .collect();
-    judge_together(&files, last, strict)
+pub fn judge(files: &[IniFile], last: &LastGood) -> Judged {
+    let mut files = files.iter();
+    let main = files.next().map(|main| JudgedFile::of(main, Part::Main));
+    let included = files.map(|file| JudgedFile::of(file, Part::Included));
+    let files: Vec<JudgedFile> = main.into_iter().chain(included).collect();
+    judge_together(&files, last)
 }
 
 /// As [`judge`], of files that were judged each for itself, the main file first.
 pub fn judge_together<'a>(
     files: impl IntoIterator<Item = &'a JudgedFile>,
     last: &LastGood,
-    strict: bool,
 ) -> Judged {
     let mut judged = Judged::default();
     let mut origin = HashMap::new();
@@ -168,12 +165,12 @@ pub fn judge_together<'a>(
         }
         if let Some((generic, remarks)) = &file.generic {
             let mut remarks = remarks.clone();
-            judged.note(&mut remarks, strict);
+            judged.warnings.append(&mut remarks.warnings);
             judged.generic = remarks.problems.is_empty().then(|| generic.clone());
             judged.problems.append(&mut remarks.problems);
         }
         for found in &file.found {
-            judged.section(&file.path, found, last, strict, &mut origin);
+            judged.section(&file.path, found, last, &mut origin);
         }
     }
     judged
@@ -185,7 +182,6 @@ impl Judged {
         file: &'a Path,
         found: &'a FoundSection,
         last: &LastGood,
-        strict: bool,
         origin: &mut HashMap<&'a str, (&'a Path, usize)>,
     ) {
         let name = found.name.as_str();
@@ -198,7 +194,7 @@ impl Judged {
         }
         self.standing.insert(name.to_owned());
         let mut remarks = found.remarks.clone();
-        self.note(&mut remarks, strict);
+        self.warnings.append(&mut remarks.warnings);
         if let Some((other, line)) = origin.get(name) {
             remarks.problems.push(at.problem(format!(
                 "[{}] stands in {}:{line} already; one name is one export, so what was served goes on and neither \
@@ -239,15 +235,6 @@ impl Judged {
         let mut others = self.sections.iter().filter(|(other, _)| *other != name);
         let (other, _) = others.find(|(_, section)| section.unnamed)?;
         Some(other)
-    }
-
-    fn note(&mut self, remarks: &mut Remarks, strict: bool) {
-        let list = if strict {
-            &mut remarks.problems
-        } else {
-            &mut self.warnings
-        };
-        list.append(&mut remarks.warnings);
     }
 
     fn keep(&mut self, name: &str, last: &LastGood) {
