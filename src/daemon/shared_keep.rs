@@ -41,6 +41,15 @@ impl SharedTable {
         };
         let done = database.put(&puts, &bases).await;
         self.count_retried();
+        self.after_put(puts, done)
+    }
+
+    /// The table has taken these, or not.
+    fn after_put(
+        &mut self,
+        puts: BTreeMap<VmDisk, Known>,
+        done: Result<(), DatabaseError>,
+    ) -> Result<Option<Kept>, Unkept> {
         match done {
             Ok(()) => {
                 // Only what was written: who is refused and asks again and again keeps no look from hearing the row.
@@ -163,5 +172,44 @@ impl SharedTable {
             Err(DatabaseError::Written(_)) => self.look(),
             Err(error) => self.fail(error.to_string()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use tokio::sync::mpsc;
+
+    use super::super::shared_table::Look;
+    use super::*;
+
+    /// A caller who is refused, and asks again and again, had each look say nothing of the row: what someone asked by it was never heard.
+    #[tokio::test]
+    async fn a_look_says_nothing_of_what_was_written_and_all_of_what_was_refused() {
+        let (reports, _reported) = mpsc::unbounded_channel();
+        let mut shared = SharedTable::of_nowhere(reports);
+        let disk = VmDisk::new("vm", 0).unwrap();
+        let puts = BTreeMap::from([(disk.clone(), Known::default())]);
+        let begin = |shared: &mut SharedTable| {
+            shared.looking = Some(Look {
+                number: 1,
+                began_us: 1,
+                touched: BTreeSet::new(),
+                again: false,
+                following: None,
+            });
+        };
+        let touched = |shared: &SharedTable| shared.looking.as_ref().unwrap().touched.clone();
+        for refusal in [DatabaseError::Taken, DatabaseError::Written] {
+            begin(&mut shared);
+            let refused = shared.after_put(puts.clone(), Err(refusal("no".to_owned())));
+            assert!(refused.is_err());
+            assert!(touched(&shared).is_empty(), "{:?}", touched(&shared));
+        }
+        begin(&mut shared);
+        let kept = shared.after_put(puts, Ok(())).unwrap();
+        assert!(kept.is_some());
+        assert_eq!(touched(&shared), BTreeSet::from([disk]));
     }
 }

@@ -321,6 +321,27 @@ mod tests {
         assert!(shared.looking.is_none());
     }
 
+    /// What was written while it read, it may not have seen.
+    #[tokio::test]
+    async fn a_look_that_was_asked_for_meanwhile_comes_at_once_also_after_one_that_finds_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::open(folder.path()).await.unwrap();
+        let (reports, _reported) = mpsc::unbounded_channel();
+        let mut shared = SharedTable::of_nowhere(reports);
+        shared.known = Some(KnownDisks::default());
+        shared.poll = Duration::from_secs(3600);
+        for asked in [true, false] {
+            shared.looking = Some(look(&[]));
+            if asked {
+                shared.look();
+            }
+            let going_on = shared.looking.take().unwrap();
+            follow(&mut shared, going_on, Looked::default(), &store).await;
+            let now = Instant::now();
+            assert_eq!(shared.due.is_some_and(|due| due <= now), asked);
+        }
+    }
+
     /// The table was read while a row was on its way there: it is not taken for one that someone has deleted.
     #[tokio::test]
     async fn a_look_says_nothing_of_rows_that_were_written_while_it_went_on() {

@@ -257,3 +257,42 @@ impl<'a> Counts<'a> {
         Ok(found)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn all_errors_are_counted_and_the_first_are_told() {
+        let mut findings = Findings::default();
+        for number in 0..TOLD_MAX + 5 {
+            findings.wrong(number.to_string());
+        }
+        assert_eq!(findings.errors, TOLD_MAX as u64 + 5);
+        let first: Vec<_> = (0..TOLD_MAX).map(|number| number.to_string()).collect();
+        assert_eq!(findings.told, first);
+    }
+
+    /// Whatever the order in which they are asked for.
+    #[test]
+    fn so_many_refcount_blocks_are_in_memory_at_most() {
+        let file = tempfile::tempfile().unwrap();
+        let blocks = 2 * BLOCKS_MAX as u64;
+        for number in 0..blocks {
+            let block = [[0, u8::try_from(number).unwrap()]; 256].concat();
+            file.write_all_at(&block, number * 512 + 512).unwrap();
+        }
+        let mut counts = Counts {
+            file: &file,
+            order: 4,
+            cluster_bits: 9,
+            file_bytes: (blocks + 1) * 512,
+            table: (1..=blocks).map(|number| number * 512).collect(),
+            blocks: BTreeMap::new(),
+        };
+        for number in (0..blocks).chain((0..blocks).rev()) {
+            assert_eq!(counts.get(number * 256 + 7).unwrap(), number);
+            assert!(counts.blocks.len() <= BLOCKS_MAX, "{}", counts.blocks.len());
+        }
+    }
+}
