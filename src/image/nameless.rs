@@ -13,14 +13,14 @@ use std::os::unix::fs::MetadataExt;
 
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, RenameFlags, openat, renameat2};
-use nix::sys::stat::Mode;
+use nix::sys::stat::{Mode, fstatat};
 use nix::unistd::{UnlinkatFlags, linkat, unlinkat};
 
 use super::lock;
 
 const ENDS: &[u8] = b".nbdtrack-new";
 /// Whoever takes an abandoned file away can have ours for abandoned in the moment between its making and its lock.
-const TRIES: usize = 8;
+const TRIES: usize = 64;
 
 /// A new file of ours, with the folder that it is in.
 pub(super) struct Nameless<'a> {
@@ -56,6 +56,12 @@ impl Nameless<'_> {
             let follow = AtFlags::AT_SYMLINK_FOLLOW;
             return Ok(linkat(AT_FDCWD, own.as_str(), self.folder, name, follow)?);
         };
+        if !has_name(self.folder, temporary, &self.file)? {
+            return Err(io::Error::other(format!(
+                "another file stands at {} by now",
+                temporary.to_string_lossy()
+            )));
+        }
         let once = RenameFlags::RENAME_NOREPLACE;
         match renameat2(self.folder, temporary, self.folder, name, once) {
             // rename(2): EINVAL of file systems that cannot do that. A link does not replace either.
@@ -84,8 +90,10 @@ impl Nameless<'_> {
 
     /// Takes it away before it has its name.
     pub fn discard(self) {
-        if let Some(temporary) = &self.temporary {
-            // It was ours alone; where it cannot be removed now, the next sweep does.
+        if let Some(temporary) = &self.temporary
+            && has_name(self.folder, temporary, &self.file).unwrap_or(false)
+        {
+            // Where it cannot be removed now, the next sweep does.
             let _ = unlinkat(
                 self.folder,
                 temporary.as_os_str(),
@@ -105,14 +113,10 @@ fn named<'a>(folder: &'a File, name: &OsStr) -> io::Result<Nameless<'a>> {
     let flags = OFlag::O_RDWR | OFlag::O_CLOEXEC | OFlag::O_CREAT | OFlag::O_EXCL;
     for _ in 0..TRIES {
         let file = match openat(folder, temporary.as_os_str(), flags, mode) {
+            // Whoever sweeps may hold the one that we have just lost for a moment yet.
             Err(Errno::EEXIST) => {
-                return Err(io::Error::new(
-                    io::ErrorKind::ResourceBusy,
-                    format!(
-                        "{} is being made beside it, or was left there by a crash on a file system without locks: then remove it",
-                        temporary.to_string_lossy()
-                    ),
-                ));
+                std::thread::yield_now();
+                continue;
             }
             file => File::from(file?),
         };
@@ -129,7 +133,13 @@ fn named<'a>(folder: &'a File, name: &OsStr) -> io::Result<Nameless<'a>> {
             temporary: Some(temporary),
         });
     }
-    Err(Errno::EAGAIN.into())
+    Err(io::Error::new(
+        io::ErrorKind::ResourceBusy,
+        format!(
+            "{} is being made beside it, or was left there by a crash on a file system without locks: then remove it",
+            temporary.to_string_lossy()
+        ),
+    ))
 }
 
 /// Takes away what makers that are no more left in `folder` under names of ours. What cannot be looked at or removed stays: it is in nobody's way.
@@ -142,18 +152,26 @@ pub(super) fn sweep(folder: &File) {
         let name = entry.file_name();
         let bytes = name.as_bytes();
         if bytes.first() == Some(&b'.') && bytes.ends_with(ENDS) {
-            let _stays = take_away(folder, &name);
+            let found = found(folder, &name);
+            let _stays = found.and_then(|file| take_away(folder, &name, &file));
         }
     }
 }
 
-fn take_away(folder: &File, name: &OsStr) -> io::Result<()> {
+/// What has a name of ours in `folder`.
+fn found(folder: &File, name: &OsStr) -> io::Result<File> {
     let flags = OFlag::O_RDWR | OFlag::O_CLOEXEC | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK;
-    let file = File::from(openat(folder, name, flags, Mode::empty())?);
-    let facts = file.metadata()?;
-    // One that has got its name meanwhile, by a link, is somebody's.
-    if facts.is_file() && facts.nlink() == 1 && lock::for_its_maker(&file)? {
-        // Locked by us: its maker is gone, and no one else removes it and makes another.
+    Ok(File::from(openat(folder, name, flags, Mode::empty())?))
+}
+
+/// Takes away what was found under `name`, if its maker is gone and it is what has the name still.
+fn take_away(folder: &File, name: &OsStr, found: &File) -> io::Result<()> {
+    if !found.metadata()?.is_file() || !lock::for_its_maker(found)? {
+        return Ok(());
+    }
+    // Locked by us: its maker is gone, and no one else removes it. What was so before the lock may be so no more: its maker gave it its name, or
+    // another one took it away and makes a file under this name now. One that has two names has got its own by a link, and is somebody's.
+    if found.metadata()?.nlink() == 1 && has_name(folder, name, found)? {
         unlinkat(folder, name, UnlinkatFlags::NoRemoveDir)?;
         tracing::info!(
             name = %name.to_string_lossy(),
@@ -161,6 +179,13 @@ fn take_away(folder: &File, name: &OsStr) -> io::Result<()> {
         );
     }
     Ok(())
+}
+
+/// Whether `name` in `folder` is this file, and no link to it.
+pub(super) fn has_name(folder: &File, name: &OsStr, file: &File) -> io::Result<bool> {
+    let named = fstatat(folder, name, AtFlags::AT_SYMLINK_NOFOLLOW)?;
+    let facts = file.metadata()?;
+    Ok((named.st_dev, named.st_ino) == (facts.dev(), facts.ino()))
 }
 
 #[cfg(test)]
@@ -219,5 +244,79 @@ mod tests {
         assert!(dir.path().join("a").exists());
         named(&folder, OsStr::new("d")).unwrap().discard();
         assert!(!dir.path().join(".d.nbdtrack-new").exists());
+    }
+
+    /// Whoever swept looked first and locked then: what it had found was taken away meanwhile, and under that name it removed what another made.
+    #[test]
+    fn a_sweep_that_comes_late_takes_nothing_that_another_makes_under_the_same_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = File::open(dir.path()).unwrap();
+        let (name, temporary) = (OsStr::new("a"), OsStr::new(".a.nbdtrack-new"));
+        std::fs::write(dir.path().join(temporary), b"left").unwrap();
+        let late = found(&folder, temporary).unwrap();
+        let ours = named(&folder, name).unwrap();
+        take_away(&folder, temporary, &late).unwrap();
+        assert_eq!(names(dir.path()), [".a.nbdtrack-new"]);
+        // And where the one that it found has got its own name meanwhile, and its maker has done with it.
+        drop(late);
+        let late = found(&folder, temporary).unwrap();
+        ours.place(name).unwrap();
+        drop(ours);
+        let next = named(&folder, name).unwrap();
+        take_away(&folder, temporary, &late).unwrap();
+        let mut left = names(dir.path());
+        left.sort();
+        assert_eq!(left, [".a.nbdtrack-new", "a"]);
+        // What is not its own any more is neither named nor removed.
+        std::fs::remove_file(dir.path().join(temporary)).unwrap();
+        std::fs::write(dir.path().join(temporary), b"another's").unwrap();
+        assert!(next.place(OsStr::new("b")).is_err());
+        next.discard();
+        assert_eq!(
+            std::fs::read(dir.path().join(temporary)).unwrap(),
+            b"another's"
+        );
+    }
+
+    /// Of makers that came at once after a crash, each swept what the other had begun.
+    #[test]
+    fn makers_that_come_at_once_after_a_crash_all_make_their_own() {
+        const MAKERS: usize = 8;
+        for turn in 0..40 {
+            let dir = tempfile::tempdir().unwrap();
+            for n in 0..MAKERS {
+                let left = dir.path().join(format!(".f{n}.nbdtrack-new"));
+                std::fs::write(left, b"left").unwrap();
+            }
+            let start = std::sync::Barrier::new(MAKERS);
+            std::thread::scope(|threads| {
+                for n in 0..MAKERS {
+                    let (path, start) = (dir.path(), &start);
+                    threads.spawn(move || {
+                        let folder = File::open(path).unwrap();
+                        let name = format!("f{n}");
+                        start.wait();
+                        // Who sweeps can hold the name for longer than is tried.
+                        let ours = loop {
+                            match named(&folder, OsStr::new(&name)) {
+                                Ok(ours) => break ours,
+                                Err(e) if e.kind() == io::ErrorKind::ResourceBusy => {}
+                                Err(error) => unreachable!("{error}"),
+                            }
+                        };
+                        std::fs::write(path.join(format!(".{name}.nbdtrack-new")), &name).unwrap();
+                        ours.place(OsStr::new(&name)).unwrap();
+                    });
+                }
+            });
+            let mut left = names(dir.path());
+            left.sort();
+            let all: Vec<String> = (0..MAKERS).map(|n| format!("f{n}")).collect();
+            assert_eq!(left, all, "turn {turn}");
+            for name in all {
+                let text = std::fs::read_to_string(dir.path().join(&name)).unwrap();
+                assert_eq!(text, name);
+            }
+        }
     }
 }

@@ -6,8 +6,6 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 
-use nix::fcntl::AtFlags;
-use nix::sys::stat::fstatat;
 use nix::unistd::{UnlinkatFlags, unlinkat};
 
 use super::beneath::{FileError, Roots};
@@ -116,14 +114,8 @@ impl Taken {
 
     /// unlinkat(2) takes a name and not a file, so the name is held against the file that is locked as late as can be.
     fn has_its_name(&self) -> Result<(), RemoveError> {
-        let named = fstatat(
-            &self.folder,
-            self.name.as_os_str(),
-            AtFlags::AT_SYMLINK_NOFOLLOW,
-        );
-        let named = named.map_err(|error| self.kernel(error.into()))?;
-        let held = self.held.metadata().map_err(|error| self.kernel(error))?;
-        if (named.st_dev, named.st_ino) == (held.dev(), held.ino()) {
+        let has_it = nameless::has_name(&self.folder, &self.name, &self.held);
+        if has_it.map_err(|error| self.kernel(error))? {
             return Ok(());
         }
         Err(RemoveError::NotIts {
