@@ -246,14 +246,15 @@ async fn take_file(
     loop {
         let (path, roots) = (backup.path.clone(), Arc::clone(roots));
         let (name, images) = (backup.name.clone(), Arc::clone(images));
-        let taken = patience.in_thread(move |_| {
+        let taken = patience.in_thread(move |own| {
             let taken = remove::take(&path, &roots);
-            if let Ok(Some(file)) = &taken
-                && let Some(image) = file.lies_beneath(&images, &roots)
-            {
-                return Err(RequestError::InUse(format!(
-                    "the image {image} lies on {name} and would be lost with it; remove its export first"
-                )));
+            if let Ok(Some(file)) = &taken {
+                let found = file.lies_beneath(&images, &roots, &|| own.goes_on());
+                if let Some(image) = found.map_err(unremoved)? {
+                    return Err(RequestError::InUse(format!(
+                        "the image {image} lies on {name} and would be lost with it; remove its export first"
+                    )));
+                }
             }
             Ok(taken)
         });
@@ -269,6 +270,7 @@ async fn take_file(
 fn unremoved(error: RemoveError) -> RequestError {
     match error {
         RemoveError::Busy { .. } => RequestError::DeviceBusy(error.to_string()),
+        RemoveError::Unwanted { .. } => RequestError::TimedOut(error.to_string()),
         RemoveError::File(_) | RemoveError::NotIts { .. } | RemoveError::Kernel { .. } => {
             RequestError::Failed(error.to_string())
         }

@@ -26,6 +26,8 @@ pub enum RemoveError {
         "{path}: a symbolic link, or another file than was found first, has this name: nothing is removed; see to the name, or delete the backup with --keep-files"
     )]
     NotIts { path: String },
+    #[error("{path}: not removed, for nobody waits for it any more")]
+    Unwanted { path: String },
     #[error("{path}: {source}")]
     Kernel {
         path: String,
@@ -80,20 +82,35 @@ pub fn take(path: &str, roots: &Roots) -> Result<Option<Taken>, RemoveError> {
 }
 
 impl Taken {
-    /// Which of the images at the absolute `others` lies on it, at whatever depth. Blocks.
-    pub fn lies_beneath<'a>(&self, others: &'a [String], roots: &Roots) -> Option<&'a str> {
-        let held = self.held.metadata().ok()?;
+    /// Which of the images at the absolute `others` lies on it, at whatever depth. Blocks; `goes_on` hears of each that was looked at, for there
+    /// can be thousands, and says whether anyone waits for the next one.
+    ///
+    /// # Errors
+    /// [`RemoveError::Unwanted`]; or it cannot be told what this file is.
+    pub fn lies_beneath<'a>(
+        &self,
+        others: &'a [String],
+        roots: &Roots,
+        goes_on: &dyn Fn() -> bool,
+    ) -> Result<Option<&'a str>, RemoveError> {
+        let held = self.held.metadata().map_err(|error| self.kernel(error))?;
         let is_held = |layer: &Described| {
             let found = roots.find(&layer.path, Format::Raw).ok();
             let facts = found.and_then(|found| found.file.metadata().ok());
             facts.is_some_and(|facts| (facts.dev(), facts.ino()) == (held.dev(), held.ino()))
         };
-        let lies_on_it = |other: &&String| {
+        for other in others {
+            if !goes_on() {
+                let path = self.path.clone();
+                return Err(RemoveError::Unwanted { path });
+            }
             // One that cannot be read lies on nothing that is known.
             let layers = describe::chain(other, Format::Qcow2, roots);
-            layers.is_ok_and(|(layers, _)| layers.iter().skip(1).any(is_held))
-        };
-        others.iter().find(lies_on_it).map(String::as_str)
+            if layers.is_ok_and(|(layers, _)| layers.iter().skip(1).any(is_held)) {
+                return Ok(Some(other));
+            }
+        }
+        Ok(None)
     }
 
     /// Removes it, durably. Blocks.
@@ -159,12 +176,42 @@ mod tests {
         }
         let taken = |name: &str| take(&text(name), &roots).unwrap().unwrap();
         let others = [text("gone"), text("alone"), text("top")];
-        assert_eq!(
-            taken("base").lies_beneath(&others, &roots),
-            Some(others[2].as_str())
-        );
-        assert_eq!(taken("top").lies_beneath(&others, &roots), None);
-        assert_eq!(taken("alone").lies_beneath(&others, &roots), None);
+        let on = |name: &str| {
+            let found = taken(name).lies_beneath(&others, &roots, &|| true);
+            found.unwrap().map(str::to_owned)
+        };
+        assert_eq!(on("base"), Some(text("top")));
+        assert_eq!(on("top"), None);
+        assert_eq!(on("alone"), None);
+    }
+
+    /// A look at all exported images was one step, and a deletion beside some thousand of them took longer than one may.
+    #[test]
+    fn each_image_that_is_looked_at_is_a_step_and_who_does_not_wait_is_told_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let roots = Roots::new(vec![dir.path().to_owned()]);
+        let text = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+        std::fs::write(text("a"), b"a").unwrap();
+        let taken = take(&text("a"), &roots).unwrap().unwrap();
+        let others: Vec<String> = (0..100).map(|n| text(&n.to_string())).collect();
+        let steps = std::cell::Cell::new(0);
+        let until = |last: usize| {
+            steps.set(0);
+            let goes_on = || {
+                steps.set(steps.get() + 1);
+                steps.get() <= last
+            };
+            taken.lies_beneath(&others, &roots, &goes_on)
+        };
+        assert!(matches!(until(usize::MAX), Ok(None)));
+        assert_eq!(steps.get(), others.len());
+        for last in [0, 99] {
+            let unwanted = until(last);
+            assert!(
+                matches!(unwanted, Err(RemoveError::Unwanted { .. })),
+                "{unwanted:?}"
+            );
+        }
     }
 
     /// What was locked was the file, and what went was whatever had its name then.
