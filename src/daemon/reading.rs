@@ -133,7 +133,9 @@ pub(super) fn refusal(error: VerifyError) -> RequestError {
     match error {
         VerifyError::File(error) => refusal_of_file(error),
         VerifyError::Busy { .. } => RequestError::DeviceBusy(text),
-        VerifyError::Other { .. } => RequestError::IdentityMismatch(text),
+        VerifyError::Other { .. } | VerifyError::Replaced { .. } => {
+            RequestError::IdentityMismatch(text)
+        }
         _ => RequestError::Failed(text),
     }
 }

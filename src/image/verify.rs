@@ -44,6 +44,11 @@ pub enum VerifyError {
     Other { path: String, found: String },
     #[error("{path}: it changed while it was read")]
     Changed { path: String },
+    /// What was read is not what a later open by that path would find.
+    #[error(
+        "{path}: another file was put there while it was read, and nothing is known of that one"
+    )]
+    Replaced { path: String },
     #[error("{path}: {source}")]
     Kernel {
         path: String,
@@ -120,6 +125,13 @@ pub fn verify(
     })?;
     if stamp(&file).map_err(kernel)? != before {
         return Err(VerifyError::Changed {
+            path: path.to_owned(),
+        });
+    }
+    // What is said from here on is said of the path, and read was a file that had it when this began.
+    let named = roots.find(path, Format::Qcow2)?;
+    if named.incarnation != beneath::incarnation(&file, Format::Qcow2).map_err(kernel)? {
+        return Err(VerifyError::Replaced {
             path: path.to_owned(),
         });
     }
@@ -247,5 +259,46 @@ mod tests {
         assert!(verified("child", Some("full"), None, 1 << 20));
         assert!(!verified("child", Some("other"), None, 1 << 20));
         assert!(!verified("child", None, None, 1 << 20));
+    }
+
+    /// The word that the one file was sound, and its SHA-256, were kept for the other one, which nobody had read.
+    #[test]
+    fn what_is_put_at_the_path_while_another_file_is_read_is_not_taken_for_that() {
+        let dir = tempfile::tempdir().unwrap();
+        let roots = Roots::new(vec![dir.path().to_owned()]);
+        let text = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+        let new = NewImage {
+            format: Format::Qcow2,
+            size: Some(1 << 20),
+            cluster_bytes: None,
+            backing: None,
+            preallocation: Preallocation::Off,
+        };
+        let verified = |then: &dyn Fn()| {
+            for name in ["a", "b"] {
+                let _gone = std::fs::remove_file(text(name));
+                create(&text(name), &roots, &new, &|| true).unwrap();
+            }
+            let mut done = false;
+            verify(&text("a"), &roots, None, &mut |_| {
+                if !std::mem::replace(&mut done, true) {
+                    then();
+                }
+            })
+        };
+        assert!(verified(&|| {}).is_ok());
+        let replaced = verified(&|| std::fs::rename(text("b"), text("a")).unwrap());
+        assert!(matches!(replaced, Err(VerifyError::Replaced { .. })));
+        let gone = verified(&|| std::fs::remove_file(text("a")).unwrap());
+        assert!(matches!(
+            gone,
+            Err(VerifyError::File(FileError::Missing(_)))
+        ));
+        // By its own inode it is what was read, whatever name leads there.
+        let same = verified(&|| {
+            std::fs::rename(text("a"), text("b")).unwrap();
+            std::os::unix::fs::symlink("b", text("a")).unwrap();
+        });
+        assert!(same.is_ok());
     }
 }
