@@ -3,9 +3,14 @@
 
 mod support;
 
+use std::cell::Cell;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
+use nbdtrack::correlation::{NewImage, Preallocation};
+use nbdtrack::identity::Format;
+use nbdtrack::image::beneath::Roots;
+use nbdtrack::image::create::{CreateError, Left, create};
 use support::backups::{begin, copy_in, json, listed, random, refused, sha256, state};
 use support::bus::Options;
 use support::client::Client;
@@ -123,6 +128,66 @@ fn a_backup_whose_last_flush_failed_is_failed_however_its_export_ended() -> Outc
         );
         drop(healer);
         scene.stop()
+    })
+}
+
+/// A file was told to be made, or was left without a word, when its name could not be made durable.
+#[test]
+fn a_file_whose_name_is_not_durable_is_not_there_and_not_told_to_be_made() -> Outcome<()> {
+    let needs = [Need::Loop, Need::Tool("mkfs.ext4"), Need::Tool("mount")];
+    real("folder that is not synced", &needs, |ground| {
+        let disk = FuseDisk::make(ground.path(), "ill", 32 << 20)?;
+        let node = disk.device.node();
+        // Without a journal: a failed block of it would make the file system read-only, and nothing could be taken back.
+        process::succeed(
+            "mkfs.ext4",
+            &["-q", "-O", "^has_journal", &node],
+            STEP_LIMIT,
+        )?;
+        let mounted = Mounted::new(ground.file("ill"), &["-o", "errors=continue", &node])?;
+        let healer = disk.healer();
+        let roots = Roots::new(vec![mounted.0.clone()]);
+        let new = NewImage {
+            format: Format::Qcow2,
+            size: Some(MIB),
+            cluster_bytes: None,
+            backing: None,
+            preallocation: Preallocation::Off,
+        };
+        let made = |name: &str, last_but: usize, of: usize| {
+            let steps = Cell::new(0);
+            let goes_on = || {
+                steps.set(steps.get() + 1);
+                // The last step is behind the folder's sync, and the one before it ahead of the name.
+                if steps.get() + last_but == of {
+                    disk.fail(WRITES | FLUSHES);
+                }
+                true
+            };
+            let made = create(&text(&mounted.0.join(name)), &roots, &new, &goes_on);
+            disk.heal();
+            (made, steps.get())
+        };
+        let (well, steps) = made("well.qcow2", 0, 0);
+        hold!(well.is_ok(), "while it is well: {well:?}");
+        let (ill, _) = made("ill.qcow2", 1, steps);
+        let Err(CreateError::Left {
+            left: Left::Perhaps(_),
+            ..
+        }) = &ill
+        else {
+            trouble!("its folder was not synced: {ill:?}");
+        };
+        let left: Vec<_> = std::fs::read_dir(&mounted.0)?
+            .flatten()
+            .map(|entry| entry.file_name())
+            .filter(|name| name != "lost+found")
+            .collect();
+        hold!(left == ["well.qcow2"], "{left:?} are there");
+        let (again, _) = made("ill.qcow2", 0, 0);
+        hold!(again.is_ok(), "when it is well again: {again:?}");
+        drop(healer);
+        Ok(())
     })
 }
 

@@ -345,7 +345,7 @@ fn refusal(error: CreateError) -> RequestError {
         | CreateError::NoSize
         | CreateError::NotRaw { .. }
         | CreateError::Backing(_) => RequestError::InvalidArgument(text),
-        CreateError::Kernel { .. } | CreateError::NotDurable { .. } => RequestError::Failed(text),
+        CreateError::Kernel { .. } | CreateError::Left { .. } => RequestError::Failed(text),
     }
 }
 

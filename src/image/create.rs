@@ -13,6 +13,7 @@ use std::path::Path;
 use nix::fcntl::{FallocateFlags, fallocate};
 
 use super::beneath::{self, FileError, Roots};
+pub use super::nameless::Left;
 use super::nameless::Nameless;
 use super::qcow2::header::BackingName;
 use super::qcow2::layout::{CLUSTER_BYTES, Layout, LayoutError};
@@ -25,7 +26,7 @@ static ZEROES: [u8; 1 << 20] = [0; 1 << 20];
 /// And made durable in larger ones.
 const SYNCED_BYTES: u64 = 64 << 20;
 
-/// Why no file was made. Nothing was changed then, but for [`CreateError::NotDurable`].
+/// Why no file was made. Nothing was changed then, but for [`CreateError::Left`].
 #[derive(Debug, thiserror::Error)]
 pub enum CreateError {
     #[error("{0}: exists already, and is not written over")]
@@ -46,11 +47,13 @@ pub enum CreateError {
         #[source]
         source: io::Error,
     },
-    #[error("{path}: made, but whether it is there after a power loss is not known: {source}")]
-    NotDurable {
+    /// Its name may not outlive a power loss, or nobody waits for it any more; and it could not be taken away again as if it had never been.
+    #[error("{path}: not made, for {source}; {left}")]
+    Left {
         path: String,
         #[source]
         source: io::Error,
+        left: Left,
     },
 }
 
@@ -94,27 +97,26 @@ pub fn create(
         .and_then(|()| new_file.file.sync_all())
         .and_then(|()| wanted(goes_on));
     let known = written.and_then(|()| beneath::inode(&new_file.file));
-    let placed = known.and_then(|inode| {
-        new_file.place(&name)?;
-        Ok(inode)
-    });
-    let inode = match placed {
+    let inode = match known {
         Ok(inode) => inode,
         Err(error) => {
             new_file.discard();
             return Err(kernel(error));
         }
     };
-    folder
-        .sync_all()
-        .map_err(|source| CreateError::NotDurable {
+    let placed = new_file
+        .place(&name)
+        .and_then(|()| folder.sync_all())
+        .and_then(|()| wanted(goes_on));
+    // A name that may not last is no file's that is told of.
+    placed.map_err(|source| match new_file.take_back(&name) {
+        Ok(()) => kernel(source),
+        Err(left) => CreateError::Left {
             path: path.to_owned(),
             source,
-        })?;
-    if let Err(error) = wanted(goes_on) {
-        new_file.take_back(&name).map_err(kernel)?;
-        return Err(kernel(error));
-    }
+            left,
+        },
+    })?;
     Ok(Created {
         size: plan.size(),
         inode,

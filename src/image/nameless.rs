@@ -22,6 +22,17 @@ const ENDS: &[u8] = b".nbdtrack-new";
 /// Whoever takes an abandoned file away can have ours for abandoned in the moment between its making and its lock.
 const TRIES: usize = 64;
 
+/// What is left of a file that was not to be.
+#[derive(Debug, thiserror::Error)]
+pub enum Left {
+    #[error("the file is taken away again; should a power loss bring it back, remove it ({0})")]
+    Perhaps(#[source] io::Error),
+    #[error(
+        "the file may be there, for it cannot be taken away again ({0}): remove it before it is made anew"
+    )]
+    There(#[source] io::Error),
+}
+
 /// A new file of ours, with the folder that it is in.
 pub(super) struct Nameless<'a> {
     pub file: File,
@@ -77,29 +88,37 @@ impl Nameless<'_> {
         }
     }
 
-    /// Takes it away again when it has its name, durably; what has that name meanwhile and is another stays.
-    pub fn take_back(self, name: &OsStr) -> io::Result<()> {
-        let ours = self.file.metadata()?;
-        let look = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-        let there = File::from(openat(self.folder, name, look, Mode::empty())?).metadata()?;
-        if (there.dev(), there.ino()) == (ours.dev(), ours.ino()) {
-            unlinkat(self.folder, name, UnlinkatFlags::NoRemoveDir)?;
+    /// Takes it away before it has its name.
+    pub fn discard(&self) {
+        if let Some(temporary) = &self.temporary {
+            // Where it cannot be removed now, the next sweep does.
+            let _left = self.unlink(temporary);
         }
-        self.folder.sync_all()
     }
 
-    /// Takes it away before it has its name.
-    pub fn discard(self) {
-        if let Some(temporary) = &self.temporary
-            && has_name(self.folder, temporary, &self.file).unwrap_or(false)
-        {
-            // Where it cannot be removed now, the next sweep does.
-            let _ = unlinkat(
-                self.folder,
-                temporary.as_os_str(),
-                UnlinkatFlags::NoRemoveDir,
-            );
+    /// Takes it away again, with the name that it may have been given; what has that name and is another stays.
+    ///
+    /// # Errors
+    /// [`Left`]
+    pub fn take_back(&self, name: &OsStr) -> Result<(), Left> {
+        self.discard();
+        match self.unlink(name) {
+            Ok(false) => Ok(()),
+            Ok(true) => self.folder.sync_all().map_err(Left::Perhaps),
+            Err(error) => Err(Left::There(error)),
         }
+    }
+
+    /// Whether it had this name, which it has no more.
+    fn unlink(&self, name: &OsStr) -> io::Result<bool> {
+        let has_it = match has_name(self.folder, name, &self.file) {
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => false,
+            has_it => has_it?,
+        };
+        if has_it {
+            unlinkat(self.folder, name, UnlinkatFlags::NoRemoveDir)?;
+        }
+        Ok(has_it)
     }
 }
 
@@ -271,7 +290,7 @@ mod tests {
         std::fs::remove_file(dir.path().join(temporary)).unwrap();
         std::fs::write(dir.path().join(temporary), b"another's").unwrap();
         assert!(next.place(OsStr::new("b")).is_err());
-        next.discard();
+        next.take_back(OsStr::new("b")).unwrap();
         assert_eq!(
             std::fs::read(dir.path().join(temporary)).unwrap(),
             b"another's"
