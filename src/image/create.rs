@@ -23,8 +23,10 @@ use crate::identity::Format;
 
 /// Zeroes are written in pieces of this size.
 static ZEROES: [u8; 1 << 20] = [0; 1 << 20];
-/// And made durable in larger ones.
+/// What is written is made durable in larger ones.
 const SYNCED_BYTES: u64 = 64 << 20;
+/// And room without data is taken in pieces of this size: a file system that writes zeroes for it does so in seconds.
+const ALLOCATED_BYTES: u64 = 256 << 20;
 
 /// Why no file was made. Nothing was changed then, but for [`CreateError::Left`].
 #[derive(Debug, thiserror::Error)]
@@ -194,39 +196,67 @@ impl Plan {
                 (from, bytes, layout.file_bytes())
             }
         };
+        let mut steps = Steps {
+            file,
+            goes_on,
+            unsynced: 0,
+        };
         file.set_len(end)?;
+        steps.done()?;
         match preallocation {
             Preallocation::Off | Preallocation::Metadata => {}
             Preallocation::Falloc => {
-                let (from, len) = (data_from.try_into(), data_bytes.try_into());
-                let (from, len) = (
-                    from.map_err(io::Error::other)?,
-                    len.map_err(io::Error::other)?,
-                );
-                fallocate(file, FallocateFlags::empty(), from, len)?;
+                for (at, bytes) in pieces(data_from, data_bytes, ALLOCATED_BYTES) {
+                    let at = at.try_into().map_err(io::Error::other)?;
+                    let bytes = bytes.try_into().map_err(io::Error::other)?;
+                    fallocate(file, FallocateFlags::empty(), at, bytes)?;
+                    steps.done()?;
+                }
             }
             Preallocation::Full => {
-                let mut at = data_from;
-                while at < data_from + data_bytes {
-                    let left = usize::try_from(data_from + data_bytes - at).unwrap_or(usize::MAX);
-                    let piece = &ZEROES[..left.min(ZEROES.len())];
-                    file.write_all_at(piece, at)?;
-                    at += piece.len() as u64;
-                    // So that no step is as long as all that a cache holds.
-                    if (at - data_from).is_multiple_of(SYNCED_BYTES) {
-                        file.sync_data()?;
-                    }
-                    wanted(goes_on)?;
+                for (at, bytes) in pieces(data_from, data_bytes, ZEROES.len() as u64) {
+                    let bytes = usize::try_from(bytes).map_err(io::Error::other)?;
+                    steps.write(&ZEROES[..bytes], at)?;
                 }
             }
         }
         if let Plan::Qcow2(layout) = self {
             for (at, bytes) in layout.pieces() {
-                file.write_all_at(&bytes, at)?;
+                steps.write(&bytes, at)?;
             }
         }
         Ok(())
     }
+}
+
+/// The writing of a file, in pieces of which each is told of: no one who waits can know of a longer one that it goes on.
+struct Steps<'a> {
+    file: &'a File,
+    goes_on: &'a dyn Fn() -> bool,
+    unsynced: u64,
+}
+
+impl Steps<'_> {
+    fn write(&mut self, bytes: &[u8], at: u64) -> io::Result<()> {
+        self.file.write_all_at(bytes, at)?;
+        self.unsynced += bytes.len() as u64;
+        // So that no step is as long as all that a cache holds.
+        if self.unsynced >= SYNCED_BYTES {
+            self.file.sync_data()?;
+            self.unsynced = 0;
+        }
+        self.done()
+    }
+
+    fn done(&self) -> io::Result<()> {
+        wanted(self.goes_on)
+    }
+}
+
+/// Where each piece of so many `bytes` from `from` on begins, and how long it is: `piece` or, at the end, less.
+fn pieces(from: u64, bytes: u64, piece: u64) -> impl Iterator<Item = (u64, u64)> {
+    let count = bytes.div_ceil(piece);
+    (0..count).map(move |n| (from + n * piece, piece.min(bytes - n * piece)))
 }
 
 #[cfg(test)]
@@ -270,31 +300,71 @@ mod tests {
         assert_eq!(names, 1, "nothing else is left behind");
     }
 
+    /// Which steps are told of; makes the file until `last` of them are done.
+    fn stopped_after(
+        last: usize,
+        path: &Path,
+        new: &NewImage,
+    ) -> (usize, Result<Created, CreateError>) {
+        let roots = Roots::new(vec![path.parent().unwrap().to_owned()]);
+        let steps = std::cell::Cell::new(0);
+        let goes_on = || {
+            steps.set(steps.get() + 1);
+            steps.get() <= last
+        };
+        let made = create(path.to_str().unwrap(), &roots, new, &goes_on);
+        (steps.get(), made)
+    }
+
     #[test]
     fn what_nobody_waits_for_any_more_leaves_nothing_whatever_was_done() {
         let dir = tempfile::tempdir().unwrap();
-        let roots = Roots::new(vec![dir.path().to_owned()]);
         let path = dir.path().join("a.raw");
-        let full = NewImage {
-            format: Format::Raw,
-            preallocation: Preallocation::Full,
-            ..image(2 << 20)
+        let with = |format, size, preallocation| NewImage {
+            format,
+            preallocation,
+            ..image(size)
         };
-        let steps = std::cell::Cell::new(0);
-        for steps_max in 0.. {
-            steps.set(0);
-            let goes_on = || {
-                steps.set(steps.get() + 1);
-                steps.get() <= steps_max
-            };
-            let made = create(path.to_str().unwrap(), &roots, &full, &goes_on);
-            if let Ok(made) = made {
-                assert_eq!((made.size, steps_max), (2 << 20, 6));
-                break;
+        // Two looks before, the length, the pieces, the sync, the name.
+        for (new, steps_of) in [
+            (with(Format::Raw, 2 << 20, Preallocation::Full), 5 + 2),
+            (with(Format::Raw, 1 << 20, Preallocation::Falloc), 5 + 1),
+            // A header, a table of blocks, a block, an L1 table, an L2 table.
+            (with(Format::Qcow2, 2 << 20, Preallocation::Metadata), 5 + 5),
+        ] {
+            for last in 0.. {
+                let (_, made) = stopped_after(last, &path, &new);
+                if let Ok(made) = made {
+                    assert_eq!((Some(made.size), last), (new.size, steps_of), "{new:?}");
+                    break;
+                }
+                assert!(made.unwrap_err().to_string().contains("nobody waits"));
+                let names = std::fs::read_dir(dir.path()).unwrap().count();
+                assert_eq!(names, 0, "{new:?} after {last} steps");
             }
-            assert!(made.unwrap_err().to_string().contains("nobody waits"));
-            let names = std::fs::read_dir(dir.path()).unwrap().count();
-            assert_eq!(names, 0, "after {steps_max} steps");
+            std::fs::remove_file(&path).unwrap();
         }
+    }
+
+    /// The tables of 1 TiB in clusters of 4 KiB are 2.7 GB, and its room was taken by one call: either was one step.
+    #[test]
+    fn large_tables_and_large_rooms_are_made_in_steps() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.qcow2");
+        let tables = NewImage {
+            cluster_bytes: Some(4096),
+            preallocation: Preallocation::Metadata,
+            ..image(4 << 30)
+        };
+        let (steps, made) = stopped_after(usize::MAX, &path, &tables);
+        assert!(made.is_ok() && steps > 2048 + 512, "{steps}: {made:?}");
+        let all: Vec<(u64, u64)> = pieces(7, (1 << 40) + 5, ALLOCATED_BYTES).collect();
+        let mut end = 7;
+        for (at, bytes) in &all {
+            assert!(*at == end && (1..=ALLOCATED_BYTES).contains(bytes), "{at}");
+            end += bytes;
+        }
+        assert_eq!((end, all.len()), (7 + (1 << 40) + 5, 4097));
+        assert_eq!(pieces(7, 0, ALLOCATED_BYTES).count(), 0);
     }
 }
