@@ -5,7 +5,6 @@ mod support;
 
 use std::cell::Cell;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
 
 use nbdtrack::correlation::{NewImage, Preallocation};
 use nbdtrack::identity::Format;
@@ -14,14 +13,14 @@ use nbdtrack::image::create::{CreateError, Left, create};
 use support::backups::{begin, copy_in, json, listed, random, refused, sha256, state};
 use support::bus::Options;
 use support::client::Client;
-use support::daemon::binary;
+use support::cuts::{Cut, cut_off};
 use support::fuse_disk::{FLUSHES, FuseDisk, WRITES};
-use support::ground::{Ground, Need, real};
+use support::ground::{Need, real};
 use support::images::{qemu_img, roots, scene, text};
 use support::mounts::Mounted;
-use support::process::{self, Running, command};
+use support::process;
 use support::scene::{STEP_LIMIT, Scene, nbdtrack};
-use support::{Doing, Outcome, until};
+use support::{Doing, Outcome};
 use zbus::Variant;
 
 const NEEDS: &[Need] = &[
@@ -270,56 +269,6 @@ fn a_backup_has_one_writer_and_is_finished_and_deleted_as_it_is_asked() -> Outco
         hold!(again.stderr.contains("there is no backup"), "{again:?}");
         scene.stop()
     })
-}
-
-/// A call, and the system call at whose beginning the daemon is killed while it carries it out.
-struct Cut<'a> {
-    what: &'a str,
-    words: Vec<String>,
-    call: &'static str,
-    /// Of this file or folder.
-    of: PathBuf,
-    /// Whether its file system has files without a name (`O_TMPFILE`).
-    nameless: bool,
-}
-
-/// Has the kernel kill the daemon at its next system call `call` that concerns `of` (strace(1), "Syscall Tampering").
-fn kill_at(scene: &mut Scene, ground: &Ground, cut: &Cut<'_>) -> Outcome<Running> {
-    let told = ground.file("strace.told");
-    let mut strace = command("strace");
-    strace
-        .args(["-f", "-o", "/dev/null", "-P"])
-        .arg(&cut.of)
-        .args(["-e", &format!("trace=openat,{}", cut.call)])
-        .args(["-e", &format!("inject={}:signal=SIGKILL:when=1", cut.call)])
-        .args(["-p", &scene.daemon()?.pid().to_string()]);
-    if !cut.nameless {
-        // The first is the one that looks the folder up.
-        strace.args(["-e", "inject=openat:error=EOPNOTSUPP:when=2"]);
-    }
-    strace.stderr(std::fs::File::create(&told)?);
-    let strace = Running(strace.spawn().doing("start strace")?);
-    until(STEP_LIMIT, "strace to be attached", || {
-        let said = std::fs::read_to_string(&told)?;
-        Ok(said.contains(" attached").then_some(()))
-    })?;
-    Ok(strace)
-}
-
-/// Carries out the call until the daemon is killed in it, and starts it again.
-fn cut_off(scene: &mut Scene, ground: &Ground, cut: &Cut<'_>) -> Outcome<()> {
-    let mut strace = kill_at(scene, ground, cut)?;
-    let mut asking = command(binary());
-    asking.args(["--bus", &scene.bus.address]).args(&cut.words);
-    asking.stdout(Stdio::null()).stderr(Stdio::null());
-    let mut asking = Running(asking.spawn()?);
-    let what = format!("{} at {}", cut.what, cut.call);
-    scene.daemon()?.running.wait(STEP_LIMIT).doing(&what)?;
-    strace.wait(STEP_LIMIT)?;
-    let status = asking.wait(STEP_LIMIT)?;
-    hold!(!status.success(), "{what}: it was told that all is well");
-    scene.daemon = None;
-    scene.start()
 }
 
 /// Whether each row and each file says what is so: no row is complete whose file is gone, but with the reason; no file is half made.

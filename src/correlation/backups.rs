@@ -94,6 +94,10 @@ pub struct Proof {
 pub enum BackupChange {
     Put(Box<Backup>),
     Delete(ExportName),
+    /// An image that lies on another file is being made at this absolute path. From now on it may be there, and no export's.
+    BeginImage(String),
+    /// An export has it, or it was not made.
+    EndImage(String),
 }
 
 /// What is asked of a new one.
@@ -145,32 +149,49 @@ impl Backup {
     }
 }
 
-/// All backups, by name.
+/// All backups, and what may lie on them that no export has.
 #[derive(Debug, Default)]
-pub struct Backups(BTreeMap<ExportName, Backup>);
+pub struct Backups {
+    rows: BTreeMap<ExportName, Backup>,
+    begun_images: BTreeSet<String>,
+}
 
 impl Backups {
-    pub fn new(backups: Vec<Backup>) -> Backups {
+    pub fn new(backups: Vec<Backup>, begun_images: BTreeSet<String>) -> Backups {
         let named = |backup: Backup| (backup.name.clone(), backup);
-        Backups(backups.into_iter().map(named).collect())
+        Backups {
+            rows: backups.into_iter().map(named).collect(),
+            begun_images,
+        }
     }
 
     pub fn all(&self) -> impl Iterator<Item = &Backup> {
-        self.0.values()
+        self.rows.values()
     }
 
     pub fn get(&self, name: &ExportName) -> Option<&Backup> {
-        self.0.get(name)
+        self.rows.get(name)
+    }
+
+    /// The absolute paths of images that are being made on another file, or were when a daemon ended.
+    pub fn begun_images(&self) -> &BTreeSet<String> {
+        &self.begun_images
     }
 
     /// Takes over what was kept.
     pub fn take(&mut self, change: BackupChange) {
         match change {
             BackupChange::Put(backup) => {
-                self.0.insert(backup.name.clone(), *backup);
+                self.rows.insert(backup.name.clone(), *backup);
             }
             BackupChange::Delete(name) => {
-                self.0.remove(&name);
+                self.rows.remove(&name);
+            }
+            BackupChange::BeginImage(path) => {
+                self.begun_images.insert(path);
+            }
+            BackupChange::EndImage(path) => {
+                self.begun_images.remove(&path);
             }
         }
     }
@@ -212,7 +233,7 @@ impl Backups {
             .map(|name| self.complete(name))
             .transpose()?;
         let name = asked.name(now)?;
-        if self.0.contains_key(&name) {
+        if self.rows.contains_key(&name) {
             return Err(RequestError::AlreadyExists(format!(
                 "there is a backup {name} already"
             )));

@@ -6,10 +6,11 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::backups::seconds;
+use super::images::{export_made, make};
 use super::patience::Patience;
 use super::reading::{Reading, as_when_finished, refusal};
 use super::shelf::Shelf;
-use super::works::{Held, ToLoop, export_made, make};
+use super::works::{Held, ToLoop};
 use crate::correlation::{
     Backup, BackupChange, BackupState, ExportName, NewImage, Proof, Request, RequestError,
 };
@@ -57,8 +58,8 @@ pub(super) async fn begin(
     }
     let volume = VolumeId::of_file(&backup.path, Format::Qcow2)
         .map_err(|error| RequestError::InvalidArgument(error.to_string()))?;
-    let inode = match make(roots, new, &backup.path, patience).await {
-        Ok(inode) => inode,
+    let file = match make(roots, new, &backup.path, patience).await {
+        Ok(file) => file,
         Err(error) => {
             let _kept = shelf.keep(to_loop, vec![forget]).await;
             return Err(error);
@@ -67,7 +68,7 @@ pub(super) async fn begin(
     // Of no other file is this backup finished by this daemon.
     let path = backup.path.clone();
     let made = Backup {
-        made: Some(inode),
+        made: file.get().map(|file| file.inode),
         ..backup
     };
     shelf
@@ -76,7 +77,10 @@ pub(super) async fn begin(
         .take(BackupChange::Put(Box::new(made)));
     // Its last step was in time and its thread's end was not: a row that says "writing", which can be deleted.
     patience.check()?;
-    export_made(to_loop, name, volume, &path, wait).await
+    let exported = export_made(to_loop, name, volume, &path, wait).await;
+    // What it lies on was held until here.
+    drop(file);
+    exported
 }
 
 /// What became of a backup that was checked and read to its end.
@@ -208,13 +212,17 @@ pub(super) async fn delete(
     shelf: &Shelf,
     roots: &Arc<Roots>,
     backups: Vec<Backup>,
-    images: Arc<Vec<String>>,
     keep_files: bool,
     patience: &Patience,
 ) -> Result<Vec<ExportName>, RequestError> {
+    let backups = Arc::new(backups);
+    let files = match keep_files {
+        true => backups.iter().map(|_| None).collect(),
+        false => take_files(to_loop, shelf, &backups, roots, patience).await?,
+    };
     let mut deleted = Vec::new();
-    for backup in backups {
-        if !keep_files && let Some(file) = take_file(&backup, &images, roots, patience).await? {
+    for (backup, file) in backups.iter().zip(files) {
+        if let Some(file) = file {
             patience.check()?;
             // From here on its file may be gone whenever the daemon ends: a row that says that it is complete says so first.
             if backup.state == BackupState::Complete {
@@ -230,35 +238,62 @@ pub(super) async fn delete(
         }
         let forget = BackupChange::Delete(backup.name.clone());
         shelf.keep(to_loop, vec![forget]).await?;
-        deleted.push(backup.name);
+        deleted.push(backup.name.clone());
     }
     Ok(deleted)
 }
 
-/// The file of a backup, which nobody has open and none of the absolute `images` lies on; `None` when it is gone already.
+/// The files of all the backups, in their order, before the first is removed: nobody has one of them open, and no image lies on one. `None` where it
+/// is gone already.
+async fn take_files(
+    to_loop: &ToLoop,
+    shelf: &Shelf,
+    backups: &Arc<Vec<Backup>>,
+    roots: &Arc<Roots>,
+    patience: &Patience,
+) -> Result<Vec<Option<Held<Taken>>>, RequestError> {
+    let mut files = Vec::new();
+    for backup in backups.iter() {
+        files.push(take_file(&backup.path, roots, patience).await?);
+    }
+    patience.check()?;
+    // Asked for only now: nobody puts an image on what is held so.
+    let images = to_loop.images_beside(Arc::clone(backups)).await?;
+    let (roots, shelf) = (Arc::clone(roots), shelf.clone());
+    let look = move |own: &Patience| {
+        let taken: Vec<&Taken> = files.iter().flatten().filter_map(Held::get).collect();
+        let found = remove::lies_on(&taken, &images, &roots, &|| own.goes_on());
+        match found.map_err(unremoved)? {
+            None => Ok(files),
+            Some((path, image)) => Err(would_be_lost(&shelf, image, path)),
+        }
+    };
+    patience.in_thread(look).await?
+}
+
+fn would_be_lost(shelf: &Shelf, image: &str, path: &str) -> RequestError {
+    let what_to_do = match shelf.known().backups.begun_images().contains(image) {
+        true => {
+            "it was being made when a daemon ended, and no export has it: export it, or remove it first"
+        }
+        false => "remove its export first",
+    };
+    RequestError::InUse(format!(
+        "the image {image} lies on {path} and would be lost with it; {what_to_do}"
+    ))
+}
+
+/// The file at the absolute `path`, which nobody has open; `None` when it is gone already.
 async fn take_file(
-    backup: &Backup,
-    images: &Arc<Vec<String>>,
+    path: &str,
     roots: &Arc<Roots>,
     patience: &Patience,
 ) -> Result<Option<Held<Taken>>, RequestError> {
     let closed_by = Instant::now() + CLOSED_WITHIN;
     loop {
-        let (path, roots) = (backup.path.clone(), Arc::clone(roots));
-        let (name, images) = (backup.name.clone(), Arc::clone(images));
-        let taken = patience.in_thread(move |own| {
-            let taken = remove::take(&path, &roots);
-            if let Ok(Some(file)) = &taken {
-                let found = file.lies_beneath(&images, &roots, &|| own.goes_on());
-                if let Some(image) = found.map_err(unremoved)? {
-                    return Err(RequestError::InUse(format!(
-                        "the image {image} lies on {name} and would be lost with it; remove its export first"
-                    )));
-                }
-            }
-            Ok(taken)
-        });
-        match taken.await?? {
+        let (path, roots) = (path.to_owned(), Arc::clone(roots));
+        let taken = patience.in_thread(move |_| remove::take(&path, &roots));
+        match taken.await? {
             Err(RemoveError::Busy { .. }) if Instant::now() < closed_by => {
                 tokio::time::sleep(CLOSED_LOOK).await;
             }

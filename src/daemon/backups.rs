@@ -224,7 +224,6 @@ impl Control {
             Ok(planned) => planned,
             Err(error) => return self.answer(asker, Err(error)),
         };
-        let images = Arc::new(self.images_beside(&backups));
         let names = backups.iter().map(|backup| backup.name.clone());
         let under_way = UnderWay::begin(&self.shelf, names, "deleted");
         let (to_loop, roots, shelf) = (self.to_loop(), Arc::clone(&self.roots), self.shelf.clone());
@@ -234,9 +233,7 @@ impl Control {
         );
         tokio::spawn(async move {
             let work = async {
-                let deleted = delete(
-                    &to_loop, &shelf, &roots, backups, images, keep_files, &patience,
-                );
+                let deleted = delete(&to_loop, &shelf, &roots, backups, keep_files, &patience);
                 let deleted = deleted.await;
                 drop((under_way, place));
                 deleted.map(Answer::Names)
@@ -252,8 +249,10 @@ impl Control {
     ) -> Result<(Vec<Backup>, Place), RequestError> {
         let known = self.shelf.known();
         let backups = known.backups.delete(name, children)?;
-        for Backup { name, .. } in &backups {
+        for backup in &backups {
+            let name = &backup.name;
             known.is_at_rest(name)?;
+            known.bears_nothing_new(backup)?;
             if known.finishing.contains_key(name) {
                 let error = format!("backup {name} is being finished");
                 return Err(RequestError::NotReady(error));
@@ -271,14 +270,17 @@ impl Control {
         Ok((backups, place))
     }
 
-    /// The images that are exported from the mounts of these backups, and are none of them. Those of other mounts are not asked what they lie on: a
-    /// server that is gone would hold this deletion up.
-    fn images_beside(&self, backups: &[Backup]) -> Vec<String> {
+    /// The images on the mounts of these backups that are exported or were begun, and are none of them. Those of other mounts are not asked what they
+    /// lie on: a server that is gone would hold this deletion up.
+    pub(super) fn images_beside(&self, backups: &[Backup]) -> Vec<String> {
         let mounts = files::mounts();
         let on: BTreeSet<PathBuf> = backups.iter().map(|b| mounts.of(&b.path)).collect();
+        let known = self.shelf.known();
+        let begun = known.backups.begun_images().iter().map(String::as_str);
         let (_, volumes) = self.correlation.volumes();
         volumes
             .filter_map(VolumeId::file)
+            .chain(begun)
             .filter(|path| on.contains(&mounts.of(path)))
             .filter(|path| !backups.iter().any(|backup| backup.path == *path))
             .map(str::to_owned)

@@ -18,6 +18,7 @@ mod control;
 mod database_address;
 mod disk_lists;
 mod found;
+mod images;
 mod jobs;
 mod keeper;
 mod last_changes;
@@ -343,6 +344,7 @@ async fn start(
             .map_err(configure::not_watched)?;
     }
     control.start(sockets);
+    control.see_to_begun_images();
     control.take(read);
     control.service.looks(control.files.check());
     Ok(Started {

@@ -22,6 +22,8 @@ pub(super) struct Known {
     pub finishing: BTreeMap<ExportName, Finishing>,
     /// Those that are being begun or deleted, with which of it: at most the works that go on and what each deletes.
     under_way: BTreeMap<ExportName, &'static str>,
+    /// Images that are being made on another file, by their paths, with the path of that file: at most the works that go on.
+    making: BTreeMap<String, String>,
 }
 
 impl Known {
@@ -33,6 +35,20 @@ impl Known {
         self.under_way.get(name).map_or(Ok(()), |what| {
             let error = format!("backup {name} is being {what}; try again");
             Err(RequestError::NotReady(error))
+        })
+    }
+
+    /// Whether no image is being made on the backup: it is one that lies on it, before any export has it.
+    ///
+    /// # Errors
+    /// `NotReady`, with the image.
+    pub fn bears_nothing_new(&self, backup: &Backup) -> Result<(), RequestError> {
+        let on_it = self.making.iter().find(|(_, on)| **on == backup.path);
+        on_it.map_or(Ok(()), |(image, _)| {
+            Err(RequestError::NotReady(format!(
+                "an image is being made on backup {}, at {image}; try again",
+                backup.name
+            )))
         })
     }
 }
@@ -83,10 +99,41 @@ impl Drop for UnderWay {
     }
 }
 
+/// Held while an image is made that lies on another file, until an export has it.
+pub(super) struct Making {
+    shelf: Shelf,
+    path: String,
+}
+
+impl Making {
+    /// One at the absolute `path`, on the file at the absolute path `on`.
+    ///
+    /// # Errors
+    /// `NotReady`: one is being made there already.
+    pub fn begin(shelf: &Shelf, path: &str, on: &str) -> Result<Making, RequestError> {
+        let mut known = shelf.known();
+        if known.making.contains_key(path) {
+            let error = format!("{path} is being made already; try again");
+            return Err(RequestError::NotReady(error));
+        }
+        known.making.insert(path.to_owned(), on.to_owned());
+        Ok(Making {
+            shelf: shelf.clone(),
+            path: path.to_owned(),
+        })
+    }
+}
+
+impl Drop for Making {
+    fn drop(&mut self) {
+        self.shelf.known().making.remove(&self.path);
+    }
+}
+
 impl Shelf {
-    pub fn new(backups: Vec<Backup>) -> Shelf {
+    pub fn new(backups: Backups) -> Shelf {
         Shelf(Arc::new(Mutex::new(Known {
-            backups: Backups::new(backups),
+            backups,
             ..Known::default()
         })))
     }
@@ -146,6 +193,8 @@ impl Shelf {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use super::*;
     use crate::correlation::{BackupState, Proof};
 
@@ -169,7 +218,7 @@ mod tests {
             }),
             made: None,
         };
-        let shelf = Shelf::new(vec![backup]);
+        let shelf = Shelf::new(Backups::new(vec![backup.clone()], BTreeSet::new()));
         assert_eq!(shelf.may_lie_beneath("/b/a.qcow2"), Ok(()));
         let under_way = UnderWay::begin(&shelf, [name], "deleted");
         let refused = shelf.may_lie_beneath("/b/a.qcow2");
@@ -180,5 +229,19 @@ mod tests {
         assert_eq!(shelf.may_lie_beneath("/b/other.qcow2"), Ok(()));
         drop(under_way);
         assert_eq!(shelf.may_lie_beneath("/b/a.qcow2"), Ok(()));
+
+        // And no backup is deleted that an image is being put on.
+        let bears = || shelf.known().bears_nothing_new(&backup);
+        let making = Making::begin(&shelf, "/c/new.qcow2", "/b/a.qcow2").unwrap();
+        let other = Making::begin(&shelf, "/c/other.qcow2", "/b/other.qcow2");
+        assert!(Making::begin(&shelf, "/c/new.qcow2", "/b/other.qcow2").is_err());
+        let refused = bears();
+        assert!(
+            matches!(&refused, Err(RequestError::NotReady(text)) if text.contains("/c/new.qcow2")),
+            "{refused:?}"
+        );
+        drop(making);
+        assert_eq!(bears(), Ok(()));
+        drop(other);
     }
 }

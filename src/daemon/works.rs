@@ -12,23 +12,16 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
 
 use tokio::runtime::Handle;
 use tokio::sync::{mpsc, oneshot};
 
 use super::control::{Asker, Control, Report};
 use super::keeper::Order;
-use super::patience::Patience;
-use crate::correlation::{
-    BackupChange, CreateImage, Definition, Event, ExportName, Inode, NewImage, Reply, Request,
-    RequestError, RequestId, Source,
-};
-use crate::dbus::{Answer, Caller};
+use crate::correlation::{Backup, BackupChange, Event, Reply, Request, RequestError, RequestId};
+use crate::dbus::Answer;
 use crate::files::{self, Mounts};
-use crate::identity::VolumeId;
-use crate::image::beneath::{FileError, Roots};
-use crate::image::create::{self, CreateError};
+use crate::image::beneath::FileError;
 
 /// Works that go on at one time of one mount; past it a caller is told `NotReady`. Each takes one thread, for as long as its file system does.
 const WORKS_PER_MOUNT: usize = 32;
@@ -45,6 +38,11 @@ pub(super) enum Wish {
     Keep {
         changes: Vec<BackupChange>,
         kept: oneshot::Sender<Result<(), RequestError>>,
+    },
+    /// The images that may be lost with these backups.
+    ImagesBeside {
+        backups: Arc<Vec<Backup>>,
+        images: oneshot::Sender<Vec<String>>,
     },
     /// How much of a backup is read, of 1,000, in the job that this is.
     Read { job: RequestId, read: u32 },
@@ -152,6 +150,16 @@ impl ToLoop {
         told.await.unwrap_or_else(|_| Err(stopping()))
     }
 
+    /// The absolute paths of the images that may lie on one of these, as they are now.
+    pub async fn images_beside(
+        &self,
+        backups: Arc<Vec<Backup>>,
+    ) -> Result<Vec<String>, RequestError> {
+        let (images, told) = oneshot::channel();
+        self.wish(Wish::ImagesBeside { backups, images });
+        told.await.map_err(|_| stopping())
+    }
+
     pub fn answer(&self, asker: Asker, answer: Result<Answer, RequestError>) {
         self.wish(Wish::Answer { asker, answer });
     }
@@ -190,6 +198,10 @@ pub(super) struct Held<T: Send + 'static>(Option<T>);
 impl<T: Send + 'static> Held<T> {
     pub fn new(file: T) -> Held<T> {
         Held(Some(file))
+    }
+
+    pub fn get(&self) -> Option<&T> {
+        self.0.as_ref()
     }
 
     /// For a thread that may wait.
@@ -231,6 +243,10 @@ impl Control {
                     let _ended = kept.send(Err(error));
                 }
             },
+            Wish::ImagesBeside { backups, images } => {
+                // As above.
+                let _ended = images.send(self.images_beside(&backups));
+            }
             Wish::Read { job, read } => self.progress_reading(job, read),
             Wish::End { job, result } => {
                 let done = self.finish_job(job, result);
@@ -238,114 +254,6 @@ impl Control {
             }
             Wish::Answer { asker, answer } => self.answer(asker, answer),
         }
-    }
-
-    pub(super) fn create_image(&mut self, asked: CreateImage, asker: Asker, caller: &Caller) {
-        let begun = self.begin_image(&asked);
-        let told = match &begun {
-            Ok((path, ..)) => format!("{} at {path}", asked.name),
-            Err(error) => format!("refused: {error}"),
-        };
-        self.trail.note_other("CreateImage", caller, told);
-        let (path, volume, place) = match begun {
-            Ok(begun) => begun,
-            Err(error) => return self.answer(asker, Err(error)),
-        };
-        let (to_loop, roots) = (self.to_loop(), Arc::clone(&self.roots));
-        let patience = Patience::new();
-        let hangs = format!("{path} is not made, and will not be when it answers: try again then");
-        tokio::spawn(async move {
-            let work = async {
-                let made = make(roots, asked.new, &path, &patience).await;
-                let exported = match made.and_then(|_| patience.check()) {
-                    Ok(()) => export_made(&to_loop, asked.name, volume, &path, asked.wait).await,
-                    Err(error) => Err(error),
-                };
-                drop(place);
-                exported
-            };
-            patience.answer(&to_loop, asker, work, hangs).await;
-        });
-    }
-
-    fn begin_image(&self, asked: &CreateImage) -> Result<(String, VolumeId, Place), RequestError> {
-        let invalid = RequestError::InvalidArgument;
-        let path = asked
-            .place(self.roots.first().as_deref())
-            .map_err(invalid)?;
-        let volume = VolumeId::of_file(&path, asked.new.format)
-            .map_err(|error| invalid(format!("option path: {error}")))?;
-        self.rules.permit(&volume).map_err(invalid)?;
-        let beneath = asked.new.backing.as_ref().map(|(backing, _)| {
-            let beside = path.rsplit_once('/').map_or("", |(folder, _)| folder);
-            match backing.starts_with('/') {
-                true => backing.clone(),
-                false => format!("{beside}/{backing}"),
-            }
-        });
-        if let Some(beneath) = &beneath {
-            self.shelf.may_lie_beneath(beneath)?;
-        }
-        if self.correlation.export(&asked.name).is_some() {
-            return Err(RequestError::AlreadyExists(format!(
-                "there is an export {} already",
-                asked.name
-            )));
-        }
-        let place = self
-            .works
-            .place([path.as_str()].into_iter().chain(beneath.as_deref()))?;
-        Ok((path, volume, place))
-    }
-}
-
-/// Makes a file at the absolute `path`.
-pub(super) async fn make(
-    roots: Arc<Roots>,
-    new: NewImage,
-    path: &str,
-    patience: &Patience,
-) -> Result<Inode, RequestError> {
-    let at = path.to_owned();
-    let make = move |own: &Patience| create::create(&at, &roots, &new, &|| own.goes_on());
-    let made = patience.in_thread(make).await?;
-    Ok(made.map_err(refusal)?.inode)
-}
-
-/// Makes an export of a file that was made at `path`; it is stored and served when this is answered.
-pub(super) async fn export_made(
-    to_loop: &ToLoop,
-    name: ExportName,
-    volume: VolumeId,
-    path: &str,
-    wait: Duration,
-) -> Result<Answer, RequestError> {
-    let definition = Definition {
-        name,
-        volume,
-        read_only: false,
-        share: false,
-        direct: false,
-        source: Source::Dbus,
-    };
-    match to_loop.ask(Request::AddExport { definition, wait }).await {
-        Ok(Reply::Added { name, created }) => Ok(Answer::Added { name, created }),
-        Ok(Reply::Done) => Ok(Answer::Done),
-        Err(error) => Err(error.with(&format!("; the file {path} is made"))),
-    }
-}
-
-/// What a caller hears of a file that was not made.
-fn refusal(error: CreateError) -> RequestError {
-    let text = error.to_string();
-    match error {
-        CreateError::Exists(_) => RequestError::AlreadyExists(text),
-        CreateError::Folder(error) => refusal_of_file(error),
-        CreateError::Layout(_)
-        | CreateError::NoSize
-        | CreateError::NotRaw { .. }
-        | CreateError::Backing(_) => RequestError::InvalidArgument(text),
-        CreateError::Kernel { .. } | CreateError::Left { .. } => RequestError::Failed(text),
     }
 }
 
@@ -363,6 +271,8 @@ pub(super) fn refusal_of_file(error: FileError) -> RequestError {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
     const MOUNTS: &str = "22 1 8:1 / / rw - ext4 /dev/sda1 rw\n\

@@ -17,7 +17,7 @@ pub use super::nameless::Left;
 use super::nameless::Nameless;
 use super::qcow2::header::BackingName;
 use super::qcow2::layout::{CLUSTER_BYTES, Layout, LayoutError};
-use super::qcow2::{ChainError, backing_bytes};
+use super::qcow2::{ChainError, Foundation};
 use crate::correlation::{Inode, NewImage, Preallocation};
 use crate::identity::Format;
 
@@ -59,12 +59,13 @@ pub enum CreateError {
     },
 }
 
-/// A file that was made.
+/// A file that was made. While this is held what it lies on stays, also where no export has the file yet.
 #[derive(Debug)]
 pub struct Created {
     /// Virtual, in bytes.
     pub size: u64,
     pub inode: Inode,
+    _lies_on: Option<Foundation>,
 }
 
 /// Makes the file at the absolute `path` beneath `roots`, and returns what it is once it is durable. Blocks, with
@@ -91,7 +92,7 @@ pub fn create(
     if Path::new(path).symlink_metadata().is_ok() {
         return Err(CreateError::Exists(path.to_owned()));
     }
-    let plan = Plan::new(path, roots, new)?;
+    let (plan, lies_on) = Plan::new(path, roots, new)?;
     wanted(goes_on).map_err(kernel)?;
     let new_file = Nameless::make(&folder, &name).map_err(kernel)?;
     let written = wanted(goes_on)
@@ -122,6 +123,7 @@ pub fn create(
     Ok(Created {
         size: plan.size(),
         inode,
+        _lies_on: lies_on,
     })
 }
 
@@ -141,7 +143,12 @@ enum Plan {
 }
 
 impl Plan {
-    fn new(path: &str, roots: &Roots, new: &NewImage) -> Result<Plan, CreateError> {
+    /// With what it is to lie on.
+    fn new(
+        path: &str,
+        roots: &Roots,
+        new: &NewImage,
+    ) -> Result<(Plan, Option<Foundation>), CreateError> {
         if new.format == Format::Raw {
             let raw = |option| CreateError::NotRaw { option };
             if new.backing.is_some() {
@@ -158,22 +165,24 @@ impl Plan {
             if size == 0 || !size.is_multiple_of(512) || size > max {
                 return Err(LayoutError::Size { found: size, max }.into());
             }
-            return Ok(Plan::Raw(size));
+            return Ok((Plan::Raw(size), None));
         }
         let backing = new.backing.as_ref().map(|(name, format)| BackingName {
             name: name.clone(),
             format: Some(format.name().to_owned()),
         });
-        let below = backing
+        let lies_on = backing
             .as_ref()
-            .map(|backing| backing_bytes(backing, path, roots))
+            .map(|backing| Foundation::find(backing, path, roots))
             .transpose()?;
         // A raw file beneath can end inside of a sector.
-        let below = below.map(|bytes| bytes.next_multiple_of(512));
+        let below = lies_on.as_ref();
+        let below = below.map(|below| below.size().next_multiple_of(512));
         let size = new.size.or(below).ok_or(CreateError::NoSize)?;
         let cluster = new.cluster_bytes.unwrap_or(CLUSTER_BYTES);
         let mapped = new.preallocation != Preallocation::Off;
-        Ok(Plan::Qcow2(Layout::new(size, cluster, backing, mapped)?))
+        let layout = Layout::new(size, cluster, backing, mapped)?;
+        Ok((Plan::Qcow2(layout), lies_on))
     }
 
     fn size(&self) -> u64 {

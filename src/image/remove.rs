@@ -1,5 +1,6 @@
 //! Taking a file away that nothing has open, durably. EDGE.
 
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs::File;
 use std::io;
@@ -81,38 +82,45 @@ pub fn take(path: &str, roots: &Roots) -> Result<Option<Taken>, RemoveError> {
     Ok(Some(taken))
 }
 
-impl Taken {
-    /// Which of the images at the absolute `others` lies on it, at whatever depth. Blocks; `goes_on` hears of each that was looked at, for there
-    /// can be thousands, and says whether anyone waits for the next one.
-    ///
-    /// # Errors
-    /// [`RemoveError::Unwanted`]; or it cannot be told what this file is.
-    pub fn lies_beneath<'a>(
-        &self,
-        others: &'a [String],
-        roots: &Roots,
-        goes_on: &dyn Fn() -> bool,
-    ) -> Result<Option<&'a str>, RemoveError> {
-        let held = self.held.metadata().map_err(|error| self.kernel(error))?;
-        let is_held = |layer: &Described| {
-            let found = roots.find(&layer.path, Format::Raw).ok();
-            let facts = found.and_then(|found| found.file.metadata().ok());
-            facts.is_some_and(|facts| (facts.dev(), facts.ino()) == (held.dev(), held.ino()))
-        };
-        for other in others {
-            if !goes_on() {
-                let path = self.path.clone();
-                return Err(RemoveError::Unwanted { path });
-            }
-            // One that cannot be read lies on nothing that is known.
-            let layers = describe::chain(other, Format::Qcow2, roots);
-            if layers.is_ok_and(|(layers, _)| layers.iter().skip(1).any(is_held)) {
-                return Ok(Some(other));
-            }
-        }
-        Ok(None)
+/// Which of the images at the absolute `others` lies on one of these files, at whatever depth: the path of the file, and the image. Blocks; `goes_on`
+/// hears of each image that was looked at, for there can be thousands, and says whether anyone waits for the next one.
+///
+/// # Errors
+/// [`RemoveError::Unwanted`]; or it cannot be told what one of the files is.
+pub fn lies_on<'a, 'b>(
+    taken: &[&'a Taken],
+    others: &'b [String],
+    roots: &Roots,
+    goes_on: &dyn Fn() -> bool,
+) -> Result<Option<(&'a str, &'b str)>, RemoveError> {
+    let place = |file: &File| file.metadata().map(|facts| (facts.dev(), facts.ino()));
+    let mut held = BTreeMap::new();
+    for file in taken {
+        let at = place(&file.held).map_err(|error| file.kernel(error))?;
+        held.insert(at, file.path.as_str());
     }
+    let held_as = |layer: &Described| {
+        let found = roots.find(&layer.path, Format::Raw).ok()?;
+        held.get(&place(&found.file).ok()?).copied()
+    };
+    for other in others {
+        if !goes_on() {
+            let path = taken.first().map_or("", |file| file.path.as_str());
+            let path = path.to_owned();
+            return Err(RemoveError::Unwanted { path });
+        }
+        // One that cannot be read lies on nothing that is known.
+        let Ok((layers, _)) = describe::chain(other, Format::Qcow2, roots) else {
+            continue;
+        };
+        if let Some(path) = layers.iter().skip(1).find_map(held_as) {
+            return Ok(Some((path, other)));
+        }
+    }
+    Ok(None)
+}
 
+impl Taken {
     /// Removes it, durably. Blocks.
     ///
     /// # Errors
@@ -176,13 +184,15 @@ mod tests {
         }
         let taken = |name: &str| take(&text(name), &roots).unwrap().unwrap();
         let others = [text("gone"), text("alone"), text("top")];
-        let on = |name: &str| {
-            let found = taken(name).lies_beneath(&others, &roots, &|| true);
-            found.unwrap().map(str::to_owned)
+        let on = |names: &[&str]| {
+            let files: Vec<Taken> = names.iter().map(|name| taken(name)).collect();
+            let files: Vec<&Taken> = files.iter().collect();
+            let found = lies_on(&files, &others, &roots, &|| true).unwrap();
+            found.map(|(file, image)| (file.to_owned(), image.to_owned()))
         };
-        assert_eq!(on("base"), Some(text("top")));
-        assert_eq!(on("top"), None);
-        assert_eq!(on("alone"), None);
+        assert_eq!(on(&["base"]), Some((text("base"), text("top"))));
+        assert_eq!(on(&["alone", "base"]), Some((text("base"), text("top"))));
+        assert_eq!(on(&["top", "alone"]), None);
     }
 
     /// A look at all exported images was one step, and a deletion beside some thousand of them took longer than one may.
@@ -201,7 +211,7 @@ mod tests {
                 steps.set(steps.get() + 1);
                 steps.get() <= last
             };
-            taken.lies_beneath(&others, &roots, &goes_on)
+            lies_on(&[&taken], &others, &roots, &goes_on)
         };
         assert!(matches!(until(usize::MAX), Ok(None)));
         assert_eq!(steps.get(), others.len());

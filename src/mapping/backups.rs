@@ -1,4 +1,4 @@
-//! The table of backups, from and to rows.
+//! The tables of backups and of what is being made on them, from and to rows.
 
 use std::path::Path;
 
@@ -6,7 +6,7 @@ use sqlx::sqlite::SqliteRow;
 use sqlx::{Connection, Row, SqliteConnection};
 
 use super::rows::{begin, column, end, name, parsed};
-use crate::correlation::{Backup, BackupChange, BackupState, DiskSeq, ExportName, Proof};
+use crate::correlation::{Backup, BackupChange, BackupState, Backups, DiskSeq, ExportName, Proof};
 
 const INTERRUPTED: &str = "the daemon ended while it was being written";
 
@@ -61,6 +61,12 @@ async fn keep_one(
         BackupChange::Delete(name) => {
             sqlx::query("DELETE FROM backups WHERE name = ?").bind(name.as_str().to_owned())
         }
+        BackupChange::BeginImage(path) => {
+            sqlx::query("INSERT OR IGNORE INTO begun_images (path) VALUES (?)").bind(path)
+        }
+        BackupChange::EndImage(path) => {
+            sqlx::query("DELETE FROM begun_images WHERE path = ?").bind(path)
+        }
     };
     query.execute(connection).await.map(drop)
 }
@@ -69,7 +75,7 @@ async fn keep_one(
 pub(super) async fn load(
     connection: &mut SqliteConnection,
     file: &Path,
-) -> Result<Vec<Backup>, sqlx::Error> {
+) -> Result<Backups, sqlx::Error> {
     sqlx::query("UPDATE backups SET state = 'interrupted', reason = ? WHERE state = 'writing'")
         .bind(INTERRUPTED)
         .execute(&mut *connection)
@@ -78,8 +84,12 @@ pub(super) async fn load(
     let rows = sqlx::query("SELECT * FROM backups ORDER BY name")
         .fetch_all(&mut *transaction)
         .await?;
+    let begun: Vec<String> = sqlx::query_scalar("SELECT path FROM begun_images")
+        .fetch_all(&mut *transaction)
+        .await?;
     transaction.rollback().await?;
-    Ok(parsed(&rows, "backups", file, backup))
+    let backups = parsed(&rows, "backups", file, backup);
+    Ok(Backups::new(backups, begun.into_iter().collect()))
 }
 
 fn backup(row: &SqliteRow) -> Result<Backup, String> {

@@ -32,7 +32,7 @@ use tokio::sync::{Mutex, OwnedMutexGuard};
 use tokio::time::timeout;
 
 use crate::correlation::{
-    Backup, BackupChange, Change, MappingRow, MappingState, Remembered, VmDisk,
+    BackupChange, Backups, Change, MappingRow, MappingState, Remembered, VmDisk,
 };
 use index_room::IndexRoom;
 use reconcile::Known;
@@ -229,11 +229,11 @@ impl Store {
         .await
     }
 
-    /// All backups, by name. Those that were being written when the last daemon ended are interrupted from now on.
+    /// All backups, and what was begun on them. Those that were being written when the last daemon ended are interrupted from now on.
     ///
     /// # Errors
     /// As of [`Store::load`].
-    pub async fn backups(&self) -> Result<Vec<Backup>, StoreError> {
+    pub async fn backups(&self) -> Result<Backups, StoreError> {
         let file = self.file.clone();
         self.with(OPEN_WITHIN, |mut held| async move {
             backups::load(&mut held.connection, &file).await

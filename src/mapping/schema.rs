@@ -10,7 +10,7 @@ use super::index_room::IndexRoom;
 use super::{BUSY_WITHIN, StoreError};
 
 /// One step each, from version N to N+1. Never edited once released: a new one is added.
-const MIGRATIONS: [&str; 9] = [
+const MIGRATIONS: [&str; 10] = [
     // Numbers that are 64 bits without a sign are text: SQLite's integers have a sign.
     "CREATE TABLE exports (
         name TEXT NOT NULL PRIMARY KEY,
@@ -113,6 +113,10 @@ const MIGRATIONS: [&str; 9] = [
         FROM conflicts c LEFT JOIN exports e ON e.name = c.export;
     DROP TABLE conflicts;
     ALTER TABLE conflicts_of_volumes RENAME TO conflicts;",
+    // Images that lie on another file, from before one is made until an export has it.
+    "CREATE TABLE begun_images (
+        path TEXT NOT NULL PRIMARY KEY
+    );",
 ];
 
 /// Opens `file`, which exists (empty when it is new), for reading and writing.

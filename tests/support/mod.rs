@@ -12,6 +12,7 @@ pub mod backups;
 pub mod bus;
 pub mod chorus;
 pub mod client;
+pub mod cuts;
 pub mod daemon;
 pub mod descriptors;
 pub mod dice;

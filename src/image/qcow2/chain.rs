@@ -102,15 +102,35 @@ pub(super) fn beneath(
     open(header.backing.as_ref(), path, roots, &mut seen)
 }
 
-/// Opens what an image at `path`, which is not there yet, is to lie on.
-pub(super) fn to_be(
-    backing: &BackingName,
-    path: &str,
-    roots: &Roots,
-) -> Result<Option<Layer>, ChainError> {
-    // The new one counts as one of them: nothing has the inode number 0.
-    let mut seen = BTreeSet::from([(0, 0)]);
-    open(Some(backing), path, roots, &mut seen)
+/// What an image that is to be made is to lie on, at whatever depth: while this is held nobody writes to any of it, and none of it is deleted as a
+/// backup.
+pub(in crate::image) struct Foundation(Option<Layer>);
+
+impl Foundation {
+    /// Of an image at `path`, which is not there yet.
+    ///
+    /// # Errors
+    /// It cannot be read beneath an image.
+    pub fn find(
+        backing: &BackingName,
+        path: &str,
+        roots: &Roots,
+    ) -> Result<Foundation, ChainError> {
+        // The new one counts as one of them: nothing has the inode number 0.
+        let mut seen = BTreeSet::from([(0, 0)]);
+        open(Some(backing), path, roots, &mut seen).map(Foundation)
+    }
+
+    /// Virtual, in bytes.
+    pub fn size(&self) -> u64 {
+        self.0.as_ref().map_or(0, Layer::size)
+    }
+}
+
+impl std::fmt::Debug for Foundation {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Foundation({} bytes)", self.size())
+    }
 }
 
 fn open(

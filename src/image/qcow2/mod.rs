@@ -64,12 +64,13 @@ mod tables;
 mod whole;
 mod write;
 
+pub(super) use self::chain::Foundation;
 pub use self::chain::{BACKING_MAX, ChainError};
 pub(super) use self::core::Core;
 pub use self::whole::ReadError;
 pub(super) use self::whole::read_all;
 use empty::Emptying;
-use header::{BackingName, Header, Refusal};
+use header::{Header, Refusal};
 use stretches::stretches;
 
 /// As of disks; QEMU's server says the same of images.
@@ -175,19 +176,6 @@ pub fn virtual_size(file: &File) -> Result<u64, String> {
     let mut read = read;
     let len = read().map_err(|error| error.to_string())?;
     header::virtual_size(&bytes[..len]).map_err(|refusal| refusal.to_string())
-}
-
-/// The virtual size in bytes of what an image at `path`, which is to be made, is to lie on.
-///
-/// # Errors
-/// It cannot be read beneath an image.
-pub(super) fn backing_bytes(
-    backing: &BackingName,
-    path: &str,
-    roots: &Roots,
-) -> Result<u64, ChainError> {
-    let layer = chain::to_be(backing, path, roots)?;
-    Ok(layer.map_or(0, |layer| layer.size()))
 }
 
 /// The header of the image in `file`, which may be marked dirty or corrupt.

@@ -1,0 +1,285 @@
+//! Promise: nothing loses what it lies on. An image that is being made on a backup keeps it, also after a crash in the middle; backups are deleted
+//! with all that lies on them or not at all, the leaves first, so that wherever a kill meets that each one that is left has its parent.
+
+mod support;
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use zbus::Variant;
+
+use support::backups::{begin, copy_in, json, random, refused, state};
+use support::bus::{Client as Caller, Options, Refused};
+use support::cuts::{Cut, cut_off};
+use support::fuse_disk::{FLUSHES, FuseDisk, WRITES};
+use support::ground::{Need, real};
+use support::images::{qemu_img, roots, scene, text};
+use support::mounts::Mounted;
+use support::process;
+use support::scene::{STEP_LIMIT, Scene};
+use support::{Doing, Outcome, until};
+
+const NEEDS: &[Need] = &[Need::Bus, Need::Tool("qemu-img"), Need::Tool("strace")];
+const BYTES: u64 = 1 << 20;
+
+/// A backup by these words, finished.
+fn finished(scene: &Scene, words: &[&str]) -> Outcome<String> {
+    let name = begin(scene, words)?;
+    json(scene, &["backup", "finish", &name])?;
+    Ok(name)
+}
+
+fn make_on(
+    caller: &Caller,
+    name: &str,
+    folder: &Path,
+    backing: &Path,
+) -> Result<zbus::Message, Refused> {
+    let path = text(&folder.join(format!("{name}.qcow2")));
+    let options = Options::from([
+        ("path", Variant::from(path)),
+        ("backing", Variant::from(text(backing))),
+        ("backing_format", Variant::from("qcow2")),
+    ]);
+    caller.call("CreateImage", &(name, 0_u64, options))
+}
+
+fn delete(caller: &Caller, name: &str) -> Result<zbus::Message, Refused> {
+    caller.call("DeleteBackup", &(name, Options::new()))
+}
+
+/// The image was made on a backup that was deleted meanwhile, for no export had it yet.
+#[test]
+fn a_backup_stays_while_an_image_is_made_on_it_by_whatever_name() -> Outcome<()> {
+    let needs = [
+        NEEDS,
+        &[
+            Need::Loop,
+            Need::Tool("mkfs.ext4"),
+            Need::Tool("mount"),
+            Need::Tool("nbdcopy"),
+        ],
+    ]
+    .concat();
+    real("image on a backup", &needs, |ground| {
+        let disk = FuseDisk::make(ground.path(), "slow", 32 << 20)?;
+        let node = disk.device.node();
+        // Nothing is written there but what is asked for.
+        let quiet = "lazy_itable_init=0,lazy_journal_init=0";
+        process::succeed("mkfs.ext4", &["-q", "-F", "-E", quiet, &node], STEP_LIMIT)?;
+        let mounted = Mounted::new(ground.file("slow"), &["-o", "noatime", &node])?;
+        let folder = mounted.0.clone();
+        let mut scene = Scene::told(ground, roots(&folder), &[])?;
+        let raw = ground.file("disk.raw");
+        random(&raw, BYTES, 3)?;
+        let full = begin(&scene, &["vm", "0", "--size", "1M"])?;
+        copy_in(&scene, &raw, &full)?;
+        json(&scene, &["backup", "finish", &full])?;
+        let path = folder.join(format!("{full}.qcow2"));
+        let link = folder.join("latest.qcow2");
+        // One that leads out of no root: its target is relative.
+        std::os::unix::fs::symlink(format!("{full}.qcow2"), &link)?;
+        let healer = disk.healer();
+        let caller = &scene.client;
+        for (name, backing, kind, told) in [
+            ("own", &path, "NotReady", "is being made on backup"),
+            ("linked", &link, "DeviceBusy", "in use"),
+        ] {
+            process::succeed("sync", &["-f", &text(&folder)], STEP_LIMIT)?;
+            let held = disk.held();
+            disk.hang(WRITES | FLUSHES);
+            let (deleted, took, made) = std::thread::scope(|threads| -> Outcome<_> {
+                // Thread: waits for its one call, which ends when the disk is well.
+                let making = threads.spawn(|| make_on(caller, name, &folder, backing));
+                let begun = until(STEP_LIMIT, "the image to be under way", || {
+                    Ok((disk.held() > held).then_some(()))
+                });
+                let since = Instant::now();
+                let deleted = delete(caller, &full);
+                let took = since.elapsed();
+                disk.heal();
+                begun?;
+                let made = making.join();
+                Ok((deleted, took, made))
+            })?;
+            match &deleted {
+                Err(no) if no.is(kind) && no.text.contains(told) => {}
+                other => trouble!("{name}: {other:?}"),
+            }
+            hold!(took < Duration::from_secs(10), "{name}: after {took:?}");
+            match made {
+                Ok(Ok(_)) => {}
+                other => trouble!("{name}: {other:?}"),
+            }
+            hold!(
+                path.exists() && state(&scene, &full)? == "complete",
+                "{name}: what it lies on"
+            );
+            // And when it is made it is one that lies on it, whether it is served or not.
+            let image = folder.join(format!("{name}.qcow2"));
+            refused(&scene, &["backup", "delete", &full], "in use")?;
+            let id = format!("qcow2:{}", image.display());
+            scene.client.prepare_detach(&id)?;
+            refused(&scene, &["backup", "delete", &full], &text(&image))?;
+            qemu_img(&["check", "-q", "-U", "-f", "qcow2", &text(&image)])?;
+            scene.client.remove_export(name, "hard")?;
+            std::fs::remove_file(&image)?;
+        }
+        json(&scene, &["backup", "delete", &full])?;
+        hold!(!path.exists(), "it is there");
+        drop(healer);
+        scene.stop()
+    })
+}
+
+#[test]
+fn an_image_whose_making_was_cut_off_keeps_what_it_lies_on_until_it_is_seen_to() -> Outcome<()> {
+    real("image on a backup, cut off", NEEDS, |ground| {
+        let (mut scene, folder) = scene(ground)?;
+        // As the kernel names it.
+        let folder = folder.canonicalize()?;
+        let full = finished(&scene, &["vm", "0", "--size", "1M"])?;
+        let path = folder.join(format!("{full}.qcow2"));
+        let image = folder.join("made.qcow2");
+        let (at, on) = (text(&image), text(&path));
+        let making = ["image", "create", &at, "--backing", &on];
+        let exported = ["--backing-format", "qcow2", "--export", "made"];
+        for (call, there) in [("linkat", false), ("fsync", true)] {
+            let words = making.iter().chain(&exported);
+            let cut = Cut {
+                what: "image create --backing --export",
+                words: words.map(|word| (*word).to_owned()).collect(),
+                call,
+                of: folder.clone(),
+                nameless: true,
+            };
+            cut_off(&mut scene, ground, &cut)?;
+            hold!(image.exists() == there, "{call}: a file: {}", !there);
+            hold!(scene.client.export("made")?.is_none(), "{call}: exported");
+            hold!(state(&scene, &full)? == "complete", "{call}: the backup");
+        }
+        // No export has it, and nobody was told of it.
+        let deleting = ["backup", "delete", &full];
+        refused(&scene, &deleting, &text(&image))?;
+        refused(&scene, &deleting, "was being made when a daemon ended")?;
+        scene.stop()?;
+        scene.start()?;
+        refused(&scene, &deleting, &text(&image))?;
+        // Seen to in either way: exported it is one like all others, and removed it is in nobody's way.
+        let id = format!("qcow2:{}", image.display());
+        scene.client.add_export("made", &id)?;
+        scene.stop()?;
+        scene.start()?;
+        scene.client.reach_state("made", "Serving", STEP_LIMIT)?;
+        scene.client.prepare_detach(&id)?;
+        refused(&scene, &deleting, "remove its export first")?;
+        scene.client.remove_export("made", "hard")?;
+        std::fs::remove_file(&image)?;
+        json(&scene, &deleting)?;
+        hold!(!path.exists(), "it is there");
+        scene.stop()
+    })
+}
+
+/// A full backup, one on it and one on that, and another on the first; each with its parent.
+fn tree(scene: &Scene) -> Outcome<Vec<(String, Option<usize>)>> {
+    let mut all: Vec<(String, Option<usize>)> = Vec::new();
+    for (at, parent) in [
+        ("1764129600", None),
+        ("1764129660", Some(0)),
+        ("1764129720", Some(1)),
+        ("1764129780", Some(0)),
+    ] {
+        let of = parent.map(|parent: usize| all[parent].0.clone());
+        let words = match &of {
+            None => ["vm", "0", "--at", at, "--size", "1M"],
+            Some(parent) => ["vm", "0", "--at", at, "--parent", parent],
+        };
+        all.push((finished(scene, &words)?, parent));
+    }
+    Ok(all)
+}
+
+#[test]
+fn backups_are_deleted_leaves_first_wherever_a_kill_meets_that() -> Outcome<()> {
+    real("deletion of a tree, cut off", NEEDS, |ground| {
+        let (mut scene, folder) = scene(ground)?;
+        let folder = folder.canonicalize()?;
+        let all = tree(&scene)?;
+        let path = |name: &str| -> PathBuf { folder.join(format!("{name}.qcow2")) };
+        let full = all[0].0.clone();
+        let deleting = ["backup", "delete", &full, "--children"];
+        // Each time killed when the next one is about to go.
+        for (left_of, next) in [(3, 3), (2, 1), (1, 0)] {
+            let cut = Cut {
+                what: "backup delete --children",
+                words: deleting.iter().map(|word| (*word).to_owned()).collect(),
+                call: "unlinkat",
+                of: format!("{}.qcow2", all[next].0).into(),
+                nameless: true,
+            };
+            cut_off(&mut scene, ground, &cut)?;
+            let what = format!("before {next}");
+            for (name, parent) in &all {
+                let Some(parent) = parent.map(|at| &all[at].0) else {
+                    continue;
+                };
+                hold!(
+                    path(parent).exists() || !path(name).exists(),
+                    "{what}: {name} has lost {parent}"
+                );
+                hold!(
+                    state(&scene, parent)? == "complete" || state(&scene, name)? == "none",
+                    "{what}: the row of {name} is there and of {parent} not"
+                );
+                if path(name).exists() {
+                    let (from, to) = (text(&path(name)), text(&ground.file("as-raw")));
+                    qemu_img(&["convert", "-U", "-f", "qcow2", "-O", "raw", &from, &to])
+                        .doing(&what)?;
+                }
+            }
+            let left = all.iter().filter(|(name, _)| path(name).exists()).count();
+            hold!(left == left_of, "{what}: {left} are left");
+        }
+        json(&scene, &deleting)?;
+        hold!(std::fs::read_dir(&folder)?.count() == 0, "files are left");
+        scene.stop()
+    })
+}
+
+/// What lay on a backup was deleted before that was found to be in use, and was lost although the call was refused.
+#[test]
+fn a_deletion_that_is_refused_for_one_backup_deletes_none_of_them() -> Outcome<()> {
+    real("deletion of a tree, refused", NEEDS, |ground| {
+        let (mut scene, folder) = scene(ground)?;
+        let all = tree(&scene)?;
+        let full = all[0].0.clone();
+        let deleting = ["backup", "delete", &full, "--children"];
+        let path = folder.join(format!("{full}.qcow2"));
+        let read_only = Options::from([("read_only", Variant::from(true))]);
+        let id = format!("qcow2:{}", path.display());
+        let unharmed = |scene: &Scene, what: &str| -> Outcome<()> {
+            for (name, _) in &all {
+                let there = folder.join(format!("{name}.qcow2")).exists();
+                let state = state(scene, name)?;
+                hold!(there && state == "complete", "{what}: {name} is {state}");
+            }
+            Ok(())
+        };
+        scene.client.add_export_with("reader", &id, read_only)?;
+        scene.client.reach_state("reader", "Serving", STEP_LIMIT)?;
+        refused(&scene, &deleting, "in use")?;
+        unharmed(&scene, "while it is read")?;
+        scene.client.remove_export("reader", "hard")?;
+
+        make_on(&scene.client, "over", &folder, &path)?;
+        let over = format!("qcow2:{}", folder.join("over.qcow2").display());
+        scene.client.prepare_detach(&over)?;
+        refused(&scene, &deleting, "over.qcow2")?;
+        unharmed(&scene, "beneath an image")?;
+        scene.client.remove_export("over", "hard")?;
+        json(&scene, &deleting)?;
+        hold!(std::fs::read_dir(&folder)?.count() == 1, "files are left");
+        scene.stop()
+    })
+}
