@@ -12,7 +12,7 @@ use support::daemon::Home;
 use support::ground::{Ground, Need, real, tell};
 use support::loops::LoopDevice;
 use support::mariadb::MariaDb;
-use support::process;
+use support::mounts::Mounted;
 use support::scene::{STEP_LIMIT, Scene, Volume, nbdtrack};
 use support::vm_disks::{VM, ensure, ensure_now, ensure_when_up, name};
 use support::{Doing, Outcome, until};
@@ -446,10 +446,10 @@ fn two_daemons_on_one_database_leave_each_others_rows_alone() -> Outcome<()> {
 #[test]
 fn a_full_disk_of_the_database_is_away_and_no_more() -> Outcome<()> {
     real("a full database", NEEDS, |ground| {
-        let small = SmallDisk::mount(&ground.file("small"), 96)?;
+        let small = SmallDisk::mount(ground.file("small"), 96)?;
         // With a binary log each commit needs room.
-        let log = format!("--log-bin={}", small.0.join("binlog").display());
-        let mut server = MariaDb::make(&small.0, &[&log])?;
+        let log = format!("--log-bin={}", small.0.0.join("binlog").display());
+        let mut server = MariaDb::make(&small.0.0, &[&log])?;
         let mut scene = scene(ground, server.store("one"))?;
         ensure_when_up(&scene.client, 0, &scene.volumes[0].id())?;
         let node = scene.devices[0].node();
@@ -493,40 +493,26 @@ fn a_full_disk_of_the_database_is_away_and_no_more() -> Outcome<()> {
     })
 }
 
-/// A small file system of its own; unmounted when dropped.
-struct SmallDisk(PathBuf);
+/// A small file system of its own.
+struct SmallDisk(Mounted);
 
 impl SmallDisk {
-    fn mount(at: &Path, mib: u32) -> Outcome<SmallDisk> {
-        std::fs::create_dir(at)?;
+    fn mount(at: PathBuf, mib: u32) -> Outcome<SmallDisk> {
         let size = format!("size={mib}m");
-        let at_text = at.display().to_string();
-        process::succeed(
-            "mount",
-            &["-t", "tmpfs", "-o", &size, "nbdtrack-test", &at_text],
-            STEP_LIMIT,
-        )?;
-        Ok(SmallDisk(at.to_owned()))
+        let args = ["-t", "tmpfs", "-o", &size, "nbdtrack-test"];
+        Mounted::new(at, &args).map(SmallDisk)
     }
 
     fn fill(&self) -> Outcome<()> {
         use std::io::Write;
-        let mut file = std::fs::File::create(self.0.join("filler"))?;
+        let mut file = std::fs::File::create(self.0.0.join("filler"))?;
         let chunk = [0; 4096];
         while file.write_all(&chunk).is_ok() {}
         Ok(())
     }
 
     fn free(&self) -> Outcome<()> {
-        std::fs::remove_file(self.0.join("filler")).doing("free the disk")
-    }
-}
-
-impl Drop for SmallDisk {
-    fn drop(&mut self) {
-        let at = self.0.display().to_string();
-        // Detached at once, and gone with the last process that uses it.
-        let _ = process::run("umount", &["--lazy", at.as_str()], STEP_LIMIT);
+        std::fs::remove_file(self.0.0.join("filler")).doing("free the disk")
     }
 }
 

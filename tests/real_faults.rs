@@ -9,6 +9,7 @@ use support::bus::{Options, Refused};
 use support::client::{Go, REP_ERR_POLICY, REP_ERR_UNKNOWN, knock};
 use support::ground::{Need, real, tell};
 use support::loops::LoopDevice;
+use support::mounts::Mounted;
 use support::scene::{STEP_LIMIT, Scene, Volume, nbdtrack};
 use support::stream::{Held, Pace, Stream};
 use support::{Outcome, process, until};
@@ -157,11 +158,7 @@ fn disk_that_someone_claims_is_not_served() -> Outcome<()> {
         process::succeed("mkfs.ext4", &["-q", &busy.image.to_string_lossy()], limit)?;
         let device = LoopDevice::add()?;
         device.attach(&busy.image)?;
-        let point = ground.file("mount");
-        std::fs::create_dir(&point)?;
-        let point = point.to_string_lossy().into_owned();
-        process::succeed("mount", &[device.node().as_str(), point.as_str()], limit)?;
-        let mounted = Mounted(point);
+        let mounted = Mounted::new(ground.file("mount"), &[&device.node()])?;
         let options = Options::from([("wait_ms", zbus::Variant::from(2000u32))]);
         let answer = scene.client.add_export_with("busy", &busy.id(), options);
         let text = match answer {
@@ -189,14 +186,6 @@ fn disk_that_someone_claims_is_not_served() -> Outcome<()> {
         hold!(!again.status.success(), "a served disk cannot be mounted");
         scene.stop()
     })
-}
-
-struct Mounted(String);
-
-impl Drop for Mounted {
-    fn drop(&mut self) {
-        let _ = process::run("umount", &[&self.0], Duration::from_secs(30));
-    }
 }
 
 #[test]

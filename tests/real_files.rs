@@ -15,6 +15,7 @@ use support::fuse_disk::FuseFile;
 use support::ground::{Ground, Need, real};
 use support::images::{qemu_img, qemu_io, text};
 use support::loops::{LoopDevice, sparse_file};
+use support::mounts::Mounted;
 use support::pattern;
 use support::process;
 use support::scene::{STEP_LIMIT, Scene, nbdtrack};
@@ -457,24 +458,6 @@ fn a_file_that_shrinks_grows_or_goes_is_told_and_no_lease_outlives_it() -> Outco
     })
 }
 
-/// A file system that is mounted over a folder, until it is dropped.
-struct MountedOver(PathBuf);
-
-impl MountedOver {
-    fn at(folder: &Path) -> Outcome<MountedOver> {
-        let at = folder.to_string_lossy();
-        process::succeed("mount", &["-t", "tmpfs", "tmpfs", &at], STEP_LIMIT)?;
-        Ok(MountedOver(folder.to_owned()))
-    }
-}
-
-impl Drop for MountedOver {
-    fn drop(&mut self) {
-        let at = self.0.to_string_lossy();
-        let _ = process::run("umount", &["-l", &at], STEP_LIMIT);
-    }
-}
-
 /// Nobody asks for a survey here, and the interval is an hour.
 #[test]
 fn what_becomes_of_a_file_is_noticed_at_once_and_ends_the_leases_on_it() -> Outcome<()> {
@@ -541,7 +524,7 @@ fn is_watched(ground: &Ground, kind: Kind) -> Outcome<()> {
     gone(&scene, &mut client, "its folder renamed")?;
     std::fs::rename(&elsewhere, &within)?;
     let mut client = served_from(&scene)?;
-    let over = MountedOver::at(&within)?;
+    let over = Mounted::new(within.clone(), &["-t", "tmpfs", "tmpfs"])?;
     gone(&scene, &mut client, "mounted over")?;
     drop(over);
     let mut client = served_from(&scene)?;

@@ -3,12 +3,13 @@
 
 mod support;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use support::Outcome;
 use support::client::Client;
 use support::ground::{Ground, Need, real};
 use support::images::text;
+use support::mounts::Mounted;
 use support::process;
 use support::scene::{STEP_LIMIT, Scene};
 
@@ -27,24 +28,6 @@ const EIO: u32 = 5;
 const ENOSPC: u32 = 28;
 // proto.md "Request types"
 const WRITE_ZEROES: u16 = 6;
-
-/// A mounted file system; unmounted when dropped.
-struct Mounted(PathBuf);
-
-impl Drop for Mounted {
-    fn drop(&mut self) {
-        let _ = process::run("umount", &["-l", &text(&self.0)], STEP_LIMIT);
-    }
-}
-
-fn mount(ground: &Ground, args: &[&str]) -> Outcome<Mounted> {
-    let place = ground.file("small");
-    std::fs::create_dir_all(&place)?;
-    let name = text(&place);
-    let args: Vec<&str> = args.iter().copied().chain([name.as_str()]).collect();
-    process::succeed("mount", &args, STEP_LIMIT)?;
-    Ok(Mounted(place))
-}
 
 /// A daemon that may serve from there, with a sparse image and a sparse raw file of 64 MiB, both exported.
 fn scene(ground: &Ground, place: &Path) -> Outcome<Scene> {
@@ -253,7 +236,10 @@ fn only_a_table_has_no_room(client: &mut Client, mounted: &Path, number: usize) 
 #[test]
 fn a_full_tmpfs_answers_enospc_and_is_written_on_when_there_is_room() -> Outcome<()> {
     real("full tmpfs", NEEDS, |ground| {
-        let small = mount(ground, &["-t", "tmpfs", "-o", "size=16m", "tmpfs"])?;
+        let small = Mounted::new(
+            ground.file("small"),
+            &["-t", "tmpfs", "-o", "size=16m", "tmpfs"],
+        )?;
         is_written_on(ground, &small.0, &Room::Filler(&small.0))
     })
 }
@@ -264,7 +250,7 @@ fn a_full_ext4_answers_enospc_and_is_written_on_when_there_is_room() -> Outcome<
         let medium = ground.file("medium");
         std::fs::File::create_new(&medium)?.set_len(24 * MIB)?;
         process::succeed("mkfs.ext4", &["-q", "-m", "0", &text(&medium)], STEP_LIMIT)?;
-        let small = mount(ground, &["-o", "loop", &text(&medium)])?;
+        let small = Mounted::new(ground.file("small"), &["-o", "loop", &text(&medium)])?;
         is_written_on(ground, &small.0, &Room::Filler(&small.0))
     })
 }
@@ -280,7 +266,7 @@ fn a_disk_quota_answers_enospc_and_is_written_on_when_it_is_raised() -> Outcome<
         let medium = ground.file("medium");
         std::fs::File::create_new(&medium)?.set_len(256 * MIB)?;
         process::succeed("mkfs.btrfs", &["-q", &text(&medium)], STEP_LIMIT)?;
-        let small = mount(ground, &["-o", "loop", &text(&medium)])?;
+        let small = Mounted::new(ground.file("small"), &["-o", "loop", &text(&medium)])?;
         let name = text(&small.0);
         let place = small.0.join("vm7");
         process::succeed("btrfs", &["quota", "enable", &name], STEP_LIMIT)?;
@@ -295,7 +281,7 @@ fn a_file_system_that_turned_read_only_fails_writes_and_is_read_on() -> Outcome<
         let medium = ground.file("medium");
         std::fs::File::create_new(&medium)?.set_len(48 * MIB)?;
         process::succeed("mkfs.ext4", &["-q", "-m", "0", &text(&medium)], STEP_LIMIT)?;
-        let small = mount(ground, &["-o", "loop", &text(&medium)])?;
+        let small = Mounted::new(ground.file("small"), &["-o", "loop", &text(&medium)])?;
         let mut scene = scene(ground, &small.0)?;
         let endpoint = scene.endpoint();
         let mut clients = Vec::new();

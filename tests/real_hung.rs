@@ -16,6 +16,7 @@ use support::fuse_disk::{ALL, FLUSHES, FuseDisk, FuseFile, LOOKS, WRITES};
 use support::ground::{Ground, Need, real, tell};
 use support::images::{qemu_img, text};
 use support::loops::sparse_file;
+use support::mounts::Mounted;
 use support::process;
 use support::scene::{STEP_LIMIT, Scene};
 use support::stream::{Pace, Stream};
@@ -450,15 +451,6 @@ fn threads_named(pid: u32, name: &str) -> Outcome<usize> {
     Ok(names.filter(|found| found.trim() == name).count())
 }
 
-/// Unmounts, when it is dropped, whatever is still open there.
-struct Mounted(String);
-
-impl Drop for Mounted {
-    fn drop(&mut self) {
-        let _ = process::run("umount", &["-l", &self.0], STEP_LIMIT);
-    }
-}
-
 /// As a server of NFS that is gone: every file of one file system hangs, raw ones and images, each with clients that want something durable.
 #[test]
 fn file_system_that_hangs_has_threads_of_its_own_and_holds_up_nobody_else() -> Outcome<()> {
@@ -478,14 +470,10 @@ fn file_system_that_hangs_has_threads_of_its_own_and_holds_up_nobody_else() -> O
     real("hung file system", &needs, |ground| {
         let disk = FuseDisk::make(ground.path(), "far", 64 << 20)?;
         let (far, near) = (ground.file("far"), ground.file("near"));
-        for folder in [&far, &near] {
-            std::fs::create_dir(folder)?;
-        }
+        std::fs::create_dir(&near)?;
         let node = disk.device.node();
         process::succeed("mkfs.ext4", &["-q", "-F", &node], STEP_LIMIT)?;
-        let place = text(&far);
-        process::succeed("mount", &[node.as_str(), place.as_str()], STEP_LIMIT)?;
-        let _mounted = Mounted(place);
+        let _mounted = Mounted::new(far.clone(), &[&node])?;
         let roots = format!("file_roots = [{:?}, {:?}]\n", text(&far), text(&near));
         let mut scene = Scene::told(ground, roots, &[])?;
         let _healer = disk.healer();
@@ -578,14 +566,10 @@ fn calls_that_make_files_on_a_file_system_that_hangs_leave_room_for_those_of_oth
     real("works of a hung mount", &needs, |ground| {
         let disk = FuseDisk::make(ground.path(), "far", 64 << 20)?;
         let (far, near) = (ground.file("far"), ground.file("near"));
-        for folder in [&far, &near] {
-            std::fs::create_dir(folder)?;
-        }
+        std::fs::create_dir(&near)?;
         let node = disk.device.node();
         process::succeed("mkfs.ext4", &["-q", "-F", &node], STEP_LIMIT)?;
-        let place = text(&far);
-        process::succeed("mount", &[node.as_str(), place.as_str()], STEP_LIMIT)?;
-        let _mounted = Mounted(place);
+        let _mounted = Mounted::new(far.clone(), &[&node])?;
         let roots = format!("file_roots = [{:?}, {:?}]\n", text(&far), text(&near));
         let mut scene = Scene::told(ground, roots, &[])?;
         let healer = disk.healer();

@@ -12,6 +12,7 @@ use support::client::{
 };
 use support::daemon::{Home, free_port};
 use support::ground::{Need, real, tell};
+use support::mounts::Mounted;
 use support::scene::Scene;
 use support::{Outcome, process};
 
@@ -109,8 +110,7 @@ fn bad_store_is_refused_and_kept() -> Outcome<()> {
         std::fs::write(&store, &good)?;
         let state = home.state.to_string_lossy().into_owned();
         let limit = Duration::from_secs(10);
-        process::succeed("mount", &["--bind", &state, &state], limit)?;
-        let mounted = Mounted(state.clone());
+        let mounted = Mounted::new(home.state.clone(), &["--bind", &state])?;
         process::succeed("mount", &["-o", "remount,bind,ro", &state], limit)?;
         must_refuse(&home, "a read-only store", "state")?;
         drop(mounted);
@@ -134,14 +134,6 @@ fn from_the_future(store: &Path) -> Outcome<()> {
         store.close().await?;
         Ok(())
     })
-}
-
-struct Mounted(String);
-
-impl Drop for Mounted {
-    fn drop(&mut self) {
-        let _ = process::run("umount", &[&self.0], Duration::from_secs(10));
-    }
 }
 
 #[test]

@@ -2,15 +2,15 @@
 
 mod support;
 
-use std::path::Path;
 use std::time::Duration;
 
 use serde_json::Value;
 use support::client::{Client, Go, knock};
 use support::ground::{Need, real};
 use support::loops::{LoopDevice, sparse_file};
+use support::mounts::Mounted;
 use support::scene::{STEP_LIMIT, Scene, nbdtrack};
-use support::{Outcome, process, until};
+use support::{Outcome, until};
 
 const NEEDS: &[Need] = &[Need::Loop, Need::Bus];
 const MOUNTS: &[Need] = &[Need::Loop, Need::Bus, Need::Tool("mount")];
@@ -162,15 +162,6 @@ fn history_tells_of_disks_switches_clients_and_callers_over_a_restart() -> Outco
     })
 }
 
-/// A tmpfs, unmounted when dropped.
-struct Mounted<'a>(&'a Path);
-
-impl Drop for Mounted<'_> {
-    fn drop(&mut self) {
-        let _ = process::run("umount", &["-l".as_ref(), self.0.as_os_str()], LIMIT);
-    }
-}
-
 /// The state's disk fills up while the daemon serves: serving goes on, the loss is counted, and told once there is room.
 #[test]
 fn a_full_disk_stops_the_trail_and_nothing_else() -> Outcome<()> {
@@ -178,13 +169,8 @@ fn a_full_disk_stops_the_trail_and_nothing_else() -> Outcome<()> {
         let mut scene = Scene::serving(ground, &["vol-a"], BYTES)?;
         scene.stop()?;
         let state = scene.home.state.clone();
-        let place = state.to_string_lossy();
-        process::succeed(
-            "mount",
-            &["-t", "tmpfs", "-o", "size=512k", "tmpfs", &place],
-            LIMIT,
-        )?;
-        let mounted = Mounted(&state);
+        let small = ["-t", "tmpfs", "-o", "size=512k", "tmpfs"];
+        let mounted = Mounted::new(state.clone(), &small)?;
         scene.start()?;
         scene.client.reach_state("vol-a", "Serving", STEP_LIMIT)?;
         let filler = state.join("filler");

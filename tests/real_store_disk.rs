@@ -15,6 +15,7 @@ use support::fuse_disk::{FLUSHES, FuseDisk, Healer, WRITES};
 use support::ground::{Ground, Need, real, tell};
 use support::images::{roots, text};
 use support::loops::LoopDevice;
+use support::mounts::Mounted;
 use support::scene::{STEP_LIMIT, Scene, Volume, nbdtrack};
 use support::{Outcome, process, until};
 
@@ -24,15 +25,6 @@ const BYTES: u64 = 4 << 20;
 const PROMPT: Duration = Duration::from_secs(2);
 /// The store's 5 s, once for what it owes and once for the change, and a busy machine.
 const TOLD: Duration = Duration::from_secs(13);
-
-/// Unmounted when dropped.
-struct Mounted(PathBuf);
-
-impl Drop for Mounted {
-    fn drop(&mut self) {
-        let _ = process::run("umount", &["-l", &text(&self.0)], STEP_LIMIT);
-    }
-}
 
 /// A daemon whose state lies on an ext4 of a disk that can be made ill. Fields are dropped in this order.
 struct Place {
@@ -47,10 +39,7 @@ fn begin(ground: &Ground) -> Outcome<Place> {
     let disk = FuseDisk::make(ground.path(), "store", 16 << 20)?;
     let args = ["-q", "-m", "0", "-b", "1024", &disk.device.node()];
     process::succeed("mkfs.ext4", &args, STEP_LIMIT)?;
-    let folder = ground.file("mounted");
-    std::fs::create_dir(&folder)?;
-    process::succeed("mount", &[&disk.device.node(), &text(&folder)], STEP_LIMIT)?;
-    let mounted = Mounted(folder);
+    let mounted = Mounted::new(ground.file("mounted"), &[&disk.device.node()])?;
     let bus = Bus::start(ground.path())?;
     let mut home = Home::new(ground.path(), &bus.address)?;
     home.state = mounted.0.join("state");
