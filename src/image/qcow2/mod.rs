@@ -33,6 +33,7 @@ use std::sync::Arc;
 
 use nix::fcntl::{FallocateFlags, fallocate};
 
+use super::ahead::Streams;
 use super::beneath::Roots;
 use super::block::is_full;
 use super::claim::{self, Claim, Claims, OpenError, Opened};
@@ -131,6 +132,10 @@ pub(super) fn ready(
         Some(core) => Arc::clone(core),
         None => {
             let file = claim.held().try_clone().map_err(kernel)?;
+            if write {
+                // Before the header and the tables are read: see `ahead`.
+                Streams::instead_of_the_kernels(&file);
+            }
             let (header, file_bytes) = core::read_header(&file)
                 .map_err(kernel)?
                 .map_err(|refusal| unfit(&refusal))?;
@@ -171,6 +176,8 @@ pub fn virtual_size(file: &File) -> Result<u64, String> {
     let read = || -> io::Result<usize> {
         use std::os::fd::AsRawFd;
         let file = File::open(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
+        // It may be written to: see `ahead`.
+        Streams::instead_of_the_kernels(&file);
         file.read_at(&mut bytes, 0)
     };
     let mut read = read;
