@@ -340,6 +340,38 @@ fn what_a_client_writes_is_not_overwritten_by_what_it_sent_over_a_connection_tha
     }
 }
 
+/// It looked again by itself, and so up to a quarter of a second late.
+#[test]
+fn a_newcomer_is_told_when_the_disk_is_done_with_the_last_writes_before_it() {
+    let server = Server::new();
+    let image = server.image.clone();
+    let late = (0..5).map(|_| {
+        image.hold("write");
+        let mut lost = server.go();
+        lost.request(cmd::WRITE, 0, 1, 0, 512);
+        lost.put(&[1; 512]);
+        image.wait_inside(1);
+        drop(lost);
+        let mut again = server.go();
+        again.request(cmd::WRITE, 0, 2, 0, 512);
+        again.put(&[2; 512]);
+        // It has looked after 254 ms then, and looks next after 510.
+        let long = Duration::from_millis(350);
+        again.socket.set_read_timeout(Some(long)).unwrap();
+        let answer = again.socket.read(&mut [0]);
+        assert_eq!(answer.unwrap_err().kind(), ErrorKind::WouldBlock);
+        again.socket.set_read_timeout(Some(PATIENCE)).unwrap();
+        let done = Instant::now();
+        image.let_go();
+        assert_eq!(again.simple(), (0, 2));
+        done.elapsed()
+    });
+    let mut late: Vec<Duration> = late.collect();
+    late.sort();
+    // On a busy machine one or two may be, and one or two looks may come just then.
+    assert!(late[2] < Duration::from_millis(100), "{late:?}");
+}
+
 /// Of a TCP connection whose window is closed nothing tells the end: it stands behind what was sent before and is not received.
 #[test]
 fn what_waits_behind_a_closed_window_of_a_lost_connection_lands_before_what_comes_after() {

@@ -233,22 +233,15 @@ impl Shared {
             ),
         })
     }
-}
 
-impl Shared {
-    /// What a client that names `name` gets; when that `binds` it, for life, and with whom it has to wait for first.
-    pub(super) fn choose(
+    /// What a client that names `name` gets for life, and whom it has to wait for first.
+    pub(super) fn bind(
         &self,
         name: &str,
         conn: &Arc<Conn>,
-        binds: bool,
     ) -> Result<(Arc<Lease>, Predecessors), Refusal> {
         let lease = self.look_up_for(name, conn)?;
-        let predecessors = if binds {
-            lease.bind(conn)?
-        } else {
-            Predecessors::default()
-        };
+        let predecessors = lease.bind(conn)?;
         Ok((lease, predecessors))
     }
 }

@@ -1,6 +1,20 @@
-//! What a connection has asked for and is not done with, and how far its session has come with that.
+//! What a connection has asked for and is not done with, how far its session has come with that, and which newcomers wait for it.
+
+use std::sync::{Arc, Weak};
 
 use crate::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use crate::sync::{Mutex, lock};
+
+use super::conn::Conn;
+
+/// What a newcomer waits for, of a connection that was there before it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Awaited {
+    /// That it changes the disk no more.
+    Done,
+    /// The same, or that its session has caught up with what had come.
+    CaughtUp,
+}
 
 #[derive(Default)]
 pub(super) struct Asked {
@@ -15,6 +29,11 @@ pub(super) struct Asked {
     /// As [`Progress::catches_up`] counts.
     caught_up: AtomicU64,
     finished: AtomicBool,
+    /// Some wait: so that nobody else takes the lock.
+    awaited: AtomicBool,
+    /// Why: newcomers come while the session and disk threads tell them. Held for a few list operations; at most one entry a connection that is
+    /// there.
+    waiting: Mutex<Vec<(Weak<Conn>, Awaited)>>,
 }
 
 impl Asked {
@@ -32,8 +51,35 @@ impl Asked {
     }
 
     pub(super) fn ends(&self, changes: bool) {
-        self.changes.fetch_sub(changes.into(), Ordering::AcqRel);
+        self.changes.fetch_sub(changes.into(), Ordering::SeqCst);
         self.jobs.fetch_sub(1, Ordering::AcqRel);
+        self.tell(Awaited::Done);
+    }
+
+    /// Has `newcomer` told once when that is so. What came before this is not told: it looks afterwards.
+    pub(super) fn tell_when(&self, awaited: Awaited, newcomer: &Arc<Conn>) {
+        let mut waiting = lock(&self.waiting);
+        let newcomer = Arc::downgrade(newcomer);
+        waiting.retain(|(other, _)| other.strong_count() > 0 && !other.ptr_eq(&newcomer));
+        waiting.push((newcomer, awaited));
+        self.awaited.store(true, Ordering::SeqCst);
+    }
+
+    /// Sequentially consistent, as what was changed before it: of this and a newcomer's look one sees the other.
+    fn tell(&self, so: Awaited) {
+        if !self.awaited.load(Ordering::SeqCst) || so == Awaited::Done && self.may_change() {
+            return;
+        }
+        let mut waiting = lock(&self.waiting);
+        let told = waiting.extract_if(.., |(_, awaited)| so == Awaited::Done || *awaited == so);
+        let told: Vec<_> = told
+            .filter_map(|(newcomer, _)| newcomer.upgrade())
+            .collect();
+        self.awaited.store(!waiting.is_empty(), Ordering::SeqCst);
+        drop(waiting);
+        for newcomer in told {
+            newcomer.nudge();
+        }
     }
 
     /// A request that changes the disk has come, at least its header.
@@ -56,7 +102,8 @@ impl Asked {
 
     /// Everything was begun that had come when the socket was found empty.
     pub(super) fn catches_up(&self) {
-        self.caught_up.fetch_add(1, Ordering::AcqRel);
+        self.caught_up.fetch_add(1, Ordering::SeqCst);
+        self.tell(Awaited::CaughtUp);
     }
 
     /// Counts those moments.
@@ -66,12 +113,13 @@ impl Asked {
 
     /// Everything that the peer asked for was begun, or never will be.
     pub(super) fn finish(&self) {
-        self.finished.store(true, Ordering::Release);
+        self.finished.store(true, Ordering::SeqCst);
+        self.tell(Awaited::Done);
     }
 
     /// Whether a request that changes the disk is with it, or may be begun yet.
     pub(super) fn may_change(&self) -> bool {
-        !self.finished.load(Ordering::Acquire) || self.changes.load(Ordering::Acquire) > 0
+        !self.finished.load(Ordering::SeqCst) || self.changes.load(Ordering::SeqCst) > 0
     }
 }
 

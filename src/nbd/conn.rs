@@ -17,6 +17,7 @@ use super::access::WritersTurn;
 use super::account::{Account, Charge, Party};
 use super::asked::Asked;
 use super::crowd::Seat;
+use super::interest::Backlog;
 use super::limits::time_for;
 use super::socket::Socket;
 use super::stats::sub;
@@ -61,7 +62,7 @@ struct Out {
     /// The peer's window is full.
     blocked: Option<Blocked>,
     parked: Option<Parked>,
-    /// Counts what a session may wait for: a job done, bytes sent, a send blocked.
+    /// Counts what a session may wait for: a job done, bytes sent, a send blocked, an older connection that is done.
     epoch: u64,
 }
 
@@ -79,20 +80,6 @@ struct Blocked {
 pub(super) struct Parked {
     pub(super) backlog: Backlog,
     pub(super) room: bool,
-}
-
-/// Of what a peer has sent, what was not begun.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Backlog {
-    /// Nothing that had come when the session was parked.
-    None,
-    /// A part of a request, or whatever the socket holds: the session waits for something else.
-    Some,
-    /// The peer takes no replies, so nothing is begun for it. Its end would show whatever the socket holds: its kernel resets the
-    /// connection of who leaves replies unread.
-    EndShows,
-    /// The session runs.
-    Unknown,
 }
 
 /// Bytes to send, and what they are charged to until they are.
@@ -163,6 +150,11 @@ impl Conn {
     /// After the job's reply was given to `send`; `changes` as it was said at its beginning.
     pub(super) fn job_ends(&self, changes: bool) {
         self.asked.ends(changes);
+        self.nudge();
+    }
+
+    /// Something that its session may wait for has come.
+    pub(super) fn nudge(&self) {
         self.tell(lock(&self.out), false);
     }
 

@@ -2,14 +2,26 @@
 
 use std::time::Instant;
 
-use super::conn::Backlog;
+/// Of what a peer has sent, what was not begun.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Backlog {
+    /// Nothing that had come when the session was parked.
+    None,
+    /// A part of a request, or whatever the socket holds: the session waits for something else.
+    Some,
+    /// The peer takes no replies, so nothing is begun for it. Its end would show whatever the socket holds: its kernel resets the
+    /// connection of who leaves replies unread.
+    EndShows,
+    /// The session runs.
+    Unknown,
+}
 
 /// What a parked session waits for.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Interest {
     pub(super) input: bool,
     pub(super) output: bool,
-    /// Jobs done or bytes sent since `epoch`.
+    /// Jobs done, bytes sent, or an older connection done, since `epoch`.
     pub(super) room: bool,
     pub(super) epoch: u64,
     pub(super) until: Option<Instant>,

@@ -11,6 +11,9 @@
 //!      └──────────── BACKLOG_BYTES received: what comes now was sent meanwhile ────────────┘
 //! ```
 //!
+//! An older connection tells when it has caught up, and when it is done; its newcomers look again then. What else there is to be seen, of
+//! sockets, they see by looking now and then.
+//!
 //! What no socket shows stays unknown: a cable that was cut, or a network that is slower than that.
 
 use std::sync::{Arc, Weak};
@@ -20,8 +23,9 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::sync;
 
-use super::conn::{Backlog, Conn};
-use super::interest::{Interest, Rest};
+use super::asked::Awaited;
+use super::conn::Conn;
+use super::interest::{Backlog, Interest, Rest};
 use super::lease::{Lease, Members};
 use super::reply::Scratch;
 use super::transmission::Transmission;
@@ -33,7 +37,7 @@ const GRACE: Duration = Duration::from_millis(100);
 const BACKLOG_BYTES: u64 = 64 << 20;
 /// Of a connection that was never seen to write, as many bytes: requests that change nothing are shorter, and with fewer its window is open.
 const UNSEEN_BYTES: usize = 16 << 10;
-/// Between two looks, doubled each time.
+/// Between two looks for which there was no reason, doubled each time.
 const LOOK: Duration = Duration::from_millis(2);
 /// Of times that it is doubled: to 256 ms.
 const DOUBLED_MAX: u32 = 7;
@@ -62,6 +66,16 @@ enum Stage {
     /// Its window is open since then at the latest.
     Since(Instant),
     Again,
+}
+
+impl Stage {
+    fn awaits(self) -> Awaited {
+        match self {
+            Stage::Behind | Stage::Again => Awaited::CaughtUp,
+            // However often it catches up meanwhile.
+            Stage::Since(_) => Awaited::Done,
+        }
+    }
 }
 
 impl Suspect {
@@ -116,8 +130,8 @@ impl Predecessors {
         }
     }
 
-    /// Until when the session waits before it looks again; `None` once it need not wait.
-    pub(super) fn until(&mut self, lease: &Lease) -> Option<Instant> {
+    /// Until when the session of `newcomer` waits before it looks again, unless it is told before; `None` once it need not wait.
+    pub(super) fn until(&mut self, lease: &Lease, newcomer: &Arc<Conn>) -> Option<Instant> {
         if self.suspects.is_empty() {
             return None;
         }
@@ -125,15 +139,21 @@ impl Predecessors {
         let suspects = std::mem::take(&mut self.suspects).into_iter();
         let (suspects, conns): (Vec<Suspect>, Vec<Arc<Conn>>) = suspects
             .filter_map(|suspect| Some((suspect.conn.upgrade()?, suspect)))
+            // Before it is looked at: what comes after that is told.
+            .inspect(|(conn, suspect)| conn.asked.tell_when(suspect.stage.awaits(), newcomer))
             .filter(|(conn, _)| conn.asked.may_change())
             .map(|(conn, suspect)| (suspect, conn))
             .unzip();
         let shown = look(&conns);
+        let mut again = now + LOOK * (1 << DOUBLED_MAX);
         for ((mut suspect, conn), shown) in suspects.into_iter().zip(conns).zip(shown) {
             let stage = suspect.stage;
             let is_over = suspect.is_over(&conn, shown, now);
             if suspect.stage != stage {
                 self.looks = 0;
+            }
+            if let Stage::Since(since) = suspect.stage {
+                again = again.min(since + GRACE);
             }
             if !(is_over && shown.ended == Some(false)) {
                 self.suspects.push(suspect);
@@ -151,7 +171,7 @@ impl Predecessors {
         }
         let wait = LOOK * (1 << self.looks.min(DOUBLED_MAX));
         self.looks = self.looks.saturating_add(1);
-        Some(now + wait)
+        Some(again.min(now + wait))
     }
 }
 
@@ -190,15 +210,16 @@ impl Transmission {
     /// `None` once the session may begin.
     pub(super) fn wait_for_predecessors(
         &mut self,
-        conn: &Conn,
+        conn: &Arc<Conn>,
         scratch: &Scratch,
+        epoch: u64,
         hung_up: bool,
     ) -> Option<Rest> {
-        let until = self.predecessors.until(&self.lease)?;
+        let until = self.predecessors.until(&self.lease, conn)?;
         if hung_up || has_left(conn, scratch) {
             return Some(Rest::End);
         }
-        Some(Rest::Park(Interest::time(until)))
+        Some(Rest::Park(Interest::room(epoch, Some(until))))
     }
 
     /// Tells whoever comes later.

@@ -320,16 +320,16 @@ impl Handshake {
                     contexts.answer(verdict, &mut out)
                 }
                 Next::Choose(choose) => {
-                    let found = shared.choose(choose.name(), conn, choose.binds());
-                    let verdict = match found {
-                        Ok((found, predecessors)) => {
+                    let verdict = if choose.binds() {
+                        let bound = shared.bind(choose.name(), conn);
+                        bound.map(|(found, predecessors)| {
                             let facts = found.facts();
-                            if choose.binds() {
-                                lease = Some((found, facts, predecessors));
-                            }
-                            Ok(facts)
-                        }
-                        Err(refusal) => Err(refusal),
+                            lease = Some((found, facts, predecessors));
+                            facts
+                        })
+                    } else {
+                        let found = shared.look_up_for(choose.name(), conn);
+                        found.map(|found| found.facts())
                     };
                     if let Err(refusal) = &verdict {
                         add(&shared.counters.exports_refused, 1);

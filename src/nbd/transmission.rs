@@ -121,7 +121,7 @@ impl Transmission {
                 }
                 continue;
             }
-            if let Some(rest) = self.wait_for_predecessors(conn, scratch, hung_up) {
+            if let Some(rest) = self.wait_for_predecessors(conn, scratch, epoch, hung_up) {
                 return rest;
             }
             let outcome = self.process(conn, scratch);
