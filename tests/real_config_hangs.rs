@@ -234,6 +234,63 @@ fn a_disk_that_comes_to_a_link_needs_nothing_of_the_files_and_waits_for_a_readin
     })
 }
 
+/// A disk that came while the files were read is looked up with the files that are read next. Where nothing can be used of those, it was
+/// looked up by nobody.
+#[test]
+fn a_disk_that_comes_to_a_link_is_looked_up_also_when_the_reading_after_it_finds_nothing()
+-> Outcome<()> {
+    real(
+        "disk that comes before a refused reading",
+        NEEDS,
+        |ground| {
+            let (first, device) = disk(ground, "vol-a")?;
+            let other = Volume::make(ground.path(), "vol-b", BYTES)?;
+            let link = PathBuf::from(format!("/dev/nbdtrack-refused-{}", std::process::id()));
+            std::os::unix::fs::symlink(device.node(), &link)?;
+            let _link = Link(link.clone());
+            let text = format!(
+                "[generic]\n[vol-a]\nexportname = {}\nx-trust-path = true\n",
+                link.display()
+            );
+            let file = file(ground, &text)?;
+            let bus = Bus::start(ground.path())?;
+            let mut home = Home::new(ground.path(), &bus.address)?;
+            home.config = file.file.clone();
+            let daemon = home.start()?;
+            let _healer = file.healer();
+            let client = Caller::connect(&bus)?;
+            client.reach_state("vol-a", "Serving", STEP_LIMIT)?;
+            client.prepare_detach(&first.id())?;
+            device.detach_now()?;
+            client.reach_state("vol-a", "Absent", STEP_LIMIT)?;
+
+            std::fs::write(&file.file, "no key of nbd-server\n")?;
+            let before = file.held();
+            file.hang(READS);
+            daemon.running.signal(Signal::SIGHUP)?;
+            is_held(&file, before)?;
+            device.attach(&other.image)?;
+            client.rescan()?;
+            // The second of them has what the disk has left to do, and finds nothing either.
+            daemon.running.signal(Signal::SIGHUP)?;
+            client.rescan()?;
+            file.heal();
+            until(STEP_LIMIT, "both to be refused", || {
+                let log = std::fs::read_to_string(&home.log)?;
+                let refused = log
+                    .matches("configuration refused, everything stays")
+                    .count();
+                Ok((refused >= 2).then_some(()))
+            })?;
+            until(STEP_LIMIT, "the link to be looked up", || {
+                let told = format!("{:?}", client.export("vol-a")?);
+                Ok(told.contains("IdentityMismatch").then_some(()))
+            })?;
+            daemon.stop()
+        },
+    )
+}
+
 /// Beneath /dev, where nbd-server's paths are disks; goes with the test.
 struct Link(PathBuf);
 
