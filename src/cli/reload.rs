@@ -14,10 +14,11 @@ use super::show::{print, print_json};
 use super::{Failure, table};
 use crate::correlation::RequestError;
 use crate::daemon::{self, ReloadOutcome};
+use crate::dbus::READING_WITHIN;
 use crate::dbus::client::ClientError;
 
-/// As long as the same call over D-Bus waits at most.
-const ANSWER_WITHIN: Duration = Duration::from_secs(45);
+/// As long as the same call over D-Bus waits at most: one that hangs has to be told.
+const ANSWER_WITHIN: Duration = READING_WITHIN.saturating_add(Duration::from_secs(15));
 /// How often the service's folder is looked into.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 

@@ -18,10 +18,9 @@ use super::config_watch::ConfigWatch;
 use super::last_reading::{Dialect, LastReading};
 use super::{Error, Options, database_address, log, sections, service, settings};
 use crate::config::{self, Config, Pace};
+use crate::dbus::READING_WITHIN;
 use crate::mapping::Address;
 
-/// Less than the 90 s in which a service manager wants a start to be over, so that it is the daemon that says why it is not.
-const WITHIN: Duration = Duration::from_secs(60);
 /// What takes longer than this is told.
 const TOLD_AFTER: Duration = Duration::from_secs(3);
 
@@ -92,10 +91,10 @@ pub(super) async fn read_at_start<T: Send + 'static>(
         Ok(answer) => answer,
         Err(_) => {
             tell_wait(path);
-            let left = timeout(WITHIN - TOLD_AFTER, answer).await;
+            let left = timeout(READING_WITHIN - TOLD_AFTER, answer).await;
             let late = left.map_err(|_| Error::ConfigHangs {
                 path: path.to_owned(),
-                seconds: WITHIN.as_secs(),
+                seconds: READING_WITHIN.as_secs(),
             })?;
             service::tell_once("Starting.");
             late
@@ -131,7 +130,7 @@ fn tell_wait(path: &Path) {
     let waits = format!(
         "waiting for the file system of the configuration, {}, which does not answer; the start is given up after {} s",
         path.display(),
-        WITHIN.as_secs()
+        READING_WITHIN.as_secs()
     );
     service::tell_once(&waits);
     if log::is_started() {

@@ -3,14 +3,13 @@
 //!
 //! ```text
 //!   Rest ── begins ──> Reads ── has read: applied ──> Rest
-//!                        │ 30 s: whoever asked is told, and what is configured stays
+//!                        │ 60 s: whoever asked is told, and what is configured stays
 //!                        └──> Hangs ── has read at last: thrown away ──> Rest
 //! ```
 
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
 
 use tokio::time::Instant;
 
@@ -18,10 +17,7 @@ use super::control::Control;
 use super::last_reading::LastReading;
 use super::reload_outcome::ReloadOutcome;
 use crate::correlation::RequestError;
-
-/// For all files of a reload: less than the 45 s in which each call is answered. On a healthy disk ten thousand of them take some tenths of
-/// a second.
-const WITHIN: Duration = Duration::from_secs(30);
+use crate::dbus::READING_WITHIN;
 
 /// Taken once, by the thread when it has read all files and before it compares them with the last reading, or by the loop when that takes too
 /// long: so what is thrown away has left no trace in what the next reading is compared with.
@@ -77,7 +73,7 @@ impl Turn {
         let (began, last_word) = (Instant::now(), LastWord::default());
         *self = Turn::Reads {
             began,
-            until: Some(began + WITHIN),
+            until: Some(began + READING_WITHIN),
             last_word: last_word.clone(),
             what,
             own,
@@ -124,14 +120,14 @@ impl Turn {
                 "where the paths of the configuration at {} lead could not be looked up within {} s: a file system on their way does \
                  not answer. What is configured stays, and they are looked up when it answers; look at what is mounted there",
                 path.display(),
-                WITHIN.as_secs()
+                READING_WITHIN.as_secs()
             );
         }
         format!(
             "the configuration at {} could not be read within {} s: its file system does not answer. What was configured stays, \
              and nothing is taken of what this reading may still find; look at what is mounted there, and say 'nbdtrack reload' when it answers",
             path.display(),
-            WITHIN.as_secs()
+            READING_WITHIN.as_secs()
         )
     }
 

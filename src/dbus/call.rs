@@ -32,6 +32,10 @@ const MARGIN: Duration = Duration::from_secs(15);
 /// The time for a call that names none.
 const ASKING: Duration = Duration::from_secs(30);
 
+/// For the configuration to be read, at a start and again: one time for both, else one that starts could never be reloaded. Less than the 90 s
+/// in which a service manager wants a start, and a reload, to be over, so that it is the daemon that says why it is not.
+pub const READING_WITHIN: Duration = Duration::from_secs(60);
+
 /// What a file gets to be made, on top of the time for its export to serve. Room that is written with zeroes can take longer.
 pub(super) const MAKING: Duration = Duration::from_secs(60);
 
@@ -204,6 +208,7 @@ pub(super) fn time_for(call: &Call) -> Duration {
         Call::CreateImage(asked) => asked.wait.saturating_add(MAKING),
         Call::BeginBackup(asked) => asked.wait.saturating_add(MAKING),
         Call::FinishBackup(asked) => asked.wait,
+        Call::Reload => READING_WITHIN,
         // A folder with many files can be slow.
         Call::DeleteBackup { .. } => MAKING,
         Call::Request(
@@ -220,7 +225,6 @@ pub(super) fn time_for(call: &Call) -> Duration {
         | Call::Backups
         | Call::PruneMappings { .. }
         | Call::Rescan
-        | Call::Reload
         | Call::ResolveVolume(_)
         | Call::Sessions(_)
         | Call::EndSession(_)

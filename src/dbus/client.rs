@@ -12,6 +12,7 @@ use zbus::{
     Variant,
 };
 
+use super::call::READING_WITHIN;
 use super::error::{from_the_wire, parts};
 use super::manager::{MANAGER, TIMEOUT_MS, WAIT_MS};
 use super::{BUS_NAME, Bus, client_person, connect, export, introspect, paths, volume};
@@ -218,7 +219,8 @@ impl Client {
     /// Has the daemon read its configuration again; returns the names of what is `Added`, `Changed`, `Removed`, and what is
     /// `Refused` with the reason.
     pub async fn reload(&self) -> Result<Properties, ClientError> {
-        read(&self.manager("Reload", &Options::new(), WITHIN).await?)
+        let within = READING_WITHIN.saturating_add(MARGIN);
+        read(&self.manager("Reload", &Options::new(), within).await?)
     }
 
     /// Returns the NBD sessions, of one export or of all.

@@ -61,7 +61,7 @@ use tokio::sync::{mpsc, oneshot};
 
 pub use access::Access;
 pub use backups::BackupView;
-pub use call::CALLS_MAX;
+pub use call::{CALLS_MAX, READING_WITHIN};
 pub use client_inquiries::ExportStats;
 pub use error::BusError;
 pub use inquiries::RECORDS_MAX;

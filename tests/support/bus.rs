@@ -20,8 +20,8 @@ pub const SERVICE: &str = "org.nbdtrack1";
 pub const ROOT: &str = "/org/nbdtrack1";
 /// A burst of events may not outrun the queue: a full one holds the whole connection back.
 const SIGNALS_QUEUED: std::num::NonZeroUsize = std::num::NonZeroUsize::new(16_384).expect("not 0");
-/// More than the daemon's own longest answer (a drain of 30 s).
-const CALL_LIMIT: Duration = Duration::from_secs(60);
+/// More than the daemon's own longest answer (75 s, for a reload).
+const CALL_LIMIT: Duration = Duration::from_secs(90);
 
 /// A dbus-daemon of our own; killed when dropped.
 pub struct Bus {
