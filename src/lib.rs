@@ -19,7 +19,7 @@
 //! | [`sync`] | the locks and threads of these two, or a model checker's | – |
 //! | [`dbus`] | EDGE: the objects on the bus, and the client that the command line uses | `correlation`, `identity` |
 //! | [`daemon`] | the loop, the only place where the edges meet | `dbus`, `udev`, `files`, `claim`, `mapping`, `config`, `nbd`, `image`, `correlation`, `identity` |
-//! | [`cli`] | the command line | `daemon`, `dbus`, `config`, `claim`, `image`, `correlation`, `identity` |
+//! | [`cli`] | the command line | `daemon`, `dbus`, `config`, `claim`, `udev`, `image`, `correlation`, `identity` |
 //! | `main` | the process | `cli` |
 //!
 //! Arrows go one way: `main → cli → daemon → {dbus, claim → udev, mapping, config, {nbd, files} → image} → correlation → identity`.

@@ -9,7 +9,7 @@ use support::client::{Client as Nbd, Endpoint, Go, knock};
 use support::ground::{Need, real, tell};
 use support::loops::LoopDevice;
 use support::scene::{STEP_LIMIT, Scene, Volume, nbdtrack};
-use support::{Outcome, bus::Refused};
+use support::{Outcome, bus::Refused, process};
 use zbus::Variant;
 
 const NEEDS: &[Need] = &[Need::Loop, Need::Bus];
@@ -287,4 +287,103 @@ fn import_names_each_disk_of_a_vm_that_it_leaves_out_with_the_reason() -> Outcom
             .reach_state(&export(1), "Serving", STEP_LIMIT)?;
         scene.stop()
     })
+}
+
+/// The disks were listed once, at the beginning: while the first export was waited for the second disk left, and another came to its node, which
+/// had its VM given the volume of the one that had left.
+#[test]
+fn a_disk_that_comes_while_an_import_waits_is_not_taken_for_the_one_before_it() -> Outcome<()> {
+    real("an import that waits", NEEDS, |ground| {
+        let mut scene = two_volumes(ground)?;
+        let third = Volume::make(ground.path(), "vol-c", BYTES)?;
+        let known = |scene: &Scene, node: &str, id: &str| {
+            support::until(STEP_LIMIT, "the daemon to know the disk", || {
+                let volumes = scene.client.objects("Volume")?;
+                let at = volumes.values().find(|v| v["DeviceNode"].text() == node);
+                Ok(at.filter(|v| v["Id"].text() == id).map(|_| ()))
+            })
+        };
+        let nodes = [scene.devices[0].node(), scene.devices[1].node()];
+        for unit in [0, 1] {
+            known(&scene, &nodes[unit], &scene.volumes[unit].id())?;
+        }
+        let config = ground.file("nbd-server.conf");
+        let section = |unit: u32, node: &str| format!("[{}]\nexportname = {node}\n", export(unit));
+        let sections = section(0, &nodes[0]) + &section(1, &nodes[1]);
+        std::fs::write(&config, format!("[generic]\n{sections}"))?;
+        let config = config.display().to_string();
+        let dry = ["--json", "import", "--from", &config, "--dry-run"];
+        let plan = nbdtrack(&scene, &dry)?.stdout;
+        let shown = ground.file("plan.json");
+        std::fs::write(&shown, &plan)?;
+
+        // The first export cannot be opened, so its turn takes until it can.
+        let holder = hold_alone(&nodes[0])?;
+        let words = ["--bus", &scene.bus.address, "import", "--from", &config].map(str::to_owned);
+        let program = support::daemon::binary().display().to_string();
+        let run = move || process::run(&program, &words, 2 * STEP_LIMIT).map_err(|e| e.to_string());
+        let importing = std::thread::spawn(run);
+        {
+            let swapped = support::until(STEP_LIMIT, "the first export to wait", || {
+                let first = scene.client.export(&export(0))?;
+                Ok(first.filter(|e| e["State"].text() == "Failed").map(|_| ()))
+            })
+            .and_then(|()| {
+                scene.devices[1].detach_now()?;
+                scene.devices[1].attach(&third.image)?;
+                known(&scene, &nodes[1], &third.id())
+            });
+            drop(holder);
+            scene.devices[0].poke()?;
+            let Ok(imported) = importing.join() else {
+                trouble!("the import's thread ended")
+            };
+            swapped?;
+            let imported = match imported {
+                Ok(imported) => imported,
+                Err(error) => trouble!("{error}"),
+            };
+            hold!(
+                imported.status.success(),
+                "{}{}",
+                imported.stdout,
+                imported.stderr
+            );
+        }
+        let second = scene.export(&export(1))?;
+        hold!(
+            second["VolumeId"].text() == format!("disk:{}", third.id()),
+            "{second:?}"
+        );
+
+        // What a person saw in a dry run is another disk now.
+        scene
+            .client
+            .call("RemoveExport", &(export(1), Options::new()))?;
+        let by_plan = [
+            "import",
+            "--from",
+            &config,
+            "--plan",
+            &shown.display().to_string(),
+        ];
+        let refused = nbdtrack(&scene, &by_plan)?;
+        let line = format!("{}: {} refused: the plan has disk:", export(1), nodes[1]);
+        hold!(
+            !refused.status.success() && refused.stdout.contains(&line),
+            "{}{}",
+            refused.stdout,
+            refused.stderr
+        );
+        hold!(scene.client.export(&export(1))?.is_none(), "it was made");
+        scene.stop()
+    })
+}
+
+/// Opens a disk so that nobody else does who asks for it alone.
+fn hold_alone(node: &str) -> Outcome<std::fs::File> {
+    use std::os::unix::fs::OpenOptionsExt;
+    let mut options = std::fs::OpenOptions::new();
+    let opened = options.read(true).custom_flags(libc::O_EXCL).open(node);
+    Ok(opened?)
 }

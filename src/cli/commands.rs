@@ -167,7 +167,10 @@ async fn ensure(
         ("share", asked.share),
         ("move", asked.moves),
     ];
-    let options = said(&texts, &flags);
+    let mut options = said(&texts, &flags);
+    if let Some(diskseq) = asked.diskseq {
+        options.insert("diskseq", Variant::new(diskseq));
+    }
     let (object, name, created) = client
         .ensure(
             &asked.vm_id,

@@ -14,6 +14,7 @@ mod failure;
 mod history;
 mod image;
 mod import;
+mod import_plan;
 mod manual;
 mod mappings;
 mod metrics;
@@ -240,6 +241,9 @@ struct Ensure {
     disk: u32,
     #[command(flatten)]
     what: MaybeWhat,
+    /// The disk that the volume has to be, by the DISKSEQ of `nbdtrack volumes`; refused when it has left or is another volume
+    #[arg(long, value_name = "N", add = ArgValueCandidates::new(complete::diskseqs))]
+    diskseq: Option<u64>,
     /// The VM's name, for people; without it the one that it has
     #[arg(long, value_name = "NAME", default_value = "")]
     vm_name: String,

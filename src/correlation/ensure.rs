@@ -8,9 +8,10 @@ use std::collections::BTreeMap;
 use super::membership::Waiter;
 use super::requests::{Persisting, Step};
 use super::{
-    Action, Change, Correlation, Decision, Definition, Ensure, ExportName, INTERNAL, Level,
-    Mapping, Notice, RequestError, RequestId, Source, Timer, Topic, VmDisk,
+    Action, Change, Correlation, Decision, Definition, DiskSeq, Ensure, ExportName, INTERNAL,
+    Level, Mapping, Notice, RequestError, RequestId, Source, Timer, Topic, VmDisk,
 };
+use crate::identity::VolumeId;
 
 impl Correlation {
     pub(super) fn ensure(
@@ -36,6 +37,9 @@ impl Correlation {
                 ensure.disk
             )));
         };
+        if let Some(diskseq) = ensure.diskseq {
+            self.judge_seen(diskseq, &wanted.volume)?;
+        }
         let Some(export) = self.exports.get(&name) else {
             return self.ensure_new(request, ensure, wanted);
         };
@@ -65,6 +69,23 @@ impl Correlation {
                 },
                 vec![Change::PutMapping(mapping)],
             );
+        }
+        Ok(())
+    }
+
+    /// The volume is the disk that the caller saw: that one may have left since, and another one come to its node.
+    fn judge_seen(&self, diskseq: DiskSeq, volume: &VolumeId) -> Result<(), RequestError> {
+        let Some(disk) = self.disks.get(diskseq) else {
+            return Err(RequestError::NotFound(format!(
+                "no disk with diskseq {diskseq} is attached: look again which disk it is"
+            )));
+        };
+        if volume.candidates().is_disjoint(&disk.identities) {
+            return Err(RequestError::IdentityMismatch(format!(
+                "the disk with diskseq {diskseq} on {} is {:?}, not volume {volume}: look again which disk it is",
+                disk.facts.node,
+                disk.id(),
+            )));
         }
         Ok(())
     }

@@ -374,6 +374,8 @@ pub struct Ensure {
     /// Of this disk; without a name the VM keeps the one that it has.
     pub mapping: Mapping,
     pub volume: Option<VolumeId>,
+    /// The attached disk that the volume has to be, as the caller saw it; otherwise nothing is stored.
+    pub diskseq: Option<DiskSeq>,
     pub read_only: Option<bool>,
     pub share: Option<bool>,
     /// Another definition than the one that it has is meant.

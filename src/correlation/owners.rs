@@ -139,6 +139,7 @@ mod tests {
             disk: disk(unit),
             mapping: Mapping::new(disk(unit), "web").unwrap(),
             volume: Some(VolumeId::parse(volume).unwrap()),
+            diskseq: None,
             read_only: Some(read_only),
             share: Some(share),
             moves: false,
@@ -252,6 +253,33 @@ mod tests {
             assert!(text.contains("belongs to disk 0 of VM a"), "{text}");
             assert_eq!(states(&middle), [Some(State::Serving), None]);
         }
+    }
+
+    /// An import read which disk a path led to, and the disk had left when its turn came: another disk's volume was stored for the VM.
+    #[test]
+    fn what_a_caller_saw_on_another_disk_is_not_stored() {
+        let mut middle = surveyed();
+        live(&mut middle, seen(2, &[WWN]));
+        let saw = |diskseq: u64, volume: &str| match ensure(0, volume, false, false) {
+            Request::EnsureVmExport(ensure) => Request::EnsureVmExport(Ensure {
+                diskseq: Some(DiskSeq(diskseq)),
+                ..ensure
+            }),
+            other => other,
+        };
+        let left = ask(&mut middle, 1, saw(9, WWN));
+        assert!(matches!(left, Err(RequestError::NotFound(_))), "{left:?}");
+        let other = ask(&mut middle, 2, saw(1, SERIAL));
+        assert!(
+            matches!(other, Err(RequestError::IdentityMismatch(_))),
+            "{other:?}"
+        );
+        assert_eq!(states(&middle), [None, None]);
+        let served = ask(&mut middle, 3, saw(1, WWN));
+        assert!(matches!(served, Ok(Reply::Added { .. })), "{served:?}");
+        // Also of an export that is there, and that nothing would be stored of.
+        let left = ask(&mut middle, 4, saw(9, WWN));
+        assert!(matches!(left, Err(RequestError::NotFound(_))), "{left:?}");
     }
 
     /// Neither knew of the other when they were made: the disk said later that it is both.

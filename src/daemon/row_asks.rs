@@ -71,6 +71,7 @@ impl Control {
                 mapping,
                 moves: volume.is_some(),
                 volume,
+                diskseq: None,
                 read_only: None,
                 share: None,
                 job: String::new(),

@@ -285,6 +285,7 @@ fn ensure_vm_export(
     let disk = VmDisk::new(vm_id, disk).map_err(unfit)?;
     let mapping = Mapping::new(disk.clone(), vm_name).map_err(unfit)?;
     let volume = some_volume(&mut options)?;
+    let diskseq = options.number("diskseq")?.map(some_diskseq).transpose()?;
     let read_only = options.truth("read_only")?;
     let share = options.truth("share")?;
     let moves = options.truth("move")?.unwrap_or(false);
@@ -300,6 +301,7 @@ fn ensure_vm_export(
         disk,
         mapping,
         volume,
+        diskseq,
         read_only,
         share,
         moves,

@@ -181,6 +181,7 @@ pub fn ensure(index: u8, volume_index: u8, bits: u8, wait: Duration) -> Ensure {
             .expect("a valid name"),
         disk,
         volume: (bits & 4 == 0).then(|| volume(volume_index % VOLUMES)),
+        diskseq: None,
         read_only: (bits & 24 == 8).then_some(bits & 128 != 0),
         share: (bits & 48 == 16).then_some(true),
         moves: bits & 64 != 0,
