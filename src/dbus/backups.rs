@@ -2,12 +2,12 @@
 
 use std::collections::BTreeMap;
 
-use zbus::{Message, OwnedVariant, Variant};
+use zbus::{Message, Variant};
 
 use super::images::{cluster_bytes, preallocation};
 use super::introspect::Method;
 use super::manager::{WAIT_MS, export_name};
-use super::options::{Options, short};
+use super::options::{Given, Options, arguments, named, no_such_method, only_options};
 use super::volume::text;
 use super::{Call, FinishBackup};
 use crate::correlation::backup_name::BackupName;
@@ -54,46 +54,34 @@ pub struct BackupView {
 /// Reads the call out of a message of one of the methods above.
 ///
 /// # Errors
-/// `InvalidArgument`, naming the argument.
+/// `InvalidArgument`, naming the argument; `NotSupported` for another method.
 pub fn parse(method: &str, message: &Message) -> Result<Call, RequestError> {
-    let body = message.body();
-    let unreadable =
-        |error: zbus::Error| RequestError::InvalidArgument(format!("arguments: {error}"));
-    if method == BEGIN_BACKUP.name {
-        let (context, disk, options): (&str, u32, BTreeMap<String, OwnedVariant>) =
-            body.deserialize().map_err(unreadable)?;
-        return begin(context, disk, Options::take(options)?);
-    }
-    if method == LIST_BACKUPS.name {
-        let options: BTreeMap<String, OwnedVariant> = body.deserialize().map_err(unreadable)?;
-        Options::take(options)?.end()?;
-        return Ok(Call::Backups);
-    }
-    let (name, options): (&str, BTreeMap<String, OwnedVariant>) =
-        body.deserialize().map_err(unreadable)?;
-    let mut options = Options::take(options)?;
-    let name = export_name(name)?;
-    if method == DELETE_BACKUP.name {
-        let children = options.truth("children")?.unwrap_or(false);
-        let keep_files = options.truth("keep_files")?.unwrap_or(false);
-        options.end()?;
-        return Ok(Call::DeleteBackup {
-            name,
-            children,
-            keep_files,
-        });
-    }
-    let mode = match options.text("mode")?.as_deref() {
-        None | Some("soft") => RemoveMode::Soft,
-        Some("safe") => RemoveMode::Safe,
-        Some("hard") => RemoveMode::Hard,
-        Some(mode) => {
-            return Err(RequestError::InvalidArgument(format!(
-                "option mode: {} is none; say safe, soft or hard",
-                short(mode)
-            )));
+    match method {
+        "BeginBackup" => {
+            let (context, disk, given): (String, u32, Given) = arguments(message)?;
+            begin(context, disk, Options::take(given)?)
         }
-    };
+        "FinishBackup" => {
+            let (name, options) = named(message)?;
+            finish(&name, options)
+        }
+        "DeleteBackup" => {
+            let (name, options) = named(message)?;
+            delete(&name, options)
+        }
+        "ListBackups" => only_options(message)?.end().map(|()| Call::Backups),
+        other => Err(no_such_method(other)),
+    }
+}
+
+fn finish(name: &str, mut options: Options) -> Result<Call, RequestError> {
+    let name = export_name(name)?;
+    let modes = [
+        ("safe", RemoveMode::Safe),
+        ("soft", RemoveMode::Soft),
+        ("hard", RemoveMode::Hard),
+    ];
+    let mode = options.one_of("mode", &modes)?.unwrap_or(RemoveMode::Soft);
     let interrupted = options.truth("interrupted")?.unwrap_or(false);
     let wait = options.milliseconds("wait_ms", FINISH_MS)?;
     options.end()?;
@@ -105,7 +93,19 @@ pub fn parse(method: &str, message: &Message) -> Result<Call, RequestError> {
     }))
 }
 
-fn begin(context: &str, disk: u32, mut options: Options) -> Result<Call, RequestError> {
+fn delete(name: &str, mut options: Options) -> Result<Call, RequestError> {
+    let name = export_name(name)?;
+    let children = options.truth("children")?.unwrap_or(false);
+    let keep_files = options.truth("keep_files")?.unwrap_or(false);
+    options.end()?;
+    Ok(Call::DeleteBackup {
+        name,
+        children,
+        keep_files,
+    })
+}
+
+fn begin(context: String, disk: u32, mut options: Options) -> Result<Call, RequestError> {
     let parent = options.text("parent")?;
     let parent = parent.as_deref().map(export_name).transpose()?;
     let folder = options.text("folder")?;
@@ -118,7 +118,7 @@ fn begin(context: &str, disk: u32, mut options: Options) -> Result<Call, Request
         .map_err(|error| RequestError::InvalidArgument(format!("option folder: {error}")))?;
     }
     let asked = BeginBackup {
-        context: context.to_owned(),
+        context,
         disk,
         parent,
         size: options.number("size")?,
@@ -183,7 +183,7 @@ mod tests {
         assert!(
             hide.unwrap_err()
                 .to_string()
-                .starts_with("option mode: hide")
+                .starts_with("option mode: \"hide\" is not one of")
         );
         let begun = |options: BTreeMap<&'static str, Variant<'static>>| {
             let message = Message::method_call("/org/nbdtrack1", "BeginBackup");

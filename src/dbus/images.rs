@@ -1,13 +1,11 @@
 //! The Manager's members about files that are made: arguments in, a [`Call`] out. PURE.
 
-use std::collections::BTreeMap;
-
-use zbus::{Message, OwnedVariant};
+use zbus::Message;
 
 use super::Call;
 use super::introspect::Method;
 use super::manager::{WAIT_MS, export_name};
-use super::options::{Options, short};
+use super::options::{Given, Options, arguments, no_such_method, short};
 use crate::correlation::{CreateImage, NewImage, Preallocation, RequestError};
 use crate::identity::{Format, VolumeId};
 
@@ -20,14 +18,18 @@ pub const CREATE_IMAGE: Method = Method {
 /// Reads the call out of a message of the method above.
 ///
 /// # Errors
-/// `InvalidArgument`, naming the argument.
-pub fn parse(message: &Message) -> Result<Call, RequestError> {
-    let body = message.body();
-    let (name, size, options): (&str, u64, BTreeMap<String, OwnedVariant>) = body
-        .deserialize()
-        .map_err(|error| RequestError::InvalidArgument(format!("arguments: {error}")))?;
-    let mut options = Options::take(options)?;
-    let name = export_name(name)?;
+/// `InvalidArgument`, naming the argument; `NotSupported` for another method.
+pub fn parse(method: &str, message: &Message) -> Result<Call, RequestError> {
+    match method {
+        "CreateImage" => create(message),
+        other => Err(no_such_method(other)),
+    }
+}
+
+fn create(message: &Message) -> Result<Call, RequestError> {
+    let (name, size, given): (String, u64, Given) = arguments(message)?;
+    let mut options = Options::take(given)?;
+    let name = export_name(&name)?;
     let path = options.text("path")?;
     let format = format(&mut options, "format")?.unwrap_or(Format::Qcow2);
     if let Some(path) = &path {
@@ -88,19 +90,15 @@ pub(super) fn cluster_bytes(options: &mut Options) -> Result<Option<u32>, Reques
 }
 
 pub(super) fn preallocation(options: &mut Options) -> Result<Preallocation, RequestError> {
-    let Some(said) = options.text("preallocation")? else {
-        return Ok(Preallocation::Off);
-    };
-    Preallocation::parse(&said).ok_or_else(|| {
-        RequestError::InvalidArgument(format!(
-            "option preallocation: {} is none; say off, metadata, falloc or full",
-            short(&said)
-        ))
-    })
+    let words = Preallocation::ALL.map(|one| (one.name(), one));
+    let said = options.one_of("preallocation", &words)?;
+    Ok(said.unwrap_or(Preallocation::Off))
 }
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
     use super::*;
     use zbus::Variant;
 
@@ -110,7 +108,10 @@ mod tests {
     ) -> Result<Call, RequestError> {
         let message = Message::method_call("/org/nbdtrack1", "CreateImage");
         let options: BTreeMap<&str, Variant<'_>> = pairs.into();
-        parse(&message.build(&("a", size, options)).unwrap())
+        parse(
+            "CreateImage",
+            &message.build(&("a", size, options)).unwrap(),
+        )
     }
 
     #[test]

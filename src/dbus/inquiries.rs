@@ -2,11 +2,11 @@
 
 use std::collections::BTreeMap;
 
-use zbus::{Message, OwnedVariant, Variant};
+use zbus::{Message, Variant};
 
 use super::introspect::Method;
 use super::manager::export_name;
-use super::options::Options;
+use super::options::{Options, named, no_such_method, only_options};
 use super::volume::text;
 use super::{Call, Subject};
 use crate::correlation::{Candidate, Explanation, Inquiry, Record, RequestError};
@@ -48,36 +48,33 @@ pub const GET_METRICS: Method = Method {
 /// Reads the call out of a message of one of the methods above.
 ///
 /// # Errors
-/// `InvalidArgument`, naming the argument.
+/// `InvalidArgument`, naming the argument; `NotSupported` for another method.
 pub fn parse(method: &str, message: &Message) -> Result<Call, RequestError> {
-    let body = message.body();
-    let unreadable =
-        |error: zbus::Error| RequestError::InvalidArgument(format!("arguments: {error}"));
-    if method == GET_HISTORY.name {
-        let options: BTreeMap<String, OwnedVariant> = body.deserialize().map_err(unreadable)?;
-        return history(Options::take(options)?);
+    match method {
+        "ExplainExport" => {
+            let (name, options) = named(message)?;
+            options.end()?;
+            Ok(Call::Explain(Subject::Export(export_name(&name)?)))
+        }
+        "ExplainDisk" => {
+            let (disk, options) = named(message)?;
+            options.end()?;
+            explain_disk(disk)
+        }
+        "GetHistory" => history(only_options(message)?),
+        "GetExportStats" => only_options(message)?.end().map(|()| Call::Measures),
+        "GetMetrics" => only_options(message)?.end().map(|()| Call::Metrics),
+        other => Err(no_such_method(other)),
     }
-    if method == GET_EXPORT_STATS.name || method == GET_METRICS.name {
-        let options: BTreeMap<String, OwnedVariant> = body.deserialize().map_err(unreadable)?;
-        Options::take(options)?.end()?;
-        return Ok(if method == GET_METRICS.name {
-            Call::Metrics
-        } else {
-            Call::Measures
-        });
-    }
-    let (named, options): (&str, BTreeMap<String, OwnedVariant>) =
-        body.deserialize().map_err(unreadable)?;
-    Options::take(options)?.end()?;
-    if method == EXPLAIN_EXPORT.name {
-        return Ok(Call::Explain(Subject::Export(export_name(named)?)));
-    }
-    if named.is_empty() || named.len() > DISK_BYTES_MAX || named.contains(char::is_control) {
+}
+
+fn explain_disk(disk: String) -> Result<Call, RequestError> {
+    if disk.is_empty() || disk.len() > DISK_BYTES_MAX || disk.contains(char::is_control) {
         return Err(RequestError::InvalidArgument(format!(
             "disk: has to be a node like /dev/vdb or a DiskSeq, of at most {DISK_BYTES_MAX} bytes"
         )));
     }
-    Ok(Call::Explain(Subject::Disk(named.to_owned())))
+    Ok(Call::Explain(Subject::Disk(disk)))
 }
 
 fn history(mut options: Options) -> Result<Call, RequestError> {

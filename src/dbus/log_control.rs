@@ -4,6 +4,7 @@
 use zbus::Variant;
 
 use super::introspect::Interface;
+use super::options::one_of;
 use super::tree::Properties;
 use crate::correlation::RequestError;
 
@@ -47,16 +48,17 @@ impl LogLevel {
     /// # Errors
     /// `InvalidArgument` with the names that there are.
     pub fn parse(text: &str) -> Result<LogLevel, RequestError> {
-        match text {
-            "emerg" | "alert" | "crit" | "err" => Ok(LogLevel::Error),
-            "warning" => Ok(LogLevel::Warning),
-            "notice" | "info" => Ok(LogLevel::Info),
-            "debug" => Ok(LogLevel::Debug),
-            _ => Err(RequestError::InvalidArgument(format!(
-                "LogLevel: {} is none; say emerg, alert, crit, err, warning, notice, info or debug",
-                super::options::short(text)
-            ))),
-        }
+        let words = [
+            ("emerg", LogLevel::Error),
+            ("alert", LogLevel::Error),
+            ("crit", LogLevel::Error),
+            ("err", LogLevel::Error),
+            ("warning", LogLevel::Warning),
+            ("notice", LogLevel::Info),
+            ("info", LogLevel::Info),
+            ("debug", LogLevel::Debug),
+        ];
+        one_of("LogLevel", text, &words)
     }
 }
 

@@ -1,13 +1,14 @@
 //! The Manager object: what its methods take and give. PURE: arguments in, a [`Call`] or the refusal that names the
 //! argument out.
 
-use std::collections::BTreeMap;
 use std::time::Duration;
 
-use zbus::{Message, OwnedVariant};
+use zbus::Message;
 
 use super::introspect::{Interface, Method, Signal};
-use super::options::{Options, bounded, short};
+use super::options::{
+    Given, Options, arguments, bounded, named, no_options, no_such_method, only_options, short,
+};
 use super::pins;
 use super::{Call, Filter};
 use super::{backups, images, inquiries, mappings};
@@ -152,70 +153,56 @@ pub const MANAGER: Interface = Interface {
 /// # Errors
 /// `InvalidArgument` or `NotSupported`, naming the argument.
 pub fn parse(method: &str, message: &Message) -> Result<Call, RequestError> {
-    let body = message.body();
-    let unreadable =
-        |error: zbus::Error| RequestError::InvalidArgument(format!("arguments: {error}"));
     match method {
-        "AddExport" | "RemoveExport" | "PrepareDetach" | "CancelDetach" => {
-            let (named, options): (&str, BTreeMap<String, OwnedVariant>) =
-                body.deserialize().map_err(unreadable)?;
-            let options = Options::take(options)?;
-            match method {
-                "AddExport" => add_export(named, options),
-                "RemoveExport" => remove_export(named, options),
-                "PrepareDetach" => prepare_detach(named, options),
-                _ => {
-                    options.end()?;
-                    let volume = volume_id("volume", named)?;
-                    Ok(Call::Request(Request::CancelDetach { volume }))
-                }
-            }
+        "AddExport" => {
+            let (name, options) = named(message)?;
+            add_export(&name, options)
         }
         "EnsureVmExport" => {
-            let (vm_id, disk, vm_name, options): (&str, u32, &str, BTreeMap<String, OwnedVariant>) =
-                body.deserialize().map_err(unreadable)?;
-            ensure_vm_export(vm_id, disk, vm_name, Options::take(options)?)
+            let (vm_id, disk, vm_name, given): (String, u32, String, Given) = arguments(message)?;
+            ensure_vm_export(&vm_id, disk, &vm_name, Options::take(given)?)
+        }
+        "RemoveExport" => {
+            let (name, options) = named(message)?;
+            remove_export(&name, options)
+        }
+        "PrepareDetach" => {
+            let (volume, options) = named(message)?;
+            prepare_detach(&volume, options)
+        }
+        "CancelDetach" => {
+            let (volume, options) = named(message)?;
+            options.end()?;
+            let volume = volume_id("volume", &volume)?;
+            Ok(Call::Request(Request::CancelDetach { volume }))
         }
         "ResolveConflict" => {
-            let (named, diskseq, options): (&str, u64, BTreeMap<String, OwnedVariant>) =
-                body.deserialize().map_err(unreadable)?;
-            Options::take(options)?.end()?;
-            let name = export_name(named)?;
+            let (name, diskseq, given): (String, u64, Given) = arguments(message)?;
+            no_options(given)?;
+            let name = export_name(&name)?;
             let diskseq = some_diskseq(diskseq)?;
             Ok(Call::Request(Request::ResolveConflict { name, diskseq }))
         }
+        "ResolveVolume" => resolve_volume(only_options(message)?),
+        "Rescan" => only_options(message)?.end().map(|()| Call::Rescan),
+        "Reload" => only_options(message)?.end().map(|()| Call::Reload),
+        "ListSessions" => list_sessions(only_options(message)?),
         "EndSession" => {
-            let (session, options): (u64, BTreeMap<String, OwnedVariant>) =
-                body.deserialize().map_err(unreadable)?;
-            Options::take(options)?.end()?;
+            let (session, given): (u64, Given) = arguments(message)?;
+            no_options(given)?;
             Ok(Call::EndSession(session))
         }
-        "ResolveVolume" | "Rescan" | "Reload" | "ListSessions" | "GetStats" => {
-            let options: BTreeMap<String, OwnedVariant> = body.deserialize().map_err(unreadable)?;
-            let options = Options::take(options)?;
-            match method {
-                "ResolveVolume" => return resolve_volume(options),
-                "ListSessions" => return list_sessions(options),
-                _ => options.end()?,
-            }
-            Ok(match method {
-                "Rescan" => Call::Rescan,
-                "Reload" => Call::Reload,
-                _ => Call::Stats,
-            })
-        }
+        "GetStats" => only_options(message)?.end().map(|()| Call::Stats),
         "ExplainExport" | "ExplainDisk" | "GetHistory" | "GetExportStats" | "GetMetrics" => {
             inquiries::parse(method, message)
         }
         "ListMappings" | "PruneMappings" => mappings::parse(method, message),
         "ListPins" | "ConfirmPin" | "Repin" | "Unpin" => pins::parse(method, message),
-        "CreateImage" => images::parse(message),
+        "CreateImage" => images::parse(method, message),
         "BeginBackup" | "FinishBackup" | "DeleteBackup" | "ListBackups" => {
             backups::parse(method, message)
         }
-        other => Err(RequestError::NotSupported(format!(
-            "{other} does not exist"
-        ))),
+        other => Err(no_such_method(other)),
     }
 }
 
@@ -312,18 +299,13 @@ fn ensure_vm_export(
 
 fn remove_export(name: &str, mut options: Options) -> Result<Call, RequestError> {
     let name = export_name(name)?;
-    let mode = match options.text("mode")?.as_deref() {
-        None | Some("soft") => RemoveMode::Soft,
-        Some("safe") => RemoveMode::Safe,
-        Some("hide") => RemoveMode::Hide,
-        Some("hard") => RemoveMode::Hard,
-        Some(mode) => {
-            return Err(RequestError::InvalidArgument(format!(
-                "option mode: {} is none; say safe, hide, soft or hard",
-                short(mode)
-            )));
-        }
-    };
+    let modes = [
+        ("safe", RemoveMode::Safe),
+        ("hide", RemoveMode::Hide),
+        ("soft", RemoveMode::Soft),
+        ("hard", RemoveMode::Hard),
+    ];
+    let mode = options.one_of("mode", &modes)?.unwrap_or(RemoveMode::Soft);
     let within = within(&mut options, mode == RemoveMode::Hard)?;
     options.end()?;
     Ok(Call::Request(Request::RemoveExport { name, mode, within }))
@@ -390,6 +372,9 @@ pub(super) fn some_diskseq(number: u64) -> Result<DiskSeq, RequestError> {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
+    use super::super::Subject;
     use super::*;
     use zbus::Variant;
 
@@ -411,6 +396,97 @@ mod tests {
         match result {
             Err(error) => format!("{}: {error}", super::super::error::parts(&error).0),
             Ok(call) => panic!("accepted: {call:?}"),
+        }
+    }
+
+    /// The method that asks for this.
+    fn method_of(call: &Call) -> &'static str {
+        match call {
+            Call::Request(request) => match request {
+                Request::AddExport { .. } => "AddExport",
+                Request::EnsureVmExport(_) => "EnsureVmExport",
+                Request::RemoveExport { .. } => "RemoveExport",
+                Request::PrepareDetach { .. } => "PrepareDetach",
+                Request::CancelDetach { .. } => "CancelDetach",
+                Request::ResolveConflict { .. } => "ResolveConflict",
+                Request::Pin { anew: false, .. } => "ConfirmPin",
+                Request::Pin { anew: true, .. } => "Repin",
+                Request::Unpin { .. } => "Unpin",
+            },
+            Call::ResolveVolume(_) => "ResolveVolume",
+            Call::Rescan => "Rescan",
+            Call::Reload => "Reload",
+            Call::Sessions(_) => "ListSessions",
+            Call::EndSession(_) => "EndSession",
+            Call::Stats => "GetStats",
+            Call::Explain(Subject::Export(_)) => "ExplainExport",
+            Call::Explain(Subject::Disk(_)) => "ExplainDisk",
+            Call::History(_) => "GetHistory",
+            Call::Measures => "GetExportStats",
+            Call::Metrics => "GetMetrics",
+            Call::Pins { .. } => "ListPins",
+            Call::Mappings => "ListMappings",
+            Call::PruneMappings { .. } => "PruneMappings",
+            Call::CreateImage(_) => "CreateImage",
+            Call::BeginBackup(_) => "BeginBackup",
+            Call::FinishBackup(_) => "FinishBackup",
+            Call::DeleteBackup { .. } => "DeleteBackup",
+            Call::Backups => "ListBackups",
+            Call::SetLogLevel(_) => "Set",
+        }
+    }
+
+    /// A message of this method, well formed.
+    fn well_formed(method: &Method) -> Message {
+        let signature: String = method.takes.iter().map(|(_, of)| *of).collect();
+        let said = match method.name {
+            "AddExport" => options([("volume", Variant::new("loop:/x"))]),
+            _ => options([]),
+        };
+        let to = Message::method_call("/org/nbdtrack1", method.name);
+        let built = match signature.as_str() {
+            "a{sv}" => to.build(&said),
+            "sa{sv}" => to.build(&("loop:/x", said)),
+            "ta{sv}" => to.build(&(7_u64, said)),
+            "sta{sv}" => to.build(&("a", 7_u64, said)),
+            "sua{sv}" => to.build(&("a", 0_u32, said)),
+            "susa{sv}" => to.build(&("a", 0_u32, "", said)),
+            other => panic!("{}: no example of {other}", method.name),
+        };
+        built.unwrap()
+    }
+
+    /// What a reader took for the last of its methods was whatever it did not know: to cancel a detach, to finish a backup, to pin.
+    #[test]
+    fn each_reader_takes_a_message_for_the_call_of_its_name_or_for_none() {
+        type Reader = fn(&str, &Message) -> Result<Call, RequestError>;
+        let parts: [Reader; 5] = [
+            inquiries::parse,
+            mappings::parse,
+            pins::parse,
+            images::parse,
+            backups::parse,
+        ];
+        for method in MANAGER.methods {
+            let message = well_formed(method);
+            let call =
+                parse(method.name, &message).unwrap_or_else(|e| panic!("{}: {e}", method.name));
+            assert_eq!(method_of(&call), method.name);
+            for (index, part) in parts.iter().enumerate() {
+                match part(method.name, &message) {
+                    Ok(call) => assert_eq!(method_of(&call), method.name),
+                    Err(RequestError::NotSupported(_)) => {}
+                    Err(error) => panic!("{} by reader {index}: {error}", method.name),
+                }
+                let unknown = part("NoSuchMethod", &message);
+                assert!(
+                    matches!(unknown, Err(RequestError::NotSupported(_))),
+                    "reader {index}, with the arguments of {}: {unknown:?}",
+                    method.name
+                );
+            }
+            let unknown = parse("NoSuchMethod", &message);
+            assert!(matches!(unknown, Err(RequestError::NotSupported(_))));
         }
     }
 
@@ -573,7 +649,7 @@ mod tests {
                     "RemoveExport",
                     &("a", options([("mode", Variant::new("fast"))])),
                 ),
-                "InvalidArgument: option mode: fast",
+                "InvalidArgument: option mode: \"fast\" is not one of safe, hide, soft, hard",
             ),
             (
                 with("ListSessions", &options([("export", Variant::new(""))])),

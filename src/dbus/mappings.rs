@@ -2,11 +2,11 @@
 
 use std::collections::BTreeMap;
 
-use zbus::{Message, OwnedVariant, Variant};
+use zbus::{Message, Variant};
 
 use super::Call;
 use super::introspect::Method;
-use super::options::Options;
+use super::options::{Options, no_such_method, only_options};
 use super::volume::text;
 use crate::correlation::{MappingRow, RequestError, WAITING};
 
@@ -27,17 +27,16 @@ pub const PRUNE_MAPPINGS: Method = Method {
 /// Reads the call out of a message of one of the methods above.
 ///
 /// # Errors
-/// `InvalidArgument`, naming the argument.
+/// `InvalidArgument`, naming the argument; `NotSupported` for another method.
 pub fn parse(method: &str, message: &Message) -> Result<Call, RequestError> {
-    let options: BTreeMap<String, OwnedVariant> = message
-        .body()
-        .deserialize()
-        .map_err(|error| RequestError::InvalidArgument(format!("arguments: {error}")))?;
-    let mut options = Options::take(options)?;
-    if method == LIST_MAPPINGS.name {
-        options.end()?;
-        return Ok(Call::Mappings);
+    match method {
+        "ListMappings" => only_options(message)?.end().map(|()| Call::Mappings),
+        "PruneMappings" => prune(only_options(message)?),
+        other => Err(no_such_method(other)),
     }
+}
+
+fn prune(mut options: Options) -> Result<Call, RequestError> {
     let days = options.number("days")?.unwrap_or(0);
     let dry_run = options.truth("dry_run")?.unwrap_or(false);
     options.end()?;

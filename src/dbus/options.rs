@@ -1,9 +1,10 @@
-//! The options of a call and the limits of arguments. PURE.
+//! The arguments of a call out of its message, its options, and the limits of both. PURE.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use zbus::{OwnedVariant, Variant};
+use serde::de::DeserializeOwned;
+use zbus::{Message, OwnedVariant, Type, Variant};
 
 use crate::correlation::RequestError;
 use crate::identity::VOLUME_ID_BYTES_MAX;
@@ -15,11 +16,70 @@ pub const WAIT_MS_MAX: u32 = 600_000;
 /// More options than any method has.
 const OPTIONS_MAX: usize = 32;
 
+/// The dictionary at the end of a call's arguments.
+pub type Given = BTreeMap<String, OwnedVariant>;
+
+/// Reads the arguments of a message whose signature was compared with the table of its interface.
+///
+/// # Errors
+/// `InvalidArgument`: what is in the message is not of that signature after all.
+pub fn arguments<T: DeserializeOwned + Type>(message: &Message) -> Result<T, RequestError> {
+    let body = message.body();
+    let read = body.deserialize();
+    read.map_err(|error| RequestError::InvalidArgument(format!("arguments: {error}")))
+}
+
+/// Reads the one argument of a call that takes a dictionary of options and nothing else.
+///
+/// # Errors
+/// `InvalidArgument`, as [`arguments`] and [`Options::take`].
+pub fn only_options(message: &Message) -> Result<Options, RequestError> {
+    Options::take(arguments(message)?)
+}
+
+/// Reads the arguments of a call that takes a name and a dictionary of options.
+///
+/// # Errors
+/// `InvalidArgument`, as [`arguments`] and [`Options::take`].
+pub fn named(message: &Message) -> Result<(String, Options), RequestError> {
+    let (name, given): (String, Given) = arguments(message)?;
+    Ok((name, Options::take(given)?))
+}
+
+/// Holds that a call of a method without options was given none.
+///
+/// # Errors
+/// `InvalidArgument`, naming the first.
+pub fn no_options(given: Given) -> Result<(), RequestError> {
+    Options::take(given)?.end()
+}
+
+/// The refusal of a method that the reader of a message does not know: no call is carried out in its place.
+pub fn no_such_method(method: &str) -> RequestError {
+    RequestError::NotSupported(format!("{} does not exist", short(method)))
+}
+
+/// What one of several words stands for.
+///
+/// # Errors
+/// `InvalidArgument`, with the words that there are.
+pub fn one_of<T: Copy>(argument: &str, said: &str, words: &[(&str, T)]) -> Result<T, RequestError> {
+    let found = words.iter().find(|(word, _)| *word == said);
+    found.map(|(_, meaning)| *meaning).ok_or_else(|| {
+        let words: Vec<&str> = words.iter().map(|(word, _)| *word).collect();
+        RequestError::InvalidArgument(format!(
+            "{argument}: {:?} is not one of {}",
+            short(said),
+            words.join(", ")
+        ))
+    })
+}
+
 /// The options of a call: each is taken once, and what is left at the end is refused by name.
-pub struct Options(BTreeMap<String, OwnedVariant>);
+pub struct Options(Given);
 
 impl Options {
-    pub fn take(given: BTreeMap<String, OwnedVariant>) -> Result<Options, RequestError> {
+    pub fn take(given: Given) -> Result<Options, RequestError> {
         if given.len() > OPTIONS_MAX {
             return Err(RequestError::InvalidArgument(format!(
                 "options: at most {OPTIONS_MAX}, these are {}",
@@ -38,6 +98,17 @@ impl Options {
             }
             Some(other) => Err(wrong_type(key, "a string (s)", &other)),
         }
+    }
+
+    /// One of these words, as what it stands for.
+    pub fn one_of<T: Copy>(
+        &mut self,
+        key: &str,
+        words: &[(&str, T)],
+    ) -> Result<Option<T>, RequestError> {
+        let said = self.text(key)?;
+        said.map(|said| one_of(&format!("option {key}"), &said, words))
+            .transpose()
     }
 
     pub fn truth(&mut self, key: &str) -> Result<Option<bool>, RequestError> {

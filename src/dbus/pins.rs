@@ -2,12 +2,12 @@
 
 use std::collections::BTreeMap;
 
-use zbus::{Message, OwnedVariant, Variant};
+use zbus::{Message, Variant};
 
 use super::Call;
 use super::introspect::Method;
 use super::manager::{export_name, some_diskseq};
-use super::options::Options;
+use super::options::{Given, arguments, named, no_options, no_such_method, only_options};
 use super::volume::text;
 use crate::correlation::{PinView, Request, RequestError};
 
@@ -39,32 +39,34 @@ pub const UNPIN: Method = Method {
 /// Reads the call out of a message of one of the methods above.
 ///
 /// # Errors
-/// `InvalidArgument`, naming the argument.
+/// `InvalidArgument`, naming the argument; `NotSupported` for another method.
 pub fn parse(method: &str, message: &Message) -> Result<Call, RequestError> {
-    let body = message.body();
-    let unreadable =
-        |error: zbus::Error| RequestError::InvalidArgument(format!("arguments: {error}"));
-    if method == LIST_PINS.name {
-        let options: BTreeMap<String, OwnedVariant> = body.deserialize().map_err(unreadable)?;
-        let mut options = Options::take(options)?;
-        let pending = options.truth("pending")?.unwrap_or(false);
-        options.end()?;
-        return Ok(Call::Pins { pending });
+    match method {
+        "ListPins" => {
+            let mut options = only_options(message)?;
+            let pending = options.truth("pending")?.unwrap_or(false);
+            options.end()?;
+            Ok(Call::Pins { pending })
+        }
+        "ConfirmPin" => pin(message, false),
+        "Repin" => pin(message, true),
+        "Unpin" => {
+            let (name, options) = named(message)?;
+            options.end()?;
+            let name = export_name(&name)?;
+            Ok(Call::Request(Request::Unpin { name }))
+        }
+        other => Err(no_such_method(other)),
     }
-    if method == UNPIN.name {
-        let (named, options): (&str, BTreeMap<String, OwnedVariant>) =
-            body.deserialize().map_err(unreadable)?;
-        Options::take(options)?.end()?;
-        let name = export_name(named)?;
-        return Ok(Call::Request(Request::Unpin { name }));
-    }
-    let (named, diskseq, options): (&str, u64, BTreeMap<String, OwnedVariant>) =
-        body.deserialize().map_err(unreadable)?;
-    Options::take(options)?.end()?;
+}
+
+fn pin(message: &Message, anew: bool) -> Result<Call, RequestError> {
+    let (name, diskseq, given): (String, u64, Given) = arguments(message)?;
+    no_options(given)?;
     Ok(Call::Request(Request::Pin {
-        name: export_name(named)?,
+        name: export_name(&name)?,
         diskseq: some_diskseq(diskseq)?,
-        anew: method == REPIN.name,
+        anew,
     }))
 }
 
