@@ -339,7 +339,7 @@ fn doctor_and_watch_tell_of_a_daemon_that_runs_and_of_one_that_does_not() -> Out
         hold!(
             looked
                 .stdout
-                .contains("mend: 'systemctl start dbus nbdtrack'"),
+                .contains("fix: 'systemctl start dbus nbdtrack'"),
             "{}",
             looked.stdout
         );
@@ -465,7 +465,7 @@ const LOOKS: &[Look] = &[
 ];
 
 #[test]
-fn doctor_finds_what_a_machine_lacks_and_says_how_to_mend_it() -> Outcome<()> {
+fn doctor_finds_what_a_machine_lacks_and_says_how_to_fix_it() -> Outcome<()> {
     let needs = ["unshare", "setpriv", "prlimit"].map(Need::Tool);
     real("doctor's looks", &needs, |ground| {
         let folder = ground.path().to_string_lossy().into_owned();

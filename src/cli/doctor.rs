@@ -1,4 +1,4 @@
-//! `doctor`: looks at the machine for what keeps the daemon from serving, and says how to mend each. Changes nothing.
+//! `doctor`: looks at the machine for what keeps the daemon from serving, and says how to fix each. Changes nothing.
 
 use std::path::Path;
 
@@ -24,7 +24,7 @@ struct Finding {
     verdict: Verdict,
     found: String,
     /// What to do; empty when good.
-    mend: String,
+    fix: String,
 }
 
 /// Looks at everything and prints it; fails when anything is bad.
@@ -41,7 +41,7 @@ pub async fn doctor(bus: &Bus, config: &Path, as_json: bool) -> Result<(), Failu
     if as_json {
         let list: Vec<_> = findings
             .iter()
-            .map(|f| json!({"what": f.what, "verdict": f.verdict.name(), "found": f.found, "mend": f.mend}))
+            .map(|f| json!({"what": f.what, "verdict": f.verdict.name(), "found": f.found, "fix": f.fix}))
             .collect();
         print_json(&json!(list))?;
     } else {
@@ -67,8 +67,8 @@ fn line(finding: &Finding, look: Look) -> String {
         mark.to_owned()
     };
     let mut text = format!("{mark}  {}: {}\n", finding.what, finding.found);
-    if !finding.mend.is_empty() {
-        text.push_str(&format!("      mend: {}\n", finding.mend));
+    if !finding.fix.is_empty() {
+        text.push_str(&format!("      fix: {}\n", finding.fix));
     }
     text
 }
@@ -88,16 +88,16 @@ fn good(what: &'static str, found: impl Into<String>) -> Finding {
         what,
         verdict: Verdict::Good,
         found: found.into(),
-        mend: String::new(),
+        fix: String::new(),
     }
 }
 
-fn trouble(what: &'static str, verdict: Verdict, found: impl Into<String>, mend: &str) -> Finding {
+fn trouble(what: &'static str, verdict: Verdict, found: impl Into<String>, fix: &str) -> Finding {
     Finding {
         what,
         verdict,
         found: found.into(),
-        mend: mend.to_owned(),
+        fix: fix.to_owned(),
     }
 }
 
@@ -326,7 +326,7 @@ async fn daemon(bus: &Bus) -> Vec<Finding> {
                     count("disks")
                 ),
             )];
-            for (name, what, mend) in [
+            for (name, what, fix) in [
                 (
                     "orphans",
                     "disks that hang with requests in flight",
@@ -358,7 +358,7 @@ async fn daemon(bus: &Bus) -> Vec<Finding> {
                         WHAT,
                         Verdict::Warning,
                         format!("{} {what}", count(name)),
-                        mend,
+                        fix,
                     ));
                 }
             }

@@ -159,7 +159,7 @@ enum Command {
     Top(Top),
     /// Print what is measured as OpenMetrics, or serve it to Prometheus
     Metrics(Metrics),
-    /// Look for what keeps the daemon from serving, and say how to mend it
+    /// Look for what keeps the daemon from serving, and say how to fix it
     Doctor {
         /// The file, or the folder with nbdtrack.toml in it
         #[arg(long, value_name = "PATH", default_value = "/etc/nbdtrack")]

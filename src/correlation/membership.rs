@@ -321,13 +321,13 @@ pub(super) fn judge_pair(definition: &Definition, other: &Definition) -> Result<
         )));
     }
     if collide {
-        let mend = if definition.share && other.share {
+        let fix = if definition.share && other.share {
             "and one of them is 'direct': say it on both, or make one of them read-only"
         } else {
             "make one of them read-only, or say 'share' on both"
         };
         return Err(RequestError::InUse(format!(
-            "export {}: volume {} is already written to by export {}; {mend}",
+            "export {}: volume {} is already written to by export {}; {fix}",
             definition.name, definition.volume, other.name,
         )));
     }

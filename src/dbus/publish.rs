@@ -181,7 +181,7 @@ async fn send(shared: &Shared, messages: &[Message]) {
     let reason = match timeout(SEND_WITHIN, connection.send_all(messages)).await {
         Ok(Ok(())) => return,
         Ok(Err(error)) => error.to_string(),
-        Err(_) => format!("it takes nothing since {} s", SEND_WITHIN.as_secs()),
+        Err(_) => format!("it has taken nothing for {} s", SEND_WITHIN.as_secs()),
     };
     // A message may have gone out in part, so nothing can follow it. The server connects anew.
     tracing::warn!(name: "bus_lost", reason, "the bus is lost");

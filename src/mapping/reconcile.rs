@@ -20,7 +20,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::basis::RowSaid;
 use super::table::device_path;
-use crate::correlation::VmDisk;
+use crate::correlation::{DISK_UNIT_MAX, VmDisk};
 
 /// The columns of the appliances' table that mean something.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Default)]
@@ -224,7 +224,12 @@ impl SeenRow {
     /// Why it can be no disk of a VM.
     pub fn disk(&self) -> Result<VmDisk, String> {
         u32::try_from(self.unit)
-            .map_err(|_| format!("disk_unit_number {} is none", self.unit))
+            .map_err(|_| {
+                format!(
+                    "disk_unit_number {} is not one of 0 to {DISK_UNIT_MAX}",
+                    self.unit
+                )
+            })
             .and_then(|unit| VmDisk::new(&self.vm_id, unit).map_err(|error| error.to_string()))
     }
 

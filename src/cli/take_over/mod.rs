@@ -61,7 +61,7 @@ pub enum TakeOverError {
     #[error("{} is already diverted, to {}, and not by this command: see dpkg-divert(1)", binary.display(), to.display())]
     Foreign { binary: PathBuf, to: PathBuf },
     #[error(
-        "{}: {refused} of its sections would not be served (see the lines above); mend them, or say --force to have the others served",
+        "{}: {refused} of its sections would not be served (see the lines above); correct them, or say --force to have the others served",
         config.display()
     )]
     Refused { config: PathBuf, refused: usize },
@@ -75,7 +75,7 @@ pub enum TakeOverError {
     Kept { failed: Box<TakeOverError> },
     #[error("{failed}; nothing was changed, and the service runs")]
     Unchanged { failed: Box<TakeOverError> },
-    #[error("{failed}; and then {undo}: 'nbdtrack give-back' once that is mended")]
+    #[error("{failed}; and then {undo}: 'nbdtrack give-back' once that is fixed")]
     HalfWay {
         failed: Box<TakeOverError>,
         undo: Box<TakeOverError>,
