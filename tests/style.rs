@@ -23,6 +23,24 @@ const FORBIDDEN: &[(&str, &str)] = &[
     ("FIXME", "is unfinished"),
 ];
 
+/// Where the program waits for a time, and why there is no event to wait for. Anywhere else a wait has an event, with a deadline.
+const PAUSES: &[(&str, &str)] = &[
+    (
+        "daemon/backup_steps.rs",
+        "a store that failed, and a file that another closes, are tried again",
+    ),
+    (
+        "daemon/refusals.rs",
+        "refusals of one kind are counted for a minute",
+    ),
+    ("dbus/server.rs", "a bus that is away is tried again"),
+    (
+        "mapping/database.rs",
+        "a transaction that the server gave up is begun anew",
+    ),
+    ("udev/reads.rs", "a disk that answered EINTR is read again"),
+];
+
 #[test]
 fn every_file_says_what_it_is_for_and_fits_in_the_head() {
     let mut wrong = Vec::new();
@@ -45,6 +63,13 @@ fn judge_finds_what_it_is_for() {
     assert_eq!(found("dbus/mod.rs", "//! W.\npub struct Manager {\n"), 0);
     assert_eq!(found("nbd/util.rs", "//! W.\n"), 1);
     assert_eq!(found("nbd/wire.rs", "//! W.\nfn f() { todo!() }\n"), 1);
+    let pause = "//! W.\nasync fn f() { tokio::time::sleep(A).await; }\n";
+    assert_eq!(found("nbd/wire.rs", pause), 1);
+    assert_eq!(found("dbus/server.rs", pause), 0);
+    assert_eq!(
+        found("dbus/server.rs", "//! W.\nfn f() { sleep_until(a) }\n"),
+        1
+    );
     assert_eq!(
         found("nbd/wire.rs", &format!("//! W.\n{}", "\n".repeat(450))),
         1
@@ -72,6 +97,13 @@ fn judge(path: &Path, text: &str) -> Vec<String> {
             "{shown}: {lines} lines without tests, at most {LINES_MAX}"
         ));
     }
+    let paused = PAUSES.iter().any(|(file, _)| path == Path::new(file));
+    if pauses(shipped) != paused && !all_tests {
+        wrong.push(match paused {
+            true => format!("{shown}: stands among the pauses and has none"),
+            false => format!("{shown}: `sleep(` waits for a time instead of an event"),
+        });
+    }
     for (word, why) in FORBIDDEN {
         if shipped.contains(word) && !all_tests {
             wrong.push(format!("{shown}: `{word}` {why}"));
@@ -91,6 +123,17 @@ fn judge(path: &Path, text: &str) -> Vec<String> {
         }
     }
     wrong
+}
+
+/// A call of tokio's `sleep`, by whatever path.
+fn pauses(text: &str) -> bool {
+    text.lines()
+        .filter(|line| !line.trim_start().starts_with("//"))
+        .any(|line| {
+            let mut calls = line.match_indices("sleep(");
+            let named = |at: usize| line[..at].ends_with(|c: char| c.is_alphanumeric() || c == '_');
+            calls.any(|(at, _)| !named(at))
+        })
 }
 
 fn type_names(text: &str) -> impl Iterator<Item = &str> {

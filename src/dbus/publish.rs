@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::{Notify, oneshot};
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::timeout;
 use zbus::{Connection, Message};
 
 use super::Publication;
@@ -34,6 +34,8 @@ pub struct Shared {
     queue: Mutex<Queue>,
     /// Wakes the publishing task; ends with the publisher, which aborts the task.
     wake: Notify,
+    /// Tells whoever flushes that the publishing task has written what it had in hand; at most one waits, until its deadline.
+    written: Notify,
     /// The connection while there is one.
     link: Mutex<Option<Connection>>,
     dropped: AtomicU64,
@@ -119,14 +121,17 @@ impl Publisher {
         let Some(Served { shared, .. }) = &self.served else {
             return true;
         };
-        let until = Instant::now() + within;
-        while !lock(&shared.queue).is_empty() {
-            if Instant::now() >= until {
-                return false;
+        let empty = async {
+            loop {
+                // Before the look: what is written between the look and the wait is told to it, too.
+                let written = shared.written.notified();
+                if lock(&shared.queue).is_empty() {
+                    return;
+                }
+                written.await;
             }
-            sleep(Duration::from_millis(2)).await;
-        }
-        true
+        };
+        timeout(within, empty).await.is_ok()
     }
 }
 
@@ -167,6 +172,7 @@ pub async fn run(shared: Arc<Shared>) {
         send(&shared, &messages).await;
         drop(order);
         lock(&shared.queue).in_hand = false;
+        shared.written.notify_waiters();
         for (to, outcome) in replies {
             // A caller that no longer waits needs no answer.
             let _ = to.send(outcome);
@@ -253,5 +259,20 @@ mod tests {
             queue.try_recv(),
             Err(tokio::sync::mpsc::error::TryRecvError::Empty)
         ));
+    }
+
+    #[tokio::test]
+    async fn a_flush_ends_when_what_was_offered_is_written_and_not_before() {
+        let shared = Arc::new(Shared::default());
+        let publisher = Publisher::new(shared.clone(), Vec::new());
+        // More than one batch.
+        let gone = |n| Publication::DiskGone(crate::correlation::DiskSeq(n));
+        publisher.offer((1..1_000).map(gone).collect());
+        assert!(!publisher.flush(Duration::ZERO).await, "nobody writes it");
+        // It waits before anything is written.
+        let (flushed, ()) = tokio::join!(publisher.flush(Duration::from_secs(30)), async {
+            tokio::spawn(run(shared.clone()));
+        });
+        assert!(flushed && lock(&shared.queue).is_empty());
     }
 }
