@@ -349,9 +349,25 @@ fn the_tables_have_every_method_property_and_signal() {
 
 #[test]
 fn root_and_named_users_do_all_the_group_reads_and_others_nothing() {
-    assert!(nix::unistd::geteuid().is_root(), "this test needs root");
     // nobody's group is nogroup on every Debian; games and daemon are in neither.
     let bus = PrivateBus::with_policy("nogroup", NAMED);
+    walk_all(bus);
+}
+
+/// The file opened the daemon's own name, and a daemon that asks no one took every local user for root: without the key in its
+/// configuration, or in nbd-server's place.
+#[test]
+fn the_file_for_polkit_lets_nobody_reach_a_daemon_that_asks_no_one() {
+    let file = include_str!("../dbus/org.nbdtrack1-polkit.conf");
+    let policy = file.split_once("<busconfig>").unwrap().1;
+    let policy = policy.split_once("</busconfig>").unwrap().0;
+    let bus = PrivateBus::with_policy("nogroup", &format!("{NAMED}{policy}"));
+    walk_all(bus);
+}
+
+/// Tries everything as everyone, at a daemon that leaves it to the bus.
+fn walk_all(bus: PrivateBus) {
+    assert!(nix::unistd::geteuid().is_root(), "this test needs root");
     let address = bus.address.clone();
     block_on(async move {
         let (commands, mut queue) = mpsc::channel(64);
@@ -391,20 +407,23 @@ fn root_and_named_users_do_all_the_group_reads_and_others_nothing() {
         drop(publisher);
         // Once the name is free, only root gets it.
         for user in USERS {
-            let output = Command::new("setpriv")
-                .args([format!("--reuid={user}"), group_of(user)])
-                .args(["--clear-groups", "busctl"])
-                .arg(format!("--address={address}"))
-                .args([
-                    "call",
-                    "org.freedesktop.DBus",
-                    "/org/freedesktop/DBus",
-                    "org.freedesktop.DBus",
-                ])
-                .args(["RequestName", "su", "org.nbdtrack1", "4"])
-                .output()
-                .unwrap();
-            assert_eq!(output.status.success(), user == "root", "{user}: own");
+            for name in ["org.nbdtrack1", "org.nbdtrack1.Polkit"] {
+                let output = Command::new("setpriv")
+                    .args([format!("--reuid={user}"), group_of(user)])
+                    .args(["--clear-groups", "busctl"])
+                    .arg(format!("--address={address}"))
+                    .args([
+                        "call",
+                        "org.freedesktop.DBus",
+                        "/org/freedesktop/DBus",
+                        "org.freedesktop.DBus",
+                    ])
+                    .args(["RequestName", "su", name, "4"])
+                    .output()
+                    .unwrap();
+                let owns = output.status.success();
+                assert_eq!(owns, user == "root", "{user}: own {name}");
+            }
         }
     });
 }

@@ -451,6 +451,14 @@ const LOOKS: &[Look] = &[
         says: "and the group nbdtrack",
     },
     Look {
+        what: "D-Bus policy",
+        machine: "$NO_POLICY : >/usr/share/dbus-1/system.d/org.nbdtrack1.conf; \
+                  echo nbdtrack:x:900: >$1/group; mount --bind $1/group /etc/group; \
+                  echo '<policy context=\"mandatory\"><allow send_destination=\"org.nbdtrack1\"/></policy>' >/usr/share/dbus-1/system.d/open.conf; $RUN",
+        verdict: "bad",
+        says: "open.conf lets everybody's calls reach the daemon",
+    },
+    Look {
         what: "configuration",
         machine: "echo nonsense >$1/nbdtrack.toml; $RUN",
         verdict: "bad",

@@ -6,7 +6,7 @@ use serde_json::json;
 
 use super::show::{print, print_json};
 use super::table::Look;
-use super::{Failure, check};
+use super::{Failure, bus_policy, check};
 use crate::dbus::Bus;
 use crate::dbus::client::{Client, ClientError};
 
@@ -277,8 +277,18 @@ fn policy(bus: &Bus) -> Finding {
     if *bus != Bus::System {
         return good(WHAT, "another bus than the system's has its own");
     }
-    let places = ["/usr/share/dbus-1/system.d", "/etc/dbus-1/system.d"];
-    let found = places
+    if let Some(path) = bus_policy::open_to_all() {
+        return trouble(
+            WHAT,
+            Verdict::Bad,
+            format!(
+                "{} lets everybody's calls reach the daemon, which asks polkit about them only with [dbus] polkit = true",
+                path.display()
+            ),
+            "put the shipped org.nbdtrack1-polkit.conf in its place, or take it away, then 'systemctl reload dbus'",
+        );
+    }
+    let found = bus_policy::PLACES
         .iter()
         .map(|place| format!("{place}/org.nbdtrack1.conf"))
         .find(|path| Path::new(path).exists());

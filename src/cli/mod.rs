@@ -5,6 +5,7 @@
 
 mod backup_name;
 mod backups;
+mod bus_policy;
 mod check;
 mod commands;
 mod complete;

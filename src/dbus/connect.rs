@@ -6,15 +6,19 @@ use tokio::time::timeout;
 use zbus::fdo::{RequestNameFlags, RequestNameReply};
 use zbus::{Connection, MatchRule, MessageStream, OwnedObjectPath};
 
-use super::{BUS_NAME, Bus, BusError};
+use super::{BUS_NAME, Bus, BusError, POLKIT_NAME};
 
 /// To reach the bus and get the name.
 const CONNECT_WITHIN: Duration = Duration::from_secs(10);
 /// For the bus's own answer on who calls; a call whose caller stays unknown goes on without.
 pub const CALLER_WITHIN: Duration = Duration::from_secs(1);
 
-/// Connects and claims the name; the stream has every method call from the first on.
-pub async fn connect(bus: &Bus) -> Result<(Connection, MessageStream), BusError> {
+/// Connects and claims the name, and where each caller is asked about, the second one, by which the bus lets everyone's calls through; the
+/// stream has every method call from the first on.
+pub async fn connect(
+    bus: &Bus,
+    asks_polkit: bool,
+) -> Result<(Connection, MessageStream), BusError> {
     let lost = |reason: String| BusError::Connect {
         bus: bus.to_string(),
         reason,
@@ -31,7 +35,13 @@ pub async fn connect(bus: &Bus) -> Result<(Connection, MessageStream), BusError>
         let stream = MessageStream::for_match_rule(rule, &connection, None)
             .await
             .map_err(|error| lost(error.to_string()))?;
-        claim(bus, &connection).await?;
+        claim(bus, &connection, BUS_NAME).await?;
+        // Whoever needs no polkit is served without it, too.
+        if asks_polkit && let Err(error) = claim(bus, &connection, POLKIT_NAME).await {
+            tracing::warn!(
+                "{error}; only those call whom the bus's policy lets call without polkit"
+            );
+        }
         Ok((connection, stream))
     };
     match timeout(CONNECT_WITHIN, connecting).await {
@@ -53,31 +63,31 @@ pub async fn open(bus: &Bus, within: Duration) -> zbus::Result<Connection> {
     builder.method_timeout(within).build().await
 }
 
-async fn claim(bus: &Bus, connection: &Connection) -> Result<(), BusError> {
+async fn claim(bus: &Bus, connection: &Connection, name: &'static str) -> Result<(), BusError> {
     // Neither queued nor replaceable: two daemons on one machine are a mistake that is said at once.
     match connection
-        .request_name_with_flags(BUS_NAME, RequestNameFlags::DO_NOT_QUEUE)
+        .request_name_with_flags(name, RequestNameFlags::DO_NOT_QUEUE)
         .await
     {
         Ok(RequestNameReply::PrimaryOwner | RequestNameReply::AlreadyOwner) => Ok(()),
         Ok(RequestNameReply::Exists | RequestNameReply::InQueue) | Err(zbus::Error::NameTaken) => {
             Err(BusError::NameTaken {
                 bus: bus.to_string(),
-                name: BUS_NAME,
-                owner: owner(connection).await,
+                name,
+                owner: owner(connection, name).await,
             })
         }
         Err(error) => Err(BusError::NameRefused {
             bus: bus.to_string(),
-            name: BUS_NAME,
+            name,
             reason: error.to_string(),
         }),
     }
 }
 
 /// Says who has the name: `:1.5 (process 812, user 0)`, as far as the bus tells.
-async fn owner(connection: &Connection) -> String {
-    let Some(owner) = ask_bus::<String>(connection, "GetNameOwner", BUS_NAME).await else {
+async fn owner(connection: &Connection, name: &str) -> String {
+    let Some(owner) = ask_bus::<String>(connection, "GetNameOwner", name).await else {
         return "another process".to_owned();
     };
     let process: Option<u32> = ask_bus(connection, "GetConnectionUnixProcessID", &owner).await;

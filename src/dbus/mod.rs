@@ -79,6 +79,10 @@ use crate::identity::VolumeId;
 /// The name that the daemon owns on its bus.
 pub const BUS_NAME: &str = "org.nbdtrack1";
 
+/// The name that it owns as well while it asks polkit about its callers: what a bus's policy lets everyone send to this name reaches no daemon
+/// that asks no one (dbus-daemon(1): a rule with a name holds for whoever owns it).
+pub const POLKIT_NAME: &str = "org.nbdtrack1.Polkit";
+
 /// Which bus.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Bus {

@@ -71,7 +71,8 @@ pub async fn serve(
         snapshots_waiting: Arc::new(tokio::sync::Semaphore::new(SNAPSHOTS_WAITING_MAX)),
         machine_id: machine_id(),
     });
-    let first = match connect(bus).await {
+    let asks_polkit = server.gate.is_some();
+    let first = match connect(bus, asks_polkit).await {
         Ok((connection, stream)) => {
             *shared.link() = Some(connection.clone());
             Some((connection, stream))
@@ -104,20 +105,20 @@ async fn run(server: Arc<Server>, bus: Bus, first: Option<(Connection, MessageSt
             *server.shared.link() = None;
             tracing::warn!(name: "bus_lost", %bus, "the bus went away; exports are served on, the bus is tried again");
         }
-        let (connection, stream) = reach(&bus).await;
+        let (connection, stream) = reach(&bus, server.gate.is_some()).await;
         *server.shared.link() = Some(connection.clone());
         tracing::info!(name: "bus_joined", %bus, "on the bus");
         pair = Some((connection, stream));
     }
 }
 
-/// Tries until the bus is there and lets us have the name.
-async fn reach(bus: &Bus) -> (Connection, MessageStream) {
+/// Tries until the bus is there and lets us have the name, or the names.
+async fn reach(bus: &Bus, asks_polkit: bool) -> (Connection, MessageStream) {
     let mut pause = RETRY.0;
     let mut last = String::new();
     loop {
         sleep(pause).await;
-        match connect(bus).await {
+        match connect(bus, asks_polkit).await {
             Ok(pair) => return pair,
             Err(error @ BusError::Connect { .. }) => tracing::debug!(%error, "no bus yet"),
             // The bus is there, and someone has to do something: said once for each reason.
