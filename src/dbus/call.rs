@@ -62,6 +62,8 @@ pub struct Calls {
 pub struct Places {
     all: usize,
     each: usize,
+    /// Of `all`, for callers that have none yet.
+    kept_for_first: usize,
     /// By unique name, or by what else callers are told apart, those that have some; so bounded by `all`. Held for a few map operations.
     taken: Mutex<HashMap<String, usize>>,
 }
@@ -79,6 +81,17 @@ impl Places {
         Arc::new(Places {
             all,
             each,
+            kept_for_first: 0,
+            taken: Mutex::default(),
+        })
+    }
+
+    /// As [`Places::new`]; the last `kept_for_first` of them are for callers that have none yet, one each.
+    pub fn keeping(all: usize, each: usize, kept_for_first: usize) -> Arc<Places> {
+        Arc::new(Places {
+            all,
+            each,
+            kept_for_first,
             taken: Mutex::default(),
         })
     }
@@ -87,7 +100,11 @@ impl Places {
     pub fn take(self: &Arc<Places>, caller: &str) -> Option<Place> {
         let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
         let own = taken.get(caller).copied().unwrap_or(0);
-        if own >= self.each || taken.values().sum::<usize>() >= self.all {
+        let open = match own {
+            0 => self.all,
+            _ => self.all - self.kept_for_first,
+        };
+        if own >= self.each || taken.values().sum::<usize>() >= open {
             return None;
         }
         taken.insert(caller.to_owned(), own + 1);
@@ -285,5 +302,20 @@ mod tests {
             calls.admit(&add, ":1.3").is_ok(),
             "a place that is given back is free"
         );
+    }
+
+    /// A bus gives a user 256 connections (dbus-daemon(1), max_connections_per_user): with half of the places each, two of them had all.
+    #[test]
+    fn places_that_are_kept_go_to_callers_that_have_none() {
+        let places = Places::keeping(1_024, 512, 512);
+        let take = |caller: u32| places.take(&format!(":1.{caller}"));
+        let flood: Vec<Place> = (0..256)
+            .flat_map(|caller| std::iter::from_fn(move || take(caller)))
+            .collect();
+        assert_eq!(flood.len(), 512 + 255, "one flood, then one for each");
+        assert!(take(0).is_none() && take(255).is_none());
+        assert!(take(256).is_some(), "another user's first call");
+        drop(flood);
+        assert!(take(0).is_some());
     }
 }

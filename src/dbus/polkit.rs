@@ -18,7 +18,7 @@ use zbus::{Connection, Message, Variant};
 
 use super::access::{Access, Right};
 use super::call::{Calls, Place, Places};
-use super::callers::Callers;
+use super::callers::{Callers, Known};
 use super::connect::{CALLER_WITHIN, open};
 use super::reply::{Refusal, standard};
 use super::{Bus, Caller};
@@ -26,6 +26,9 @@ use crate::correlation::RequestError;
 
 /// Calls of callers of whom the bus is being asked who they are; that takes it a millisecond, and at most a second.
 const INTRODUCING_MAX: usize = 1_024;
+/// Of those, for connections that have none yet, so that root's first call has a place beside all connections of one user. Whose a
+/// connection is, is what is being asked; but a bus gives each user 256 of them (dbus-daemon(1), max_connections_per_user).
+const INTRODUCING_KEPT: usize = 512;
 /// Questions to polkit at one time.
 const ASKING_MAX: usize = 64;
 /// Of those, of one user, who may have many connections: enough for a person, and six users have to flood before a seventh is
@@ -61,10 +64,18 @@ pub struct Gate {
     denied: OnDenied,
     /// Where polkit is asked.
     bus: Bus,
-    /// [`INTRODUCING_MAX`], half for one connection; when used up, `NotReady`.
+    /// [`INTRODUCING_MAX`], half for one connection, and [`INTRODUCING_KEPT`]; when used up, `NotReady`.
     introducing: Arc<Places>,
     /// [`ASKING_MAX`], by user; when used up, `NotReady`.
     asking: Arc<Places>,
+}
+
+/// The place of a call that has to wait.
+pub enum Admitted {
+    /// Of one whom the bus has introduced already: to ask polkit.
+    Known { known: Known, place: Place },
+    /// To ask the bus who calls.
+    Unknown(Place),
 }
 
 impl Gate {
@@ -73,7 +84,7 @@ impl Gate {
             access,
             denied,
             bus: bus.clone(),
-            introducing: Places::new(INTRODUCING_MAX, INTRODUCING_MAX / 2),
+            introducing: Places::keeping(INTRODUCING_MAX, INTRODUCING_MAX / 2, INTRODUCING_KEPT),
             asking: Places::new(ASKING_MAX, ASKING_OF_USER_MAX),
         }
     }
@@ -90,12 +101,24 @@ impl Gate {
         known.is_some_and(|known| self.access.lets(&known, right))
     }
 
-    /// Takes the place that [`Gate::permit`] begins with.
-    pub fn admit(&self, message: &Message, calls: &Calls) -> Result<Place, Refusal> {
+    /// Takes the place that [`Gate::permit`] begins with: of one whom the bus has introduced, by its user, else by its connection.
+    pub fn admit(
+        &self,
+        (callers, calls): (&Callers, &Calls),
+        link: &Connection,
+        message: &Message,
+    ) -> Result<Admitted, Refusal> {
+        let busy = || Refusal::from(calls.busy());
+        if let Some(known) = callers.at_hand(link, message)
+            && let Some(uid) = known.caller.uid
+        {
+            let place = self.asking.take(&uid.to_string()).ok_or_else(busy)?;
+            return Ok(Admitted::Known { known, place });
+        }
         let header = message.header();
         let sender = header.sender().map_or("", |sender| sender.as_str());
-        let place = self.introducing.take(sender);
-        place.ok_or_else(|| calls.busy().into())
+        let place = self.introducing.take(sender).ok_or_else(busy)?;
+        Ok(Admitted::Unknown(place))
     }
 
     /// Finds out whether the sender of `message` may; takes at most [`CALLER_WITHIN`] and [`RULES_WITHIN`], or
@@ -110,10 +133,16 @@ impl Gate {
         link: &Connection,
         message: &Message,
         right: Right,
-        place: Place,
+        admitted: Admitted,
     ) -> Result<(), Refusal> {
-        let known = callers.of(link, message).await;
-        drop(place);
+        let (known, place) = match admitted {
+            Admitted::Known { known, place } => (known, Some(place)),
+            Admitted::Unknown(place) => {
+                let known = callers.of(link, message).await;
+                drop(place);
+                (known, None)
+            }
+        };
         if self.access.lets(&known, right) {
             return Ok(());
         }
@@ -127,9 +156,8 @@ impl Gate {
             (self.denied)(&known.caller, method, Denial::Refused, &text);
             return Err(RequestError::NotAuthorized(text).into());
         };
-        let _place = self
-            .asking
-            .take(&uid.to_string())
+        let _place = place
+            .or_else(|| self.asking.take(&uid.to_string()))
             .ok_or_else(|| Refusal::from(calls.busy()))?;
         let flags = header.primary().flags();
         let question = Question {

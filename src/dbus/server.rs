@@ -141,7 +141,8 @@ impl Server {
         let admitted = access::right(&message).and_then(|right| {
             let right =
                 right.filter(|&right| !gate.lets(&self.callers, connection, &message, right));
-            let place = |right| Ok((right, gate.admit(&message, &self.calls)?));
+            let sides = (&self.callers, &self.calls);
+            let place = |right| Ok((right, gate.admit(sides, connection, &message)?));
             right.map(place).transpose()
         });
         let (right, place) = match admitted {
