@@ -1,6 +1,10 @@
 //! The built program against a made-up daemon on a private bus: what it prints and how it exits.
 
-#![allow(clippy::unwrap_used, clippy::panic)] // A test ends where something is missing.
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test ends where something is missing"
+)]
 
 mod bus;
 

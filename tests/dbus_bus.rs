@@ -1,6 +1,10 @@
 //! The bus room alone, on a real private bus: a made-up loop answers, a real client looks.
 
-#![allow(clippy::unwrap_used, clippy::panic)] // A test ends where something is missing.
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test ends where something is missing"
+)]
 
 mod bus;
 

@@ -1,7 +1,11 @@
 //! The names on the bus are a promise: a snapshot holds them, and the reference in docs/dbus.md is what the XML files say.
 //! After a change that is meant: `BLESS=1 cargo test --test dbus_names`, and read the difference before it is committed.
 
-#![allow(clippy::unwrap_used, clippy::panic)] // A test ends where something is missing.
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test ends where something is missing"
+)]
 
 mod bus;
 

@@ -1,6 +1,10 @@
 //! The shipped policy on a real bus: who may own, call and hear what.
 
-#![allow(clippy::unwrap_used, clippy::panic)] // A test ends where something is missing.
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test ends where something is missing"
+)]
 
 mod bus;
 mod polkit;

@@ -1,6 +1,10 @@
 //! The audit trail's file: bounded, in order, and never in anyone's way when it is full, damaged, newer or read-only.
 
-#![allow(clippy::unwrap_used, clippy::panic)] // A test ends where something is missing.
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test ends where something is missing"
+)]
 
 use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;

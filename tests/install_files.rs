@@ -1,6 +1,10 @@
 //! `make install` and `make uninstall`: what the one puts there the other takes away, and nothing else.
 
-#![allow(clippy::unwrap_used, clippy::panic)] // A test ends where something is missing.
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test ends where something is missing"
+)]
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};

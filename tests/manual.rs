@@ -1,6 +1,10 @@
 //! Holds the manual pages and the README to what the program takes: every command, option, key and profile that the program tells of
 //! is in its page, and what the README says to type is a command.
-#![allow(clippy::unwrap_used, clippy::panic)] // A test ends where something is missing.
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test ends where something is missing"
+)]
 
 mod support;
 

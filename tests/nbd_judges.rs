@@ -3,7 +3,11 @@
 //!
 //! Whether a client speaks extended headers depends on its version (qemu from 8.2, libnbd from 1.18, neither in
 //! Debian 12): the tests hold for either and print which it was.
-#![allow(clippy::unwrap_used, clippy::panic)]
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test ends where something is missing"
+)]
 
 mod kernel;
 mod nbd_common;

@@ -1,5 +1,5 @@
 //! How leases end: drain, cut, deadlines, fences; and what connections of one export see of each other.
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, reason = "a test ends where something is missing")]
 
 mod nbd_common;
 

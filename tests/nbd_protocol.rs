@@ -1,5 +1,5 @@
 //! Raw conversations: each option, command and error as a client sees them.
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, reason = "a test ends where something is missing")]
 
 mod nbd_common;
 

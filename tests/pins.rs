@@ -1,7 +1,11 @@
 //! What a path of nbd-server's configuration comes to mean, through the middle: by itself, by a person, over a restart and a new boot;
 //! and a thousand random machines in which no disk ever reaches an export that was not pinned to it.
 
-#![allow(clippy::unwrap_used, clippy::panic)] // A test ends where something is missing.
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test ends where something is missing"
+)]
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;

@@ -1,5 +1,9 @@
 //! Promise: what the kernel attaches and detaches is told, with the right diskseq, whatever is lost on the way.
-#![allow(clippy::unwrap_used, clippy::panic)]
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test ends where something is missing"
+)]
 
 mod kernel;
 

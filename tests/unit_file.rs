@@ -1,6 +1,10 @@
 //! The shipped unit keeps what it promises to whoever asks `systemd-analyze security`.
 
-#![allow(clippy::unwrap_used, clippy::panic)] // A test ends where something is missing.
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test ends where something is missing"
+)]
 
 use std::process::Command;
 

@@ -329,7 +329,7 @@ mod tests {
     use super::*;
 
     #[test]
-    #[allow(clippy::panic)] // It is what is tested.
+    #[allow(clippy::panic, reason = "it is what is tested")]
     fn an_open_that_breaks_is_answered() {
         let broken = answered::<()>(|| panic!("a fault"));
         assert!(

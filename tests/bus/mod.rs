@@ -1,6 +1,13 @@
 //! A private bus for one test, with the shipped policy; ends with the test.
-#![allow(clippy::unwrap_used, clippy::panic)] // A test ends where something is missing.
-#![allow(dead_code)]
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test ends where something is missing"
+)]
+#![allow(
+    dead_code,
+    reason = "each program that includes this module uses a part of it"
+)]
 
 use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader};

@@ -1,6 +1,10 @@
 //! A memory image with switches, a raw client, and waits that have a deadline.
 // Each test file uses its part; a helper that fails fails the test.
-#![allow(dead_code, clippy::unwrap_used)]
+#![allow(
+    dead_code,
+    clippy::unwrap_used,
+    reason = "each program uses a part of it, and ends where something is missing"
+)]
 
 use std::io::{self, Read, Write};
 use std::net::{TcpListener, TcpStream};

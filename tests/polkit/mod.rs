@@ -1,5 +1,9 @@
 //! A real polkitd on a private bus, with the actions that are shipped and rules of the test's own; ends with the test.
-#![allow(clippy::unwrap_used, clippy::panic)] // A test ends where something is missing.
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test ends where something is missing"
+)]
 
 use std::collections::BTreeMap;
 use std::io::Write;

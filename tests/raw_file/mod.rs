@@ -1,6 +1,10 @@
 //! A file, opened as the daemon opens one.
 // Each test file uses its part; a helper that fails fails the test.
-#![allow(dead_code, clippy::unwrap_used)]
+#![allow(
+    dead_code,
+    clippy::unwrap_used,
+    reason = "each program uses a part of it, and ends where something is missing"
+)]
 
 use std::path::Path;
 use std::time::Duration;

@@ -4,8 +4,14 @@
 //! Everything here cleans up what it made when it is dropped, waits with a deadline, and touches nothing that it
 //! did not make itself.
 
-#![allow(dead_code)] // Each program that includes this module uses a part of it.
-#![allow(clippy::duplicate_mod)]
+#![allow(
+    dead_code,
+    reason = "each program that includes this module uses a part of it"
+)]
+#![allow(
+    clippy::duplicate_mod,
+    reason = "each program has what it includes for itself"
+)]
 
 pub mod backup_model;
 pub mod backups;

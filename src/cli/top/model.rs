@@ -147,13 +147,13 @@ impl Model {
                     let before = before.map_or(0, |stats| count(stats, &name, key));
                     now(key).checked_sub(before).unwrap_or_else(|| now(key))
                 };
-                #[allow(clippy::cast_precision_loss)] // For a screen.
+                #[allow(clippy::cast_precision_loss, reason = "for a screen")]
                 let rate = |keys: &[&str]| {
                     let sum: u64 = keys.iter().map(|key| grown(key)).sum();
                     seconds.map_or(0.0, |seconds| sum as f64 / seconds)
                 };
                 let timed = grown("timed");
-                #[allow(clippy::cast_precision_loss)]
+                #[allow(clippy::cast_precision_loss, reason = "for a screen")]
                 let latency_us = (seconds.is_some() && timed > 0)
                     .then(|| grown("microseconds") as f64 / timed as f64);
                 Row {

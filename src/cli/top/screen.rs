@@ -160,7 +160,11 @@ fn printable_or_empty(text: &str) -> String {
     }
 }
 
-#[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // A rate: not negative, and `as` saturates.
+#[allow(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "a rate: not negative, and `as` saturates"
+)]
 fn amount(bytes: f64) -> String {
     size(bytes as u64)
 }
