@@ -1,6 +1,6 @@
 //! One turn of one server at one workload: what it did and what it used.
 
-use std::io::{Read as _, Write as _};
+use std::io::{Read, Write as _};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -10,7 +10,7 @@ use socket2::Socket;
 use crate::cost;
 use crate::load::{Load, MARK, Op, Shape, Tally, thread_cpu};
 use crate::servers::{EXPORT, ILL, Server};
-use crate::support::client::{CMD_DISC, CMD_READ, CMD_TRIM, Go, negotiate, request};
+use crate::support::client::{CMD_DISC, CMD_FLUSH, CMD_READ, CMD_TRIM, Go, negotiate, request};
 use crate::support::fuse_disk::ALL;
 use crate::support::{Outcome, process, until};
 use crate::workloads::{Neighbour, What, Workload};
@@ -84,7 +84,8 @@ pub fn warm(server: &Server) -> Outcome<()> {
     Ok(())
 }
 
-/// Discards the whole of the disk, in pieces that every server takes.
+/// Discards the whole of the disk, in pieces that every server takes, and flushes: nbdtrack gives no cluster out again before the
+/// discard is durable, and nobody starts with what another turn left to be written.
 fn give_back(server: &Server) -> Outcome<()> {
     let mut socket = server.endpoint.connect()?;
     let Go::Agreed { size, .. } = negotiate(&socket, EXPORT)? else {
@@ -94,11 +95,22 @@ fn give_back(server: &Server) -> Outcome<()> {
         let bytes = size.saturating_sub(at).min(DISCARD_BYTES.into());
         let bytes = u32::try_from(bytes).unwrap_or(DISCARD_BYTES);
         socket.write_all(&request(CMD_TRIM, 0, at, at, bytes))?;
-        let mut reply = [0; 16];
-        socket.read_exact(&mut reply)?;
-        hold!(reply[4..8] == [0; 4], "a discard of {bytes} at {at} failed");
+        done(&mut socket, "discard")?;
     }
+    socket.write_all(&request(CMD_FLUSH, 0, size, 0, 0))?;
+    done(&mut socket, "flush")?;
     leave(&socket)
+}
+
+/// Takes one simple reply, which has to tell success.
+fn done(socket: &mut impl Read, what: &str) -> Outcome<()> {
+    let mut reply = [0; 16];
+    socket.read_exact(&mut reply)?;
+    hold!(
+        reply[4..8] == [0; 4],
+        "a {what} that empties the disk failed"
+    );
+    Ok(())
 }
 
 fn load(server: &Server, shape: Shape, time: Duration) -> Outcome<Sample> {
