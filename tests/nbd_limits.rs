@@ -252,3 +252,98 @@ fn the_clients_of_one_export_leave_room_for_those_of_another() {
         }
     });
 }
+
+/// One client with enough exports held all that there was for everyone.
+#[test]
+fn one_process_or_user_of_the_unix_socket_leaves_room_for_others() {
+    let users: &[u32] = if nix::unistd::geteuid().is_root() {
+        &[0, 54_321]
+    } else {
+        println!("SKIPPED: as another user: only root can be one");
+        &[nix::unistd::geteuid().as_raw()]
+    };
+    for user in users {
+        let server = server(Limits {
+            in_flight_bytes_all: 8 * MIB,
+            ..Limits::default()
+        });
+        server.image.cold.store(true, Ordering::SeqCst);
+        server.let_every_user_in();
+        let greedy: Vec<Client> = (0..16)
+            .map(|number| {
+                let export = name(&format!("export{number}"));
+                server
+                    .door
+                    .serve(&export, Generation(1), Memory::new(MIB), false);
+                let socket = server.connect_as(*user);
+                let mut client = server.go_over(socket, export.as_str());
+                client.put(&request(cmd::WRITE, 0, 1, 0, 1 << 20));
+                client
+            })
+            .collect();
+        until("them to have all that they may", || {
+            server.door.stats().waits_all_full > 20
+        });
+        assert_eq!(server.door.stats().in_flight_bytes_now, 7 * MIB);
+        // Of another address.
+        let mut client = server.go_tcp();
+        client.request(cmd::READ, 0, 3, 0, 1 << 20);
+        assert_eq!(client.simple(), (0, 3));
+        client.take(1 << 20);
+        drop(greedy);
+    }
+}
+
+/// A thread that the kernel refused was wanted again only when the next task came, which it never may.
+#[test]
+fn whoever_waits_for_a_thread_that_was_refused_is_served_once_there_is_one() {
+    const CHILD: &str = "NBDTRACK_TEST_FEW_THREADS";
+    if std::env::var_os(CHILD).is_some() {
+        return be_short_of_threads();
+    }
+    // In a process of its own, which becomes a user without any other: the limit is a user's.
+    let done = Command::new(std::env::current_exe().unwrap())
+        .args([
+            "--exact",
+            "whoever_waits_for_a_thread_that_was_refused_is_served_once_there_is_one",
+            "--nocapture",
+        ])
+        .env(CHILD, "1")
+        .output()
+        .unwrap();
+    assert!(done.status.success(), "{done:?}");
+}
+
+fn be_short_of_threads() {
+    let server = server(Limits::default());
+    server.image.cold.store(true, Ordering::SeqCst);
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    server.door.admit(theirs).unwrap();
+    if nix::unistd::geteuid().is_root() {
+        // No limit holds for root.
+        nix::unistd::setuid(54_321.into()).unwrap();
+    }
+    let (_, hard) = getrlimit(Resource::RLIMIT_NPROC).unwrap();
+    let allow = |soft| setrlimit(Resource::RLIMIT_NPROC, soft, hard).unwrap();
+    let refused = |times| {
+        let before = server.door.stats().thread_errors;
+        until("a thread to be refused, and again", || {
+            server.door.stats().thread_errors >= before + times
+        });
+    };
+    let mut client = Client::over(ours);
+    client.take(18);
+    // For a session.
+    allow(1);
+    client.put(&3u32.to_be_bytes());
+    client.put(&nbd_common::option_bytes(option::GO, &choice(b"vol", &[])));
+    refused(3);
+    allow(hard);
+    assert_eq!(client.replies(option::GO).last().unwrap().0, rep::ACK);
+    // For a disk, asked for by a session's thread that goes on.
+    allow(1);
+    client.request(cmd::READ, 0, 7, 0, 512);
+    refused(3);
+    allow(hard);
+    assert_eq!(client.simple(), (0, 7));
+}

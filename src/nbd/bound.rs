@@ -28,13 +28,14 @@ pub(super) enum Limit {
     InFlightConnection,
     InFlightAll,
     Threads,
+    ThreadRefused,
     Accept,
 }
 
 const COUNT: usize = Limit::ALL.len();
 
 impl Limit {
-    const ALL: [Limit; 15] = [
+    const ALL: [Limit; 16] = [
         Limit::Connections,
         Limit::ConnectionsPerAddress,
         Limit::Handshakes,
@@ -49,6 +50,7 @@ impl Limit {
         Limit::InFlightConnection,
         Limit::InFlightAll,
         Limit::Threads,
+        Limit::ThreadRefused,
         Limit::Accept,
     ];
 
@@ -68,6 +70,7 @@ impl Limit {
             Limit::InFlightConnection => &counters.waits_connection_full,
             Limit::InFlightAll => &counters.waits_all_full,
             Limit::Threads => &counters.threads_over_limit,
+            Limit::ThreadRefused => &counters.thread_errors,
             Limit::Accept => &counters.accept_errors,
         }
     }
@@ -120,6 +123,10 @@ impl Limit {
             Limit::Threads => (
                 "clients wait for a thread: all that there may be are busy, most likely with disks that do not answer",
                 FIXED,
+            ),
+            Limit::ThreadRefused => (
+                "clients wait for a thread: the kernel gives none, and is asked again twenty times a second",
+                "TasksMax= or LimitNPROC= of the unit",
             ),
             Limit::InFlightAll => (
                 "requests wait: their data would be more than all clients may have in flight",

@@ -9,6 +9,7 @@ use std::time::Duration;
 use crate::sync::{Condvar, Mutex, lock, thread, wait_timeout};
 
 use super::bound::{Bounds, Limit};
+use super::shortage::{Shortage, Wanting};
 use super::stats::{Counters, add};
 
 /// How long a thread stays for the next task. Long against bursts, short against a day.
@@ -28,20 +29,21 @@ pub(super) trait Task: Send + 'static {
 /// The queue is unbounded by itself; what is in it is bounded by its users: a session is queued at most
 /// once, a lease at most `disk_threads_per_lease` + 1 times. Threads end when the crew is dropped, after the task that they are in
 /// and those that are queued.
-pub(super) struct Crew<T> {
-    name: &'static str,
-    threads_max: usize,
-    room: Arc<Room<T>>,
-    counters: Arc<Counters>,
-    bounds: Arc<Bounds>,
-}
+pub(super) struct Crew<T>(Arc<Room<T>>);
 
 /// What the threads share.
-struct Room<T>(Mutex<State<T>>);
+struct Room<T> {
+    name: &'static str,
+    threads_max: usize,
+    state: Mutex<State<T>>,
+    counters: Arc<Counters>,
+    bounds: Arc<Bounds>,
+    shortage: Arc<Shortage>,
+}
 
 /// Invariant: unless there are `threads_max` threads, at least as many of them are neither in a task nor in `idle` as there are tasks in
 /// `queue`: each queued task has a thread that is on its way to the queue. So no task waits behind hung ones while there is room for
-/// another thread.
+/// another thread. Where the kernel refuses a thread it holds again once `shortage` has got it.
 struct State<T> {
     queue: VecDeque<T>,
     /// Threads that wait, each with what wakes it. The last one that came is woken first: it has the processor's caches, and the
@@ -50,8 +52,6 @@ struct State<T> {
     threads: usize,
     /// Tasks that a thread has begun, ever.
     begun: usize,
-    /// A spawn failed: said once. The next submit tries again.
-    failed: bool,
     /// The crew was dropped.
     closed: bool,
 }
@@ -70,37 +70,71 @@ impl<T: Task> Crew<T> {
         threads_max: usize,
         counters: Arc<Counters>,
         bounds: Arc<Bounds>,
+        shortage: Arc<Shortage>,
     ) -> Crew<T> {
         let state = State {
             queue: VecDeque::new(),
             idle: Vec::new(),
             threads: 0,
             begun: 0,
-            failed: false,
             closed: false,
         };
-        Crew {
+        Crew(Arc::new(Room {
             name,
             threads_max,
-            room: Arc::new(Room(Mutex::new(state))),
+            state: Mutex::new(state),
             counters,
             bounds,
-        }
+            shortage,
+        }))
     }
 
     /// Queues a task; waits for no other task. There is a thread for every pending task up to the maximum: a
-    /// task waits in the queue only while all of them are busy.
+    /// task waits in the queue only while all of them are busy, or while the kernel gives no thread.
     pub(super) fn submit(&self, task: T) {
-        match self.queue(task) {
+        let room = &self.0;
+        match room.queue(task) {
             // After the lock is free, or the thread would wake only to wait for it.
             Comer::Idle(thread) => thread.notify_one(),
-            Comer::New => self.start(),
-            Comer::Busy => self.bounds.reached(Limit::Threads, &self.counters),
+            Comer::New => {
+                room.start();
+            }
+            Comer::Busy => room.bounds.reached(Limit::Threads, &room.counters),
         }
     }
 
+    /// True while half of the threads that there can be are taken.
+    pub(super) fn is_crowded(&self) -> bool {
+        let state = lock(&self.0.state);
+        let busy = state.threads - state.idle.len();
+        busy >= self.0.threads_max / 2
+    }
+
+    /// True while tasks wait for a thread.
+    pub(super) fn has_backlog(&self) -> bool {
+        !lock(&self.0.state).queue.is_empty()
+    }
+
+    /// How many tasks a thread has begun, and whether any waits for one: while some wait, the number grows, or the crew is stuck.
+    pub(super) fn progress(&self) -> (usize, bool) {
+        let state = lock(&self.0.state);
+        (state.begun, !state.queue.is_empty())
+    }
+}
+
+impl<T> Drop for Crew<T> {
+    fn drop(&mut self) {
+        let mut state = lock(&self.0.state);
+        state.closed = true;
+        for thread in state.idle.drain(..) {
+            thread.notify_one();
+        }
+    }
+}
+
+impl<T: Task> Room<T> {
     fn queue(&self, task: T) -> Comer {
-        let mut state = lock(&self.room.0);
+        let mut state = lock(&self.state);
         state.queue.push_back(task);
         match state.idle.pop() {
             Some(thread) => Comer::Idle(thread),
@@ -112,63 +146,30 @@ impl<T: Task> Crew<T> {
         }
     }
 
-    /// True while half of the threads that there can be are taken.
-    pub(super) fn is_crowded(&self) -> bool {
-        let state = lock(&self.room.0);
-        let busy = state.threads - state.idle.len();
-        busy >= self.threads_max / 2
-    }
-
-    /// True while tasks wait for a thread.
-    pub(super) fn has_backlog(&self) -> bool {
-        !lock(&self.room.0).queue.is_empty()
-    }
-
-    /// How many tasks a thread has begun, and whether any waits for one: while some wait, the number grows, or the crew is stuck.
-    pub(super) fn progress(&self) -> (usize, bool) {
-        let state = lock(&self.room.0);
-        (state.begun, !state.queue.is_empty())
-    }
-
-    /// Makes the thread that was counted.
-    fn start(&self) {
-        let (room, counters) = (self.room.clone(), self.counters.clone());
+    /// Makes the thread that was counted, or sees to it that someone tries again; whether it is there.
+    fn start(self: &Arc<Self>) -> bool {
+        let room = self.clone();
         let spawned = thread::Builder::new()
             .name(self.name.into())
             .stack_size(STACK_BYTES)
-            .spawn(move || room.work(&counters));
-        match spawned {
-            Ok(_) => add(&self.counters.threads_started, 1),
-            Err(error) => {
-                add(&self.counters.thread_errors, 1);
-                let mut state = lock(&self.room.0);
-                state.threads -= 1;
-                if !std::mem::replace(&mut state.failed, true) {
-                    drop(state);
-                    tracing::warn!(%error, crew = self.name, "no thread to be had");
-                }
-            }
+            .spawn(move || room.work());
+        if let Err(error) = &spawned {
+            tracing::debug!(%error, crew = self.name, "no thread to be had");
+            self.bounds.reached(Limit::ThreadRefused, &self.counters);
+            lock(&self.state).threads -= 1;
+            self.shortage.wants(self.clone());
+        } else {
+            add(&self.counters.threads_started, 1);
         }
+        spawned.is_ok()
     }
-}
 
-impl<T> Drop for Crew<T> {
-    fn drop(&mut self) {
-        let mut state = lock(&self.room.0);
-        state.closed = true;
-        for thread in state.idle.drain(..) {
-            thread.notify_one();
-        }
-    }
-}
-
-impl<T: Task> Room<T> {
     /// A thread's life.
-    fn work(&self, counters: &Counters) {
+    fn work(&self) {
         let called = Arc::new(Condvar::new());
         while let Some(task) = self.next(&called) {
             if catch_unwind(AssertUnwindSafe(|| task.run())).is_err() {
-                add(&counters.panics, 1);
+                add(&self.counters.panics, 1);
                 tracing::error!("a task panicked; its connection is lost");
             }
         }
@@ -176,7 +177,7 @@ impl<T: Task> Room<T> {
 
     /// The next task, or `None` when this thread is not needed any more; it is no longer counted then.
     fn next(&self, called: &Arc<Condvar>) -> Option<T> {
-        let mut state = lock(&self.0);
+        let mut state = lock(&self.state);
         loop {
             if let Some(task) = state.queue.pop_front() {
                 state.begun += 1;
@@ -202,6 +203,23 @@ impl<T: Task> Room<T> {
     }
 }
 
+impl<T: Task> Wanting for Room<T> {
+    fn try_again(self: Arc<Self>) {
+        // One for each task: any of them may hang. Some may have been taken meanwhile.
+        for made in 0.. {
+            let mut state = lock(&self.state);
+            if state.queue.len() <= made || state.threads >= self.threads_max {
+                return;
+            }
+            state.threads += 1;
+            drop(state);
+            if !self.start() {
+                return;
+            }
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -215,7 +233,8 @@ mod tests {
     }
 
     fn crew(max: usize) -> Crew<Job> {
-        Crew::new("test", max, Arc::default(), Arc::default())
+        let shortage = Arc::new(Shortage::new().unwrap());
+        Crew::new("test", max, Arc::default(), Arc::default(), shortage)
     }
 
     #[test]
@@ -244,7 +263,7 @@ mod tests {
         }));
         let (done, answer) = mpsc::channel();
         crew.submit(Box::new(move || done.send(()).unwrap()));
-        assert_eq!(crew.counters.snapshot().threads_over_limit, 1);
+        assert_eq!(crew.0.counters.snapshot().threads_over_limit, 1);
         assert!(crew.has_backlog() && crew.is_crowded());
         drop(hold);
         answer.recv_timeout(Duration::from_secs(10)).unwrap();
@@ -261,7 +280,7 @@ mod tests {
         for _ in 0..100 {
             answers.recv_timeout(Duration::from_secs(10)).unwrap();
         }
-        assert!(lock(&crew.room.0).threads <= 3);
+        assert!(lock(&crew.0.state).threads <= 3);
     }
 
     #[test]
@@ -279,7 +298,7 @@ mod tests {
         let (done, answers) = mpsc::channel();
         let mut threads = std::collections::HashSet::new();
         for _ in 0..50 {
-            while lock(&crew.room.0).idle.len() < 4 {
+            while lock(&crew.0.state).idle.len() < 4 {
                 thread::yield_now();
             }
             let done = done.clone();
@@ -296,7 +315,7 @@ mod tests {
         let (done, answer) = mpsc::channel();
         crew.submit(Box::new(move || done.send(()).unwrap()));
         answer.recv_timeout(Duration::from_secs(10)).unwrap();
-        assert_eq!(crew.counters.snapshot().panics, 1);
+        assert_eq!(crew.0.counters.snapshot().panics, 1);
     }
 }
 
@@ -335,6 +354,7 @@ mod model {
                 THREADS as usize,
                 Arc::default(),
                 Arc::default(),
+                Arc::new(Shortage::new().unwrap()),
             ));
             for _ in 0..3 {
                 let meeting = Meeting::default();

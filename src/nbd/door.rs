@@ -25,6 +25,7 @@ use super::meter::{Measured, Meter};
 use super::pipes::Pipes;
 use super::poller::{self, Poller};
 use super::shared::{ClientsWatcher, Export, Shared};
+use super::shortage::Shortage;
 use super::stats::{Counters, Stats};
 use super::witness::{ClientWitness, Witness};
 
@@ -43,12 +44,26 @@ impl Door {
         let counters = Arc::<Counters>::default();
         let bounds = Arc::<Bounds>::default();
         let (threads, waiting) = (limits.session_threads, limits.disk_threads);
-        let sessions = Crew::new("nbd-session", threads, counters.clone(), bounds.clone());
-        let disks = Crew::new("nbd-disk", waiting, counters.clone(), bounds.clone());
+        let shortage = Arc::new(Shortage::new()?);
+        let sessions = Crew::new(
+            "nbd-session",
+            threads,
+            counters.clone(),
+            bounds.clone(),
+            shortage.clone(),
+        );
+        let disks = Crew::new(
+            "nbd-disk",
+            waiting,
+            counters.clone(),
+            bounds.clone(),
+            shortage.clone(),
+        );
         let shared = Arc::new(Shared {
             limits,
-            poller: Arc::new(Poller::new(sessions, counters.clone())?),
+            poller: Arc::new(Poller::new(sessions, counters.clone(), shortage.clone())?),
             disks: Arc::new(disks),
+            shortage,
             counters,
             file_systems: Mutex::default(),
             stopping: AtomicBool::new(false),

@@ -38,6 +38,7 @@ mod reply;
 mod session;
 mod sessions;
 mod shared;
+mod shortage;
 mod socket;
 mod stats;
 mod transmission;

@@ -22,9 +22,11 @@ use super::listener::Listener;
 use super::pulse::{Pulse, Pulses};
 use super::session::Session;
 use super::shared::Shared;
+use super::shortage::{Alarm, Shortage};
 use super::stats::{Counters, add};
 
 const WAKE_TOKEN: u64 = 0;
+const SHORTAGE_TOKEN: u64 = 1;
 /// Connections accepted before the others get their turn.
 const ACCEPTS: usize = 64;
 /// accept(2) failed (out of descriptors): how long until it is tried again. Clients wait in the socket's backlog meanwhile, and are
@@ -46,6 +48,7 @@ pub(super) struct Poller {
     /// few map operations.
     table: Mutex<Table>,
     pub(super) sessions: Crew<Box<Session>>,
+    shortage: Arc<Shortage>,
     counters: Arc<Counters>,
     next_token: AtomicU64,
 }
@@ -81,10 +84,16 @@ enum Command {
 }
 
 impl Poller {
-    pub(super) fn new(sessions: Crew<Box<Session>>, counters: Arc<Counters>) -> io::Result<Poller> {
+    pub(super) fn new(
+        sessions: Crew<Box<Session>>,
+        counters: Arc<Counters>,
+        shortage: Arc<Shortage>,
+    ) -> io::Result<Poller> {
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
         let wake = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
         epoll.add(&wake, EpollEvent::new(EpollFlags::EPOLLIN, WAKE_TOKEN))?;
+        let rung = EpollEvent::new(EpollFlags::EPOLLIN, SHORTAGE_TOKEN);
+        epoll.add(shortage.bell(), rung)?;
         let (commands, inbox) = unbounded();
         Ok(Poller {
             epoll,
@@ -93,8 +102,9 @@ impl Poller {
             inbox,
             table: Mutex::default(),
             sessions,
+            shortage,
             counters,
-            next_token: AtomicU64::new(WAKE_TOKEN + 1),
+            next_token: AtomicU64::new(SHORTAGE_TOKEN + 1),
         })
     }
 
@@ -305,6 +315,7 @@ pub(super) fn run(shared: &Arc<Shared>) {
     let mut listeners: HashMap<u64, Listener> = HashMap::new();
     let mut events = vec![EpollEvent::empty(); 256];
     let mut pulses = Pulses::default();
+    let mut alarm = Alarm::default();
     loop {
         let now = Instant::now();
         let (due, next) = poller.due(now);
@@ -320,7 +331,8 @@ pub(super) fn run(shared: &Arc<Shared>) {
             }
         }
         pulses.look(poller.sessions.progress());
-        let next = next.into_iter().chain(pulses.again()).min();
+        let threads = poller.shortage.look(&mut alarm, now);
+        let next = next.into_iter().chain(pulses.again()).chain(threads).min();
         let count = match poller.wait(&mut events, next) {
             Ok(count) => count,
             // A signal (EINTR): nothing else can be wrong with a set of our own (epoll_wait(2)).
@@ -331,6 +343,8 @@ pub(super) fn run(shared: &Arc<Shared>) {
             if token == WAKE_TOKEN {
                 // Fails only when there is nothing to read: then it was rung and read before.
                 let _ = poller.wake.read();
+            } else if token == SHORTAGE_TOKEN {
+                poller.shortage.heard(&mut alarm, Instant::now());
             } else if let Some(listener) = listeners.get(&token) {
                 if let Err(error) = poller.accept(shared, listener) {
                     tracing::debug!(%error, again = ?ACCEPT_AGAIN, "cannot accept");

@@ -27,6 +27,7 @@ use super::meter::Meter;
 use super::pipes::Pipes;
 use super::poller::Poller;
 use super::reply::Kept;
+use super::shortage::Shortage;
 use super::stats::{Counters, add, sub};
 use super::witness::Witness;
 
@@ -45,6 +46,7 @@ pub(super) struct Shared {
     pub(super) disks: Arc<Crew<DiskTask>>,
     /// Those of file systems, by their numbers, each as long as a lease uses it. Held for a map operation.
     pub(super) file_systems: Mutex<BTreeMap<u64, Weak<Crew<DiskTask>>>>,
+    pub(super) shortage: Arc<Shortage>,
     pub(super) stopping: AtomicBool,
     pub(super) bounds: Arc<Bounds>,
     pub(super) handshakes: Handshakes,
@@ -105,8 +107,13 @@ impl Shared {
         }
         crews.retain(|_, crew| crew.strong_count() > 0);
         let threads = self.limits.file_system_threads;
-        let (counters, bounds) = (self.counters.clone(), self.bounds.clone());
-        let crew = Arc::new(Crew::new("nbd-files", threads, counters, bounds));
+        let crew = Arc::new(Crew::new(
+            "nbd-files",
+            threads,
+            self.counters.clone(),
+            self.bounds.clone(),
+            self.shortage.clone(),
+        ));
         crews.insert(number, Arc::downgrade(&crew));
         crew
     }

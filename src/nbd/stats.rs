@@ -85,7 +85,7 @@ counters! {
     threads_started,
     /// A thread was wanted and `Limits::session_threads` or `Limits::disk_threads` was reached.
     threads_over_limit,
-    /// A thread was wanted and the kernel refused.
+    /// A thread was wanted and the kernel refused; it is asked again.
     thread_errors,
     /// Tasks that panicked: a bug of ours, contained.
     panics,
