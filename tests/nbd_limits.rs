@@ -5,13 +5,16 @@ mod nbd_common;
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
+use std::os::unix::net::UnixStream;
+use std::process::Command;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use nbd_common::{MIB, Memory, PATIENCE, Server, choice, name, request, until};
+use nbd_common::{Client, MIB, Memory, PATIENCE, Server, choice, name, request, until};
 use nbdtrack::correlation::Generation;
 use nbdtrack::nbd::Limits;
 use nbdtrack::nbd::wire::{NbdError, cmd, option, rep};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 fn server(limits: Limits) -> Server {
     Server::with(limits, Memory::new(MIB))
@@ -44,6 +47,40 @@ fn one_address_cannot_take_all_connections() {
     until("the seat to be free", || {
         greeted(&mut TcpStream::connect(address).unwrap())
     });
+}
+
+/// A Unix socket's peers had no limit at all.
+#[test]
+fn one_user_of_the_unix_socket_cannot_take_all_connections_and_root_can() {
+    const TEST: &str = "one_user_of_the_unix_socket_cannot_take_all_connections_and_root_can";
+    if !nix::unistd::geteuid().is_root() {
+        println!("SKIPPED: {TEST}: only root can be several users");
+        return;
+    }
+    let server = server(Limits {
+        connections_per_address: 3,
+        ..Limits::default()
+    });
+    server.let_every_user_in();
+    let is_greeted = |uid| {
+        let mut socket = server.connect_as(uid);
+        let greeted = socket.read_exact(&mut [0; 18]).is_ok();
+        (socket, greeted)
+    };
+    let mut held = Vec::new();
+    for _ in 0..3 {
+        let (socket, greeted) = is_greeted(54_321);
+        assert!(greeted);
+        held.push(socket);
+    }
+    assert!(!is_greeted(54_321).1);
+    assert_eq!(server.door.stats().connections_over_address_limit, 1);
+    assert!(is_greeted(54_322).1, "another user");
+    // Where everything runs as root, that is many programs.
+    let roots: Vec<_> = (0..64).map(|_| is_greeted(0)).collect();
+    assert!(roots.iter().all(|(_, greeted)| *greeted));
+    held.pop();
+    until("the seat to be free", || is_greeted(54_321).1);
 }
 
 #[test]

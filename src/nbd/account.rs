@@ -6,20 +6,50 @@ use std::sync::{Arc, OnceLock};
 use super::limits::Limits;
 use super::stats::{Counters, add, sub};
 
-/// Payload bytes that connections hold together: those of one network address, or those of one export.
-#[derive(Debug, Default)]
-pub(super) struct Party(AtomicU64);
+/// Payload bytes that connections hold together: those of one network address, of one user, or of one export.
+#[derive(Debug)]
+pub(super) struct Party {
+    held: AtomicU64,
+    /// Of the bytes that are free, it may hold so many times as much.
+    free_times: u64,
+}
+
+impl Default for Party {
+    fn default() -> Party {
+        Party {
+            held: AtomicU64::new(0),
+            free_times: 3,
+        }
+    }
+}
+
+impl Party {
+    /// Of a user, or one process, of the Unix socket: leaves only half as much. One process may serve many disks; with this, what two of its
+    /// exports hold for good still leaves room for its third.
+    pub(super) fn local() -> Party {
+        Party {
+            free_times: 7,
+            ..Party::default()
+        }
+    }
+
+    /// Whether it leaves enough of what is then `free`, with `bytes` that it has taken last.
+    fn is_fair(&self, bytes: u64, free: u64) -> bool {
+        let held = self.held.load(Ordering::Relaxed);
+        held == bytes || held <= free.saturating_mul(self.free_times)
+    }
+}
 
 /// Payload bytes that one connection holds, of the share of one and of the whole (invariant 10).
 ///
-/// Of the whole a party that holds something already leaves a third of what it holds free, so that neither one address nor the clients of one
-/// export stop all others: who holds nothing finds room.
+/// Of the whole a party that holds something already leaves a part of what it holds free (a third, or a seventh), so that neither one address, nor one
+/// user, nor the clients of one export stop all others: who holds nothing finds room.
 pub(super) struct Account {
     used: AtomicU64,
     limit: u64,
     limit_all: u64,
-    /// Of its network address, if it has one.
-    address: Option<Arc<Party>>,
+    /// Of its network address, or of its user or process; none where the kernel tells nothing.
+    origin: Option<Arc<Party>>,
     /// Once it has one.
     export: OnceLock<Arc<Party>>,
     pub(super) counters: Arc<Counters>,
@@ -46,13 +76,13 @@ impl Account {
     pub(super) fn new(
         limits: &Limits,
         counters: Arc<Counters>,
-        address: Option<Arc<Party>>,
+        origin: Option<Arc<Party>>,
     ) -> Arc<Account> {
         Arc::new(Account {
             used: AtomicU64::new(0),
             limit: limits.in_flight_bytes,
             limit_all: limits.in_flight_bytes_all,
-            address,
+            origin,
             export: OnceLock::new(),
             counters,
         })
@@ -76,13 +106,12 @@ impl Account {
         }
         let mut charge = self.of_parties(bytes);
         // First taken, then judged: of two that come at once the second sees the first.
-        let fair = |held: u64, free: u64| held == bytes || held <= free.saturating_mul(3);
         let fits = |all: u64| {
             let after = all + bytes;
             let free = self.limit_all.checked_sub(after)?;
             let mut parties = charge.parties();
             parties
-                .all(|party| fair(party.0.load(order), free))
+                .all(|party| party.is_fair(bytes, free))
                 .then_some(after)
         };
         let alone = |all: u64| fits(all).or_else(|| (all == 0).then_some(bytes));
@@ -112,7 +141,7 @@ impl Account {
             account: self.clone(),
             bytes,
         };
-        charge.parties().for_each(|party| add(&party.0, bytes));
+        charge.parties().for_each(|party| add(&party.held, bytes));
         charge
     }
 }
@@ -120,14 +149,15 @@ impl Account {
 impl Charge {
     fn parties(&self) -> impl Iterator<Item = &Party> {
         let export = self.account.export.get().filter(|_| self.of_export);
-        let both = self.account.address.iter().chain(export);
+        let both = self.account.origin.iter().chain(export);
         both.map(|party| &**party)
     }
 }
 
 impl Drop for Charge {
     fn drop(&mut self) {
-        self.parties().for_each(|party| sub(&party.0, self.bytes));
+        self.parties()
+            .for_each(|party| sub(&party.held, self.bytes));
         sub(&self.account.used, self.bytes);
         if self.of_all {
             sub(&self.account.counters.in_flight_bytes_now, self.bytes);
@@ -169,10 +199,17 @@ mod tests {
         account(None, &idle).charge(MIB).unwrap();
         drop(held);
         assert_eq!(counters.snapshot().in_flight_bytes_now, 0);
-        for party in [address, busy, idle] {
-            assert_eq!(party.0.load(Ordering::Relaxed), 0);
+        for party in [&address, &busy, &idle] {
+            assert_eq!(party.held.load(Ordering::Relaxed), 0);
         }
         // More than there is, but nothing else is held.
         account(None, &Arc::default()).charge(9 * MIB).unwrap();
+        // A process of the Unix socket, with many exports: one more of its own, while two hold what they may.
+        let local = Arc::new(Party::local());
+        let _stuck = fill(&|| account(Some(&local), &busy));
+        account(Some(&local), &idle).charge(MIB).unwrap();
+        let all = fill(&|| account(Some(&local), &Arc::default()));
+        assert_eq!(all.len(), 1);
+        account(None, &idle).charge(MIB).unwrap();
     }
 }

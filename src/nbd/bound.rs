@@ -80,7 +80,7 @@ impl Limit {
         match self {
             Limit::Connections => ("a connection was closed at accept", "max_connections"),
             Limit::ConnectionsPerAddress => (
-                "a connection was closed at accept: its address has too many",
+                "a connection was closed at accept: its address, or its user of the Unix socket, has too many",
                 "max_connections_per_address",
             ),
             Limit::Handshakes => (

@@ -3,7 +3,7 @@
 
 use std::collections::VecDeque;
 use std::io::IoSlice;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -43,7 +43,7 @@ pub(super) struct Conn {
     roomy: AtomicBool,
     pub(super) began: Instant,
     wake: Arc<dyn Wake>,
-    /// Of its address; lasts as long as the descriptor.
+    /// Of where it comes from; lasts as long as the descriptor.
     _seat: Option<Seat>,
     /// Of the export that it is bound to, where there are turns; lasts as long.
     turn: OnceLock<WritersTurn>,
@@ -95,15 +95,15 @@ impl Conn {
         socket: OwnedFd,
         account: Arc<Account>,
         wake: Arc<dyn Wake>,
+        peer: Peer,
         seat: Option<Seat>,
-        local: bool,
     ) -> Conn {
         Conn {
-            local,
+            local: peer.ip.is_none(),
             roomy: AtomicBool::new(false),
             token,
             account,
-            peer: Peer::of(socket.as_fd()),
+            peer,
             socket: Socket::new(socket),
             began: Instant::now(),
             wake,

@@ -3,9 +3,12 @@
 
 use std::io;
 use std::net::TcpListener;
+use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 use std::time::Duration;
+
+use nix::unistd::geteuid;
 
 use crate::correlation::{EndHow, ExportName, Generation, LeaseEnd, RefusalKind};
 use crate::image::Image;
@@ -27,7 +30,7 @@ use super::poller::{self, Poller};
 use super::shared::{ClientsWatcher, Export, Shared};
 use super::shortage::Shortage;
 use super::stats::{Counters, Stats};
-use super::witness::{ClientWitness, Witness};
+use super::witness::{ClientWitness, Peer, Witness};
 
 /// The NBD server. Clones are the same door; the last one dropped ends its connections and threads.
 #[derive(Clone)]
@@ -69,7 +72,8 @@ impl Door {
             stopping: AtomicBool::new(false),
             bounds,
             handshakes: Handshakes::default(),
-            addresses: Arc::default(),
+            origins: Arc::default(),
+            own_uid: geteuid().as_raw(),
             inline: Inside::default(),
             kept: Arc::default(),
             pipes: Pipes::default(),
@@ -115,8 +119,9 @@ impl Door {
     /// `ConnectionRefused` over the limit of connections.
     pub fn admit(&self, socket: UnixStream) -> io::Result<()> {
         let shared = self.shared();
+        let peer = Peer::of(socket.as_fd());
         let conn = shared
-            .admit(socket.into(), None)
+            .admit(socket.into(), peer)
             .ok_or(io::ErrorKind::ConnectionRefused)?;
         shared.poller.enter(conn, shared);
         Ok(())

@@ -17,7 +17,8 @@ pub struct Limits {
     /// Connections at once, silent ones included. Each costs a descriptor, of which the unit allows 65,536. One
     /// more is closed at accept. The daemon sets it from `max_connections`.
     pub connections: usize,
-    /// Connections of one network address; Unix sockets have none. The default lets one host have 128 disks over 8 connections each.
+    /// Connections of one network address, or of one user of the Unix socket, root and our own excepted. The default lets one host have 128
+    /// disks over 8 connections each.
     pub connections_per_address: usize,
     /// Connections that have not chosen an export. The oldest is closed for one more, so that the silent keep no one out.
     pub handshakes: usize,
@@ -35,7 +36,8 @@ pub struct Limits {
     /// Payload bytes held for one connection: two of the largest requests, so that one can be received while
     /// another is written.
     pub in_flight_bytes: u64,
-    /// Payload bytes held for all connections. The connections of one address, or of one export, leave a third of what they hold free.
+    /// Payload bytes held for all connections. The connections of one address, or of one export, leave a third of what they hold free; those of
+    /// one user of the Unix socket, or of one process of root's or our own, a seventh.
     pub in_flight_bytes_all: u64,
     /// Requests of one connection that wait for a disk. Twice what the kernel's client and qemu keep in flight.
     pub in_flight_requests: u32,

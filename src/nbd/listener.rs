@@ -1,10 +1,12 @@
 //! Listening sockets: accept one connection, never wait.
 
 use std::io;
-use std::net::{IpAddr, TcpListener};
+use std::net::TcpListener;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::time::Duration;
+
+use super::witness::Peer;
 
 pub(super) struct Listener {
     pub(super) token: u64,
@@ -29,14 +31,18 @@ impl Listener {
         Ok(Listener { token, socket })
     }
 
-    /// A connection, in blocking mode and closed on exec (std sets it), and its peer's address over TCP; or `WouldBlock`.
-    pub(super) fn accept(&self) -> io::Result<(OwnedFd, Option<IpAddr>)> {
+    /// A connection, in blocking mode and closed on exec (std sets it), and its peer; or `WouldBlock`.
+    pub(super) fn accept(&self) -> io::Result<(OwnedFd, Peer)> {
         match &self.socket {
             Socket::Tcp(socket) => {
-                let (socket, peer) = socket.accept()?;
-                Ok((socket.into(), Some(peer.ip())))
+                let (socket, from) = socket.accept()?;
+                Ok((socket.into(), Peer::at(from)))
             }
-            Socket::Unix(socket) => Ok((socket.accept()?.0.into(), None)),
+            Socket::Unix(socket) => {
+                let socket = OwnedFd::from(socket.accept()?.0);
+                let peer = Peer::of(socket.as_fd());
+                Ok((socket, peer))
+            }
         }
     }
 }

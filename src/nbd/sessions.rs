@@ -3,9 +3,6 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use nix::sys::socket::{SockaddrStorage, getpeername, getsockopt, sockopt::PeerCredentials};
-use std::os::fd::AsRawFd;
-
 use crate::correlation::{ExportName, Generation};
 use crate::sync::lock;
 
@@ -58,18 +55,10 @@ impl Door {
 }
 
 fn peer(conn: &Conn) -> String {
-    let address = getpeername::<SockaddrStorage>(conn.fd().as_raw_fd()).ok();
-    let inet = |address: &SockaddrStorage| {
-        let v4 = address.as_sockaddr_in().map(ToString::to_string);
-        v4.or_else(|| address.as_sockaddr_in6().map(ToString::to_string))
-    };
-    if let Some(text) = address.as_ref().and_then(inet) {
-        return text;
-    }
-    match getsockopt(&conn.fd(), PeerCredentials) {
-        Ok(peer) if peer.pid() != 0 => format!("process {}, user {}", peer.pid(), peer.uid()),
+    match (conn.peer.uid, conn.peer.pid) {
+        (Some(uid), Some(pid)) if pid != 0 => format!("process {pid}, user {uid}"),
         // Its process is in another PID namespace.
-        Ok(peer) => format!("user {}", peer.uid()),
-        Err(_) => String::new(),
+        (Some(uid), _) => format!("user {uid}"),
+        (None, _) => conn.peer.address.clone(),
     }
 }

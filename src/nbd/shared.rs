@@ -2,7 +2,6 @@
 //! sessions and the listener ask of them. Decides nothing about disks; `door` is what the daemon calls.
 
 use std::collections::BTreeMap;
-use std::net::IpAddr;
 use std::ops::Bound;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Weak};
@@ -17,7 +16,7 @@ use super::account::Account;
 use super::bound::{Bounds, Limit};
 use super::conn::{Conn, Wake};
 use super::crew::Crew;
-use super::crowd::{Addresses, Handshakes};
+use super::crowd::{Handshakes, Origin, Origins};
 use super::handshake::Refusal;
 use super::inline::Inside;
 use super::lease::{DiskTask, Lease};
@@ -29,7 +28,7 @@ use super::poller::Poller;
 use super::reply::Kept;
 use super::shortage::Shortage;
 use super::stats::{Counters, add, sub};
-use super::witness::Witness;
+use super::witness::{Peer, Witness};
 
 /// Names copied under the lock at a time while LIST is answered, so that the control loop never waits
 /// for a list of 10,000.
@@ -50,7 +49,8 @@ pub(super) struct Shared {
     pub(super) stopping: AtomicBool,
     pub(super) bounds: Arc<Bounds>,
     pub(super) handshakes: Handshakes,
-    pub(super) addresses: Arc<Addresses>,
+    pub(super) origins: Arc<Origins>,
+    pub(super) own_uid: u32,
     /// Session threads of all leases that are inside a call of an image.
     pub(super) inline: Inside,
     pub(super) kept: Arc<Kept>,
@@ -119,7 +119,7 @@ impl Shared {
     }
 
     /// A seat for a new connection, or a refusal: closed at once, counted.
-    pub(super) fn admit(&self, socket: OwnedFd, peer: Option<IpAddr>) -> Option<Arc<Conn>> {
+    pub(super) fn admit(&self, socket: OwnedFd, peer: Peer) -> Option<Arc<Conn>> {
         let counters = &self.counters;
         let max = self.limits.connections as u64;
         let order = Ordering::Relaxed;
@@ -131,13 +131,14 @@ impl Shared {
             return None;
         }
         let limit = self.limits.connections_per_address;
-        let seat = peer.map(|peer| self.addresses.seat(peer, limit));
+        let origin = Origin::of(&peer, self.own_uid);
+        let seat = origin.map(|from| self.origins.seat(from, limit));
         if matches!(seat, Some(None)) {
             sub(&counters.connections_now, 1);
             self.reached(Limit::ConnectionsPerAddress);
             return None;
         }
-        if let Err(error) = prepare(&socket, self.limits.idle, peer.is_some()) {
+        if let Err(error) = prepare(&socket, self.limits.idle, peer.ip.is_some()) {
             sub(&counters.connections_now, 1);
             self.reached(Limit::Accept);
             tracing::debug!(%error, "connection refused: its socket cannot be set up");
@@ -153,8 +154,8 @@ impl Shared {
             socket,
             account,
             wake,
+            peer,
             seat,
-            peer.is_none(),
         )))
     }
 

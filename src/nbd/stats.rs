@@ -25,7 +25,7 @@ counters! {
     connections_now,
     /// Closed at accept: `Limits::connections`.
     connections_over_limit,
-    /// Closed at accept: `Limits::connections_per_address`.
+    /// Closed at accept: `Limits::connections_per_address`, of an address or of a user of the Unix socket.
     connections_over_address_limit,
     /// accept(2) failed, as when descriptors run out.
     accept_errors,

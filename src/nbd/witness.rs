@@ -1,11 +1,11 @@
 //! Tells who came, who left and who was turned away, for the audit trail. Off the path of requests: once for each
 //! connection and choice.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::PoisonError;
 
-use nix::sys::socket::{SockaddrStorage, getpeername, getsockopt, sockopt};
+use nix::sys::socket::{getsockopt, sockopt};
 
 use crate::sync::RwLock;
 
@@ -46,33 +46,30 @@ pub struct Peer {
     pub address: String,
     /// Of a Unix socket.
     pub uid: Option<u32>,
+    /// Of a Unix socket; 0 for a process that this one's PID namespace does not show.
+    pub pid: Option<i32>,
     /// Of a TCP socket.
     pub ip: Option<IpAddr>,
 }
 
 impl Peer {
-    /// Asks the kernel.
-    pub(super) fn of(socket: BorrowedFd<'_>) -> Peer {
-        use std::os::fd::AsRawFd;
-        let name = getpeername::<SockaddrStorage>(socket.as_raw_fd()).ok();
-        let address = |text: String, ip: IpAddr| Peer {
-            address: text,
-            uid: None,
-            ip: Some(ip),
-        };
-        if let Some(name) = name {
-            if let Some(v4) = name.as_sockaddr_in() {
-                return address(v4.to_string(), v4.ip().into());
-            }
-            if let Some(v6) = name.as_sockaddr_in6() {
-                return address(v6.to_string(), v6.ip().into());
-            }
+    /// Of a TCP socket.
+    pub(super) fn at(address: SocketAddr) -> Peer {
+        Peer {
+            address: address.to_string(),
+            ip: Some(address.ip()),
+            ..Peer::default()
         }
+    }
+
+    /// Of a Unix socket: asks the kernel.
+    pub(super) fn of(socket: BorrowedFd<'_>) -> Peer {
         // unix(7): the credentials of whoever called connect.
         match getsockopt(&socket.as_fd(), sockopt::PeerCredentials) {
             Ok(credentials) => Peer {
                 address: format!("pid {}", credentials.pid()),
                 uid: Some(credentials.uid()),
+                pid: Some(credentials.pid()),
                 ip: None,
             },
             Err(_) => Peer::default(),
@@ -109,10 +106,11 @@ mod tests {
         let peer = Peer::of(ours.as_fd());
         assert_eq!(peer.address, format!("pid {}", std::process::id()));
         assert_eq!(peer.uid, Some(nix::unistd::getuid().as_raw()));
+        assert_eq!(peer.pid, i32::try_from(std::process::id()).ok());
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let client = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-        let (accepted, _) = listener.accept().unwrap();
-        let peer = Peer::of(accepted.as_fd());
+        let (_accepted, from) = listener.accept().unwrap();
+        let peer = Peer::at(from);
         assert_eq!(peer.address, client.local_addr().unwrap().to_string());
         assert_eq!(peer.uid, None);
     }

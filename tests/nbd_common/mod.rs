@@ -9,6 +9,7 @@
 use std::io::{self, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, Ordering};
@@ -312,6 +313,34 @@ impl Server {
 
     pub fn connect(&self) -> Client {
         Client::over(UnixStream::connect(&self.path).unwrap())
+    }
+
+    pub fn let_every_user_in(&self) {
+        for (path, mode) in [(self.path.parent().unwrap(), 0o755), (&self.path, 0o666)] {
+            std::fs::set_permissions(path, PermissionsExt::from_mode(mode)).unwrap();
+        }
+    }
+
+    /// A connection of a user; of another one by root only. See `let_every_user_in`.
+    pub fn connect_as(&self, uid: u32) -> UnixStream {
+        let connect = || {
+            let keep = libc::uid_t::MAX;
+            // SAFETY: numbers only. Unlike setresuid(3) the call is of this thread alone, which ends here.
+            let done = unsafe { libc::syscall(libc::SYS_setresuid, keep, uid, keep) };
+            assert_eq!(done, 0);
+            UnixStream::connect(&self.path).unwrap()
+        };
+        let socket = std::thread::scope(|scope| scope.spawn(connect).join().unwrap());
+        socket.set_read_timeout(Some(PATIENCE)).unwrap();
+        socket
+    }
+
+    /// In transmission on an export, over a connection that was made.
+    pub fn go_over(&self, socket: UnixStream, export: &str) -> Client {
+        let mut client = self.greeted(Client::over(socket));
+        let replies = client.option(option::GO, &choice(export.as_bytes(), &[]));
+        assert_eq!(replies.last().unwrap().0, rep::ACK);
+        client
     }
 
     /// Greeted, flags sent.
