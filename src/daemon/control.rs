@@ -46,6 +46,8 @@ use crate::udev::Observer;
 
 /// For the store to close its file.
 const STORE_CLOSES_WITHIN: Duration = Duration::from_secs(5);
+/// Clients that come and go are looked at this often: with thousands in a second each would turn the loop twice.
+const CLIENTS_EVERY: Duration = Duration::from_millis(10);
 
 /// What threads and tasks answer to the loop.
 pub(super) enum Report {
@@ -133,6 +135,8 @@ pub(super) struct Control {
     /// Calls that last, by the request that each is; at most the calls that D-Bus lets in.
     pub(super) jobs: BTreeMap<RequestId, JobView>,
     clients: Arc<ClientChanges>,
+    /// When they are looked at again; `None` for at once.
+    clients_again: Option<tokio::time::Instant>,
     config_changed: Arc<Notify>,
     /// Until the first survey.
     pub(super) sockets: Option<Sockets>,
@@ -230,6 +234,7 @@ impl Control {
             options,
             jobs: BTreeMap::new(),
             clients,
+            clients_again: None,
             config_changed: Arc::default(),
             sockets: None,
             stopping: false,
@@ -307,7 +312,8 @@ impl Control {
                 () = config.notified() => self.reload_by_itself(),
                 () = sleep_until(self.reload.due()) => self.give_up_reading(),
                 () = self.orders.catch_up(), if self.orders.some_wait() => {}
-                () = clients.some.notified() => self.publish_clients(),
+                () = clients.some.notified(), if self.clients_again.is_none() => self.publish_clients(),
+                () = sleep_until(self.clients_again) => self.clients_again = None,
                 () = sleep_until(self.disk_lists.due()) => self.tell_disk_lists(),
                 () = sleep_until(self.service.due()) => {
                     self.service.turn(&self.door);
@@ -405,6 +411,7 @@ impl Control {
     }
 
     fn publish_clients(&mut self) {
+        self.clients_again = Some(tokio::time::Instant::now() + CLIENTS_EVERY);
         let changed = std::mem::take(
             &mut *self
                 .clients
