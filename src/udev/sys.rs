@@ -90,10 +90,10 @@ fn identify_command(nsid: u32, data: &mut [u8; IDENTIFY_BYTES]) -> AdminCommand 
     }
 }
 
-/// Reads the Identify Namespace data structure; `None` when the device refuses.
+/// Reads the Identify Namespace data structure; `None` when the device does not know the question, and never will.
 ///
 /// # Errors
-/// What the kernel says.
+/// What the kernel says, and any other status of the device: it may pass.
 pub fn identify_namespace(disk: &File, nsid: u32) -> io::Result<Option<Box<[u8; IDENTIFY_BYTES]>>> {
     let mut data = Box::new([0; IDENTIFY_BYTES]);
     let mut command = identify_command(nsid, &mut data);
@@ -101,8 +101,21 @@ pub fn identify_namespace(disk: &File, nsid: u32) -> io::Result<Option<Box<[u8; 
     // the call, and no reference to either is used during it. Identify transfers towards the host only, and at most
     // `data_len` bytes.
     let status = unsafe { ioctl::admin_command(disk.as_raw_fd(), &raw mut command) }?;
-    // Above 0 it is the device's status code.
-    Ok((status == 0).then_some(data))
+    match status {
+        0 => Ok(Some(data)),
+        refused if is_refused(refused) => Ok(None),
+        failed => Err(io::Error::other(format!(
+            "the disk answered Identify Namespace with status {failed:#06x}"
+        ))),
+    }
+}
+
+/// Whether a status says that the same command will fail again, for what it asks (NVM Express base specification, "Status Field": the bit Do
+/// Not Retry above type and code; Invalid Command Opcode, Invalid Field in Command, Invalid Namespace or Format).
+fn is_refused(status: libc::c_int) -> bool {
+    const DO_NOT_RETRY: libc::c_int = 0x4000;
+    const TYPE_AND_CODE: libc::c_int = 0x07ff;
+    status & DO_NOT_RETRY != 0 && matches!(status & TYPE_AND_CODE, 0x001 | 0x002 | 0x00b)
 }
 
 #[cfg(test)]
@@ -121,6 +134,26 @@ mod tests {
         assert_eq!(offset_of!(AdminCommand, cdw10), 40);
         assert_eq!(offset_of!(AdminCommand, timeout_ms), 64);
         assert_eq!(offset_of!(AdminCommand, result), 68);
+    }
+
+    /// A controller that was being reset lost its disk the name that it is known by, and its clients were cut off.
+    #[test]
+    fn only_a_question_that_will_never_be_answered_is_no_answer() {
+        for (status, refused) in [
+            (0x4001, true),
+            (0x4002, true),
+            (0x400b, true),
+            (0x6002, true),
+            (0x0002, false),
+            // Namespace not ready, internal error, aborted, a path's error, a type's own code of the same number.
+            (0x4082, false),
+            (0x4006, false),
+            (0x0007, false),
+            (0x4303, false),
+            (0x4102, false),
+        ] {
+            assert_eq!(is_refused(status), refused, "{status:#x}");
+        }
     }
 
     #[test]
