@@ -295,6 +295,108 @@ async fn an_event_of_a_device_that_sysfs_does_not_have_makes_no_disk() {
     }
 }
 
+/// Runs a test in a network namespace of its own, for what it has the kernel send goes to everyone who listens in the same.
+fn apart<T: Future<Output = ()>>(test: impl FnOnce() -> T + Send + 'static) {
+    let thread = std::thread::spawn(move || {
+        // SAFETY: no memory is passed; this thread alone changes its namespace.
+        let done = unsafe { libc::unshare(libc::CLONE_NEWNET) };
+        assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
+        let mut runtime = tokio::runtime::Builder::new_current_thread();
+        let runtime = runtime.enable_all().build().unwrap();
+        runtime.block_on(test());
+    });
+    if let Err(panic) = thread.join() {
+        std::panic::resume_unwind(panic);
+    }
+}
+
+/// Has the kernel send an event (Linux `lib/kobject_uevent.c`, `uevent_net_rcv_skb`); `|` stands for a NUL.
+fn have_sent(message: &[u8]) {
+    let body: Vec<u8> = message
+        .iter()
+        .map(|byte| if *byte == b'|' { 0 } else { *byte })
+        .collect();
+    let len = u32::try_from(16 + body.len()).unwrap();
+    // struct nlmsghdr: length, a type above the reserved ones, NLM_F_REQUEST, sequence, port.
+    let header = [
+        len.to_ne_bytes().as_slice(),
+        &0x10_u16.to_ne_bytes(),
+        &1_u16.to_ne_bytes(),
+        &[0; 8],
+    ]
+    .concat();
+    let sender = socket(
+        AddressFamily::Netlink,
+        SockType::Datagram,
+        SockFlag::SOCK_CLOEXEC,
+        SockProtocol::NetlinkKObjectUEvent,
+    )
+    .unwrap();
+    let whole = [header, body].concat();
+    let kernel = NetlinkAddr::new(0, 0);
+    sendto(sender.as_raw_fd(), &whole, &kernel, MsgFlags::empty()).unwrap();
+}
+
+/// The kernel tells of a SCSI device that reports to be another one, and of no disk: nothing was read again before the next survey, and new clients
+/// had the bytes of the other volume.
+#[test]
+fn a_scsi_disk_that_may_be_another_is_in_doubt_at_once_and_read_again() {
+    apart(|| async {
+        let stack = Stack::new();
+        std::os::unix::fs::symlink("../2:0:0:1", stack.at("sdx/device")).unwrap();
+        let mut watched = watch(Settings {
+            sysfs: stack.sysfs.path().to_owned(),
+            ..quiet()
+        })
+        .await;
+        stack.disk.event("add");
+        let number = stack.disk.number();
+        let known = watched.seen(number, Stack::DISK).await.identities;
+        // Whatever else is on its way for the disk.
+        while timeout(Duration::from_millis(500), watched.events.recv())
+            .await
+            .is_ok()
+        {}
+        let report = |address: &str, what: &str| {
+            let path = format!("/devices/platform/host2/target2:0:0/{address}");
+            have_sent(
+                format!(
+                    "change@{path}|ACTION=change|DEVPATH={path}|SUBSYSTEM=scsi|SDEV_UA={what}|DEVTYPE=scsi_device|"
+                )
+                .as_bytes(),
+            );
+        };
+        for (address, what) in [
+            ("2:0:0:1", "INQUIRY_DATA_HAS_CHANGED"),
+            // Its neighbour at the same target speaks for it.
+            ("2:0:0:7", "REPORTED_LUNS_DATA_HAS_CHANGED"),
+        ] {
+            // Another disk's word.
+            report("2:0:0:9", "INQUIRY_DATA_HAS_CHANGED");
+            report(address, what);
+            let doubt = watched.seen(number, Stack::DISK).await.identities;
+            assert!(matches!(doubt, Reading::Doubtful(_)), "{doubt:?}");
+            let again = watched.seen(number, Stack::DISK).await.identities;
+            assert_eq!(again, known, "{what}");
+        }
+    });
+}
+
+/// Such an event was counted and nothing else: what it told waited for the next survey.
+#[test]
+fn an_event_that_cannot_be_read_is_made_up_for_by_a_survey() {
+    apart(|| async {
+        let mut watched = watch(quiet()).await;
+        for _ in 0..100 {
+            have_sent(b"change@/devices/a|ACTION=change|DEVPATH=/devices/a|SUBSYSTEM=block|DEVTYPE=disk|NAME=\xff|");
+        }
+        watched.survey().await;
+        let counters = watched.observer.counters();
+        assert_eq!(counters.malformed, 100, "{counters:?}");
+        assert!(counters.surveys <= 3, "{counters:?}");
+    });
+}
+
 /// A sysfs with a disk and a map of device-mapper, of which real devices' events tell.
 struct Stack {
     sysfs: tempfile::TempDir,

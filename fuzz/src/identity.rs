@@ -1,7 +1,7 @@
 //! What disks say of themselves (VPD pages, serials, a partition table), and volume ids: any bytes give a set, and
 //! what is parsed is written as it is parsed again.
 
-use nbdtrack::identity::{Attributes, VolumeId, identities};
+use nbdtrack::identity::{Attributes, ScsiPages, VolumeId, identities};
 use nbdtrack::udev::gpt;
 
 pub fn run(data: &[u8]) {
@@ -12,6 +12,10 @@ pub fn run(data: &[u8]) {
         virtio_serial: some(head),
         vpd_pg80: Some(data.to_vec()),
         vpd_pg83: Some(data.to_vec()),
+        scsi_remembered: (data.len() % 2 == 1).then(|| ScsiPages {
+            vpd_pg80: Some(head.to_vec()),
+            vpd_pg83: Some(data.to_vec()),
+        }),
         wwid: some(tail),
         vendor: some(head),
         model: some(&data[..data.len().min(40)]),
@@ -24,6 +28,7 @@ pub fn run(data: &[u8]) {
         backing_file: some(data),
         gpt_disk_guid: some(head),
         id_path: some(data),
+        unread: std::collections::BTreeMap::new(),
     };
     for identity in identities(&attributes) {
         assert!(!identity.value.is_empty());

@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use super::requests::Persisting;
 use super::{
-    Action, Change, Correlation, Decision, DiskSeq, EndHow, INTERNAL, Level, Reading, Release,
-    Released, Reply, RequestError, RequestId, Timer, Topic,
+    Action, Change, Correlation, Decision, DiskSeq, EndHow, INTERNAL, Level, Release, Released,
+    Reply, RequestError, RequestId, Timer, Topic,
 };
 use crate::identity::VolumeId;
 
@@ -130,9 +130,10 @@ impl Correlation {
     /// Of a disk that nobody has read yet, nobody knows that it is not this volume: it is given up if it turns out to be that. Not
     /// durable, for the disk may be another volume's; so as long as it can be expected to answer, the caller is asked to wait for it.
     fn promise_unread(&mut self, volume: &VolumeId) -> Result<(), RequestError> {
-        let unread = self.disks.iter().filter(|(_, disk)| {
-            !disk.announced && matches!(disk.facts.identities, Reading::Unknown(_))
-        });
+        let unread = self
+            .disks
+            .iter()
+            .filter(|(_, disk)| !disk.announced && disk.facts.identities.read().is_none());
         let mut hung = Vec::new();
         for (diskseq, disk) in unread {
             let promised = self.promised.get(&diskseq);

@@ -18,6 +18,8 @@ pub(super) struct Disk {
     pub facts: DiskFacts,
     /// What is known of its identity, also while a newer reading is outstanding; and, of a disk, this attachment of it.
     pub identities: Arc<BTreeSet<Identity>>,
+    /// Which of its identities are in doubt, and why.
+    pub doubt: Option<Arc<Doubt>>,
     /// When it was first seen at its node, since the start.
     pub seen: Duration,
     /// Its identity has been read at least once, so subscribers were told of it.
@@ -46,9 +48,29 @@ impl Disk {
         holders.find(|holder| holder.kind != HolderKind::Other)
     }
 
+    /// Why the disk may not be the volume with these candidates although it is known as that.
+    pub fn doubted(&self, candidates: &BTreeSet<Identity>) -> Option<&str> {
+        let doubt = self.doubt.as_ref()?;
+        let shared = &mut self
+            .identities
+            .iter()
+            .filter(|one| candidates.contains(one));
+        shared
+            .all(|one| doubt.of.contains(one))
+            .then_some(doubt.why.as_str())
+    }
+
     pub fn is_member(&self) -> bool {
         self.member_of().is_some()
     }
+}
+
+/// What was known of a disk, and was not confirmed by the last word of it: another disk may be there by now, or it did not say this time. Sessions go
+/// on, and nobody new comes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Doubt {
+    of: BTreeSet<Identity>,
+    why: String,
 }
 
 /// What an observation changed.
@@ -231,13 +253,7 @@ impl Disks {
     fn put(&mut self, facts: DiskFacts) -> Option<DiskChange> {
         let diskseq = facts.diskseq;
         let before = self.disks.get(&diskseq).cloned();
-        let identities = match (&facts.identities, &before) {
-            (Reading::Known(identities), _) => Arc::new(self.with_attachment(diskseq, identities)),
-            (Reading::Unknown(_), Some(before)) => before.identities.clone(),
-            (Reading::Unknown(_), None) => {
-                Arc::new(self.with_attachment(diskseq, &BTreeSet::new()))
-            }
-        };
+        let (identities, doubt) = self.weigh(&facts, before.as_deref());
         let stayed = before
             .as_ref()
             .filter(|before| before.facts.node == facts.node);
@@ -259,10 +275,15 @@ impl Disks {
                 .unwrap_or_default(),
             facts,
             identities,
+            doubt,
         };
         let change = match before {
             None => Some(DiskChange::Came(diskseq)),
-            Some(before) if before.facts == disk.facts && before.identities == disk.identities => {
+            Some(before)
+                if before.facts == disk.facts
+                    && before.identities == disk.identities
+                    && before.doubt == disk.doubt =>
+            {
                 None
             }
             Some(before) => Some(DiskChange::Changed { diskseq, before }),
@@ -278,6 +299,59 @@ impl Disks {
             self.by_number.remove(&disk.facts.number);
         }
         Some(DiskChange::Left(disk))
+    }
+
+    /// What a disk is known as after this word of it, and what of that is in doubt.
+    fn weigh(
+        &self,
+        facts: &DiskFacts,
+        before: Option<&Disk>,
+    ) -> (Arc<BTreeSet<Identity>>, Option<Arc<Doubt>>) {
+        let said = |read: &BTreeSet<Identity>| Arc::new(self.with_attachment(facts.diskseq, read));
+        let Some(before) = before else {
+            let nothing = BTreeSet::new();
+            return (said(facts.identities.read().unwrap_or(&nothing)), None);
+        };
+        let (read, unread) = match &facts.identities {
+            Reading::Known(read) => (read, None),
+            Reading::Partly(partly) => (&partly.read, Some(&partly.unread)),
+            Reading::Unknown(_) => return (before.identities.clone(), before.doubt.clone()),
+            Reading::Doubtful(why) => {
+                let doubt = Doubt {
+                    of: BTreeSet::clone(&before.identities),
+                    why: why.clone(),
+                };
+                return (before.identities.clone(), Some(Arc::new(doubt)));
+            }
+        };
+        let failed = |scheme| unread.and_then(|unread| unread.get(&scheme));
+        // A partition table is what its owner writes: one that is read and is not there has been taken away.
+        let lost: BTreeSet<Identity> = before
+            .said()
+            .filter(|one| !read.contains(one))
+            .filter(|one| one.scheme != Scheme::GptGuid || failed(one.scheme).is_some())
+            .cloned()
+            .collect();
+        let is_another = |one: &&Identity| {
+            let same_scheme = |lost: &Identity| lost.scheme == one.scheme;
+            !before.identities.contains(one) && lost.iter().any(same_scheme)
+        };
+        // Another value under the same scheme is another volume, and all that was known is that of the one before.
+        let Some(first) = lost
+            .first()
+            .filter(|_| !read.iter().any(|one| is_another(&one)))
+        else {
+            return (said(read), None);
+        };
+        let why = match lost.iter().find_map(|one| failed(one.scheme)) {
+            Some(why) => format!(
+                "the disk could not be asked for {}: {why}",
+                first.scheme.name()
+            ),
+            None => format!("the disk was {first} and does not say so now"),
+        };
+        let known = said(&read.union(&lost).cloned().collect());
+        (known, Some(Arc::new(Doubt { of: lost, why })))
     }
 
     /// A file has no attachment: it is known by what it is.

@@ -260,6 +260,9 @@ impl Correlation {
             Binding::Released { .. } => advice.push(format!(
                 "detach the disk, or take it back with 'nbdtrack cancel-detach {volume}'"
             )),
+            Binding::Ambiguous { held: Some(_), .. } if export.conflict.is_none() => {
+                advice.push(READ_AGAIN.to_owned());
+            }
             Binding::Ambiguous { .. } => {
                 advice.push("detach all disks but the right one".to_owned());
                 advice.extend(candidates.iter().filter(|one| !one.matched.is_empty()).map(
@@ -312,8 +315,8 @@ const READ_AGAIN: &str = "have the disks read again with 'nbdtrack rescan'; if t
 
 fn unread(disk: &Disk) -> Option<&str> {
     match &disk.facts.identities {
-        Reading::Unknown(reason) if !disk.announced => Some(reason),
-        Reading::Unknown(_) | Reading::Known(_) => None,
+        Reading::Unknown(reason) | Reading::Doubtful(reason) if !disk.announced => Some(reason),
+        Reading::Unknown(_) | Reading::Doubtful(_) | Reading::Partly(_) | Reading::Known(_) => None,
     }
 }
 

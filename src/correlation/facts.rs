@@ -1,11 +1,11 @@
 //! Facts that come in from outside: disks, definitions of exports, what the store remembers.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use super::pin_rule::Pin;
 use super::vm::{Mapping, VmDisk};
-use crate::identity::{Identity, VolumeId};
+use crate::identity::{Identity, Scheme, VolumeId};
 
 /// The longest export name, in bytes (NBD proto.md, "Values": strings SHOULD NOT exceed 4096 bytes).
 pub const EXPORT_NAME_BYTES_MAX: usize = 4096;
@@ -134,8 +134,31 @@ pub struct Mark(pub u64);
 pub enum Reading {
     /// Read, and complete; may be empty.
     Known(BTreeSet<Identity>),
+    /// Read, but not all of it.
+    Partly(Box<PartlyRead>),
     /// Not read (yet): it took too long, or the kernel refused. What was known before stays.
     Unknown(String),
+    /// Something says that the disk may be another one by now. What was known before stays, in doubt until the next reading.
+    Doubtful(String),
+}
+
+/// What could be read of a disk's identities.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PartlyRead {
+    pub read: BTreeSet<Identity>,
+    /// The schemes whose attributes could not be read, each with the reason.
+    pub unread: BTreeMap<Scheme, String>,
+}
+
+impl Reading {
+    /// What was read, if anything was.
+    pub fn read(&self) -> Option<&BTreeSet<Identity>> {
+        match self {
+            Reading::Known(read) => Some(read),
+            Reading::Partly(partly) => Some(&partly.read),
+            Reading::Unknown(_) | Reading::Doubtful(_) => None,
+        }
+    }
 }
 
 /// A device that is built on a disk and holds it.

@@ -5,7 +5,7 @@ use super::disks::{Disk, DiskChange};
 use super::index::Index;
 use super::{
     Action, Change, Correlation, Decision, DiskFacts, DiskSeq, INTERNAL, Level, Mark, Notice,
-    Reading, Timer, Topic,
+    Timer, Topic,
 };
 use crate::identity::Identity;
 
@@ -86,7 +86,7 @@ impl Correlation {
         let Some(disk) = self.disks.get_mut(diskseq) else {
             return;
         };
-        if disk.announced || !matches!(disk.facts.identities, Reading::Known(_)) {
+        if disk.announced || disk.facts.identities.read().is_none() {
             return;
         }
         disk.announced = true;

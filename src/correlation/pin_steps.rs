@@ -15,7 +15,7 @@ use super::pins::{NamedPath, OWN_REQUESTS};
 use super::requests::Persisting;
 use super::{
     Action, Change, Correlation, Definition, DeviceNode, DiskSeq, Export, ExportName, INTERNAL,
-    Level, Reading, Reply, RequestError, RequestId, Source, Topic,
+    Level, Reply, RequestError, RequestId, Source, Topic,
 };
 use crate::identity::VolumeId;
 
@@ -73,8 +73,8 @@ impl Correlation {
         AtPath::Disk(FoundDisk {
             node: disk.facts.node.clone(),
             diskseq: disk.facts.diskseq,
-            identities: match (&disk.facts.identities, disk.announced) {
-                (Reading::Unknown(_), false) => None,
+            identities: match (disk.facts.identities.read(), disk.announced) {
+                (None, false) => None,
                 _ => Some(disk.said().cloned().collect()),
             },
             serial: disk.facts.serial.clone(),

@@ -117,8 +117,21 @@ impl Correlation {
                 ),
             });
         }
+        let doubted = self.disks.get(only);
+        let doubted = doubted.and_then(|disk| disk.doubted(&export.candidates));
         if let Some(held) = export.binding.kept().filter(|held| held.diskseq == only) {
-            return Some(self.want_kept(held));
+            return Some(match (self.want_kept(held), doubted) {
+                (Want::Disk(keep), Some(why)) => Want::Ambiguous {
+                    keep: Some(keep),
+                    reason: self.doubt_in_words(only, why),
+                },
+                (want, _) => want,
+            });
+        }
+        if let Some(why) = doubted {
+            return Some(Want::Nothing {
+                reason: self.doubt_in_words(only, why),
+            });
         }
         let sizeless = |disk: &super::disks::Disk| disk.facts.size == 0;
         // An empty file is a file.
@@ -145,6 +158,13 @@ impl Correlation {
             Some(writer) => self.want_beside(export, writer, only),
             None => Want::Disk(only),
         })
+    }
+
+    fn doubt_in_words(&self, diskseq: DiskSeq, why: &str) -> String {
+        format!(
+            "{} (diskseq {diskseq}) is to be read again before anyone new is served: {why}",
+            self.node_of(diskseq)
+        )
     }
 
     /// An export that writes to this volume or to this very disk, under whatever name it knows it: two writers

@@ -17,7 +17,7 @@
 //!
 //! May not touch: files, clocks, threads.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 mod profile;
@@ -27,7 +27,7 @@ mod vpd;
 mod worthless;
 
 pub use profile::OptIn;
-pub use read::identities;
+pub use read::{disputed, identities};
 pub use volume::{Collision, VOLUME_ID_BYTES_MAX, VolumeId, VolumeIdError, collisions};
 
 /// Where a value of identity comes from. The order is the precedence by which a disk's
@@ -244,10 +244,12 @@ pub fn primary(identities: &BTreeSet<Identity>) -> Option<&Identity> {
 pub struct Attributes {
     /// `/sys/block/vdX/serial`, at most 20 bytes.
     pub virtio_serial: Option<String>,
-    /// SCSI `device/vpd_pg80`, the page with its header.
+    /// SCSI page 0x80, with its header.
     pub vpd_pg80: Option<Vec<u8>>,
-    /// SCSI `device/vpd_pg83`, the page with its header.
+    /// SCSI page 0x83, with its header.
     pub vpd_pg83: Option<Vec<u8>>,
+    /// Where the two above are the disk's own answers: what the kernel read when it scanned the disk.
+    pub scsi_remembered: Option<ScsiPages>,
     /// `device/wwid` (SCSI) or the namespace's `wwid` (NVMe).
     pub wwid: Option<String>,
     /// `device/vendor` and `device/model`.
@@ -267,6 +269,15 @@ pub struct Attributes {
     pub gpt_disk_guid: Option<String>,
     /// udev's `ID_PATH`, a slot and no volume.
     pub id_path: Option<String>,
+    /// The schemes of attributes that the disk has, or may have, and that could not be read this time, each with the reason.
+    pub unread: BTreeMap<Scheme, String>,
+}
+
+/// A SCSI disk's pages of vital product data, with their headers.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct ScsiPages {
+    pub vpd_pg80: Option<Vec<u8>>,
+    pub vpd_pg83: Option<Vec<u8>>,
 }
 
 /// The hex digits of `text` in lower case, with dashes and nothing else left out; `None` when there is

@@ -21,18 +21,34 @@ fn virtio(attributes: &Attributes) -> Option<Identity> {
     Some(Identity::new(Scheme::VirtioSerial, value))
 }
 
-fn scsi(attributes: &Attributes) -> Vec<Identity> {
-    let mut found = Vec::new();
-    if let Some(serial) = attributes.vpd_pg80.as_deref().and_then(vpd::unit_serial) {
-        found.push(Identity::new(Scheme::ScsiPg80, serial));
-    }
-    match &attributes.vpd_pg83 {
-        Some(page) => found.extend(vpd::designators(page, trimmed(&attributes.vendor))),
-        // The kernel makes `wwid` out of page 0x83, so it is only worth reading where the page is not shown.
-        None if !is_nvme(attributes) => found.extend(scsi_wwid(attributes)),
-        None => (),
+fn scsi(attributes: &Attributes) -> BTreeSet<Identity> {
+    let mut found = scsi_pages(attributes, &attributes.vpd_pg80, &attributes.vpd_pg83);
+    // The kernel makes `wwid` out of its page 0x83, so it is only worth reading where no page was.
+    let asked = attributes.scsi_remembered.is_some();
+    if !asked && attributes.vpd_pg83.is_none() && !is_nvme(attributes) {
+        found.extend(scsi_wwid(attributes));
     }
     found
+}
+
+fn scsi_pages(
+    attributes: &Attributes,
+    pg80: &Option<Vec<u8>>,
+    pg83: &Option<Vec<u8>>,
+) -> BTreeSet<Identity> {
+    let serial = pg80.as_deref().and_then(vpd::unit_serial);
+    let serial = serial.map(|serial| Identity::new(Scheme::ScsiPg80, serial));
+    let vendor = trimmed(&attributes.vendor);
+    let designators = pg83.iter().flat_map(|page| vpd::designators(page, vendor));
+    serial.into_iter().chain(designators).collect()
+}
+
+/// What a SCSI disk says and what the kernel remembers of it, where these differ.
+pub fn disputed(attributes: &Attributes) -> Option<[BTreeSet<Identity>; 2]> {
+    let pages = attributes.scsi_remembered.as_ref()?;
+    let remembered = scsi_pages(attributes, &pages.vpd_pg80, &pages.vpd_pg83);
+    let said = scsi(attributes);
+    (said != remembered).then_some([said, remembered])
 }
 
 fn scsi_wwid(attributes: &Attributes) -> Option<Identity> {

@@ -1,6 +1,6 @@
 //! What `identity` promises, by example.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use proptest::prelude::*;
 
@@ -224,6 +224,44 @@ fn worthless_serials_identify_nothing() {
     assert!(VolumeId::parse("gpt:00000000-0000-0000-0000-000000000000").is_err());
     assert!(VolumeId::parse("wwn:naa.0000000000000000").is_err());
     assert!(VolumeId::parse("cloudstack:00000000-0000-0000-0000-000000000000").is_err());
+}
+
+/// A target gave the address of a disk to another volume. The kernel's pages were the first volume's, and so was what the disk was taken for.
+#[test]
+fn a_scsi_disk_is_what_it_says_itself_and_not_what_the_kernel_remembers() {
+    let naa = |last: u8| [0x60, 1, 0x40, 5, 1, 2, 3, last];
+    let pages = |serial: &str, last: u8| ScsiPages {
+        vpd_pg80: Some(page80(serial.as_bytes())),
+        vpd_pg83: Some(page83(&[(1, 3, &naa(last))])),
+    };
+    let disk = |said: ScsiPages, remembered: Option<ScsiPages>| Attributes {
+        vpd_pg80: said.vpd_pg80,
+        vpd_pg83: said.vpd_pg83,
+        scsi_remembered: remembered,
+        wwid: Some("naa.6001400501020304".to_owned()),
+        ..Attributes::default()
+    };
+    let first = disk(pages("first", 4), Some(pages("first", 4)));
+    let second = disk(pages("second", 5), Some(pages("second", 5)));
+    assert_eq!(
+        identities(&first),
+        identities(&disk(pages("first", 4), None))
+    );
+    assert_eq!(identities(&first).len(), 2);
+    assert_eq!(disputed(&first), None);
+
+    let exchanged = disk(pages("second", 5), Some(pages("first", 4)));
+    assert_eq!(identities(&exchanged), identities(&second));
+    let both = [identities(&second), identities(&first)];
+    assert_eq!(disputed(&exchanged), Some(both));
+
+    // The disk has page 0x83 no more: the kernel's `wwid`, which is made of the old one, says nothing.
+    let silent = ScsiPages {
+        vpd_pg83: None,
+        ..pages("first", 4)
+    };
+    let half = identities(&disk(silent, Some(pages("first", 4))));
+    assert_eq!(half, [Identity::new(Scheme::ScsiPg80, "first")].into());
 }
 
 #[test]
@@ -485,9 +523,11 @@ fn any_attributes() -> impl Strategy<Value = Attributes> {
             id_path: t.9,
             vpd_pg80: pg80,
             vpd_pg83: pg83,
+            scsi_remembered: None,
             nvme_vendor_bytes: vendor_bytes,
             nvme_nsid: nsid,
             nvme_uuid: None,
+            unread: BTreeMap::new(),
         },
     )
 }

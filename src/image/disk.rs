@@ -84,9 +84,14 @@ impl Subject for Disk<'_> {
         self.is_announced(diskseq)?;
         // An attachment is its diskseq, and that was compared.
         if order.identity.scheme != Scheme::Attachment && !found.contains(&order.identity) {
+            let found: Vec<String> = found.iter().map(ToString::to_string).collect();
             return Err(OpenError::OtherIdentity {
                 node: order.node.clone(),
                 expected: order.identity.clone(),
+                found: match found.is_empty() {
+                    true => "nothing".to_owned(),
+                    false => found.join(", "),
+                },
             });
         }
         Ok(())

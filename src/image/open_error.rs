@@ -30,10 +30,12 @@ pub enum OpenError {
         found: DiskSeq,
     },
     /// The opened disk does not say that it is this volume.
-    #[error("{node}: the opened disk does not have the identity {expected}")]
+    #[error("{node}: the opened disk does not have the identity {expected}, it says {found}")]
     OtherIdentity {
         node: DeviceNode,
         expected: Identity,
+        /// In words.
+        found: String,
     },
     /// No regular file stands under the path.
     #[error(transparent)]

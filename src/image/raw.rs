@@ -62,6 +62,7 @@ impl Subject for Plain<'_> {
             return Err(OpenError::OtherIdentity {
                 node: self.order.node.clone(),
                 expected: self.order.identity.clone(),
+                found: "no path".to_owned(),
             });
         };
         let found = self.roots.find(path, self.format())?;

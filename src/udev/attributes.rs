@@ -10,14 +10,13 @@ use std::io::{self, Read};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use super::{node, nvme};
+use super::device;
+use super::uevent::is_scsi_address;
 use crate::correlation::{DeviceNode, DeviceNumber, DiskSeq, Holder, HolderKind};
-use crate::identity::{self, Attributes, Identity};
+use crate::identity::{Attributes, Identity};
 
 /// One sysfs attribute has at most a page.
 const TEXT_BYTES_MAX: usize = 4096;
-/// A VPD page: 4 bytes of header and a 16-bit length (SPC, "Vital product data").
-const PAGE_BYTES_MAX: usize = 4 + 65_535;
 /// The longest serial, WWID or model that is shown, in characters.
 const SHOWN_CHARS_MAX: usize = 256;
 /// More holders or slaves than this are not listed.
@@ -46,6 +45,8 @@ pub struct Disk {
     pub node: DeviceNode,
     /// The kernel's name, `vdb`.
     pub name: String,
+    /// Where a SCSI disk is, `HOST:CHANNEL:TARGET:LUN`.
+    pub address: Option<String>,
     pub number: DeviceNumber,
     pub diskseq: DiskSeq,
     /// Bytes.
@@ -101,7 +102,7 @@ pub fn read_identities(
     number: DeviceNumber,
 ) -> io::Result<(DiskSeq, BTreeSet<Identity>)> {
     let (diskseq, attributes) = read_attributes(sysfs, number, false)?;
-    Ok((diskseq, identity::identities(&attributes)))
+    Ok((diskseq, device::proven(&attributes)?))
 }
 
 /// As [`read_identities`], raw.
@@ -144,7 +145,7 @@ pub fn text(path: &Path) -> io::Result<Option<String>> {
 }
 
 /// As [`text`], for what people read and nothing compares.
-fn label(path: &Path) -> io::Result<Option<String>> {
+pub fn label(path: &Path) -> io::Result<Option<String>> {
     let content = bytes(path, TEXT_BYTES_MAX)?;
     Ok(content.map(|c| shown(&c)))
 }
@@ -162,7 +163,7 @@ pub fn shown(bytes: &[u8]) -> String {
 
 /// Reads at most `max` bytes. "No such attribute" has several faces in sysfs: no file, or a file that answers
 /// EINVAL (a VPD page that the disk does not have), ENODATA or EOPNOTSUPP.
-fn bytes(path: &Path, max: usize) -> io::Result<Option<Vec<u8>>> {
+pub fn bytes(path: &Path, max: usize) -> io::Result<Option<Vec<u8>>> {
     let read = || -> io::Result<Vec<u8>> {
         let mut content = Vec::new();
         let limit = u64::try_from(max).expect("a bound of 64 KiB fits into 64 bits");
@@ -265,7 +266,7 @@ fn read_once(sysfs: &Path, number: DeviceNumber, depth: &Depth) -> io::Result<Op
             })
         }
         (Depth::Shallow { reason }, Ok(None)) => Err(reason.clone()),
-        (Depth::Full { gpt }, Ok(file)) => device_attributes(&dir, devname, number, *gpt)
+        (Depth::Full { gpt }, Ok(file)) => device::attributes(&dir, devname, number, *gpt)
             .map(|rest| Attributes {
                 backing_file: file,
                 ..rest
@@ -276,6 +277,7 @@ fn read_once(sysfs: &Path, number: DeviceNumber, depth: &Depth) -> io::Result<Op
     let disk = Disk {
         node: DeviceNode(format!("/dev/{devname}")),
         name: devname.replace('/', "!"),
+        address: address(&dir),
         number,
         diskseq: before,
         size,
@@ -289,6 +291,12 @@ fn read_once(sysfs: &Path, number: DeviceNumber, depth: &Depth) -> io::Result<Op
     Ok((before == after).then(|| Found::Disk(Box::new(disk))))
 }
 
+fn address(dir: &Path) -> Option<String> {
+    let device = fs::read_link(dir.join("device")).ok()?;
+    let name = device.file_name()?.to_str()?;
+    is_scsi_address(name).then(|| name.to_owned())
+}
+
 fn diskseq(dir: &Path, number: DeviceNumber) -> io::Result<DiskSeq> {
     match number_in::<u64>(&dir.join("diskseq"))? {
         Some(seq) if seq != 0 => Ok(DiskSeq(seq)),
@@ -297,7 +305,7 @@ fn diskseq(dir: &Path, number: DeviceNumber) -> io::Result<DiskSeq> {
     }
 }
 
-fn number_in<T: std::str::FromStr>(path: &Path) -> io::Result<Option<T>> {
+pub fn number_in<T: std::str::FromStr>(path: &Path) -> io::Result<Option<T>> {
     Ok(text(path)?.and_then(|t| t.trim().parse().ok()))
 }
 
@@ -356,51 +364,6 @@ fn links(dir: &Path) -> io::Result<Vec<String>> {
         .collect::<io::Result<Vec<_>>>()?;
     names.sort();
     Ok(names)
-}
-
-/// Reads what may ask the device. Which attributes there are depends on the bus that it hangs on.
-fn device_attributes(
-    dir: &Path,
-    devname: &str,
-    number: DeviceNumber,
-    gpt: bool,
-) -> io::Result<Attributes> {
-    let device = dir.join("device");
-    let mut found = Attributes::default();
-    let bus = fs::read_link(device.join("subsystem")).unwrap_or_default();
-    match bus.file_name().and_then(|n| n.to_str()) {
-        Some("virtio") => {
-            found.virtio_serial = text(&dir.join("serial"))?;
-        }
-        Some("scsi") => {
-            found.vpd_pg80 = bytes(&device.join("vpd_pg80"), PAGE_BYTES_MAX)?;
-            found.vpd_pg83 = bytes(&device.join("vpd_pg83"), PAGE_BYTES_MAX)?;
-            found.wwid = text(&device.join("wwid"))?;
-            found.vendor = label(&device.join("vendor"))?;
-            found.model = label(&device.join("model"))?;
-        }
-        // A namespace's device is its controller, or with native multipath its subsystem.
-        Some("nvme" | "nvme-subsystem") => {
-            found.nvme_serial = text(&device.join("serial"))?;
-            found.nvme_nsid = number_in(&dir.join("nsid"))?;
-            found.nvme_nguid = text(&dir.join("nguid"))?;
-            found.nvme_eui = text(&dir.join("eui"))?;
-            found.nvme_uuid = text(&dir.join("uuid"))?;
-            found.wwid = text(&dir.join("wwid"))?;
-            found.model = label(&device.join("model"))?;
-            if let Some(nsid) = found.nvme_nsid
-                && nvme::has_name(found.model.as_deref())
-            {
-                let disk = node::open(Path::new("/dev"), devname, number)?;
-                found.nvme_vendor_bytes = nvme::vendor_bytes(&disk, nsid)?;
-            }
-        }
-        Some(_) | None => {}
-    }
-    if gpt {
-        found.gpt_disk_guid = super::gpt::disk_guid(Path::new("/dev"), devname, number)?;
-    }
-    Ok(found)
 }
 
 #[cfg(test)]

@@ -13,7 +13,7 @@ use nix::sys::socket::{
 use tokio::io::unix::AsyncFd;
 
 use super::sys;
-use super::uevent::{self, Hint, MESSAGE_BYTES_MAX};
+use super::uevent::{self, Heard, Hint, MESSAGE_BYTES_MAX, ScsiDoubt};
 
 /// The multicast group that the kernel sends to; 2 is udev's.
 const KERNEL_GROUP: u32 = 1;
@@ -22,6 +22,7 @@ const KERNEL_GROUP: u32 = 1;
 #[derive(Debug, PartialEq, Eq)]
 pub enum Received {
     Hint(Hint),
+    Doubt(ScsiDoubt),
     /// An event of something that is no whole disk.
     Other,
     /// The sender is not the kernel.
@@ -91,8 +92,9 @@ impl KernelSocket {
             Ok((_, false, _)) => Ok(Received::Foreign),
             Ok((_, true, false)) => Ok(Received::Malformed),
             Ok((bytes, true, true)) => Ok(match uevent::parse(&self.buffer[..bytes]) {
-                Ok(Some(hint)) => Received::Hint(hint),
-                Ok(None) => Received::Other,
+                Ok(Heard::Disk(hint)) => Received::Hint(hint),
+                Ok(Heard::Doubt(doubt)) => Received::Doubt(doubt),
+                Ok(Heard::Other) => Received::Other,
                 Err(uevent::Malformed) => Received::Malformed,
             }),
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(Received::Nothing),

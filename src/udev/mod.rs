@@ -17,6 +17,7 @@
 mod attributes;
 mod counters;
 mod database;
+mod device;
 pub mod gpt;
 mod kernel_socket;
 mod node;
@@ -24,6 +25,7 @@ mod nvme;
 mod observer;
 mod path;
 mod reads;
+mod scsi;
 mod shared;
 mod slots;
 mod survey;

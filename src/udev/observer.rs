@@ -11,9 +11,9 @@ use super::counters::Counters;
 use super::kernel_socket::KernelSocket;
 use super::shared::{Shared, lock};
 use super::watch::Watch;
-use super::{Settings, UdevError, attributes};
+use super::{Settings, UdevError, attributes, device};
 use crate::correlation::{DeviceNumber, DiskSeq, Event, Mark};
-use crate::identity::{self, Identity};
+use crate::identity::Identity;
 
 /// Subscribes to the machine's events, starts the first survey, and goes on until the observer is dropped.
 /// Has to be called on a tokio runtime.
@@ -93,6 +93,6 @@ impl IdentityReader {
         let (diskseq, mut attributes) =
             attributes::read_attributes(&self.settings.sysfs, number, self.settings.gpt)?;
         attributes.id_path = self.shared.slot_of(number, diskseq);
-        Ok((diskseq, identity::identities(&attributes)))
+        Ok((diskseq, device::proven(&attributes)?))
     }
 }

@@ -7,10 +7,14 @@ use std::sync::Arc;
 
 use super::attributes::{self, Depth, Disk, Found};
 use super::counters::count;
+use super::scsi;
 use super::shared::lock;
 use super::slots::{Start, Why};
+use super::uevent::ScsiDoubt;
 use super::watch::{Done, Known, RETRY_AFTER, Stopped, Watch};
-use crate::correlation::{DeviceNumber, DiskFacts, DiskSeq, Event, Holder, Mark, Reading};
+use crate::correlation::{
+    DeviceNumber, DiskFacts, DiskSeq, Event, Holder, Mark, PartlyRead, Reading,
+};
 use crate::identity;
 
 impl Watch {
@@ -62,14 +66,18 @@ impl Watch {
                 );
                 self.slots.hang(number);
                 self.tasks.spawn(async move {
-                    let ended = read.await.map(|(_, result)| result);
-                    Done::Late(number, ended.unwrap_or_else(|e| Err(io::Error::other(e))))
+                    let ended = read.await;
+                    let broken = |e| (Mark::default(), Err(io::Error::other(e)));
+                    Done::Late(number, ended.unwrap_or_else(broken))
                 });
                 Ok(())
             }
-            Done::Late(number, result) => {
+            Done::Late(number, (mark, result)) => {
                 tracing::info!(name: "disk_answered", disk = %number, "the disk has answered, late");
-                if let Ok(Found::Disk(disk)) = result
+                let known = self.known.get(&number);
+                if known.is_some_and(|known| known.doubted > mark) {
+                    self.read_soon(number);
+                } else if let Ok(Found::Disk(disk)) = result
                     && let Ok(attributes) = disk.attributes
                 {
                     self.late.insert(number, (disk.diskseq, attributes));
@@ -144,10 +152,7 @@ impl Watch {
             Err(error) => {
                 count(&self.shared.counters.failed_reads);
                 if error.kind() == io::ErrorKind::Interrupted {
-                    self.tasks.spawn(async move {
-                        tokio::time::sleep(RETRY_AFTER).await;
-                        Done::Retry(number)
-                    });
+                    self.read_soon(number);
                 } else if self.unreadable.insert(number) {
                     tracing::warn!(disk = %number, %error, "the disk cannot be read");
                 }
@@ -162,6 +167,13 @@ impl Watch {
         Ok(())
     }
 
+    fn read_soon(&mut self, number: DeviceNumber) {
+        self.tasks.spawn(async move {
+            tokio::time::sleep(RETRY_AFTER).await;
+            Done::Retry(number)
+        });
+    }
+
     /// This very disk was read there before.
     fn knows(&self, number: DeviceNumber, diskseq: DiskSeq) -> bool {
         self.known
@@ -172,12 +184,12 @@ impl Watch {
     /// Tells that disks are gone which have this one's identity and which the kernel is taking away: its events of two SCSI disks
     /// come from two workers, and the `add` of a volume that is plugged back can be there before the `remove` of its earlier disk.
     async fn tell_leaving_twins(&mut self, facts: &DiskFacts) -> Result<(), Stopped> {
-        let Reading::Known(identities) = &facts.identities else {
+        let Some(identities) = facts.identities.read() else {
             return Ok(());
         };
-        let same = |known: &Known| match &known.facts.identities {
-            Reading::Known(others) => !others.is_disjoint(identities),
-            Reading::Unknown(_) => false,
+        let same = |known: &Known| {
+            let others = known.facts.identities.read();
+            others.is_some_and(|others| !others.is_disjoint(identities))
         };
         let twins: Vec<(DeviceNumber, DiskSeq)> = self
             .known
@@ -196,6 +208,31 @@ impl Watch {
                 })
                 .await?;
             }
+        }
+        Ok(())
+    }
+
+    /// Has the disks read again that may be others than they were, and tells at once that they are in doubt: what was read of them before
+    /// this counts no more, whenever it ends.
+    pub(super) async fn on_doubt(&mut self, doubt: &ScsiDoubt) -> Result<(), Stopped> {
+        count(&self.shared.counters.events);
+        let mut told = Vec::new();
+        for (number, known) in &mut self.known {
+            let address = known.address.as_deref();
+            if address.is_some_and(|address| doubt.concerns(address)) {
+                known.doubted = self.shared.mark();
+                self.late.remove(number);
+                self.slots.want(*number, Why::Event);
+                let facts = DiskFacts {
+                    identities: Reading::Doubtful(doubt.why.to_owned()),
+                    ..known.facts.clone()
+                };
+                let mark = known.doubted;
+                told.push(Event::DiskSeen { mark, facts });
+            }
+        }
+        for event in told {
+            self.tell(event).await?;
         }
         Ok(())
     }
@@ -220,14 +257,26 @@ impl Watch {
             .get(&number)
             .filter(|known| known.facts.diskseq == disk.diskseq);
         let autoclear_at_first = before.map_or(disk.autoclear, |known| known.autoclear_at_first);
+        let dispute = disk.attributes.as_ref().ok().and_then(identity::disputed);
+        if let Some([said, remembered]) = &dispute
+            && before.is_none_or(|known| known.dispute != dispute)
+        {
+            let reason = scsi::dispute(said, remembered);
+            tracing::warn!(disk = %disk.node, diskseq = disk.diskseq.0, reason, "a SCSI disk is not what it was");
+        }
         let (name, slaves) = (disk.name.clone(), disk.slaves.clone());
+        let address = disk.address.clone();
+        let doubted = before.map_or(Mark::default(), |known| known.doubted);
         let held_before = before.map(|known| known.facts.holders.clone());
         let facts = facts(disk, autoclear_at_first);
         let known = Known {
             facts: facts.clone(),
             name,
+            address,
             slaves,
             autoclear_at_first,
+            dispute,
+            doubted,
         };
         self.reread_stack(number, &known, held_before.as_deref());
         self.known.insert(number, known);
@@ -309,7 +358,13 @@ fn facts(disk: Disk, autoclear_at_first: bool) -> DiskFacts {
         size: disk.size,
         read_only: disk.read_only,
         identities: match disk.attributes {
-            Ok(attributes) => Reading::Known(identity::identities(&attributes)),
+            Ok(attributes) => {
+                let read = identity::identities(&attributes);
+                match attributes.unread {
+                    none if none.is_empty() => Reading::Known(read),
+                    unread => Reading::Partly(Box::new(PartlyRead { read, unread })),
+                }
+            }
             Err(reason) => Reading::Unknown(reason),
         },
         serial,

@@ -27,7 +27,7 @@ use super::udev_socket::{Told, UdevSocket};
 use super::uevent::Hint;
 use super::{Settings, survey};
 use crate::correlation::{DeviceNumber, DiskFacts, DiskSeq, Event, Mark};
-use crate::identity::Attributes;
+use crate::identity::{Attributes, Identity};
 
 /// Why a survey is made that nothing asked for.
 const ROUTINE: &str = "timer";
@@ -62,7 +62,7 @@ pub(super) enum Done {
     /// The deadline has passed and the read goes on.
     Slow(DeviceNumber, JoinHandle<Outcome>),
     /// A slow read has ended.
-    Late(DeviceNumber, io::Result<Found>),
+    Late(DeviceNumber, Outcome),
     Listed(io::Result<Vec<DeviceNumber>>),
     Retry(DeviceNumber),
     /// A read panicked or the runtime is shutting down.
@@ -73,11 +73,17 @@ pub(super) enum Done {
 pub(super) struct Known {
     pub(super) facts: DiskFacts,
     pub(super) name: String,
+    /// Where a SCSI disk is, `HOST:CHANNEL:TARGET:LUN`.
+    pub(super) address: Option<String>,
     /// What it is built on, by name.
     pub(super) slaves: Vec<String>,
     /// The loop driver's `autoclear` when this disk was first seen. `mount -o loop` sets it from the
     /// beginning: only one that appears later says that its owner wants the disk to go.
     pub(super) autoclear_at_first: bool,
+    /// What a SCSI disk says, and what the kernel remembers of it, where that was told to differ.
+    pub(super) dispute: Option<[BTreeSet<Identity>; 2]>,
+    /// When it was last told to be in doubt: what was asked before says nothing.
+    pub(super) doubted: Mark,
 }
 
 pub(super) struct Survey {
@@ -111,6 +117,8 @@ pub struct Watch {
     pub(super) unreadable: BTreeSet<DeviceNumber>,
     pub(super) survey: Option<Survey>,
     pub(super) survey_again: Option<&'static str>,
+    /// An event of the kernel could not be read since the last tick. It may have told of any disk; whoever can name a device can make many.
+    malformed: bool,
     pub(super) surveyed_at: Duration,
 }
 
@@ -135,6 +143,7 @@ impl Watch {
             unreadable: BTreeSet::new(),
             survey: None,
             survey_again: None,
+            malformed: false,
             surveyed_at: now(),
             settings,
         };
@@ -203,7 +212,11 @@ impl Watch {
                 Ok(Received::Hint(hint)) => self.on_hint(hint).await?,
                 Ok(Received::Other) => {}
                 Ok(Received::Foreign) => count(&self.shared.counters.dropped_foreign),
-                Ok(Received::Malformed) => count(&self.shared.counters.malformed),
+                Ok(Received::Doubt(doubt)) => self.on_doubt(&doubt).await?,
+                Ok(Received::Malformed) => {
+                    count(&self.shared.counters.malformed);
+                    self.malformed = true;
+                }
                 Ok(Received::Overrun) => self.overrun("kernel"),
                 Ok(Received::Nothing) => return Ok(true),
                 Err(e) => {
@@ -304,6 +317,10 @@ impl Watch {
             self.start_survey("udevd has started");
         } else if self.udev.is_none() && self.udevd {
             self.subscribe_to_udev();
+        }
+        if std::mem::take(&mut self.malformed) {
+            tracing::warn!("an event of the kernel cannot be read: surveying all disks");
+            self.start_survey("an event of the kernel could not be read");
         }
         if stopped {
             tracing::info!("resumed after a stop: surveying all disks");

@@ -113,6 +113,66 @@ fn a_new_export_waits_with_the_others_of_its_volume() {
     ends_well(world);
 }
 
+/// An I/O error made the serial of a disk an empty one: it was taken for another disk, and the clients of an export that had not changed were cut
+/// off. And a SCSI disk that reported that it may be another one by now was offered to new clients until the next survey.
+#[test]
+fn a_disk_that_does_not_say_what_it_is_keeps_its_clients_and_gets_no_new_ones() {
+    use nbdtrack::correlation::{PartlyRead, Reading};
+    use nbdtrack::identity::Scheme;
+    let failed = [(Scheme::Loop, "EIO".to_owned())].into();
+    for (what, said) in [
+        ("nothing", Reading::Known([].into())),
+        (
+            "may be another",
+            Reading::Doubtful("it was reset".to_owned()),
+        ),
+        (
+            "unread",
+            Reading::Partly(Box::new(PartlyRead {
+                read: [].into(),
+                unread: failed,
+            })),
+        ),
+    ] {
+        let mut world = serving();
+        let generation = |world: &World| world.middle.export(&name(0)).map(|view| view.generation);
+        let before = generation(&world);
+        world.say(0, said);
+        world.settle_all();
+        assert_eq!(state(&world, 0), Some(State::Ambiguous), "{what}");
+        assert_eq!(generation(&world), before, "{what}: its clients go on");
+        // Nobody answers: that settles nothing.
+        world.say(0, Reading::Unknown("the disk does not answer".to_owned()));
+        world.settle_all();
+        assert_eq!(state(&world, 0), Some(State::Ambiguous), "{what}");
+        world.survey(0, true);
+        world.settle_all();
+        assert_eq!(state(&world, 0), Some(State::Serving), "{what}");
+        assert_eq!(generation(&world), before, "{what}");
+        // Another value is another volume, doubt or no doubt.
+        world.say(0, Reading::Doubtful("it was reset".to_owned()));
+        world.change_identity(0, 1);
+        world.settle_all();
+        assert_eq!(state(&world, 0), Some(State::Absent), "{what}");
+        assert_eq!(state(&world, 1), Some(State::Serving), "{what}");
+        ends_well(world);
+    }
+}
+
+/// With `allow = ["gpt"]`, a partition table that could not be read hid the serial that the export is known by.
+#[test]
+fn a_scheme_that_cannot_be_read_concerns_no_export_of_another() {
+    use nbdtrack::correlation::{PartlyRead, Reading};
+    use nbdtrack::identity::Scheme;
+    let mut world = serving();
+    let read = volume(0).candidates();
+    let unread = [(Scheme::GptGuid, "its partition table: EIO".to_owned())].into();
+    world.say(0, Reading::Partly(Box::new(PartlyRead { read, unread })));
+    world.settle_all();
+    assert_eq!(state(&world, 0), Some(State::Serving));
+    ends_well(world);
+}
+
 /// Disk 1 was served as volume 0 by e0, disk 2 came beside it, and is alone now.
 fn survivor() -> World {
     let mut world = serving();

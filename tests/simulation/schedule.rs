@@ -42,6 +42,7 @@ pub enum Kind {
     Survey,
     Blind,
     Sizeless,
+    Silent,
     Open,
     OpenFails,
     Answer,
@@ -67,7 +68,7 @@ pub enum Kind {
 }
 
 /// How often each kind is drawn, and whether a seed may leave it out.
-const KINDS: [(Kind, u8, bool); 34] = [
+const KINDS: [(Kind, u8, bool); 35] = [
     (Kind::Attach, 10, false),
     (Kind::Detach, 6, true),
     (Kind::Swap, 3, true),
@@ -80,6 +81,7 @@ const KINDS: [(Kind, u8, bool); 34] = [
     (Kind::Survey, 4, true),
     (Kind::Blind, 1, true),
     (Kind::Sizeless, 1, true),
+    (Kind::Silent, 1, true),
     (Kind::Open, 14, false),
     (Kind::OpenFails, 2, true),
     (Kind::Answer, 24, false),
@@ -213,7 +215,8 @@ pub fn take(world: &mut World, step: Step) {
                 }
             }
         }
-        Kind::ChangeIdentity => world.change_identity(slot, b % (VOLUMES + 1)),
+        // A disk that says nothing any more has not become another one: `Silent`.
+        Kind::ChangeIdentity => world.change_identity(slot, b % VOLUMES),
         Kind::Alter => world.alter(slot, b),
         Kind::Deliver => world.deliver(0),
         Kind::DeliverLater => world.deliver(a),
@@ -222,6 +225,7 @@ pub fn take(world: &mut World, step: Step) {
         Kind::Survey => world.survey(if b & 3 == 0 { a } else { 0 }, b & 4 != 0),
         Kind::Blind => world.blind(slot),
         Kind::Sizeless => world.sizeless(slot),
+        Kind::Silent => world.silent(slot, b),
         Kind::Open => world.open(a, 0),
         Kind::OpenFails => world.open(a, 1 + (b & 1)),
         Kind::Answer => world.answer(a),

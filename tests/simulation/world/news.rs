@@ -1,8 +1,10 @@
 //! What of the machine reaches the middle: surveys and events, which are late, lost, doubled or in another order.
 
+use std::collections::BTreeSet;
+
 use nbdtrack::correlation::{DiskFacts, Event, Mark, Reading};
 
-use super::{Broken, SLOTS, World, number};
+use super::{Broken, SLOTS, VOLUMES, World, number};
 
 impl World {
     pub fn survey(&mut self, unread: u8, routine: bool) {
@@ -32,6 +34,29 @@ impl World {
         }
         // Until a better one the model is wrong.
         self.survey_wanted = true;
+    }
+
+    /// The disk does not say what it is, for a moment: it answers with nothing, or reports that it may be another one.
+    pub fn silent(&mut self, slot: u8, how: u8) {
+        self.say(
+            slot,
+            match how % 2 {
+                0 => Reading::Known(BTreeSet::new()),
+                _ => Reading::Doubtful("it was reset".to_owned()),
+            },
+        );
+        self.observe(slot, true);
+    }
+
+    /// The next observation of this slot says this.
+    pub fn say(&mut self, slot: u8, identities: Reading) {
+        let before = self.observations.len();
+        self.observe(slot, false);
+        if self.observations.len() > before
+            && let Some(Event::DiskSeen { facts, .. }) = self.observations.back_mut()
+        {
+            facts.identities = identities;
+        }
     }
 
     /// The disk's capacity cannot be read, for a moment.
@@ -72,7 +97,7 @@ impl World {
         };
         match &event {
             Event::DiskSeen { mark, facts } => {
-                let known = matches!(facts.identities, Reading::Known(_));
+                let known = self.says_what_it_is(facts);
                 self.count_delivery(facts.number.minor, *mark, known);
                 self.count_claim(*mark, facts);
             }
@@ -84,8 +109,7 @@ impl World {
                     .for_each(|facts| self.count_claim(*mark, facts));
                 for slot in 0..SLOTS {
                     let facts = disks.iter().find(|facts| facts.number == number(slot));
-                    let known =
-                        facts.is_some_and(|facts| matches!(facts.identities, Reading::Known(_)));
+                    let known = facts.is_some_and(|facts| self.says_what_it_is(facts));
                     self.count_delivery(u32::from(slot), *mark, known);
                 }
             }
@@ -101,6 +125,15 @@ impl World {
             }
         }
         self.apply(event);
+    }
+
+    /// Nothing, from a disk that has an identity, is no word of it.
+    fn says_what_it_is(&self, facts: &DiskFacts) -> bool {
+        let slot = usize::try_from(facts.number.minor).expect("a small number");
+        let is_blank = self.slots[slot]
+            .as_ref()
+            .is_none_or(|disk| disk.volume >= VOLUMES);
+        matches!(&facts.identities, Reading::Known(read) if !read.is_empty() || is_blank)
     }
 
     fn count_claim(&mut self, mark: Mark, facts: &DiskFacts) {
