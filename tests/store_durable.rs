@@ -378,6 +378,18 @@ async fn a_store_of_an_earlier_shape_is_brought_up_to_date_with_all_its_rows() {
         updated,
         "the same node is no change of the appliances' row"
     );
+    // Its section could not be taken: which volume it was is known no more, and is not forgotten.
+    let unknown = MappingState {
+        node: String::new(),
+        state: State::Absent,
+        volume: String::new(),
+        ..state
+    };
+    store.note(&[unknown]).await.expect("notes");
+    let row = &store.mappings().await.expect("lists")[0];
+    let said = (row.device_path.as_str(), row.state.as_str());
+    assert_eq!(said, ("", "Absent"));
+    assert_eq!(row.volume, "serial:volume-1");
 }
 
 /// Id, export, status, created and updated, as an operator's shell reads them while the store is held.

@@ -3,8 +3,6 @@
 //! A mapping stands on its export, whose name it determines; so a VM's disk has one export, and an export one VM's disk. It is
 //! in the store before it is on the export, and leaves both with the export.
 
-use std::collections::BTreeMap;
-
 use super::membership::Waiter;
 use super::requests::{Persisting, Step};
 use super::{
@@ -348,7 +346,12 @@ impl Correlation {
         let Some(change) = self.retirement(name) else {
             return;
         };
+        let lent = self.lent_mapping(name);
         self.retired(name);
+        if let Some(mapping) = lent {
+            self.remembered_mappings.insert(name.clone(), mapping);
+            return;
+        }
         self.out.push(Action::Persist {
             request: INTERNAL,
             changes: vec![change],
@@ -372,24 +375,6 @@ impl Correlation {
             self.persisting.remove(&request);
             let error = RequestError::NotFound(format!("export {name} was removed"));
             self.reply(request, Err(error));
-        }
-    }
-
-    /// The configuration was read: what it does not name has no export that its mapping could be of. Of what may stand in a file that
-    /// could not be read, or be refused there, the next reading says more, and until then the mapping is kept.
-    pub(super) fn retire_leftovers(&mut self) {
-        let (kept, gone) = std::mem::take(&mut self.remembered_mappings)
-            .into_iter()
-            .partition(|(name, _)| self.may_come(name));
-        self.remembered_mappings = kept;
-        let changes: Vec<Change> = BTreeMap::into_values(gone)
-            .map(|mapping: Mapping| Change::RetireMapping(mapping.disk))
-            .collect();
-        if !changes.is_empty() {
-            self.out.push(Action::Persist {
-                request: INTERNAL,
-                changes,
-            });
         }
     }
 

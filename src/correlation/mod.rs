@@ -25,6 +25,7 @@ mod explain;
 mod facts;
 mod holds;
 mod index;
+mod kept_mappings;
 mod membership;
 mod messages;
 mod new_image;
@@ -231,7 +232,7 @@ pub struct Correlation {
     remembered_conflicts: BTreeMap<ExportName, Option<DiskSeq>>,
     /// Exports that stand in the files of the configuration and cannot be taken; `None` while not all files could be read.
     in_the_files: Option<BTreeSet<ExportName>>,
-    /// As the store gave them, until the configuration was first read.
+    /// As the store gave them, until their export is defined, or can stand in no file of the configuration.
     remembered_mappings: BTreeMap<ExportName, Mapping>,
     detaches: BTreeMap<RequestId, Detach>,
     persisting: BTreeMap<RequestId, Persisting>,

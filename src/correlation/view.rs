@@ -91,7 +91,7 @@ pub struct MappingState {
     pub node: String,
     pub state: State,
     pub reason: String,
-    /// As the user wrote it, `profile:id`.
+    /// As the user wrote it, `profile:id`; empty where it is not known, and then the row keeps the one that it has.
     pub volume: String,
     /// 0 while there is no disk.
     pub diskseq: u64,

@@ -18,8 +18,8 @@ use super::orders::Orders;
 use super::owed::Owed;
 use super::shared_table::{SharedTable, Told};
 use crate::correlation::{
-    BackupChange, Change, Event, ExportName, ExportView, INTERNAL, MappingState, RequestError,
-    RequestId, Unkept, VmDisk,
+    BackupChange, Change, Event, ExportName, INTERNAL, MappingState, RequestError, RequestId,
+    Unkept, VmDisk,
 };
 use crate::dbus::Answer;
 use crate::mapping::basis::RowSaid;
@@ -72,8 +72,8 @@ pub(super) struct MappingStates {
 
 impl MappingStates {
     /// Has it written how this export is, if that is news.
-    pub fn say(&self, name: &ExportName, view: Option<&ExportView>) {
-        let Some(state) = view.and_then(ExportView::mapping_state) else {
+    pub fn say(&self, name: &ExportName, state: Option<MappingState>) {
+        let Some(state) = state else {
             // Whoever comes next under the name has a row that says nothing yet.
             if let Some(disk) = VmDisk::of_export(name) {
                 locked(&self.said).remove(&disk);
@@ -431,7 +431,7 @@ async fn until(due: Option<Instant>) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::correlation::{Generation, Mapping, Source, State};
+    use crate::correlation::{ExportView, Generation, Mapping, Source, State};
 
     fn view(state: State, mapped: bool) -> (ExportName, ExportView) {
         let disk = VmDisk::new("a", 0).unwrap();
@@ -458,13 +458,13 @@ mod tests {
         let states = MappingStates::default();
         for state in [State::Absent, State::Opening, State::Serving] {
             let (name, view) = view(state, true);
-            states.say(&name, Some(&view));
+            states.say(&name, view.mapping_state());
         }
         let taken = states.take();
         assert_eq!(taken.len(), 1);
         assert_eq!(taken[0].state, State::Serving);
         let (name, same) = view(State::Serving, true);
-        states.say(&name, Some(&same));
+        states.say(&name, same.mapping_state());
         assert!(states.is_empty(), "it is no news");
         states.give_back(taken);
         assert!(
@@ -472,7 +472,7 @@ mod tests {
             "what could not be written is tried again"
         );
         let (_, absent) = view(State::Absent, true);
-        states.say(&name, Some(&absent));
+        states.say(&name, absent.mapping_state());
         states.give_back(vec![same.mapping_state().unwrap()]);
         assert_eq!(
             states.take()[0].state,
@@ -480,8 +480,8 @@ mod tests {
             "but not over what is newer"
         );
         // Its mapping was retired; the row of the next one begins empty.
-        states.say(&name, Some(&view(State::Absent, false).1));
-        states.say(&name, Some(&absent));
+        states.say(&name, view(State::Absent, false).1.mapping_state());
+        states.say(&name, absent.mapping_state());
         assert!(!states.is_empty());
     }
 

@@ -259,7 +259,11 @@ impl Control {
 
     fn export(&self, name: ExportName) -> Publication {
         let view = self.correlation.export(&name);
-        self.states.say(&name, view.as_ref());
+        let state = match &view {
+            Some(view) => view.mapping_state(),
+            None => self.correlation.kept_mapping_state(&name),
+        };
+        self.states.say(&name, state);
         match view {
             Some(view) => Publication::Export {
                 clients: self.door.clients(&name),

@@ -382,7 +382,7 @@ pub(super) async fn note(
         .execute(&mut *connection)
         .await?;
         sqlx::query(
-            "UPDATE nbdtrack_mappings SET volume = ?, state = ?, reason = ?, node = ?, diskseq = ?, generation = ?,
+            "UPDATE nbdtrack_mappings SET volume = COALESCE(NULLIF(?, ''), volume), state = ?, reason = ?, node = ?, diskseq = ?, generation = ?,
              size_bytes = ?, state_at = UTC_TIMESTAMP(3) WHERE vm_id = ? AND disk_unit_number = ? AND owner = ?",
         )
         .bind(&state.volume)

@@ -45,7 +45,8 @@ async fn note_each(
             "INSERT INTO nbdtrack_mappings (vm_id, disk_unit_number, volume, state, reason, node, diskseq, generation, size_bytes)
              SELECT vm_id, disk_unit_number, ?3, ?4, ?5, ?6, ?7, ?8, ?9 FROM vm_export_mappings
              WHERE vm_id = ?1 AND disk_unit_number = ?2 AND status = 'active'
-             ON CONFLICT (vm_id, disk_unit_number) DO UPDATE SET volume = excluded.volume, state = excluded.state,
+             ON CONFLICT (vm_id, disk_unit_number) DO UPDATE SET
+             volume = CASE excluded.volume WHEN '' THEN volume ELSE excluded.volume END, state = excluded.state,
              reason = excluded.reason, node = excluded.node, diskseq = excluded.diskseq, generation = excluded.generation,
              size_bytes = excluded.size_bytes, state_at = excluded.state_at",
         )
