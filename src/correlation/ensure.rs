@@ -241,7 +241,10 @@ impl Correlation {
             (Step::Create, Ok(())) => self.added(request, name, wait),
             (Step::Create, Err(error)) => self.not_added(request, name, error),
             (Step::Map(wanted), Ok(())) => self.await_serving(request, name, wanted, false, wait),
-            (Step::Map(_), Err(error)) => self.reply(request, Err(error)),
+            (Step::Map(_), Err(error)) => {
+                self.reply(request, Err(error));
+                self.settle_unowned(name);
+            }
             (Step::Move(wanted), result) => self.moved(request, name, wanted, wait, result),
         }
     }
@@ -262,7 +265,10 @@ impl Correlation {
             // The configuration has defined it otherwise since, or taken it out.
             return match result {
                 Ok(()) => self.await_serving(request, name, wanted, false, wait),
-                Err(error) => self.reply(request, Err(error)),
+                Err(error) => {
+                    self.reply(request, Err(error));
+                    self.settle_unowned(name);
+                }
             };
         };
         match result {
@@ -278,7 +284,7 @@ impl Correlation {
                     self.refuse_waiters(gone, &error);
                 }
                 self.show(name);
-                self.settle(name);
+                self.settle_unowned(name);
                 self.answer_waiters(name);
             }
             _ => {

@@ -63,18 +63,31 @@ impl Correlation {
     }
 
     /// The export of another VM's disk that holds this disk, under whatever name it knows it, where not both share. Two can be
-    /// defined before their disk says that it is both.
+    /// defined before their disk says that it is both; and an export is a VM's from when that is on its way to the store, for what is
+    /// served meanwhile would be served on when it is there.
     pub(super) fn other_owner(&self, export: &Export, diskseq: DiskSeq) -> Option<&Export> {
-        export.mapping.as_ref()?;
+        self.owner(&export.definition.name)?;
         let disk = self.disks.get(diskseq)?;
         let others = self.exports_of(&disk.identities);
         others.iter().find_map(|name| {
             let other = self.exports.get(name)?;
-            let held = other.binding.held()?;
+            other
+                .binding
+                .held()
+                .filter(|held| held.diskseq == diskseq)?;
             let apart = *name == export.definition.name
                 || other.definition.share && export.definition.share;
-            (other.mapping.is_some() && held.diskseq == diskseq && !apart).then_some(other)
+            (!apart && self.owner(name).is_some()).then_some(other)
         })
+    }
+
+    /// It is no VM's: it may have waited for another one's disk, or another one's export for its disk.
+    pub(super) fn settle_unowned(&mut self, name: &ExportName) {
+        self.settle(name);
+        let held = self.exports.get(name).and_then(|e| e.binding.held());
+        if let Some(held) = held {
+            self.settle_on(held.diskseq);
+        }
     }
 
     /// Where an export belongs whose disk is another VM's.
@@ -307,6 +320,65 @@ mod tests {
             };
             assert_eq!(ask(&mut middle, 5, gone), Ok(Reply::Done));
             assert_eq!(states(&middle), [None, Some(State::Serving)]);
+        }
+    }
+
+    /// The machine changed while the store wrote whose the second export is: both were served from then on.
+    #[test]
+    fn of_two_vms_one_waits_whose_disk_says_that_it_is_both_while_the_store_writes() {
+        for came_first in [false, true] {
+            for stored in [true, false] {
+                let mut middle = surveyed();
+                let early = ask(&mut middle, 1, ensure(0, WWN, true, false));
+                assert!(matches!(early, Err(RequestError::NotReady(_))), "{early:?}");
+                let put = Definition {
+                    name: disk(1).export(),
+                    volume: VolumeId::parse(SERIAL).unwrap(),
+                    read_only: true,
+                    share: false,
+                    direct: false,
+                    source: Source::Config,
+                };
+                let change = SectionsChange {
+                    put: vec![put.into()],
+                    ..SectionsChange::default()
+                };
+                live(&mut middle, Event::Sections(change));
+                // Which of them has the disk when it says that it is both.
+                let (has, waits) = if came_first { (1, 0) } else { (0, 1) };
+                live(&mut middle, seen(2, &[[WWN, SERIAL][has]]));
+                let asked = Event::Asked {
+                    request: RequestId(2),
+                    what: ensure(1, SERIAL, true, false),
+                };
+                middle.apply(middle.now, asked);
+                live(&mut middle, seen(3, &[WWN, SERIAL]));
+                let mut wanted = [Some(State::Serving); 2];
+                wanted[waits] = Some(State::Failed);
+                assert_eq!(states(&middle), wanted, "{came_first}");
+                let result = match stored {
+                    true => Ok(()),
+                    false => Err(Unkept::Failed("disk full".to_owned())),
+                };
+                let persisted = Event::Persisted {
+                    request: RequestId(2),
+                    result,
+                };
+                let mut replies = live(&mut middle, persisted);
+                middle.now += WAIT;
+                replies.extend(live(&mut middle, Event::TimePassed));
+                let told = replies.pop().unwrap();
+                if stored {
+                    assert_eq!(states(&middle), wanted, "{came_first}");
+                    let served = matches!(told, Ok(Reply::Added { .. }));
+                    assert_eq!(served, came_first, "{told:?}");
+                } else {
+                    assert!(matches!(told, Err(RequestError::Failed(_))), "{told:?}");
+                    // It is no VM's, and waits as any other does for a disk that was opened as another volume.
+                    wanted[waits] = Some(State::Absent);
+                    assert_eq!(states(&middle), wanted, "{came_first}");
+                }
+            }
         }
     }
 

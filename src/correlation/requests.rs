@@ -134,13 +134,8 @@ impl Correlation {
                     self.reply(request, Err(RequestError::NotSupported(error)));
                     self.refuse_unmapped(&name);
                     self.show_if(&name, mode);
-                    self.settle(&name);
+                    self.settle_unowned(&name);
                     self.answer_waiters(&name);
-                    // It is no VM's any more: another one's export may have waited for its disk.
-                    let held = self.exports.get(&name).and_then(|e| e.binding.held());
-                    if let Some(held) = held {
-                        self.settle_on(held.diskseq);
-                    }
                     return;
                 }
                 self.removed(request, &name, mode, within);
