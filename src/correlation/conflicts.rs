@@ -12,20 +12,27 @@ use super::{
 };
 use crate::identity::{Identity, VolumeId};
 
+/// Several disks claim the volume of an export, or did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Contest {
+    /// Whom the export served when the second came; `None` when they were found together.
+    pub first: Option<DiskSeq>,
+}
+
 /// What is left of a conflict when its export has gone, or is of another volume, or is not defined yet: the configuration is read after
 /// the store.
 #[derive(Debug, Clone)]
 pub(super) struct LeftConflict {
-    first: Option<DiskSeq>,
+    contest: Contest,
     candidates: BTreeSet<Identity>,
     /// The last survey saw no disk of the volume. One survey can miss a disk.
     missed: bool,
 }
 
 impl LeftConflict {
-    pub fn new(first: Option<DiskSeq>, volume: &VolumeId) -> LeftConflict {
+    pub fn new(contest: Contest, volume: &VolumeId) -> LeftConflict {
         LeftConflict {
-            first,
+            contest,
             candidates: volume.candidates(),
             missed: false,
         }
@@ -60,9 +67,11 @@ impl Correlation {
                     })
                     .or_else(|| self.first_of_volume(&export.candidates))
                     .or_else(|| self.only_one_held(&export.candidates, &active, equals));
-                self.begin_conflict(name, first, active);
+                self.begin_conflict(name, Contest { first }, active);
             }
-            Some(Some(first)) if active.len() == 1 && active.contains(&first) => {
+            Some(Contest { first: Some(first) })
+                if active.len() == 1 && active.contains(&first) =>
+            {
                 self.end_conflict(name)
             }
             None | Some(_) => {}
@@ -71,7 +80,8 @@ impl Correlation {
 
     /// Whom another export of the same volume served before the conflict.
     fn first_of_volume(&self, candidates: &BTreeSet<Identity>) -> Option<DiskSeq> {
-        self.conflicts_beside(candidates).flatten().next()
+        self.conflicts_beside(candidates)
+            .find_map(|contest| contest.first)
     }
 
     /// The claimant that is open as this volume, for whatever export: that export had it before another came, so all exports of the
@@ -95,7 +105,7 @@ impl Correlation {
     fn conflicts_beside<'a>(
         &'a self,
         candidates: &'a BTreeSet<Identity>,
-    ) -> impl Iterator<Item = Option<DiskSeq>> + 'a {
+    ) -> impl Iterator<Item = Contest> + 'a {
         let had = self.in_conflict.iter().filter_map(|name| {
             let other = self.exports.get(name)?;
             let same = !other.candidates.is_disjoint(candidates);
@@ -103,11 +113,11 @@ impl Correlation {
         });
         let left = self.left_conflicts.values();
         let left = left.filter(|left| !left.candidates.is_disjoint(candidates));
-        had.chain(left.map(|left| left.first))
+        had.chain(left.map(|left| left.contest))
     }
 
     /// The one place where an export's conflict is written, so that `in_conflict` is always right.
-    pub(super) fn set_conflict(&mut self, name: &ExportName, conflict: Option<Option<DiskSeq>>) {
+    pub(super) fn set_conflict(&mut self, name: &ExportName, conflict: Option<Contest>) {
         let Some(export) = self.exports.get_mut(name) else {
             return;
         };
@@ -118,13 +128,8 @@ impl Correlation {
         };
     }
 
-    fn begin_conflict(
-        &mut self,
-        name: &ExportName,
-        first: Option<DiskSeq>,
-        disks: BTreeSet<DiskSeq>,
-    ) {
-        self.set_conflict(name, Some(first));
+    fn begin_conflict(&mut self, name: &ExportName, contest: Contest, disks: BTreeSet<DiskSeq>) {
+        self.set_conflict(name, Some(contest));
         let Some(export) = self.exports.get(name) else {
             return;
         };
@@ -134,7 +139,7 @@ impl Correlation {
             .and_then(|disk| disk.identities.intersection(&export.candidates).next())
             .map(ToString::to_string)
             .unwrap_or_default();
-        self.keep_conflict(name, first);
+        self.keep_conflict(name, contest);
         self.out.push(Action::Tell(Notice::IdentityConflict {
             id,
             disks: disks.into_iter().collect(),
@@ -150,30 +155,35 @@ impl Correlation {
         else {
             return;
         };
-        let Some(first) = self.conflicts_beside(&export.candidates).next() else {
+        let Some(contest) = self.conflicts_beside(&export.candidates).next() else {
             return;
         };
-        self.set_conflict(name, Some(first));
-        self.keep_conflict(name, first);
+        self.set_conflict(name, Some(contest));
+        self.keep_conflict(name, contest);
     }
 
-    fn keep_conflict(&mut self, name: &ExportName, first: Option<DiskSeq>) {
+    fn keep_conflict(&mut self, name: &ExportName, contest: Contest) {
         let Some(export) = self.exports.get(name) else {
             return;
         };
         let volume = export.definition.volume.clone();
-        let put = self.put_conflict(name.clone(), volume, first);
+        let put = self.put_conflict(name.clone(), volume, contest);
         self.out.push(Action::Persist {
             request: INTERNAL,
             changes: vec![put],
         });
     }
 
-    fn put_conflict(&self, export: ExportName, volume: VolumeId, first: Option<DiskSeq>) -> Change {
+    pub(super) fn put_conflict(
+        &self,
+        export: ExportName,
+        volume: VolumeId,
+        contest: Contest,
+    ) -> Change {
         Change::PutConflict(Conflict {
             export,
             volume: Some(volume),
-            first,
+            first: contest.first,
             boot: self.settings.boot.clone(),
         })
     }
@@ -183,11 +193,11 @@ impl Correlation {
         let Some(export) = self.exports.get(name) else {
             return;
         };
-        let Some(first) = export.conflict else {
+        let Some(contest) = export.conflict else {
             return;
         };
         let volume = export.definition.volume.clone();
-        let left = LeftConflict::new(first, &volume);
+        let left = LeftConflict::new(contest, &volume);
         self.set_conflict(name, None);
         let others = self.in_conflict.iter();
         let others = others.filter_map(|other| Some(&self.exports.get(other)?.candidates));
@@ -208,28 +218,28 @@ impl Correlation {
         &mut self,
         name: &ExportName,
         volume: &VolumeId,
-    ) -> Option<Option<DiskSeq>> {
+    ) -> Option<Contest> {
         let left = self.left_conflicts.remove(&(name.clone(), volume.clone()));
         if let Some(left) = left {
             self.remembered_conflicts.remove(name);
-            return Some(left.first);
+            return Some(left.contest);
         }
         // A path is no volume yet.
         if volume.path().is_some() {
             return None;
         }
-        let first = self.remembered_conflicts.remove(name)?;
+        let contest = self.remembered_conflicts.remove(name)?;
         // From now on with its volume.
         let delete = Change::DeleteConflict {
             export: name.clone(),
             volume: volume.clone(),
         };
-        let put = self.put_conflict(name.clone(), volume.clone(), first);
+        let put = self.put_conflict(name.clone(), volume.clone(), contest);
         self.out.push(Action::Persist {
             request: INTERNAL,
             changes: vec![delete, put],
         });
-        Some(first)
+        Some(contest)
     }
 
     /// The disks have changed: ends what is left of conflicts whose first disk is alone again, and of those whose volume no disk claims
@@ -244,6 +254,7 @@ impl Correlation {
             let claimed = self.disks.present(&left.candidates);
             let active = self.claimants_of(&left.candidates).active;
             let alone = left
+                .contest
                 .first
                 .is_some_and(|first| active.len() == 1 && active.contains(&first));
             let proven = match gone {
@@ -291,17 +302,17 @@ impl Correlation {
     }
 
     /// The conflicts about one volume: those of exports, and what is left of others.
-    fn conflicts_of(&self, volume: &VolumeId) -> Vec<(ExportName, VolumeId, Option<DiskSeq>)> {
+    fn conflicts_of(&self, volume: &VolumeId) -> Vec<(ExportName, VolumeId, Contest)> {
         let candidates = volume.candidates();
         let had = self.in_conflict.iter().filter_map(|name| {
             let export = self.exports.get(name)?;
             let same = !export.candidates.is_disjoint(&candidates);
-            let first = export.conflict.filter(|_| same)?;
-            Some((name.clone(), export.definition.volume.clone(), first))
+            let contest = export.conflict.filter(|_| same)?;
+            Some((name.clone(), export.definition.volume.clone(), contest))
         });
         let left = self.left_conflicts.iter();
         let left = left.filter(|(_, left)| !left.candidates.is_disjoint(&candidates));
-        had.chain(left.map(|((name, volume), left)| (name.clone(), volume.clone(), left.first)))
+        had.chain(left.map(|((name, volume), left)| (name.clone(), volume.clone(), left.contest)))
             .collect()
     }
 
@@ -369,7 +380,7 @@ impl Correlation {
             Err(_) if !conflicts.is_empty() => {
                 let conflicts = conflicts.into_iter();
                 let changes = conflicts
-                    .map(|(export, of, first)| self.put_conflict(export, of, first))
+                    .map(|(export, of, contest)| self.put_conflict(export, of, contest))
                     .collect();
                 self.out.push(Action::Persist {
                     request: INTERNAL,

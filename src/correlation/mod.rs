@@ -69,7 +69,7 @@ pub use vm::*;
 
 use crate::identity::{Identity, VolumeId};
 use binding::Binding;
-use conflicts::LeftConflict;
+use conflicts::{Contest, LeftConflict};
 use detach::Detach;
 use disks::Disks;
 use holds::Holds;
@@ -144,8 +144,7 @@ struct Export {
     binding: Binding,
     /// Given to the lease that came last.
     generation: Generation,
-    /// Several disks claim the volume, or did: whom it was bound to before.
-    conflict: Option<Option<DiskSeq>>,
+    conflict: Option<Contest>,
     /// Whose disk it is, as the store has it.
     mapping: Option<Mapping>,
     mapped_by: RequestId,
@@ -229,7 +228,7 @@ pub struct Correlation {
     /// What is left of conflicts whose export is not there, by its name and their volume.
     left_conflicts: BTreeMap<(ExportName, VolumeId), LeftConflict>,
     /// As the store gave them, without their volume, until their export is defined: the configuration is read after the store.
-    remembered_conflicts: BTreeMap<ExportName, Option<DiskSeq>>,
+    remembered_conflicts: BTreeMap<ExportName, Contest>,
     /// Exports that stand in the files of the configuration and cannot be taken; `None` while not all files could be read.
     in_the_files: Option<BTreeSet<ExportName>>,
     /// As the store gave them, until their export is defined, or can stand in no file of the configuration.
@@ -285,16 +284,18 @@ impl Correlation {
         for conflict in remembered.conflicts {
             // A diskseq says nothing in another boot.
             let same_boot = conflict.boot == correlation.settings.boot;
-            let first = conflict.first.filter(|_| same_boot);
+            let contest = Contest {
+                first: conflict.first.filter(|_| same_boot),
+            };
             match conflict.volume {
                 Some(volume) => {
-                    let left = LeftConflict::new(first, &volume);
+                    let left = LeftConflict::new(contest, &volume);
                     let key = (conflict.export, volume);
                     correlation.left_conflicts.insert(key, left);
                 }
                 None => {
                     let known = &mut correlation.remembered_conflicts;
-                    known.insert(conflict.export, first);
+                    known.insert(conflict.export, contest);
                 }
             }
         }

@@ -104,8 +104,8 @@ impl Correlation {
         if claimants.active.len() > 1 {
             return Some(self.want_among_twins(export, &claimants.active));
         }
-        if let Some(first) = export.conflict
-            && first != Some(only)
+        if let Some(contest) = export.conflict
+            && contest.first != Some(only)
         {
             return Some(Want::Ambiguous {
                 keep: None,
@@ -285,11 +285,12 @@ impl Correlation {
     }
 
     fn want_among_twins(&self, export: &Export, active: &BTreeSet<DiskSeq>) -> Want {
+        let first = export.conflict.and_then(|contest| contest.first);
         let keep = export
             .binding
             .kept()
             .map(|held| held.diskseq)
-            .filter(|bound| active.contains(bound) && export.conflict == Some(Some(*bound)));
+            .filter(|bound| active.contains(bound) && first == Some(*bound));
         let disks: Vec<String> = active
             .iter()
             .map(|diskseq| format!("{} (diskseq {diskseq})", self.node_of(*diskseq)))
