@@ -1,15 +1,11 @@
-//! Several disks that claim one volume: how a conflict begins, is kept, and ends (invariant 2).
+//! Several disks that claim one volume: how a conflict begins, is kept, and ends by itself (invariant 2).
 //!
 //! A conflict is the volume's, and each export of the volume has it. So it outlives the export that had it first: what is left of it is
 //! kept, durably, for as long as a disk claims the volume, and whoever exports the volume next waits with it.
 
 use std::collections::BTreeSet;
 
-use super::requests::Persisting;
-use super::{
-    Action, Change, Conflict, Correlation, DiskSeq, ExportName, INTERNAL, Notice, Reply,
-    RequestError, RequestId, State,
-};
+use super::{Action, Change, Conflict, Correlation, DiskSeq, ExportName, INTERNAL, Notice, State};
 use crate::identity::{Identity, VolumeId};
 
 /// Several disks claim the volume of an export, or did.
@@ -23,8 +19,8 @@ pub(super) struct Contest {
 /// the store.
 #[derive(Debug, Clone)]
 pub(super) struct LeftConflict {
-    contest: Contest,
-    candidates: BTreeSet<Identity>,
+    pub contest: Contest,
+    pub candidates: BTreeSet<Identity>,
     /// The last survey saw no disk of the volume. One survey can miss a disk.
     missed: bool,
 }
@@ -55,8 +51,9 @@ impl Correlation {
             return;
         }
         let active = self.claimants(export).active;
+        let is_contested = active.len() > 1;
         match export.conflict {
-            None if active.len() > 1 => {
+            None if is_contested => {
                 let first = export
                     .binding
                     .diskseq()
@@ -67,7 +64,7 @@ impl Correlation {
                     })
                     .or_else(|| self.first_of_volume(&export.candidates))
                     .or_else(|| self.only_one_held(&export.candidates, &active, equals));
-                self.begin_conflict(name, Contest { first }, active);
+                self.begin_conflict(name, Contest { first }, &active);
             }
             Some(Contest { first: Some(first) })
                 if active.len() == 1 && active.contains(&first) =>
@@ -75,6 +72,9 @@ impl Correlation {
                 self.end_conflict(name)
             }
             None | Some(_) => {}
+        }
+        if is_contested {
+            self.keep_contested(name, &active, equals);
         }
     }
 
@@ -102,7 +102,7 @@ impl Correlation {
 
     /// What other exports of the same volume remember, and those that were. The exports in conflict are walked, who are few, not those of
     /// the volume: there may be ten thousand of them, and each asks as it is defined.
-    fn conflicts_beside<'a>(
+    pub(super) fn conflicts_beside<'a>(
         &'a self,
         candidates: &'a BTreeSet<Identity>,
     ) -> impl Iterator<Item = Contest> + 'a {
@@ -128,7 +128,7 @@ impl Correlation {
         };
     }
 
-    fn begin_conflict(&mut self, name: &ExportName, contest: Contest, disks: BTreeSet<DiskSeq>) {
+    fn begin_conflict(&mut self, name: &ExportName, contest: Contest, disks: &BTreeSet<DiskSeq>) {
         self.set_conflict(name, Some(contest));
         let Some(export) = self.exports.get(name) else {
             return;
@@ -142,7 +142,7 @@ impl Correlation {
         self.keep_conflict(name, contest);
         self.out.push(Action::Tell(Notice::IdentityConflict {
             id,
-            disks: disks.into_iter().collect(),
+            disks: disks.iter().copied().collect(),
         }));
     }
 
@@ -265,6 +265,8 @@ impl Correlation {
             // A file that no export names is not looked at.
             let seen = |of: &Identity| of.file().is_none() || self.by_candidate.get(of).is_some();
             let proven = proven && left.candidates.iter().all(seen) && !self.may_come(name);
+            // What was kept beside the conflict of an export lasts as long as that one.
+            let proven = proven && !self.in_conflict.contains(name);
             let over_now = alone || !claimed && proven;
             if over_now {
                 over.push((name.clone(), volume.clone()));
@@ -281,7 +283,7 @@ impl Correlation {
         self.in_the_files.as_ref().is_none_or(unread) || self.pins.unmet.contains_key(name)
     }
 
-    fn delete_conflicts(&mut self, of: Vec<(ExportName, VolumeId)>) {
+    pub(super) fn delete_conflicts(&mut self, of: Vec<(ExportName, VolumeId)>) {
         if of.is_empty() {
             return;
         }
@@ -299,127 +301,6 @@ impl Correlation {
         let volume = export.definition.volume.clone();
         self.set_conflict(name, None);
         self.delete_conflicts(vec![(name.clone(), volume)]);
-    }
-
-    /// The conflicts about one volume: those of exports, and what is left of others.
-    fn conflicts_of(&self, volume: &VolumeId) -> Vec<(ExportName, VolumeId, Contest)> {
-        let candidates = volume.candidates();
-        let had = self.in_conflict.iter().filter_map(|name| {
-            let export = self.exports.get(name)?;
-            let same = !export.candidates.is_disjoint(&candidates);
-            let contest = export.conflict.filter(|_| same)?;
-            Some((name.clone(), export.definition.volume.clone(), contest))
-        });
-        let left = self.left_conflicts.iter();
-        let left = left.filter(|(_, left)| !left.candidates.is_disjoint(&candidates));
-        had.chain(left.map(|((name, volume), left)| (name.clone(), volume.clone(), left.contest)))
-            .collect()
-    }
-
-    pub(super) fn resolve(
-        &mut self,
-        request: RequestId,
-        name: &ExportName,
-        diskseq: DiskSeq,
-    ) -> Result<(), RequestError> {
-        let volume = self.judge_resolution(name, diskseq)?;
-        let Some(volume) = volume else {
-            self.reply(request, Ok(Reply::Done));
-            return Ok(());
-        };
-        // A person said which disk the volume is: that holds for all that is known of the volume.
-        let conflicts = self.conflicts_of(&volume).into_iter();
-        let delete = |(export, volume, _)| Change::DeleteConflict { export, volume };
-        let changes = conflicts.map(delete).collect();
-        let name = name.clone();
-        let purpose = Persisting::Resolve {
-            name,
-            volume,
-            diskseq,
-        };
-        self.persist(request, purpose, changes);
-        Ok(())
-    }
-
-    /// The store has let the conflicts of this volume go. The machine may have changed while it was writing.
-    pub(super) fn resolved(
-        &mut self,
-        request: RequestId,
-        name: &ExportName,
-        volume: &VolumeId,
-        diskseq: DiskSeq,
-    ) {
-        let outcome = self.judge_resolution(name, diskseq);
-        let export = self.exports.get(name);
-        let same = export.is_some_and(|export| export.definition.volume == *volume);
-        let outcome = match outcome {
-            Ok(_) if !same => Err(RequestError::NotReady(format!(
-                "the definition of export {name} changed"
-            ))),
-            outcome => outcome,
-        };
-        let conflicts = self.conflicts_of(volume);
-        match &outcome {
-            Ok(_) => {
-                for (export, of, _) in &conflicts {
-                    let had = self.exports.get(export);
-                    if had.is_some_and(|had| had.definition.volume == *of) {
-                        self.set_conflict(export, None);
-                    }
-                    self.left_conflicts.remove(&(export.clone(), of.clone()));
-                }
-                let ended = conflicts.into_iter().map(|(export, of, _)| (export, of));
-                let ended: Vec<(ExportName, VolumeId)> = ended.collect();
-                // Also one that came while the store was writing.
-                self.delete_conflicts(ended.clone());
-                for (export, _) in ended {
-                    self.settle(&export);
-                }
-            }
-            // They were taken out of the store, and are none the less.
-            Err(_) if !conflicts.is_empty() => {
-                let conflicts = conflicts.into_iter();
-                let changes = conflicts
-                    .map(|(export, of, contest)| self.put_conflict(export, of, contest))
-                    .collect();
-                self.out.push(Action::Persist {
-                    request: INTERNAL,
-                    changes,
-                });
-            }
-            Err(_) => {}
-        }
-        self.settle(name);
-        self.reply(request, outcome.map(|_| Reply::Done));
-    }
-
-    /// The volume whose conflict this disk may end; `None` when there is no conflict.
-    fn judge_resolution(
-        &self,
-        name: &ExportName,
-        diskseq: DiskSeq,
-    ) -> Result<Option<VolumeId>, RequestError> {
-        let export = self
-            .exports
-            .get(name)
-            .ok_or_else(|| RequestError::NotFound(format!("there is no export {name}")))?;
-        // What was given up, is asked to leave or is a member of something else claims nothing.
-        let claimants = self.claimants(export).active;
-        let volume = &export.definition.volume;
-        if !claimants.contains(&diskseq) {
-            return Err(RequestError::IdentityMismatch(format!(
-                "no attached disk with diskseq {diskseq} could be {volume}",
-            )));
-        }
-        let beside = || self.conflicts_beside(&export.candidates).next().is_some();
-        let doubted = export.conflict.is_some() || beside();
-        if doubted && claimants.len() > 1 {
-            return Err(RequestError::Ambiguous(format!(
-                "{} disks still present the identity of {volume}: detach all but the right one, then confirm it",
-                claimants.len(),
-            )));
-        }
-        Ok(doubted.then(|| volume.clone()))
     }
 }
 
