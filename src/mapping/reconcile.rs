@@ -13,6 +13,7 @@
 //!   active       inactive, and was active         remove the export, if it has no clients
 //!   active       gone, and was there              as before; not when all are gone at once
 //!   inactive     active as it was written         make it inactive
+//!   inactive     as written, but inactive         write that down
 //!   otherwise    active, no owner or set again    serve what is at its device_path
 //! ```
 
@@ -303,7 +304,13 @@ fn judge_active(row: &SeenRow, beside: &Beside, disk: &VmDisk, here: &Known) -> 
 fn judge_inactive(row: &SeenRow, beside: &Beside, disk: &VmDisk, remembered: bool) -> Option<Step> {
     let (now, wrote) = (&row.values, &beside.wrote);
     if !now.active {
-        return None;
+        // Someone wanted its export removed, which went by another's word. Not written down, it would look as if nobody had touched the
+        // row when it is set active again, and be made inactive.
+        let as_written = Values {
+            active: true,
+            ..now.clone()
+        };
+        return (remembered && as_written == *wrote).then(|| put(row, disk));
     }
     // What we wrote as its path is where the volume was once: only another one is somebody's word.
     if now.device_path != wrote.device_path && !now.device_path.is_empty() {

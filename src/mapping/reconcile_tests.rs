@@ -223,6 +223,46 @@ fn a_row_that_went_or_was_made_inactive_asks_for_a_removal() {
     );
 }
 
+/// The appliance had made the row inactive, a file kept its export, and was edited then. When the appliance set the row active again, it was taken for
+/// one that had been active all the time, and made inactive.
+#[test]
+fn a_row_that_is_set_active_again_after_its_section_went_is_a_request() {
+    let wrote = values(HERE, true, "web");
+    let inactive = row(values(HERE, false, "web"), Some((US, wrote.clone())));
+    let put = Step::Put {
+        disk: disk(),
+        seen: Some(inactive.values.clone()),
+    };
+    assert_eq!(one(Some(here(false)), &inactive), [put]);
+    // As that leaves it.
+    let noted = values("", false, "web");
+    assert_eq!(
+        one(
+            Some(here(false)),
+            &row(noted.clone(), Some((US, noted.clone())))
+        ),
+        []
+    );
+    for (path, wanted) in [(HERE, "Serve"), ("", "Restore")] {
+        let again = row(values(path, true, "web"), Some((US, noted.clone())));
+        let steps = one(Some(here(false)), &again);
+        let [Step::Ask { demand, .. }] = steps.as_slice() else {
+            panic!("{path}: {steps:?}");
+        };
+        assert!(format!("{demand:?}").starts_with(wanted), "{demand:?}");
+    }
+    // What else somebody has written there is theirs.
+    for now in [
+        values(ELSEWHERE, false, "web"),
+        values(HERE, false, "other"),
+    ] {
+        assert_eq!(
+            one(Some(here(false)), &row(now, Some((US, wrote.clone())))),
+            []
+        );
+    }
+}
+
 #[test]
 fn a_table_that_lost_all_rows_at_once_removes_nothing() {
     let disks = (0..3).map(|unit| VmDisk::new("a", unit).unwrap());
