@@ -5,6 +5,7 @@ use std::ops::Bound;
 
 use super::binding::{Binding, Cue, Failure};
 use super::enact::RETRY_MAX;
+use super::wanting::Wanting;
 use super::{
     Action, Correlation, DiskSeq, ExportName, Generation, LeaseEnd, Level, Notice, OpenRefusal,
     OpenedDisk, RequestError, Ticket, Timer, Topic,
@@ -148,7 +149,7 @@ impl Correlation {
         let names: BTreeSet<ExportName> = identities
             .iter()
             .filter_map(|identity| self.by_candidate.get(identity))
-            .flatten()
+            .flat_map(Wanting::names)
             .filter(kept_from)
             .cloned()
             .collect();

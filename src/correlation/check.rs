@@ -113,6 +113,15 @@ impl Correlation {
 
     /// What is looked up instead of walked says what the export says; and who waits for an open waits for one that is made.
     fn check_indexes(&self, name: &ExportName, export: &Export) -> Result<(), String> {
+        let is_found = |candidate| {
+            let wanting = self.by_candidate.get(candidate);
+            wanting.is_some_and(|wanting| wanting.has(&export.definition))
+        };
+        if !export.candidates.iter().all(is_found) {
+            return Err(format!(
+                "export {name} is not found as what it is by what it looks for"
+            ));
+        }
         if export.conflict.is_some() != self.in_conflict.contains(name) {
             return Err(format!(
                 "the conflict of export {name} is not where it is looked for"

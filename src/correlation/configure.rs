@@ -192,8 +192,14 @@ impl Correlation {
         let replacement = replacement.and_then(|leaving| leaving.replacement.as_mut());
         // What it is about to be is what the configuration wants.
         let planned = export.moving.as_mut().or(replacement);
+        let before = export.definition.clone();
         planned.unwrap_or(&mut export.definition).source = source;
         export.durable = true;
+        for candidate in &export.candidates {
+            let wanting = self.by_candidate.or_default(candidate.clone());
+            wanting.remove(&before);
+            wanting.insert(&export.definition);
+        }
         // Else it would be there again after it was taken out of the file.
         let changes = vec![Change::DeleteExport(name.clone())];
         self.out.push(Action::Persist {

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use super::binding::{Binding, Failure};
 use super::requests::{Persisting, Step};
+use super::wanting::Wanting;
 use super::{
     Action, Change, Correlation, Definition, EXPORTS_MAX, EndHow, Export, ExportName, INTERNAL,
     Notice, Reply, RequestError, RequestId, State, Timer,
@@ -88,10 +89,32 @@ impl Correlation {
 
     /// Refuses a definition that cannot stand beside those that are there, or are about to be.
     pub(super) fn judge_definition(&self, definition: &Definition) -> Result<(), RequestError> {
-        let others = self.beside(definition);
+        let mut others = self.kinds_beside(definition);
+        // So that of several the same one is told each time.
+        others.sort_by(|a, b| a.name.cmp(&b.name));
         others
             .iter()
             .try_for_each(|other| judge_pair(definition, other))
+    }
+
+    /// Of the definitions of other exports that may be of the same volume one of each kind, for beside one stands what stands beside all; and
+    /// all that are about to change.
+    fn kinds_beside(&self, definition: &Definition) -> Vec<&Definition> {
+        let export = |name: &ExportName| {
+            let export = self.exports.get(name)?;
+            (*name != definition.name && !export.goes()).then_some(export)
+        };
+        let stays = |name: &&ExportName| !self.replacing.contains(*name);
+        let candidates = definition.volume.candidates();
+        let wanting = candidates.iter().filter_map(|c| self.by_candidate.get(c));
+        let of_kinds = wanting
+            .flat_map(Wanting::kinds)
+            .filter_map(|alike| alike.iter().filter(stays).find_map(export));
+        let changing = self.replacing.iter().filter_map(export);
+        of_kinds
+            .chain(changing)
+            .flat_map(super::Export::claims)
+            .collect()
     }
 
     /// The definitions of other exports that may be of the same volume.
@@ -229,7 +252,7 @@ impl Correlation {
                 let file = candidate.clone();
                 self.out.push(Action::WatchFile { file });
             }
-            wanting.insert(definition.name.clone());
+            wanting.insert(&definition);
         }
         let export = Export {
             candidates,
@@ -269,7 +292,7 @@ impl Correlation {
         }
         for candidate in &export.candidates {
             if let Some(wanting) = self.by_candidate.get_mut(candidate) {
-                wanting.remove(name);
+                wanting.remove(&export.definition);
                 if wanting.is_empty() {
                     self.by_candidate.remove(candidate);
                     if candidate.file().is_some() {

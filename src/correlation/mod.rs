@@ -51,6 +51,7 @@ mod transitions;
 mod view;
 mod views;
 mod vm;
+mod wanting;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -79,6 +80,7 @@ use index::{Index, Ordered};
 use membership::Waiter;
 use pins::Pins;
 use requests::Persisting;
+use wanting::Wanting;
 
 /// Nobody waits for the answer to this request.
 pub const INTERNAL: RequestId = RequestId(0);
@@ -208,7 +210,7 @@ pub struct Correlation {
     /// False until the first survey: what is not known to be the only claimant is not served.
     surveyed: bool,
     exports: Ordered<ExportName, Export>,
-    by_candidate: Index<Identity, BTreeSet<ExportName>>,
+    by_candidate: Index<Identity, Wanting>,
     /// The exports whose `conflict` is there.
     in_conflict: BTreeSet<ExportName>,
     /// The exports that open a disk once another open of it has been answered: [`Binding::waits_for`].
@@ -427,7 +429,7 @@ impl Correlation {
         identities
             .iter()
             .filter_map(|i| self.by_candidate.get(i))
-            .flatten()
+            .flat_map(Wanting::names)
             .cloned()
             .collect()
     }

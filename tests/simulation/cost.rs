@@ -254,6 +254,44 @@ fn ten_thousand_readers_of_one_disk_come_to_serve_it() {
     assert_eq!(middle.check(), Ok(()));
 }
 
+/// Each export of one file was judged beside all that there were: to add ten thousand was to compare fifty million pairs.
+#[test]
+fn an_export_comes_to_many_of_its_volume_for_what_it_costs_beside_a_few() {
+    let mut middle = Correlation::new(
+        Settings::new(BootId("boot".to_owned())),
+        Remembered::default(),
+    );
+    let began = Instant::now();
+    let mut add = |index: usize| {
+        let definition = Definition {
+            name: ExportName::parse(&format!("e{index:05}")).expect("a valid name"),
+            volume: VolumeId::parse("file:/images/one").expect("a valid volume"),
+            read_only: true,
+            share: false,
+            direct: false,
+            source: Source::Dbus,
+        };
+        let request = RequestId(index as u64 + 1);
+        let wait = Duration::ZERO;
+        let what = Request::AddExport { definition, wait };
+        let before = ALLOCATIONS.get();
+        middle.apply(Duration::ZERO, Event::Asked { request, what });
+        let asked = ALLOCATIONS.get() - before;
+        let result = Ok(());
+        middle.apply(Duration::ZERO, Event::Persisted { request, result });
+        asked
+    };
+    let asked: Vec<u64> = (0..10_000).map(&mut add).collect();
+    // A node of an ordered set is split now and then.
+    let most = |of: std::ops::Range<usize>| asked[of].iter().copied().max();
+    let (few, many) = (most(300..1_000), most(9_300..10_000));
+    crate::tell(&format!(
+        "10,000 exports of one file were added in {:?}; one asked for memory at most {few:?} times beside 1,000, {many:?} beside 10,000",
+        began.elapsed()
+    ));
+    assert!(many <= few.map(|few| few + 16), "{few:?}, {many:?}");
+}
+
 #[test]
 fn exports_have_a_limit_over_configuration_and_callers_together() {
     let mut middle = Correlation::new(
