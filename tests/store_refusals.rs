@@ -100,7 +100,7 @@ async fn a_newer_store_and_a_strangers_are_refused_and_kept() {
             error,
             StoreError::Newer {
                 found: 1000,
-                known: 9,
+                known: 10,
                 ..
             }
         ),

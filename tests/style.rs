@@ -38,6 +38,10 @@ const PAUSES: &[(&str, &str)] = &[
         "mapping/database.rs",
         "a transaction that the server gave up is begun anew",
     ),
+    (
+        "mapping/history.rs",
+        "what happens within a moment is written in one transaction",
+    ),
     ("udev/reads.rs", "a disk that answered EINTR is read again"),
 ];
 
