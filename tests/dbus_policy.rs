@@ -837,7 +837,9 @@ struct AtTerminal {
     /// `None` at the end of the input.
     keyboard: Option<std::process::ChildStdin>,
     screen: std::sync::mpsc::Receiver<Vec<u8>>,
+    /// Without the name of the terminal, which is shown first.
     shown: String,
+    name: String,
 }
 
 impl AtTerminal {
@@ -849,11 +851,11 @@ impl AtTerminal {
         ln -s \"$1\" /run/dbus/system_bus_socket; \
         touch /run/nbdtrack; mount --bind \"$4\" /run/nbdtrack; \
         mount --bind \"$2/shadow\" /etc/shadow; mount --bind \"$2/pam.d\" /etc/pam.d; \
-        exec script --quiet --return --echo never --command \"$3\" /dev/null";
+        exec script --quiet --return --echo always --command \"$3\" /dev/null";
 
     fn run(bus: &PrivateBus, folder: &std::path::Path, command: &str) -> AtTerminal {
         let socket = bus.address.strip_prefix("unix:path=").unwrap();
-        let line = format!("exec setpriv --reuid=bin --regid=bin --clear-groups {command}");
+        let line = format!("tty; exec setpriv --reuid=bin --regid=bin --clear-groups {command}");
         let mut place = Command::new("unshare");
         place.args(["--mount", "sh", "-c", Self::PLACE, "sh", socket]);
         place
@@ -872,16 +874,38 @@ impl AtTerminal {
                 let _ = sender.send(part[..read].to_vec());
             }
         });
-        AtTerminal {
+        let mut at = AtTerminal {
             keyboard: child.stdin.take(),
             child,
             screen,
             shown: String::new(),
-        }
+            name: String::new(),
+        };
+        at.until("\n");
+        let (name, rest) = at.shown.split_once('\n').unwrap();
+        (at.name, at.shown) = (name.trim().to_owned(), rest.to_owned());
+        at
     }
 
     fn enter(&mut self, line: &str) {
         writeln!(self.keyboard.as_ref().unwrap(), "{line}").unwrap();
+    }
+
+    /// Types what is not shown. Who asks for it prints the question first, then throws away what was typed and ends the echo by one
+    /// call (tcsetattr(3), `TCSAFLUSH`): what is typed before that is lost.
+    fn enter_unseen(&mut self, line: &str) {
+        let until = Instant::now() + Duration::from_secs(30);
+        loop {
+            let mut stty = Command::new("stty");
+            let terminal = stty.args(["-a", "-F", &self.name]).output().unwrap();
+            let text = String::from_utf8_lossy(&terminal.stdout);
+            if text.split_whitespace().any(|flag| flag == "-echo") {
+                break;
+            }
+            assert!(Instant::now() < until, "{} echoes: {text}", self.name);
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        self.enter(line);
     }
 
     fn until(&mut self, wanted: &str) {
@@ -941,7 +965,7 @@ fn with_polkit_the_person_at_a_terminal_is_asked_without_a_login_session() {
         let mut at = run("/run/nbdtrack rescan");
         let (shown, code) = tokio::task::spawn_blocking(move || {
             at.until("Password: ");
-            at.enter(AtTerminal::PASSWORD);
+            at.enter_unseen(AtTerminal::PASSWORD);
             at.until("rescanned");
             at.end()
         })
