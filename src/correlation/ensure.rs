@@ -52,7 +52,7 @@ impl Correlation {
         // What is being stored with the definition, those who wait for the export wait for anyway.
         let kept = export.mapping.as_ref() == Some(&mapping)
             || self.pending_mappings(&name).any(|(step, pending)| {
-                matches!(step, Step::Create | Step::Move(_)) && *pending == mapping
+                matches!(step, Step::Create(_) | Step::Move(_)) && *pending == mapping
             });
         if kept {
             self.await_serving(request, &name, wanted, false, ensure.wait);
@@ -143,14 +143,14 @@ impl Correlation {
         self.introduce(&definition);
         let mapping = ensure.mapping;
         let changes = vec![
-            Change::PutExport(definition),
+            Change::PutExport(definition.clone()),
             Change::PutMapping(mapping.clone()),
         ];
         let purpose = Persisting::Ensure {
             name,
             mapping,
             wait: ensure.wait,
-            step: Step::Create,
+            step: Step::Create(definition),
         };
         self.persist(request, purpose, changes);
         Ok(())
@@ -238,8 +238,8 @@ impl Correlation {
             self.out.push(Action::Tell(Notice::Export(name.clone())));
         }
         match (step, result) {
-            (Step::Create, Ok(())) => self.added(request, name, wait),
-            (Step::Create, Err(error)) => self.not_added(request, name, error),
+            (Step::Create(wanted), Ok(())) => self.added(request, wanted, wait),
+            (Step::Create(_), Err(error)) => self.not_added(request, name, error),
             (Step::Map(wanted), Ok(())) => self.await_serving(request, name, wanted, false, wait),
             (Step::Map(_), Err(error)) => {
                 self.reply(request, Err(error));

@@ -62,7 +62,10 @@ impl Correlation {
         self.introduce(&definition);
         self.persist(
             request,
-            Persisting::Add { name, wait },
+            Persisting::Add {
+                wanted: definition.clone(),
+                wait,
+            },
             vec![Change::PutExport(definition)],
         );
         Ok(())
@@ -130,26 +133,15 @@ impl Correlation {
             .collect()
     }
 
-    pub(super) fn added(&mut self, request: RequestId, name: &ExportName, wait: Duration) {
-        let due = self.now + wait;
-        let Some(export) = self.exports.get_mut(name) else {
-            self.reply(
-                request,
-                Err(RequestError::NotFound(format!("export {name} was removed"))),
-            );
-            return;
-        };
-        export.durable = true;
-        export.waiters.push(Waiter {
-            request,
-            wants: export.definition.clone(),
-            created: true,
-            due,
-        });
-        self.remind(due, Timer::Waiters(name.clone()));
-        self.inherit_conflict(name);
-        self.settle(name);
-        self.answer_waiters(name);
+    /// The store has it. By now the configuration may have taken the name over, for another volume.
+    pub(super) fn added(&mut self, request: RequestId, wanted: Definition, wait: Duration) {
+        let name = wanted.name.clone();
+        if let Some(export) = self.exports.get_mut(&name) {
+            export.durable = true;
+            self.inherit_conflict(&name);
+            self.settle(&name);
+        }
+        self.await_serving(request, &name, wanted, true, wait);
     }
 
     /// The store could not keep it.
@@ -233,12 +225,11 @@ impl Correlation {
     /// A definition of this name is being stored (its export may have gone since).
     pub(super) fn is_being_added(&self, name: &ExportName) -> bool {
         self.persisting.values().any(|purpose| match purpose {
-            Persisting::Add { name: added, .. }
+            Persisting::Add { wanted, .. }
             | Persisting::Ensure {
-                name: added,
-                step: Step::Create,
+                step: Step::Create(wanted),
                 ..
-            } => added == name,
+            } => wanted.name == *name,
             _ => false,
         })
     }

@@ -16,7 +16,7 @@ use crate::identity::{Identity, VolumeId};
 #[derive(Debug, Clone)]
 pub(super) enum Persisting {
     Add {
-        name: ExportName,
+        wanted: Definition,
         wait: Duration,
     },
     Ensure {
@@ -47,7 +47,7 @@ pub(super) enum Persisting {
 #[derive(Debug, Clone)]
 pub(super) enum Step {
     /// The export, which is new.
-    Create,
+    Create(Definition),
     /// Nothing: the export is there, as the caller wants it.
     Map(Definition),
     /// What the export is from now on.
@@ -106,9 +106,9 @@ impl Correlation {
         };
         let result = result.map_err(RequestError::from);
         match (purpose, result) {
-            (Persisting::Add { name, wait }, Ok(())) => self.added(request, &name, wait),
-            (Persisting::Add { name, .. }, Err(error)) => {
-                self.not_added(request, &name, error);
+            (Persisting::Add { wanted, wait }, Ok(())) => self.added(request, wanted, wait),
+            (Persisting::Add { wanted, .. }, Err(error)) => {
+                self.not_added(request, &wanted.name, error);
             }
             (
                 Persisting::Ensure {

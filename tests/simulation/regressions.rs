@@ -758,3 +758,24 @@ fn a_removal_that_is_being_stored_is_not_crossed_by_another() {
     assert_eq!(world.replies.last(), Some(&Ok(Reply::Done)));
     ends_well(world);
 }
+
+/// Whoever added an export was told that it serves, when the configuration had taken its name over for another volume, and that one served.
+#[test]
+fn what_was_asked_for_is_not_answered_with_another_volume() {
+    let mut world = World::new(Broken::Nothing, &[(0, 0), (1, 1)], &[]);
+    world.settle_all();
+    world.ask(Request::AddExport {
+        definition: definition(0, 0, 0, Source::Dbus),
+        wait: WITHIN,
+    });
+    world.configure(vec![definition(0, 0, 0, Source::Config)]);
+    world.configure(vec![definition(0, 1, 0, Source::Config)]);
+    world.settle_all();
+    assert_eq!(state(&world, 0), Some(State::Serving));
+    assert!(
+        matches!(world.replies.last(), Some(Err(RequestError::NotReady(why))) if why.contains("changed")),
+        "{:?}",
+        world.replies
+    );
+    ends_well(world);
+}

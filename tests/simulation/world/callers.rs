@@ -14,6 +14,8 @@ use super::{Broken, MARGIN, TruthDisk, VOLUMES, World, index_of, volume};
 #[derive(Clone, Debug)]
 pub(super) enum Pending {
     Add {
+        /// The volume that has to serve.
+        volume: Option<u8>,
         name: ExportName,
         wait: Duration,
         due: Option<Duration>,
@@ -68,6 +70,7 @@ impl World {
                 let exists = self.middle.export(&definition.name).is_some();
                 let due = exists.then(|| self.now + *wait);
                 Pending::Add {
+                    volume: (0..VOLUMES).find(|v| volume(*v) == definition.volume),
                     name: definition.name.clone(),
                     wait: *wait,
                     due,
@@ -184,7 +187,7 @@ impl World {
             return self.fail(format!("{request:?} is answered twice, or was never asked"));
         };
         match (pending, reply) {
-            (Pending::Add { name, .. }, Ok(Reply::Added { created, .. })) => {
+            (Pending::Add { name, volume, .. }, Ok(Reply::Added { created, .. })) => {
                 if created {
                     self.made.remove(&name);
                 }
@@ -194,9 +197,7 @@ impl World {
                         self.fail(format!("{name} was told to be added before it is stored"));
                     }
                 }
-                if !self.accepts(&name) {
-                    self.fail(format!("{name} was told to serve and does not"));
-                }
+                self.judge_served(&name, volume);
             }
             (Pending::Ensure { disk, volume, .. }, Ok(Reply::Added { name, created })) => {
                 self.judge_ensured(&disk, volume, &name, created);
@@ -267,6 +268,19 @@ impl World {
         }
     }
 
+    /// Who asked for it was told that the export serves, and this volume.
+    fn judge_served(&mut self, export: &ExportName, wanted: Option<u8>) {
+        if !self.accepts(export) {
+            self.fail(format!("{export} was told to serve and does not"));
+        }
+        let served = self.lease_of(export).map(|lease| lease.volume);
+        if wanted.is_some() && served != wanted {
+            self.fail(format!(
+                "{export} was told to serve volume {wanted:?} and serves {served:?}"
+            ));
+        }
+    }
+
     /// Who ensured a disk's export was told that it serves this volume, stored with whose it is; one was told to have made it.
     fn judge_ensured(
         &mut self,
@@ -278,15 +292,7 @@ impl World {
         if *export != disk.export() {
             self.fail(format!("{disk} was told to be {export}"));
         }
-        if !self.accepts(export) {
-            self.fail(format!("{export} was told to serve and does not"));
-        }
-        let served = self.lease_of(export).map(|lease| lease.volume);
-        if wanted.is_some() && served != wanted {
-            self.fail(format!(
-                "{export} was told to serve volume {wanted:?} and serves {served:?}"
-            ));
-        }
+        self.judge_served(export, wanted);
         if !self.store.mappings.contains_key(disk) && !self.forgetful {
             self.fail(format!(
                 "{disk} was told to have {export} before it is stored"
