@@ -261,38 +261,44 @@ impl Correlation {
             .exports
             .get_mut(name)
             .and_then(|export| export.moving.take());
+        if let Err(error) = &result {
+            self.reply(request, Err(error.clone()));
+            self.refuse_who_wait(name, &wanted, error);
+        }
         let Some(definition) = moving else {
             // The configuration has defined it otherwise since, or taken it out.
             return match result {
                 Ok(()) => self.await_serving(request, name, wanted, false, wait),
-                Err(error) => {
-                    self.reply(request, Err(error));
-                    self.settle_unowned(name);
-                }
+                Err(_) => self.settle_unowned(name),
             };
         };
-        match result {
+        if definition.source.is_file() {
             // The configuration wants it like this by now, whatever the store says.
-            Err(error) if !definition.source.is_file() => {
-                self.replacing.remove(name);
-                self.reply(request, Err(error.clone()));
-                if let Some(export) = self.exports.get_mut(name) {
-                    let (gone, kept) = std::mem::take(&mut export.waiters)
-                        .into_iter()
-                        .partition(|waiter| waiter.wants.serves_as(&definition));
-                    export.waiters = kept;
-                    self.refuse_waiters(gone, &error);
-                }
-                self.show(name);
-                self.settle_unowned(name);
-                self.answer_waiters(name);
-            }
-            _ => {
-                self.log_move(name, &definition);
-                self.leave(name, Some(definition));
-                self.await_serving(request, name, wanted, false, wait);
-            }
+            self.leave(name, Some(definition));
+        } else if result.is_ok() {
+            self.log_move(name, &definition);
+            self.leave(name, Some(definition));
+        } else {
+            self.replacing.remove(name);
+            self.show(name);
+            self.settle_unowned(name);
+            self.answer_waiters(name);
         }
+        if result.is_ok() {
+            self.await_serving(request, name, wanted, false, wait);
+        }
+    }
+
+    /// Those who wait for what the store could not keep: they may have asked for the mapping that was ordered with it, too.
+    fn refuse_who_wait(&mut self, name: &ExportName, wanted: &Definition, error: &RequestError) {
+        let Some(export) = self.exports.get_mut(name) else {
+            return;
+        };
+        let (gone, kept) = std::mem::take(&mut export.waiters)
+            .into_iter()
+            .partition(|waiter| waiter.wants.serves_as(wanted));
+        export.waiters = kept;
+        self.refuse_waiters(gone, error);
     }
 
     fn log_move(&mut self, name: &ExportName, definition: &Definition) {

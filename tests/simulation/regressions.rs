@@ -779,3 +779,28 @@ fn what_was_asked_for_is_not_answered_with_another_volume() {
     );
     ends_well(world);
 }
+
+/// What a disk's export was to be, and whose, could not be stored, and who asked was told that it is: the configuration served the same volume by
+/// then.
+#[test]
+fn a_mapping_that_could_not_be_stored_is_told_to_nobody() {
+    let mut world = World::new(Broken::Nothing, &[(0, 0), (1, 1)], &[]);
+    world.settle_all();
+    world.ask(Request::EnsureVmExport(ensure(2, 1, 0, WITHIN)));
+    world.settle_all();
+    assert_eq!(state(&world, 2), Some(State::Serving));
+    let moved = 64 | 1;
+    world.ask(Request::EnsureVmExport(ensure(2, 0, moved, WITHIN)));
+    world.configure(vec![definition(2, 0, 0, Source::Config)]);
+    world.ask(Request::EnsureVmExport(ensure(2, 0, moved, WITHIN)));
+    world.keep(true);
+    world.settle_all();
+    assert_eq!(state(&world, 2), Some(State::Serving));
+    let told: Vec<_> = world.replies.iter().rev().take(2).collect();
+    assert!(
+        told.iter()
+            .all(|reply| matches!(reply, Err(RequestError::Failed(_)))),
+        "{told:?}"
+    );
+    ends_well(world);
+}
