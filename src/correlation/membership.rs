@@ -7,7 +7,7 @@ use super::requests::{Persisting, Step};
 use super::wanting::Wanting;
 use super::{
     Action, Change, Correlation, Definition, EXPORTS_MAX, EndHow, Export, ExportName, INTERNAL,
-    Notice, Reply, RequestError, RequestId, State, Timer,
+    Notice, Reply, RequestError, RequestId, State,
 };
 
 /// A caller of `AddExport` that waits for the export to serve.

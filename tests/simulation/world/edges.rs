@@ -71,7 +71,18 @@ impl World {
         {
             *due = Some(self.now + *wait);
         }
+        let ended = match &event {
+            Event::LeaseEnded { export, .. } => Some(export.clone()),
+            _ => None,
+        };
         self.apply(event);
+        // With the last orphan of an export that went nothing is left that another one of its name could be taken for.
+        if let Some(export) = ended
+            && self.middle.export(&export).is_none()
+            && !self.leases.keys().any(|(name, _)| *name == export)
+        {
+            self.newest.remove(&export);
+        }
     }
 
     pub fn accepts(&self, export: &ExportName) -> bool {
