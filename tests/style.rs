@@ -26,7 +26,7 @@ const FORBIDDEN: &[(&str, &str)] = &[
 /// Where the program waits for a time, and why there is no event to wait for. Anywhere else a wait has an event, with a deadline.
 const PAUSES: &[(&str, &str)] = &[
     (
-        "daemon/backup_steps.rs",
+        "daemon/backup/steps.rs",
         "a store that failed, and a file that another closes, are tried again",
     ),
     (

@@ -10,9 +10,9 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::backup::shelf::{Making, Shelf};
 use super::control::{Asker, Control};
 use super::patience::Patience;
-use super::shelf::{Making, Shelf};
 use super::works::{Held, Place, ToLoop, refusal_of_file};
 use crate::correlation::{
     BackupChange, CreateImage, Definition, ExportName, NewImage, Reply, Request, RequestError,

@@ -16,7 +16,7 @@ use tokio::time::{Instant, timeout};
 use super::control::{Asker, Control, Report};
 use super::orders::Orders;
 use super::owed::Owed;
-use super::shared_table::{SharedTable, Told};
+use super::shared::table::{SharedTable, Told};
 use crate::correlation::{
     BackupChange, Change, Event, ExportName, INTERNAL, MappingState, RequestError, RequestId,
     Unkept, VmDisk,

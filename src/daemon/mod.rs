@@ -3,60 +3,35 @@
 //! One task of one thread owns the [`Correlation`] and is never made to wait: not by a disk, not by the store, not by
 //! the bus, not by a client (invariant 11). What takes time is handed to a thread or a task that answers with an event.
 
-mod activation;
 mod aside;
 mod asked;
-mod backup_steps;
-mod backups;
+mod backup;
 mod bus_access;
 mod claims;
 mod clock;
-mod config_read;
-mod config_watch;
-mod configure;
 mod control;
-mod database_address;
 mod disk_lists;
 mod found;
 mod images;
 mod jobs;
 mod keeper;
 mod last_changes;
-mod last_reading;
 mod log;
-mod look_up;
 mod metrics;
-mod one_section;
 mod orders;
 mod owed;
 mod patience;
 mod perform;
 mod phases;
-mod reading;
 mod refusals;
 mod reload;
-mod reload_outcome;
-mod reload_turn;
 mod rescan;
-mod rights;
-mod row_asks;
-mod row_paths;
-mod runtime_files;
-mod sections;
 mod service;
-mod settings;
-mod shared_keep;
-mod shared_lease;
-mod shared_look;
-mod shared_table;
-mod shared_writes;
-mod shelf;
-mod sockets;
+mod shared;
+mod start;
 mod stops;
 mod sys;
-mod table_looks;
 mod trail;
-mod unflushed;
 mod works;
 
 use std::path::{Path, PathBuf};
@@ -76,22 +51,22 @@ use crate::mapping::{Bounds, History, HistoryTask, Store, StoreError};
 use crate::nbd::{Door, Limits};
 use crate::udev;
 use aside::Aside;
+use backup::shelf::Shelf;
 use clock::Clock;
-use configure::Configured;
 use control::{Control, Edges};
 use refusals::Refusals;
-use runtime_files::RuntimeFiles;
-use shelf::Shelf;
-use sockets::Sockets;
+use start::configure::Configured;
+use start::runtime_files::RuntimeFiles;
+use start::sockets::Sockets;
 use stops::Stops;
 
-pub use activation::ActivationError;
-pub use configure::read_first;
 pub use found::{disk_at, refused_for_their_paths};
-pub use reload_outcome::{ReloadOutcome, now_us, runtime_folder};
-pub use rights::refused_for_their_names;
-pub use settings::refused_in_settings;
-pub use sockets::ListenError;
+pub use reload::outcome::{ReloadOutcome, now_us, runtime_folder};
+pub use start::activation::ActivationError;
+pub use start::configure::read_first;
+pub use start::rights::refused_for_their_names;
+pub use start::settings::refused_in_settings;
+pub use start::sockets::ListenError;
 
 /// Events from udev that may wait for the loop. Past it the observer waits, and the kernel's socket buffer after it.
 const EVENTS_MAX: usize = 1_024;
@@ -168,11 +143,11 @@ pub enum Error {
 pub fn run(options: &Options) -> Result<(), Error> {
     // Before the log has its thread: what follows is each thread's own, and those that are made later have it from the first.
     sys::give_large_buffers_back();
-    let rights = rights::reduce(options)?;
+    let rights = start::rights::reduce(options)?;
     // Dropped last: the end is logged, too.
     let _log = log::start();
     rights.tell();
-    let passed = activation::passed()?;
+    let passed = start::activation::passed()?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .max_blocking_threads(BLOCKING_THREADS_MAX)
@@ -232,7 +207,7 @@ async fn start(
     let place = options.config.clone().unwrap_or_default();
     let told = options.clone();
     let configured =
-        configure::read_at_start(&place, move || Configured::read(&told, clock)).await??;
+        start::configure::read_at_start(&place, move || Configured::read(&told, clock)).await??;
     let Configured {
         config,
         read,
@@ -256,7 +231,7 @@ async fn start(
     let own_socket = config.server.socket.as_deref().filter(|_| passed.is_none());
     let sockets = match passed {
         Some(passed) => passed,
-        None => sockets::bind(&config.server.listen, own_socket)?,
+        None => start::sockets::bind(&config.server.listen, own_socket)?,
     };
     runtime_files.socket = own_socket.map(Path::to_owned);
     // Only now: whoever reads it may signal the process.
@@ -341,7 +316,7 @@ async fn start(
     if let Some(watch) = watch {
         watch
             .run(control.config_changed())
-            .map_err(configure::not_watched)?;
+            .map_err(start::configure::not_watched)?;
     }
     control.start(sockets);
     control.see_to_begun_images();

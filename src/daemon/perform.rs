@@ -4,9 +4,9 @@ use std::collections::BTreeSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
+use super::backup::shelf::Shelf;
 use super::control::{Control, Report};
 use super::log;
-use super::shelf::Shelf;
 use crate::correlation::{
     Action, Change, DiskSeq, Event, ExportName, INTERNAL, Notice, OpenDisk, OpenRefusal,
     OpenedDisk, Reply, RequestError, RequestId, Ticket,

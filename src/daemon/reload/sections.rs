@@ -1,0 +1,245 @@
+//! nbd-server's configuration as the daemon takes it: all its files read and judged, and compared with the last reading. What one section says
+//! is `one_section`'s. Not for the loop: as long as files take.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+use super::config_read::Found;
+use super::last_reading::LastReading;
+use super::one_section::{access, configured};
+use crate::config::nbd_server::{self, COMMAND_LINE, CommandLine, Generic, Judged};
+use crate::config::{self, Config, Pace, Problem};
+use crate::correlation::{ConfiguredSection, ExportName, SectionsChange, Written};
+use crate::daemon::clock::Clock;
+use crate::daemon::found::problem;
+use crate::identity::OptIn;
+use crate::nbd::{self, Rules};
+
+/// The configuration, judged, with what was looked up for it.
+pub(in crate::daemon) struct Reading {
+    /// Of nbd-server's; `None` when the main file cannot be used.
+    pub generic: Option<Generic>,
+    /// `None` when nothing of it can be used: then everything stays as it was.
+    pub found: Option<Found>,
+    /// What the file that `x-settings` names says, or what is wrong with it, which stands among the problems, too.
+    pub settings: Result<Config, Vec<Problem>>,
+    /// For the next reading.
+    pub last: LastReading,
+    pub problems: Vec<Problem>,
+    pub warnings: Vec<Problem>,
+}
+
+/// All that was found in files, before it is compared with the last reading.
+pub(in crate::daemon) struct Looked {
+    judged: Judged,
+    settings: Result<Config, Vec<Problem>>,
+    allow: BTreeSet<OptIn>,
+    sections: Vec<ConfiguredSection>,
+    rules: Rules,
+    /// As it was; but for what it knows of the files themselves.
+    last: LastReading,
+}
+
+/// Reads and judges everything. Blocks as files do.
+pub(in crate::daemon) fn look(
+    main: &Path,
+    line: Option<&CommandLine>,
+    mut last: LastReading,
+    mut clock: Clock,
+    pace: &Pace,
+) -> Looked {
+    let files = last.files.read_again(main, line, SystemTime::now(), pace);
+    let judged = files.iter().map(|file| {
+        pace.step();
+        &*file.judged
+    });
+    let mut judged = nbd_server::judge_together(judged, &last.good);
+    if let (Some(generic), Some(line)) = (&mut judged.generic, line) {
+        judged.warnings.extend(line.listens(main, generic));
+    }
+    let settings = match &judged.generic {
+        Some(generic) => config::settings_of(generic),
+        None => Ok(Config::default()),
+    };
+    let allow = match &settings {
+        Ok(settings) if judged.generic.is_some() => settings.identity.allow.clone(),
+        Ok(_) => last.allow.clone(),
+        Err(problems) => {
+            judged.problems.extend(problems.iter().cloned());
+            last.allow.clone()
+        }
+    };
+    let missing_allows = judged
+        .generic
+        .as_ref()
+        .is_some_and(|generic| generic.missing_authfile_allows);
+    let mut rules = Rules {
+        unlisted: judged.generic.as_ref().is_some_and(|generic| !generic.list),
+        unnamed: None,
+        exports: BTreeMap::new(),
+    };
+    let mut sections = Vec::with_capacity(judged.sections.len());
+    // After the files: none is newer.
+    let now = clock.moment();
+    let modified_us = files
+        .iter()
+        .map(|file| (file.judged.path.clone().into_os_string(), file.written_us));
+    let written = last.times(modified_us, |us| now.written(Some(us)));
+    for section in judged.sections.values() {
+        pace.step();
+        let written = match section.file == Path::new(COMMAND_LINE) {
+            true => Written::Unknown("it stands on a command line"),
+            false => match written.get(section.file.as_os_str()) {
+                Some((_, written)) => *written,
+                None => now.written(None),
+            },
+        };
+        match configured(section, written, &allow) {
+            Ok(configured) => {
+                let access = access(section, missing_allows, &mut judged.warnings);
+                if access != nbd::Access::default() {
+                    rules.exports.insert(section.name.clone(), access);
+                }
+                sections.push(configured);
+            }
+            Err(message) => {
+                judged.refused += 1;
+                judged.problems.push(problem(section, message));
+            }
+        }
+    }
+    let mut unnamed = judged.sections.values().filter(|section| section.unnamed);
+    // Of two, which can be only when one is kept from before, neither is meant.
+    rules.unnamed = match (unnamed.next(), unnamed.next()) {
+        (Some(one), None) => Some(one.name.clone()),
+        _ => None,
+    };
+    Looked {
+        judged,
+        settings,
+        allow,
+        sections,
+        rules,
+        last,
+    }
+}
+
+impl Looked {
+    /// For the next reading, where this one is thrown away.
+    pub fn into_last(self) -> LastReading {
+        self.last
+    }
+
+    /// Says what is otherwise than in the last reading.
+    pub fn compare(self) -> Reading {
+        let Looked {
+            mut last,
+            judged,
+            settings,
+            allow,
+            sections,
+            rules,
+        } = self;
+        last.allow = allow;
+        // Both are in the order of names.
+        let taken = sections
+            .iter()
+            .map(|section| section.definition.name.as_str());
+        let mut taken = taken.peekable();
+        let refused = judged
+            .standing
+            .iter()
+            .filter(|name| {
+                while taken.next_if(|taken| *taken < name.as_str()).is_some() {}
+                taken.peek() != Some(&name.as_str())
+            })
+            .filter_map(|name| ExportName::parse(name).ok())
+            .collect();
+        let said = judged
+            .generic
+            .as_ref()
+            .map_or(&[][..], |generic| &generic.file_roots);
+        let file_roots = file_roots(said, &sections);
+        if judged.generic.is_none() {
+            return Reading {
+                generic: None,
+                found: None,
+                settings,
+                last,
+                problems: judged.problems,
+                warnings: judged.warnings,
+            };
+        }
+        let found = Found {
+            taken: sections.len(),
+            refused: judged.refused,
+            change: SectionsChange {
+                unread: judged.unread,
+                ..last.change(sections, (!judged.unread).then_some(refused))
+            },
+            rules: last.rules(rules),
+            claim: match &settings {
+                Ok(settings) => last.claim(settings.claim.clone()),
+                Err(_) => None,
+            },
+            file_roots: Some(file_roots),
+        };
+        last.good = judged.sections;
+        Reading {
+            found: Some(found),
+            generic: judged.generic,
+            settings,
+            last,
+            problems: judged.problems,
+            warnings: judged.warnings,
+        }
+    }
+}
+
+/// The folders beneath which files are served: those that were said, or those of the files that are named.
+fn file_roots(said: &[PathBuf], sections: &[ConfiguredSection]) -> Vec<PathBuf> {
+    if !said.is_empty() {
+        return said.to_owned();
+    }
+    let files = sections
+        .iter()
+        .filter_map(|section| section.definition.volume.file());
+    let folders: BTreeSet<PathBuf> = files
+        .filter_map(|path| Path::new(path).parent().map(Path::to_owned))
+        .collect();
+    folders.into_iter().collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+    use crate::daemon::reload::last_reading::Dialect;
+
+    /// Whoever is woken on a busy machine waits for a piece of a reading and not for all of it: another caller waited 14 ms.
+    #[test]
+    fn a_long_reading_offers_the_processor_between_its_pieces() {
+        let folder = tempfile::tempdir().unwrap();
+        let conf = folder.path().join("conf.d");
+        fs::create_dir(&conf).unwrap();
+        let main = folder.path().join("config");
+        let text = format!("[generic]\nincludedir = {}\n", conf.display());
+        fs::write(&main, text).unwrap();
+        let sections = 20 * Pace::piece();
+        for number in 0..sections {
+            let text = format!("[none-{number}]\nexportname = /dev/none-{number}\n");
+            fs::write(conf.join(format!("{number}.conf")), text).unwrap();
+        }
+        let mut last = LastReading::none(Dialect::NbdServer);
+        for _ in 0..2 {
+            let pace = Pace::default();
+            let reading = look(&main, None, last, Clock::now(), &pace).compare();
+            assert_eq!(reading.found.unwrap().taken as u64, sections);
+            // Each file is looked at, judged beside the others, and its path is looked up.
+            assert_eq!(pace.pauses(), 3 * sections / Pace::piece());
+            last = reading.last;
+        }
+    }
+}

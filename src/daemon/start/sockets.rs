@@ -1,0 +1,146 @@
+//! The sockets that clients come to: bound at start, before anything is served.
+
+use std::io;
+use std::net::{SocketAddr, TcpListener};
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+
+use socket2::{Domain, Protocol, SockAddr, Socket, Type};
+
+/// Connections that may wait to be accepted, as nbd-server's clients come in bursts after a failover.
+const BACKLOG: i32 = 1_024;
+
+/// Who may connect to the Unix socket: its owner and group.
+const SOCKET_MODE: u32 = 0o660;
+
+/// Why the daemon cannot listen.
+#[derive(Debug, thiserror::Error)]
+pub enum ListenError {
+    #[error(
+        "{address}: {source}; another program listens there (an nbd-server?): stop it, or give another address \
+         with --listen"
+    )]
+    InUse {
+        address: SocketAddr,
+        source: io::Error,
+    },
+    #[error("{address}: cannot listen: {source}")]
+    Tcp {
+        address: SocketAddr,
+        source: io::Error,
+    },
+    #[error("{}: another program has this socket: stop it, or give another path with --socket", .0.display())]
+    SocketInUse(PathBuf),
+    #[error("{}: is there already and is no socket: remove it, or give another path with --socket", .0.display())]
+    NotASocket(PathBuf),
+    #[error("{}: cannot listen: {source}", path.display())]
+    Unix { path: PathBuf, source: io::Error },
+}
+
+#[derive(Debug, Default)]
+pub(in crate::daemon) struct Sockets {
+    pub tcp: Vec<TcpListener>,
+    pub unix: Vec<UnixListener>,
+}
+
+pub(in crate::daemon) fn bind(
+    addresses: &[SocketAddr],
+    socket: Option<&Path>,
+) -> Result<Sockets, ListenError> {
+    let tcp = addresses
+        .iter()
+        .map(|address| bind_tcp(*address))
+        .collect::<Result<_, _>>()?;
+    let unix = socket
+        .map(bind_unix)
+        .into_iter()
+        .collect::<Result<_, _>>()?;
+    Ok(Sockets { tcp, unix })
+}
+
+fn bind_tcp(address: SocketAddr) -> Result<TcpListener, ListenError> {
+    let listen = || -> io::Result<TcpListener> {
+        let socket = Socket::new(
+            Domain::for_address(address),
+            Type::STREAM,
+            Some(Protocol::TCP),
+        )?;
+        socket.set_reuse_address(true)?;
+        if address.is_ipv6() {
+            // "[::]" and "0.0.0.0" can then both be listed.
+            socket.set_only_v6(true)?;
+        }
+        socket.bind(&address.into())?;
+        socket.listen(BACKLOG)?;
+        Ok(socket.into())
+    };
+    listen().map_err(|source| match source.kind() {
+        io::ErrorKind::AddrInUse => ListenError::InUse { address, source },
+        _ => ListenError::Tcp { address, source },
+    })
+}
+
+fn bind_unix(path: &Path) -> Result<UnixListener, ListenError> {
+    let unix = |source| ListenError::Unix {
+        path: path.to_owned(),
+        source,
+    };
+    match std::fs::symlink_metadata(path) {
+        Ok(found) if !found.file_type().is_socket() => {
+            return Err(ListenError::NotASocket(path.to_owned()));
+        }
+        // Left behind by a daemon that was killed.
+        Ok(_) if is_abandoned(path).map_err(unix)? => std::fs::remove_file(path).map_err(unix)?,
+        Ok(_) => return Err(ListenError::SocketInUse(path.to_owned())),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(unix(error)),
+    }
+    let listener = UnixListener::bind(path).map_err(unix)?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(SOCKET_MODE)).map_err(unix)?;
+    Ok(listener)
+}
+
+/// Whether no one listens on the socket at `path`: only ECONNREFUSED says so (connect(2)). A full backlog is EAGAIN, as
+/// nothing is waited for; a socket of another type is EPROTOTYPE, and someone's.
+fn is_abandoned(path: &Path) -> io::Result<bool> {
+    let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
+    socket.set_nonblocking(true)?;
+    let answer = socket.connect(&SockAddr::unix(path)?);
+    Ok(answer.is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::net::UnixDatagram;
+
+    #[test]
+    fn a_socket_that_a_killed_daemon_left_is_taken_over() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("nbd.sock");
+        drop(UnixListener::bind(&path).unwrap());
+        assert!(bind_unix(&path).is_ok());
+    }
+
+    /// A path given by mistake, as /run/systemd/notify: it refuses a stream, and was taken for abandoned.
+    #[test]
+    fn a_socket_that_someone_has_is_never_removed() {
+        let folder = tempfile::tempdir().unwrap();
+        let datagrams = folder.path().join("notify");
+        let _other = UnixDatagram::bind(&datagrams).unwrap();
+        let full = folder.path().join("full");
+        let listener = Socket::new(Domain::UNIX, Type::STREAM, None).unwrap();
+        listener.bind(&SockAddr::unix(&full).unwrap()).unwrap();
+        listener.listen(0).unwrap();
+        let _waiting = std::os::unix::net::UnixStream::connect(&full).unwrap();
+        for path in [datagrams, full] {
+            let refused = bind_unix(&path);
+            assert!(
+                matches!(refused, Err(ListenError::SocketInUse(_))),
+                "{path:?}"
+            );
+            assert!(path.exists());
+        }
+    }
+}
