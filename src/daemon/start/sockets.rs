@@ -71,7 +71,12 @@ fn bind_tcp(address: SocketAddr) -> Result<TcpListener, ListenError> {
             // "[::]" and "0.0.0.0" can then both be listed.
             socket.set_only_v6(true)?;
         }
-        socket.bind(&address.into())?;
+        match socket.bind(&address.into()) {
+            Err(error) if error.kind() == io::ErrorKind::AddrNotAvailable => {
+                bind_before_it_is_up(&socket, address)?;
+            }
+            bound => bound?,
+        }
         socket.listen(BACKLOG)?;
         Ok(socket.into())
     };
@@ -79,6 +84,19 @@ fn bind_tcp(address: SocketAddr) -> Result<TcpListener, ListenError> {
         io::ErrorKind::AddrInUse => ListenError::InUse { address, source },
         _ => ListenError::Tcp { address, source },
     })
+}
+
+/// Binds to an address that this machine does not have (yet): at a boot the network may come up later, and an address that follows its
+/// server may be elsewhere. Nothing is opened that was not asked for: only who sends to that very address reaches the socket, and only when the
+/// machine has it; the kernel asks for no right (ip(7), IP_FREEBIND). What is lost is that a mistyped address fails the start, so it is told.
+fn bind_before_it_is_up(socket: &Socket, address: SocketAddr) -> io::Result<()> {
+    match address {
+        SocketAddr::V4(_) => socket.set_freebind_v4(true)?,
+        SocketAddr::V6(_) => socket.set_freebind_v6(true)?,
+    }
+    socket.bind(&address.into())?;
+    tracing::warn!(name: "listens_before_address", %address, "this machine does not have the address; clients come in once it does");
+    Ok(())
 }
 
 fn bind_unix(path: &Path) -> Result<UnixListener, ListenError> {
@@ -114,6 +132,17 @@ fn is_abandoned(path: &Path) -> io::Result<bool> {
 mod tests {
     use super::*;
     use std::os::unix::net::UnixDatagram;
+
+    /// At a boot the daemon can be there before the network; the start failed, five times, and then for good.
+    #[test]
+    fn an_address_that_is_not_up_yet_is_listened_on() {
+        // Of documentation (RFC 5737, RFC 3849): no machine has them.
+        for text in ["203.0.113.7:0", "[2001:db8::7]:0"] {
+            let address: SocketAddr = text.parse().unwrap();
+            let listener = bind_tcp(address).unwrap();
+            assert_eq!(listener.local_addr().unwrap().ip(), address.ip());
+        }
+    }
 
     #[test]
     fn a_socket_that_a_killed_daemon_left_is_taken_over() {
