@@ -5,13 +5,18 @@
 mod words;
 
 use std::ffi::OsString;
-use std::io::{self, Write as _};
+use std::io::{self, IoSliceMut, Write as _};
+use std::os::fd::AsRawFd;
 use std::os::linux::net::SocketAddrExt;
-use std::os::unix::net::{SocketAddr, UnixDatagram, UnixStream};
+use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
+
+use nix::cmsg_space;
+use nix::sys::socket::{ControlMessageOwned, MsgFlags, UnixCredentials, recvmsg};
+use socket2::{Domain, SockAddr, Socket, Type};
 
 use crate::config::nbd_server::{COMMAND_LINE, CommandLine, judge};
 use crate::config::{is_ini, read_ini_beside};
@@ -163,10 +168,7 @@ const BACKGROUND: &str = "NBDTRACK_BACKGROUND";
 /// Starts another process that serves, and waits until it does, so that the exit code says how it went; the stock server's says it of
 /// the configuration only.
 fn in_background(serve: &Serve, bus: Option<&str>) -> io::Result<()> {
-    // systemd's protocol of readiness, which the daemon speaks anyway (sd_notify(3)).
-    let name = format!("nbdtrack-{}", std::process::id());
-    let notified = UnixDatagram::bind_addr(&SocketAddr::from_abstract_name(&name)?)?;
-    notified.set_read_timeout(Some(LOOK))?;
+    let (notified, name) = notify_socket()?;
     let mut command = Command::new(std::env::current_exe()?);
     // Scripts look for "nbd-server -C PATH".
     command.arg0("nbd-server");
@@ -178,7 +180,7 @@ fn in_background(serve: &Serve, bus: Option<&str>) -> io::Result<()> {
         command.env(BUS, bus);
     }
     command
-        .env("NOTIFY_SOCKET", format!("@{name}"))
+        .env("NOTIFY_SOCKET", name)
         .env(BACKGROUND, "1")
         .current_dir("/")
         .stdin(Stdio::null())
@@ -187,18 +189,49 @@ fn in_background(serve: &Serve, bus: Option<&str>) -> io::Result<()> {
     await_ready(command.spawn()?, &notified)
 }
 
+/// A socket for systemd's protocol of readiness, which the daemon speaks anyway (sd_notify(3)), and its name. The kernel chooses that (unix(7),
+/// "Autobind"), so that nobody can have taken it; but anybody can read it and send to it, so the kernel says of each message who sent it.
+fn notify_socket() -> io::Result<(UnixDatagram, String)> {
+    let socket = Socket::new(Domain::UNIX, Type::DGRAM, None)?;
+    socket.set_passcred(true)?;
+    socket.set_read_timeout(Some(LOOK))?;
+    socket.bind(&SockAddr::unix("")?)?;
+    let socket = UnixDatagram::from(socket);
+    let address = socket.local_addr()?;
+    let name = address.as_abstract_name().unwrap_or_default();
+    let name = String::from_utf8_lossy(name).into_owned();
+    Ok((socket, format!("@{name}")))
+}
+
+/// Whether the next message says that this process serves; another one's says nothing.
+fn hears_ready(socket: &UnixDatagram, process: u32) -> bool {
+    let mut message = [0; 4096];
+    let mut space = cmsg_space!(UnixCredentials);
+    let mut parts = [IoSliceMut::new(&mut message)];
+    let flags = MsgFlags::MSG_CMSG_CLOEXEC;
+    let Ok(got) = recvmsg::<()>(socket.as_raw_fd(), &mut parts, Some(&mut space), flags) else {
+        return false;
+    };
+    let Ok(mut facts) = got.cmsgs() else {
+        return false;
+    };
+    let from = |fact| match fact {
+        ControlMessageOwned::ScmCredentials(sender) => u32::try_from(sender.pid()) == Ok(process),
+        _ => false,
+    };
+    let (is_its, len) = (facts.any(from), got.bytes);
+    let text = String::from_utf8_lossy(message.get(..len).unwrap_or_default());
+    is_its && text.lines().any(|line| line == "READY=1")
+}
+
 /// The bus of the one in the background: the stock server's command line has no word for it.
 pub const BUS: &str = "NBDTRACK_BUS";
 
 fn await_ready(mut child: Child, notified: &UnixDatagram) -> io::Result<()> {
     let deadline = Instant::now() + READY_WITHIN;
-    let mut message = [0; 4096];
     loop {
-        if let Ok(len) = notified.recv(&mut message) {
-            let text = String::from_utf8_lossy(message.get(..len).unwrap_or_default());
-            if text.lines().any(|line| line == "READY=1") {
-                return Ok(());
-            }
+        if hears_ready(notified, child.id()) {
+            return Ok(());
         }
         if let Some(status) = child.try_wait()? {
             return Err(io::Error::other(format!(
@@ -227,5 +260,28 @@ fn log() -> Stdio {
             );
             Stdio::null()
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::net::SocketAddr;
+
+    /// The name was made of the process's number, and whoever sent to it was believed.
+    #[test]
+    fn nobody_but_the_one_in_the_background_says_that_it_serves() {
+        let (notified, name) = notify_socket().unwrap();
+        let address = SocketAddr::from_abstract_name(name.trim_start_matches('@')).unwrap();
+        let mut waits = Command::new("sh");
+        waits
+            .args(["-c", "read line; exit 7"])
+            .stdin(Stdio::piped());
+        let mut child = waits.spawn().unwrap();
+        let stranger = UnixDatagram::unbound().unwrap();
+        stranger.send_to_addr(b"READY=1", &address).unwrap();
+        drop(child.stdin.take());
+        let told = await_ready(child, &notified).unwrap_err().to_string();
+        assert!(told.contains("exit status: 7"), "{told}");
     }
 }
