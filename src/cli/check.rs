@@ -6,9 +6,12 @@ use super::Failure;
 use crate::config;
 use crate::daemon;
 
-/// Checks the configuration at `path`.
-pub fn check(path: &Path, json: bool) -> Result<(), Failure> {
-    let problems = problems(path);
+/// Checks the configuration at `path`; with `start` only for what keeps a daemon from starting.
+pub fn check(path: &Path, start: bool, json: bool) -> Result<(), Failure> {
+    let problems = match start {
+        true => obstacles(path),
+        false => problems(path),
+    };
     if json {
         super::show::print_json(&serde_json::json!({
             "config": path.display().to_string(),
@@ -47,4 +50,23 @@ pub fn problems(path: &Path) -> Vec<String> {
         },
         Err(error) => vec![error.to_string()],
     }
+}
+
+/// As [`problems`], without those of sections of nbd-server's configuration: the others are served.
+fn obstacles(path: &Path) -> Vec<String> {
+    if !config::is_ini(path) {
+        return problems(path);
+    }
+    let files = config::read_ini(path).files;
+    let judged = config::nbd_server::judge(&files, &Default::default(), false);
+    if judged.generic.is_none() {
+        return judged.problems.iter().map(ToString::to_string).collect();
+    }
+    let names = daemon::refused_for_their_names(&judged);
+    let settings = daemon::refused_in_settings(&judged);
+    names
+        .iter()
+        .chain(&settings)
+        .map(ToString::to_string)
+        .collect()
 }

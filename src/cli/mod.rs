@@ -194,6 +194,9 @@ enum Command {
         /// The file, or the folder with nbdtrack.toml in it
         #[arg(long, value_name = "PATH", default_value = "/etc/nbdtrack")]
         config: PathBuf,
+        /// Tell only what keeps the daemon from starting
+        #[arg(long)]
+        start: bool,
     },
 }
 
@@ -403,7 +406,7 @@ fn run(cli: Cli) -> Result<(), Failure> {
             return Ok(std::io::stdout().write_all(said.as_bytes())?);
         }
         Command::Manual { folder } => return Ok(manual::write(Cli::command(), &folder)?),
-        Command::Check { config } => return check::check(&config, json),
+        Command::Check { config, start } => return check::check(&config, start, json),
         Command::BackupName(asked) => return backup_name::backup_name(&asked, json),
         Command::Image(asked) if !asked.needs_daemon() => return image::image(&asked, json),
         Command::Reload(reload::Asked { pid: Some(pid) }) => return reload::by_signal(pid, json),

@@ -235,19 +235,27 @@ fn upgrade(bed: &mut Bed, configured: usize, added: usize) -> Outcome<()> {
     both_serve(bed, configured, added, 3)
 }
 
-/// A service that does not start leaves the package installed, and says why where an operator looks.
+/// With a configuration that the new version would not start with, the old process serves on; and a service that does not start says why where an
+/// operator looks.
 fn fail_to_start(bed: &mut Bed, configured: usize) -> Outcome<()> {
     let agent = &bed.machine.agent;
     agent.run("cp /etc/nbdtrack/nbdtrack.toml /root/good.toml && echo 'listen = 7' >>/etc/nbdtrack/nbdtrack.toml")?;
+    let process = "systemctl show --property=MainPID --value nbdtrack";
+    let before = agent.run(process)?;
     let told = dpkg(bed, "-i /root/new.deb")?;
     hold!(
-        told.contains("systemctl status nbdtrack"),
-        "the package says where to look: {told}"
+        told.contains("the old version serves on")
+            && told.contains("/etc/nbdtrack/nbdtrack.toml:"),
+        "the package says what it did not do, and why: {told}"
     );
     let agent = &bed.machine.agent;
     let status = agent.run("dpkg-query -W -f '${Status}' nbdtrack")?;
     hold!(status == "install ok installed", "{status}");
-    // Each try of the unit shows its own lines only, and the next one begins a second later.
+    hold!(agent.run(process)? == before, "{before} serves on");
+    bed.reach(configured, "Serving")?;
+    let agent = &bed.machine.agent;
+    agent.attempt("systemctl restart nbdtrack")?;
+    // Each try of the unit shows its own lines only, and the next one begins two seconds later.
     bed.guest_until(
         "systemctl status to name the file",
         "systemctl status --no-pager --lines=20 nbdtrack | grep -q /etc/nbdtrack/nbdtrack.toml:",
