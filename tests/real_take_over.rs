@@ -184,23 +184,32 @@ fn exchange_that_fails_leaves_the_stock_server_as_it_was() -> Outcome<()> {
         debian.fails("nbdtrack take-over", &["no process of", "came", back])?;
         debian.is_stock()?;
         debian.configure(GOOD)?;
-        // It cannot be copied.
+        // It cannot be copied: that is known before anybody is stopped.
+        let process = debian.run("cat /run/nbd-server.pid")?;
+        let untouched = "nothing was changed";
         debian.run("mkdir /bin/nbd-server.nbdtrack-new")?;
-        debian.fails("nbdtrack take-over", &["copy this program to", back])?;
+        debian.fails("nbdtrack take-over", &["copy this program to", untouched])?;
         debian.run("rmdir /bin/nbd-server.nbdtrack-new")?;
         debian.is_stock()?;
         // dpkg refuses the diversion: something is where the stock server should go.
         debian.run("echo mine >/bin/nbd-server.stock")?;
-        debian.fails("nbdtrack take-over", &["dpkg-divert", back])?;
+        debian.fails("nbdtrack take-over", &["dpkg-divert", untouched])?;
         hold!(
             debian.run("cat /bin/nbd-server.stock")? == "mine\n",
             "a foreign file was touched"
         );
         debian.run("rm /bin/nbd-server.stock")?;
         debian.is_stock()?;
+        let now = debian.run("cat /run/nbd-server.pid")?;
+        hold!(now == process, "{process} was stopped, {now} serves");
+        // It has lost its binary.
+        debian.run("mv /bin/nbd-server /root/stock")?;
+        let says = ["--reinstall nbd-server", untouched];
+        debian.fails("nbdtrack take-over", &says)?;
+        debian.run("mv /root/stock /bin/nbd-server")?;
         // It cannot be stopped.
         debian.run("cp /etc/init.d/nbd-server /root/init && sed -i 's/^    stop)/    stop) exit 3 ;;\\n    never)/' /etc/init.d/nbd-server")?;
-        let says = ["/etc/init.d/nbd-server stop", "nothing was changed"];
+        let says = ["/etc/init.d/nbd-server stop", untouched];
         debian.fails("nbdtrack take-over", &says)?;
         debian.run("cp /root/init /etc/init.d/nbd-server")?;
         debian.is_stock()?;
@@ -208,6 +217,15 @@ fn exchange_that_fails_leaves_the_stock_server_as_it_was() -> Outcome<()> {
         for _ in 0..2 {
             debian.run("nbdtrack take-over")?;
             debian.serves("/usr/bin/nbdtrack")?;
+        }
+        // Its own process is no rival, and its service has another name.
+        let doctor = debian.attempt("nbdtrack doctor")?.stdout;
+        for word in [
+            "other NBD servers: none runs",
+            "systemctl start dbus nbd-server",
+            "/etc/nbd-server/config is good",
+        ] {
+            hold!(doctor.contains(word), "{word}: {doctor}");
         }
         for _ in 0..2 {
             debian.run("nbdtrack give-back")?;
@@ -239,7 +257,8 @@ fn newer_version_that_does_not_run_leaves_the_older_one_in_the_place() -> Outcom
         debian.serves("/root/older")?;
         // Nor when it does not come so far.
         debian.run("mkdir /bin/nbd-server.nbdtrack-new")?;
-        debian.fails("nbdtrack take-over", &["copy this program to", kept])?;
+        let untouched = "nothing was changed";
+        debian.fails("nbdtrack take-over", &["copy this program to", untouched])?;
         debian.run("rmdir /bin/nbd-server.nbdtrack-new")?;
         debian.serves("/root/older")?;
         let beside = debian.run("ls -d /bin/nbd-server?*")?;
@@ -254,6 +273,310 @@ fn newer_version_that_does_not_run_leaves_the_older_one_in_the_place() -> Outcom
         debian.serves("/root/older")?;
         debian.run("nbdtrack give-back")?;
         debian.is_stock()
+    })
+}
+
+/// The stock server refuses a section without `exportname`, and its init script says that all went well.
+const STOCK_CANNOT_START: &str = "[generic]\nallowlist = true\nlistenaddr = 127.0.0.1\nx-state = /var/lib/beside\nx-bus = none\n\
+    [one]\nexportname = /srv/one\n[two]\nx-volume = serial:nowhere\n";
+
+/// The service was stopped by then; what did not run was not started by the repetition that the message asked for.
+#[test]
+fn give_back_that_fails_leaves_ours_serving_and_goes_well_once_its_reason_is_gone() -> Outcome<()> {
+    beside("give-back that fails", |debian| {
+        debian.start_stock()?;
+        debian.run("nbdtrack take-over")?;
+        debian.serves("/usr/bin/nbdtrack")?;
+        let stays = "nbdtrack has the place again";
+        let only_aside = |what: &str| {
+            let beside = debian.run("ls -d /bin/nbd-server?*")?;
+            hold!(beside == "/bin/nbd-server.stock\n", "{what}: {beside}");
+            Ok(())
+        };
+        // dpkg cannot write its list.
+        debian.run(
+            "mount --bind /var/lib/dpkg /var/lib/dpkg && mount -o remount,ro,bind /var/lib/dpkg",
+        )?;
+        debian.fails("nbdtrack give-back", &["dpkg-divert", stays])?;
+        debian.serves("/usr/bin/nbdtrack")?;
+        only_aside("a list that cannot be written")?;
+        debian.run("umount /var/lib/dpkg")?;
+        // The stock server does not take the configuration.
+        debian.configure(STOCK_CANNOT_START)?;
+        debian.fails("nbdtrack give-back", &["no process of", "came", stays])?;
+        debian.serves("/usr/bin/nbdtrack")?;
+        only_aside("a stock server that does not start")?;
+        debian.configure(GOOD)?;
+        // It has lost its binary.
+        debian.run("mv /bin/nbd-server.stock /root/stock")?;
+        debian.fails("nbdtrack give-back", &["--reinstall nbd-server"])?;
+        debian.serves("/usr/bin/nbdtrack")?;
+        debian.run("mv /root/stock /bin/nbd-server.stock")?;
+        debian.run("nbdtrack give-back")?;
+        debian.is_stock()
+    })
+}
+
+/// Kills whoever calls it, before or after it has done what it is called for.
+const CUT: &str = r#"#!/bin/sh
+case " $* " in
+*" --test "*) ;;
+*" $CUT "*)
+    [ "$AT" = before ] || /usr/bin/dpkg-divert "$@"
+    kill -KILL $PPID
+    exit 1 ;;
+esac
+exec /usr/bin/dpkg-divert "$@"
+"#;
+
+/// Between dpkg's rename and ours there was no nbd-server at all, and a boot would have started none.
+#[test]
+fn exchange_that_is_cut_off_leaves_a_program_in_the_place_and_is_finished_by_the_next()
+-> Outcome<()> {
+    beside("take-over that is cut off", |debian| {
+        debian.start_stock()?;
+        debian.run(&format!(
+            "mkdir /root/cut && cat >/root/cut/dpkg-divert <<'end'\n{CUT}end\nchmod 755 /root/cut/dpkg-divert"
+        ))?;
+        let cut = |command: &str, word: &str, at: &str| {
+            let words = format!("PATH=/root/cut:$PATH CUT={word} AT={at} nbdtrack {command}");
+            debian.fails(&words, &[])?;
+            debian.run("test -x /bin/nbd-server && ! pidof nbd-server && test -s /bin/nbd-server.nbdtrack-ran")
+        };
+        for at in ["before", "after"] {
+            cut("take-over", "--add", at)?;
+            debian.run("nbdtrack take-over")?;
+            debian.serves("/usr/bin/nbdtrack")?;
+            cut("give-back", "--remove", at)?;
+            debian.run("nbdtrack give-back")?;
+            debian.is_stock()?;
+            cut("take-over", "--add", at)?;
+            debian.run("nbdtrack give-back")?;
+            debian.is_stock()?;
+        }
+        // All but the start.
+        let script = "/etc/init.d/nbd-server";
+        debian.run(&format!(
+            "cp {script} /root/init && sed -i 's/^    start)/    start) kill -KILL $PPID; exit 1 ;;\\n    never)/' {script}"
+        ))?;
+        debian.fails("nbdtrack take-over", &[])?;
+        debian.run(&format!("cp /root/init {script}"))?;
+        debian.run("nbdtrack take-over")?;
+        debian.serves("/usr/bin/nbdtrack")?;
+        debian.run("nbdtrack give-back")?;
+        debian.is_stock()?;
+        // dpkg puts another version of the stock server there before the next one.
+        debian.run("cp /bin/nbd-server /root/newer && echo >>/root/newer")?;
+        for (next, beside) in [
+            ("give-back", "! ls -d /bin/nbd-server?*"),
+            ("take-over", "cmp /bin/nbd-server.stock /root/newer"),
+        ] {
+            cut("take-over", "--add", "before")?;
+            debian.run(&format!(
+                "cp /root/newer /bin/nbd-server.dpkg-new && mv /bin/nbd-server.dpkg-new /bin/nbd-server && nbdtrack {next} && {beside}"
+            ))?;
+        }
+        debian.serves("/usr/bin/nbdtrack")
+    })
+}
+
+/// What `take-over` asks a service manager for, of an init script and a unit that is only said to run; what a real one makes of it is for the guest.
+const MANAGER: &str = r#"#!/bin/sh
+is() { [ -e "$1" ] && echo active || { echo inactive; exit 3; }; }
+case "$*" in
+"is-active nbdtrack.service") is /run/own ;;
+*"is-active nbd-server") is /run/unit ;;
+"is-active "*) is /nowhere ;;
+"is-enabled "*) echo enabled ;;
+"show --property=SourcePath "*) echo /etc/init.d/nbd-server ;;
+"show --property=ExecStart "*) echo "{ path=/usr/bin/nbdtrack ; argv[]=/usr/bin/nbdtrack serve --config /etc/nbdtrack ; ignore_errors=no }" ;;
+"start nbd-server") /etc/init.d/nbd-server start; ! pidof nbd-server || : >/run/unit ;;
+"stop nbd-server") [ ! -e /run/unit ] || { rm /run/unit; /etc/init.d/nbd-server stop; } ;;
+"--quiet stop nbdtrack.service") rm /run/own ;;
+"--quiet start nbdtrack.service") : >/run/own ;;
+"--quiet is-active nbdtrack.service") is /run/own >/dev/null ;;
+esac
+"#;
+const INVOKE: &str = "#!/bin/sh\necho \"$@\" >>/root/invoked\n";
+
+impl Debian {
+    /// Has it look like a machine with systemd.
+    fn manage(&self) -> Outcome<()> {
+        self.run("mkdir -p /run/systemd/system")?;
+        for (name, text) in [
+            ("systemctl", MANAGER),
+            ("deb-systemd-invoke", INVOKE),
+            ("deb-systemd-helper", "#!/bin/sh\n"),
+        ] {
+            let path = format!("/usr/local/sbin/{name}");
+            self.run(&format!("cat >{path} <<'end'\n{text}end\nchmod 755 {path}"))?;
+        }
+        Ok(())
+    }
+}
+
+/// It stopped the only server that there was, and said that all went well.
+#[test]
+fn take_over_from_our_own_service_starts_nbd_server_in_its_place() -> Outcome<()> {
+    beside("take-over from our own service", |debian| {
+        debian.manage()?;
+        debian.run(": >/run/own")?;
+        let plan = debian.run("nbdtrack take-over --dry-run")?;
+        hold!(
+            plan.contains("nbd-server is started in its place"),
+            "{plan}"
+        );
+        // One that fails leaves it as it was.
+        debian.configure(OURS_CANNOT_START)?;
+        debian.fails(
+            "nbdtrack take-over",
+            &["no process of", "the stock server has its place"],
+        )?;
+        debian.run("test -e /run/own && ! pidof nbd-server && test ! -e /bin/nbd-server.stock")?;
+        // Nor is nobody there when that cannot be taken back.
+        debian.run(
+            "mkdir /root/stuck && printf '#!/bin/sh\\ncase \"$*\" in *--remove*) exit 2;; esac\\nexec /usr/bin/dpkg-divert \"$@\"\\n' \
+             >/root/stuck/dpkg-divert && chmod 755 /root/stuck/dpkg-divert",
+        )?;
+        debian.fails(
+            "PATH=/root/stuck:$PATH nbdtrack take-over",
+            &["no process of", "which starts what ran"],
+        )?;
+        debian.serves("/bin/nbd-server.stock")?;
+        debian.run("test ! -e /run/own && nbdtrack give-back")?;
+        debian.is_stock()?;
+        debian.run("/usr/local/sbin/systemctl stop nbd-server && ! pidof nbd-server")?;
+        debian.run(": >/run/own")?;
+        debian.configure(GOOD)?;
+        debian.run("nbdtrack take-over")?;
+        debian.serves("/usr/bin/nbdtrack")?;
+        debian.run("test ! -e /run/own")?;
+        // The unit waits for the drain; the manager here does not read it.
+        let drop_in = "/etc/systemd/system/nbd-server.service.d/nbdtrack.conf";
+        let wait = debian.run(&format!(
+            "grep -q '^ExecStop=$' {drop_in} && sed -n 's/^ExecStop=-//p' {drop_in}"
+        ))?;
+        let slow = "p=$(cat /run/nbd-server.pid); kill -STOP $p; (sleep 3; kill -CONT $p) &";
+        debian.run(&format!("{slow} {wait}"))?;
+        debian.run("! pidof nbd-server && /etc/init.d/nbd-server start")?;
+        debian.serves("/usr/bin/nbdtrack")?;
+        debian.run("nbdtrack give-back")?;
+        debian.is_stock()?;
+        debian.run("test ! -e /etc/systemd/system/nbd-server.service.d")?;
+        Ok(())
+    })
+}
+
+/// A new version does not start with what it cannot read, and then there was none.
+#[test]
+fn upgrade_leaves_the_old_daemon_with_a_configuration_that_the_new_one_would_not_take()
+-> Outcome<()> {
+    beside("upgrade with a broken configuration", |debian| {
+        debian.manage()?;
+        debian.run("install -D -m 644 /ground/sysusers /usr/lib/sysusers.d/nbdtrack.conf")?;
+        debian.run(
+            ": >/run/own; mkdir -p /etc/nbdtrack; echo 'listen = 7' >/etc/nbdtrack/nbdtrack.toml",
+        )?;
+        let told = debian.attempt("sh /ground/postinst configure 0.0.1 2>&1")?;
+        hold!(
+            told.status.success()
+                && told.stdout.contains("/etc/nbdtrack/nbdtrack.toml:1")
+                && told.stdout.contains("the old version serves on"),
+            "{told:?}"
+        );
+        debian.run("! grep nbdtrack.service /root/invoked")?;
+        debian.run("echo '# Nothing yet.' >/etc/nbdtrack/nbdtrack.toml; sh /ground/postinst configure 0.0.1 && grep 'restart nbdtrack.service' /root/invoked")?;
+        // In the place, what keeps ours from starting is no matter of --force.
+        debian.run("rm -r /run/systemd")?;
+        debian.start_stock()?;
+        debian.run("nbdtrack take-over")?;
+        let process = debian.run("cat /run/nbd-server.pid")?;
+        debian.configure(&GOOD.replace("x-bus", "x-settings = /etc/none.toml\nx-bus"))?;
+        debian.run("echo >>/usr/bin/nbdtrack")?;
+        debian.fails(
+            "nbdtrack take-over --force",
+            &["nothing of it can be served"],
+        )?;
+        let now = debian.run("cat /run/nbd-server.pid")?;
+        hold!(now == process, "{process} was stopped, {now} serves");
+        Ok(())
+    })
+}
+
+/// They were counted by their name: the command waited half a minute for them, and then took all back.
+#[test]
+fn servers_that_somebody_started_by_hand_are_left_alone() -> Outcome<()> {
+    beside("take-over beside another nbd-server", |debian| {
+        debian.start_stock()?;
+        debian.run("truncate -s 2M /srv/two && /bin/nbd-server 127.0.0.1:10900 /srv/two -C /dev/null -p /run/other.pid")?;
+        let other = until(LIMIT, "the other one's number", || {
+            let read = debian.attempt("cat /run/other.pid")?;
+            Ok((!read.stdout.is_empty()).then_some(read.stdout))
+        })?;
+        let both = |program: &str| {
+            debian.run(&format!(
+                "cmp /proc/$(cat /run/nbd-server.pid)/exe {program} && nbdinfo --size nbd://127.0.0.1/one && \
+                 kill -0 {other}"
+            ))
+        };
+        debian.run("nbdtrack take-over")?;
+        both("/usr/bin/nbdtrack")?;
+        debian.run("nbdtrack give-back")?;
+        both("/bin/nbd-server")?;
+        // Nor is one that is there already the one that was started.
+        debian.run("/etc/init.d/nbd-server stop")?;
+        debian.configure(STOCK_CANNOT_START)?;
+        debian.run("nbdtrack take-over && /etc/init.d/nbd-server start")?;
+        debian.fails(
+            "nbdtrack give-back",
+            &["no process of", "nbdtrack has the place again"],
+        )?;
+        both("/usr/bin/nbdtrack")?;
+        Ok(())
+    })
+}
+
+/// The diversion was looked for in the list of the package's files, which dpkg had forgotten.
+#[test]
+fn place_of_a_package_that_was_removed_is_cleared_and_its_state_kept_until_then() -> Outcome<()> {
+    beside("the stock package is removed", |debian| {
+        debian.start_stock()?;
+        debian.run("nbdtrack take-over")?;
+        debian.serves("/usr/bin/nbdtrack")?;
+        debian.run("mkdir -p /var/lib/nbdtrack && : >/var/lib/nbdtrack/kept")?;
+        // A removal whose give-back failed: who serves in the place has the state open.
+        let told = debian.run("sh /ground/postrm purge 2>&1")?;
+        hold!(
+            told.contains("/var/lib/nbdtrack and the group stay"),
+            "{told}"
+        );
+        debian.run("test -e /var/lib/nbdtrack/kept")?;
+        debian.run("DEBIAN_FRONTEND=noninteractive dpkg -r nbd-server")?;
+        debian.run("test -e /bin/nbd-server && test ! -e /bin/nbd-server.stock")?;
+        debian.fails(
+            "nbdtrack take-over",
+            &["was removed", "'nbdtrack give-back' clears"],
+        )?;
+        debian.run("sh /ground/prerm remove")?;
+        debian.run("! ls -d /bin/nbd-server* && ! dpkg-divert --list | grep nbd-server && ! pidof nbd-server")?;
+        let said = debian.run("nbdtrack give-back")?;
+        hold!(said.contains("nothing to do"), "{said}");
+        debian.run("sh /ground/postrm purge && test ! -e /var/lib/nbdtrack")?;
+        Ok(())
+    })
+}
+
+/// At a boot the network may come up later than the daemon, which then did not start.
+#[test]
+fn address_that_comes_up_later_is_served_on() -> Outcome<()> {
+    beside("an address that comes later", |debian| {
+        debian.configure(&GOOD.replace("127.0.0.1", "192.0.2.7"))?;
+        debian.run("nbdtrack nbd-server -C /etc/nbd-server/config")?;
+        debian.fails("timeout 5 nbdinfo --size nbd://192.0.2.7/one", &[])?;
+        debian.run("ip address add 192.0.2.7/32 dev lo")?;
+        let size = debian.run("nbdinfo --size nbd://192.0.2.7/one")?;
+        hold!(size.trim() == "1048576", "{size}");
+        Ok(())
     })
 }
 
@@ -367,7 +690,9 @@ fn client_that_writes_through_each_exchange_is_told_of_its_end_and_loses_no_byte
         )?;
         debian.under_a_client(ground, &mut first, "nbdtrack take-over", ESHUTDOWN)?;
         debian.serves("/usr/bin/nbdtrack")?;
-        debian.under_a_client(ground, &mut first, "nbdtrack give-back", ESHUTDOWN)?;
+        // The init script kills what has not ended after a second, and this one needs three.
+        let slow = "p=$(cat /run/nbd-server.pid); kill -STOP $p; (sleep 3; kill -CONT $p) & nbdtrack give-back";
+        debian.under_a_client(ground, &mut first, slow, ESHUTDOWN)?;
         debian.is_stock()
     })
 }
@@ -403,6 +728,7 @@ fn put_scripts(folder: &Path) -> Outcome<()> {
     for (from, to) in [
         ("packaging/debian/postinst", "postinst"),
         ("packaging/debian/prerm", "prerm"),
+        ("packaging/debian/postrm", "postrm"),
         ("systemd/nbdtrack.sysusers", "sysusers"),
     ] {
         fs::copy(root.join(from), folder.join(to)).doing(from)?;

@@ -18,7 +18,7 @@ use crate::dbus::client::{Client, ClientError, Options};
 pub async fn run(bus: &Bus, command: Command, as_json: bool, may_ask: bool) -> Result<(), Failure> {
     let failed = |error| failure(bus, error);
     if let Command::Doctor { config } = &command {
-        return doctor::doctor(bus, config, as_json).await;
+        return doctor::doctor(bus, config.as_deref(), as_json).await;
     }
     let client = Client::connect(bus).await.map_err(failed)?;
     // A screen that is drawn anew each second is no place for a question.

@@ -1,6 +1,6 @@
 //! How a command ends without having done what it was asked: its words, its exit code, and what to do next.
 
-use super::take_over::TakeOverError;
+use super::take_over::{self, TakeOverError};
 use crate::correlation::RequestError;
 use crate::daemon;
 use crate::dbus::client::ClientError;
@@ -9,10 +9,7 @@ use crate::dbus::{Bus, BusError};
 /// Why a command ended without doing what it was asked.
 #[derive(Debug, thiserror::Error)]
 pub enum Failure {
-    #[error(
-        "no daemon on {}: {reason}; start it with 'systemctl start nbdtrack' or 'nbdtrack serve --config PATH'",
-        place(bus)
-    )]
+    #[error("no daemon on {}: {reason}; start it with {}", place(bus), starts())]
     NoDaemon { bus: Bus, reason: String },
     #[error("{0}")]
     Client(ClientError),
@@ -128,6 +125,14 @@ impl Failure {
         } else {
             said + next
         }
+    }
+}
+
+/// What starts the daemon on this machine, in words.
+fn starts() -> &'static str {
+    match take_over::has_place() {
+        true => "'systemctl start nbd-server'",
+        false => "'systemctl start nbdtrack' or 'nbdtrack serve --config PATH'",
     }
 }
 

@@ -162,9 +162,9 @@ enum Command {
     Metrics(Metrics),
     /// Look for what keeps the daemon from serving, and say how to fix it
     Doctor {
-        /// The file, or the folder with nbdtrack.toml in it
-        #[arg(long, value_name = "PATH", default_value = "/etc/nbdtrack")]
-        config: PathBuf,
+        /// The file, or the folder with nbdtrack.toml in it [default: /etc/nbdtrack; in nbd-server's place /etc/nbd-server/config]
+        #[arg(long, value_name = "PATH")]
+        config: Option<PathBuf>,
     },
     /// Answer udev's rules whether a disk is left to nbdtrack; needs no daemon
     UdevClaim {

@@ -21,6 +21,7 @@ use socket2::{Domain, SockAddr, Socket, Type};
 use crate::config::nbd_server::{COMMAND_LINE, CommandLine, judge};
 use crate::config::{is_ini, read_ini_beside};
 use crate::daemon;
+pub use words::PID_FILE;
 use words::{Asked, Serve, parse};
 
 /// What scripts that look for a version are told: the stock server whose configuration this reads.

@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 use crate::config::nbd_server::CommandLine;
 
 const CONFIG: &str = "/etc/nbd-server/config";
-const PID_FILE: &str = "/var/run/nbd-server.pid";
+/// Where the init script of Debian's nbd-server looks for the process.
+pub const PID_FILE: &str = "/var/run/nbd-server.pid";
 
 pub(super) const USAGE: &str = "\
 Usage: nbd-server [-C config_file] [-p pid_file] [-d] [-V]

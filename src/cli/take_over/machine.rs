@@ -1,43 +1,35 @@
-//! EDGE: what dpkg and the service manager are asked and told. Programs are called by their names and never through a shell.
+//! EDGE: what the service manager is asked and told: which of the services runs, and that it starts and stops.
 
-use std::fs::{self, File};
-use std::io::{self, Write};
-use std::os::fd::AsFd;
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::{Duration, Instant};
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::unistd::geteuid;
-use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
-use super::{TakeOverError, stock_of};
+use super::TakeOverError;
+use super::call::{must, run, step};
+use super::drop_in;
+use super::place::{Place, identity};
+use super::servers::{SERVICE, Server, first, named, servers};
 
-/// The stock server's unit; made of its init script where the package has no unit.
-const SERVICE: &str = "nbd-server";
 const OWN_SERVICE: &str = "nbdtrack.service";
 /// In the order in which they are stopped and started: a client of the sockets would start the service again, which is passed them.
 const OWN_UNITS: [&str; 2] = ["nbdtrack.socket", OWN_SERVICE];
-/// How long a server may take until its process is there; it reads its configuration and its disks first.
+const SCRIPT: &str = "/etc/init.d/nbd-server";
+/// How long a server may take until its process is there; it reads its configuration and its disks first. And until it is gone, once it was
+/// stopped.
 const STARTS_WITHIN: Duration = Duration::from_secs(30);
-
-/// Where the stock server's binary is.
-pub(super) struct Place {
-    /// As its package has it: what dpkg diverts.
-    pub binary: PathBuf,
-    /// Where it is while its place is taken.
-    pub stock: PathBuf,
-    /// It is there.
-    pub taken: bool,
-}
+/// How long ours may take to end in order, as its own unit says (`TimeoutStopSec=`).
+pub(super) const DRAINS_WITHIN: Duration = Duration::from_secs(45);
 
 /// What this machine has.
 pub(super) struct Machine {
-    package: &'static str,
     systemd: bool,
-    /// The service runs, so it runs afterwards, too.
-    runs: bool,
+    /// What stops the service; `None` where a unit of its own does, which waits for its processes.
+    script: Option<PathBuf>,
+    /// The service runs, so it runs afterwards, too; or it ran before an exchange that did not come to its end.
+    pub runs: bool,
+    /// At a boot it does not start.
+    disabled: bool,
     own: Own,
 }
 
@@ -50,89 +42,37 @@ struct Own {
     enabled: bool,
 }
 
-fn step(what: impl Into<String>, why: impl ToString) -> TakeOverError {
-    TakeOverError::Step {
-        what: what.into(),
-        why: why.to_string().trim().to_owned(),
-    }
-}
-
-/// Whether it ended well, and what it said.
-fn run(program: &str, args: &[&str]) -> Result<(bool, String), TakeOverError> {
-    let what = || format!("{program} {}", args.join(" "));
-    let output = Command::new(program)
-        .args(args)
-        .env("LC_ALL", "C")
-        .output()
-        .map_err(|error| step(what(), error))?;
-    let mut said = String::from_utf8_lossy(&output.stdout).into_owned();
-    if !output.status.success() {
-        said.push_str(&String::from_utf8_lossy(&output.stderr));
-    }
-    Ok((output.status.success(), said))
-}
-
-/// Runs what has to succeed.
-fn must(program: &str, args: &[&str]) -> Result<String, TakeOverError> {
-    match run(program, args)? {
-        (true, said) => Ok(said),
-        (false, said) => Err(step(format!("{program} {}", args.join(" ")), said)),
-    }
-}
-
 impl Machine {
-    pub(super) fn look(package: &'static str) -> Result<Machine, TakeOverError> {
+    pub(super) fn look(place: &Place) -> Result<Machine, TakeOverError> {
         // sd_booted(3)
         let systemd = Path::new("/run/systemd/system").is_dir();
-        let active = |unit: &str| {
-            systemd
-                && run("systemctl", &["--quiet", "is-active", unit]).is_ok_and(|(active, _)| active)
-        };
         let says = |verb: &str, unit: &str, words: &[&str]| {
             systemd
-                && run("systemctl", &[verb, unit])
-                    .is_ok_and(|(_, said)| words.contains(&said.trim()))
+                && run("systemctl", &[verb, unit]).is_ok_and(|(_, said)| {
+                    said.lines()
+                        .next()
+                        .is_some_and(|said| words.contains(&said))
+                })
         };
-        let running = |unit: &str| says("is-active", unit, &["active", "activating", "reloading"]);
+        let remembered = place.remembered();
+        let ran = |unit: &str| remembered.iter().any(|was| was == unit);
+        let running = |unit: &str| {
+            ran(unit) || says("is-active", unit, &["active", "activating", "reloading"])
+        };
         let own = Own {
             running: OWN_UNITS.into_iter().filter(|unit| running(unit)).collect(),
             enabled: says("is-enabled", OWN_SERVICE, &["enabled"]),
         };
-        let runs = active(SERVICE) || !systemd && !servers()?.is_empty();
+        let runs = ran(SERVICE)
+            || says("is-active", SERVICE, &["active", "reloading"])
+            || !servers(place)?.is_empty();
         Ok(Machine {
-            package,
+            script: script(systemd),
             systemd,
             runs,
+            disabled: says("is-enabled", SERVICE, &["disabled"]),
             own,
         })
-    }
-
-    /// `None` when the stock package is not installed.
-    pub(super) fn place(&self) -> Result<Option<Place>, TakeOverError> {
-        let (installed, files) = run("dpkg-query", &["--listfiles", self.package])?;
-        let name = |path: &&Path| path.ends_with("bin/nbd-server");
-        let Some(binary) = files
-            .lines()
-            .map(Path::new)
-            .find(name)
-            .filter(|_| installed)
-        else {
-            return Ok(None);
-        };
-        let shown = binary.display().to_string();
-        let now = must("dpkg-divert", &["--truename", &shown])?;
-        let (now, stock) = (PathBuf::from(now.trim()), stock_of(binary));
-        if now != *binary && now != stock {
-            return Err(TakeOverError::Foreign {
-                binary: binary.to_owned(),
-                to: now,
-            });
-        }
-        Ok(Some(Place {
-            taken: now == stock,
-            binary: binary.to_owned(),
-            stock,
-        }))
     }
 
     pub(super) fn must_be_root(&self) -> Result<(), TakeOverError> {
@@ -142,11 +82,35 @@ impl Machine {
         }
     }
 
+    /// Clients are served before a take-over, by the stock server or by our own service: then they are after it, too.
+    pub(super) fn serves(&self) -> bool {
+        self.runs || !self.own.running.is_empty()
+    }
+
+    /// The units that run.
+    pub(super) fn running(&self) -> Vec<&'static str> {
+        let service = self.runs.then_some(SERVICE);
+        service
+            .into_iter()
+            .chain(self.own.running.iter().copied())
+            .collect()
+    }
+
     pub(super) fn service_lines(&self) -> Vec<String> {
-        vec![match self.runs {
-            true => "the service nbd-server is stopped before and started after; its clients have to connect again".to_owned(),
-            false => "the service nbd-server does not run, and is not started".to_owned(),
-        }]
+        let mut lines = vec![if self.runs {
+            "the service nbd-server is stopped before and started after; its clients have to connect again".to_owned()
+        } else if self.serves() {
+            format!(
+                "the service nbd-server does not run, and {OWN_SERVICE} does: nbd-server is started in its place, and serves what its own \
+                 configuration says"
+            )
+        } else {
+            "the service nbd-server does not run, and is not started".to_owned()
+        }];
+        if self.disabled && self.serves() {
+            lines.push("the service nbd-server is not enabled, so it does not start at a boot: 'systemctl enable nbd-server'".to_owned());
+        }
+        lines
     }
 
     /// What a take-over means for our own service.
@@ -180,25 +144,41 @@ impl Machine {
             must("systemctl", &["daemon-reload"])?;
             must("systemctl", &[verb, SERVICE]).map(drop)
         } else {
-            must(&format!("/etc/init.d/{SERVICE}"), &[verb]).map(drop)
+            must(SCRIPT, &[verb]).map(drop)
         }
     }
 
-    /// Stops whoever is nbd-server here, and waits for the end.
-    pub(super) fn stop(&self) -> Result<(), TakeOverError> {
-        if !self.runs {
+    /// Stops whoever is nbd-server here, and waits for the end. Ours drains its clients first, for which an init script leaves no time.
+    pub(super) fn stop(&self, place: &Place) -> Result<(), TakeOverError> {
+        if !self.serves() {
             return Ok(());
         }
+        let running = servers(place)?;
+        let ours = |server: &&Server| place.is_in_place(server.executable);
+        if self.script.is_some() {
+            let until = Instant::now() + DRAINS_WITHIN;
+            for server in running.iter().filter(ours) {
+                // One that does not end so the script kills.
+                let ended = server.end(until);
+                ended.map_err(|error| still(*server, error))?;
+            }
+        }
         self.service("stop")?;
+        // One that was started by the script itself the manager does not know.
+        if let Some(script) = &self.script
+            && self.systemd
+            && !servers(place)?.is_empty()
+        {
+            must(&script.display().to_string(), &["stop"])?;
+        }
         let until = Instant::now() + STARTS_WITHIN;
-        for (process, _) in servers()? {
-            let ended = ended(process, until);
-            let why = match ended {
+        for server in running {
+            let why = match server.ends(until) {
                 Ok(true) => continue,
-                Ok(false) => format!("process {process} is still there; end it and try again"),
-                Err(error) => format!("process {process}: {error}"),
+                Ok(false) => STILL_THERE.to_owned(),
+                Err(error) => error.to_string(),
             };
-            return Err(step("stop nbd-server", why));
+            return Err(still(server, why));
         }
         Ok(())
     }
@@ -212,175 +192,115 @@ impl Machine {
         Ok(())
     }
 
-    /// Starts the service if it ran, and waits until its process is that binary.
-    pub(super) fn start(&self, place: &Place, binary: &Path) -> Result<(), TakeOverError> {
-        if !self.runs {
-            return Ok(());
+    /// Starts the service if it ran.
+    pub(super) fn start_again(&self, place: &Place) -> Result<(), TakeOverError> {
+        match self.runs {
+            true => self.start(place),
+            false => Ok(()),
         }
+    }
+
+    /// Starts the service if it ran and the process that listens is gone.
+    pub(super) fn keep(&self, place: &Place) -> Result<(), TakeOverError> {
+        let first = first();
+        let listens = |server: &Server| Some(server.process) == first;
+        match servers(place)?.iter().any(listens) {
+            true => Ok(()),
+            false => self.start_again(place),
+        }
+    }
+
+    /// Starts the service if clients were served, by whichever it was.
+    pub(super) fn start_any(&self, place: &Place) -> Result<(), TakeOverError> {
+        match self.serves() {
+            true => self.start(place),
+            false => Ok(()),
+        }
+    }
+
+    /// Starts the service, and waits until it has a new process of what is in the place.
+    pub(super) fn start(&self, place: &Place) -> Result<(), TakeOverError> {
+        let binary = &place.binary;
+        let before: Vec<i32> = named(place)?.iter().map(|server| server.process).collect();
         self.service("start")?;
         let wanted = identity(binary).map_err(|error| step(binary.display().to_string(), error))?;
+        let came =
+            |server: &Server| server.executable == wanted && !before.contains(&server.process);
         let until = Instant::now() + STARTS_WITHIN;
         // An init script returns when its server is there. A unit may be told started before it has executed its program: it is
         // asked again until it runs, or has failed.
         loop {
-            if servers()?.iter().any(|(_, exe)| *exe == wanted) {
+            if named(place)?.iter().any(came) {
                 return Ok(());
             }
             let starting = self.systemd && run("systemctl", &["--quiet", "is-active", SERVICE])?.0;
             if !starting || Instant::now() > until {
                 let why = format!(
                     "no process of {} came; its log says why ('journalctl -t nbd-server')",
-                    place.binary.display()
+                    binary.display()
                 );
                 return Err(step("start nbd-server", why));
             }
         }
     }
 
-    pub(super) fn divert(&self, place: &Place) -> Result<(), TakeOverError> {
-        let (binary, stock) = (
-            place.binary.display().to_string(),
-            place.stock.display().to_string(),
-        );
-        let args = ["--local", "--rename", "--divert", &stock, "--add", &binary];
-        must("dpkg-divert", &args).map(drop)
-    }
-
-    /// Takes the diversion out, if there is one.
-    pub(super) fn undivert(&self, place: &Place) -> Result<(), TakeOverError> {
-        // Asked again: where it could not be made, what is in the place is the stock server.
-        if !self.place()?.is_some_and(|now| now.taken) {
-            return Ok(());
-        }
-        // Ours is not dpkg's to overwrite: it refuses to rename onto it.
-        if place.stock.exists() {
-            match fs::remove_file(&place.binary) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                    return Err(step(place.binary.display().to_string(), error));
-                }
-                _ => {}
+    /// Ends what is left of the service where nothing is there any more that would stop it.
+    pub(super) fn end(&self, place: &Place) -> Result<(), TakeOverError> {
+        let until = Instant::now() + DRAINS_WITHIN;
+        for server in servers(place)? {
+            match server.end(until) {
+                Ok(true) => {}
+                Ok(false) => return Err(still(server, STILL_THERE)),
+                Err(error) => return Err(still(server, error)),
             }
         }
-        let binary = place.binary.display().to_string();
-        must("dpkg-divert", &["--local", "--rename", "--remove", &binary]).map(drop)
+        Ok(())
     }
 
-    /// Puts a copy of this program into the place, whole or not at all; what was there before is kept beside it until
-    /// [`Machine::forget_old`].
-    pub(super) fn put_ours(&self, place: &Place) -> Result<(), TakeOverError> {
-        let (new, old) = (beside(place, NEW), beside(place, OLD));
-        let put = || -> io::Result<()> {
-            // Of an exchange that was cut off.
-            match fs::remove_file(&old) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-                _ => {}
+    /// Has the unit wait for the drain, where it does not by itself.
+    pub(super) fn put_drop_in(&self, place: &Place) -> Result<(), TakeOverError> {
+        match &self.script {
+            Some(script) if self.systemd && drop_in::put(place, script)? => {
+                must("systemctl", &["daemon-reload"]).map(drop)
             }
-            let mut from = File::open("/proc/self/exe")?;
-            let mut to = File::create(&new)?;
-            io::copy(&mut from, &mut to)?;
-            to.set_permissions(fs::Permissions::from_mode(0o755))?;
-            to.flush()?;
-            to.sync_all()?;
-            if place.binary.exists() {
-                fs::hard_link(&place.binary, &old)?;
-            }
-            fs::rename(&new, &place.binary)
-        };
-        put().map_err(|error| {
-            let _left = fs::remove_file(&new);
-            step(
-                format!("copy this program to {}", place.binary.display()),
-                error,
-            )
-        })
-    }
-
-    /// Puts back what was in the place before [`Machine::put_ours`], if it was replaced; false when there is nothing of before.
-    pub(super) fn put_old_back(&self, place: &Place) -> Result<bool, TakeOverError> {
-        match fs::rename(beside(place, OLD), &place.binary) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                Err(step(place.binary.display().to_string(), error))
-            }
-            _ => Ok(place.binary.exists() && !self.is_ours(place)?),
+            _ => Ok(()),
         }
     }
 
-    /// What was in the place before is not needed any more.
-    pub(super) fn forget_old(&self, place: &Place) {
-        // A rest is in no one's way, and goes with the next exchange.
-        let _left = fs::remove_file(beside(place, OLD));
-    }
-
-    /// Whether what is in the place is this very program.
-    pub(super) fn is_ours(&self, place: &Place) -> Result<bool, TakeOverError> {
-        let read =
-            |path: &Path| fs::read(path).map_err(|error| step(path.display().to_string(), error));
-        Ok(place.binary.exists() && read(&place.binary)? == read(Path::new("/proc/self/exe"))?)
-    }
-}
-
-/// A name beside the place, in the same folder.
-fn beside(place: &Place, ending: &str) -> PathBuf {
-    let mut name = place.binary.as_os_str().to_owned();
-    name.push(ending);
-    PathBuf::from(name)
-}
-
-const NEW: &str = ".nbdtrack-new";
-const OLD: &str = ".nbdtrack-old";
-
-/// A file as the kernel knows it: device and inode.
-type Executable = (u64, u64);
-
-fn identity(path: &Path) -> io::Result<Executable> {
-    let facts = fs::metadata(path)?;
-    Ok((facts.dev(), facts.ino()))
-}
-
-/// The processes that are called nbd-server, each with its executable.
-fn servers() -> Result<Vec<(i32, Executable)>, TakeOverError> {
-    let processes = fs::read_dir("/proc").map_err(|error| step("/proc", error))?;
-    let numbers = processes
-        .flatten()
-        .filter_map(|process| process.file_name().to_str()?.parse().ok());
-    Ok(numbers
-        .filter_map(|number| Some((number, server(number)?)))
-        .collect())
-}
-
-/// The executable of a process, if it is called nbd-server. One that has ended is not.
-fn server(process: i32) -> Option<Executable> {
-    let folder = PathBuf::from(format!("/proc/{process}"));
-    let comm = fs::read_to_string(folder.join("comm")).ok()?;
-    (comm.trim() == SERVICE).then(|| identity(&folder.join("exe")).ok())?
-}
-
-/// Waits until a server has ended; false when it has not in time.
-fn ended(process: i32, until: Instant) -> io::Result<bool> {
-    let Some(pid) = Pid::from_raw(process) else {
-        return Ok(true);
-    };
-    let descriptor = match pidfd_open(pid, PidfdFlags::empty()) {
-        Ok(descriptor) => descriptor,
-        Err(rustix::io::Errno::SRCH) => return Ok(true),
-        Err(error) => return Err(error.into()),
-    };
-    // The number may have gone to another process before it was held.
-    if server(process).is_none() {
-        return Ok(true);
-    }
-    loop {
-        let left = until.saturating_duration_since(Instant::now());
-        let left = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
-        // Readable from its end on, also while nobody has reaped it (pidfd_open(2)).
-        match poll(
-            &mut [PollFd::new(descriptor.as_fd(), PollFlags::POLLIN)],
-            left,
-        ) {
-            Ok(0) => return Ok(false),
-            Ok(_) => return Ok(true),
-            Err(nix::errno::Errno::EINTR) => {}
-            Err(error) => return Err(error.into()),
+    pub(super) fn take_drop_in_away(&self) -> Result<(), TakeOverError> {
+        match drop_in::take_away()? {
+            true if self.systemd => must("systemctl", &["daemon-reload"]).map(drop),
+            _ => Ok(()),
         }
+    }
+}
+
+const STILL_THERE: &str = "it is still there; end it and try again";
+
+fn still(server: Server, why: impl ToString) -> TakeOverError {
+    let why = format!("process {}: {}", server.process, why.to_string());
+    step("stop nbd-server", why)
+}
+
+/// The init script that stops the service: systemd makes a unit of it, where the package has none.
+fn script(systemd: bool) -> Option<PathBuf> {
+    if !systemd {
+        return Some(SCRIPT.into());
+    }
+    let source = ["show", "--property=SourcePath", "--value", SERVICE];
+    let (_, said) = run("systemctl", &source).ok()?;
+    let source = Path::new(said.trim());
+    source.starts_with("/etc/init.d").then(|| source.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ours_has_as_long_to_drain_as_its_own_unit_gives_it() {
+        let unit = include_str!("../../../systemd/nbdtrack.service");
+        let line = format!("\nTimeoutStopSec={}\n", DRAINS_WITHIN.as_secs());
+        assert!(unit.contains(&line));
     }
 }

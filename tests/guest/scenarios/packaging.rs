@@ -244,8 +244,7 @@ fn fail_to_start(bed: &mut Bed, configured: usize) -> Outcome<()> {
     let before = agent.run(process)?;
     let told = dpkg(bed, "-i /root/new.deb")?;
     hold!(
-        told.contains("the old version serves on")
-            && told.contains("/etc/nbdtrack/nbdtrack.toml:"),
+        told.contains("the old version serves on") && told.contains("/etc/nbdtrack/nbdtrack.toml:"),
         "the package says what it did not do, and why: {told}"
     );
     let agent = &bed.machine.agent;
@@ -329,6 +328,7 @@ fn exchange_of_servers(shape: Shape) -> Outcome<()> {
         }
         hold!(!served_by_ours(bed)?, "a dry run changes nothing");
         bed.machine.agent.run("nbdtrack take-over")?;
+        bed.machine.agent.run(DRAINS)?;
         let process = one_process(bed)?;
         hold!(served_by_ours(bed)?, "ours is in its place");
         for index in [a, b] {
@@ -372,10 +372,14 @@ fn exchange_of_servers(shape: Shape) -> Outcome<()> {
         let agent = &bed.machine.agent;
         hold!(agent.run(checksums)? == config, "not a line was changed");
         agent.run("! dpkg-divert --list | grep nbd-server && dpkg --verify nbd-server && test ! -e /bin/nbd-server.stock")?;
+        agent.run("! systemctl cat nbd-server | grep TERM/ && test ! -e /etc/systemd/system/nbd-server.service.d")?;
         bed.row.count += 1;
         Ok(())
     })
 }
+
+/// The unit that systemd made of the init script has the drop-in that waits for the drain, before the script.
+const DRAINS: &str = "systemctl cat nbd-server | grep -A1 'ExecStop=-.*TERM/45$' | grep -q 'ExecStop=/etc/init.d/nbd-server stop'";
 
 /// Between the end of one and the start of the next there is nobody whom a caller reaches: the bus would have systemd start
 /// `nbdtrack.service`, on the same port and state. It keeps the call, and the next one answers it. (That systemd was asked, the bus says in the journal:
