@@ -58,7 +58,7 @@ fn obstacles(path: &Path) -> Vec<String> {
         return problems(path);
     }
     let files = config::read_ini(path).files;
-    let judged = config::nbd_server::judge(&files, &Default::default(), false);
+    let judged = config::nbd_server::judge(&files, &Default::default());
     if judged.generic.is_none() {
         return judged.problems.iter().map(ToString::to_string).collect();
     }
