@@ -42,7 +42,10 @@ const PAUSES: &[(&str, &str)] = &[
         "mapping/history.rs",
         "what happens within a moment is written in one transaction",
     ),
-    ("udev/reads.rs", "a disk that answered EINTR is read again"),
+    (
+        "udev/reads.rs",
+        "a disk that was exchanged while it was read, or that is in doubt, is read again",
+    ),
 ];
 
 #[test]

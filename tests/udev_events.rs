@@ -382,6 +382,71 @@ fn a_scsi_disk_that_may_be_another_is_in_doubt_at_once_and_read_again() {
     });
 }
 
+/// The question that followed on the doubt failed once, and the next one came with the next survey: until then nobody knew whose volume was written to.
+#[test]
+fn a_disk_in_doubt_is_asked_again_until_it_says_what_it_is() {
+    apart(|| async {
+        let stack = Stack::new();
+        stack.put("2:0:0:1/vpd_pg80", "");
+        let page = stack.at("2:0:0:1/vpd_pg80");
+        std::fs::write(&page, b"\0\x80\0\x05alpha").unwrap();
+        let links = [
+            ("../bus/scsi", "2:0:0:1/subsystem"),
+            ("../2:0:0:1", "sdx/device"),
+        ];
+        for (to, link) in links {
+            std::os::unix::fs::symlink(to, stack.at(link)).unwrap();
+        }
+        let mut watched = watch(Settings {
+            sysfs: stack.sysfs.path().to_owned(),
+            ..quiet()
+        })
+        .await;
+        stack.disk.event("add");
+        let number = stack.disk.number();
+        let known = watched.seen(number, Stack::DISK).await.identities;
+        while timeout(Duration::from_millis(500), watched.events.recv())
+            .await
+            .is_ok()
+        {}
+        assert_eq!(known.read().map(std::collections::BTreeSet::len), Some(1));
+        // Read as a file it gives EISDIR.
+        let aside = stack.at("aside");
+        std::fs::rename(&page, &aside).unwrap();
+        std::fs::create_dir(&page).unwrap();
+        let path = "/devices/platform/host2/target2:0:0/2:0:0:1";
+        have_sent(
+            format!(
+                "change@{path}|ACTION=change|DEVPATH={path}|SUBSYSTEM=scsi|SDEV_UA=INQUIRY_DATA_HAS_CHANGED|DEVTYPE=scsi_device|"
+            )
+            .as_bytes(),
+        );
+        let mut told = Vec::new();
+        // More often than it is told once: also the second answer and the third may fail.
+        while told.len() < 4 {
+            told.push(watched.seen(number, Stack::DISK).await.identities);
+        }
+        assert!(matches!(told.remove(0), Reading::Doubtful(_)));
+        let failed = |said: &Reading| matches!(said, Reading::Unknown(_));
+        assert!(told.iter().all(failed), "{told:?}");
+        std::fs::remove_dir(&page).unwrap();
+        std::fs::rename(&aside, &page).unwrap();
+        let mended = Instant::now();
+        while watched.seen(number, Stack::DISK).await.identities != known {}
+        let within = mended.elapsed();
+        assert!(within < Duration::from_secs(2), "{within:?}");
+        // It has said what it is: nobody asks any more.
+        let before = watched.observer.counters().reads;
+        assert!(
+            timeout(Duration::from_millis(1500), watched.events.recv())
+                .await
+                .is_err()
+        );
+        let reads = watched.observer.counters().reads - before;
+        assert!(reads <= 1, "{reads} reads");
+    });
+}
+
 /// Such an event was counted and nothing else: what it told waited for the next survey.
 #[test]
 fn an_event_that_cannot_be_read_is_made_up_for_by_a_survey() {

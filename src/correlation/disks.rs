@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::doubt::Doubt;
 use super::facts::{
     BootId, DeviceNode, DeviceNumber, DiskFacts, DiskSeq, Holder, HolderKind, Mark, Reading,
 };
@@ -49,28 +50,18 @@ impl Disk {
     }
 
     /// Why the disk may not be the volume with these candidates although it is known as that.
-    pub fn doubted(&self, candidates: &BTreeSet<Identity>) -> Option<&str> {
-        let doubt = self.doubt.as_ref()?;
+    pub fn doubted(&self, candidates: &BTreeSet<Identity>) -> Option<&Doubt> {
+        let doubt = self.doubt.as_deref()?;
         let shared = &mut self
             .identities
             .iter()
             .filter(|one| candidates.contains(one));
-        shared
-            .all(|one| doubt.of.contains(one))
-            .then_some(doubt.why.as_str())
+        shared.all(|one| doubt.of.contains(one)).then_some(doubt)
     }
 
     pub fn is_member(&self) -> bool {
         self.member_of().is_some()
     }
-}
-
-/// What was known of a disk, and was not confirmed by the last word of it: another disk may be there by now, or it did not say this time. Sessions go
-/// on, and nobody new comes.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Doubt {
-    of: BTreeSet<Identity>,
-    why: String,
 }
 
 /// What an observation changed.
@@ -89,6 +80,8 @@ pub(super) enum DiskChange {
 #[derive(Debug, Clone)]
 pub(super) struct Disks {
     boot: BootId,
+    /// How long a disk may take to say that it is no other one.
+    confirm_within: Duration,
     /// The time of what is observed now, since the start.
     pub now: Duration,
     /// Boxed: a disk that comes or goes moves its neighbours in the map.
@@ -103,9 +96,10 @@ pub(super) struct Disks {
 }
 
 impl Disks {
-    pub fn new(boot: BootId) -> Disks {
+    pub fn new(boot: BootId, confirm_within: Duration) -> Disks {
         Disks {
             boot,
+            confirm_within,
             now: Duration::ZERO,
             disks: BTreeMap::new(),
             by_number: Index::default(),
@@ -312,14 +306,18 @@ impl Disks {
             let nothing = BTreeSet::new();
             return (said(facts.identities.read().unwrap_or(&nothing)), None);
         };
+        let doubted_until = before.doubt.as_ref().and_then(|doubt| doubt.until);
         let (read, unread) = match &facts.identities {
             Reading::Known(read) => (read, None),
             Reading::Partly(partly) => (&partly.read, Some(&partly.unread)),
             Reading::Unknown(_) => return (before.identities.clone(), before.doubt.clone()),
             Reading::Doubtful(why) => {
+                // Said again, it is no reason to wait longer.
+                let until = doubted_until.unwrap_or(self.now + self.confirm_within);
                 let doubt = Doubt {
                     of: BTreeSet::clone(&before.identities),
                     why: why.clone(),
+                    until: Some(until),
                 };
                 return (before.identities.clone(), Some(Arc::new(doubt)));
             }
@@ -351,7 +349,12 @@ impl Disks {
             None => format!("the disk was {first} and does not say so now"),
         };
         let known = said(&read.union(&lost).cloned().collect());
-        (known, Some(Arc::new(Doubt { of: lost, why })))
+        let doubt = Doubt {
+            of: lost,
+            why,
+            until: doubted_until,
+        };
+        (known, Some(Arc::new(doubt)))
     }
 
     /// A file has no attachment: it is known by what it is.

@@ -20,6 +20,7 @@ mod conflicts;
 mod contested;
 mod detach;
 mod disks;
+mod doubt;
 mod enact;
 mod ensure;
 mod explain;
@@ -98,6 +99,8 @@ pub struct Settings {
     pub cut_within: Duration,
     /// The drain when no caller names another.
     pub drain_within: Duration,
+    /// A disk of which something says that it may be another one may take so long to say what it is; then its sessions are cut.
+    pub confirm_within: Duration,
     /// A released disk that is still attached after this is worth a warning.
     pub detach_grace: Duration,
     /// When the daemon began, in microseconds since 1970 by the machine's clock.
@@ -111,6 +114,7 @@ impl Settings {
             open_within: Duration::from_secs(10),
             cut_within: Duration::from_secs(5),
             drain_within: Duration::from_secs(30),
+            confirm_within: Duration::from_secs(10),
             detach_grace: Duration::from_secs(300),
             started_us: 0,
         }
@@ -124,6 +128,7 @@ enum Timer {
     Waiters(ExportName),
     Detach(RequestId),
     Grace(DiskSeq),
+    Doubt(DiskSeq),
 }
 
 /// An export that has to end before it goes or is defined anew.
@@ -253,7 +258,7 @@ impl Correlation {
     pub fn new(settings: Settings, remembered: Remembered) -> Correlation {
         let mut correlation = Correlation {
             now: Duration::ZERO,
-            disks: Disks::new(settings.boot.clone()),
+            disks: Disks::new(settings.boot.clone(), settings.confirm_within),
             settings,
             surveyed: false,
             exports: Ordered::default(),
@@ -400,6 +405,8 @@ impl Correlation {
                 Timer::Waiters(name) => self.answer_waiters(&name),
                 Timer::Detach(request) => self.on_detach_due(request),
                 Timer::Grace(diskseq) => self.on_grace_over(diskseq),
+                // Whoever is bound to a disk that is still in doubt is cut off; of another disk nothing follows.
+                Timer::Doubt(diskseq) => self.settle_on(diskseq),
             }
         }
     }

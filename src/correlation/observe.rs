@@ -58,6 +58,7 @@ impl Correlation {
                     self.judge_pins_at(diskseq, None);
                 }
                 DiskChange::Changed { diskseq, before } => {
+                    self.time_doubt(diskseq, &before);
                     self.keep_promise(diskseq);
                     self.announce(diskseq);
                     self.tell_resized(diskseq, &before);
@@ -78,6 +79,16 @@ impl Correlation {
                     self.judge_pins_at(disk.facts.diskseq, Some(&disk.facts.node));
                 }
             }
+        }
+    }
+
+    /// A doubt that came up with this change has an end.
+    fn time_doubt(&mut self, diskseq: DiskSeq, before: &Disk) {
+        let until = |disk: &Disk| disk.doubt.as_ref().and_then(|doubt| doubt.until);
+        if let Some(due) = self.disks.get(diskseq).and_then(until)
+            && until(before) != Some(due)
+        {
+            self.remind(due, Timer::Doubt(diskseq));
         }
     }
 

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 
 use super::binding::{Cue, Failure, Want};
+use super::doubt::Doubt;
 use super::{Correlation, DiskSeq, EndHow, Export, ExportName, HolderKind};
 use crate::identity::Identity;
 
@@ -121,16 +122,19 @@ impl Correlation {
         let doubted = doubted.and_then(|disk| disk.doubted(&export.candidates));
         if let Some(held) = export.binding.kept().filter(|held| held.diskseq == only) {
             return Some(match (self.want_kept(held), doubted) {
-                (Want::Disk(keep), Some(why)) => Want::Ambiguous {
+                (Want::Disk(_), Some(doubt)) if doubt.is_over(self.now) => Want::Nothing {
+                    reason: self.doubt_in_words(only, doubt),
+                },
+                (Want::Disk(keep), Some(doubt)) => Want::Ambiguous {
                     keep: Some(keep),
-                    reason: self.doubt_in_words(only, why),
+                    reason: self.doubt_in_words(only, doubt),
                 },
                 (want, _) => want,
             });
         }
-        if let Some(why) = doubted {
+        if let Some(doubt) = doubted {
             return Some(Want::Nothing {
-                reason: self.doubt_in_words(only, why),
+                reason: self.doubt_in_words(only, doubt),
             });
         }
         let sizeless = |disk: &super::disks::Disk| disk.facts.size == 0;
@@ -160,11 +164,24 @@ impl Correlation {
         })
     }
 
-    fn doubt_in_words(&self, diskseq: DiskSeq, why: &str) -> String {
-        format!(
-            "{} (diskseq {diskseq}) is to be read again before anyone new is served: {why}",
-            self.node_of(diskseq)
-        )
+    /// It may be another disk than the export's, and has not said within the time for that that it is not.
+    pub(super) fn is_in_doubt_too_long(&self, export: &Export, diskseq: DiskSeq) -> bool {
+        let disk = self.disks.get(diskseq);
+        disk.and_then(|disk| disk.doubted(&export.candidates))
+            .is_some_and(|doubt| doubt.is_over(self.now))
+    }
+
+    fn doubt_in_words(&self, diskseq: DiskSeq, doubt: &Doubt) -> String {
+        let (node, why) = (self.node_of(diskseq), &doubt.why);
+        match doubt.is_over(self.now) {
+            true => format!(
+                "{node} (diskseq {diskseq}) has not said within {} s that it is still the volume, and is not served until it does: {why}",
+                self.settings.confirm_within.as_secs()
+            ),
+            false => format!(
+                "{node} (diskseq {diskseq}) is to be read again before anyone new is served: {why}"
+            ),
+        }
     }
 
     /// An export that writes to this volume or to this very disk, under whatever name it knows it: two writers
@@ -290,7 +307,8 @@ impl Correlation {
             .binding
             .kept()
             .map(|held| held.diskseq)
-            .filter(|bound| active.contains(bound) && first == Some(*bound));
+            .filter(|bound| active.contains(bound) && first == Some(*bound))
+            .filter(|bound| !self.is_in_doubt_too_long(export, *bound));
         let disks: Vec<String> = active
             .iter()
             .map(|diskseq| format!("{} (diskseq {diskseq})", self.node_of(*diskseq)))
@@ -306,11 +324,13 @@ impl Correlation {
         }
     }
 
-    /// How a lease of this export ends: a disk that is gone, or is another one now, is cut.
+    /// How a lease of this export ends: a disk that is gone, is another one now, or may be one for too long, is cut.
     pub(super) fn ending(&self, export: &Export) -> EndHow {
         let claims = export.binding.held().is_none_or(|held| {
             self.disks.get(held.diskseq).is_some_and(|disk| {
-                !disk.identities.is_disjoint(&export.candidates) && disk.facts.size >= held.size
+                !disk.identities.is_disjoint(&export.candidates)
+                    && disk.facts.size >= held.size
+                    && !self.is_in_doubt_too_long(export, held.diskseq)
             })
         });
         match &export.leaving {

@@ -20,6 +20,7 @@ mod database;
 mod device;
 pub mod gpt;
 mod kernel_socket;
+mod known;
 mod node;
 mod nvme;
 mod observer;

@@ -4,14 +4,16 @@
 use std::collections::{BTreeMap, HashSet};
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::attributes::{self, Depth, Disk, Found};
 use super::counters::count;
+use super::known::{Doubt, Known};
 use super::scsi;
 use super::shared::lock;
 use super::slots::{Start, Why};
 use super::uevent::ScsiDoubt;
-use super::watch::{Done, Known, RETRY_AFTER, Stopped, Watch};
+use super::watch::{Done, RETRY_AFTER, Stopped, Watch};
 use crate::correlation::{
     DeviceNumber, DiskFacts, DiskSeq, Event, Holder, Mark, PartlyRead, Reading,
 };
@@ -75,8 +77,8 @@ impl Watch {
             Done::Late(number, (mark, result)) => {
                 tracing::info!(name: "disk_answered", disk = %number, "the disk has answered, late");
                 let known = self.known.get(&number);
-                if known.is_some_and(|known| known.doubted > mark) {
-                    self.read_soon(number);
+                if known.is_some_and(|known| known.doubt.since > mark) {
+                    self.read_after(number, RETRY_AFTER);
                 } else if let Ok(Found::Disk(disk)) = result
                     && let Ok(attributes) = disk.attributes
                 {
@@ -91,6 +93,9 @@ impl Watch {
                 Ok(())
             }
             Done::Retry(number) => {
+                if let Some(known) = self.known.get_mut(&number) {
+                    known.doubt.waits = false;
+                }
                 self.slots.want(number, Why::Event);
                 Ok(())
             }
@@ -114,7 +119,7 @@ impl Watch {
         match result {
             Ok(Found::Disk(disk)) => {
                 self.unreadable.remove(&number);
-                let facts = self.learn(*disk);
+                let facts = self.learn(mark, *disk);
                 self.in_survey(number, mark, Some(&facts));
                 if told {
                     self.tell_leaving_twins(&facts).await?;
@@ -152,7 +157,7 @@ impl Watch {
             Err(error) => {
                 count(&self.shared.counters.failed_reads);
                 if error.kind() == io::ErrorKind::Interrupted {
-                    self.read_soon(number);
+                    self.read_after(number, RETRY_AFTER);
                 } else if self.unreadable.insert(number) {
                     tracing::warn!(disk = %number, %error, "the disk cannot be read");
                 }
@@ -164,12 +169,28 @@ impl Watch {
                 self.in_survey(number, mark, facts.as_ref());
             }
         }
+        self.ask_again_in_doubt(number);
         Ok(())
     }
 
-    fn read_soon(&mut self, number: DeviceNumber) {
+    /// A disk in doubt that was asked and has not said what it is. Nothing else asks before the next survey, and its clients may be writing to
+    /// another volume.
+    fn ask_again_in_doubt(&mut self, number: DeviceNumber) {
+        let Some(known) = self.known.get_mut(&number) else {
+            return;
+        };
+        let doubt = &mut known.doubt;
+        if doubt.open && !doubt.waits {
+            let pause = doubt.pause();
+            doubt.waits = true;
+            doubt.tries = doubt.tries.saturating_add(1);
+            self.read_after(number, pause);
+        }
+    }
+
+    fn read_after(&mut self, number: DeviceNumber, pause: Duration) {
         self.tasks.spawn(async move {
-            tokio::time::sleep(RETRY_AFTER).await;
+            tokio::time::sleep(pause).await;
             Done::Retry(number)
         });
     }
@@ -220,14 +241,19 @@ impl Watch {
         for (number, known) in &mut self.known {
             let address = known.address.as_deref();
             if address.is_some_and(|address| doubt.concerns(address)) {
-                known.doubted = self.shared.mark();
+                known.doubt = Doubt {
+                    since: self.shared.mark(),
+                    open: true,
+                    tries: 0,
+                    waits: known.doubt.waits,
+                };
                 self.late.remove(number);
                 self.slots.want(*number, Why::Event);
                 let facts = DiskFacts {
                     identities: Reading::Doubtful(doubt.why.to_owned()),
                     ..known.facts.clone()
                 };
-                let mark = known.doubted;
+                let mark = known.doubt.since;
                 told.push(Event::DiskSeen { mark, facts });
             }
         }
@@ -237,8 +263,8 @@ impl Watch {
         Ok(())
     }
 
-    /// Takes a reading into memory and makes facts of it.
-    fn learn(&mut self, mut disk: Disk) -> DiskFacts {
+    /// Takes a reading that began at `mark` into memory and makes facts of it.
+    fn learn(&mut self, mark: Mark, mut disk: Disk) -> DiskFacts {
         let number = disk.number;
         if let Some((diskseq, attributes)) = self.late.remove(&number)
             && disk.attributes.is_err()
@@ -266,9 +292,10 @@ impl Watch {
         }
         let (name, slaves) = (disk.name.clone(), disk.slaves.clone());
         let address = disk.address.clone();
-        let doubted = before.map_or(Mark::default(), |known| known.doubted);
+        let mut doubt = before.map_or_else(Doubt::default, |known| known.doubt);
         let held_before = before.map(|known| known.facts.holders.clone());
         let facts = facts(disk, autoclear_at_first);
+        doubt.open &= mark < doubt.since || facts.identities.read().is_none();
         let known = Known {
             facts: facts.clone(),
             name,
@@ -276,7 +303,7 @@ impl Watch {
             slaves,
             autoclear_at_first,
             dispute,
-            doubted,
+            doubt,
         };
         self.reread_stack(number, &known, held_before.as_deref());
         self.known.insert(number, known);

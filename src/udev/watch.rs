@@ -21,13 +21,14 @@ use tokio::time::MissedTickBehavior;
 use super::attributes::Found;
 use super::counters::count;
 use super::kernel_socket::{KernelSocket, Received};
+use super::known::Known;
 use super::shared::{Shared, lock};
 use super::slots::{Slots, Why};
 use super::udev_socket::{Told, UdevSocket};
 use super::uevent::Hint;
 use super::{Settings, survey};
 use crate::correlation::{DeviceNumber, DiskFacts, DiskSeq, Event, Mark};
-use crate::identity::{Attributes, Identity};
+use crate::identity::Attributes;
 
 /// Why a survey is made that nothing asked for.
 const ROUTINE: &str = "timer";
@@ -67,23 +68,6 @@ pub(super) enum Done {
     Retry(DeviceNumber),
     /// A read panicked or the runtime is shutting down.
     Broken(DeviceNumber, JoinError),
-}
-
-/// What was last read of a disk.
-pub(super) struct Known {
-    pub(super) facts: DiskFacts,
-    pub(super) name: String,
-    /// Where a SCSI disk is, `HOST:CHANNEL:TARGET:LUN`.
-    pub(super) address: Option<String>,
-    /// What it is built on, by name.
-    pub(super) slaves: Vec<String>,
-    /// The loop driver's `autoclear` when this disk was first seen. `mount -o loop` sets it from the
-    /// beginning: only one that appears later says that its owner wants the disk to go.
-    pub(super) autoclear_at_first: bool,
-    /// What a SCSI disk says, and what the kernel remembers of it, where that was told to differ.
-    pub(super) dispute: Option<[BTreeSet<Identity>; 2]>,
-    /// When it was last told to be in doubt: what was asked before says nothing.
-    pub(super) doubted: Mark,
 }
 
 pub(super) struct Survey {

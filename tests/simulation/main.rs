@@ -137,6 +137,7 @@ fn what_is_broken_on_purpose_is_caught() {
         Broken::MarksAtDelivery,
         Broken::SealIgnored,
         Broken::NoSurveyAfterLoss,
+        Broken::DoubtForEver,
     ] {
         let caught = (0..limit).find_map(|seed| Some((seed, run(&draw(seed), broken, false).0?)));
         match caught {

@@ -159,6 +159,62 @@ fn a_disk_that_does_not_say_what_it_is_keeps_its_clients_and_gets_no_new_ones() 
     }
 }
 
+/// A disk that may be another one and does not say what it is kept the clients that it had for good: what they wrote went to whatever was there.
+#[test]
+fn a_disk_that_does_not_say_that_it_is_still_the_volume_loses_its_clients_in_the_end() {
+    use nbdtrack::correlation::Reading;
+    for then in [
+        Reading::Unknown("EIO".to_owned()),
+        Reading::Known([].into()),
+    ] {
+        let mut world = serving();
+        let second = Duration::from_secs(1);
+        world.say(0, Reading::Doubtful("it was reset".to_owned()));
+        world.settle_all();
+        for _ in 0..9 {
+            world.pass(second);
+            // Said again it is no reason to wait longer.
+            world.say(0, Reading::Doubtful("it was reset".to_owned()));
+            world.say(0, then.clone());
+            world.settle_all();
+            assert_eq!(state(&world, 0), Some(State::Ambiguous));
+        }
+        world.pass(second);
+        let cut: Vec<_> = world.leases.values().map(|lease| lease.ending).collect();
+        assert_eq!(cut, [Some(true)], "not drained: nothing more is written");
+        world.settle_all();
+        assert_eq!(state(&world, 0), Some(State::Absent));
+        // It is the volume after all.
+        world.survey(0, true);
+        world.settle_all();
+        assert_eq!(state(&world, 0), Some(State::Serving));
+        ends_well(world);
+    }
+    // Also beside a twin.
+    let mut world = serving();
+    world.say(0, Reading::Doubtful("it was reset".to_owned()));
+    world.attach(1, 0, true);
+    world.settle_all();
+    assert_eq!(world.leases.len(), 1);
+    world.pass(Duration::from_secs(10));
+    world.settle_all();
+    assert_eq!(
+        (state(&world, 0), world.leases.len()),
+        (Some(State::Ambiguous), 0)
+    );
+    world.survey(0, true);
+    ends_well(world);
+    // A disk of which nobody said that it may be another one is no other one.
+    let mut world = serving();
+    world.say(0, Reading::Known([].into()));
+    world.settle_all();
+    world.pass(Duration::from_secs(60));
+    world.settle_all();
+    assert_eq!(state(&world, 0), Some(State::Ambiguous));
+    world.survey(0, true);
+    ends_well(world);
+}
+
 /// With `allow = ["gpt"]`, a partition table that could not be read hid the serial that the export is known by.
 #[test]
 fn a_scheme_that_cannot_be_read_concerns_no_export_of_another() {

@@ -5,13 +5,15 @@ use std::collections::BTreeSet;
 use nbdtrack::correlation::{DiskSeq, ExportName, ExportView, RequestId, Source, State, VmDisk};
 
 use super::callers::Pending;
-use super::{NAMES, TruthDisk, VOLUMES, World, name, vm_disk, volume};
+use super::{CONFIRM, NAMES, TruthDisk, VOLUMES, World, name, vm_disk, volume};
 
 impl World {
     pub fn check(&mut self) {
         if let Err(what) = self.middle.check() {
             self.fail(what);
         }
+        // Whatever is due now was done.
+        let looked = self.middle.deadline().is_none_or(|due| due > self.now);
         for ((export, generation), lease) in self.leases.clone() {
             if lease.ending.is_some() {
                 continue;
@@ -39,6 +41,12 @@ impl World {
                     ));
                 }
                 Some(_) | None => {}
+            }
+            let since = self.in_doubt.get(&lease.seq).map(|(_, since)| *since);
+            if looked && since.is_some_and(|since| since + CONFIRM <= self.now) {
+                self.fail(format!(
+                    "{export} {generation:?} goes on with a disk that may be another one and does not say so"
+                ));
             }
             if self.given_up.contains(&lease.seq) {
                 self.fail(format!(
@@ -72,7 +80,6 @@ impl World {
             })
             .map(|(request, _)| *request)
             .collect();
-        let looked = self.middle.deadline().is_none_or(|due| due > self.now);
         if let Some(request) = late.first().filter(|_| looked) {
             self.fail(format!("{request:?} is late"));
         }

@@ -78,6 +78,7 @@ impl World {
         self.now = Duration::ZERO;
         self.surveyed = false;
         self.claims.clear();
+        self.in_doubt.clear();
         self.promised.clear();
         let boot = BootId(format!("boot{}", self.boot));
         let conflicts: Vec<Conflict> = self.store.conflicts.values().cloned().collect();
@@ -116,7 +117,7 @@ impl World {
             mappings: self.store.mappings.values().cloned().collect(),
             pins: self.store.pins.values().cloned().collect(),
         };
-        self.middle = Correlation::new(settings(self.boot), remembered);
+        self.middle = Correlation::new(settings(self.boot, self.broken), remembered);
         let actions = self.middle.start();
         self.note(|| "-- start".to_owned());
         self.perform_all(actions);

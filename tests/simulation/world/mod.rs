@@ -34,6 +34,7 @@ pub const VOLUMES: u8 = 3;
 /// Export names, of which the first are in the store from the start.
 pub const NAMES: u8 = 4;
 const CUT: Duration = Duration::from_secs(5);
+const CONFIRM: Duration = Duration::from_secs(10);
 const MARGIN: Duration = Duration::from_secs(1);
 /// Actions that one event may lead to with this few exports and disks.
 const ACTIONS_MAX: usize = 250;
@@ -58,6 +59,8 @@ pub enum Broken {
     SealIgnored,
     /// A lost event is not followed by a survey.
     NoSurveyAfterLoss,
+    /// A disk that may be another one is waited for as long as it likes.
+    DoubtForEver,
 }
 
 #[derive(Clone, Debug)]
@@ -137,6 +140,8 @@ pub struct World {
     doubts: BTreeMap<u8, Option<DiskSeq>>,
     /// What was told of each disk last: whether it claims what it presents.
     claims: BTreeMap<DiskSeq, (u64, bool)>,
+    /// Disks that may be others than they were, as of which observation, and since when.
+    in_doubt: BTreeMap<DiskSeq, (u64, Duration)>,
     surveyed: bool,
     /// The disks of a volume in doubt of which nobody can say who was first.
     equals: BTreeMap<u8, BTreeSet<DiskSeq>>,
@@ -223,9 +228,13 @@ fn number(slot: u8) -> DeviceNumber {
     }
 }
 
-fn settings(boot: u64) -> Settings {
+fn settings(boot: u64, broken: Broken) -> Settings {
     let mut settings = Settings::new(BootId(format!("boot{boot}")));
     settings.cut_within = CUT;
+    settings.confirm_within = match broken {
+        Broken::DoubtForEver => Duration::from_secs(600),
+        _ => CONFIRM,
+    };
     settings
 }
 
@@ -234,7 +243,7 @@ impl World {
     pub fn new(broken: Broken, disks: &[(u8, u8)], exports: &[Definition]) -> World {
         let mut world = World {
             broken,
-            middle: Correlation::new(settings(1), Remembered::default()),
+            middle: Correlation::new(settings(1, broken), Remembered::default()),
             now: Duration::ZERO,
             boot: 1,
             slots: vec![None; usize::from(SLOTS)],
@@ -263,6 +272,7 @@ impl World {
             conflicts: BTreeMap::new(),
             doubts: BTreeMap::new(),
             claims: BTreeMap::new(),
+            in_doubt: BTreeMap::new(),
             surveyed: false,
             equals: BTreeMap::new(),
             releases: BTreeSet::new(),

@@ -36,7 +36,7 @@ impl World {
         self.survey_wanted = true;
     }
 
-    /// The disk does not say what it is, for a moment: it answers with nothing, or reports that it may be another one.
+    /// The disk does not say what it is, for a moment or until the next survey: it answers with nothing, or reports that it may be another one.
     pub fn silent(&mut self, slot: u8, how: u8) {
         self.say(
             slot,
@@ -45,7 +45,10 @@ impl World {
                 _ => Reading::Doubtful("it was reset".to_owned()),
             },
         );
-        self.observe(slot, true);
+        match how % 4 {
+            3 => self.say(slot, Reading::Unknown("it does not answer".to_owned())),
+            _ => self.observe(slot, true),
+        }
     }
 
     /// The next observation of this slot says this.
@@ -99,6 +102,7 @@ impl World {
             Event::DiskSeen { mark, facts } => {
                 let known = self.says_what_it_is(facts);
                 self.count_delivery(facts.number.minor, *mark, known);
+                self.count_doubt(*mark, facts);
                 self.count_claim(*mark, facts);
             }
             Event::DiskGone { mark, number, .. } => self.count_delivery(number.minor, *mark, false),
@@ -107,6 +111,9 @@ impl World {
                 disks
                     .iter()
                     .for_each(|facts| self.count_claim(*mark, facts));
+                disks
+                    .iter()
+                    .for_each(|facts| self.count_doubt(*mark, facts));
                 for slot in 0..SLOTS {
                     let facts = disks.iter().find(|facts| facts.number == number(slot));
                     let known = facts.is_some_and(|facts| self.says_what_it_is(facts));
@@ -140,6 +147,22 @@ impl World {
         let claims = !facts.leaving && facts.holders.is_empty();
         let told = self.claims.entry(facts.diskseq).or_default();
         *told = (mark.0, claims).max(*told);
+    }
+
+    /// Since when it is said that this disk may be another one.
+    fn count_doubt(&mut self, mark: Mark, facts: &DiskFacts) {
+        let slot = usize::try_from(facts.number.minor).expect("a small number");
+        let newest = mark.0 >= self.delivered[slot];
+        if matches!(facts.identities, Reading::Doubtful(_)) && newest {
+            let since = self.in_doubt.get(&facts.diskseq);
+            let since = since.map_or(self.now, |(_, since)| *since);
+            self.in_doubt.insert(facts.diskseq, (mark.0, since));
+        } else if self.says_what_it_is(facts) {
+            let told = |(doubted, _): &(u64, _)| *doubted <= mark.0;
+            if self.in_doubt.get(&facts.diskseq).is_some_and(told) {
+                self.in_doubt.remove(&facts.diskseq);
+            }
+        }
     }
 
     fn count_delivery(&mut self, slot: u32, mark: Mark, known: bool) {
