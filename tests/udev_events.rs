@@ -447,6 +447,61 @@ fn a_disk_in_doubt_is_asked_again_until_it_says_what_it_is() {
     });
 }
 
+/// The kernel said that a drive had another medium, and the first one was gone only when the drive had answered: its clients had the next one's bytes.
+#[test]
+fn a_disk_is_gone_when_the_kernel_tells_of_the_next_one_under_its_number() {
+    apart(|| async {
+        let stack = Stack::new();
+        stack.put("sdx/serial", "one");
+        std::fs::create_dir(stack.at("sdx/device")).unwrap();
+        std::os::unix::fs::symlink("../bus/virtio", stack.at("sdx/device/subsystem")).unwrap();
+        let mut watched = watch(Settings {
+            sysfs: stack.sysfs.path().to_owned(),
+            read_deadline: Duration::from_secs(60),
+            ..quiet()
+        })
+        .await;
+        stack.disk.event("add");
+        let number = stack.disk.number();
+        assert_eq!(watched.seen(number, Stack::DISK).await.serial, "one");
+        // A pipe: whoever opens it for reading waits for a writer.
+        let serial = stack.at("sdx/serial");
+        std::fs::remove_file(&serial).unwrap();
+        nix::unistd::mkfifo(&serial, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let tell = |diskseq: u64| {
+            let (path, minor) = ("/devices/virtual/block/sdx", number.minor);
+            have_sent(
+                format!(
+                    "change@{path}|ACTION=change|DEVPATH={path}|SUBSYSTEM=block|DEVTYPE=disk|DISKSEQ={diskseq}|MAJOR=7|MINOR={minor}|"
+                )
+                .as_bytes(),
+            );
+        };
+        let next = Stack::DISK.0 + 1;
+        // An event of what was there before says nothing of what is there now.
+        tell(Stack::DISK.0 - 1);
+        tell(Stack::DISK.0);
+        stack.put("sdx/diskseq", &format!("{next}\n"));
+        tell(next);
+        let gone = watched.next().await;
+        assert!(
+            matches!(
+                gone,
+                Event::DiskGone {
+                    diskseq: Some(Stack::DISK),
+                    ..
+                }
+            ),
+            "{gone:?}"
+        );
+        std::fs::File::options()
+            .read(true)
+            .write(true)
+            .open(&serial)
+            .unwrap();
+    });
+}
+
 /// Such an event was counted and nothing else: what it told waited for the next survey.
 #[test]
 fn an_event_that_cannot_be_read_is_made_up_for_by_a_survey() {
@@ -470,8 +525,9 @@ struct Stack {
 }
 
 impl Stack {
-    const DISK: DiskSeq = DiskSeq(9);
-    const MAP: DiskSeq = DiskSeq(10);
+    // Later than those of the devices whose events tell of them.
+    const DISK: DiskSeq = DiskSeq(1 << 40);
+    const MAP: DiskSeq = DiskSeq(1 << 41);
 
     fn new() -> Stack {
         let stack = Stack {

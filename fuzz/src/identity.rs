@@ -28,6 +28,7 @@ pub fn run(data: &[u8]) {
         backing_file: some(data),
         gpt_disk_guid: some(head),
         id_path: some(data),
+        removable: false,
         unread: std::collections::BTreeMap::new(),
     };
     for identity in identities(&attributes) {

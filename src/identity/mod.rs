@@ -269,6 +269,8 @@ pub struct Attributes {
     pub gpt_disk_guid: Option<String>,
     /// udev's `ID_PATH`, a slot and no volume.
     pub id_path: Option<String>,
+    /// The disk is a drive whose medium can be changed: its serial and its numbers are the drive's, whatever lies in it.
+    pub removable: bool,
     /// The schemes of attributes that the disk has, or may have, and that could not be read this time, each with the reason.
     pub unread: BTreeMap<Scheme, String>,
 }

@@ -7,9 +7,12 @@ use super::{Attributes, Identity, Scheme, dashed, hex, vpd, worthless};
 /// What a disk's raw attributes say of its identity; empty when nothing in them identifies it.
 pub fn identities(attributes: &Attributes) -> BTreeSet<Identity> {
     let mut found = BTreeSet::new();
-    found.extend(virtio(attributes));
-    found.extend(scsi(attributes));
-    found.extend(nvme(attributes));
+    // What a drive says of itself it says of the next medium, too.
+    if !attributes.removable {
+        found.extend(virtio(attributes));
+        found.extend(scsi(attributes));
+        found.extend(nvme(attributes));
+    }
     found.extend(backing_file(attributes));
     found.extend(partition_table(attributes));
     found.extend(slots(attributes));

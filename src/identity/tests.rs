@@ -521,6 +521,7 @@ fn any_attributes() -> impl Strategy<Value = Attributes> {
             backing_file: t.7,
             gpt_disk_guid: t.8,
             id_path: t.9,
+            removable: false,
             vpd_pg80: pg80,
             vpd_pg83: pg83,
             scsi_remembered: None,

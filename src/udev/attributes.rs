@@ -471,6 +471,22 @@ mod tests {
         assert_eq!(attributes.model.as_deref(), Some("QEMU HARDDISK"));
     }
 
+    /// The serial of a drive was taken for that of the medium in it: the next one was served as the volume.
+    #[test]
+    fn what_a_drive_says_of_itself_names_no_medium() {
+        let tree = Tree::with("sdb", &[("device/vpd_pg80", b"\0\x80\0\x04abcd")]).on("scsi");
+        let said = |tree: &Tree| {
+            let (_, found) = read_identities(tree.0.path(), NUMBER).unwrap();
+            found.iter().map(ToString::to_string).collect::<Vec<_>>()
+        };
+        for (removable, expected) in [("0\n", &["scsi-pg80:abcd"][..]), ("1\n", &[])] {
+            tree.put("removable", removable.as_bytes());
+            assert_eq!(said(&tree), expected, "{removable}");
+        }
+        // People are shown what it says.
+        assert!(tree.disk().attributes.unwrap().vpd_pg80.is_some());
+    }
+
     #[test]
     fn an_nvme_namespace_tells_its_controllers_serial_with_its_own_id() {
         for bus in ["nvme", "nvme-subsystem"] {

@@ -37,7 +37,10 @@ pub fn attributes(
     gpt: bool,
 ) -> io::Result<Attributes> {
     let device = dir.join("device");
-    let mut found = Attributes::default();
+    let mut found = Attributes {
+        removable: number_in(&dir.join("removable"))? == Some(1),
+        ..Attributes::default()
+    };
     let bus = fs::read_link(device.join("subsystem")).unwrap_or_default();
     match bus.file_name().and_then(|n| n.to_str()) {
         Some("virtio") => {

@@ -3,7 +3,8 @@
 //!
 //! Order: subscribe, survey, then apply what came meanwhile (invariant 4). An event is only a hint that a
 //! device number is to be read again; what is told was read from sysfs, between two equal readings of
-//! the disk's sequence number. The one exception is the kernel's `remove`, which is told at once, unread.
+//! the disk's sequence number. The exceptions are the kernel's `remove` and its word of a newer disk under a number: the one before is
+//! told to be gone at once, unread.
 //!
 //! ```text
 //! kernel group ─┐ hint: device number          ┌─ DiskSeen, DiskGone

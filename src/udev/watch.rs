@@ -225,6 +225,20 @@ impl Watch {
 
     async fn on_hint(&mut self, hint: Hint) -> Result<(), Stopped> {
         count(&self.shared.counters.events);
+        let known = self.known.get(&hint.number);
+        let known = known.map(|known| known.facts.diskseq);
+        if let Some(known) = known
+            && hint.diskseq.is_some_and(|told| told > known)
+        {
+            // The number has its next disk, or the drive its next medium: the reading that tells which can wait for the device.
+            self.forget(hint.number, Some(known));
+            self.tell(Event::DiskGone {
+                mark: self.shared.mark(),
+                number: hint.number,
+                diskseq: Some(known),
+            })
+            .await?;
+        }
         if hint.removed {
             self.forget(hint.number, hint.diskseq);
             self.tell(Event::DiskGone {
