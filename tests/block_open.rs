@@ -59,8 +59,8 @@ fn the_announced_disk_is_opened_with_its_size() {
     let seq = disk.attach(&file);
     let claims = Claims::default();
     let block = try_open(&order(&disk, seq, &file), &claims).unwrap();
-    assert_eq!(block.opened().size, 8 << 20);
-    assert!(!block.opened().read_only);
+    assert_eq!(block.size(), 8 << 20);
+    assert!(!block.read_only());
     assert_eq!(block.block_sizes().min, 1);
 }
 
@@ -254,7 +254,7 @@ fn a_read_only_disk_is_opened_read_only_and_says_so() {
     let seq = disk.attach_read_only(&file);
     let claims = Claims::default();
     let block = try_open(&order(&disk, seq, &file), &claims).unwrap();
-    assert!(block.opened().read_only);
+    assert!(block.read_only());
     assert!(!block.can_discard());
 }
 

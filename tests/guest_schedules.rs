@@ -117,6 +117,7 @@ fn opened(action: &Action) -> Option<Event> {
         ticket: order.ticket,
         result: Ok(OpenedDisk {
             size: 1 << 20,
+            mark: Mark::default(),
             read_only: false,
         }),
     })

@@ -128,6 +128,7 @@ impl Machine {
                         self.opens.insert(order.ticket, order.diskseq);
                         let opened = OpenedDisk {
                             size: 1 << 20,
+                            mark: Mark::default(),
                             read_only: false,
                         };
                         events.push(Event::DiskOpened {

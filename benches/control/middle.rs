@@ -210,6 +210,7 @@ pub fn opened(ticket: nbdtrack::correlation::Ticket) -> Event {
         ticket,
         result: Ok(OpenedDisk {
             size: BYTES,
+            mark: Mark::default(),
             read_only: false,
         }),
     }

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::ops::Bound;
 
 use super::binding::{Binding, Cue, Failure};
+use super::disks::Disk;
 use super::enact::RETRY_MAX;
 use super::wanting::Wanting;
 use super::{
@@ -25,7 +26,7 @@ impl Correlation {
         match (waiting, result) {
             (Some(name), Ok(opened)) => {
                 self.mark_busy(diskseq, String::new());
-                let changed = self.believe_size(diskseq, opened.size);
+                let changed = self.believe_size(diskseq, opened);
                 self.cue(
                     &name,
                     Cue::Opened {
@@ -83,11 +84,12 @@ impl Correlation {
 
     /// What was read twice on the opened device is truer than what was read in passing before: else a stale size
     /// would be taken for a disk that shrank, again after each open. True when it is another one than before.
-    fn believe_size(&mut self, diskseq: DiskSeq, size: u64) -> bool {
-        let Some(disk) = self.disks.get_mut(diskseq) else {
+    fn believe_size(&mut self, diskseq: DiskSeq, opened: OpenedDisk) -> bool {
+        let OpenedDisk { size, mark, .. } = opened;
+        let Some(old) = self.disks.believe_size(diskseq, mark, size) else {
             return false;
         };
-        let (id, old) = (disk.id(), std::mem::replace(&mut disk.facts.size, size));
+        let id = self.disks.get(diskseq).map(Disk::id).unwrap_or_default();
         if old != size {
             self.out.push(Action::Tell(Notice::Disk(diskseq)));
             self.out.push(Action::Tell(Notice::Resized {

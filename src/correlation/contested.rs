@@ -135,6 +135,7 @@ mod tests {
                         ticket: order.ticket,
                         result: Ok(OpenedDisk {
                             size: 512,
+                            mark: Mark::default(),
                             read_only: !order.write,
                         }),
                     }),

@@ -27,6 +27,8 @@ pub(super) struct Disk {
     pub announced: bool,
     /// What the last open that met a busy device said.
     pub busy: String,
+    /// When its size was read on the opened device.
+    sized: Mark,
 }
 
 impl Disk {
@@ -155,9 +157,22 @@ impl Disks {
             .is_some_and(|sharers| sharers.len() > 1)
     }
 
-    pub fn seen(&mut self, mark: Mark, facts: DiskFacts) -> Vec<DiskChange> {
+    /// Takes over the size that was read on the opened device, as of `mark`; the one before.
+    pub fn believe_size(&mut self, diskseq: DiskSeq, mark: Mark, size: u64) -> Option<u64> {
+        let disk = self.get_mut(diskseq)?;
+        disk.sized = mark;
+        Some(std::mem::replace(&mut disk.facts.size, size))
+    }
+
+    pub fn seen(&mut self, mark: Mark, mut facts: DiskFacts) -> Vec<DiskChange> {
         if self.is_stale(facts.number, mark) {
             return Vec::new();
+        }
+        // Of a reading that was under way when the disk was opened the size may be an older one: as less it would be taken for a disk that shrank.
+        if let Some(known) = self.get(facts.diskseq)
+            && known.sized > mark
+        {
+            facts.size = known.facts.size;
         }
         self.touched.insert(facts.number, mark);
         let mut changes = Vec::new();
@@ -267,6 +282,9 @@ impl Disks {
                 .as_ref()
                 .map(|before| before.busy.clone())
                 .unwrap_or_default(),
+            sized: before
+                .as_ref()
+                .map_or(Mark::default(), |before| before.sized),
             facts,
             identities,
             doubt,

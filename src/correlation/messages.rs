@@ -102,10 +102,12 @@ impl From<Unkept> for RequestError {
 }
 
 /// What was found on the disk that was opened.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct OpenedDisk {
     /// Bytes, read twice on the opened device.
     pub size: u64,
+    /// The newest observation of the disk's edge when the size had been read; 0 where that edge counts its own.
+    pub mark: Mark,
     pub read_only: bool,
 }
 

@@ -32,8 +32,8 @@ use super::works::{Wish, Works};
 use super::{Error, Options};
 use crate::config::IdentityRules;
 use crate::correlation::{
-    Correlation, Event, ExportName, LeaseEnd, Notice, OpenDisk, OpenRefusal, Reply, RequestError,
-    RequestId, Ticket,
+    Correlation, Event, ExportName, LeaseEnd, Mark, Notice, OpenDisk, OpenRefusal, Reply,
+    RequestError, RequestId, Ticket,
 };
 use crate::dbus::{Answer, Command, JobView, Publisher};
 use crate::files;
@@ -54,6 +54,8 @@ pub(super) enum Report {
     Happened(Event),
     Opened {
         order: Box<OpenDisk>,
+        /// As of which observation of the disks it is open.
+        mark: Mark,
         result: Result<Arc<dyn Image>, OpenRefusal>,
     },
     /// The files were read again, or say why not.
@@ -397,7 +399,11 @@ impl Control {
                 }
                 self.apply(event);
             }
-            Report::Opened { order, result } => self.on_opened(&order, result),
+            Report::Opened {
+                order,
+                mark,
+                result,
+            } => self.on_opened(&order, mark, result),
             Report::Reloaded(read) => self.on_reload(read),
             Report::LookedUp(looked) => self.on_looked_up(looked),
             Report::ReadTooLate(last) => self.on_read_too_late(last),

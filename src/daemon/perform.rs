@@ -8,7 +8,7 @@ use super::backup::shelf::Shelf;
 use super::control::{Control, Report};
 use super::log;
 use crate::correlation::{
-    Action, Change, DiskSeq, Event, ExportName, INTERNAL, Notice, OpenDisk, OpenRefusal,
+    Action, Change, DiskSeq, Event, ExportName, INTERNAL, Mark, Notice, OpenDisk, OpenRefusal,
     OpenedDisk, Reply, RequestError, RequestId, Ticket,
 };
 use crate::dbus::{Answer, Publication};
@@ -119,6 +119,7 @@ impl Control {
             // The loop is gone only when the daemon stops.
             let _stopped = reports.send(Report::Opened {
                 order,
+                mark: Mark::default(),
                 result: Err(refused),
             });
             return;
@@ -140,8 +141,17 @@ impl Control {
                 };
                 opened.map_err(OpenRefusal::from)
             });
+            // A file is watched by an edge that counts its own observations.
+            let mark = match order.identity.format() {
+                Some(_) => Mark::default(),
+                None => reader.mark(),
+            };
             // The loop is gone only when the daemon stops; then the disk is closed by this drop.
-            let _stopped = reports.send(Report::Opened { order, result });
+            let _stopped = reports.send(Report::Opened {
+                order,
+                mark,
+                result,
+            });
         });
     }
 
@@ -160,6 +170,7 @@ impl Control {
     pub(super) fn on_opened(
         &mut self,
         order: &OpenDisk,
+        mark: Mark,
         result: Result<Arc<dyn Image>, OpenRefusal>,
     ) {
         let ticket = order.ticket;
@@ -174,6 +185,7 @@ impl Control {
         let result = result.map(|image| {
             let opened = OpenedDisk {
                 size: image.size(),
+                mark,
                 read_only: image.read_only(),
             };
             self.opened.insert(ticket, image);

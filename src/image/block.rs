@@ -36,7 +36,7 @@ use super::pages::Pages;
 use super::{
     Allocation, BlockSizes, Extent, Image, NoWait, Span, ZeroFlags, allocation, folios, sys,
 };
-use crate::correlation::{OpenDisk, OpenedDisk};
+use crate::correlation::OpenDisk;
 
 pub use super::claim::{Claims, OpenError};
 pub use super::disk::ReadIdentities;
@@ -126,14 +126,6 @@ impl Block {
 
     fn inside_the_size(&self, error: io::Error) -> io::Error {
         inside_the_size(self.claim.medium, error)
-    }
-
-    /// What the middle is told of the opened disk.
-    pub fn opened(&self) -> OpenedDisk {
-        OpenedDisk {
-            size: self.size(),
-            read_only: self.read_only,
-        }
     }
 
     fn file(&self) -> &File {

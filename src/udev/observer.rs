@@ -85,6 +85,11 @@ pub struct IdentityReader {
 }
 
 impl IdentityReader {
+    /// Every reading with a smaller mark began before this call.
+    pub fn mark(&self) -> Mark {
+        self.shared.mark()
+    }
+
     /// As [`super::read_identities`], with the disk GUID where it was opted in and the slot that udev told.
     ///
     /// # Errors

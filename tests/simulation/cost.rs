@@ -90,6 +90,7 @@ fn serving(count: u32) -> Correlation {
         if let Action::OpenDisk(order) = action {
             let result = Ok(OpenedDisk {
                 size: 1000,
+                mark: Mark::default(),
                 read_only: false,
             });
             middle.apply(
@@ -158,6 +159,7 @@ fn round(count: u32) -> (Vec<usize>, Duration) {
             if let Action::OpenDisk(order) = action {
                 let result = Ok(OpenedDisk {
                     size: 1000,
+                    mark: Mark::default(),
                     read_only: false,
                 });
                 step(
@@ -238,6 +240,7 @@ fn ten_thousand_readers_of_one_disk_come_to_serve_it() {
         };
         let result = Ok(OpenedDisk {
             size: 1000,
+            mark: Mark::default(),
             read_only: true,
         });
         actions = middle.apply(Duration::ZERO, Event::DiskOpened { ticket, result });

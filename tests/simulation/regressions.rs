@@ -215,6 +215,38 @@ fn a_disk_that_does_not_say_that_it_is_still_the_volume_loses_its_clients_in_the
     ends_well(world);
 }
 
+/// A disk grew while it was being opened. What had been read of it before came later, and was taken for a disk that shrank: its new clients were cut off.
+#[test]
+fn a_size_that_was_read_before_the_open_ends_no_lease() {
+    // Says the same again; grows, and nobody is told; shrinks.
+    const AGAIN: u8 = 6;
+    const GROW_UNTOLD: u8 = 201;
+    const SHRINK: u8 = 4;
+    let mut world = World::new(Broken::Nothing, &[], &[definition(0, 0, 0, Source::Dbus)]);
+    world.settle_all();
+    world.attach(0, 0, true);
+    deliver_all(&mut world);
+    world.alter(0, AGAIN);
+    world.alter(0, GROW_UNTOLD);
+    world.open(0, 0);
+    world.answer(0);
+    let size = |world: &World| world.middle.export(&name(0)).map(|view| view.size);
+    assert_eq!(
+        (state(&world, 0), size(&world)),
+        (Some(State::Serving), Some(1100))
+    );
+    deliver_all(&mut world);
+    assert_eq!(
+        (state(&world, 0), size(&world)),
+        (Some(State::Serving), Some(1100))
+    );
+    // What is read from now on is newer.
+    world.alter(0, SHRINK);
+    deliver_all(&mut world);
+    assert_eq!(state(&world, 0), Some(State::Draining));
+    ends_well(world);
+}
+
 /// With `allow = ["gpt"]`, a partition table that could not be read hid the serial that the export is known by.
 #[test]
 fn a_scheme_that_cannot_be_read_concerns_no_export_of_another() {

@@ -1,6 +1,8 @@
 //! The opening of disks as the kernel and the real opener would have it, and the door with its leases and the clients' writes.
 
-use nbdtrack::correlation::{Event, ExportName, Generation, LeaseEnd, OpenRefusal, OpenedDisk};
+use nbdtrack::correlation::{
+    Event, ExportName, Generation, LeaseEnd, Mark, OpenRefusal, OpenedDisk,
+};
 
 use super::callers::Pending;
 use super::{Broken, Handle, Lease, VOLUMES, World, identity, name};
@@ -43,9 +45,14 @@ impl World {
                         write: !read_only,
                     };
                     self.handles.insert(order.ticket, handle);
+                    self.mark += 1;
                     Event::DiskOpened {
                         ticket: order.ticket,
-                        result: Ok(OpenedDisk { size, read_only }),
+                        result: Ok(OpenedDisk {
+                            size,
+                            mark: Mark(self.mark),
+                            read_only,
+                        }),
                     }
                 }
             }
