@@ -103,12 +103,36 @@ impl Correlation {
                 });
             }
             Order::End { generation, how } => {
+                self.warn_of_a_late_write(name);
                 self.out.push(Action::EndLease {
                     export: name.clone(),
                     generation,
                     how,
                 });
             }
+        }
+    }
+
+    /// The lease ends because its disk is another volume, or may be one. What its clients wrote and did not flush is in the kernel's page cache of the
+    /// device, and goes to whatever is there when it is written, at the last close at the latest.
+    fn warn_of_a_late_write(&mut self, name: &ExportName) {
+        let Some(export) = self.exports.get(name) else {
+            return;
+        };
+        let Some(held) = export.binding.held().filter(|held| !held.read_only) else {
+            return;
+        };
+        let Some(disk) = self.disks.get(held.diskseq) else {
+            return;
+        };
+        let is_another = disk.identities.is_disjoint(&export.candidates);
+        if is_another || self.is_in_doubt_too_long(export, held.diskseq) {
+            let reason = format!(
+                "what clients of export {name} wrote to {} and did not flush is written by the kernel to the disk that is there now: look at \
+                 what is on it before it is used",
+                export.definition.volume
+            );
+            self.log_disk(held.diskseq, Level::Warn, Topic::NotDurable, reason);
         }
     }
 

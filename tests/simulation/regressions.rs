@@ -215,6 +215,23 @@ fn a_disk_that_does_not_say_that_it_is_still_the_volume_loses_its_clients_in_the
     ends_well(world);
 }
 
+/// A disk that was another volume was closed without a word: the close, or the kernel before it, wrote the first volume's last writes to it.
+#[test]
+fn who_wrote_to_a_disk_that_is_another_volume_now_is_told_where_that_went() {
+    for (read_only, warned) in [(0, true), (1, false)] {
+        let exports = [definition(0, 0, read_only, Source::Dbus)];
+        let mut world = World::new(Broken::Nothing, &[(0, 0)], &exports);
+        world.log = Some(Vec::new());
+        world.settle_all();
+        world.change_identity(0, 1);
+        world.settle_all();
+        let told = |line: &String| line.contains("did not flush is written by the kernel");
+        let lines = world.log.take().unwrap_or_default();
+        assert_eq!(lines.iter().any(told), warned, "{lines:?}");
+        ends_well(world);
+    }
+}
+
 /// A disk grew while it was being opened. What had been read of it before came later, and was taken for a disk that shrank: its new clients were cut off.
 #[test]
 fn a_size_that_was_read_before_the_open_ends_no_lease() {

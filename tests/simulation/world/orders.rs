@@ -1,8 +1,8 @@
 //! One step of the middle, and what it orders: carried out, and judged as it is ordered.
 
 use nbdtrack::correlation::{
-    Action, Definition, EndHow, Event, ExportName, Generation, LeaseEnd, Notice, Source, State,
-    Ticket, Topic, VmDisk,
+    Action, Definition, EndHow, Event, ExportName, Generation, LeaseEnd, Level, Notice, Source,
+    State, Ticket, Topic, VmDisk,
 };
 
 use super::callers::Pending;
@@ -44,6 +44,9 @@ impl World {
             match &action {
                 Action::Log(decision) if decision.topic == Topic::Refused => {
                     self.config_refused.extend(decision.export.clone());
+                }
+                Action::Log(decision) if decision.level == Level::Warn => {
+                    self.note(|| format!("    {}", decision.reason));
                 }
                 Action::Log(_) | Action::Tell(_) => {}
                 other => self.note(|| format!("    {other:?}")),
