@@ -774,6 +774,93 @@ fn partition_is_refused_by_its_name_with_what_to_do_and_its_disk_is_untouched() 
     })
 }
 
+/// The guest on the volume wrote a partition table, and udev's rules led the link to the partition: the next reload, for another file's
+/// sake, ended the clients of a section that nobody had touched, and said that it stays as it was.
+#[test]
+fn section_that_is_refused_at_a_reload_keeps_its_clients() -> Outcome<()> {
+    let needs = [NEEDS, &[Need::Tool("losetup"), Need::Tool("addpart")]].concat();
+    real("refused sections' clients", &needs, |ground| {
+        let (device, other) = (LoopDevice::add()?, LoopDevice::add()?);
+        let a = Volume::make(ground.path(), "vol-a", BYTES)?;
+        let b = Volume::make(ground.path(), "vol-b", BYTES)?;
+        device.attach(&a.image)?;
+        let (node, image) = (other.node(), b.image.display().to_string());
+        process::succeed("losetup", &["--partscan", &node, &image], STEP_LIMIT)?;
+        process::succeed("addpart", &[&node, "1", "2048", "8192"], STEP_LIMIT)?;
+        let (link, new) = (ground.file("vol-a"), ground.file("vol-a.new"));
+        let lead = |to: &str| -> Outcome<()> {
+            std::os::unix::fs::symlink(to, &new)?;
+            Ok(fs::rename(&new, &link)?)
+        };
+        lead(&device.node())?;
+        let folder = ground.file("files");
+        fs::create_dir(&folder)?;
+        let file = folder.join("a.raw").display().to_string();
+        fs::write(&file, vec![1; 1 << 20])?;
+
+        let place = Place::begin(ground, "")?;
+        // A link elsewhere than beneath /dev is a file to the configuration.
+        let job = section("job", &format!("/dev/..{}", link.display()), "");
+        place.write("job.conf", &job)?;
+        place.write("file.conf", &section("file", &file, ""))?;
+        hold!(place.reload().is_ok(), "reload");
+        let names = ["job", "file"];
+        let mut clients = Vec::new();
+        let mut before = Vec::new();
+        for name in names {
+            before.push(place.caller.reach_state(name, "Serving", STEP_LIMIT)?);
+            clients.push(Client::open(&place.home.endpoint(), name)?);
+        }
+        let mut undisturbed = |when: &str| -> Outcome<()> {
+            for ((name, before), client) in names.into_iter().zip(&before).zip(&mut clients) {
+                let wrote = client.write(0, &[7; 512], true)?;
+                hold!(wrote.is_ok(), "{when}: the client of {name}: {wrote:?}");
+                let now = place.caller.reach_state(name, "Serving", STEP_LIMIT)?;
+                for property in ["Generation", "VolumeId", "DeviceNode"] {
+                    hold!(now[property] == before[property], "{when}: {name}: {now:?}");
+                }
+                // And whoever comes is served as before.
+                Client::open(&place.home.endpoint(), name)?;
+            }
+            Ok(())
+        };
+        undisturbed("before")?;
+
+        lead(&format!("{node}p1"))?;
+        place.write("more.conf", &section("more", "/dev/none", ""))?;
+        for when in ["the link leads to a partition", "and again"] {
+            let told = place.reload().err().unwrap_or_default();
+            for says in ["job.conf:1:1: [job]", "a partition of", "stays as it was"] {
+                hold!(told.contains(says), "{when}: {told}");
+            }
+            hold!(
+                place.caller.export("more")?.is_some(),
+                "the rest is applied"
+            );
+            undisturbed(when)?;
+        }
+        // As written it cannot be looked up.
+        place.write(
+            "file.conf",
+            &section("file", &file.replace("/a.raw", "//a.raw"), ""),
+        )?;
+        let told = place.reload().err().unwrap_or_default();
+        hold!(told.contains("file.conf:1:1: [file]: exportname"), "{told}");
+        undisturbed("the path is mistyped")?;
+        // A broken file keeps the section that was taken last, not the one that was refused.
+        place.write("file.conf", "[file")?;
+        hold!(place.reload().is_err(), "the file is broken");
+        undisturbed("the file is broken, too")?;
+        let log = fs::read_to_string(&place.home.log)?;
+        hold!(!log.contains("removed 1"), "an export was removed: {log}");
+
+        lead(&device.node())?;
+        place.write("file.conf", &section("file", &file, ""))?;
+        hold!(place.reload().is_ok(), "all is well again");
+        undisturbed("all is well again")
+    })
+}
+
 /// The stock server closes every connection after a SIGHUP that brings no new section, and crashes after some thirty that do. A hundred a
 /// second: 300, or as many as `NBDTRACK_HANGUPS` says.
 #[test]

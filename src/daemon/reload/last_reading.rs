@@ -3,8 +3,10 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::ffi::OsString;
+use std::path::Path;
+use std::sync::Arc;
 
-use crate::config::nbd_server::LastGood;
+use crate::config::nbd_server::{LastGood, Section};
 use crate::config::{ClaimRules, KnownFiles, Pace};
 use crate::correlation::{ConfiguredSection, ExportName, NamedPath, SectionsChange, Written};
 use crate::identity::OptIn;
@@ -26,7 +28,7 @@ pub(in crate::daemon) struct LastReading {
     pub dialect: Dialect,
     /// Of nbd-server's, as the next.
     pub files: KnownFiles,
-    /// For what cannot be read the next time.
+    /// For what cannot be taken the next time: the sections of which the middle was told.
     pub good: LastGood,
     /// Of each file, when it was last written by its own time, in microseconds since 1970, and what was made of that.
     times: HashMap<OsString, (u64, Written)>,
@@ -57,14 +59,14 @@ impl LastReading {
         }
     }
 
-    /// Takes over the times of the files, `None` for one that has none, and gives what is made of each by `judge`. A time that was
+    /// Takes over the times of the files, `None` for one that has none, and has `judge` say what is made of each. A time that was
     /// comparable and is the same stays what it was made of: the clocks that it is compared with are never read in the same moment, and
     /// each section would be another one for a microsecond.
     pub fn times(
         &mut self,
         modified_us: impl IntoIterator<Item = (OsString, Option<u64>)>,
         judge: impl Fn(u64) -> Written,
-    ) -> &HashMap<OsString, (u64, Written)> {
+    ) {
         let before = std::mem::take(&mut self.times);
         let now = modified_us.into_iter().filter_map(|(file, modified_us)| {
             let modified_us = modified_us?;
@@ -79,7 +81,19 @@ impl LastReading {
             Some((file, (modified_us, written)))
         });
         self.times = now.collect();
-        &self.times
+    }
+
+    /// What was made of the time of this file; `None` for one that has none.
+    pub fn written(&self, file: &Path) -> Option<Written> {
+        let (_, written) = self.times.get(file.as_os_str())?;
+        Some(*written)
+    }
+
+    /// The section of this name that was taken, and what the middle was told of it.
+    pub fn taken(&self, name: &ExportName) -> Option<(&Arc<Section>, &ConfiguredSection)> {
+        let named = |told: &ConfiguredSection| told.definition.name.cmp(name);
+        let at = self.told.binary_search_by(named).ok()?;
+        Some((self.good.get(name.as_str())?, self.told.get(at)?))
     }
 
     /// What is otherwise in these sections, which take the place of those that were there.
@@ -239,8 +253,8 @@ mod tests {
         let mut last = LastReading::none(Dialect::NbdServer);
         let mut read = |modified_us: Option<u64>, now: Written| {
             let file = OsString::from("/c");
-            let times = last.times([(file.clone(), modified_us)], |_| now);
-            times.get(&file).map(|(_, written)| *written)
+            last.times([(file.clone(), modified_us)], |_| now);
+            last.written(Path::new(&file))
         };
         let at = |us| Some(Written::At(us));
         assert_eq!(read(Some(100), Written::At(90)), at(90));

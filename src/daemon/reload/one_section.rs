@@ -30,8 +30,8 @@ pub(in crate::daemon) fn configured(
         Backing::Volume(volume) => {
             if let Some(class) = volume.opt_in().filter(|class| !allow.contains(class)) {
                 return Err(format!(
-                    "[{}]: x-volume {volume} does not prove which volume it is, and is not served; if that is meant, say [identity] \
-                     allow = [\"{}\"] in the file that x-settings names",
+                    "[{}]: x-volume {volume} does not prove which volume it is, and is refused; if it is meant, say [identity] \
+                     allow = [\"{}\"] in the file that x-settings names, else take the section out",
                     section.name,
                     class.name()
                 ));
@@ -78,6 +78,17 @@ pub(in crate::daemon) fn configured(
         source: Source::NbdServer,
     };
     Ok(ConfiguredSection { definition, path })
+}
+
+/// What the middle was told of it, with where its path leads now, for one that cannot be taken as it is written. A partition at the path is as
+/// nothing there: the pin is what is served.
+pub(super) fn as_before(known: &ConfiguredSection) -> ConfiguredSection {
+    let path = known.path.clone().map(|path| NamedPath {
+        at: udev::look_up(&path.path).map_err(|why| why.to_string()),
+        ..path
+    });
+    let definition = known.definition.clone();
+    ConfiguredSection { definition, path }
 }
 
 /// Whom the door lets in. `missing_allows`: an authfile that cannot be read lets everyone in; else no one.

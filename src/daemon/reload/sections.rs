@@ -3,11 +3,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::SystemTime;
 
 use super::config_read::Found;
 use super::last_reading::LastReading;
-use super::one_section::{access, configured};
+use super::one_section::{access, as_before, configured};
 use crate::config::nbd_server::{self, COMMAND_LINE, CommandLine, Generic, Judged};
 use crate::config::{self, Config, Pace, Problem};
 use crate::correlation::{ConfiguredSection, ExportName, SectionsChange, Written};
@@ -85,30 +86,37 @@ pub(in crate::daemon) fn look(
     let modified_us = files
         .iter()
         .map(|file| (file.judged.path.clone().into_os_string(), file.written_us));
-    let written = last.times(modified_us, |us| now.written(Some(us)));
-    for section in judged.sections.values() {
+    last.times(modified_us, |us| now.written(Some(us)));
+    let mut standing = std::mem::take(&mut judged.sections);
+    standing.retain(|_, section| {
         pace.step();
         let written = match section.file == Path::new(COMMAND_LINE) {
             true => Written::Unknown("it stands on a command line"),
-            false => match written.get(section.file.as_os_str()) {
-                Some((_, written)) => *written,
-                None => now.written(None),
-            },
+            false => last
+                .written(&section.file)
+                .unwrap_or_else(|| now.written(None)),
         };
-        match configured(section, written, &allow) {
-            Ok(configured) => {
-                let access = access(section, missing_allows, &mut judged.warnings);
-                if access != nbd::Access::default() {
-                    rules.exports.insert(section.name.clone(), access);
-                }
-                sections.push(configured);
-            }
+        let taken = match configured(section, written, &allow) {
+            Ok(configured) => configured,
             Err(message) => {
                 judged.refused += 1;
                 judged.problems.push(problem(section, message));
+                // Whatever is wrong with it now, its clients meet what they met before.
+                let Some((good, known)) = last.taken(&section.name) else {
+                    return false;
+                };
+                *section = Arc::clone(good);
+                as_before(known)
             }
+        };
+        let access = access(section, missing_allows, &mut judged.warnings);
+        if access != nbd::Access::default() {
+            rules.exports.insert(section.name.clone(), access);
         }
-    }
+        sections.push(taken);
+        true
+    });
+    judged.sections = standing;
     let mut unnamed = judged.sections.values().filter(|section| section.unnamed);
     // Of two, which can be only when one is kept from before, neither is meant.
     rules.unnamed = match (unnamed.next(), unnamed.next()) {
@@ -241,5 +249,65 @@ mod tests {
             assert_eq!(pace.pauses(), 3 * sections / Pace::piece());
             last = reading.last;
         }
+    }
+
+    /// They were taken out, and their clients drained, while log and caller were told that all stays as it was.
+    #[test]
+    fn a_section_that_cannot_be_taken_any_more_stays_as_it_was() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name).display().to_string();
+        let write = |name: &str, text: &str| fs::write(path(name), text).unwrap();
+        write("allowed", "192.0.2.1\n");
+        write("settings", "[identity]\nallow = [\"slot\"]\n");
+        let main = |file: &str| {
+            format!(
+                "[generic]\nx-settings = {}\n[file]\nexportname = {file}\nauthfile = {}\n[slot]\nx-volume = slot:pci-0000:00:07.0\n",
+                path("settings"),
+                path("allowed")
+            )
+        };
+        let read = |last| {
+            let config = folder.path().join("config");
+            look(&config, None, last, Clock::now(), &Pace::default()).compare()
+        };
+        write("config", &main(&path("a.raw")));
+        let first = read(LastReading::none(Dialect::NbdServer));
+        let taken = first.found.unwrap();
+        assert_eq!((taken.taken, taken.change.put.len()), (2, 2));
+
+        // Now the one is written with another path that cannot be looked up, and the other's class is not allowed any more.
+        write("config", &main(&path("a.raw").replace("/a.raw", "//a.raw")));
+        write("settings", "# nothing\n");
+        let mut last = first.last;
+        for _ in 0..2 {
+            let reading = read(last);
+            let told: Vec<&str> = reading.problems.iter().map(|p| &*p.message).collect();
+            assert!(told[0].contains("[file]: exportname"), "{told:?}");
+            assert!(told[1].contains("allow = [\"slot\"]"), "{told:?}");
+            let found = reading.found.unwrap();
+            let untouched = SectionsChange {
+                refused: Some(BTreeSet::new()),
+                ..SectionsChange::default()
+            };
+            assert_eq!(found.change, untouched);
+            assert_eq!((found.taken, found.refused), (2, 2));
+            assert!(
+                found.rules.is_none(),
+                "whom its authfile lists, is as it was"
+            );
+            let roots = [folder.path().to_owned()];
+            assert_eq!(found.file_roots.as_deref(), Some(&roots[..]));
+            last = reading.last;
+        }
+
+        // What comes like this has no state that could stay.
+        let reading = read(LastReading::none(Dialect::NbdServer));
+        let found = reading.found.unwrap();
+        assert_eq!((found.taken, found.refused), (0, 2));
+        // And what is taken out goes.
+        write("config", "[generic]\n");
+        let gone = read(last).found.unwrap().change.gone;
+        let gone: Vec<&str> = gone.iter().map(ExportName::as_str).collect();
+        assert_eq!(gone, ["file", "slot"]);
     }
 }
