@@ -4,7 +4,7 @@ use std::fs;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-use nbdtrack::config::{FILE_BYTES_MAX, ReadError, read};
+use nbdtrack::config::{FILE_BYTES_MAX, ReadError, read, read_again};
 
 #[test]
 fn a_folder_stands_for_the_file_in_it_and_conf_d_is_sorted() {
@@ -41,6 +41,29 @@ fn a_folder_stands_for_the_file_in_it_and_conf_d_is_sorted() {
     let expected = ["nbdtrack.toml", "B.toml", "a.toml", "b.toml"];
     assert_eq!(names(folder.path()), expected);
     assert_eq!(names(&folder.path().join("nbdtrack.toml")), expected);
+}
+
+/// A folder that was made anew, or whose file system was not mounted, was "no exports" and ended every session of its files.
+#[test]
+fn conf_d_that_had_files_and_is_gone_is_refused_and_none_that_never_was_there_or_is_empty() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (conf_d, aside) = (folder.path().join("conf.d"), folder.path().join("aside"));
+    write(&folder.path().join("nbdtrack.toml"), b"# main");
+    let files = |before| read_again(folder.path(), before).map(|files| files.len());
+    assert!(matches!(files(0), Ok(1)), "at a start");
+    assert!(matches!(files(1), Ok(1)), "it never was there");
+    fs::create_dir(&conf_d).expect("conf.d");
+    write(&conf_d.join("a.toml"), b"# one");
+    assert!(matches!(files(1), Ok(2)));
+    fs::rename(&conf_d, &aside).expect("renamed");
+    let gone = files(2).expect_err("refused");
+    assert!(
+        gone.to_string().contains("conf.d: the folder is gone")
+            && gone.to_string().contains("empty folder"),
+        "{gone}"
+    );
+    fs::create_dir(&conf_d).expect("conf.d");
+    assert!(matches!(files(2), Ok(1)), "an empty one is meant");
 }
 
 #[test]

@@ -6,7 +6,8 @@ use std::fs;
 use std::path::Path;
 
 use support::Outcome;
-use support::bus::{Bus, Client};
+use support::bus::{Bus, Client, Options};
+use support::client::Client as NbdClient;
 use support::daemon::Home;
 use support::ground::{Ground, Need, real};
 use support::scene::STEP_LIMIT;
@@ -92,6 +93,52 @@ fn files_that_change_are_read_again_once_and_an_editors_are_passed_over() -> Out
             "an editor's file is none"
         );
         drop(client);
+        daemon.stop()
+    })
+}
+
+/// Whoever puts another folder in the place of `conf.d` takes the old one away first; as "no exports" it ended every session of its files.
+#[test]
+fn folder_that_is_gone_for_a_moment_ends_no_session() -> Outcome<()> {
+    real("conf.d that is gone", NEEDS, |ground| {
+        let bus = Bus::start(ground.path())?;
+        let mut home = Home::new(ground.path(), &bus.address)?;
+        let files = ground.file("files");
+        fs::create_dir(&files)?;
+        fs::write(files.join("a.raw"), vec![1; 1 << 20])?;
+        home.server = format!("file_roots = [{:?}]\n", files.display().to_string());
+        home.configure(&[])?;
+        let (conf, aside) = (ground.file("conf.d"), ground.file("aside"));
+        fs::create_dir(&conf)?;
+        let path = files.join("a.raw").display().to_string();
+        let text = format!("[[export]]\nname = \"a\"\npath = {path:?}\n");
+        fs::write(conf.join("a.toml"), text)?;
+        let daemon = home.start()?;
+        let caller = Client::connect(&bus)?;
+        let reload = || caller.call("Reload", &(Options::new(),));
+        caller.reach_state("a", "Serving", STEP_LIMIT)?;
+        let mut client = NbdClient::open(&home.endpoint(), "a")?;
+
+        fs::rename(&conf, &aside)?;
+        for _ in 0..2 {
+            let told = reload().err().map(|refused| refused.text);
+            let told = told.unwrap_or_default();
+            hold!(told.contains("conf.d: the folder is gone"), "{told:?}");
+            let wrote = client.write(0, &[7; 512], true)?;
+            hold!(wrote.is_ok(), "the client of its export: {wrote:?}");
+        }
+        fs::rename(&aside, &conf)?;
+        hold!(reload().is_ok(), "it is back");
+        hold!(client.flush()?.is_ok(), "the client of its export");
+
+        // One that is empty is meant.
+        fs::rename(&conf, &aside)?;
+        fs::create_dir(&conf)?;
+        hold!(reload().is_ok(), "an empty folder");
+        support::until(STEP_LIMIT, "the export to go", || {
+            Ok(caller.export("a")?.is_none().then_some(()))
+        })?;
+        drop(caller);
         daemon.stop()
     })
 }

@@ -36,6 +36,11 @@ pub enum ReadError {
     Empty(PathBuf),
     #[error("{path}: more than {limit} bytes; this is no configuration")]
     TooLarge { path: PathBuf, limit: u64 },
+    /// A folder that is made anew, or whose file system is not mounted: as "no exports" it would end every session of its files.
+    #[error(
+        "{0}: the folder is gone, and what its files said stays; if no exports are meant, make it an empty folder"
+    )]
+    FolderGone(PathBuf),
     #[error("{0}: more than {FILES_MAX} files")]
     TooMany(PathBuf),
     #[error("{0}: with this file the configuration has more than {TOTAL_BYTES_MAX} bytes")]
@@ -55,11 +60,35 @@ pub enum ReadError {
 /// name (not `*.toml`, or an editor's: beginning with `.` or `#`) or their kind (folders, sockets).
 pub fn read(path: &Path) -> Result<Vec<SourceFile>, ReadError> {
     let main = main_file(path)?;
-    let folder = main.parent().unwrap_or(Path::new(".")).join(CONF_D);
+    let files = conf_d(&folder_beside(&main))?.unwrap_or_default();
+    sources(path, main, files)
+}
+
+/// As [`read`], after a reading that had so many files.
+///
+/// # Errors
+/// As there, and [`ReadError::FolderGone`] when that one had files of `conf.d` and there is no such folder any more.
+pub fn read_again(path: &Path, before: usize) -> Result<Vec<SourceFile>, ReadError> {
+    let main = main_file(path)?;
+    let folder = folder_beside(&main);
+    let files = match conf_d(&folder)? {
+        Some(files) => files,
+        // One is the main file.
+        None if before > 1 => return Err(ReadError::FolderGone(folder)),
+        None => Vec::new(),
+    };
+    sources(path, main, files)
+}
+
+fn folder_beside(main: &Path) -> PathBuf {
+    main.parent().unwrap_or(Path::new(".")).join(CONF_D)
+}
+
+fn sources(path: &Path, main: PathBuf, others: Vec<PathBuf>) -> Result<Vec<SourceFile>, ReadError> {
     let mut left = TOTAL_BYTES_MAX;
     let mut files =
         vec![source(main, &mut left)?.ok_or_else(|| ReadError::NotAFile(path.to_owned()))?];
-    for path in conf_d(&folder)? {
+    for path in others {
         files.extend(source(path, &mut left)?);
     }
     Ok(files)
@@ -90,9 +119,10 @@ pub(super) fn main_file(path: &Path) -> Result<PathBuf, ReadError> {
     }
 }
 
-fn conf_d(folder: &Path) -> Result<Vec<PathBuf>, ReadError> {
+/// Its files, sorted by name; `None` where there is no such folder.
+fn conf_d(folder: &Path) -> Result<Option<Vec<PathBuf>>, ReadError> {
     let entries = match fs::read_dir(folder) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         entries => entries.map_err(kernel(folder))?,
     };
     let mut found = Vec::new();
@@ -108,7 +138,7 @@ fn conf_d(folder: &Path) -> Result<Vec<PathBuf>, ReadError> {
         found.push(folder.join(name));
     }
     found.sort();
-    Ok(found)
+    Ok(Some(found))
 }
 
 /// One file, `None` when it is none. `left` is how many bytes all files may still have.

@@ -44,7 +44,7 @@ mod watched;
 pub use bus_access::BusAccess;
 pub use database::{Database, Tls};
 use document::{Document, FoundExport, Role};
-pub use files::{FILE_BYTES_MAX, ReadError, read};
+pub use files::{FILE_BYTES_MAX, ReadError, read, read_again};
 pub use ini_files::{IniFiles, is_ini, read_ini, read_ini_beside, read_ini_main, settings_of};
 pub use known_files::{KnownFiles, ReadFile};
 pub use limits::Limits;

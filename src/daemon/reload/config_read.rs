@@ -35,8 +35,10 @@ impl Found {
     pub(in crate::daemon) fn in_toml(
         exports: Vec<Definition>,
         claim: Option<ClaimRules>,
+        files: usize,
         last: &mut LastReading,
     ) -> Found {
+        last.toml_files = files;
         Found {
             taken: exports.len(),
             change: last.change(exports.into_iter().map(Into::into).collect(), None),
@@ -74,7 +76,7 @@ impl Read {
                 }
             }
             Dialect::Toml => {
-                let parsed = parsed(path);
+                let parsed = parsed(path, last.toml_files);
                 match last_word.take() {
                     true => Ok(Read::toml(parsed, last)),
                     false => Err(last),
@@ -93,21 +95,28 @@ impl Read {
         }
     }
 
-    /// The first reading of `nbdtrack.toml`.
-    pub(in crate::daemon) fn of_toml(exports: Vec<Definition>, claim: Option<ClaimRules>) -> Read {
+    /// The first reading of `nbdtrack.toml`, of so many files.
+    pub(in crate::daemon) fn of_toml(
+        exports: Vec<Definition>,
+        claim: Option<ClaimRules>,
+        files: usize,
+    ) -> Read {
         let mut last = LastReading::none(Dialect::Toml);
         Read {
-            found: Some(Found::in_toml(exports, claim, &mut last)),
+            found: Some(Found::in_toml(exports, claim, files, &mut last)),
             last: Box::new(last),
             problems: String::new(),
         }
     }
 
     /// A problem keeps everything as it was and is told by file, line and column.
-    fn toml(parsed: Result<config::Config, Vec<String>>, mut last: Box<LastReading>) -> Read {
+    fn toml(
+        parsed: Result<(config::Config, usize), Vec<String>>,
+        mut last: Box<LastReading>,
+    ) -> Read {
         let (found, problems) = match parsed {
-            Ok(config) => {
-                let found = Found::in_toml(config.exports, config.claim, &mut last);
+            Ok((config, files)) => {
+                let found = Found::in_toml(config.exports, config.claim, files, &mut last);
                 (Some(found), String::new())
             }
             Err(problems) => {
@@ -123,11 +132,13 @@ impl Read {
     }
 }
 
-/// All files of `nbdtrack.toml`, read and judged.
-fn parsed(path: &Path) -> Result<config::Config, Vec<String>> {
-    let files = config::read(path).map_err(|error| vec![error.to_string()])?;
-    let told = |problems: Vec<config::Problem>| problems.iter().map(ToString::to_string).collect();
-    config::parse(&files).map_err(told)
+/// All files of `nbdtrack.toml`, read and judged, and how many they are; `before`: how many the last reading had.
+fn parsed(path: &Path, before: usize) -> Result<(config::Config, usize), Vec<String>> {
+    let files = config::read_again(path, before).map_err(|error| vec![error.to_string()])?;
+    let told = |problem: &config::Problem| problem.to_string();
+    let config =
+        config::parse(&files).map_err(|problems| problems.iter().map(told).collect::<Vec<_>>())?;
+    Ok((config, files.len()))
 }
 
 /// Logs what is wrong in a reading, and gives as much of it as callers are told. Not for the loop: there may be ten thousand lines.

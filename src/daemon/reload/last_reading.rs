@@ -26,6 +26,8 @@ pub(in crate::daemon) enum Dialect {
 #[derive(Debug)]
 pub(in crate::daemon) struct LastReading {
     pub dialect: Dialect,
+    /// How many files of `nbdtrack.toml` were taken, with those of `conf.d`.
+    pub toml_files: usize,
     /// Of nbd-server's, as the next.
     pub files: KnownFiles,
     /// For what cannot be taken the next time: the sections of which the middle was told.
@@ -48,6 +50,7 @@ impl LastReading {
     pub fn none(dialect: Dialect) -> LastReading {
         LastReading {
             dialect,
+            toml_files: 0,
             files: KnownFiles::default(),
             good: LastGood::default(),
             times: HashMap::new(),

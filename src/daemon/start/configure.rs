@@ -160,10 +160,12 @@ fn configure(options: &Options, clock: Clock) -> Result<(Config, Read), Error> {
         path => {
             let config = path.as_ref().map(|path| {
                 let files = config::read(path)?;
-                config::parse(&files).map_err(Error::Config)
+                let config = config::parse(&files).map_err(Error::Config)?;
+                Ok::<_, Error>((config, files.len()))
             });
-            let mut config = config.transpose()?.unwrap_or_default();
-            let read = Read::of_toml(std::mem::take(&mut config.exports), config.claim.take());
+            let (mut config, files) = config.transpose()?.unwrap_or_default();
+            let exports = std::mem::take(&mut config.exports);
+            let read = Read::of_toml(exports, config.claim.take(), files);
             (config, read)
         }
     };
