@@ -22,9 +22,14 @@ const TICK: Duration = Duration::from_millis(100);
 /// Longer than the tick of a file system that keeps whole seconds (FAT: two).
 const COARSE_TICK: Duration = Duration::from_secs(3);
 
-/// The included files as they were read last, by their paths' bytes: paths by themselves are compared part by part.
+/// What is known of the files as they were read last.
 #[derive(Debug, Default)]
-pub struct KnownFiles(HashMap<OsString, KnownFile>);
+pub struct KnownFiles {
+    /// The included ones, by their paths' bytes: paths by themselves are compared part by part.
+    included: HashMap<OsString, KnownFile>,
+    /// There was a main file, so that one that is missing is not one that says nothing.
+    had_main: bool,
+}
 
 #[derive(Debug)]
 struct KnownFile {
@@ -77,8 +82,8 @@ impl Facts {
 }
 
 impl KnownFiles {
-    /// Reads what changed, and gives all files, the main one first; as [`super::read_ini_beside`]. `now` is a time before the call. Blocks
-    /// as files do: not for the event loop.
+    /// Reads what changed, and gives all files, the main one first; as [`super::read_ini_beside`], but that a main file that was there cannot be
+    /// missing. `now` is a time before the call. Blocks as files do: not for the event loop.
     pub fn read_again(
         &mut self,
         main: &Path,
@@ -88,13 +93,14 @@ impl KnownFiles {
     ) -> Vec<ReadFile> {
         let mut left = TOTAL_BYTES_MAX;
         let mut read = Vec::new();
-        let (file, written_us) = match line.is_some() && says_nothing(main) {
+        let (file, written_us) = match line.is_some() && !self.had_main && says_nothing(main) {
             true => (nothing_at(main), None),
             false => taken(main, &mut left),
         };
+        self.had_main |= written_us.is_some();
         let listed = included(&file);
         read.push(ReadFile::of(&file, Part::Main, written_us));
-        let mut before = std::mem::take(&mut self.0);
+        let mut before = std::mem::take(&mut self.included);
         match listed {
             Ok(paths) => {
                 for path in paths {
@@ -105,8 +111,8 @@ impl KnownFiles {
             }
             Err(unlisted) => {
                 // Its files may be there again in a moment.
-                self.0 = before;
-                read.push(ReadFile::of(&unlisted, Part::Included, None));
+                self.included = before;
+                read.push(ReadFile::of(&unlisted, Part::Folder, None));
             }
         }
         read.extend(line.map(|line| ReadFile::of(&of_line(line), Part::Included, None)));
@@ -127,7 +133,7 @@ impl KnownFiles {
             && spend(known.facts.bytes, left).is_ok()
         {
             let file = known.file.clone();
-            self.0.insert(path.into_os_string(), known);
+            self.included.insert(path.into_os_string(), known);
             return file;
         }
         match source(&path, left) {
@@ -149,7 +155,7 @@ impl KnownFiles {
                     settled,
                     file: file.clone(),
                 };
-                self.0.insert(path.into_os_string(), known);
+                self.included.insert(path.into_os_string(), known);
                 file
             }
             Err(message) => {
@@ -328,5 +334,51 @@ mod tests {
         assert!(unlisted[1].written_us.is_none());
         fs::rename(&aside, &conf).unwrap();
         assert_eq!(kept(&before, &folder.read(LATER)), ["a", "b"]);
+    }
+
+    /// What was included from elsewhere went with the name of its folder, and with the file that has it.
+    #[test]
+    fn a_folder_or_a_main_file_that_is_not_there_takes_nothing_along() {
+        let mut folder = Folder::of(&["a", "b"]);
+        let main = folder.folder.path().join("config");
+        let line = CommandLine::new("1234", "/dev/line", false, None, None).unwrap();
+        let mut read = |last: &_| {
+            let now = SystemTime::now() + LATER;
+            let pace = Pace::default();
+            let read = folder.known.read_again(&main, Some(&line), now, &pace);
+            judge_together(read.iter().map(|file| &*file.judged), last)
+        };
+        let names = |judged: &super::super::nbd_server::Judged| {
+            let names = judged.sections.keys().map(String::as_str);
+            names.collect::<Vec<_>>().join(" ")
+        };
+        let text = fs::read_to_string(&main).unwrap();
+        fs::write(&main, format!("{text}[here]\nexportname = /dev/here\n")).unwrap();
+        let first = read(&Default::default());
+        assert_eq!(names(&first), "a b default here");
+        // Mistyped, and with a section of its own taken out, which is meant.
+        fs::write(&main, text.replace("conf.d", "conf.b")).unwrap();
+        let mistyped = read(&first.sections);
+        assert_eq!(names(&mistyped), "a b default");
+        assert!(mistyped.unread && mistyped.problems[0].message.contains("includedir"));
+        fs::write(&main, &text).unwrap();
+        assert_eq!(names(&read(&mistyped.sections)), "a b default");
+        // An editor has it for a moment.
+        let aside = main.with_extension("aside");
+        fs::rename(&main, &aside).unwrap();
+        let missing = read(&first.sections);
+        assert!(missing.generic.is_none(), "everything stays as it was");
+        assert!(missing.problems[0].message.contains("No such file"));
+        fs::rename(&aside, &main).unwrap();
+        assert_eq!(names(&read(&first.sections)), "a b default");
+        // Where there never was one, there is none.
+        fs::remove_file(&main).unwrap();
+        folder.known = KnownFiles::default();
+        let now = SystemTime::now() + LATER;
+        let none = folder
+            .known
+            .read_again(&main, Some(&line), now, &Pace::default());
+        let judged = judge_together(none.iter().map(|file| &*file.judged), &Default::default());
+        assert_eq!(names(&judged), "default");
     }
 }

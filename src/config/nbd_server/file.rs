@@ -14,6 +14,7 @@ use crate::config::place::{Place, Problem};
 #[derive(Debug)]
 pub struct JudgedFile {
     pub path: PathBuf,
+    pub(super) part: Part,
     /// It could not be read or parsed.
     pub(super) unread: bool,
     /// Why nothing of it is taken.
@@ -41,12 +42,15 @@ pub enum Part {
     Main,
     /// Every other: one that it includes, or what a command line says.
     Included,
+    /// The folder of those that it includes, which cannot be listed.
+    Folder,
 }
 
 impl JudgedFile {
     pub fn of(file: &IniFile, part: Part) -> JudgedFile {
         let mut judged = JudgedFile {
             path: file.path.clone(),
+            part,
             unread: false,
             refused: None,
             generic: None,

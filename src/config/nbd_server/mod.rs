@@ -156,10 +156,15 @@ pub fn judge_together<'a>(
 ) -> Judged {
     let mut judged = Judged::default();
     let mut origin = HashMap::new();
+    let mut main = None;
     for file in files {
+        let main = *main.get_or_insert(&*file.path);
         judged.unread |= file.unread;
         if let Some(problem) = &file.refused {
-            judged.keep_file(&file.path, last);
+            match file.part {
+                Part::Folder => judged.keep_included(main, last),
+                Part::Main | Part::Included => judged.keep_file(&file.path, last),
+            }
             judged.problems.push(problem.clone());
             continue;
         }
@@ -244,9 +249,17 @@ impl Judged {
     }
 
     fn keep_file(&mut self, file: &Path, last: &LastGood) {
-        // Of a folder that cannot be listed, all its files.
-        let of = |section: &Section| section.file == file || section.file.parent() == Some(file);
-        for (name, section) in last.iter().filter(|(_, section)| of(section)) {
+        self.keep_those(last, |section| section.file == file);
+    }
+
+    /// All that was included, from this folder or, where its name is mistyped, from another one.
+    fn keep_included(&mut self, main: &Path, last: &LastGood) {
+        let others = [main, Path::new(COMMAND_LINE)];
+        self.keep_those(last, |section| !others.contains(&&*section.file));
+    }
+
+    fn keep_those(&mut self, last: &LastGood, which: impl Fn(&Section) -> bool) {
+        for (name, section) in last.iter().filter(|(_, section)| which(section)) {
             self.sections
                 .entry(name.clone())
                 .or_insert_with(|| Arc::clone(section));
