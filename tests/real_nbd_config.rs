@@ -861,6 +861,42 @@ fn section_that_is_refused_at_a_reload_keeps_its_clients() -> Outcome<()> {
     })
 }
 
+/// The section was refused, for an export of its name is another volume; what its authfile says came into force all the same, and the clients
+/// of that export, which was to stay as it was, were turned away.
+#[test]
+fn section_that_is_refused_has_no_say_in_who_comes_to_the_export_of_its_name() -> Outcome<()> {
+    real("refused sections' rules", NEEDS, |ground| {
+        let place = Place::begin(ground, "")?;
+        let device = LoopDevice::add()?;
+        let a = Volume::make(ground.path(), "vol-a", BYTES)?;
+        device.attach(&a.image)?;
+        place.caller.add_export("one", &a.id())?;
+        place.caller.reach_state("one", "Serving", STEP_LIMIT)?;
+        let come = |when: &str| match Client::open(&place.home.endpoint(), "one") {
+            Ok(_) => Ok(()),
+            Err(error) => trouble!("{when}: {error}"),
+        };
+        come("before")?;
+        let nobody = format!("authfile = {}\n", ground.file("none").display());
+        let other = format!("x-volume = serial:WD-WMAP9A966149\n{nobody}");
+        place.write("one.conf", &section("one", "/dev/none", &other))?;
+        hold!(place.reload().is_ok(), "reload");
+        let log = fs::read_to_string(&place.home.log)?;
+        hold!(log.contains("refused 1"), "the section is taken: {log}");
+        come("its section is refused")?;
+        // As the volume that it is, it is taken, and so is what it says.
+        let same = format!("x-volume = {}\n{nobody}", a.id());
+        place.write("one.conf", &section("one", &device.node(), &same))?;
+        hold!(place.reload().is_ok(), "reload");
+        hold!(
+            place.refusal("one")?.contains("authfile"),
+            "{}",
+            place.refusal("one")?
+        );
+        Ok(())
+    })
+}
+
 /// The stock server closes every connection after a SIGHUP that brings no new section, and crashes after some thirty that do. A hundred a
 /// second: 300, or as many as `NBDTRACK_HANGUPS` says.
 #[test]

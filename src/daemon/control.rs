@@ -103,7 +103,7 @@ pub(super) struct Control {
     pub(super) claims_file: ClaimsFile,
     pub(super) trail: Trail,
     pub(super) serving: ServingTimes,
-    started: Instant,
+    pub(super) started: Instant,
     pub(super) drain_within: Duration,
     pub(super) rules: IdentityRules,
     /// Opened and not served yet: at most one for each outstanding open.

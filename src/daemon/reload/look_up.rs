@@ -4,7 +4,7 @@
 use super::last_reading::LastReading;
 use super::turn::{Owed, Turn, What};
 use crate::config::Pace;
-use crate::correlation::{Event, SectionsChange};
+use crate::correlation::SectionsChange;
 use crate::daemon::control::{Control, Report};
 
 /// What a look-up has found.
@@ -56,7 +56,7 @@ impl Control {
     pub(in crate::daemon) fn on_looked_up(&mut self, looked: LookedUp) {
         self.reload.last = Some(looked.last);
         if !self.stopping {
-            self.apply(Event::Sections(looked.change));
+            self.take_sections(looked.change, None);
         }
         self.reload.turn = Turn::Rest;
         let again = std::mem::take(&mut self.reload.again);

@@ -6,12 +6,13 @@ pub(in crate::daemon) mod last_reading;
 pub(in crate::daemon) mod look_up;
 pub(in crate::daemon) mod one_section;
 pub(in crate::daemon) mod outcome;
+mod section_rules;
 pub(in crate::daemon) mod sections;
 pub(in crate::daemon) mod turn;
 
 use tokio::time::Instant;
 
-use crate::correlation::{Difference, Event, RequestError};
+use crate::correlation::{Difference, RequestError};
 use crate::daemon::Options;
 use crate::daemon::aside::{Aside, Busy, Place};
 use crate::daemon::clock::Clock;
@@ -20,6 +21,7 @@ use crate::dbus::{Answer, Publication};
 use config_read::Read;
 use last_reading::LastReading;
 use outcome::{OutcomeFile, ReloadOutcome};
+use section_rules::SectionRules;
 use turn::{Owed, Turn, What};
 
 /// Only one reading goes on at a time: of two, the older could be applied last.
@@ -36,6 +38,7 @@ pub(in crate::daemon) struct Reload {
     /// Exports of what is being applied, and what of the files was refused before the middle saw it.
     taken: usize,
     refused: usize,
+    rules: SectionRules,
     pub(in crate::daemon) turn: Turn,
     /// The files were asked for since what goes on began.
     pub(in crate::daemon) again: bool,
@@ -57,6 +60,7 @@ impl Reload {
             outcome_file: OutcomeFile::of_the_service(),
             taken: 0,
             refused: 0,
+            rules: SectionRules::default(),
             turn: Turn::default(),
             again: false,
             owed: Owed::default(),
@@ -245,17 +249,13 @@ impl Control {
         };
         self.reload.told = read.problems;
         (self.reload.taken, self.reload.refused) = (found.taken, found.refused);
-        // Before what is served: a client that comes to a new export meets its rules.
-        if let Some(rules) = found.rules {
-            self.door.rule(rules);
-        }
         if let Some(claim) = found.claim {
             self.claims_file.rule(claim);
         }
         if let Some(roots) = found.file_roots {
             self.roots.set(roots);
         }
-        self.apply(Event::Sections(found.change));
+        self.take_sections(found.change, found.rules);
         self.reload.told.clear();
     }
 
