@@ -147,6 +147,11 @@ impl LastReading {
         }
     }
 
+    /// What clients got that name no export.
+    pub fn unnamed(&self) -> Option<&ExportName> {
+        self.rules.as_ref()?.unnamed.as_ref()
+    }
+
     /// What is claimed, if that is not as it was.
     pub fn claim(&mut self, claim: Option<ClaimRules>) -> Option<Option<ClaimRules>> {
         if self.claim.as_ref() == Some(&claim) {

@@ -118,10 +118,11 @@ pub(in crate::daemon) fn look(
     });
     judged.sections = standing;
     let mut unnamed = judged.sections.values().filter(|section| section.unnamed);
-    // Of two, which can be only when one is kept from before, neither is meant.
+    // Of two, which can be only when one is kept from before, it is the one that it was.
     rules.unnamed = match (unnamed.next(), unnamed.next()) {
         (Some(one), None) => Some(one.name.clone()),
-        _ => None,
+        (Some(_), Some(_)) => last.unnamed().cloned(),
+        (None, _) => None,
     };
     Looked {
         judged,
@@ -309,5 +310,26 @@ mod tests {
         let gone = read(last).found.unwrap().change.gone;
         let gone: Vec<&str> = gone.iter().map(ExportName::as_str).collect();
         assert_eq!(gone, ["file", "slot"]);
+    }
+
+    /// A new section whose file came first in the order of names took it away, and neither was it from then on.
+    #[test]
+    fn whoever_names_no_export_gets_the_one_that_it_was_beside_a_second_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let config = folder.path().join("config");
+        let section =
+            |name: &str| format!("[{name}]\nx-default = true\nexportname = /dev/{name}\n");
+        let mut last = LastReading::none(Dialect::NbdServer);
+        for (others, told) in [("", 0), ("one", 1), ("one", 1), ("", 0)] {
+            let other = match others {
+                "" => String::new(),
+                name => section(name),
+            };
+            fs::write(&config, format!("[generic]\n{other}{}", section("two"))).unwrap();
+            let reading = look(&config, None, last, Clock::now(), &Pace::default()).compare();
+            assert_eq!(reading.problems.len(), told);
+            last = reading.last;
+            assert_eq!(last.unnamed().map(ExportName::as_str), Some("two"));
+        }
     }
 }
