@@ -11,7 +11,7 @@ use nbdtrack::correlation::DiskSeq;
 use support::bus::{Bus, Client as Caller};
 use support::client::Client;
 use support::daemon::Home;
-use support::fuse_disk::FuseFile;
+use support::fuse_disk::{FuseFile, LOOKS, WRITES};
 use support::ground::{Ground, Need, real};
 use support::images::{qemu_img, qemu_io, text};
 use support::loops::{LoopDevice, sparse_file};
@@ -454,6 +454,121 @@ fn a_file_that_shrinks_grows_or_goes_is_told_and_no_lease_outlives_it() -> Outco
             let told = reason(&scene, "a")?;
             Ok(told.contains("there is no such file").then_some(()))
         })?;
+        scene.stop()
+    })
+}
+
+/// Whatever made a look-up fail was taken for a file that is gone: its clients were cut off, and one that was given up was opened for writing at the
+/// next look-up, beside whoever it had been given up for. The interval is an hour: nobody else looks again.
+#[test]
+fn a_look_up_that_fails_ends_no_lease_and_no_release() -> Outcome<()> {
+    let needs = [NEEDS, &[Need::Tool("qemu-img")]].concat();
+    real("failed look-up", &needs, |ground| {
+        for kind in Kind::ALL {
+            is_not_found(ground, kind).doing(format!("{kind:?}"))?;
+        }
+        Ok(())
+    })
+}
+
+fn is_not_found(ground: &Ground, kind: Kind) -> Outcome<()> {
+    let home = ground.file(&format!("unasked-{}", kind.format()));
+    let folder = home.join("backups");
+    std::fs::create_dir_all(&folder)?;
+    let back = kind.make(&folder, "a.back")?;
+    let far = FuseFile::over(&back, "a", false)?;
+    let server = roots(&folder) + "survey_interval_s = 3600\n";
+    let volume = kind.id(&far.file);
+    let mut scene = Scene::told_in(&home, server, &[("a", volume.clone())])?;
+    let served = scene.client.reach_state("a", "Serving", STEP_LIMIT)?;
+    let generation = served.get("Generation").map(|w| w.number());
+    let mut client = Client::open(&scene.endpoint(), "a")?;
+
+    far.fail(LOOKS);
+    scene.client.rescan()?;
+    scene.client.reach_state("a", "Ambiguous", STEP_LIMIT)?;
+    let told = reason(&scene, "a")?;
+    hold!(told.contains("Input/output error"), "{told:?}");
+    let read = client.read(0, &mut [0; 4096]);
+    hold!(matches!(read, Ok(Ok(()))), "its client: {read:?}");
+    hold!(
+        Client::open(&scene.endpoint(), "a").is_err(),
+        "new clients are let in to what nobody could look at"
+    );
+    far.heal();
+    let served = scene.client.reach_state("a", "Serving", STEP_LIMIT)?;
+    let now = served.get("Generation").map(|w| w.number());
+    hold!(now == generation, "another lease: {now:?}, {generation:?}");
+    let read = client.read(0, &mut [0; 4096]);
+    hold!(matches!(read, Ok(Ok(()))), "its client: {read:?}");
+    client.leave()?;
+
+    scene.client.prepare_detach(&volume)?;
+    for _ in 0..2 {
+        far.fail(LOOKS);
+        scene.client.rescan()?;
+        far.heal();
+        scene.client.rescan()?;
+        let state = scene.state("a")?;
+        hold!(state == "Released", "given up, and it is {state}");
+        scene.stop()?;
+        scene.start()?;
+        scene.client.reach_state("a", "Released", STEP_LIMIT)?;
+    }
+    scene.stop()
+}
+
+/// A name of a file that was removed stayed one while another was there: its clients went on with what its path led to no more.
+#[test]
+fn a_name_of_a_file_that_goes_ends_its_own_leases_and_no_others() -> Outcome<()> {
+    real("one of two names", NEEDS, |ground| {
+        let (mut scene, path) = serving(ground, Kind::Raw)?;
+        let name = path.with_file_name("b.img");
+        std::fs::hard_link(&path, &name)?;
+        let options = [("read_only", zbus::Variant::new(true))].into();
+        scene.client.add_export_with("b", &id(&name), options)?;
+        let mut first = Client::open(&scene.endpoint(), "a")?;
+        let mut second = Client::open(&scene.endpoint(), "b")?;
+        std::fs::remove_file(&name)?;
+        scene.client.reach_state("b", "Absent", STEP_LIMIT)?;
+        hold!(!served(&mut second), "its client is still served");
+        hold!(scene.state("a")? == "Serving", "{}", scene.state("a")?);
+        hold!(served(&mut first), "a client of the other name");
+        scene.stop()
+    })
+}
+
+/// Roots that were narrowed by the reload that drains an export made a cut of the drain: what was in flight was not answered.
+#[test]
+fn a_file_outside_the_roots_of_a_reload_is_drained_and_not_cut_off() -> Outcome<()> {
+    real("roots narrowed", NEEDS, |ground| {
+        let folders = ["one", "two"].map(|name| ground.file(name));
+        for folder in &folders {
+            std::fs::create_dir(folder)?;
+        }
+        let back = sparse_file(&folders[0], "a.back", BYTES)?;
+        let far = FuseFile::over(&back, "a", false)?;
+        let moved = sparse_file(&folders[1], "a.disk", BYTES)?;
+        let both: String = format!("file_roots = {:?}\n", folders.each_ref().map(|f| text(f)));
+        let mut scene = Scene::told(ground, both, &[("a", id(&far.file)), ("b", id(&moved))])?;
+        scene.client.reach_state("a", "Serving", STEP_LIMIT)?;
+        let mut client = Client::open(&scene.endpoint(), "a")?;
+        far.hang(WRITES);
+        let writing = std::thread::spawn(move || client.write(0, &[7; 4096], true));
+        until(STEP_LIMIT, "the write to hang", || {
+            Ok((far.held() > 0).then_some(()))
+        })?;
+        scene.home.server = roots(&folders[1]);
+        scene.home.configure(&[("a", id(&moved))])?;
+        nbdtrack(&scene, &["reload"])?;
+        scene.client.reach_state("a", "Draining", STEP_LIMIT)?;
+        scene.client.rescan()?;
+        far.heal();
+        let Ok(written) = writing.join() else {
+            trouble!("the writer panicked");
+        };
+        hold!(matches!(written, Ok(Ok(()))), "in flight: {written:?}");
+        scene.client.reach_state("a", "Serving", STEP_LIMIT)?;
         scene.stop()
     })
 }

@@ -75,7 +75,7 @@ pub(super) enum DiskChange {
         before: Box<Disk>,
     },
     Left(Box<Disk>),
-    /// A survey did not see it, and no other disk in its place. If it comes back, it never was away.
+    /// A survey did not see it, and no other disk in its place; or it is not to be served as it is now. If it comes back, it never was away.
     Missed(Box<Disk>),
 }
 
@@ -213,6 +213,21 @@ impl Disks {
         }
     }
 
+    /// What has this number is not to be served as it is now, and has not left.
+    pub fn barred(&mut self, mark: Mark, number: DeviceNumber) -> Vec<DiskChange> {
+        if self.is_stale(number, mark) {
+            return Vec::new();
+        }
+        self.touched.insert(number, mark);
+        let tenant = self.by_number.get(&number).copied();
+        let change = tenant.and_then(|tenant| self.remove(tenant));
+        let missed = change.map(|change| match change {
+            DiskChange::Left(disk) => DiskChange::Missed(disk),
+            change => change,
+        });
+        missed.into_iter().collect()
+    }
+
     /// Makes the model equal to the machine (invariant 4), but for what was observed after `mark`, and for files, which
     /// no survey of disks knows.
     pub fn surveyed(&mut self, mark: Mark, disks: Vec<DiskFacts>) -> Vec<DiskChange> {
@@ -326,6 +341,17 @@ impl Disks {
         };
         let doubted_until = before.doubt.as_ref().and_then(|doubt| doubt.until);
         let (read, unread) = match &facts.identities {
+            // What a path leads to is looked up: one that is not among them leads elsewhere.
+            Reading::Known(read) if facts.diskseq.is_file() => return (said(read), None),
+            Reading::Paths(paths) => {
+                let doubt = paths.unasked.first_key_value().map(|(_, why)| Doubt {
+                    of: paths.unasked.keys().cloned().collect(),
+                    why: why.clone(),
+                    // What is open stays the file that it is.
+                    until: None,
+                });
+                return (said(&paths.all), doubt.map(Arc::new));
+            }
             Reading::Known(read) => (read, None),
             Reading::Partly(partly) => (&partly.read, Some(&partly.unread)),
             Reading::Unknown(_) => return (before.identities.clone(), before.doubt.clone()),

@@ -316,7 +316,11 @@ const READ_AGAIN: &str = "have the disks read again with 'nbdtrack rescan'; if t
 fn unread(disk: &Disk) -> Option<&str> {
     match &disk.facts.identities {
         Reading::Unknown(reason) | Reading::Doubtful(reason) if !disk.announced => Some(reason),
-        Reading::Unknown(_) | Reading::Doubtful(_) | Reading::Partly(_) | Reading::Known(_) => None,
+        Reading::Unknown(_)
+        | Reading::Doubtful(_)
+        | Reading::Partly(_)
+        | Reading::Paths(_)
+        | Reading::Known(_) => None,
     }
 }
 

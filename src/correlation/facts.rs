@@ -140,6 +140,16 @@ pub enum Reading {
     Unknown(String),
     /// Something says that the disk may be another one by now. What was known before stays, in doubt until the next reading.
     Doubtful(String),
+    /// Of a file: its paths, of which some could not be looked up again. Those are in doubt.
+    Paths(Box<FilePaths>),
+}
+
+/// The paths of a file, complete.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FilePaths {
+    pub all: BTreeSet<Identity>,
+    /// Of them those that nobody can say to lead to it still, each with the reason.
+    pub unasked: BTreeMap<Identity, String>,
 }
 
 /// What could be read of a disk's identities.
@@ -156,6 +166,7 @@ impl Reading {
         match self {
             Reading::Known(read) => Some(read),
             Reading::Partly(partly) => Some(&partly.read),
+            Reading::Paths(paths) => Some(&paths.all),
             Reading::Unknown(_) | Reading::Doubtful(_) => None,
         }
     }

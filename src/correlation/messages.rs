@@ -34,6 +34,8 @@ pub enum Event {
         number: DeviceNumber,
         diskseq: Option<DiskSeq>,
     },
+    /// What has this number is there and may not be served as it is now: a file that someone else is in. A release of it stays.
+    DiskBarred { mark: Mark, number: DeviceNumber },
     /// There is no file under this path that could be served, and why.
     FileAbsent { file: Identity, reason: String },
     /// Everything that is attached, complete; its reading began at `mark`. `routine` when no doubt led to

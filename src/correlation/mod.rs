@@ -349,6 +349,10 @@ impl Correlation {
                     self.end_release(gone);
                 }
             }
+            Event::DiskBarred { mark, number } => {
+                let changes = self.disks.barred(mark, number);
+                self.observe(changes);
+            }
             Event::FileAbsent { file, reason } => self.on_file_absent(file, reason),
             Event::Surveyed {
                 mark,

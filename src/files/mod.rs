@@ -21,10 +21,10 @@ use tokio::time::MissedTickBehavior;
 
 use crate::correlation::Event;
 use crate::identity::{Format, Identity};
-use crate::image::beneath::{FoundFile, Roots};
+use crate::image::beneath::{FileError, FoundFile, Roots};
 use crate::image::block::Claims;
 use crate::image::qcow2;
-use known::{Known, Seen};
+use known::{Found, Known, Seen};
 pub use mounts::Mounts;
 use notice::{Due, Notices, Place, Watcher};
 
@@ -34,6 +34,8 @@ const LOOKS_MAX: usize = 16;
 const LOOKS_PER_MOUNT: usize = 4;
 /// A look-up that takes longer is waited for no more; its path stays as it was last seen.
 const LOOK_WITHIN: Duration = Duration::from_secs(2);
+/// A path whose look-up was not answered, though a file was seen there, is looked up again so much later: nobody new is served meanwhile.
+const LOOK_AGAIN: Duration = Duration::from_secs(2);
 /// Paths whose look-up hangs, each with a thread: of 32 mounts. Past it no new path is looked up until one answers.
 const HUNG_MAX: usize = 32 * LOOKS_PER_MOUNT;
 
@@ -134,7 +136,7 @@ impl Drop for Observer {
 }
 
 /// What stands under a path, and what is watched for it.
-type Looked = (Result<Seen, String>, Vec<Place>);
+type Looked = (Found, Vec<Place>);
 
 enum Look {
     Found(Identity, Looked),
@@ -169,13 +171,20 @@ impl Watch {
     async fn run(mut self, every: Duration) {
         let mut tick = tokio::time::interval(every);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut again = tokio::time::interval(LOOK_AGAIN);
+        again.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let shared = Arc::clone(&self.shared);
         let mut done = 0;
         loop {
             // Cancel-safe: none takes anything before it is chosen.
+            let in_doubt = self.known.doubted().next().is_some();
             let mut due = tokio::select! {
                 () = shared.changed.notified() => Due::default(),
                 _ = tick.tick() => Due::everything(),
+                _ = again.tick(), if in_doubt => Due {
+                    all: false,
+                    paths: self.known.doubted().cloned().collect(),
+                },
                 due = self.notices.next() => due,
                 Some(Ok(look)) = self.looks.join_next() => match look {
                     Look::Late(path) => self.answers_again(&path),
@@ -304,8 +313,11 @@ impl Watch {
             match tokio::time::timeout(LOOK_WITHIN, &mut look).await {
                 Ok(Ok(found)) => Look::Found(path, found),
                 Ok(Err(broken)) => {
-                    let why = format!("the look-up broke: {broken}");
-                    Look::Found(path, (Err(why), Vec::new()))
+                    let found = Found::Unasked {
+                        incarnation: None,
+                        why: format!("the look-up broke: {broken}"),
+                    };
+                    Look::Found(path, (found, Vec::new()))
                 }
                 Err(_) => Look::Slow(path, look),
             }
@@ -317,7 +329,15 @@ impl Watch {
             Look::Found(path, (found, places)) => {
                 self.looking.remove(&path);
                 self.notices.register(&path, places);
-                for event in self.known.look(&path, found) {
+                let unasked = match &found {
+                    Found::Unasked { why, .. } => Some(why.clone()),
+                    _ => None,
+                };
+                let news = self.known.look(&path, found);
+                if let Some(reason) = unasked.filter(|_| !news.is_empty()) {
+                    tracing::warn!(%path, reason, "the file could not be looked up: what was known of it stays, and nobody new is served until it can be");
+                }
+                for event in news {
                     self.tell(Told::Happened(event)).await?;
                 }
             }
@@ -355,7 +375,7 @@ pub fn mounts() -> Mounts {
 fn look_up(roots: &Roots, claims: &Claims, file: &Identity, watcher: Option<&Watcher>) -> Looked {
     let mut places = Vec::new();
     let (Some(path), Some(format)) = (file.file(), file.format()) else {
-        return (Err(format!("{file} is no file")), places);
+        return (Found::Nothing(format!("{file} is no file")), places);
     };
     // Before it is looked up: what changes after that is told.
     if let (Some(watcher), Some((root, below))) = (watcher, roots.split(path)) {
@@ -364,33 +384,64 @@ fn look_up(roots: &Roots, claims: &Claims, file: &Identity, watcher: Option<&Wat
             Err(error) => watcher.tell(path, &error),
         }
     }
-    let found = roots.find(path, format).map_err(|error| error.to_string());
-    if let (Some(watcher), Ok(found)) = (watcher, &found) {
+    let found = match roots.find(path, format) {
+        Ok(found) => found,
+        Err(error) => return (not_found(&error), places),
+    };
+    if let Some(watcher) = watcher {
         match watcher.file(&found.file) {
             Ok(place) => places.push(place),
             Err(error) => watcher.tell(path, &error),
         }
     }
-    let found = found.and_then(|found| match claims.intruder(found.incarnation) {
+    let found = match claims.intruder(found.incarnation) {
         // What is done to it from now on is not ours to serve: the lease ends, and no new one begins while they are there.
-        Some(by) => Err(format!("{path}: {by}")),
+        Some(by) => Found::Barred {
+            incarnation: found.incarnation,
+            why: format!("{path}: {by}"),
+        },
         None => seen(path, format, &found),
-    });
+    };
     (found, places)
 }
 
-fn seen(path: &str, format: Format, found: &FoundFile) -> Result<Seen, String> {
-    // Now that the file is watched: what happened to it before that is not told.
-    let size = match format {
-        Format::Raw => found
-            .file
-            .metadata()
-            .map(|facts| facts.len())
-            .map_err(|e| e.to_string()),
-        Format::Qcow2 => qcow2::virtual_size(&found.file),
+/// What a look-up says that led to no file: that there is none, or nothing.
+fn not_found(error: &FileError) -> Found {
+    let why = error.to_string();
+    match error {
+        FileError::Missing(_) | FileError::LeadsOut(_) | FileError::NotAFile { .. } => {
+            Found::Nothing(why)
+        }
+        // Roots that were narrowed forbid to ask, and what is open stays open.
+        FileError::Outside(_) | FileError::Kernel { .. } => Found::Unasked {
+            incarnation: None,
+            why,
+        },
+    }
+}
+
+fn seen(path: &str, format: Format, found: &FoundFile) -> Found {
+    let incarnation = found.incarnation;
+    let unasked = |error: &std::io::Error| Found::Unasked {
+        incarnation: Some(incarnation),
+        why: format!("{path}: {error}"),
     };
-    Ok(Seen {
-        incarnation: found.incarnation,
-        size: size.map_err(|why| format!("{path}: {why}"))?,
-    })
+    // Now that the file is watched: what happened to it before that is not told.
+    match format {
+        Format::Raw => match found.file.metadata() {
+            Ok(facts) => Found::File(Seen {
+                incarnation,
+                size: facts.len(),
+            }),
+            Err(error) => unasked(&error),
+        },
+        Format::Qcow2 => match qcow2::virtual_size(&found.file) {
+            Ok(Ok(size)) => Found::File(Seen { incarnation, size }),
+            Ok(Err(refusal)) => Found::Barred {
+                incarnation,
+                why: format!("{path}: {refusal}"),
+            },
+            Err(error) => unasked(&error),
+        },
+    }
 }

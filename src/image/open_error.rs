@@ -72,6 +72,8 @@ impl From<OpenError> for OpenRefusal {
     fn from(error: OpenError) -> OpenRefusal {
         let text = error.to_string();
         match error {
+            // Nothing was answered, so nothing has changed.
+            OpenError::File(FileError::Kernel { .. }) => OpenRefusal::Kernel(text),
             OpenError::Gone { .. }
             | OpenError::NotADisk { .. }
             | OpenError::OtherDevice { .. }

@@ -104,7 +104,7 @@ impl Subject for Plain<'_> {
     fn size(&self, opened: &File) -> io::Result<u64> {
         match self.format() {
             Format::Raw => self.medium().size(opened),
-            Format::Qcow2 => qcow2::virtual_size(opened).map_err(io::Error::other),
+            Format::Qcow2 => qcow2::virtual_size(opened)?.map_err(io::Error::other),
         }
     }
 

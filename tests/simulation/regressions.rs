@@ -264,6 +264,30 @@ fn a_size_that_was_read_before_the_open_ends_no_lease() {
     ends_well(world);
 }
 
+/// Somebody who came to be in a file while that was given up ended the release: it was opened again once they had left.
+#[test]
+fn what_is_not_to_be_served_for_a_moment_stays_given_up() {
+    let mut world = serving();
+    world.bar(0);
+    world.deliver(0);
+    assert_ne!(state(&world, 0), Some(State::Serving));
+    world.settle_all();
+    assert_eq!(state(&world, 0), Some(State::Serving));
+    world.ask(prepare_detach(0, false));
+    world.settle_all();
+    assert_eq!(state(&world, 0), Some(State::Released));
+    world.bar(0);
+    world.settle_all();
+    assert_eq!(state(&world, 0), Some(State::Released));
+    assert_eq!(world.store.releases.len(), 1);
+    world.bar(0);
+    world.deliver(0);
+    world.crash(false, 0);
+    world.settle_all();
+    assert_eq!(state(&world, 0), Some(State::Released));
+    ends_well(world);
+}
+
 /// With `allow = ["gpt"]`, a partition table that could not be read hid the serial that the export is known by.
 #[test]
 fn a_scheme_that_cannot_be_read_concerns_no_export_of_another() {

@@ -225,6 +225,7 @@ pub fn take(world: &mut World, step: Step) {
         Kind::Survey => world.survey(if b & 3 == 0 { a } else { 0 }, b & 4 != 0),
         Kind::Blind => world.blind(slot),
         Kind::Sizeless => world.sizeless(slot),
+        Kind::Silent if b >= 192 => world.bar(slot),
         Kind::Silent => world.silent(slot, b),
         Kind::Open => world.open(a, 0),
         Kind::OpenFails => world.open(a, 1 + (b & 1)),

@@ -170,19 +170,15 @@ pub(super) fn ready(
 /// The virtual size of the image that `file` is, in bytes; `file` may be opened with `O_PATH`.
 ///
 /// # Errors
-/// In words: it cannot be read, or is none.
-pub fn virtual_size(file: &File) -> Result<u64, String> {
+/// It cannot be read; inside, what stands there is no image.
+pub fn virtual_size(file: &File) -> io::Result<Result<u64, Refusal>> {
+    use std::os::fd::AsRawFd;
     let mut bytes = [0; 32];
-    let read = || -> io::Result<usize> {
-        use std::os::fd::AsRawFd;
-        let file = File::open(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
-        // It may be written to: see `ahead`.
-        Streams::instead_of_the_kernels(&file);
-        file.read_at(&mut bytes, 0)
-    };
-    let mut read = read;
-    let len = read().map_err(|error| error.to_string())?;
-    header::virtual_size(&bytes[..len]).map_err(|refusal| refusal.to_string())
+    let file = File::open(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
+    // It may be written to: see `ahead`.
+    Streams::instead_of_the_kernels(&file);
+    let len = file.read_at(&mut bytes, 0)?;
+    Ok(header::virtual_size(&bytes[..len]))
 }
 
 /// The header of the image in `file`, which may be marked dirty or corrupt.

@@ -51,6 +51,19 @@ impl World {
         }
     }
 
+    /// What is there is not to be served, for a moment.
+    pub fn bar(&mut self, slot: u8) {
+        if self.slots[usize::from(slot)].is_none() {
+            return;
+        }
+        self.mark += 1;
+        self.observations.push_back(Event::DiskBarred {
+            mark: Mark(self.mark),
+            number: number(slot),
+        });
+        self.observe(slot, true);
+    }
+
     /// The next observation of this slot says this.
     pub fn say(&mut self, slot: u8, identities: Reading) {
         let before = self.observations.len();
@@ -105,7 +118,9 @@ impl World {
                 self.count_doubt(*mark, facts);
                 self.count_claim(*mark, facts);
             }
-            Event::DiskGone { mark, number, .. } => self.count_delivery(number.minor, *mark, false),
+            Event::DiskGone { mark, number, .. } | Event::DiskBarred { mark, number } => {
+                self.count_delivery(number.minor, *mark, false);
+            }
             Event::Surveyed { mark, disks, .. } => {
                 self.surveyed = true;
                 disks
@@ -127,6 +142,7 @@ impl World {
             match &mut event {
                 Event::DiskSeen { mark, .. }
                 | Event::DiskGone { mark, .. }
+                | Event::DiskBarred { mark, .. }
                 | Event::Surveyed { mark, .. } => *mark = Mark(self.mark),
                 _ => {}
             }
