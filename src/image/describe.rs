@@ -46,6 +46,12 @@ pub enum DescribeError {
     },
     #[error("{path}: in use: {by}")]
     Busy { path: String, by: String },
+    #[error("{path}: {refusal}")]
+    Refused {
+        path: String,
+        #[source]
+        refusal: Refusal,
+    },
     #[error("{path}: {source}")]
     Check {
         path: String,

@@ -10,9 +10,10 @@ use std::os::unix::fs::MetadataExt;
 use nix::unistd::{UnlinkatFlags, unlinkat};
 
 use super::beneath::{FileError, Roots};
-use super::describe::{self, Described};
+use super::describe::{self, Content, DescribeError, Described};
 use super::lock::{self, Use};
 use super::nameless;
+use super::qcow2::header::Refusal;
 use crate::identity::Format;
 
 /// Why a file was not taken away.
@@ -27,6 +28,15 @@ pub enum RemoveError {
         "{path}: a symbolic link, or another file than was found first, has this name: nothing is removed; see to the name, or delete the backup with --keep-files"
     )]
     NotIts { path: String },
+    /// What an image lies on may be lost with it.
+    #[error(
+        "{path}: not removed, for the image {image} may lie on it, and it cannot be told: {why}; make that readable, or remove the export of the image first"
+    )]
+    Untold {
+        path: String,
+        image: String,
+        why: Box<DescribeError>,
+    },
     #[error("{path}: not removed, for nobody waits for it any more")]
     Unwanted { path: String },
     #[error("{path}: {source}")]
@@ -86,38 +96,82 @@ pub fn take(path: &str, roots: &Roots) -> Result<Option<Taken>, RemoveError> {
 /// hears of each image that was looked at, for there can be thousands, and says whether anyone waits for the next one.
 ///
 /// # Errors
-/// [`RemoveError::Unwanted`]; or it cannot be told what one of the files is.
+/// [`RemoveError::Unwanted`]; [`RemoveError::Untold`] of an image that is there and does not say all that it lies on; or it cannot be told what one of
+/// the files is.
 pub fn lies_on<'a, 'b>(
     taken: &[&'a Taken],
     others: &'b [String],
     roots: &Roots,
     goes_on: &dyn Fn() -> bool,
 ) -> Result<Option<(&'a str, &'b str)>, RemoveError> {
-    let place = |file: &File| file.metadata().map(|facts| (facts.dev(), facts.ino()));
+    let Some(first) = taken.first() else {
+        return Ok(None);
+    };
     let mut held = BTreeMap::new();
     for file in taken {
         let at = place(&file.held).map_err(|error| file.kernel(error))?;
         held.insert(at, file.path.as_str());
     }
-    let held_as = |layer: &Described| {
-        let found = roots.find(&layer.path, Format::Raw).ok()?;
-        held.get(&place(&found.file).ok()?).copied()
-    };
     for other in others {
         if !goes_on() {
-            let path = taken.first().map_or("", |file| file.path.as_str());
-            let path = path.to_owned();
+            let path = first.path.clone();
             return Err(RemoveError::Unwanted { path });
         }
-        // One that cannot be read lies on nothing that is known.
-        let Ok((layers, _)) = describe::chain(other, Format::Qcow2, roots) else {
-            continue;
-        };
-        if let Some(path) = layers.iter().skip(1).find_map(held_as) {
+        let on = lies_on_held(other, &held, roots).map_err(|why| RemoveError::Untold {
+            path: first.path.clone(),
+            image: other.clone(),
+            why: Box::new(why),
+        })?;
+        if let Some(path) = on {
             return Ok(Some((path, other)));
         }
     }
     Ok(None)
+}
+
+/// The device and the inode of a file.
+type Inode = (u64, u64);
+
+fn place(file: &File) -> io::Result<Inode> {
+    file.metadata().map(|facts| (facts.dev(), facts.ino()))
+}
+
+/// Which of the `held` files the image lies on. An error is no word that it lies on none: an export that cannot be read today is one whose file system
+/// is away, as often as not.
+fn lies_on_held<'a>(
+    image: &str,
+    held: &BTreeMap<Inode, &'a str>,
+    roots: &Roots,
+) -> Result<Option<&'a str>, DescribeError> {
+    let (layers, cut_short) = match describe::chain(image, Format::Qcow2, roots) {
+        // What has no bytes lies on nothing.
+        Err(DescribeError::File(FileError::Missing(_) | FileError::NotAFile { .. })) => {
+            return Ok(None);
+        }
+        layers => layers?,
+    };
+    for layer in layers.iter().skip(1) {
+        let found = roots.find(&layer.path, Format::Raw)?;
+        let at = place(&found.file).map_err(|source| DescribeError::Kernel {
+            path: layer.path.clone(),
+            source,
+        })?;
+        if let Some(path) = held.get(&at) {
+            return Ok(Some(path));
+        }
+    }
+    if let Some(error) = cut_short {
+        return Err(error);
+    }
+    match layers.last().map(|last: &Described| (last, &last.content)) {
+        // The file of a raw export.
+        Some((_, Content::Unread(Refusal::NotQcow2))) if layers.len() == 1 => Ok(None),
+        Some((last, Content::Unread(refusal))) => Err(DescribeError::Refused {
+            path: last.path.clone(),
+            refusal: refusal.clone(),
+        }),
+        Some((_, Content::Raw | Content::Qcow2(_))) | None => Ok(None),
+    }
 }
 
 impl Taken {
@@ -193,6 +247,60 @@ mod tests {
         assert_eq!(on(&["base"]), Some((text("base"), text("top"))));
         assert_eq!(on(&["alone", "base"]), Some((text("base"), text("top"))));
         assert_eq!(on(&["top", "alone"]), None);
+    }
+
+    /// An exported image whose chain could not be followed counted as one that lies on nothing: with a middle on a file system that was not mounted, the
+    /// base of both was removed.
+    #[test]
+    fn an_image_that_does_not_say_what_it_lies_on_is_in_the_way() {
+        let dir = tempfile::tempdir().unwrap();
+        let roots = Roots::new(vec![dir.path().to_owned()]);
+        let text = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+        for (name, backing) in [
+            ("base", None),
+            ("middle", Some("base")),
+            ("top", Some("middle")),
+        ] {
+            let new = NewImage {
+                format: Format::Qcow2,
+                size: Some(1 << 20),
+                cluster_bytes: None,
+                backing: backing.map(|backing: &str| (backing.to_owned(), Format::Qcow2)),
+                preallocation: Preallocation::Off,
+            };
+            create(&text(name), &roots, &new, &|| true).unwrap();
+        }
+        std::fs::write(text("raw"), b"the file of a raw export").unwrap();
+        std::fs::create_dir(text("folder")).unwrap();
+        let base = take(&text("base"), &roots).unwrap().unwrap();
+        let on = |image: &str| {
+            let images = [text(image)];
+            let found = lies_on(&[&base], &images, &roots, &|| true);
+            found.map(|found| found.is_some())
+        };
+        let untold = |image: &str, why: &str| {
+            let found = on(image);
+            let Err(RemoveError::Untold { image: told, .. }) = &found else {
+                panic!("{image}: {found:?}");
+            };
+            assert_eq!(*told, text(image));
+            let said = found.unwrap_err().to_string();
+            assert!(said.contains(why), "{said}");
+        };
+        assert!(on("top").unwrap());
+        for nothing in ["raw", "folder", "gone"] {
+            assert!(!on(nothing).unwrap(), "{nothing}");
+        }
+        // ENAMETOOLONG stands for all that the kernel can say.
+        untold(&"long".repeat(64), "too long");
+        std::fs::rename(text("middle"), text("away")).unwrap();
+        untold("top", "there is no such file");
+        std::fs::write(text("middle"), b"no image").unwrap();
+        untold("top", "does not begin as a QCOW2 image");
+        let files: [&Taken; 0] = [];
+        let images = [text("top")];
+        let none = lies_on(&files, &images, &roots, &|| true);
+        assert!(none.unwrap().is_none(), "nothing is removed");
     }
 
     /// A look at all exported images was one step, and a deletion beside some thousand of them took longer than one may.

@@ -304,7 +304,9 @@ async fn take_file(
 
 fn unremoved(error: RemoveError) -> RequestError {
     match error {
-        RemoveError::Busy { .. } => RequestError::DeviceBusy(error.to_string()),
+        RemoveError::Busy { .. } | RemoveError::Untold { .. } => {
+            RequestError::DeviceBusy(error.to_string())
+        }
         RemoveError::Unwanted { .. } => RequestError::TimedOut(error.to_string()),
         RemoveError::File(_) | RemoveError::NotIts { .. } | RemoveError::Kernel { .. } => {
             RequestError::Failed(error.to_string())
