@@ -14,7 +14,7 @@ use crate::correlation::{
 use crate::dbus::{Answer, Publication};
 use crate::identity::Format;
 use crate::image::Image;
-use crate::image::beneath::Roots;
+use crate::image::beneath::{FileError, Roots};
 use crate::image::{block, qcow2, raw};
 
 impl Control {
@@ -316,8 +316,16 @@ fn is_no_link_to_a_backup(
         return Ok(());
     };
     let complete = shelf.known().backups.complete_paths();
-    // What leads to no file is the opening's to tell.
-    let found = roots.known_as(path, &complete).unwrap_or_default();
+    let found = match roots.known_as(path, &complete) {
+        Ok(found) => found,
+        Err(error @ FileError::Kernel { .. }) => {
+            return Err(OpenRefusal::Kernel(format!(
+                "whether {path} is a complete backup cannot be told: {error}"
+            )));
+        }
+        // What leads to no file is the opening's to tell.
+        Err(_) => None,
+    };
     let known = shelf.known();
     found.map_or(Ok(()), |path| {
         let may = known.backups.may_be_written(path, None);

@@ -106,7 +106,7 @@ impl Roots {
     /// name that the file has in its folder: what lies elsewhere can hang.
     ///
     /// # Errors
-    /// `path` leads to no file.
+    /// `path` leads to no file, or it cannot be told which this is.
     pub fn known_as<'a>(
         &self,
         path: &str,
@@ -119,12 +119,17 @@ impl Roots {
         let own = std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()));
         let own = own.map_err(kernel)?;
         let this = place(&file).map_err(kernel)?;
-        let is = |other: &&String| {
-            let found = || self.find(other, Format::Raw).ok();
-            Path::new(other.as_str()).file_name() == own.file_name()
-                && found().is_some_and(|found| place(&found.file).is_ok_and(|found| found == this))
-        };
-        Ok(others.iter().find(is).map(String::as_str))
+        for other in others {
+            if Path::new(other.as_str()).file_name() != own.file_name() {
+                continue;
+            }
+            match self.find(other, Format::Raw) {
+                Ok(found) if place(&found.file).map_err(kernel)? == this => return Ok(Some(other)),
+                Err(error @ FileError::Kernel { .. }) => return Err(error),
+                Ok(_) | Err(_) => {}
+            }
+        }
+        Ok(None)
     }
 
     /// Opens the folder that the absolute `path` would lie in, as [`Roots::find`] looks files up, and gives the last part of the path.
@@ -334,6 +339,11 @@ mod tests {
         assert_eq!(known("b", &backups), None);
         assert_eq!(known("in/a", &[text("b"), text("latest")]), None);
         assert!(roots.known_as(&text("gone"), &backups).is_err());
+        // One that cannot be looked up may be it: ENAMETOOLONG stands for all that the kernel can say.
+        let unknown = [text(&format!("{}/a", "long".repeat(64)))];
+        let told = roots.known_as(&text("latest"), &unknown);
+        assert!(matches!(told, Err(FileError::Kernel { .. })), "{told:?}");
+        assert_eq!(known("b", &unknown), None, "it has another name");
     }
 
     #[test]
