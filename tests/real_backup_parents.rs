@@ -14,6 +14,7 @@ use support::cuts::{Cut, cut_off};
 use support::fuse_disk::{FLUSHES, FuseDisk, WRITES};
 use support::ground::{Need, real};
 use support::images::{qemu_img, roots, scene, text};
+use support::loops::sparse_file;
 use support::mounts::Mounted;
 use support::process;
 use support::scene::{STEP_LIMIT, Scene};
@@ -132,6 +133,82 @@ fn a_backup_stays_while_an_image_is_made_on_it_by_whatever_name() -> Outcome<()>
     })
 }
 
+/// Its path was forgotten with the call, also where the file was made and its export was not: what it lies on was deleted.
+#[test]
+fn an_image_whose_export_failed_keeps_what_it_lies_on_until_it_is_seen_to() -> Outcome<()> {
+    let needs = [
+        NEEDS,
+        &[Need::Loop, Need::Tool("mkfs.ext4"), Need::Tool("mount")],
+    ]
+    .concat();
+    real("image on a backup, not exported", &needs, |ground| {
+        let disk = FuseDisk::make(ground.path(), "slow", 32 << 20)?;
+        let node = disk.device.node();
+        let quiet = "lazy_itable_init=0,lazy_journal_init=0";
+        process::succeed("mkfs.ext4", &["-q", "-F", "-E", quiet, &node], STEP_LIMIT)?;
+        let mounted = Mounted::new(ground.file("slow"), &["-o", "noatime", &node])?;
+        let folder = mounted.0.clone();
+        let near = ground.file("near");
+        std::fs::create_dir(&near)?;
+        let other = sparse_file(&near, "other.raw", BYTES)?;
+        let folders = [text(&folder), text(&near)];
+        let mut scene = Scene::told(ground, format!("file_roots = {folders:?}\n"), &[])?;
+        let full = finished(&scene, &["vm", "0", "--size", "1M"])?;
+        let path = folder.join(format!("{full}.qcow2"));
+        process::succeed("sync", &["-f", &text(&folder)], STEP_LIMIT)?;
+        let healer = disk.healer();
+        let held = disk.held();
+        let caller = &scene.client;
+        disk.hang(WRITES | FLUSHES);
+        let (taken, made) = std::thread::scope(|threads| -> Outcome<_> {
+            // Thread: waits for its one call, which ends when the disk is well.
+            let making = threads.spawn(|| make_on(caller, "made", &folder, &path));
+            let begun = until(STEP_LIMIT, "the image to be under way", || {
+                Ok((disk.held() > held).then_some(()))
+            });
+            // Its name is another's by now.
+            let taken = caller.add_export("made", &format!("file:{}", other.display()));
+            disk.heal();
+            begun?;
+            Ok((taken, making.join()))
+        })?;
+        hold!(taken.is_ok(), "the other: {taken:?}");
+        let image = folder.join("made.qcow2");
+        match &made {
+            Ok(Err(no)) if no.is("AlreadyExists") && no.text.contains("is made; export it") => {}
+            other => trouble!("{other:?}"),
+        }
+        hold!(image.exists(), "it is not made");
+        let deleting = ["backup", "delete", &full];
+        for _ in 0..2 {
+            refused(&scene, &deleting, &text(&image))?;
+            // To make it again is no word of the one that is there.
+            let again = make_on(&scene.client, "again", &folder, &path);
+            hold!(again.is_ok(), "{again:?}");
+            let onto = Options::from([
+                ("path", Variant::from(text(&image))),
+                ("backing", Variant::from(text(&path))),
+                ("backing_format", Variant::from("qcow2")),
+            ]);
+            let there = scene.client.call("CreateImage", &("onto", 0_u64, onto));
+            hold!(
+                there.is_err_and(|no| no.is("AlreadyExists")),
+                "written over"
+            );
+            scene.client.remove_export("again", "hard")?;
+            std::fs::remove_file(folder.join("again.qcow2"))?;
+            scene.stop()?;
+            scene.start()?;
+        }
+        refused(&scene, &deleting, &text(&image))?;
+        std::fs::remove_file(&image)?;
+        json(&scene, &deleting)?;
+        hold!(!path.exists(), "it is there");
+        drop(healer);
+        scene.stop()
+    })
+}
+
 #[test]
 fn an_image_whose_making_was_cut_off_keeps_what_it_lies_on_until_it_is_seen_to() -> Outcome<()> {
     real("image on a backup, cut off", NEEDS, |ground| {
@@ -161,7 +238,11 @@ fn an_image_whose_making_was_cut_off_keeps_what_it_lies_on_until_it_is_seen_to()
         // No export has it, and nobody was told of it.
         let deleting = ["backup", "delete", &full];
         refused(&scene, &deleting, &text(&image))?;
-        refused(&scene, &deleting, "was being made when a daemon ended")?;
+        refused(
+            &scene,
+            &deleting,
+            "no export has it: export it, or remove it",
+        )?;
         scene.stop()?;
         scene.start()?;
         refused(&scene, &deleting, &text(&image))?;

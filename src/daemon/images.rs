@@ -106,14 +106,18 @@ impl Control {
             // Nobody waits for it, and a file system that hangs keeps no other look-up waiting.
             let _looked = tokio::task::spawn_blocking(move || {
                 if roots.find(&path, Format::Raw).is_ok() {
-                    tracing::warn!(
-                        path = path.as_str(),
-                        "an image was being made on another file when a daemon ended, and no export has it: export it, or remove it; until then no backup that it lies on is deleted"
-                    );
+                    tell_unexported(&path);
                 }
             });
         }
     }
+}
+
+fn tell_unexported(path: &str) {
+    tracing::warn!(
+        path,
+        "an image was made on another file, and no export has it: export it, or remove it; until then no backup that it lies on is deleted"
+    );
 }
 
 /// An image that is to be made. What it lies on is deleted by nobody while this is held.
@@ -136,22 +140,41 @@ async fn make_image(
     patience: &Patience,
 ) -> Result<Answer, RequestError> {
     let (path, volume) = (&begun.path, begun.volume.clone());
+    // One that an earlier call has left there is not this one's to forget.
+    let was_left = shelf.known().backups.begun_images().contains(path);
     if begun.making.is_some() {
         let begins = BackupChange::BeginImage(path.clone());
         shelf.keep(to_loop, vec![begins]).await?;
     }
     let made = make(roots, asked.new, path, patience).await;
-    let exported = match made.as_ref().map(|_| patience.check()) {
-        Ok(Ok(())) => export_made(to_loop, asked.name, volume, path, asked.wait).await,
-        Ok(Err(error)) => Err(error),
-        Err(error) => Err(error.clone()),
+    let exported = match &made {
+        Ok(_) => match patience.check() {
+            Ok(()) => export_made(to_loop, asked.name, volume, path, asked.wait).await,
+            Err(error) => Err(error.with(&format!("; the file {path} is made"))),
+        },
+        Err(unmade) => Err(unmade.error.clone()),
     };
-    if begun.making.is_some() {
-        // One that stays is seen to by the next daemon.
-        let ends = BackupChange::EndImage(path.clone());
-        let _kept = shelf.keep(to_loop, vec![ends]).await;
+    if begun.making.is_none() {
+        return exported;
     }
+    let may_be_there = made.map_or_else(|unmade| unmade.may_be_there || was_left, |_| true);
+    if exported.is_err() && may_be_there && !to_loop.is_exported(path).await {
+        tell_unexported(path);
+        let what_to_do =
+            "; export it, or remove it: until then no backup that it lies on is deleted";
+        return exported.map_err(|error| error.with(what_to_do));
+    }
+    // One that stays is seen to by the next daemon.
+    let ends = BackupChange::EndImage(path.clone());
+    let _kept = shelf.keep(to_loop, vec![ends]).await;
     exported
+}
+
+/// Why no file was made.
+pub(super) struct Unmade {
+    pub error: RequestError,
+    /// It may be there all the same.
+    pub may_be_there: bool,
 }
 
 /// Makes a file at the absolute `path`.
@@ -160,11 +183,21 @@ pub(super) async fn make(
     new: NewImage,
     path: &str,
     patience: &Patience,
-) -> Result<Held<Created>, RequestError> {
+) -> Result<Held<Created>, Unmade> {
     let at = path.to_owned();
     let make = move |own: &Patience| create::create(&at, &roots, &new, &|| own.goes_on());
-    let made = patience.in_thread(make).await?;
-    Ok(Held::new(made.map_err(refusal)?))
+    match patience.in_thread(make).await {
+        Ok(Ok(made)) => Ok(Held::new(made)),
+        Ok(Err(error)) => Err(Unmade {
+            may_be_there: matches!(error, CreateError::Left { .. }),
+            error: refusal(error),
+        }),
+        // The thread broke, wherever it was.
+        Err(error) => Err(Unmade {
+            error,
+            may_be_there: true,
+        }),
+    }
 }
 
 /// Makes an export of a file that was made at `path`; it is stored and served when this is answered.

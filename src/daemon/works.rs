@@ -44,6 +44,11 @@ pub(super) enum Wish {
         backups: Arc<Vec<Backup>>,
         images: oneshot::Sender<Vec<String>>,
     },
+    /// Whether an export has the file at this absolute path.
+    IsExported {
+        path: String,
+        exported: oneshot::Sender<bool>,
+    },
     /// How much of a backup is read, of 1,000, in the job that this is.
     Read { job: RequestId, read: u32 },
     /// The job is over.
@@ -160,6 +165,14 @@ impl ToLoop {
         told.await.map_err(|_| stopping())
     }
 
+    /// Whether an export has the file at the absolute `path`; false when the daemon is stopping.
+    pub async fn is_exported(&self, path: &str) -> bool {
+        let (exported, told) = oneshot::channel();
+        let path = path.to_owned();
+        self.wish(Wish::IsExported { path, exported });
+        told.await.unwrap_or(false)
+    }
+
     pub fn answer(&self, asker: Asker, answer: Result<Answer, RequestError>) {
         self.wish(Wish::Answer { asker, answer });
     }
@@ -246,6 +259,12 @@ impl Control {
             Wish::ImagesBeside { backups, images } => {
                 // As above.
                 let _ended = images.send(self.images_beside(&backups));
+            }
+            Wish::IsExported { path, exported } => {
+                let (_, mut volumes) = self.correlation.volumes();
+                let is = volumes.any(|volume| volume.file() == Some(path.as_str()));
+                // As above.
+                let _ended = exported.send(is);
             }
             Wish::Read { job, read } => self.progress_reading(job, read),
             Wish::End { job, result } => {

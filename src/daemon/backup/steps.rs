@@ -60,9 +60,12 @@ pub(in crate::daemon) async fn begin(
         .map_err(|error| RequestError::InvalidArgument(error.to_string()))?;
     let file = match make(roots, new, &backup.path, patience).await {
         Ok(file) => file,
-        Err(error) => {
-            let _kept = shelf.keep(to_loop, vec![forget]).await;
-            return Err(error);
+        Err(unmade) => {
+            // A row that stays says "writing", and can be deleted with what is there of its file.
+            if !unmade.may_be_there {
+                let _kept = shelf.keep(to_loop, vec![forget]).await;
+            }
+            return Err(unmade.error);
         }
     };
     // Of no other file is this backup finished by this daemon.
@@ -273,9 +276,7 @@ async fn take_files(
 
 fn would_be_lost(shelf: &Shelf, image: &str, path: &str) -> RequestError {
     let what_to_do = match shelf.known().backups.begun_images().contains(image) {
-        true => {
-            "it was being made when a daemon ended, and no export has it: export it, or remove it first"
-        }
+        true => "it was made on that, and no export has it: export it, or remove it first",
         false => "remove its export first",
     };
     RequestError::InUse(format!(
