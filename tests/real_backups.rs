@@ -417,6 +417,46 @@ fn a_backup_that_an_exported_image_lies_on_is_not_deleted() -> Outcome<()> {
     })
 }
 
+/// A backup is read for as long as it says that it is large, and nothing ended that: neither could it be deleted.
+#[test]
+fn a_deletion_ends_the_reading_of_a_backup_that_is_being_finished() -> Outcome<()> {
+    real("endless backup", NEEDS, |ground| {
+        let (mut scene, folder) = scene(ground)?;
+        let size = (64_u64 << 40).to_string();
+        let more = ((64_u64 << 40) + 512).to_string();
+        let too_large = ["backup", "begin", "vm", "1", "--size", &more];
+        refused(&scene, &too_large, "more than a backup has")?;
+        let name = begin(&scene, &["vm", "0", "--size", &size])?;
+        let deleting = ["backup", "delete", &name];
+        let finished = std::thread::scope(|threads| -> Outcome<_> {
+            // Thread: waits for its one call, which the deletion ends.
+            let finishing = threads.spawn(|| {
+                let options = Options::from([("wait_ms", Variant::from(600_000_u32))]);
+                scene.client.call("FinishBackup", &(name.as_str(), options))
+            });
+            let reading = until(STEP_LIMIT, "the backup to be read", || {
+                Ok((state(&scene, &name)? == "verifying").then_some(()))
+            });
+            let ended = refused(&scene, &deleting, "is not read any further");
+            let finished = finishing.join();
+            reading?;
+            ended?;
+            Ok(finished)
+        })?;
+        match &finished {
+            Ok(Err(no)) if no.text.contains("ended before all of it was read") => {}
+            other => trouble!("{other:?}"),
+        }
+        json(&scene, &deleting)?;
+        let file = folder.join(format!("{name}.qcow2"));
+        hold!(
+            !file.exists() && state(&scene, &name)? == "none",
+            "it is there"
+        );
+        scene.stop()
+    })
+}
+
 /// The number of a file system is another one after a mount; a link to a backup was written through then.
 #[test]
 fn a_link_to_a_complete_backup_is_not_written_through_after_a_mount() -> Outcome<()> {

@@ -83,6 +83,7 @@ fn look(place: &Place) {
     let found = describe::check(path, Format::Qcow2, &roots, &mut |share| {
         assert!((last..=1.0).contains(&share), "{share} after {last}");
         last = share;
+        true
     });
     if let Ok(found) = found {
         assert!(found.told.len() as u64 <= found.errors);

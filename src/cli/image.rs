@@ -286,7 +286,10 @@ fn facts(described: &Described) -> Map<String, Value> {
 fn check(at: &At, as_json: bool) -> Result<(), Failure> {
     let (path, format) = at.place()?;
     let mut line = ProgressLine::begin();
-    let found = describe::check(&path, format, &everything(), &mut |share| line.show(share));
+    let found = describe::check(&path, format, &everything(), &mut |share| {
+        line.show(share);
+        true
+    });
     drop(line);
     let found = found.map_err(|error| Failure::Image(error.to_string()))?;
     told(&path, &found, as_json)?;

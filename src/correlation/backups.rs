@@ -18,6 +18,9 @@ use super::new_image::{NewImage, Preallocation, file_in};
 use super::request_error::RequestError;
 use crate::identity::Format;
 
+/// Virtual bytes of a backup, 64 TiB: it is read to its end when it is finished, and what was never written takes as long as what was.
+const SIZE_MAX: u64 = 64 << 40;
+
 /// How far a backup has come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum BackupState {
@@ -252,6 +255,11 @@ impl Backups {
                     .to_owned(),
             )
         })?;
+        if size > SIZE_MAX {
+            return Err(invalid(format!(
+                "option size: {size} bytes are more than a backup has, which is read to its end: {SIZE_MAX} at most"
+            )));
+        }
         let backing = parent.map(|parent| (beside(folder, &parent.path), Format::Qcow2));
         let new = NewImage {
             format: Format::Qcow2,
@@ -492,6 +500,13 @@ mod tests {
         let name = full.path.rsplit_once('/').unwrap().1.to_owned();
         assert_eq!(new.backing, Some((name, Format::Qcow2)));
         assert_eq!(incremental.size, full.size);
+        let size = |size| BeginBackup {
+            size: Some(size),
+            ..asked(None)
+        };
+        assert!(backups.begin(&size(SIZE_MAX), 60, Some("/b")).is_ok());
+        let endless = backups.begin(&size(1 << 60), 60, Some("/b"));
+        assert!(matches!(endless, Err(RequestError::InvalidArgument(_))));
         let again = backups.begin(&asked(None), 0, Some("/b"));
         assert!(matches!(again, Err(RequestError::AlreadyExists(_))));
     }

@@ -137,7 +137,8 @@ pub fn chain(
     }
 }
 
-/// Checks the image at the absolute `path`, which no one writes to meanwhile; `progress` is told the share that is done. Blocks.
+/// Checks the image at the absolute `path`, which no one writes to meanwhile; `progress` is told the share that is done, and says whether to go on.
+/// Blocks.
 ///
 /// # Errors
 /// It cannot be checked.
@@ -145,7 +146,7 @@ pub fn check(
     path: &str,
     format: Format,
     roots: &Roots,
-    progress: &mut dyn FnMut(f64),
+    progress: &mut dyn FnMut(f64) -> bool,
 ) -> Result<Findings, DescribeError> {
     if format == Format::Raw {
         let path = path.to_owned();

@@ -63,6 +63,14 @@ pub struct Verified {
     _held: File,
 }
 
+/// What a file has to be, before all of it is read: how long that takes is what the file says.
+#[derive(Debug, Clone, Copy)]
+pub enum Expected<'a> {
+    Begun(&'a Begun),
+    /// Its virtual size, in bytes.
+    Size(u64),
+}
+
 /// What the file of a backup was begun as.
 #[derive(Debug, Clone)]
 pub struct Begun {
@@ -74,16 +82,16 @@ pub struct Begun {
     pub made: Option<Inode>,
 }
 
-/// Makes the image at the absolute `path` durable, checks it, and reads all that is in it; `progress` is told the share that is done, from 0
-/// to 1. With `begun` it has to be that. Blocks for as long as that takes.
+/// Makes the image at the absolute `path` durable, checks it, and reads all that is in it, where it is as `expected`; `progress` is told the share that is
+/// done, from 0 to 1, and says whether to go on. Blocks for as long as that takes.
 ///
 /// # Errors
 /// [`VerifyError`]
 pub fn verify(
     path: &str,
     roots: &Roots,
-    begun: Option<&Begun>,
-    progress: &mut dyn FnMut(f64),
+    expected: Expected<'_>,
+    progress: &mut dyn FnMut(f64) -> bool,
 ) -> Result<Verified, VerifyError> {
     let kernel = |source| VerifyError::Kernel {
         path: path.to_owned(),
@@ -99,9 +107,7 @@ pub fn verify(
     })?;
     file.sync_all().map_err(kernel)?;
     let before = stamp(&file).map_err(kernel)?;
-    if let Some(begun) = begun {
-        is_as_begun(&file, path, roots, begun)?;
-    }
+    is_as_expected(&file, path, roots, expected)?;
     let checked = check::check(&file, &mut |share| progress(share * 0.1));
     let findings = checked.map_err(|source| VerifyError::Check {
         path: path.to_owned(),
@@ -117,7 +123,7 @@ pub fn verify(
     let reading = file.try_clone().map_err(kernel)?;
     qcow2::read_all(reading, path, roots, PIECE, &mut |bytes, share| {
         digest.update(bytes);
-        progress(0.1 + share * 0.9);
+        progress(0.1 + share * 0.9)
     })
     .map_err(|source| VerifyError::Read {
         path: path.to_owned(),
@@ -151,8 +157,13 @@ pub fn verify(
     Ok(Verified { proof, _held: file })
 }
 
-/// Holds the file against what it was begun as, by what its header says; what it reads as is not asked.
-fn is_as_begun(file: &File, path: &str, roots: &Roots, begun: &Begun) -> Result<(), VerifyError> {
+/// Holds the file against what it has to be, by what its header says; what it reads as is not asked.
+fn is_as_expected(
+    file: &File,
+    path: &str,
+    roots: &Roots,
+    expected: Expected<'_>,
+) -> Result<(), VerifyError> {
     let kernel = |source| VerifyError::Kernel {
         path: path.to_owned(),
         source,
@@ -161,8 +172,15 @@ fn is_as_begun(file: &File, path: &str, roots: &Roots, begun: &Begun) -> Result<
         let path = path.to_owned();
         Err(VerifyError::Other { path, found })
     };
-    let inode = beneath::inode(file).map_err(kernel)?;
-    if begun.made.is_some_and(|made| made != inode) {
+    let size = match expected {
+        Expected::Begun(begun) => begun.size,
+        Expected::Size(size) => size,
+    };
+    if let Expected::Begun(Begun {
+        made: Some(made), ..
+    }) = expected
+        && *made != beneath::inode(file).map_err(kernel)?
+    {
         return other("another file stands there now".to_owned());
     }
     let read = |source| VerifyError::Read {
@@ -171,9 +189,12 @@ fn is_as_begun(file: &File, path: &str, roots: &Roots, begun: &Begun) -> Result<
     };
     let header = qcow2::describe_header(file).map_err(kernel)?;
     let header = header.map_err(|refusal| read(refusal.into()))?;
-    if header.size != begun.size {
-        return other(format!("{} bytes, and not {}", header.size, begun.size));
+    if header.size != size {
+        return other(format!("{} bytes, and not {size}", header.size));
     }
+    let Expected::Begun(begun) = expected else {
+        return Ok(());
+    };
     let on = qcow2::backing_path(&header, path).map_err(|error| read(error.into()))?;
     match (&on, &begun.beneath) {
         (None, None) => Ok(()),
@@ -245,7 +266,8 @@ mod tests {
                 beneath: beneath.map(text),
                 made,
             };
-            match verify(&text(name), &roots, Some(&begun), &mut |_| {}) {
+            let expected = Expected::Begun(&begun);
+            match verify(&text(name), &roots, expected, &mut |_| true) {
                 Ok(_) => true,
                 Err(VerifyError::Other { .. }) => false,
                 Err(error) => unreachable!("{error}"),
@@ -259,6 +281,34 @@ mod tests {
         assert!(verified("child", Some("full"), None, 1 << 20));
         assert!(!verified("child", Some("other"), None, 1 << 20));
         assert!(!verified("child", None, None, 1 << 20));
+    }
+
+    /// A file of 1 EiB in the place of a parent was read to its end before it was told that this is not that.
+    #[test]
+    fn what_has_another_size_is_not_read_and_what_nobody_waits_for_is_not_read_on() {
+        let dir = tempfile::tempdir().unwrap();
+        let roots = Roots::new(vec![dir.path().to_owned()]);
+        let path = dir.path().join("a").to_str().unwrap().to_owned();
+        let new = NewImage {
+            format: Format::Qcow2,
+            size: Some(1 << 50),
+            cluster_bytes: Some(2 << 20),
+            backing: None,
+            preallocation: Preallocation::Off,
+        };
+        create(&path, &roots, &new, &|| true).unwrap();
+        let mut steps = 0;
+        let mut few = |_| {
+            steps += 1;
+            steps < 10
+        };
+        let other = verify(&path, &roots, Expected::Size(1 << 20), &mut few);
+        assert!(matches!(other, Err(VerifyError::Other { .. })));
+        // Each piece is one: it is a matter of hours.
+        let ended = verify(&path, &roots, Expected::Size(1 << 50), &mut few);
+        let told = ended.err().map(|error| error.to_string());
+        assert!(told.is_some_and(|told| told.contains("ended before all of it")));
+        assert_eq!(steps, 10);
     }
 
     /// The word that the one file was sound, and its SHA-256, were kept for the other one, which nobody had read.
@@ -280,10 +330,11 @@ mod tests {
                 create(&text(name), &roots, &new, &|| true).unwrap();
             }
             let mut done = false;
-            verify(&text("a"), &roots, None, &mut |_| {
+            verify(&text("a"), &roots, Expected::Size(1 << 20), &mut |_| {
                 if !std::mem::replace(&mut done, true) {
                     then();
                 }
+                true
             })
         };
         assert!(verified(&|| {}).is_ok());

@@ -14,7 +14,7 @@
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU32;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::reading::Reading;
@@ -119,7 +119,7 @@ impl Control {
             let view = self.shelf.view(&backup);
             return self.answer(asker, Ok(Answer::Backup(Box::new(view))));
         }
-        let progress = Arc::<AtomicU32>::default();
+        let (progress, ends) = (Arc::<AtomicU32>::default(), Arc::<AtomicBool>::default());
         {
             let mut known = self.shelf.known();
             if let Some(finishing) = known.finishing.get_mut(&backup.name) {
@@ -128,6 +128,7 @@ impl Control {
             }
             let finishing = Finishing {
                 progress: Arc::clone(&progress),
+                ends: Arc::clone(&ends),
                 askers: vec![asker],
             };
             known.finishing.insert(backup.name.clone(), finishing);
@@ -151,6 +152,7 @@ impl Control {
             let name = backup.name.clone();
             let reading = Reading {
                 progress,
+                ends,
                 to_loop: to_loop.clone(),
                 job,
                 patience: Patience::new(),
@@ -263,15 +265,23 @@ impl Control {
             let name = &backup.name;
             known.is_at_rest(name)?;
             known.bears_nothing_new(backup)?;
-            if known.finishing.contains_key(name) {
-                let error = format!("backup {name} is being finished");
-                return Err(RequestError::NotReady(error));
-            }
             if self.correlation.export(name).is_some() {
                 return Err(RequestError::InUse(format!(
                     "backup {name} has its export: 'nbdtrack backup finish {name}' finishes it, 'nbdtrack remove {name}' takes only the export away"
                 )));
             }
+        }
+        let mut being_finished = None;
+        for backup in &backups {
+            if let Some(finishing) = known.finishing.get(&backup.name) {
+                finishing.ends.store(true, Ordering::Relaxed);
+                being_finished = Some(&backup.name);
+            }
+        }
+        if let Some(name) = being_finished {
+            return Err(RequestError::NotReady(format!(
+                "backup {name} is being finished, and is not read any further: delete it again"
+            )));
         }
         drop(known);
         let place = self

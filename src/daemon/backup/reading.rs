@@ -1,14 +1,14 @@
 //! The reading of a backup to its end, in a thread of the blocking pool, and the job that tells how far it is.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 
 use crate::correlation::{Backup, Proof, RequestError, RequestId};
 use crate::daemon::patience::Patience;
 use crate::daemon::works::{Held, ToLoop, refusal_of_file};
 use crate::image::beneath::Roots;
-use crate::image::verify::{self, Begun, Stamp, Verified, VerifyError};
+use crate::image::verify::{self, Begun, Expected, Stamp, Verified, VerifyError};
 
 /// How often the job tells how far it is, where that has changed.
 const TOLD_EVERY: Duration = Duration::from_millis(500);
@@ -17,6 +17,8 @@ const TOLD_EVERY: Duration = Duration::from_millis(500);
 pub(in crate::daemon) struct Reading {
     /// Of 1,000.
     pub progress: Arc<AtomicU32>,
+    /// Its deletion was asked for: it is not read to its end.
+    pub ends: Arc<AtomicBool>,
     pub to_loop: ToLoop,
     pub job: RequestId,
     pub patience: Patience,
@@ -37,20 +39,25 @@ impl Reading {
             beneath: beneath.first().map(|parent| parent.path.clone()),
             made: backup.made,
         };
-        let told = Arc::clone(&self.progress);
+        let (told, ends) = (Arc::clone(&self.progress), Arc::clone(&self.ends));
         let verified = self.patience.in_thread(move |own| {
             let before = stamps(&beneath, &roots)?;
             own.goes_on();
-            as_when_finished(&beneath, &roots, own)?;
-            let verified = verify::verify(&path, &roots, Some(&begun), &mut |share| {
+            let goes_on = || {
                 // It is read to its end whoever waits.
                 own.goes_on();
+                !ends.load(Ordering::Relaxed)
+            };
+            as_when_finished(&beneath, &roots, &goes_on)?;
+            let expected = Expected::Begun(&begun);
+            let verified = verify::verify(&path, &roots, expected, &mut |share| {
                 #[allow(
                     clippy::cast_possible_truncation,
                     clippy::cast_sign_loss,
                     reason = "0 to 1,000"
                 )]
                 told.store((share * 1000.0) as u32, Ordering::Relaxed);
+                goes_on()
             });
             if stamps(&beneath, &roots)? != before {
                 return Err(RequestError::Failed(format!(
@@ -83,11 +90,11 @@ impl Reading {
 }
 
 /// Whether the files of a backup and of all that it lies on are as they were when each was finished. Blocks.
-/// `patience` is told of each step.
+/// `goes_on` hears of each step, and says whether there is to be another one.
 pub(in crate::daemon) fn as_when_finished(
     lineage: &[Backup],
     roots: &Roots,
-    patience: &Patience,
+    goes_on: &dyn Fn() -> bool,
 ) -> Result<(), RequestError> {
     let Some((first, proof)) = lineage
         .first()
@@ -104,10 +111,9 @@ pub(in crate::daemon) fn as_when_finished(
         return Ok(());
     }
     // Copied or repaired since, which is well as long as it reads the same.
-    let mut read = |_| {
-        patience.goes_on();
-    };
-    let found = verify::verify(&first.path, roots, None, &mut read).map_err(refusal)?;
+    let expected = Expected::Size(first.size);
+    let found =
+        verify::verify(&first.path, roots, expected, &mut |_| goes_on()).map_err(refusal)?;
     let found = &found.proof;
     if found.sha256 == proof.sha256 {
         return Ok(());

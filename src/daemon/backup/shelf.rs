@@ -1,7 +1,7 @@
 //! What the loop and the tasks beside it know of backups, and what is kept of them.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::correlation::{
@@ -56,6 +56,8 @@ impl Known {
 pub(in crate::daemon) struct Finishing {
     /// Of 1,000.
     pub progress: Arc<AtomicU32>,
+    /// Set by who asks for its deletion: what of it is still to be read is not.
+    pub ends: Arc<AtomicBool>,
     /// Who waits for it; at most the calls that D-Bus lets in.
     pub askers: Vec<Asker>,
 }

@@ -48,7 +48,7 @@ pub(in crate::daemon) async fn begin(
     if let Some(parent) = &backup.parent {
         let lineage = shelf.known().backups.lineage(parent);
         let beneath = Arc::clone(&roots);
-        let look = move |own: &Patience| as_when_finished(&lineage, &beneath, own);
+        let look = move |own: &Patience| as_when_finished(&lineage, &beneath, &|| own.goes_on());
         let same = patience.in_thread(look).await;
         if let Err(error) = same.and_then(|same| same) {
             // A row that stays says "writing", which is so: there is no file, and it can be deleted.

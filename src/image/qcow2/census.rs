@@ -75,15 +75,20 @@ impl Roots {
     }
 
     /// Bytes of all L1 and L2 tables, as often as they are referred to; no more are counted once it is over `bytes_max`.
+    ///
+    /// # Errors
+    /// The kernel's, or `progress` is not to go on.
     pub fn table_bytes(
         &self,
         file: &File,
         header: &Header,
         file_bytes: u64,
         bytes_max: u64,
+        progress: &mut Progress<'_>,
     ) -> io::Result<u64> {
         let mut sum = 0;
         for (table, l1_entries) in &self.l1 {
+            progress.stay()?;
             let bytes = l1_entries * 8;
             sum += bytes;
             if sum > bytes_max {
@@ -169,7 +174,8 @@ impl<'a> Census<'a> {
         };
         census.count(0, header.cluster_bytes());
         for (number, (table, entries)) in roots.l1.iter().enumerate() {
-            census.level1(*table, *entries, number == 0, progress)?;
+            let active = number == 0;
+            census.level1(*table, *entries, active, progress)?;
         }
         let (from, len) = roots.snapshots;
         census.count(from, len);
@@ -210,8 +216,11 @@ impl<'a> Census<'a> {
         let mut l2 = vec![0; usize::try_from(cluster).map_err(io::Error::other)?];
         let hosts: Vec<u64> = words(&l1).map(entry::table_offset).collect();
         for (index, host) in hosts.iter().copied().enumerate() {
+            // Of the others nobody knows beforehand how many they are.
             if active {
-                progress.step(index as u64, l1_entries);
+                progress.step(index as u64, l1_entries)?;
+            } else if host != 0 {
+                progress.stay()?;
             }
             if index.is_multiple_of(TABLES_AHEAD) {
                 self.read_ahead(&hosts[index..hosts.len().min(index + TABLES_AHEAD)]);

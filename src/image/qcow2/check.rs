@@ -21,6 +21,9 @@ use super::tables::{entries, words};
 const BLOCKS_MAX: usize = 16;
 /// Rounds, one for each window of the file: of 128 TiB in clusters of 64 KiB. A sparse file of a few KiB can have a million times as many.
 const ROUNDS_MAX: u64 = 64;
+/// Bytes of tables that are read in all rounds: each snapshot has tables of its own, and a file of 40 MiB can say that it has 10^16 bytes of them. Those of
+/// 64 TiB in clusters of 64 KiB have 8 GiB.
+const TABLE_BYTES_MAX: u64 = 1 << 40;
 /// Findings that are told in words.
 const TOLD_MAX: usize = 20;
 
@@ -62,10 +65,12 @@ pub enum CheckError {
 
 /// How far a check is: parts, and how many of them are done.
 pub(super) struct Progress<'a> {
-    /// `None`: nobody is told.
-    tell: Option<&'a mut dyn FnMut(f64)>,
+    /// Says whether it is to go on. `None`: nobody is told.
+    tell: Option<&'a mut dyn FnMut(f64) -> bool>,
     part: u64,
     parts: u64,
+    /// Of 1, told last.
+    told: f64,
 }
 
 impl Progress<'_> {
@@ -74,26 +79,44 @@ impl Progress<'_> {
             tell: None,
             part: 0,
             parts: 1,
+            told: 0.0,
         }
     }
 
-    pub fn step(&mut self, done: u64, of: u64) {
-        let Some(tell) = &mut self.tell else { return };
+    /// # Errors
+    /// [`Ended`]
+    pub fn step(&mut self, done: u64, of: u64) -> io::Result<()> {
         // Rounded: it is for people.
         #[allow(clippy::cast_precision_loss, reason = "a share, shown to people")]
         let share = |n: u64, of: u64| n as f64 / of.max(1) as f64;
-        tell(
-            (share(self.part, 1) + share(done, of)).min(share(self.parts, 1))
-                / share(self.parts, 1),
-        );
+        self.told = (share(self.part, 1) + share(done, of)).min(share(self.parts, 1))
+            / share(self.parts, 1);
+        self.stay()
+    }
+
+    /// A step that brings it no further.
+    ///
+    /// # Errors
+    /// [`Ended`]
+    pub fn stay(&mut self) -> io::Result<()> {
+        let goes_on = self.tell.as_mut().is_none_or(|tell| tell(self.told));
+        match goes_on {
+            true => Ok(()),
+            false => Err(io::Error::other(Ended)),
+        }
     }
 }
 
-/// Checks the image in `file`; `progress` is told the share that is done, from 0 to 1, often. Blocks.
+/// Whoever is told how far it is does not want the rest.
+#[derive(Debug, thiserror::Error)]
+#[error("ended before all of it was read")]
+pub(super) struct Ended;
+
+/// Checks the image in `file`; `progress` is told the share that is done, from 0 to 1, often, and says whether to go on. Blocks.
 ///
 /// # Errors
 /// [`CheckError`]: it could not be checked.
-pub fn check(file: &File, progress: &mut dyn FnMut(f64)) -> Result<Findings, CheckError> {
+pub fn check(file: &File, progress: &mut dyn FnMut(f64) -> bool) -> Result<Findings, CheckError> {
     let (bytes, file_bytes) = read_start(file)?;
     let header = Header::describe(&bytes, file_bytes)?;
     if header.data_file.is_some() {
@@ -102,21 +125,27 @@ pub fn check(file: &File, progress: &mut dyn FnMut(f64)) -> Result<Findings, Che
     let roots = Roots::read(file, &bytes, &header, file_bytes)??;
     let mut counts = Counts::load(file, &header)?;
     let clusters = file_bytes.div_ceil(header.cluster_bytes());
-    if clusters.div_ceil(WINDOW) > ROUNDS_MAX {
+    let rounds = clusters.div_ceil(WINDOW);
+    if rounds > ROUNDS_MAX {
         return Err(Refusal::TooLong(clusters).into());
+    }
+    // The rounds, and the flags.
+    let parts = rounds + 1;
+    let mut progress = Progress {
+        tell: Some(progress),
+        part: 0,
+        parts,
+        told: 0.0,
+    };
+    let tables_max = TABLE_BYTES_MAX / rounds.max(1);
+    if roots.table_bytes(file, &header, file_bytes, tables_max, &mut progress)? > tables_max {
+        return Err(Refusal::TooManyTables(tables_max).into());
     }
     let mut findings = Findings {
         clusters,
         dirty: header.dirty,
         corrupt: header.corrupt,
         ..Findings::default()
-    };
-    // Each window, and the flags.
-    let parts = clusters.div_ceil(WINDOW) + 1;
-    let mut progress = Progress {
-        tell: Some(progress),
-        part: 0,
-        parts,
     };
     let blocks = counts.table.clone();
     let mut from = 0;
@@ -171,7 +200,7 @@ fn flags(
     file.read_exact_at(&mut l1, header.l1_offset)?;
     let mut l2 = vec![0; usize::try_from(cluster).map_err(io::Error::other)?];
     for (index, word) in words(&l1).enumerate() {
-        progress.step(index as u64, header.l1_entries);
+        progress.step(index as u64, header.l1_entries)?;
         let host = entry::table_offset(word);
         if host == 0 || !host.is_multiple_of(cluster) || host + cluster > file_bytes {
             // Nothing there, or told already.
@@ -261,6 +290,7 @@ impl<'a> Counts<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::image::qcow2::layout::Layout;
 
     #[test]
     fn all_errors_are_counted_and_the_first_are_told() {
@@ -271,6 +301,59 @@ mod tests {
         assert_eq!(findings.errors, TOLD_MAX as u64 + 5);
         let first: Vec<_> = (0..TOLD_MAX).map(|number| number.to_string()).collect();
         assert_eq!(findings.told, first);
+    }
+
+    /// 65,536 snapshots can share one table, and a file of 40 MiB kept its check busy for years.
+    #[test]
+    fn tables_that_snapshots_share_are_read_so_often_at_most() {
+        const L1_ENTRIES: u64 = 4 << 20;
+        let layout = Layout::new(1 << 20, 1 << 16, None, false).unwrap();
+        let file = tempfile::tempfile().unwrap();
+        for (at, bytes) in layout.pieces() {
+            file.write_all_at(&bytes, at).unwrap();
+        }
+        let shared = layout.file_bytes().next_multiple_of(1 << 16);
+        let entry = (1_u64 << 16).to_be_bytes();
+        let l1 = entry.repeat(usize::try_from(L1_ENTRIES).unwrap());
+        file.write_all_at(&l1, shared).unwrap();
+        let rows = shared + l1.len() as u64;
+        let mut row = [0; 40];
+        row[..8].copy_from_slice(&shared.to_be_bytes());
+        row[8..12].copy_from_slice(&u32::try_from(L1_ENTRIES).unwrap().to_be_bytes());
+        file.write_all_at(&row.repeat(65_536), rows).unwrap();
+        file.write_all_at(&65_536_u32.to_be_bytes(), 60).unwrap();
+        file.write_all_at(&rows.to_be_bytes(), 64).unwrap();
+        let mut steps = 0;
+        let checked = check(&file, &mut |_| {
+            steps += 1;
+            // Also without a bound this test ends.
+            steps < 1_000
+        });
+        assert!(
+            matches!(
+                checked,
+                Err(CheckError::Refused(Refusal::TooManyTables(TABLE_BYTES_MAX)))
+            ),
+            "{checked:?}"
+        );
+        assert!(steps < 10, "{steps}");
+    }
+
+    #[test]
+    fn a_check_that_nobody_wants_the_rest_of_ends() {
+        let layout = Layout::new(1 << 30, 512, None, true).unwrap();
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(layout.file_bytes()).unwrap();
+        for (at, bytes) in layout.pieces() {
+            file.write_all_at(&bytes, at).unwrap();
+        }
+        let mut steps = 0;
+        let checked = check(&file, &mut |_| {
+            steps += 1;
+            steps < 3
+        });
+        assert!(matches!(checked, Err(CheckError::Kernel(_))), "{checked:?}");
+        assert_eq!(steps, 3);
     }
 
     /// Whatever the order in which they are asked for.

@@ -95,6 +95,10 @@ pub enum Refusal {
     Uncounted,
     #[error("its file has {0} clusters, more than are checked")]
     TooLong(u64),
+    #[error(
+        "its tables have more than {0} bytes, as often as its snapshots refer to them, and are not checked"
+    )]
+    TooManyTables(u64),
     #[error("its backing file has no name that can be followed")]
     BackingName,
 }

@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io;
 
 use super::chain::{self, ChainError};
+use super::check::Ended;
 use super::core::{Core, read_header};
 use super::header::Refusal;
 use crate::image::beneath::Roots;
@@ -20,13 +21,13 @@ pub enum ReadError {
 }
 
 /// Hands all that the image in `file`, at `path`, reads as to `each`, in order and in pieces of `piece` > 0 bytes, with the share that is
-/// done then. Blocks.
+/// done then; it says whether to go on. Blocks.
 pub(in crate::image) fn read_all(
     file: File,
     path: &str,
     roots: &Roots,
     piece: usize,
-    each: &mut dyn FnMut(&[u8], f64),
+    each: &mut dyn FnMut(&[u8], f64) -> bool,
 ) -> Result<(), ReadError> {
     let (header, file_bytes) = read_header(&file)??;
     let beneath = chain::beneath(&header, path, &file, roots)?;
@@ -42,7 +43,9 @@ pub(in crate::image) fn read_all(
         at += len as u64;
         #[allow(clippy::cast_precision_loss, reason = "a share, shown to people")]
         let share = at as f64 / size as f64;
-        each(part, share);
+        if !each(part, share) {
+            return Err(io::Error::other(Ended).into());
+        }
     }
     Ok(())
 }
