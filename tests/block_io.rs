@@ -130,7 +130,11 @@ fn direct_writes_are_on_the_disk_at_once_and_direct_reads_come_from_there() {
         .unwrap();
     let block = u64::from(o.block.block_sizes().min);
     assert!(block >= 512, "smaller requests are refused at the door");
-    assert!(!o.block.cached());
+    assert!(!o.block.reads_from_memory());
+    assert!(
+        !o.block
+            .writes_to_memory(Extent::checked(0, 512, o.block.size()).unwrap())
+    );
     // Memory at any address: what comes over the wire lies as it comes.
     for (index, len) in [block as usize, 4096, 256 << 10].into_iter().enumerate() {
         let offset = (index as u64 + 1) << 20;

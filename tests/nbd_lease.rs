@@ -60,6 +60,24 @@ fn drain_answers_what_is_in_flight_flushes_and_refuses_the_rest() {
     );
 }
 
+/// Writes of a QCOW2 image read tables, wait for each other and flush, and did so in the thread that reads what its client sends.
+#[test]
+fn a_write_that_may_wait_holds_up_nothing_of_its_own_connection() {
+    let server = Server::new();
+    let image = server.image.clone();
+    image.writes_wait.store(true, Ordering::SeqCst);
+    image.hold("write");
+    let mut client = server.go();
+    client.request(cmd::WRITE, 0, 1, 512, 512);
+    client.put(&[3; 512]);
+    image.wait_inside(1);
+    client.request(cmd::READ, 0, 2, 4096, 512);
+    assert_eq!(client.simple(), (0, 2));
+    assert_eq!(client.take(512), [0; 512]);
+    image.let_go();
+    assert_eq!(client.simple(), (0, 1));
+}
+
 #[test]
 fn drain_of_idle_and_parked_sessions_closes_them_and_the_image() {
     let server = Server::new();

@@ -268,6 +268,12 @@ impl Image for Blank {
     fn cache(&self, _at: Extent) -> io::Result<()> {
         Ok(())
     }
+    fn reads_from_memory(&self) -> bool {
+        true
+    }
+    fn writes_to_memory(&self, _: Extent) -> bool {
+        true
+    }
     fn can_discard(&self) -> bool {
         true
     }

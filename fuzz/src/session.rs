@@ -438,6 +438,12 @@ impl Image for Memory {
         }
         Ok(found)
     }
+    fn reads_from_memory(&self) -> bool {
+        true
+    }
+    fn writes_to_memory(&self, _: Extent) -> bool {
+        true
+    }
     fn can_discard(&self) -> bool {
         true
     }

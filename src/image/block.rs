@@ -347,7 +347,11 @@ impl Image for Block {
         }])
     }
 
-    fn cached(&self) -> bool {
+    fn reads_from_memory(&self) -> bool {
+        self.direct.is_none()
+    }
+
+    fn writes_to_memory(&self, _: Extent) -> bool {
         self.direct.is_none()
     }
 

@@ -197,10 +197,10 @@ pub trait Image: Send + Sync {
         let _ = stretches_max;
         Ok(vec![(at.len(), 1)])
     }
-    /// Whether a write ends in memory, so that it can be done where nothing should wait for a disk.
-    fn cached(&self) -> bool {
-        true
-    }
+    /// Whether reads can be had from memory, so that it is worth trying [`Image::read_nowait`].
+    fn reads_from_memory(&self) -> bool;
+    /// Whether a write of this range ends in memory, as things are now, so that it can be done where nothing should wait for a disk. Answers from memory.
+    fn writes_to_memory(&self, at: Extent) -> bool;
     /// Whether seeks cost time.
     fn rotational(&self) -> bool {
         false

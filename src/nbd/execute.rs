@@ -52,7 +52,10 @@ impl Transmission {
         if may_share && self.share(conn, gather, to, at, &mut charge) {
             return Ok(());
         }
-        let right = self.lease.cached().then(|| self.lease.inline_read());
+        let right = self
+            .lease
+            .reads_from_memory()
+            .then(|| self.lease.inline_read());
         let Some(right) = right.flatten() else {
             let charge = charge.map_or_else(|| conn.account.charge(len), Ok)?;
             self.hand_over(conn, to, Call::Read(at), Vec::new(), Some(charge));
@@ -98,7 +101,7 @@ impl Transmission {
         charge: &mut Option<Charge>,
     ) -> bool {
         let shared = &self.lease.shared;
-        if !self.lease.cached() || conn.has_output() {
+        if !self.lease.reads_from_memory() || conn.has_output() {
             return false;
         }
         let (Some(right), Some(mut lent)) = (self.lease.inline_read(), shared.pipes.lend()) else {
@@ -135,9 +138,6 @@ impl Transmission {
         data: &[u8],
     ) -> bool {
         let counters = &self.lease.shared.counters;
-        if !self.lease.cached() {
-            return false;
-        }
         let Some(_right) = self.lease.inline_write() else {
             return false;
         };
@@ -145,6 +145,9 @@ impl Transmission {
             self.refuse(gather, to, DETACHED);
             return true;
         };
+        if !pass.image().writes_to_memory(at) {
+            return false;
+        }
         add(&counters.writes, 1);
         add(&counters.bytes_written, data.len() as u64);
         let began = self.tally.begin(Operation::Write);

@@ -59,8 +59,8 @@ pub(super) struct Lease {
     pub(super) export: ExportName,
     pub(super) generation: Generation,
     pub(super) facts: Facts,
-    /// Of the image: see [`Image::cached`].
-    cached: bool,
+    /// Of the image: see [`Image::reads_from_memory`].
+    reads_from_memory: bool,
     /// Whose turn it is to write is asked at each client; see `access`.
     pub(super) turns: Option<Turns>,
     /// Bytes, as the next client is told; only grows. Each session keeps what it agreed to.
@@ -156,7 +156,7 @@ impl Lease {
             generation,
             size: AtomicU64::new(facts.size),
             facts,
-            cached: image.cached(),
+            reads_from_memory: image.reads_from_memory(),
             crew: shared.crew_of(&*image),
             shared,
             gate: Gate::default(),
@@ -192,8 +192,8 @@ impl Lease {
         })
     }
 
-    pub(super) fn cached(&self) -> bool {
-        self.cached
+    pub(super) fn reads_from_memory(&self) -> bool {
+        self.reads_from_memory
     }
 
     /// For a write in the session's own thread.

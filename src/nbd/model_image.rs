@@ -84,6 +84,12 @@ impl Image for Witnessed {
     fn zeroes_fast(&self, _at: Span, _flags: ZeroFlags) -> bool {
         false
     }
+    fn reads_from_memory(&self) -> bool {
+        true
+    }
+    fn writes_to_memory(&self, _: Extent) -> bool {
+        true
+    }
     fn can_discard(&self) -> bool {
         false
     }

@@ -31,6 +31,8 @@ pub struct Memory {
     pub read_only: bool,
     /// `read_nowait` says that it would wait.
     pub cold: AtomicBool,
+    /// Writes may wait for a disk.
+    pub writes_wait: AtomicBool,
     pub fail_flush: AtomicBool,
     pub fast_zero: AtomicBool,
     pub fail_reads: AtomicBool,
@@ -71,6 +73,7 @@ impl Memory {
             bytes: RwLock::new(vec![0; usize::try_from(size).unwrap()]),
             read_only,
             cold: AtomicBool::new(false),
+            writes_wait: AtomicBool::new(false),
             fail_flush: AtomicBool::new(false),
             fast_zero: AtomicBool::new(false),
             fail_reads: AtomicBool::new(false),
@@ -255,6 +258,12 @@ impl Image for Memory {
             offset += count;
         }
         Ok(told)
+    }
+    fn reads_from_memory(&self) -> bool {
+        true
+    }
+    fn writes_to_memory(&self, _: Extent) -> bool {
+        !self.writes_wait.load(Ordering::SeqCst)
     }
     fn can_discard(&self) -> bool {
         true

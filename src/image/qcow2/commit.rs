@@ -249,6 +249,18 @@ mod tests {
         (file, core)
     }
 
+    #[test]
+    fn only_a_write_in_place_is_said_to_end_in_memory() {
+        let (_file, core) = image();
+        let durable = Durable::default();
+        assert!(!core.is_in_place(0, 4096), "nothing is there");
+        core.write(0, &[1; 65_536], &durable).unwrap();
+        assert!(core.is_in_place(0, 65_536));
+        assert!(!core.is_in_place(65_535, 2), "half of it is there");
+        core.empty(0, 0, Emptying::Unallocated, &durable).unwrap();
+        assert!(!core.is_in_place(0, 1), "it is given up");
+    }
+
     fn l1(file: &File) -> u64 {
         let mut word = [0; 8];
         file.read_exact_at(&mut word, 3 << 16).unwrap();

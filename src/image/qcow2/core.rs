@@ -226,6 +226,24 @@ impl Core {
         Ok(true)
     }
 
+    /// Whether all of the bytes from `at` on are data in clusters that nothing else refers to, by what of the mapping is in memory: a write goes there, and
+    /// changes nothing else.
+    pub(super) fn is_in_place(&self, mut at: u64, len: u64) -> bool {
+        let _pass = self.pass();
+        let end = at + len;
+        while at < end {
+            match self.run(at, end - at, false) {
+                Ok(Some(Run {
+                    what: What::Data { own: true, .. },
+                    bytes,
+                })) => at += bytes,
+                // What is wrong is told by the write.
+                Ok(_) | Err(_) => return false,
+            }
+        }
+        true
+    }
+
     /// What the bytes from `at` on are, at most `len` of them, as far as they are one stretch; `None` when that would have to be read
     /// and `wait` is false.
     pub(super) fn run(&self, at: u64, len: u64, wait: bool) -> io::Result<Option<Run>> {

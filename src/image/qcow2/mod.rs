@@ -369,6 +369,15 @@ impl Image for Qcow2 {
         })
     }
 
+    fn reads_from_memory(&self) -> bool {
+        true
+    }
+
+    /// Elsewhere it reads tables and what lay there before, waits for writes beside it, and now and then for a flush.
+    fn writes_to_memory(&self, at: Extent) -> bool {
+        self.core.is_in_place(at.offset(), at.len().into())
+    }
+
     fn file_system(&self) -> Option<u64> {
         self.claim.file_system
     }
