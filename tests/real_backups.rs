@@ -457,6 +457,41 @@ fn a_deletion_ends_the_reading_of_a_backup_that_is_being_finished() -> Outcome<(
     })
 }
 
+/// The row went while the file's file system was not mounted, and the file came back as nobody's.
+#[test]
+fn a_backup_whose_file_is_not_there_is_not_deleted_with_it() -> Outcome<()> {
+    let needs = [NEEDS, &[Need::Tool("mount")]].concat();
+    real("backup of another mount", &needs, |ground| {
+        let real = ground.file("real");
+        std::fs::create_dir(&real)?;
+        let folder = ground.file("mounted");
+        let bind = || Mounted::new(folder.clone(), &["--bind", &text(&real)]);
+        let mounted = bind()?;
+        let mut scene = Scene::told(ground, roots(&folder), &[])?;
+        let name = begin(&scene, &["vm", "0", "--size", "1M"])?;
+        json(&scene, &["backup", "finish", &name])?;
+        let file = real.join(format!("{name}.qcow2"));
+        let deleting = ["backup", "delete", &name];
+        drop(mounted);
+        refused(&scene, &deleting, "is not there: mount its file system")?;
+        hold!(state(&scene, &name)? == "complete", "its row");
+        let mounted = bind()?;
+        hold!(file.exists(), "its file");
+        json(&scene, &deleting)?;
+        hold!(!file.exists(), "its file is left");
+        // Whoever has taken the file away says so.
+        let name = begin(&scene, &["vm", "0", "--size", "1M"])?;
+        json(&scene, &["backup", "finish", &name])?;
+        std::fs::remove_file(real.join(format!("{name}.qcow2")))?;
+        let deleting = ["backup", "delete", &name];
+        refused(&scene, &deleting, "--keep-files")?;
+        json(&scene, &[&deleting[..], &["--keep-files"]].concat())?;
+        hold!(state(&scene, &name)? == "none", "its row is left");
+        drop(mounted);
+        scene.stop()
+    })
+}
+
 /// The number of a file system is another one after a mount; a link to a backup was written through then.
 #[test]
 fn a_link_to_a_complete_backup_is_not_written_through_after_a_mount() -> Outcome<()> {

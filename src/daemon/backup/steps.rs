@@ -257,7 +257,11 @@ async fn take_files(
 ) -> Result<Vec<Option<Held<Taken>>>, RequestError> {
     let mut files = Vec::new();
     for backup in backups.iter() {
-        files.push(take_file(&backup.path, roots, patience).await?);
+        let file = take_file(&backup.path, roots, patience).await?;
+        if file.is_none() {
+            may_be_gone(backup)?;
+        }
+        files.push(file);
     }
     patience.check()?;
     // Asked for only now: nobody puts an image on what is held so.
@@ -272,6 +276,18 @@ async fn take_files(
         }
     };
     patience.in_thread(look).await?
+}
+
+/// Whether a backup whose file is not found can be one that has none. A complete one has it elsewhere, or on a file system that is not mounted: its row
+/// would go, and the file come back as nobody's.
+fn may_be_gone(backup: &Backup) -> Result<(), RequestError> {
+    if backup.state != BackupState::Complete || backup.reason == DELETION_BEGUN {
+        return Ok(());
+    }
+    Err(RequestError::NotReady(format!(
+        "backup {}: its file {} is not there: mount its file system, or forget the backup alone with keep_files (--keep-files)",
+        backup.name, backup.path
+    )))
 }
 
 fn would_be_lost(shelf: &Shelf, image: &str, path: &str) -> RequestError {
