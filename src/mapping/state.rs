@@ -21,7 +21,7 @@ pub(super) struct StateLock {
 impl StateLock {
     /// Makes the directory and the database's file where they are missing, and takes the lock. Does not wait for it.
     pub(super) fn take(folder: &Path) -> Result<StateLock, StoreError> {
-        make_folder(folder)?;
+        make_folder(folder, &mut sync)?;
         let path = folder.join(LOCK_FILE);
         // std opens with O_CLOEXEC: a child must not hold the directory after the daemon is gone.
         let file = private().open(&path).map_err(failed(&path))?;
@@ -53,16 +53,25 @@ impl StateLock {
     }
 }
 
-fn make_folder(folder: &Path) -> Result<(), StoreError> {
-    if folder.is_dir() {
-        return Ok(());
+/// Makes the folder and those above it that are missing, each durable before the one in it: what is synced in a folder without a durable name is lost with
+/// that.
+fn make_folder(
+    folder: &Path,
+    sync: &mut dyn FnMut(&Path) -> Result<(), StoreError>,
+) -> Result<(), StoreError> {
+    let missing: Vec<&Path> = folder
+        .ancestors()
+        .take_while(|above| !above.as_os_str().is_empty() && !above.is_dir())
+        .collect();
+    for folder in missing.into_iter().rev() {
+        match DirBuilder::new().mode(0o700).create(folder) {
+            // Another daemon that starts on the same one was first.
+            Err(_) if folder.is_dir() => {}
+            made => made.map_err(failed(folder))?,
+        }
+        sync(folder.parent().unwrap_or(Path::new("/")))?;
     }
-    DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(folder)
-        .map_err(failed(folder))?;
-    sync(folder.parent().unwrap_or(Path::new("/")))
+    Ok(())
 }
 
 fn private() -> OpenOptions {
@@ -112,3 +121,27 @@ fn failed(path: &Path) -> impl Fn(io::Error) -> StoreError {
 }
 
 const LOCK_FILE: &str = "lock";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Only the last folder's name was made durable: after a power cut that came early the state was gone with a folder above it.
+    #[test]
+    fn each_folder_that_is_made_is_durable_before_the_one_in_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let last = dir.path().join("a/b/c");
+        let mut synced = Vec::new();
+        make_folder(&last, &mut |folder| {
+            let made = folder.read_dir().unwrap().count();
+            synced.push((folder.to_owned(), made));
+            Ok(())
+        })
+        .unwrap();
+        let one = |path: &str| (dir.path().join(path), 1);
+        assert_eq!(synced, [one(""), one("a"), one("a/b")]);
+        assert!(last.is_dir());
+        synced.clear();
+        make_folder(&last, &mut |_| unreachable!("nothing is made")).unwrap();
+    }
+}
