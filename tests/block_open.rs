@@ -12,14 +12,18 @@ use std::fs::OpenOptions;
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use kernel::{Loop, backing_file, descriptors_of, loop_identity, run, wait_for};
-use nbdtrack::correlation::{DeviceNumber, DiskSeq, ExportName, OpenDisk, OpenRefusal, Ticket};
+use nbdtrack::correlation::{
+    DeviceNumber, DiskSeq, EndHow, ExportName, Generation, LeaseEnd, OpenDisk, OpenRefusal, Ticket,
+};
 use nbdtrack::identity::Identity;
 use nbdtrack::image::beneath::Roots;
 use nbdtrack::image::block::{Block, Claims, OpenError, open};
 use nbdtrack::image::{Extent, Image, raw};
+use nbdtrack::nbd::{Door, Limits};
 use nbdtrack::udev::read_identities;
 
 fn order(disk: &Loop, diskseq: DiskSeq, file: &Path) -> OpenDisk {
@@ -229,13 +233,39 @@ fn exports_of_one_disk_share_its_claim_and_its_writes() {
     reader.read(block, &mut seen).unwrap();
     assert!(seen.iter().all(|b| *b == 0));
 
-    drop((reader, writer));
+    // A writer that was cut off was told to be closed, while what it had written was in this node's cache only: the others keep the disk open.
+    assert!(!reader.keeps_changes());
+    assert!(writer.keeps_changes());
+    let on_disk = || std::fs::read(&file).unwrap()[4096..4099].to_vec();
+    writer.write(at, b"cut", false).unwrap();
+    assert_ne!(on_disk(), b"cut", "or it proves nothing");
+    cut(writer);
+    assert_eq!(on_disk(), b"cut");
+    drop(reader);
+    assert!(!second.keeps_changes(), "its close writes all");
     assert!(
         error_is_busy(&disk),
         "the claim lasts as long as one export of it"
     );
     drop(second);
     assert!(!error_is_busy(&disk));
+}
+
+/// Serves the image, cuts its lease, and waits until that is closed.
+fn cut(image: Block) {
+    let name = ExportName::parse("cut").unwrap();
+    let door = Door::new(Limits::default()).unwrap();
+    door.serve(&name, Generation(1), Arc::new(image), false);
+    let (report, told) = std::sync::mpsc::channel();
+    let within = Duration::from_secs(10);
+    let report = move |end| report.send(end).unwrap();
+    door.end_lease(
+        &name,
+        Generation(1),
+        EndHow::Cut { within },
+        Box::new(report),
+    );
+    assert_eq!(told.recv_timeout(within), Ok(LeaseEnd::Closed));
 }
 
 fn error_is_busy(disk: &Loop) -> bool {

@@ -397,6 +397,11 @@ impl Image for Block {
         self.can_discard && !self.read_only
     }
 
+    fn keeps_changes(&self) -> bool {
+        // Only the last close writes to the disk what the page cache has.
+        !self.read_only && Arc::strong_count(&self.claim) > 1
+    }
+
     fn latch(&self) {
         self.claim.durable.latch();
     }

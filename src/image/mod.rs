@@ -211,8 +211,8 @@ pub trait Image: Send + Sync {
     }
     /// Whether `discard` does anything.
     fn can_discard(&self) -> bool;
-    /// Whether acknowledged writes rest on something that only this process knows, and that a flush, or the close, writes: without either they
-    /// are lost, though the disk is well.
+    /// Whether acknowledged writes rest on something that the close of this image does not write: a map that only this process knows, or the page cache
+    /// of a disk that others have open, too. Without a flush before it another node does not see them, or they are lost, though the disk is well.
     fn keeps_changes(&self) -> bool {
         false
     }

@@ -164,8 +164,9 @@ impl Lease {
             .take();
         let mut end = LeaseEnd::Closed;
         if let Some(image) = taken {
-            // The lease's own last call: no session's call can begin or be inside (invariant 9). After a cut there is none, but for what an
-            // image keeps in memory: its drop would write that, wait for the same disk, and have nobody to tell that it failed.
+            // The lease's own last call: no session's call can begin or be inside (invariant 9). After a cut there is none, but for what the
+            // close does not write, or would without anybody to tell that it failed: who hears that this lease is closed may let another node
+            // write (invariant 6).
             let flushed = if (flush || image.keeps_changes()) && !self.facts.read_only {
                 image.flush()
             } else {
