@@ -276,6 +276,36 @@ fn a_cut_flushes_what_an_image_keeps_in_memory_and_says_when_that_fails() {
     }
 }
 
+/// The daemon's loop asked for the size of a file that had grown: where its file system asks another node, that was no event for anybody meanwhile.
+#[test]
+fn who_tells_that_a_disk_grew_does_not_wait_for_it() {
+    let server = Server::new();
+    server.image.hold("grow");
+    let began = Instant::now();
+    for _ in 0..1000 {
+        server.door.grow(&name("vol"), Generation(1));
+    }
+    assert!(
+        began.elapsed() < Duration::from_secs(1),
+        "{:?}",
+        began.elapsed()
+    );
+    until("the look at the size", || server.image.made_wait("grow"));
+    assert_eq!(server.image.calls.load(Ordering::SeqCst), 1, "asked once");
+    server.still_serves();
+    // Its lease is closed behind it.
+    let told = server.end(EndHow::Cut {
+        within: Duration::from_millis(50),
+    });
+    let late = told.recv_timeout(PATIENCE).unwrap();
+    assert!(
+        matches!(&late, LeaseEnd::TimedOut { holding, .. } if holding.contains("size")),
+        "{late:?}"
+    );
+    server.image.let_go();
+    assert_eq!(told.recv_timeout(PATIENCE), Ok(LeaseEnd::Closed));
+}
+
 /// The turn ended with the session: what a client that was gone had last written could land on what the next one, of another export, wrote.
 #[test]
 fn the_turn_to_write_to_a_disk_ends_with_the_last_write_of_a_session_that_is_gone() {

@@ -717,7 +717,7 @@ fn a_loop_device_on_a_server_that_is_gone_holds_up_no_open_of_another_file() -> 
     })
 }
 
-/// The control loop asks for it, and waits for no server.
+/// Whoever comes next is told it, and its server is not waited for.
 #[test]
 fn what_a_file_has_grown_to_is_known_without_asking_its_server() -> Outcome<()> {
     real("growth of a file", &[], |ground| {

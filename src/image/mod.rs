@@ -151,7 +151,7 @@ pub enum NoWait {
 pub trait Image: Send + Sync {
     /// Size in bytes; never smaller than it was before.
     fn size(&self) -> u64;
-    /// Takes over the size of a disk that grew, and tells it. Reads memory of the kernel only.
+    /// Takes over the size of a disk that grew, and tells it.
     fn grow(&self) -> io::Result<u64> {
         Ok(self.size())
     }

@@ -27,7 +27,7 @@ pub(super) trait Task: Send + 'static {
 /// Threads for one kind of task.
 ///
 /// The queue is unbounded by itself; what is in it is bounded by its users: a session is queued at most
-/// once, a lease at most `disk_threads_per_lease` + 1 times. Threads end when the crew is dropped, after the task that they are in
+/// once, a lease at most `disk_threads_per_lease` + 2 times. Threads end when the crew is dropped, after the task that they are in
 /// and those that are queued.
 pub(super) struct Crew<T>(Arc<Room<T>>);
 

@@ -183,14 +183,14 @@ impl Door {
         }
     }
 
-    /// Offers a disk that grew in its new size to new clients; those that are there keep what they agreed to.
+    /// Offers a disk that grew in its new size to new clients, as soon as a thread has asked for it; those that are there keep what they agreed to.
     pub fn grow(&self, name: &ExportName, generation: Generation) {
         let lease = {
             let exports = lock(&self.shared().exports);
             exports.get(name).and_then(|export| export.lease.clone())
         };
         if let Some(lease) = lease.filter(|lease| lease.generation == generation) {
-            lease.grow();
+            lease.grows();
         }
     }
 

@@ -43,9 +43,10 @@ pub(super) enum Kind {
     Zero,
     Cache,
     Status,
+    Size,
 }
 
-pub(super) const KINDS: [&str; 7] = [
+pub(super) const KINDS: [&str; 8] = [
     "READ",
     "WRITE",
     "FLUSH",
@@ -53,6 +54,7 @@ pub(super) const KINDS: [&str; 7] = [
     "WRITE_ZEROES",
     "CACHE",
     "BLOCK_STATUS",
+    "look at its size",
 ];
 
 pub(super) struct Lease {
@@ -65,6 +67,8 @@ pub(super) struct Lease {
     pub(super) turns: Option<Turns>,
     /// Bytes, as the next client is told; only grows. Each session keeps what it agreed to.
     size: AtomicU64,
+    /// How often it was said that the disk grew, since a thread of the crew has the image's size: one at most asks for it.
+    growing: AtomicU32,
     pub(super) shared: Arc<Shared>,
     /// Whose threads its calls wait in.
     pub(super) crew: Arc<Crew<DiskTask>>,
@@ -155,6 +159,7 @@ impl Lease {
             export,
             generation,
             size: AtomicU64::new(facts.size),
+            growing: AtomicU32::new(0),
             facts,
             reads_from_memory: image.reads_from_memory(),
             crew: shared.crew_of(&*image),
@@ -223,15 +228,31 @@ impl Lease {
         }
     }
 
-    /// The disk grew: who comes from now on may use all of it.
-    pub(super) fn grow(self: &Arc<Lease>) {
-        let Some(pass) = self.begin(None) else { return };
-        match pass.image().grow() {
-            Ok(size) => {
-                self.size.fetch_max(size, Ordering::AcqRel);
+    /// The disk grew: who comes from now on may use all of it. A file system may ask another node for a file's size, so the crew
+    /// asks (invariant 11).
+    pub(super) fn grows(self: &Arc<Lease>) {
+        if self.growing.fetch_add(1, Ordering::AcqRel) == 0 {
+            self.crew.submit(DiskTask::Grow(self.clone()));
+        }
+    }
+
+    fn grow(self: &Arc<Lease>) {
+        loop {
+            let said = self.growing.load(Ordering::Acquire);
+            let Some(pass) = self.begin(Some(Kind::Size)) else {
+                return;
+            };
+            match pass.image().grow() {
+                Ok(size) => {
+                    self.size.fetch_max(size, Ordering::AcqRel);
+                }
+                Err(error) => {
+                    tracing::warn!(export = %self.export, %error, "the new size of the disk cannot be read");
+                }
             }
-            Err(error) => {
-                tracing::warn!(export = %self.export, %error, "the new size of the disk cannot be read");
+            // What was said meanwhile may be of a larger size than was read.
+            if self.growing.fetch_sub(said, Ordering::AcqRel) == said {
+                return;
             }
         }
     }
@@ -353,6 +374,7 @@ impl Lease {
 /// What disk threads do.
 pub(super) enum DiskTask {
     Work(Arc<Lease>),
+    Grow(Arc<Lease>),
     Close(Arc<Lease>),
 }
 
@@ -360,6 +382,7 @@ impl Task for DiskTask {
     fn run(self) {
         match self {
             DiskTask::Work(lease) => lease.work(),
+            DiskTask::Grow(lease) => lease.grow(),
             DiskTask::Close(lease) => lease.close(),
         }
     }

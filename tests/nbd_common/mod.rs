@@ -168,6 +168,10 @@ impl Image for Memory {
     fn size(&self) -> u64 {
         self.bytes.read().unwrap().len() as u64
     }
+    fn grow(&self) -> io::Result<u64> {
+        self.pass("grow");
+        Ok(self.size())
+    }
     fn read_only(&self) -> bool {
         self.read_only
     }
