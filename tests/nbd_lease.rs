@@ -276,6 +276,25 @@ fn a_cut_flushes_what_an_image_keeps_in_memory_and_says_when_that_fails() {
     }
 }
 
+/// A read that the kernel had in memory waits when it drops the page meanwhile: the end was told to wait for "1 requests in flight: ".
+#[test]
+fn a_read_from_memory_that_waits_is_named_when_its_lease_cannot_be_closed() {
+    let server = Server::new();
+    server.image.hold("read_nowait");
+    let mut client = server.go();
+    client.request(cmd::READ, 0, 1, 0, 512);
+    server.image.wait_inside(1);
+    let told = server.end(EndHow::Cut {
+        within: Duration::from_millis(50),
+    });
+    let late = told.recv_timeout(PATIENCE).unwrap();
+    let holding = "1 READ".to_owned();
+    let in_flight = 1;
+    assert_eq!(late, LeaseEnd::TimedOut { in_flight, holding });
+    server.image.let_go();
+    assert_eq!(told.recv_timeout(PATIENCE), Ok(LeaseEnd::Closed));
+}
+
 /// The daemon's loop asked for the size of a file that had grown: where its file system asks another node, that was no event for anybody meanwhile.
 #[test]
 fn who_tells_that_a_disk_grew_does_not_wait_for_it() {

@@ -132,8 +132,10 @@ fn options_that_are_not_supported_say_so_and_the_talk_goes_on() {
     for code in [4, 12, 4000, u32::MAX] {
         assert_eq!(client.option(code, b"whatever")[0].0, rep::ERR_UNSUP);
     }
+    assert_eq!(server.door.stats().options_unknown, 4);
     assert_eq!(client.option(option::STARTTLS, &[])[0].0, rep::ERR_UNSUP);
     assert_eq!(client.option(option::STARTTLS, b"x")[0].0, rep::ERR_INVALID);
+    assert_eq!(server.door.stats().options_unknown, 4, "it is known");
     assert_eq!(
         client.option(option::STRUCTURED_REPLY, b"x")[0].0,
         rep::ERR_INVALID

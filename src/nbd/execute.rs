@@ -61,7 +61,7 @@ impl Transmission {
             self.hand_over(conn, to, Call::Read(at), Vec::new(), Some(charge));
             return Ok(());
         };
-        let Some(pass) = self.lease.begin(None) else {
+        let Some(pass) = self.lease.begin(Kind::Read) else {
             self.refuse(gather, to, DETACHED);
             return Ok(());
         };
@@ -107,7 +107,7 @@ impl Transmission {
         let (Some(right), Some(mut lent)) = (self.lease.inline_read(), shared.pipes.lend()) else {
             return false;
         };
-        let (Some(pages), Some(pass)) = (lent.pages(), self.lease.begin(None)) else {
+        let (Some(pages), Some(pass)) = (lent.pages(), self.lease.begin(Kind::Read)) else {
             return false;
         };
         let began = self.tally.begin(Operation::Read);
@@ -141,7 +141,7 @@ impl Transmission {
         let Some(_right) = self.lease.inline_write() else {
             return false;
         };
-        let Some(pass) = self.lease.begin(Some(Kind::Write)) else {
+        let Some(pass) = self.lease.begin(Kind::Write) else {
             self.refuse(gather, to, DETACHED);
             return true;
         };
@@ -216,7 +216,7 @@ impl Transmission {
         if !flags.fast {
             return false;
         }
-        let refused = match self.lease.begin(None) {
+        let refused = match self.lease.begin(Kind::Zero) {
             Some(pass) if pass.image().zeroes_fast(at, flags) => return false,
             Some(_) => NOT_FAST,
             None => DETACHED,

@@ -33,7 +33,7 @@ use super::work::Job;
 /// and neither waits nor calls the door.
 pub type Report = Box<dyn Fn(LeaseEnd) + Send + Sync>;
 
-/// What a call that may wait is, for the words of a `TimedOut`.
+/// What a call is, for the words of a `TimedOut`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Kind {
     Read,
@@ -109,7 +109,7 @@ pub(super) struct Work {
 pub(super) struct Pass<'a> {
     lease: &'a Arc<Lease>,
     image: Option<RwLockReadGuard<'a, Option<Arc<dyn Image>>>>,
-    kind: Option<Kind>,
+    kind: Kind,
 }
 
 impl Pass<'_> {
@@ -125,9 +125,7 @@ impl Drop for Pass<'_> {
     fn drop(&mut self) {
         // Before the count: whoever sees the gate empty must find the lock free.
         self.image = None;
-        if let Some(kind) = self.kind {
-            self.lease.holding[kind as usize].fetch_sub(1, Ordering::Relaxed);
-        }
+        self.lease.holding[self.kind as usize].fetch_sub(1, Ordering::Relaxed);
         if self.lease.gate.leave() {
             self.lease.begin_closing();
         }
@@ -178,14 +176,12 @@ impl Lease {
         })
     }
 
-    /// Begins an image call, or says that none may begin any more. `kind` for calls that may wait.
-    pub(super) fn begin(self: &Arc<Lease>, kind: Option<Kind>) -> Option<Pass<'_>> {
+    /// Begins an image call, or says that none may begin any more. Also those wait that answer from memory, when the kernel has to ask the disk first.
+    pub(super) fn begin(self: &Arc<Lease>, kind: Kind) -> Option<Pass<'_>> {
         if !self.gate.enter() {
             return None;
         }
-        if let Some(kind) = kind {
-            self.holding[kind as usize].fetch_add(1, Ordering::Relaxed);
-        }
+        self.holding[kind as usize].fetch_add(1, Ordering::Relaxed);
         let image = self
             .image
             .read()
@@ -239,7 +235,7 @@ impl Lease {
     fn grow(self: &Arc<Lease>) {
         loop {
             let said = self.growing.load(Ordering::Acquire);
-            let Some(pass) = self.begin(Some(Kind::Size)) else {
+            let Some(pass) = self.begin(Kind::Size) else {
                 return;
             };
             match pass.image().grow() {

@@ -14,6 +14,7 @@ use shuttle::scheduler::{PctScheduler, RandomScheduler};
 use shuttle::{Config, MaxSteps, Runner};
 
 use super::door::Door;
+use super::lease::Kind;
 use super::limits::Limits;
 use super::model_image::{Seen, Witnessed};
 use crate::correlation::{EndHow, ExportName, Generation, LeaseEnd};
@@ -363,7 +364,7 @@ fn a_call_that_begins_finds_the_image_open_and_none_begins_behind_the_fence() {
                 thread::spawn(move || {
                     for _ in 0..2 {
                         let late = fenced.load(Ordering::SeqCst);
-                        if let Some(pass) = lease.begin(None) {
+                        if let Some(pass) = lease.begin(Kind::Flush) {
                             assert!(!late, "began behind the fence");
                             pass.image().flush().unwrap();
                         }

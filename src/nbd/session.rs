@@ -20,7 +20,7 @@ use super::reply::Scratch;
 use super::shared::Shared;
 use super::stats::add;
 use super::transmission::Transmission;
-use super::wire::{Headers, OptionHeader};
+use super::wire::{Headers, OptionHeader, option};
 use super::witness::{Client, Seen};
 
 pub(super) struct Session {
@@ -261,6 +261,9 @@ impl Handshake {
                     self.buffer.drain(..whole);
                     next
                 };
+                if !option::is_known(header.option) {
+                    add(&shared.counters.options_unknown, 1);
+                }
                 self.options += 1;
                 self.follow(next, out, conn, shared)
             }

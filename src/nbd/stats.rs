@@ -38,6 +38,7 @@ counters! {
     handshakes_timed_out,
     /// Closed: the peer broke the protocol before the transmission phase.
     handshakes_violated,
+    /// Answered ERR_UNSUP: no option that this server knows.
     options_unknown,
     /// Closed: `Limits::options`.
     options_over_limit,

@@ -82,7 +82,7 @@ impl Job {
         if self.conn.is_dead() {
             return None;
         }
-        let Some(pass) = lease.begin(Some(kind(&self.call))) else {
+        let Some(pass) = lease.begin(kind(&self.call)) else {
             self.refuse();
             return None;
         };

@@ -61,6 +61,11 @@ pub mod option {
     pub const SET_META_CONTEXT: u32 = 10;
     /// Extension "Option types".
     pub const EXTENDED_HEADERS: u32 = 11;
+
+    /// Whether this is an option of ours, taken or refused.
+    pub fn is_known(code: u32) -> bool {
+        matches!(code, EXPORT_NAME..=LIST | STARTTLS..=EXTENDED_HEADERS)
+    }
 }
 
 /// proto.md "Option reply types".
