@@ -16,9 +16,9 @@ use crate::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use crate::sync::{Mutex, RwLock, RwLockReadGuard, lock};
 
 use super::account::Party;
-use super::closing::Ending;
 use super::conn::Conn;
 use super::crew::{Crew, Task};
+use super::ending::Ending;
 use super::gate::Gate;
 use super::handshake::{Facts, Refusal};
 use super::inline::{Inside, Right};
