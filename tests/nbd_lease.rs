@@ -295,6 +295,50 @@ fn a_read_from_memory_that_waits_is_named_when_its_lease_cannot_be_closed() {
     assert_eq!(told.recv_timeout(PATIENCE), Ok(LeaseEnd::Closed));
 }
 
+/// All requests that had not begun were refused in one go, each by a message, by the thread that looks after everybody's sockets.
+#[test]
+fn the_refusal_of_many_requests_keeps_no_other_export_waiting() {
+    const CLIENTS: u64 = 20;
+    const REQUESTS: u64 = 1000;
+    let limits = Limits {
+        disk_threads_per_lease: 1,
+        inline_writes_per_lease: 0,
+        inline_reads_per_lease: 0,
+        in_flight_requests: u32::try_from(REQUESTS).unwrap(),
+        ..Limits::default()
+    };
+    let server = Server::with(limits, Memory::new(MIB));
+    let image = server.image.clone();
+    let other = Memory::new(MIB);
+    server.door.serve(&name("b"), Generation(2), other, false);
+    image.hold("read");
+    let mut clients: Vec<_> = (0..CLIENTS).map(|_| server.go()).collect();
+    for client in &mut clients {
+        for cookie in 0..REQUESTS {
+            client.request(cmd::READ, 0, cookie, 0, 512);
+        }
+    }
+    until("all are handed over", || {
+        server.door.stats().handed_over == CLIENTS * REQUESTS
+    });
+    let mut bystander = server.go_to("b");
+    assert_eq!(bystander.ask(cmd::READ, 0, 0, 512), 0);
+    let began = Instant::now();
+    let told = server.end(DRAIN);
+    assert_eq!(bystander.ask(cmd::READ, 0, 0, 512), 0);
+    let answered = began.elapsed();
+    for client in &mut clients {
+        // One of all has begun.
+        for _ in 1..REQUESTS {
+            assert_eq!(client.simple().0, ESHUTDOWN);
+        }
+    }
+    let all = began.elapsed();
+    assert!(answered < all / 2, "{answered:?} of {all:?}");
+    image.let_go();
+    assert_eq!(told.recv_timeout(PATIENCE), Ok(LeaseEnd::Closed));
+}
+
 /// The daemon's loop asked for the size of a file that had grown: where its file system asks another node, that was no event for anybody meanwhile.
 #[test]
 fn who_tells_that_a_disk_grew_does_not_wait_for_it() {

@@ -16,6 +16,9 @@ use super::stats::add;
 /// microseconds. The poller cuts all others.
 const CUT_AT_ONCE: usize = 16;
 
+/// Requests that are refused before the poller looks at all other sessions again: each is a message to its client, so a millisecond.
+const REFUSED_PER_TURN: usize = 64;
+
 #[derive(Default)]
 pub(super) struct Ending {
     flush: bool,
@@ -76,7 +79,7 @@ impl Lease {
         );
     }
 
-    /// The poller's part of an end: sessions and requests that have not begun.
+    /// The poller's part of an end: the sessions. The requests that have not begun follow by [`Lease::refuse_some`].
     pub(super) fn on_end(self: &Arc<Lease>) {
         let cut = lock(&self.ending).cut;
         let conns = self.close_members();
@@ -86,13 +89,19 @@ impl Lease {
             }
             self.shared.poller.resume_session(conn.token);
         }
-        let jobs = std::mem::take(&mut lock(&self.work).jobs);
-        for job in jobs {
-            job.refuse();
-        }
         if self.gate.count() == 0 {
             self.begin_closing();
         }
+    }
+
+    /// Refuses some of the requests that have not begun, since threads of the crew may all be in calls that hang; whether there are more.
+    pub(super) fn refuse_some(&self) -> bool {
+        for _ in 0..REFUSED_PER_TURN {
+            let job = lock(&self.work).jobs.pop_front();
+            let Some(job) = job else { return false };
+            job.refuse();
+        }
+        true
     }
 
     /// A deadline of `end` has come: what is still there is cut, and who waits is told.

@@ -316,6 +316,8 @@ pub(super) fn run(shared: &Arc<Shared>) {
     let mut events = vec![EpollEvent::empty(); 256];
     let mut pulses = Pulses::default();
     let mut alarm = Alarm::default();
+    // Leases that have been ended and may have requests that have not begun: each once for each order to end it.
+    let mut refusing: Vec<Arc<Lease>> = Vec::new();
     loop {
         let now = Instant::now();
         let (due, next) = poller.due(now);
@@ -332,7 +334,10 @@ pub(super) fn run(shared: &Arc<Shared>) {
         }
         pulses.look(poller.sessions.progress());
         let threads = poller.shortage.look(&mut alarm, now);
-        let next = next.into_iter().chain(pulses.again()).chain(threads).min();
+        refusing.retain(|lease| lease.refuse_some());
+        let more = (!refusing.is_empty()).then_some(Duration::ZERO);
+        let next = next.into_iter().chain(pulses.again()).chain(threads);
+        let next = next.chain(more).min();
         let count = match poller.wait(&mut events, next) {
             Ok(count) => count,
             // A signal (EINTR): nothing else can be wrong with a set of our own (epoll_wait(2)).
@@ -371,6 +376,7 @@ pub(super) fn run(shared: &Arc<Shared>) {
                 Command::LeaseEnds(lease, deadline) => {
                     poller.set_timer(deadline, poller.token(), Due::Lease(lease.clone()));
                     lease.on_end();
+                    refusing.push(lease);
                 }
                 Command::StopListening => listeners.clear(),
                 Command::Pulse(pulse) => {
@@ -402,6 +408,9 @@ fn timeout(next: Option<Duration>) -> EpollTimeout {
     let Some(next) = next else {
         return EpollTimeout::NONE;
     };
+    if next.is_zero() {
+        return EpollTimeout::ZERO;
+    }
     let ms = u16::try_from(next.as_millis().saturating_add(1)).unwrap_or(u16::MAX);
     EpollTimeout::from(ms)
 }

@@ -8,7 +8,7 @@ macro_rules! counters {
         #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize)]
         pub struct Stats { $($(#[$doc])* pub $name: u64,)* }
 
-        /// The live side of [`Stats`]. Relaxed everywhere: nothing is decided by a counter.
+        /// The live side of [`Stats`]. Relaxed everywhere: what those that end in `_now` decide (who is let in, what is read) may be late by a moment.
         #[derive(Debug, Default)]
         pub(super) struct Counters { $(pub(super) $name: AtomicU64,)* }
 
