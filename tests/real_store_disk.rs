@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use support::backups::{self, copy_in, json, random, sha256, state};
-use support::bus::{Bus, Client as Caller};
-use support::client::Client;
+use support::bus::{Bus, Client as Caller, Options};
+use support::client::{Client, Go, knock};
 use support::daemon::Home;
 use support::fuse_disk::{FLUSHES, FuseDisk, Healer, WRITES};
 use support::ground::{Ground, Need, real, tell};
@@ -373,5 +373,88 @@ fn a_full_store_begins_finishes_and_deletes_no_backup_and_breaks_none() -> Outco
         json(scene, &["backup", "delete", &kept])?;
         hold!(!file_of(&kept).exists(), "its file is left");
         place.scene.stop()
+    })
+}
+
+/// The caller had looked that nobody was there. While the store wrote a client came, was drained, came back under the name, and wrote to
+/// another volume than it knew.
+#[test]
+fn nobody_comes_to_an_export_while_it_is_stored_that_its_path_means_another_volume() -> Outcome<()>
+{
+    real("slow disk of the store and a repin", NEEDS, |ground| {
+        let disk = FuseDisk::make(ground.path(), "store", 16 << 20)?;
+        let _healer = disk.healer();
+        let args = ["-q", "-m", "0", "-b", "1024", &disk.device.node()];
+        process::succeed("mkfs.ext4", &args, STEP_LIMIT)?;
+        let mounted = Mounted::new(ground.file("mounted"), &[&disk.device.node()])?;
+        let bus = Bus::start(ground.path())?;
+        let mut home = Home::new(ground.path(), &bus.address)?;
+        home.state = mounted.0.join("state");
+        home.config = ground.file("nbd-server.conf");
+        let (first, second) = (LoopDevice::add()?, LoopDevice::add()?);
+        let a = Volume::make(ground.path(), "vol-a", BYTES)?;
+        let b = Volume::make(ground.path(), "vol-b", BYTES)?;
+        first.attach(&a.image)?;
+        let section = format!(
+            "[job]\nexportname = {}\nx-trust-path = true\n",
+            first.node()
+        );
+        std::fs::write(&home.config, format!("[generic]\n{section}"))?;
+        let daemon = home.start()?;
+        let caller = Caller::connect(&bus)?;
+        caller.reach_state("job", "Serving", STEP_LIMIT)?;
+        caller.prepare_detach(&a.id())?;
+        first.detach_now()?;
+        second.attach(&a.image)?;
+        first.attach(&b.image)?;
+        let seen = || -> Outcome<bool> {
+            let found = caller.export("job")?.unwrap_or_default();
+            let at = |key: &str| found.get(key).map_or("", |word| word.text());
+            Ok(at("State") == "Serving" && at("DeviceNode") == second.node())
+        };
+        until(STEP_LIMIT, "the volume at its new node", || {
+            Ok(seen()?.then_some(()))
+        })?;
+        let diskseq = first.diskseq()?;
+        until(STEP_LIMIT, "the disk at the path", || {
+            let disks = caller.objects("Volume")?;
+            Ok(disks
+                .values()
+                .any(|disk| disk["DiskSeq"].number() == diskseq)
+                .then_some(()))
+        })?;
+
+        let held = disk.held();
+        disk.hang(WRITES | FLUSHES);
+        let address = bus.address.clone();
+        // Thread: its call waits for the store; it ends with that, which has a deadline.
+        let pinning = std::thread::spawn(move || -> Outcome<_> {
+            let caller = Caller::connect_to(&address)?;
+            Ok(caller
+                .call("Repin", &("job", diskseq, Options::new()))
+                .map(drop))
+        });
+        until(STEP_LIMIT, "the disk to be written to", || {
+            Ok((disk.held() > held).then_some(()))
+        })?;
+        match knock(&home.endpoint(), "job")? {
+            Go::Refused { text, .. } => hold!(text.contains("given another volume"), "{text}"),
+            Go::Agreed { .. } => trouble!("a client came to vol-a, and will be moved to vol-b"),
+        }
+        disk.heal();
+        let Ok(pinned) = pinning.join() else {
+            trouble!("the caller's thread ended");
+        };
+        let pinned = pinned?;
+        hold!(pinned.is_ok(), "{pinned:?}");
+        until(STEP_LIMIT, "the other volume", || {
+            let found = caller.export("job")?.unwrap_or_default();
+            let at = |key: &str| found.get(key).map_or("", |word| word.text());
+            Ok((at("State") == "Serving" && at("DeviceNode") == first.node()).then_some(()))
+        })?;
+        let mut client = Client::open(&home.endpoint(), "job")?;
+        hold!(client.write(0, &[7; 512], true)? == Ok(()), "a write");
+        drop(caller);
+        daemon.stop()
     })
 }

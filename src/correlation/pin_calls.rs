@@ -1,7 +1,7 @@
 //! What people say of pins, and what they are shown of them. PURE.
 
 use super::pin_rule::{AtPath, Pin, Verdict, mismatch};
-use super::pins::NamedPath;
+use super::pins::{NamedPath, OWN_REQUESTS};
 use super::requests::Persisting;
 use super::{
     Action, Change, Correlation, Decision, Definition, DiskSeq, Export, ExportName, Level, Reply,
@@ -30,7 +30,8 @@ pub struct PinView {
 }
 
 impl Correlation {
-    /// A person says that the path means the disk of this number, which is there.
+    /// A person says that the path means the disk of this number, which is there. Whoever asks has looked that there are no clients; none comes
+    /// until it is stored.
     pub(super) fn pin_by_person(
         &mut self,
         request: RequestId,
@@ -83,11 +84,12 @@ impl Correlation {
         };
         let changes = vec![Change::PutPin(pin.clone())];
         self.persist(request, Persisting::Pins(vec![pin]), changes);
+        self.hide(name, "is being given another volume");
         self.settle(name);
         Ok(())
     }
 
-    /// A person says that what the path means is to be judged anew.
+    /// A person says that what the path means is to be judged anew. As there, no client comes until it is.
     pub(super) fn unpin(
         &mut self,
         request: RequestId,
@@ -102,6 +104,7 @@ impl Correlation {
         self.begin_storing(name, None);
         let changes = vec![Change::DeletePin(name.clone())];
         self.persist(request, Persisting::Unpin(name.clone()), changes);
+        self.hide(name, "is being unpinned");
         Ok(())
     }
 
@@ -118,7 +121,21 @@ impl Correlation {
             self.judge_pin(name);
             self.store_pins();
         }
+        self.show(name);
         self.reply(request, result.map(|()| Reply::Done));
+    }
+
+    /// A person's word on what the export's path means is being stored. Whoever came meanwhile would be moved to another volume by it.
+    pub(super) fn is_being_aimed(&self, name: &ExportName) -> bool {
+        self.persisting
+            .iter()
+            .any(|(request, purpose)| match purpose {
+                Persisting::Unpin(unpinned) => unpinned == name,
+                Persisting::Pins(pins) => {
+                    request.0 & OWN_REQUESTS == 0 && pins.iter().any(|pin| pin.export == *name)
+                }
+                _ => false,
+            })
     }
 
     fn section(&self, name: &ExportName) -> Result<&NamedPath, RequestError> {

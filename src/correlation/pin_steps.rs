@@ -326,12 +326,15 @@ impl Correlation {
             });
         }
         if result.is_ok() {
-            for name in names {
-                self.judge_pin(&name);
+            for name in &names {
+                self.judge_pin(name);
             }
             self.store_pins();
         }
         if request.0 & OWN_REQUESTS == 0 {
+            for name in &names {
+                self.show(name);
+            }
             self.reply(request, result.map(|()| Reply::Done));
         }
     }

@@ -115,7 +115,13 @@ impl Correlation {
         });
     }
 
+    /// Takes [`Self::hide`] back, unless something else still wants it: its last answer from the store shows it.
     pub(super) fn show(&mut self, name: &ExportName) {
+        let export = self.exports.get(name);
+        let moves = export.is_some_and(|export| export.hidden || export.moving.is_some());
+        if moves || self.is_being_removed_safely(name) || self.is_being_aimed(name) {
+            return;
+        }
         self.out.push(Action::Show {
             export: name.clone(),
         });
@@ -153,6 +159,13 @@ impl Correlation {
         self.persisting
             .values()
             .any(|purpose| matches!(purpose, Persisting::Remove { name: removed, .. } if removed == name))
+    }
+
+    /// As [`Self::is_being_removed`], by who asked for it while there were no clients.
+    fn is_being_removed_safely(&self, name: &ExportName) -> bool {
+        self.persisting.values().any(|purpose| {
+            matches!(purpose, Persisting::Remove { name: removed, mode: RemoveMode::Safe, .. } if removed == name)
+        })
     }
 
     /// Takes an export out once nothing of it is held, or defines it anew.
