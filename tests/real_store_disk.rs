@@ -383,7 +383,6 @@ fn nobody_comes_to_an_export_while_it_is_stored_that_its_path_means_another_volu
 {
     real("slow disk of the store and a repin", NEEDS, |ground| {
         let disk = FuseDisk::make(ground.path(), "store", 16 << 20)?;
-        let _healer = disk.healer();
         let args = ["-q", "-m", "0", "-b", "1024", &disk.device.node()];
         process::succeed("mkfs.ext4", &args, STEP_LIMIT)?;
         let mounted = Mounted::new(ground.file("mounted"), &[&disk.device.node()])?;
@@ -401,6 +400,8 @@ fn nobody_comes_to_an_export_while_it_is_stored_that_its_path_means_another_volu
         );
         std::fs::write(&home.config, format!("[generic]\n{section}"))?;
         let daemon = home.start()?;
+        // Before the daemon ends, which waits for its disk.
+        let _healer = disk.healer();
         let caller = Caller::connect(&bus)?;
         caller.reach_state("job", "Serving", STEP_LIMIT)?;
         caller.prepare_detach(&a.id())?;
