@@ -284,7 +284,7 @@ fn may_be_gone(backup: &Backup) -> Result<(), RequestError> {
     if backup.state != BackupState::Complete || backup.reason == DELETION_BEGUN {
         return Ok(());
     }
-    Err(RequestError::NotReady(format!(
+    Err(RequestError::Failed(format!(
         "backup {}: its file {} is not there: mount its file system, or forget the backup alone with keep_files (--keep-files)",
         backup.name, backup.path
     )))
