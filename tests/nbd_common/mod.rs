@@ -8,7 +8,7 @@
 
 use std::io::{self, Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
@@ -21,6 +21,8 @@ use nbdtrack::correlation::{EndHow, ExportName, Generation, LeaseEnd};
 use nbdtrack::image::{Allocation, BlockSizes, Extent, Image, NoWait, Span, ZeroFlags};
 use nbdtrack::nbd::wire::{self, option, rep};
 use nbdtrack::nbd::{Door, Limits};
+use nix::errno::Errno;
+use nix::sys::socket::{MsgFlags, recv};
 
 pub const MIB: u64 = 1 << 20;
 pub const PATIENCE: Duration = Duration::from_secs(20);
@@ -482,6 +484,16 @@ impl Client {
         let mut bytes = vec![0; count];
         self.socket.read_exact(&mut bytes).unwrap();
         bytes
+    }
+
+    /// How many bytes have come and were not taken, at most 64 KiB.
+    pub fn there(&self) -> usize {
+        let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+        let mut bytes = vec![0; 64 << 10];
+        match recv(self.socket.as_raw_fd(), &mut bytes, flags) {
+            Err(Errno::EAGAIN) => 0,
+            there => there.unwrap(),
+        }
     }
 
     /// The server closes, whatever it says before.
