@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
+use std::time::Duration;
 
 use super::bed::{Bed, STEP};
 use crate::support::client::{Client, knock};
@@ -22,6 +23,9 @@ pub const SERVERS: &str = "grep -lsx nbd-server /proc/[0-9]*/comm | cut -d/ -f3"
 
 /// Where udevd does not run there is nothing to wait for.
 const SETTLE: &str = "udevadm settle --timeout=50 || true";
+
+/// It looks for a prime at random: seconds under emulation in most runs, and more than forty in some.
+const DH_PARAMETERS: Duration = Duration::from_secs(240);
 
 impl Bed {
     /// Gives an export a path by hand, for a disk that says no serial or is to be found by a link.
@@ -63,9 +67,9 @@ impl Bed {
         self.machine
             .agent
             .run("nbd-server -C /etc/nbd-server/config")?;
-        // It listens at once, and accepts only after it has made its DH parameters: seconds under emulation.
+        // It listens at once, and accepts only after it has made its DH parameters.
         let (endpoint, name) = (self.endpoint(), self.volumes[first].name.clone());
-        until(STEP, "the stock server's greeting", || {
+        until(DH_PARAMETERS, "the stock server's greeting", || {
             Ok(knock(&endpoint, &name).ok())
         })?;
         self.closed_stock(first)
