@@ -216,26 +216,31 @@ mod tests {
     use crate::correlation::{NewImage, Preallocation};
     use crate::image::create::create;
 
+    fn image(path: &str, backing: Option<&str>, roots: &Roots) {
+        let new = NewImage {
+            format: Format::Qcow2,
+            size: Some(1 << 20),
+            cluster_bytes: None,
+            backing: backing.map(|backing| (backing.to_owned(), Format::Qcow2)),
+            preallocation: Preallocation::Off,
+        };
+        create(path, roots, &new, &|| true).unwrap();
+    }
+
+    /// An image `top` on `middle`, and that on `base`.
+    fn three_layers(path: &dyn Fn(&str) -> String, roots: &Roots) {
+        image(&path("base"), None, roots);
+        image(&path("middle"), Some("base"), roots);
+        image(&path("top"), Some("middle"), roots);
+    }
+
     #[test]
     fn what_lies_on_a_file_is_found_at_any_depth() {
         let dir = tempfile::tempdir().unwrap();
         let roots = Roots::new(vec![dir.path().to_owned()]);
         let text = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
-        for (name, backing) in [
-            ("base", None),
-            ("middle", Some("base")),
-            ("top", Some("middle")),
-            ("alone", None),
-        ] {
-            let new = NewImage {
-                format: Format::Qcow2,
-                size: Some(1 << 20),
-                cluster_bytes: None,
-                backing: backing.map(|backing| (backing.to_owned(), Format::Qcow2)),
-                preallocation: Preallocation::Off,
-            };
-            create(&text(name), &roots, &new, &|| true).unwrap();
-        }
+        three_layers(&text, &roots);
+        image(&text("alone"), None, &roots);
         let taken = |name: &str| take(&text(name), &roots).unwrap().unwrap();
         let others = [text("gone"), text("alone"), text("top")];
         let on = |names: &[&str]| {
@@ -256,20 +261,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let roots = Roots::new(vec![dir.path().to_owned()]);
         let text = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
-        for (name, backing) in [
-            ("base", None),
-            ("middle", Some("base")),
-            ("top", Some("middle")),
-        ] {
-            let new = NewImage {
-                format: Format::Qcow2,
-                size: Some(1 << 20),
-                cluster_bytes: None,
-                backing: backing.map(|backing: &str| (backing.to_owned(), Format::Qcow2)),
-                preallocation: Preallocation::Off,
-            };
-            create(&text(name), &roots, &new, &|| true).unwrap();
-        }
+        three_layers(&text, &roots);
         std::fs::write(text("raw"), b"the file of a raw export").unwrap();
         std::fs::create_dir(text("folder")).unwrap();
         let base = take(&text("base"), &roots).unwrap().unwrap();

@@ -24,7 +24,8 @@ pub const SERVERS: &str = "grep -lsx nbd-server /proc/[0-9]*/comm | cut -d/ -f3"
 /// Where udevd does not run there is nothing to wait for.
 const SETTLE: &str = "udevadm settle --timeout=50 || true";
 
-/// It looks for a prime at random: seconds under emulation in most runs, and more than forty in some.
+/// As long as [`STEP`] six times over. Where it greets at all it greets in seconds, but once, on a loaded host, it had not in forty; what it
+/// makes first are primes, at random.
 const DH_PARAMETERS: Duration = Duration::from_secs(240);
 
 impl Bed {
