@@ -44,9 +44,13 @@ impl Correlation {
                 let reason = refusal.to_string();
                 let failure = match refusal {
                     OpenRefusal::Busy(_) => Failure::Busy,
-                    OpenRefusal::Changed(_) | OpenRefusal::TimedOut(_) | OpenRefusal::Kernel(_) => {
-                        Failure::Open
-                    }
+                    OpenRefusal::Changed(_)
+                    | OpenRefusal::TimedOut(_)
+                    | OpenRefusal::Unfit(_)
+                    | OpenRefusal::Backup(_)
+                    | OpenRefusal::BackupUnknown { .. }
+                    | OpenRefusal::Broken
+                    | OpenRefusal::Kernel(_) => Failure::Open,
                 };
                 if failure == Failure::Busy {
                     self.mark_busy(diskseq, reason.clone());

@@ -9,6 +9,7 @@
 //! Only a complete one can be a parent, and a complete one is not written any more, by any export.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 use std::time::Duration;
 
 use super::backup_name::{BackupKind, BackupName};
@@ -78,6 +79,35 @@ pub struct Inode {
     pub number: u64,
     /// Nanoseconds since 1970; 0 where its file system does not keep it.
     pub born_ns: u128,
+}
+
+/// A file that is a complete backup, which stays as it was finished.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CompleteBackup {
+    /// As it was asked for.
+    pub path: String,
+    pub name: ExportName,
+    /// The backups that lie on it.
+    pub children: Vec<ExportName>,
+}
+
+impl std::error::Error for CompleteBackup {}
+
+impl fmt::Display for CompleteBackup {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} is the complete backup {}", self.path, self.name)?;
+        for (at, child) in self.children.iter().enumerate() {
+            let before = if at == 0 { ", and " } else { ", " };
+            write!(f, "{before}{child}")?;
+        }
+        if !self.children.is_empty() {
+            write!(f, " lie on it")?;
+        }
+        write!(
+            f,
+            ": it is exported with read_only ('nbdtrack add --read-only'), or deleted"
+        )
+    }
 }
 
 /// What a complete backup was when it was finished.
@@ -365,7 +395,7 @@ impl Backups {
     ///
     /// # Errors
     /// Says whose backup it is.
-    pub fn may_be_written(&self, path: &str, file: Option<DiskSeq>) -> Result<(), String> {
+    pub fn may_be_written(&self, path: &str, file: Option<DiskSeq>) -> Result<(), CompleteBackup> {
         let is = |backup: &&Backup| {
             let same = |proof: &Proof| file.is_some_and(|file| proof.incarnations.contains(&file));
             backup.state == BackupState::Complete
@@ -374,18 +404,12 @@ impl Backups {
         let Some(backup) = self.all().find(is) else {
             return Ok(());
         };
-        let children: Vec<&str> = self
-            .children(&backup.name)
-            .map(|b| b.name.as_str())
-            .collect();
-        let on_it = match children.len() {
-            0 => String::new(),
-            _ => format!(", and {} lie on it", children.join(", ")),
-        };
-        Err(format!(
-            "{path} is the complete backup {}{on_it}: it is exported with read_only ('nbdtrack add --read-only'), or deleted",
-            backup.name
-        ))
+        let children = self.children(&backup.name);
+        Err(CompleteBackup {
+            path: path.to_owned(),
+            name: backup.name.clone(),
+            children: children.map(|child| child.name.clone()).collect(),
+        })
     }
 
     /// The files of all complete ones.
@@ -397,11 +421,11 @@ impl Backups {
             .collect()
     }
 
-    /// Refuses a request that would have a complete backup written, or an image put on one that is not.
+    /// Refuses a request that would have a complete backup written.
     ///
     /// # Errors
     /// Says whose backup it is.
-    pub fn permit(&self, what: &Request) -> Result<(), String> {
+    pub fn permit(&self, what: &Request) -> Result<(), CompleteBackup> {
         let Request::AddExport { definition, .. } = what else {
             return Ok(());
         };
@@ -518,10 +542,31 @@ mod tests {
         put(&mut backups, &full, BackupState::Complete);
         for file in [b"raw".as_slice(), b"qcow2"] {
             let told = backups.may_be_written("/b/link", Some(DiskSeq::of_file(file)));
-            assert!(told.unwrap_err().contains(full.name.as_str()));
+            assert_eq!(told.unwrap_err().name, full.name);
         }
         let other = backups.may_be_written("/b/link", Some(DiskSeq::of_file(b"other")));
         assert!(other.is_ok());
+    }
+
+    #[test]
+    fn who_would_write_a_complete_backup_is_told_what_lies_on_it() {
+        let name = |text: &str| ExportName::parse(text).unwrap();
+        let refusal = |children: &[&str]| {
+            let children = children.iter().map(|child| name(child)).collect();
+            let (path, name) = ("/b/a".to_owned(), name("a"));
+            CompleteBackup {
+                path,
+                name,
+                children,
+            }
+            .to_string()
+        };
+        assert!(refusal(&[]).starts_with("/b/a is the complete backup a: it is exported"));
+        let told = refusal(&["b", "c"]);
+        assert!(
+            told.contains("backup a, and b, c lie on it: it is"),
+            "{told}"
+        );
     }
 
     #[test]

@@ -5,6 +5,7 @@ use std::time::Duration;
 use super::facts::{
     Change, Definition, DeviceNode, DeviceNumber, DiskFacts, DiskSeq, ExportName, Mark,
 };
+use super::open_refusal::OpenRefusal;
 use super::pins::SectionsChange;
 use super::request_error::RequestError;
 use super::topic::Topic;
@@ -111,23 +112,6 @@ pub struct OpenedDisk {
     /// The newest observation of the disk's edge when the size had been read; 0 where that edge counts its own.
     pub mark: Mark,
     pub read_only: bool,
-}
-
-/// Why an open did not succeed.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum OpenRefusal {
-    /// Another disk, or none, is behind the node now: a new survey tells.
-    #[error("{0}")]
-    Changed(String),
-    /// Mounted, or claimed by another program or driver.
-    #[error("{0}")]
-    Busy(String),
-    /// It did not answer in time.
-    #[error("{0}")]
-    TimedOut(String),
-    /// Anything else the kernel said.
-    #[error("{0}")]
-    Kernel(String),
 }
 
 /// How a lease ended, or did not yet.

@@ -32,6 +32,7 @@ mod membership;
 mod messages;
 mod new_image;
 mod observe;
+mod open_refusal;
 mod owners;
 mod pin_calls;
 pub mod pin_rule;
@@ -57,11 +58,14 @@ mod wanting;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-pub use backups::{Backup, BackupChange, BackupState, Backups, BeginBackup, Inode, Proof};
+pub use backups::{
+    Backup, BackupChange, BackupState, Backups, BeginBackup, CompleteBackup, Inode, Proof,
+};
 pub use explain::{Candidate, Explanation};
 pub use facts::*;
 pub use messages::*;
 pub use new_image::{CreateImage, NewImage, Preallocation, file_in};
+pub use open_refusal::OpenRefusal;
 pub use pin_calls::PinView;
 pub use pin_rule::{AtPath, FoundDisk, Pin, PinnedTo, Written};
 pub use pins::{ConfiguredSection, NamedPath, PathFound, SectionsChange};

@@ -108,7 +108,7 @@ impl Control {
             return Some(RequestError::InvalidArgument(reason));
         }
         if let Err(reason) = self.shelf.permit(what) {
-            return Some(RequestError::InUse(reason));
+            return Some(RequestError::InUse(reason.to_string()));
         }
         // Who comes back under the name would write to another volume than it believes: no move happens under a client.
         let (name, until) = match what {

@@ -46,6 +46,11 @@ pub enum OpenError {
     /// Someone else has it.
     #[error("{node}: in use: {by}")]
     Busy { node: DeviceNode, by: String },
+    /// An image's clusters are not where its file's blocks are, so no request can pass the page cache as it is.
+    #[error(
+        "{node}: no direct I/O: it is not there for QCOW2 images; without 'direct' it can be served"
+    )]
+    NeverDirect { node: DeviceNode },
     /// It cannot be read and written past the page cache.
     #[error("{node}: no direct I/O: {source}; without 'direct' it can be served")]
     NotDirect {
@@ -83,9 +88,10 @@ impl From<OpenError> for OpenRefusal {
             | OpenError::NoSize { .. } => OpenRefusal::Changed(text),
             OpenError::Busy { .. } => OpenRefusal::Busy(text),
             OpenError::Hangs { .. } => OpenRefusal::TimedOut(text),
-            OpenError::NotDirect { .. } | OpenError::Unfit { .. } | OpenError::Kernel { .. } => {
-                OpenRefusal::Kernel(text)
-            }
+            OpenError::NeverDirect { .. }
+            | OpenError::NotDirect { .. }
+            | OpenError::Unfit { .. } => OpenRefusal::Unfit(text),
+            OpenError::Kernel { .. } => OpenRefusal::Kernel(text),
         }
     }
 }

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::correlation::{
-    Backup, BackupChange, Backups, DiskSeq, ExportName, Request, RequestError,
+    Backup, BackupChange, Backups, CompleteBackup, DiskSeq, ExportName, Request, RequestError,
 };
 use crate::daemon::control::Asker;
 use crate::daemon::works::ToLoop;
@@ -146,12 +146,12 @@ impl Shelf {
     }
 
     /// See [`Backups::permit`].
-    pub fn permit(&self, what: &Request) -> Result<(), String> {
+    pub fn permit(&self, what: &Request) -> Result<(), CompleteBackup> {
         self.known().backups.permit(what)
     }
 
     /// See [`Backups::may_be_written`].
-    pub fn may_be_written(&self, path: &str, file: DiskSeq) -> Result<(), String> {
+    pub fn may_be_written(&self, path: &str, file: DiskSeq) -> Result<(), CompleteBackup> {
         self.known().backups.may_be_written(path, Some(file))
     }
 

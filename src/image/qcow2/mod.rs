@@ -94,9 +94,8 @@ pub struct Qcow2 {
 /// [`OpenError`]: whatever is not exactly as ordered, or is refused by its header, is not opened, and nothing in it was changed.
 pub fn open(order: &OpenDisk, roots: &Roots, claims: &Claims) -> Result<Qcow2, OpenError> {
     if order.direct {
-        let source = io::Error::other("it is not there for QCOW2 images");
         let node = order.node.clone();
-        return Err(OpenError::NotDirect { node, source });
+        return Err(OpenError::NeverDirect { node });
     }
     let subject = Plain::new(order, roots);
     let Opened {
