@@ -249,8 +249,8 @@ fn watch_prints_a_line_for_each_signal_and_ends_with_the_daemon() {
         for _ in 0..30 {
             publisher.offer(vec![Publication::Signal(Notice::ExportState {
                 export: ExportName::parse("vm").unwrap(),
-                old: "Failed",
-                new: "Serving",
+                old: State::Failed,
+                new: State::Serving,
                 reason: String::new(),
             })]);
             tokio::time::sleep(Duration::from_millis(100)).await;

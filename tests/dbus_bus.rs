@@ -287,8 +287,8 @@ fn a_reply_comes_after_the_object_it_speaks_of_is_visible() {
                     shown(export(name.as_str(), Some(number)), 0),
                     Publication::Signal(Notice::ExportState {
                         export: name,
-                        old: "Absent",
-                        new: "Serving",
+                        old: State::Absent,
+                        new: State::Serving,
                         reason: String::new(),
                     }),
                     Publication::Reply(command.reply, answer),
@@ -696,8 +696,8 @@ fn a_bus_that_stands_still_costs_the_loop_nothing_and_is_told_the_newest_state_l
                 shown(export(&name, None), n),
                 Publication::Signal(Notice::ExportState {
                     export: ExportName::parse(&name).unwrap(),
-                    old: "Absent",
-                    new: "Serving",
+                    old: State::Absent,
+                    new: State::Serving,
                     reason: "a reason of some length, as they are in the field".to_owned(),
                 }),
             ];

@@ -503,8 +503,8 @@ fn every_signal_reaches_root_the_named_and_the_group_and_no_one_else() {
                 }),
                 told(Notice::ExportState {
                     export: ExportName::parse("a").unwrap(),
-                    old: "Absent",
-                    new: "Serving",
+                    old: State::Absent,
+                    new: State::Serving,
                     reason: String::new(),
                 }),
                 told(Notice::IdentityConflict {

@@ -206,7 +206,7 @@ impl Correlation {
                     let what = format!("the last flush of export {name} failed: {error}");
                     let lost = format!("closed, but not everything is durable: {what}");
                     self.fail_detaches(diskseq, &RequestError::Failed(lost));
-                    self.log_disk(diskseq, Level::Warn, Topic::NotDurable, what.clone());
+                    self.log_disk(diskseq, Level::Warn, Topic::NotDurable, Some(what.clone()));
                     let leaving = self.exports.get_mut(name).filter(|_| bound.is_some());
                     if let Some(leaving) = leaving.and_then(|export| export.leaving.as_mut()) {
                         leaving.unflushed = Some(what.clone());

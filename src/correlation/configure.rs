@@ -287,14 +287,9 @@ impl Correlation {
 
     fn refuse_definition(&mut self, definition: &Definition, reason: &str) {
         self.out.push(Action::Log(Decision {
-            level: Level::Warn,
-            topic: Topic::Refused,
             export: Some(definition.name.clone()),
-            volume: definition.volume.to_string(),
-            node: String::new(),
-            diskseq: 0,
-            generation: 0,
-            reason: reason.to_owned(),
+            volume: Some(definition.volume.to_string()),
+            ..Decision::new(Level::Warn, Topic::Refused, Some(reason.to_owned()))
         }));
     }
 }

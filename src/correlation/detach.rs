@@ -200,7 +200,7 @@ impl Correlation {
             diskseq,
             Level::Info,
             Topic::Released,
-            "prepared for detach".to_owned(),
+            Some("prepared for detach".to_owned()),
         );
     }
 
@@ -255,7 +255,7 @@ impl Correlation {
                 *diskseq,
                 Level::Info,
                 Topic::TakenBack,
-                "the detach was cancelled".to_owned(),
+                Some("the detach was cancelled".to_owned()),
             );
             let identities = self.disks.get(*diskseq).map(|disk| &disk.identities);
             names.extend(
@@ -348,17 +348,17 @@ impl Correlation {
             return;
         };
         self.out.push(Action::Log(Decision {
-            level: Level::Warn,
-            topic: Topic::StillAttached,
-            export: None,
-            volume: volume.clone(),
-            node: disk.facts.node.to_string(),
-            diskseq: diskseq.0,
-            generation: 0,
-            reason: format!(
-                "prepared for detach more than {minutes} minutes ago and still attached: detach it, or take it back with \
-                 'nbdtrack cancel-detach {volume}'"
-            ),
+            volume: Some(volume.clone()),
+            node: Some(disk.facts.node.clone()),
+            diskseq: Some(diskseq),
+            ..Decision::new(
+                Level::Warn,
+                Topic::StillAttached,
+                Some(format!(
+                    "prepared for detach more than {minutes} minutes ago and still attached: detach it, or take it back with \
+                     'nbdtrack cancel-detach {volume}'"
+                )),
+            )
         }));
         for name in self.exports_of(&disk.identities) {
             self.settle(&name);

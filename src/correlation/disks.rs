@@ -32,11 +32,14 @@ pub(super) struct Disk {
 }
 
 impl Disk {
+    /// The identity that it is called by.
+    pub fn primary(&self) -> Option<&Identity> {
+        identity::primary(&self.identities)
+    }
+
     /// `scheme:value` by precedence, or empty.
     pub fn id(&self) -> String {
-        identity::primary(&self.identities)
-            .map(ToString::to_string)
-            .unwrap_or_default()
+        self.primary().map(ToString::to_string).unwrap_or_default()
     }
 
     /// What the disk says of itself.

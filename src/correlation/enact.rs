@@ -132,7 +132,7 @@ impl Correlation {
                  what is on it before it is used",
                 export.definition.volume
             );
-            self.log_disk(held.diskseq, Level::Warn, Topic::NotDurable, reason);
+            self.log_disk(held.diskseq, Level::Warn, Topic::NotDurable, Some(reason));
         }
     }
 
@@ -183,7 +183,6 @@ impl Correlation {
         }
         self.out.push(Action::Tell(Notice::Export(name.clone())));
         if old != new {
-            let (old, new) = (old.name(), new.name());
             self.out.push(Action::Tell(Notice::ExportState {
                 export: name.clone(),
                 old,
@@ -290,21 +289,19 @@ impl Correlation {
                 Level::Debug
             }
         };
+        let reason = if reason.is_empty() {
+            format!("was {}", old.name())
+        } else {
+            reason.to_owned()
+        };
+        let disk = diskseq.and_then(|diskseq| self.disks.get(diskseq));
         self.out.push(Action::Log(Decision {
-            level,
-            topic: Topic::State(new),
             export: Some(name.clone()),
-            volume: export.definition.volume.to_string(),
-            node: diskseq
-                .map(|diskseq| self.node_of(diskseq))
-                .unwrap_or_default(),
-            diskseq: diskseq.map_or(0, |diskseq| diskseq.0),
-            generation: export.generation.0,
-            reason: if reason.is_empty() {
-                format!("was {}", old.name())
-            } else {
-                reason.to_owned()
-            },
+            volume: Some(export.definition.volume.to_string()),
+            node: disk.map(|disk| disk.facts.node.clone()),
+            diskseq,
+            generation: Some(export.generation),
+            ..Decision::new(level, Topic::State(new), Some(reason))
         }));
     }
 

@@ -308,14 +308,15 @@ impl Correlation {
             .map(|export| export.definition.volume.to_string())
             .unwrap_or_default();
         self.out.push(Action::Log(Decision {
-            level: Level::Info,
-            topic: Topic::Moved,
             export: Some(name.clone()),
-            volume: definition.volume.to_string(),
-            node: String::new(),
-            diskseq: 0,
-            generation: 0,
-            reason: format!("a caller said that it is another volume now: it was {was}"),
+            volume: Some(definition.volume.to_string()),
+            ..Decision::new(
+                Level::Info,
+                Topic::Moved,
+                Some(format!(
+                    "a caller said that it is another volume now: it was {was}"
+                )),
+            )
         }));
     }
 

@@ -9,6 +9,7 @@ use super::open_refusal::OpenRefusal;
 use super::pins::SectionsChange;
 use super::request_error::RequestError;
 use super::topic::Topic;
+use super::view::State;
 use super::vm::{Mapping, VmDisk};
 use crate::identity::{Identity, VolumeId};
 
@@ -255,11 +256,28 @@ pub struct Decision {
     pub level: Level,
     pub topic: Topic,
     pub export: Option<ExportName>,
-    pub volume: String,
-    pub node: String,
-    pub diskseq: u64,
-    pub generation: u64,
-    pub reason: String,
+    /// `profile:id` of an export, or `scheme:value` of a disk.
+    pub volume: Option<String>,
+    pub node: Option<DeviceNode>,
+    pub diskseq: Option<DiskSeq>,
+    pub generation: Option<Generation>,
+    pub reason: Option<String>,
+}
+
+impl Decision {
+    /// One that is about no export and no disk.
+    pub fn new(level: Level, topic: Topic, reason: Option<String>) -> Decision {
+        Decision {
+            level,
+            topic,
+            export: None,
+            volume: None,
+            node: None,
+            diskseq: None,
+            generation: None,
+            reason,
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -302,8 +320,9 @@ pub enum Notice {
     },
     ExportState {
         export: ExportName,
-        old: &'static str,
-        new: &'static str,
+        old: State,
+        new: State,
+        /// Why it is there, in words; empty where that is what it is for.
         reason: String,
     },
     IdentityConflict {

@@ -16,19 +16,14 @@ impl Correlation {
     pub(super) fn on_surveyed(&mut self, mark: Mark, disks: Vec<DiskFacts>, routine: bool) {
         let changes = self.disks.surveyed(mark, disks);
         if routine && self.surveyed && !changes.is_empty() {
-            self.out.push(Action::Log(Decision {
-                level: Level::Warn,
-                topic: Topic::Survey,
-                export: None,
-                volume: String::new(),
-                node: String::new(),
-                diskseq: 0,
-                generation: 0,
-                reason: format!(
+            self.out.push(Action::Log(Decision::new(
+                Level::Warn,
+                Topic::Survey,
+                Some(format!(
                     "a routine survey found {} changes that no event had told: events are being lost",
                     changes.len()
-                ),
-            }));
+                )),
+            )));
         }
         let first = !self.surveyed;
         self.surveyed = true;
@@ -108,7 +103,7 @@ impl Correlation {
             id: id.clone(),
             node: node.clone(),
         }));
-        self.log_disk(diskseq, Level::Info, Topic::Attached, String::new());
+        self.log_disk(diskseq, Level::Info, Topic::Attached, None);
         if id.is_empty() {
             return;
         }
@@ -143,7 +138,7 @@ impl Correlation {
                 diskseq,
                 Level::Info,
                 Topic::Resized,
-                format!("from {old} to {new} bytes"),
+                Some(format!("from {old} to {new} bytes")),
             );
         }
     }
@@ -169,14 +164,10 @@ impl Correlation {
         if disk.announced {
             let (id, node) = (disk.id(), disk.facts.node.clone());
             self.out.push(Action::Log(Decision {
-                level: Level::Info,
-                topic: Topic::Detached,
-                export: None,
-                volume: id.clone(),
-                node: node.to_string(),
-                diskseq: diskseq.0,
-                generation: 0,
-                reason: String::new(),
+                volume: disk.primary().map(ToString::to_string),
+                node: Some(node.clone()),
+                diskseq: Some(diskseq),
+                ..Decision::new(Level::Info, Topic::Detached, None)
             }));
             self.out
                 .push(Action::Tell(Notice::Detached { diskseq, id, node }));
@@ -293,22 +284,14 @@ impl Correlation {
         diskseq: DiskSeq,
         level: Level,
         topic: Topic,
-        reason: String,
+        reason: Option<String>,
     ) {
         let disk = self.disks.get(diskseq);
-        let volume = disk.map(Disk::id).unwrap_or_default();
-        let node = disk
-            .map(|disk| disk.facts.node.to_string())
-            .unwrap_or_default();
         self.out.push(Action::Log(Decision {
-            level,
-            topic,
-            export: None,
-            volume,
-            node,
-            diskseq: diskseq.0,
-            generation: 0,
-            reason,
+            volume: disk.and_then(Disk::primary).map(ToString::to_string),
+            node: disk.map(|disk| disk.facts.node.clone()),
+            diskseq: Some(diskseq),
+            ..Decision::new(level, topic, reason)
         }));
     }
 }

@@ -231,14 +231,9 @@ impl Correlation {
             .get(name)
             .map(|export| export.definition.volume.to_string());
         self.out.push(Action::Log(Decision {
-            level,
-            topic,
             export: Some(name.clone()),
-            volume: volume.unwrap_or_default(),
-            node: String::new(),
-            diskseq: 0,
-            generation: 0,
-            reason,
+            volume,
+            ..Decision::new(level, topic, Some(reason))
         }));
     }
 }

@@ -224,10 +224,10 @@ impl Correlation {
                     volume: view.map(|view| view.volume_id).unwrap_or_default(),
                     node: disk.map(|disk| self.node_of(disk)).unwrap_or_default(),
                     diskseq: disk.map_or(0, |disk| disk.0),
-                    old: (*old).to_owned(),
-                    new: (*new).to_owned(),
+                    old: old.name().to_owned(),
+                    new: new.name().to_owned(),
                     detail: reason.clone(),
-                    ..Record::new(kind_of(new, generation), at_us)
+                    ..Record::new(kind_of(*new, generation), at_us)
                 }
             }
             Notice::IdentityConflict { id, disks } => {
@@ -245,17 +245,12 @@ impl Correlation {
     }
 }
 
-fn kind_of(new: &str, generation: Generation) -> RecordKind {
-    if new == State::Serving.name() {
-        if generation > Generation(1) {
-            RecordKind::Switched
-        } else {
-            RecordKind::Served
-        }
-    } else if new == State::Ambiguous.name() || new == State::Failed.name() {
-        RecordKind::Refused
-    } else {
-        RecordKind::State
+fn kind_of(new: State, generation: Generation) -> RecordKind {
+    match new {
+        State::Serving if generation > Generation(1) => RecordKind::Switched,
+        State::Serving => RecordKind::Served,
+        State::Ambiguous | State::Failed => RecordKind::Refused,
+        State::Absent | State::Opening | State::Draining | State::Released => RecordKind::State,
     }
 }
 
@@ -282,9 +277,12 @@ mod tests {
 
     #[test]
     fn the_second_binding_is_a_switch_and_trouble_is_a_refusal() {
-        assert_eq!(kind_of("Serving", Generation(1)), RecordKind::Served);
-        assert_eq!(kind_of("Serving", Generation(2)), RecordKind::Switched);
-        assert_eq!(kind_of("Ambiguous", Generation(2)), RecordKind::Refused);
-        assert_eq!(kind_of("Absent", Generation(2)), RecordKind::State);
+        assert_eq!(kind_of(State::Serving, Generation(1)), RecordKind::Served);
+        assert_eq!(kind_of(State::Serving, Generation(2)), RecordKind::Switched);
+        assert_eq!(
+            kind_of(State::Ambiguous, Generation(2)),
+            RecordKind::Refused
+        );
+        assert_eq!(kind_of(State::Absent, Generation(2)), RecordKind::State);
     }
 }

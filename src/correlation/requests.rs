@@ -190,17 +190,12 @@ impl Correlation {
     }
 
     fn log_store(&mut self, error: &str) {
-        self.out.push(Action::Log(Decision {
-            level: Level::Warn,
-            topic: Topic::Store,
-            export: None,
-            volume: String::new(),
-            node: String::new(),
-            diskseq: 0,
-            generation: 0,
-            reason: format!(
+        self.out.push(Action::Log(Decision::new(
+            Level::Warn,
+            Topic::Store,
+            Some(format!(
                 "a conflict or a release was not kept yet, and would be forgotten by a restart before it is: {error}"
-            ),
-        }));
+            )),
+        )));
     }
 }

@@ -43,7 +43,10 @@ impl ServingTimes {
             Notice::Detached { diskseq, .. } => {
                 self.seen.remove(diskseq);
             }
-            Notice::ExportState { new, .. } if *new == State::Serving.name() => {
+            Notice::ExportState {
+                new: State::Serving,
+                ..
+            } => {
                 if let Some(began) = serving().and_then(|disk| self.seen.remove(&disk)) {
                     self.observe(began.elapsed());
                 }
@@ -277,8 +280,8 @@ mod tests {
         times.seen.insert(DiskSeq(2), Instant::now());
         let serving = Notice::ExportState {
             export: crate::correlation::ExportName::parse("a").unwrap(),
-            old: "Opening",
-            new: "Serving",
+            old: State::Opening,
+            new: State::Serving,
             reason: String::new(),
         };
         times.on_notice(&serving, || Some(DiskSeq(1)));

@@ -109,7 +109,7 @@ pub fn signal(tree: &Tree, notice: &Notice) -> Option<zbus::Result<Message>> {
             reason,
         } => {
             let path = tree.export_path(export);
-            let body = (path, export.as_str(), *old, *new, text(reason));
+            let body = (path, export.as_str(), old.name(), new.name(), text(reason));
             manager("ExportStateChanged").and_then(|signal| signal.build(&body))
         }
         Notice::IdentityConflict { id, disks } => {

@@ -148,10 +148,13 @@ pub(super) fn decision(decision: &Decision) {
         generation,
         reason,
     } = decision;
-    let export = export
-        .as_ref()
-        .map(|name| name.as_str())
-        .unwrap_or_default();
+    // A field that does not apply stands there as an empty text or 0: each line has the same fields.
+    let export = export.as_ref().map_or("", |name| name.as_str());
+    let volume = volume.as_deref().unwrap_or_default();
+    let node = node.as_ref().map_or("", |node| node.0.as_str());
+    let diskseq = diskseq.map_or(0, |diskseq| diskseq.0);
+    let generation = generation.map_or(0, |generation| generation.0);
+    let reason = reason.as_deref().unwrap_or_default();
     let what = topic.name();
     match level {
         Level::Debug => {

@@ -46,7 +46,8 @@ impl World {
                     self.config_refused.extend(decision.export.clone());
                 }
                 Action::Log(decision) if decision.level == Level::Warn => {
-                    self.note(|| format!("    {}", decision.reason));
+                    let reason = decision.reason.as_deref().unwrap_or_default();
+                    self.note(|| format!("    {reason}"));
                 }
                 Action::Log(_) | Action::Tell(_) => {}
                 other => self.note(|| format!("    {other:?}")),
@@ -158,9 +159,9 @@ impl World {
             // No export of the simulation is a file or has a path.
             Action::WatchFile { .. } | Action::UnwatchFile { .. } | Action::LookUpPaths => {}
             Action::Tell(Notice::ExportState { old, new, .. }) => {
-                self.reached
-                    .iter_mut()
-                    .for_each(|reached| _ = reached.insert(format!("{old} to {new}")));
+                self.reached.iter_mut().for_each(|reached| {
+                    _ = reached.insert(format!("{} to {}", old.name(), new.name()))
+                });
             }
             Action::Tell(_) | Action::Log(_) => {}
         }
