@@ -102,8 +102,8 @@ impl Session {
             }
             Phase::Handshake(handshake) => {
                 match handshake.turn(&self.conn, &self.shared, scratch) {
-                    Ok(rest) => rest,
-                    Err(transmission) => {
+                    Turn::Rest(rest) => rest,
+                    Turn::Agreed(transmission) => {
                         self.phase = Phase::Transmission(transmission);
                         Rest::Again
                     }
@@ -147,36 +147,32 @@ impl Drop for Session {
 }
 
 impl Handshake {
-    /// Takes what has arrived; with `Err` the transmission phase begins.
-    fn turn(
-        &mut self,
-        conn: &Arc<Conn>,
-        shared: &Arc<Shared>,
-        scratch: &mut Scratch,
-    ) -> Result<Rest, Box<Transmission>> {
+    /// Takes what has arrived.
+    fn turn(&mut self, conn: &Arc<Conn>, shared: &Arc<Shared>, scratch: &mut Scratch) -> Turn {
         loop {
             if conn.is_dead() {
-                return Ok(Rest::End);
+                return Turn::Rest(Rest::End);
             }
             let now = Instant::now();
             if now >= self.deadline {
                 shared.reached(Limit::HandshakeTime);
-                return Ok(Rest::End);
+                return Turn::Rest(Rest::End);
             }
             // A peer that does not read its answers gets no more of them.
             if conn.has_output() {
                 conn.flush();
                 if conn.has_output() {
-                    return Ok(Rest::Park(Interest {
+                    return Turn::Rest(Rest::Park(Interest {
                         output: true,
                         ..Interest::room(conn.epoch(), Some(self.deadline))
                     }));
                 }
             }
-            match self.take(conn, shared)? {
-                Took::One => continue,
-                Took::End => return Ok(Rest::End),
-                Took::NeedsMore => {}
+            match self.take(conn, shared) {
+                Step::Taken => continue,
+                Step::End => return Turn::Rest(Rest::End),
+                Step::Agreed(transmission) => return Turn::Agreed(transmission),
+                Step::NeedsMore => {}
             }
             scratch.received.load(&[]);
             let wait = !shared.poller.sessions.has_backlog();
@@ -185,15 +181,15 @@ impl Handshake {
                 .socket
                 .receive(&mut scratch.received.room()[..RECEIVE_BYTES], wait)
             {
-                Ok(0) => return Ok(Rest::End),
+                Ok(0) => return Turn::Rest(Rest::End),
                 Ok(count) => {
                     scratch.received.filled(count);
                     self.arrived(scratch.received.bytes());
                 }
                 Err(Errno::EAGAIN) => {
-                    return Ok(Rest::Park(Interest::input(Some(self.deadline))));
+                    return Turn::Rest(Rest::Park(Interest::input(Some(self.deadline))));
                 }
-                Err(_) => return Ok(Rest::End),
+                Err(_) => return Turn::Rest(Rest::End),
             }
         }
     }
@@ -207,18 +203,18 @@ impl Handshake {
     }
 
     /// Takes one message off the buffer, if it is there whole.
-    fn take(&mut self, conn: &Arc<Conn>, shared: &Arc<Shared>) -> Result<Took, Box<Transmission>> {
+    fn take(&mut self, conn: &Arc<Conn>, shared: &Arc<Shared>) -> Step {
         let violated = |reason: &dyn std::fmt::Display| {
             add(&shared.counters.handshakes_violated, 1);
             tracing::debug!(%reason, "handshake ended");
-            Ok(Took::End)
+            Step::End
         };
         match std::mem::replace(&mut self.state, State::Over) {
-            State::Over => Ok(Took::End),
+            State::Over => Step::End,
             State::Flags(state) => {
                 let Some(raw) = self.buffer.first_chunk::<4>() else {
                     self.state = State::Flags(state);
-                    return Ok(Took::NeedsMore);
+                    return Step::NeedsMore;
                 };
                 let flags = u32::from_be_bytes(*raw);
                 self.buffer.drain(..4);
@@ -226,12 +222,12 @@ impl Handshake {
                     Ok(state) => self.state = State::Option(state),
                     Err(reason) => return violated(&reason),
                 }
-                Ok(Took::One)
+                Step::Taken
             }
             State::Option(state) => {
                 let Some(raw) = self.buffer.first_chunk::<{ OptionHeader::BYTES }>() else {
                     self.state = State::Option(state);
-                    return Ok(Took::NeedsMore);
+                    return Step::NeedsMore;
                 };
                 let header = match OptionHeader::parse(raw) {
                     Ok(header) => header,
@@ -239,7 +235,7 @@ impl Handshake {
                 };
                 if self.options == shared.limits.options {
                     shared.reached(Limit::Options);
-                    return Ok(Took::End);
+                    return Step::End;
                 }
                 let mut out = Vec::new();
                 let next = if header.length > shared.limits.option_bytes {
@@ -253,7 +249,7 @@ impl Handshake {
                     let whole = OptionHeader::BYTES + header.length as usize;
                     if self.buffer.len() < whole {
                         self.state = State::Option(state);
-                        return Ok(Took::NeedsMore);
+                        return Step::NeedsMore;
                     }
                     let data = &self.buffer[OptionHeader::BYTES..whole];
                     let stopping = shared.stopping.load(Ordering::Acquire);
@@ -277,7 +273,7 @@ impl Handshake {
         mut out: Vec<u8>,
         conn: &Arc<Conn>,
         shared: &Arc<Shared>,
-    ) -> Result<Took, Box<Transmission>> {
+    ) -> Step {
         let mut lease = None;
         loop {
             next = match next {
@@ -287,7 +283,7 @@ impl Handshake {
                     if self.buffer.is_empty() {
                         self.buffer = Vec::new();
                     }
-                    return Ok(Took::One);
+                    return Step::Taken;
                 }
                 Next::List(list) => {
                     if shared.gatekeeper.rules().unlisted {
@@ -353,7 +349,7 @@ impl Handshake {
                     shared.handshakes.leave(conn.token);
                     conn.send(out, None);
                     let Some((lease, facts, predecessors)) = lease else {
-                        return Ok(Took::End);
+                        return Step::End;
                     };
                     add(&shared.counters.handshakes_done, 1);
                     if agreed.headers == Headers::Extended {
@@ -361,7 +357,7 @@ impl Handshake {
                     }
                     let carry = std::mem::take(&mut self.buffer);
                     let transmission = Transmission::new(lease, facts, agreed, carry, predecessors);
-                    return Err(Box::new(transmission));
+                    return Step::Agreed(Box::new(transmission));
                 }
                 Next::Closed(reason) => {
                     conn.send(out, None);
@@ -369,15 +365,26 @@ impl Handshake {
                         add(&shared.counters.handshakes_violated, 1);
                     }
                     tracing::debug!(%reason, "handshake ended");
-                    return Ok(Took::End);
+                    return Step::End;
                 }
             };
         }
     }
 }
 
-enum Took {
-    One,
+/// What a turn of the handshake came to.
+enum Turn {
+    Rest(Rest),
+    /// The transmission phase begins.
+    Agreed(Box<Transmission>),
+}
+
+/// What became of the buffer's first message.
+enum Step {
+    Taken,
     NeedsMore,
+    /// The session is over.
     End,
+    /// It was the last one.
+    Agreed(Box<Transmission>),
 }
