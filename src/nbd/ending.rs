@@ -9,7 +9,7 @@ use crate::sync::atomic::Ordering;
 use crate::sync::lock;
 
 use super::conn::Conn;
-use super::lease::{DiskTask, KINDS, Lease, Report};
+use super::lease::{DiskTask, Kind, Lease, Report};
 use super::stats::add;
 
 /// Sessions that are cut by who fences, before anything is left to another thread: as many as a disk has, and few enough to take
@@ -136,14 +136,12 @@ impl Lease {
         if closing {
             return "the disk's own flush and close".to_owned();
         }
-        let counts = self
-            .holding
-            .iter()
-            .map(|count| count.load(Ordering::Relaxed));
-        let words: Vec<String> = counts
-            .zip(KINDS)
+        let count = |kind: Kind| self.holding[kind as usize].load(Ordering::Relaxed);
+        let words: Vec<String> = Kind::ALL
+            .into_iter()
+            .map(|kind| (count(kind), kind.words()))
             .filter(|(count, _)| *count > 0)
-            .map(|(count, kind)| format!("{count} {kind}"))
+            .map(|(count, words)| format!("{count} {words}"))
             .collect();
         words.join(", ")
     }

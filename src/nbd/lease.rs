@@ -46,16 +46,32 @@ pub(super) enum Kind {
     Size,
 }
 
-pub(super) const KINDS: [&str; 8] = [
-    "READ",
-    "WRITE",
-    "FLUSH",
-    "TRIM",
-    "WRITE_ZEROES",
-    "CACHE",
-    "BLOCK_STATUS",
-    "look at its size",
-];
+impl Kind {
+    /// In the order of their discriminants, by which a lease counts.
+    pub(super) const ALL: [Kind; 8] = [
+        Kind::Read,
+        Kind::Write,
+        Kind::Flush,
+        Kind::Trim,
+        Kind::Zero,
+        Kind::Cache,
+        Kind::Status,
+        Kind::Size,
+    ];
+
+    pub(super) fn words(self) -> &'static str {
+        match self {
+            Kind::Read => "READ",
+            Kind::Write => "WRITE",
+            Kind::Flush => "FLUSH",
+            Kind::Trim => "TRIM",
+            Kind::Zero => "WRITE_ZEROES",
+            Kind::Cache => "CACHE",
+            Kind::Status => "BLOCK_STATUS",
+            Kind::Size => "look at its size",
+        }
+    }
+}
 
 pub(super) struct Lease {
     pub(super) export: ExportName,
@@ -76,7 +92,8 @@ pub(super) struct Lease {
     /// `None` once closed. Read for the length of an image call (under a [`Pass`]), written by the closer
     /// when the gate is fenced and empty: the writer finds no reader and never waits.
     pub(super) image: RwLock<Option<Arc<dyn Image>>>,
-    pub(super) holding: [AtomicU32; KINDS.len()],
+    /// Calls of the image that go on, by their kinds.
+    pub(super) holding: [AtomicU32; Kind::ALL.len()],
     inline_writes: Inside,
     inline_reads: Inside,
     pub(super) members: Mutex<Members>,
@@ -402,6 +419,13 @@ pub(super) fn wire_error(error: &io::Error, fenced: bool) -> super::wire::NbdErr
 mod tests {
     use super::super::wire::NbdError;
     use super::*;
+
+    #[test]
+    fn each_kind_of_call_is_counted_and_named_as_itself() {
+        for (at, kind) in Kind::ALL.into_iter().enumerate() {
+            assert_eq!(kind as usize, at, "{}", kind.words());
+        }
+    }
 
     #[test]
     fn errors_of_the_kernel_become_those_of_the_protocol() {

@@ -66,7 +66,7 @@ struct Counts {
 
 /// The counts of one export, over all its leases and sessions.
 #[derive(Debug, Default)]
-pub(super) struct Meter([Counts; 3]);
+pub(super) struct Meter([Counts; Operation::ALL.len()]);
 
 impl Meter {
     pub(super) fn time(&self, operation: Operation, took: Duration, stands_for: u64) {
@@ -111,18 +111,22 @@ fn add(counter: &AtomicU64, n: u64) {
 
 /// What one session answered in its own thread since it last told its meter.
 #[derive(Debug, Default)]
-pub(super) struct Tally {
-    requests: [Cell<u64>; 3],
-    bytes: [Cell<u64>; 3],
-    failed: [Cell<u64>; 3],
-    /// By operation: a client that reads and writes in turn would else have only one of them timed.
-    turn: [Cell<u32>; 3],
+pub(super) struct Tally([Counted; Operation::ALL.len()]);
+
+/// As [`Counts`], of one operation.
+#[derive(Debug, Default)]
+struct Counted {
+    requests: Cell<u64>,
+    bytes: Cell<u64>,
+    failed: Cell<u64>,
+    /// Each operation's own: of a client that reads and writes in turn only one of them would else be timed.
+    turn: Cell<u32>,
 }
 
 impl Tally {
     /// The clock, when this request is one of those that are timed.
     pub(super) fn begin(&self, operation: Operation) -> Option<Instant> {
-        let cell = &self.turn[operation as usize];
+        let cell = &self.0[operation as usize].turn;
         let turn = cell.get();
         cell.set((turn + 1) % SAMPLED);
         (turn == 0).then(Instant::now)
@@ -135,26 +139,26 @@ impl Tally {
         bytes: u64,
         began: Option<Instant>,
     ) {
-        let at = operation as usize;
-        self.requests[at].set(self.requests[at].get() + 1);
-        self.bytes[at].set(self.bytes[at].get() + bytes);
+        let counted = &self.0[operation as usize];
+        counted.requests.set(counted.requests.get() + 1);
+        counted.bytes.set(counted.bytes.get() + bytes);
         if let Some(began) = began {
             meter.time(operation, began.elapsed(), SAMPLED.into());
         }
     }
 
     pub(super) fn failed(&self, operation: Operation) {
-        let at = operation as usize;
-        self.requests[at].set(self.requests[at].get() + 1);
-        self.failed[at].set(self.failed[at].get() + 1);
+        let counted = &self.0[operation as usize];
+        counted.requests.set(counted.requests.get() + 1);
+        counted.failed.set(counted.failed.get() + 1);
     }
 
     /// Adds what was counted to `meter`.
     pub(super) fn tell(&self, meter: &Meter) {
-        for (at, counts) in meter.0.iter().enumerate() {
-            add(&counts.requests, self.requests[at].take());
-            add(&counts.bytes, self.bytes[at].take());
-            add(&counts.failed, self.failed[at].take());
+        for (counts, counted) in meter.0.iter().zip(&self.0) {
+            add(&counts.requests, counted.requests.take());
+            add(&counts.bytes, counted.bytes.take());
+            add(&counts.failed, counted.failed.take());
         }
     }
 }
