@@ -9,7 +9,9 @@ use super::Failure;
 use super::image::{Asking, bytes};
 use super::progress::ProgressLine;
 use super::show::{object, plain, print, print_json, table_of};
-use crate::correlation::{BeginBackup, ExportName, Preallocation};
+use crate::correlation::{
+    BackupFiles, BeginBackup, Children, ExportName, Interrupted, Preallocation,
+};
 use crate::dbus::client::{Client, Properties};
 
 /// How often a terminal is told how far a backup is.
@@ -95,9 +97,15 @@ pub async fn backup(client: &Client, asked: &Asked, as_json: bool) -> Result<(),
         Command::Begin(asked) => begin(client, asked, as_json).await,
         Command::Finish(asked) => finish(client, asked, as_json).await,
         Command::Delete(asked) => {
-            let deleted = client
-                .delete_backup(&asked.name, asked.children, asked.keep_files)
-                .await?;
+            let children = match asked.children {
+                true => Children::Delete,
+                false => Children::Keep,
+            };
+            let files = match asked.keep_files {
+                true => BackupFiles::Keep,
+                false => BackupFiles::Delete,
+            };
+            let deleted = client.delete_backup(&asked.name, children, files).await?;
             if as_json {
                 return said(print_json(&json!({ "deleted": deleted })));
             }
@@ -138,7 +146,11 @@ async fn finish(client: &Client, asked: &Finish, as_json: bool) -> Result<(), As
         (_, true) => "hard",
         _ => "soft",
     };
-    let finished = client.finish_backup(&asked.name, mode, asked.interrupted, asked.wait);
+    let interrupted = match asked.interrupted {
+        true => Interrupted::Finish,
+        false => Interrupted::Refuse,
+    };
+    let finished = client.finish_backup(&asked.name, mode, interrupted, asked.wait);
     let backup = shown(client, &asked.name, finished).await?;
     if as_json {
         return said(print_json(&object(&backup)));

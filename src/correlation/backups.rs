@@ -10,12 +10,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::time::Duration;
 
-use super::backup_name::{BackupKind, BackupName};
+use super::backup_calls::{BeginBackup, Children, Interrupted};
 use super::facts::{DiskSeq, ExportName};
 use super::messages::Request;
-use super::new_image::{NewImage, Preallocation, file_in};
+use super::new_image::{NewImage, file_in};
 use super::request_error::RequestError;
 use crate::identity::Format;
 
@@ -131,43 +130,6 @@ pub enum BackupChange {
     BeginImage(String),
     /// An export has it, or it was not made.
     EndImage(String),
-}
-
-/// What is asked of a new one.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct BeginBackup {
-    /// The VM or the job.
-    pub context: String,
-    pub disk: u32,
-    /// What it is to lie on; `None` for a full one.
-    pub parent: Option<ExportName>,
-    /// Bytes; `None` for the parent's.
-    pub size: Option<u64>,
-    /// Seconds since 1970; `None` for now.
-    pub at: Option<u64>,
-    /// Absolute; `None` for the parent's, or for the first that files may be served from.
-    pub folder: Option<String>,
-    pub cluster_bytes: Option<u32>,
-    pub preallocation: Preallocation,
-    /// For the export to serve.
-    pub wait: Duration,
-}
-
-impl BeginBackup {
-    /// What it is to be called; `now` in seconds since 1970.
-    ///
-    /// # Errors
-    /// Names the argument that cannot be.
-    pub fn name(&self, now: u64) -> Result<ExportName, RequestError> {
-        let kind = match self.parent {
-            Some(_) => BackupKind::Incremental,
-            None => BackupKind::Full,
-        };
-        let at = self.at.unwrap_or(now);
-        let name = BackupName::new(&self.context, self.disk, kind, at);
-        name.map(|name| name.export())
-            .map_err(|error| RequestError::InvalidArgument(error.to_string()))
-    }
 }
 
 impl Backup {
@@ -329,15 +291,19 @@ impl Backups {
         self.get(name).ok_or_else(none)
     }
 
-    /// The one that is to be finished, or is so already; `interrupted` takes one that the daemon's end interrupted.
+    /// The one that is to be finished, or is so already.
     ///
     /// # Errors
     /// There is none, or it cannot be complete any more.
-    pub fn finish(&self, name: &ExportName, interrupted: bool) -> Result<&Backup, RequestError> {
+    pub fn finish(
+        &self,
+        name: &ExportName,
+        interrupted: Interrupted,
+    ) -> Result<&Backup, RequestError> {
         let backup = self.known(name)?;
         match backup.state {
             BackupState::Writing | BackupState::Complete => Ok(backup),
-            BackupState::Interrupted if interrupted => Ok(backup),
+            BackupState::Interrupted if interrupted == Interrupted::Finish => Ok(backup),
             BackupState::Interrupted => Err(RequestError::Failed(format!(
                 "backup {name} was interrupted, and something that a client wrote may be lost: write it again and finish it with interrupted, or delete it"
             ))),
@@ -366,8 +332,12 @@ impl Backups {
     /// The ones to delete, each before what it lies on.
     ///
     /// # Errors
-    /// There is none, or others lie on it and `children` are not to go with it.
-    pub fn delete(&self, name: &ExportName, children: bool) -> Result<Vec<Backup>, RequestError> {
+    /// There is none, or others lie on it that stay.
+    pub fn delete(
+        &self,
+        name: &ExportName,
+        children: Children,
+    ) -> Result<Vec<Backup>, RequestError> {
         let first = self.known(name)?;
         let mut found = vec![first.clone()];
         let mut seen = BTreeSet::from([name.clone()]);
@@ -380,7 +350,7 @@ impl Backups {
             }
             next += 1;
         }
-        if found.len() > 1 && !children {
+        if found.len() > 1 && children == Children::Keep {
             let names: Vec<&str> = found[1..].iter().map(|b| b.name.as_str()).collect();
             return Err(RequestError::InUse(format!(
                 "{} lie on {name} and would be lost with it; 'nbdtrack backup delete --children' deletes all of them",
@@ -463,7 +433,10 @@ fn beside(folder: &str, path: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
+    use crate::correlation::Preallocation;
 
     fn asked(parent: Option<&str>) -> BeginBackup {
         BeginBackup {
@@ -582,16 +555,17 @@ mod tests {
             put(&mut backups, &next, BackupState::Complete);
             last = next;
         }
-        let refused = backups.delete(&full.name, false);
+        let refused = backups.delete(&full.name, Children::Keep);
         assert!(matches!(refused, Err(RequestError::InUse(_))));
-        let all = backups.delete(&full.name, true).unwrap();
+        let all = backups.delete(&full.name, Children::Delete).unwrap();
         assert_eq!(all.len(), 4);
         for (at, backup) in all.iter().enumerate() {
             let later = &all[at + 1..];
             let parent = backup.parent.as_ref();
             assert!(parent.is_none_or(|p| later.iter().any(|b| b.name == *p)));
         }
-        assert_eq!(backups.delete(&last.name, false).unwrap().len(), 1);
+        let alone = backups.delete(&last.name, Children::Keep).unwrap();
+        assert_eq!(alone.len(), 1);
         assert_eq!(backups.lineage(&last.name).len(), 4);
     }
 
@@ -619,8 +593,8 @@ mod tests {
         let (full, _) = backups.begin(&asked(None), 0, Some("/b")).unwrap();
         for state in BackupState::ALL {
             put(&mut backups, &full, state);
-            let silently = backups.finish(&full.name, false).is_ok();
-            let told = backups.finish(&full.name, true).is_ok();
+            let silently = backups.finish(&full.name, Interrupted::Refuse).is_ok();
+            let told = backups.finish(&full.name, Interrupted::Finish).is_ok();
             assert_eq!(
                 silently,
                 !matches!(state, BackupState::Interrupted | BackupState::Failed)

@@ -11,6 +11,7 @@
 //! lock, and a simulation that drives a hundred thousand schedules through the same code that ships.
 
 mod answers;
+mod backup_calls;
 pub mod backup_name;
 mod backups;
 mod binding;
@@ -58,9 +59,8 @@ mod wanting;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-pub use backups::{
-    Backup, BackupChange, BackupState, Backups, BeginBackup, CompleteBackup, Inode, Proof,
-};
+pub use backup_calls::{BackupFiles, BeginBackup, Children, Interrupted};
+pub use backups::{Backup, BackupChange, BackupState, Backups, CompleteBackup, Inode, Proof};
 pub use explain::{Candidate, Explanation};
 pub use facts::*;
 pub use messages::*;

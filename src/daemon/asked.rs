@@ -59,11 +59,7 @@ impl Control {
             Call::CreateImage(asked) => self.create_image(asked, reply, &caller),
             Call::BeginBackup(asked) => self.begin_backup(asked, reply, &caller),
             Call::FinishBackup(asked) => self.finish_backup(asked, reply, &caller),
-            Call::DeleteBackup {
-                name,
-                children,
-                keep_files,
-            } => self.delete_backup(&name, children, keep_files, reply, &caller),
+            Call::DeleteBackup(asked) => self.delete_backup(&asked, reply, &caller),
             Call::Backups => self.list_backups(reply),
             Call::Mappings => self.order(Order::List { asker: reply }),
             Call::PruneMappings { days, dry_run } => {

@@ -13,8 +13,8 @@ use super::log_control::LOG_CONTROL;
 use super::manager::{self, MANAGER};
 use super::reply::{Refusal, method_of};
 use super::volume::VOLUME;
-use super::{Call, reply};
-use crate::correlation::{RemoveMode, Request};
+use super::{Call, DeleteBackup, reply};
+use crate::correlation::{BackupFiles, RemoveMode, Request};
 
 /// Who calls without polkit, beside root: what a bus's policy says of users, the daemon cannot see.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -67,9 +67,10 @@ impl Right {
                 | Request::Pin { .. }
                 | Request::Unpin { .. },
             )
-            | Call::DeleteBackup {
-                keep_files: false, ..
-            } => Right::Dangerous,
+            | Call::DeleteBackup(DeleteBackup {
+                files: BackupFiles::Delete,
+                ..
+            }) => Right::Dangerous,
             Call::FinishBackup(asked) if asked.mode == RemoveMode::Hard => Right::Dangerous,
             Call::Request(_)
             | Call::Rescan
@@ -79,7 +80,7 @@ impl Right {
             | Call::CreateImage(_)
             | Call::BeginBackup(_)
             | Call::FinishBackup(_)
-            | Call::DeleteBackup { .. }
+            | Call::DeleteBackup(_)
             | Call::SetLogLevel(_) => Right::Change,
             Call::ResolveVolume(_)
             | Call::Sessions(_)

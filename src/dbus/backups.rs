@@ -9,9 +9,11 @@ use super::introspect::Method;
 use super::manager::{WAIT_MS, export_name};
 use super::options::{Given, Options, arguments, named, no_such_method, only_options};
 use super::volume::text;
-use super::{Call, FinishBackup};
+use super::{Call, DeleteBackup, FinishBackup};
 use crate::correlation::backup_name::BackupName;
-use crate::correlation::{Backup, BeginBackup, RemoveMode, RequestError};
+use crate::correlation::{
+    Backup, BackupFiles, BeginBackup, Children, Interrupted, RemoveMode, RequestError,
+};
 use crate::identity::{Format, VolumeId};
 
 /// How long `FinishBackup` waits for the backup to be complete unless told: all of it is read.
@@ -82,7 +84,10 @@ fn finish(name: &str, mut options: Options) -> Result<Call, RequestError> {
         ("hard", RemoveMode::Hard),
     ];
     let mode = options.one_of("mode", &modes)?.unwrap_or(RemoveMode::Soft);
-    let interrupted = options.truth("interrupted")?.unwrap_or(false);
+    let interrupted = match options.truth("interrupted")? {
+        Some(true) => Interrupted::Finish,
+        Some(false) | None => Interrupted::Refuse,
+    };
     let wait = options.milliseconds("wait_ms", FINISH_MS)?;
     options.end()?;
     Ok(Call::FinishBackup(FinishBackup {
@@ -95,14 +100,20 @@ fn finish(name: &str, mut options: Options) -> Result<Call, RequestError> {
 
 fn delete(name: &str, mut options: Options) -> Result<Call, RequestError> {
     let name = export_name(name)?;
-    let children = options.truth("children")?.unwrap_or(false);
-    let keep_files = options.truth("keep_files")?.unwrap_or(false);
+    let children = match options.truth("children")? {
+        Some(true) => Children::Delete,
+        Some(false) | None => Children::Keep,
+    };
+    let files = match options.truth("keep_files")? {
+        Some(true) => BackupFiles::Keep,
+        Some(false) | None => BackupFiles::Delete,
+    };
     options.end()?;
-    Ok(Call::DeleteBackup {
+    Ok(Call::DeleteBackup(DeleteBackup {
         name,
         children,
-        keep_files,
-    })
+        files,
+    }))
 }
 
 fn begin(context: String, disk: u32, mut options: Options) -> Result<Call, RequestError> {
@@ -178,7 +189,8 @@ mod tests {
         let Ok(Call::FinishBackup(asked)) = with(BTreeMap::new()) else {
             panic!("refused");
         };
-        assert_eq!((asked.mode, asked.interrupted), (RemoveMode::Soft, false));
+        assert_eq!(asked.mode, RemoveMode::Soft);
+        assert_eq!(asked.interrupted, Interrupted::Refuse);
         let hide = with(BTreeMap::from([("mode", Variant::new("hide"))]));
         assert!(
             hide.unwrap_err()

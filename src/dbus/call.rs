@@ -227,7 +227,7 @@ pub(super) fn time_for(call: &Call) -> Duration {
         Call::FinishBackup(asked) => asked.wait,
         Call::Reload => READING_WITHIN,
         // A folder with many files can be slow.
-        Call::DeleteBackup { .. } => MAKING,
+        Call::DeleteBackup(_) => MAKING,
         Call::Request(
             Request::RemoveExport { within, .. } | Request::PrepareDetach { within, .. },
         ) => *within,

@@ -8,7 +8,7 @@ use super::backups::{BEGIN_BACKUP, DELETE_BACKUP, FINISH_BACKUP, FINISH_MS, LIST
 use super::call::MAKING;
 use super::client::{Client, ClientError, Options, Properties, limit, read};
 use super::manager::WAIT_MS;
-use crate::correlation::BeginBackup;
+use crate::correlation::{BackupFiles, BeginBackup, Children, Interrupted};
 
 /// More than the daemon takes for these, so that its own answer wins.
 const WITHIN: Duration = Duration::from_secs(90);
@@ -52,12 +52,15 @@ impl Client {
         &self,
         name: &str,
         mode: &str,
-        interrupted: bool,
+        interrupted: Interrupted,
         wait: Option<Duration>,
     ) -> Result<Properties, ClientError> {
         let mut options = Options::from([
             ("mode", Variant::new(mode)),
-            ("interrupted", Variant::new(interrupted)),
+            (
+                "interrupted",
+                Variant::new(interrupted == Interrupted::Finish),
+            ),
         ]);
         let within = limit(&mut options, "wait_ms", wait, FINISH_MS);
         read(
@@ -67,19 +70,19 @@ impl Client {
         )
     }
 
-    /// Deletes a backup, and with `children` those that lie on it; returns their names.
+    /// Deletes a backup; returns the names of all that are gone with it.
     ///
     /// # Errors
     /// As every call of the client: [`ClientError`].
     pub async fn delete_backup(
         &self,
         name: &str,
-        children: bool,
-        keep_files: bool,
+        children: Children,
+        files: BackupFiles,
     ) -> Result<Vec<String>, ClientError> {
         let options = Options::from([
-            ("children", Variant::new(children)),
-            ("keep_files", Variant::new(keep_files)),
+            ("children", Variant::new(children == Children::Delete)),
+            ("keep_files", Variant::new(files == BackupFiles::Keep)),
         ]);
         read(
             &self

@@ -430,7 +430,7 @@ mod tests {
             Call::CreateImage(_) => "CreateImage",
             Call::BeginBackup(_) => "BeginBackup",
             Call::FinishBackup(_) => "FinishBackup",
-            Call::DeleteBackup { .. } => "DeleteBackup",
+            Call::DeleteBackup(_) => "DeleteBackup",
             Call::Backups => "ListBackups",
             Call::SetLogLevel(_) => "Set",
         }

@@ -71,8 +71,9 @@ pub use polkit::{Denial, OnDenied};
 pub use publish::Publisher;
 
 use crate::correlation::{
-    BeginBackup, CreateImage, Difference, DiskSeq, DiskView, Explanation, ExportName, ExportView,
-    Generation, Inquiry, MappingRow, Notice, PinView, Record, RemoveMode, Request, RequestError,
+    BackupFiles, BeginBackup, Children, CreateImage, Difference, DiskSeq, DiskView, Explanation,
+    ExportName, ExportView, Generation, Inquiry, Interrupted, MappingRow, Notice, PinView, Record,
+    RemoveMode, Request, RequestError,
 };
 use crate::identity::VolumeId;
 
@@ -171,13 +172,7 @@ pub enum Call {
     CreateImage(CreateImage),
     BeginBackup(BeginBackup),
     FinishBackup(FinishBackup),
-    DeleteBackup {
-        name: ExportName,
-        /// With those that lie on it.
-        children: bool,
-        /// Only forget them.
-        keep_files: bool,
-    },
+    DeleteBackup(DeleteBackup),
     Backups,
     Stats,
     /// What each export carried.
@@ -196,9 +191,16 @@ pub struct FinishBackup {
     pub name: ExportName,
     /// What becomes of clients of its export; never to hide it.
     pub mode: RemoveMode,
-    /// Also one that was interrupted.
-    pub interrupted: bool,
+    pub interrupted: Interrupted,
     pub wait: Duration,
+}
+
+/// A backup that is to be gone.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DeleteBackup {
+    pub name: ExportName,
+    pub children: Children,
+    pub files: BackupFiles,
 }
 
 /// What is to be explained.

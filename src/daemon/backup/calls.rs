@@ -21,13 +21,13 @@ use super::reading::Reading;
 use super::shelf::{Finishing, Shelf, UnderWay};
 use super::steps::{Finished, begin, delete, finish};
 use crate::correlation::{
-    Backup, BackupChange, BackupState, BeginBackup, ExportName, NewImage, RemoveMode, Request,
-    RequestError,
+    Backup, BackupChange, BackupState, BeginBackup, Children, ExportName, NewImage, RemoveMode,
+    Request, RequestError,
 };
 use crate::daemon::control::{Asker, Control};
 use crate::daemon::patience::{Patience, hanging};
 use crate::daemon::works::{Place, ToLoop};
-use crate::dbus::{Answer, Caller, FINISH_BACKUP, FinishBackup};
+use crate::dbus::{Answer, Caller, DeleteBackup, FINISH_BACKUP, FinishBackup};
 use crate::files;
 use crate::identity::{Format, VolumeId};
 
@@ -217,12 +217,15 @@ impl Control {
 
     pub(in crate::daemon) fn delete_backup(
         &mut self,
-        name: &ExportName,
-        children: bool,
-        keep_files: bool,
+        asked: &DeleteBackup,
         asker: Asker,
         caller: &Caller,
     ) {
+        let DeleteBackup {
+            ref name,
+            children,
+            files,
+        } = *asked;
         let planned = self.plan_deletion(name, children);
         let told = match &planned {
             Ok((backups, _)) => {
@@ -245,7 +248,7 @@ impl Control {
         );
         tokio::spawn(async move {
             let work = async {
-                let deleted = delete(&to_loop, &shelf, &roots, backups, keep_files, &patience);
+                let deleted = delete(&to_loop, &shelf, &roots, backups, files, &patience);
                 let deleted = deleted.await;
                 drop((under_way, place));
                 deleted.map(Answer::Names)
@@ -257,7 +260,7 @@ impl Control {
     fn plan_deletion(
         &self,
         name: &ExportName,
-        children: bool,
+        children: Children,
     ) -> Result<(Vec<Backup>, Place), RequestError> {
         let known = self.shelf.known();
         let backups = known.backups.delete(name, children)?;

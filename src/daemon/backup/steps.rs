@@ -9,7 +9,8 @@ use super::calls::seconds;
 use super::reading::{Reading, as_when_finished, refusal};
 use super::shelf::Shelf;
 use crate::correlation::{
-    Backup, BackupChange, BackupState, ExportName, NewImage, Proof, Request, RequestError,
+    Backup, BackupChange, BackupFiles, BackupState, ExportName, NewImage, Proof, Request,
+    RequestError,
 };
 use crate::daemon::images::{export_made, make};
 use crate::daemon::patience::Patience;
@@ -215,13 +216,13 @@ pub(in crate::daemon) async fn delete(
     shelf: &Shelf,
     roots: &Arc<Roots>,
     backups: Vec<Backup>,
-    keep_files: bool,
+    files: BackupFiles,
     patience: &Patience,
 ) -> Result<Vec<ExportName>, RequestError> {
     let backups = Arc::new(backups);
-    let files = match keep_files {
-        true => backups.iter().map(|_| None).collect(),
-        false => take_files(to_loop, shelf, &backups, roots, patience).await?,
+    let files = match files {
+        BackupFiles::Keep => backups.iter().map(|_| None).collect(),
+        BackupFiles::Delete => take_files(to_loop, shelf, &backups, roots, patience).await?,
     };
     let mut deleted = Vec::new();
     for (backup, file) in backups.iter().zip(files) {

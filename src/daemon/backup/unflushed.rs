@@ -2,7 +2,9 @@
 
 use tokio::sync::oneshot;
 
-use crate::correlation::{BackupChange, BackupState, ExportName, Generation, RequestError};
+use crate::correlation::{
+    BackupChange, BackupState, ExportName, Generation, Interrupted, RequestError,
+};
 use crate::daemon::control::Control;
 use crate::daemon::keeper::Order;
 
@@ -45,7 +47,7 @@ impl Control {
                     "the disk of backup {name} has not given up its last requests: finish it again later"
                 )));
             }
-            self.shelf.known().backups.finish(name, true)?;
+            self.shelf.known().backups.finish(name, Interrupted::Finish)?;
         }
         Ok(())
     }
