@@ -15,7 +15,7 @@ use std::time::Duration;
 use kernel::{Loop, backing_file, loop_identity};
 use nbdtrack::correlation::{ExportName, OpenDisk, Ticket};
 use nbdtrack::image::block::{Block, Claims, open};
-use nbdtrack::image::{Extent, Image, NoWait, Span, ZeroFlags};
+use nbdtrack::image::{Durability, Extent, Image, NoWait, Span, ZeroFlags};
 use nbdtrack::udev::read_identities;
 
 const SIZE: u64 = 16 << 20;
@@ -87,7 +87,9 @@ fn any_range_reads_back_as_it_was_written() {
         (SIZE - 77, 77),
     ] {
         let data = pattern(offset, len);
-        o.block.write(at(offset, len), &data, false).unwrap();
+        o.block
+            .write(at(offset, len), &data, Durability::ByFlush)
+            .unwrap();
         assert_eq!(read(&o.block, offset, len), data, "{offset}+{len}");
     }
     let all = read(&o.block, 0, usize::try_from(SIZE).unwrap());
@@ -105,9 +107,13 @@ fn a_durable_write_is_in_the_backing_file_when_it_returns() {
         buf
     };
     let data = pattern(3, 5000);
-    o.block.write(at(12_345, 5000), &data, true).unwrap();
+    o.block
+        .write(at(12_345, 5000), &data, Durability::AtReturn)
+        .unwrap();
     assert_eq!(in_file(12_345, 5000), data);
-    o.block.write(at(40_000, 5000), &data, false).unwrap();
+    o.block
+        .write(at(40_000, 5000), &data, Durability::ByFlush)
+        .unwrap();
     o.block.flush().unwrap();
     assert_eq!(in_file(40_000, 5000), data);
     let fua = ZeroFlags {
@@ -139,7 +145,9 @@ fn direct_writes_are_on_the_disk_at_once_and_direct_reads_come_from_there() {
     for (index, len) in [block as usize, 4096, 256 << 10].into_iter().enumerate() {
         let offset = (index as u64 + 1) << 20;
         let data = pattern(offset, len + 1);
-        o.block.write(at(offset, len), &data[1..], false).unwrap();
+        o.block
+            .write(at(offset, len), &data[1..], Durability::ByFlush)
+            .unwrap();
         let mut found = vec![0; len];
         file.read_exact_at(&mut found, offset).unwrap();
         assert!(found == data[1..], "{len} bytes, before any flush");
@@ -184,7 +192,9 @@ fn zeroes_replace_exactly_their_range() {
             (0, 4096),
         ] {
             let data = pattern(0, 1 << 20);
-            o.block.write(at(0, 1 << 20), &data, false).unwrap();
+            o.block
+                .write(at(0, 1 << 20), &data, Durability::ByFlush)
+                .unwrap();
             o.block.zero(at(offset, len), flags).unwrap();
             let mut expected = data;
             let from = usize::try_from(offset).unwrap();
@@ -203,7 +213,7 @@ fn zeroes_that_must_stay_allocated_do_and_others_make_holes() {
     let o = opened(224);
     let blocks = || std::fs::metadata(&o.file).unwrap().blocks();
     o.block
-        .write(at(0, 1 << 20), &pattern(0, 1 << 20), true)
+        .write(at(0, 1 << 20), &pattern(0, 1 << 20), Durability::AtReturn)
         .unwrap();
     let full = blocks();
     assert!(full >= 2048);
@@ -266,7 +276,9 @@ fn a_fast_zero_that_is_refused_leaves_what_was_written_before() {
         ..ZeroFlags::default()
     };
     let data = pattern(7, 1 << 20);
-    o.block.write(at(0, 1 << 20), &data, false).unwrap();
+    o.block
+        .write(at(0, 1 << 20), &data, Durability::ByFlush)
+        .unwrap();
     assert!(
         !o.block
             .zeroes_fast(Span::checked(0, SIZE, SIZE).unwrap(), fast)
@@ -309,7 +321,7 @@ fn allocation_is_the_backing_files_and_sees_every_acknowledged_write() {
     assert_eq!(allocation(&o, 0, SIZE), [(SIZE, true)]);
     // Still in the device's page cache only; told as a hole, a copy would lose it.
     o.block
-        .write(at(MIB, 65536), &pattern(0, 65536), false)
+        .write(at(MIB, 65536), &pattern(0, 65536), Durability::ByFlush)
         .unwrap();
     let after = SIZE - MIB - 65536;
     let told = [(MIB, true), (65536, false), (after, true)];
@@ -356,20 +368,26 @@ fn a_discard_touches_nothing_outside_its_range() {
     let o = opened(228);
     assert!(o.block.can_discard());
     let data = pattern(0, 1 << 20);
-    o.block.write(at(0, 1 << 20), &data, true).unwrap();
-    o.block.discard(at(100, 300_000), true).unwrap();
+    o.block
+        .write(at(0, 1 << 20), &data, Durability::AtReturn)
+        .unwrap();
+    o.block
+        .discard(at(100, 300_000), Durability::AtReturn)
+        .unwrap();
     assert_eq!(read(&o.block, 0, 100), data[..100]);
     assert_eq!(read(&o.block, 300_100, 1000), data[300_100..301_100]);
     // Read after discard sees the disk, not a page that was cached before.
     assert_eq!(read(&o.block, 512, 4096), vec![0; 4096]);
-    o.block.discard(at(1, 100), false).unwrap();
+    o.block.discard(at(1, 100), Durability::ByFlush).unwrap();
 }
 
 #[test]
 fn a_read_that_must_not_wait_reads_what_is_cached() {
     let o = opened(228);
     let data = pattern(9, 4096);
-    o.block.write(at(8192, 4096), &data, false).unwrap();
+    o.block
+        .write(at(8192, 4096), &data, Durability::ByFlush)
+        .unwrap();
     let mut buf = vec![0; 4096];
     assert!(matches!(
         o.block.read_nowait(at(8192, 4096), &mut buf),
@@ -395,19 +413,21 @@ fn a_disk_that_shrank_answers_eio_and_not_zeroes() {
     let eio = |r: io::Result<()>| assert_eq!(r.unwrap_err().raw_os_error(), Some(libc::EIO));
     eio(o.block.read(beyond, &mut buf));
     eio(o.block.read(at(SIZE / 2 - 256, 512), &mut buf));
-    eio(o.block.write(beyond, &buf, false));
+    eio(o.block.write(beyond, &buf, Durability::ByFlush));
     eio(o.block.zero(beyond, ZeroFlags::default()));
     assert!(matches!(
         o.block.read_nowait(beyond, &mut buf),
         Ok(NoWait::WouldWait)
     ));
     assert!(!o.block.latched());
-    eio(o.block.write(beyond, &buf, true));
+    eio(o.block.write(beyond, &buf, Durability::AtReturn));
     assert!(o.block.latched());
     eio(o.block.flush());
-    eio(o.block.write(at(0, 512), &buf, true));
+    eio(o.block.write(at(0, 512), &buf, Durability::AtReturn));
     // What needs no durability goes on.
-    o.block.write(at(0, 512), &buf, false).unwrap();
+    o.block
+        .write(at(0, 512), &buf, Durability::ByFlush)
+        .unwrap();
     assert_eq!(read(&o.block, 0, 512), buf);
 }
 

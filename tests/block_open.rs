@@ -22,7 +22,7 @@ use nbdtrack::correlation::{
 use nbdtrack::identity::Identity;
 use nbdtrack::image::beneath::Roots;
 use nbdtrack::image::block::{Block, Claims, OpenError, open};
-use nbdtrack::image::{Extent, Image, raw};
+use nbdtrack::image::{Durability, Extent, Image, raw};
 use nbdtrack::nbd::{Door, Limits};
 use nbdtrack::udev::read_identities;
 
@@ -214,18 +214,20 @@ fn exports_of_one_disk_share_its_claim_and_its_writes() {
     assert_eq!(descriptors_of(&disk.node()), 2, "and only one");
 
     let at = Extent::checked(4096, 3, writer.size()).unwrap();
-    writer.write(at, b"abc", true).unwrap();
+    writer.write(at, b"abc", Durability::AtReturn).unwrap();
     let mut seen = [0; 3];
     reader.read(at, &mut seen).unwrap();
     assert_eq!(&seen, b"abc");
-    let refused = reader.write(at, b"xyz", false).unwrap_err();
+    let refused = reader.write(at, b"xyz", Durability::ByFlush).unwrap_err();
     assert_eq!(refused.raw_os_error(), Some(libc::EPERM));
     // Zeroes and discards also where the writable descriptor is not the one with O_EXCL.
     second
         .zero(at, nbdtrack::image::ZeroFlags::default())
         .unwrap();
     let block = Extent::checked(0, 65536, writer.size()).unwrap();
-    second.write(block, &[7; 65536], false).unwrap();
+    second
+        .write(block, &[7; 65536], Durability::ByFlush)
+        .unwrap();
     second
         .zero(block, nbdtrack::image::ZeroFlags::default())
         .unwrap();
@@ -237,7 +239,7 @@ fn exports_of_one_disk_share_its_claim_and_its_writes() {
     assert!(!reader.keeps_changes());
     assert!(writer.keeps_changes());
     let on_disk = || std::fs::read(&file).unwrap()[4096..4099].to_vec();
-    writer.write(at, b"cut", false).unwrap();
+    writer.write(at, b"cut", Durability::ByFlush).unwrap();
     assert_ne!(on_disk(), b"cut", "or it proves nothing");
     cut(writer);
     assert_eq!(on_disk(), b"cut");
@@ -299,7 +301,7 @@ fn a_detach_waits_for_us_and_comes_promptly_when_we_close() {
     disk.detach().unwrap();
     assert!(disk.attached(), "the loop driver waits for the last close");
     let at = Extent::checked(0, 512, block.size()).unwrap();
-    block.write(at, &[1; 512], true).unwrap();
+    block.write(at, &[1; 512], Durability::AtReturn).unwrap();
     let closing = Instant::now();
     drop(block);
     wait_for("the detach", || !disk.attached());
@@ -340,7 +342,7 @@ fn a_disk_that_we_are_just_closing_is_opened_again_and_not_busy() {
         let block = try_open(&order, &claims).unwrap();
         let at = Extent::checked(0, 8 << 20, block.size()).unwrap();
         // The last close writes this out, which takes a while.
-        block.write(at, &dirty, false).unwrap();
+        block.write(at, &dirty, Durability::ByFlush).unwrap();
         std::thread::scope(|scope| {
             scope.spawn(|| drop(block));
             std::thread::sleep(Duration::from_micros(100 * round));

@@ -9,7 +9,7 @@ use std::process::Command;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use nbdtrack::image::qcow2::Qcow2;
-use nbdtrack::image::{Extent, Image, Span, ZeroFlags};
+use nbdtrack::image::{Durability, Extent, Image, Span, ZeroFlags};
 use raw_file::open_qcow2;
 
 /// One test at a time: a program that another one starts has our descriptors, and their locks, until it is another program.
@@ -202,7 +202,11 @@ fn images_of_every_kind_read_as_qemu_reads_them() {
             allocation_is_true(&image, &read);
             assert!(
                 image
-                    .write(Extent::checked(0, 1, bytes).unwrap(), &[1], false)
+                    .write(
+                        Extent::checked(0, 1, bytes).unwrap(),
+                        &[1],
+                        Durability::ByFlush
+                    )
                     .is_err(),
                 "a read-only image was written"
             );
@@ -271,7 +275,9 @@ fn works(folder: &Path, path: &Path, mut model: Vec<u8>, calls: u64, seed: u64) 
         match roll(12) {
             0..=4 => {
                 let data = bytes_of(call + seed * 1000, range.len());
-                image.write(at, &data, roll(20) == 0).unwrap();
+                image
+                    .write(at, &data, Durability::of_fua(roll(20) == 0))
+                    .unwrap();
                 model[range].copy_from_slice(&data);
             }
             5 | 6 => {
@@ -284,7 +290,7 @@ fn works(folder: &Path, path: &Path, mut model: Vec<u8>, calls: u64, seed: u64) 
                 model[range].fill(0);
             }
             7 => {
-                image.discard(at, false).unwrap();
+                image.discard(at, Durability::ByFlush).unwrap();
                 // What is left of it is old bytes or zeroes; the mapping decides by whole clusters.
                 let mut now = vec![0; range.len()];
                 image.read(at, &mut now).unwrap();

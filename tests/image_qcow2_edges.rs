@@ -17,7 +17,7 @@ use nbdtrack::identity::Format;
 use nbdtrack::image::beneath::Roots;
 use nbdtrack::image::block::Claims;
 use nbdtrack::image::qcow2::{self, Qcow2};
-use nbdtrack::image::{Extent, Image, Span, ZeroFlags, raw};
+use nbdtrack::image::{Durability, Extent, Image, Span, ZeroFlags, raw};
 use raw_file::{open_qcow2, order_as};
 
 const KIB: u64 = 1 << 10;
@@ -72,7 +72,7 @@ fn at(offset: u64, len: u64) -> Extent {
 
 fn write(image: &Qcow2, offset: u64, byte: u8, len: u64) -> std::io::Result<()> {
     let bytes = vec![byte; usize::try_from(len).unwrap()];
-    image.write(at(offset, len), &bytes, false)
+    image.write(at(offset, len), &bytes, Durability::ByFlush)
 }
 
 /// A big-endian number in the file.
@@ -277,7 +277,7 @@ fn a_cluster_that_is_a_table_is_neither_written_nor_given_up() {
         let image = open_qcow2(folder.path(), &path, true).unwrap();
         assert!(write(&image, 0, 7, 64 * KIB).is_err(), "{which}: written");
         assert!(write(&image, 5, 7, 5).is_err(), "{which}: written in part");
-        let _ = image.discard(at(0, 64 * KIB), false);
+        let _ = image.discard(at(0, 64 * KIB), Durability::ByFlush);
         let _ = image.zero(at(0, 64 * KIB), ZeroFlags::default());
         image.flush().unwrap();
         image.flush().unwrap();
@@ -302,7 +302,9 @@ fn an_image_whose_refcount_table_has_moved_is_written_on() {
             }
             write(&image, offset, round, piece).unwrap();
             if round < 3 && offset % (3 * piece) == 0 {
-                image.discard(at(offset, piece), false).unwrap();
+                image
+                    .discard(at(offset, piece), Durability::ByFlush)
+                    .unwrap();
             }
         }
     }

@@ -8,7 +8,7 @@ use std::path::Path;
 
 use nbdtrack::image::beneath::Roots;
 use nbdtrack::image::block::{Block, Claims, OpenError};
-use nbdtrack::image::{Extent, Image, Span, ZeroFlags, raw};
+use nbdtrack::image::{Durability, Extent, Image, Span, ZeroFlags, raw};
 use raw_file::order;
 
 const SIZE: u64 = 4 << 20;
@@ -62,7 +62,9 @@ fn zeroes_are_zeroes_at_any_offset_and_a_hole_only_where_it_may_be() {
     assert_eq!(read(&image, 1 << 20, 1 << 20), vec![0; 1 << 20]);
     let holed = blocks();
     assert!(holed + 1024 < whole, "no hole: {holed} of {whole}");
-    image.discard(at(2 << 20, 1 << 20), false).unwrap();
+    image
+        .discard(at(2 << 20, 1 << 20), Durability::ByFlush)
+        .unwrap();
     assert!(blocks() + 1024 < holed, "nothing was discarded");
 }
 
@@ -153,8 +155,8 @@ type Change<'a> = &'a dyn Fn(&Block) -> std::io::Result<()>;
 #[test]
 fn a_file_that_was_cut_off_is_not_made_long_again() {
     let changes: [Change<'_>; 5] = [
-        &|image| image.write(at(SIZE - 4096, 4096), &[7; 4096], false),
-        &|image| image.write(at(0, 4096), &[7; 4096], true),
+        &|image| image.write(at(SIZE - 4096, 4096), &[7; 4096], Durability::ByFlush),
+        &|image| image.write(at(0, 4096), &[7; 4096], Durability::AtReturn),
         &|image| image.zero(at(SIZE - 4096, 4096), ZeroFlags::default()),
         &|image| {
             let no_hole = true;
@@ -166,7 +168,7 @@ fn a_file_that_was_cut_off_is_not_made_long_again() {
                 },
             )
         },
-        &|image| image.discard(at(SIZE - 4096, 4096), false),
+        &|image| image.discard(at(SIZE - 4096, 4096), Durability::ByFlush),
     ];
     for (n, change) in changes.iter().enumerate() {
         let dir = tempfile::tempdir().unwrap();

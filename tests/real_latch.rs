@@ -12,7 +12,7 @@ use std::time::Duration;
 use nbdtrack::identity::Format;
 use nbdtrack::image::beneath::Roots;
 use nbdtrack::image::block::Claims;
-use nbdtrack::image::{Extent, Image, qcow2, raw};
+use nbdtrack::image::{Durability, Extent, Image, qcow2, raw};
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use support::chorus::{Chorus, Score};
 use support::client::Client;
@@ -288,10 +288,10 @@ fn an_error_that_the_writers_descriptor_was_told_fails_the_next_flush_all_the_sa
             let Some(place) = Extent::checked(0, 65536, image.size()) else {
                 trouble!("{} bytes", image.size());
             };
-            image.write(place, &[1; 65536], false)?;
+            image.write(place, &[1; 65536], Durability::ByFlush)?;
             image.flush()?;
             disk.fail(WRITES);
-            image.write(place, &[2; 65536], false)?;
+            image.write(place, &[2; 65536], Durability::ByFlush)?;
             sync_the_writer(&path)?;
             drop(healer);
             let said = image.flush().map_err(|error| error.raw_os_error());

@@ -16,7 +16,7 @@ use std::time::Instant;
 use nbdtrack::identity::Format;
 use nbdtrack::image::beneath::Roots;
 use nbdtrack::image::qcow2::Qcow2;
-use nbdtrack::image::{Extent, Image, ZeroFlags, describe};
+use nbdtrack::image::{Durability, Extent, Image, ZeroFlags, describe};
 use raw_file::open_qcow2;
 use support::dice::{self, Dice};
 use support::fuse_disk::{CutKind, FuseFile};
@@ -213,7 +213,7 @@ impl Case<'_> {
                 for sector in sectors.clone() {
                     self.model.may[sector].push(0);
                 }
-                let done = self.image.discard(extent, false);
+                let done = self.image.discard(extent, Durability::ByFlush);
                 // What it has become is to be asked.
                 match self.ended(done)? {
                     Done::Yes => self.settle(sectors),
@@ -233,7 +233,9 @@ impl Case<'_> {
                 let word = self.model.last;
                 let bytes = word.to_be_bytes().repeat(sectors.len() * SECTOR / 8);
                 let fua = self.dice.happens(10);
-                self.changed(sectors, word, fua, |image| image.write(extent, &bytes, fua))
+                self.changed(sectors, word, fua, |image| {
+                    image.write(extent, &bytes, Durability::of_fua(fua))
+                })
             }
         }
     }

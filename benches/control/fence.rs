@@ -12,7 +12,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
 use nbdtrack::correlation::{Action, Correlation, DiskSeq, Event, Mark};
-use nbdtrack::image::{BlockSizes, Extent, Image, NoWait, ZeroFlags};
+use nbdtrack::image::{BlockSizes, Durability, Extent, Image, NoWait, ZeroFlags};
 use nbdtrack::nbd::{Door, Limits};
 use socket2::Socket;
 
@@ -253,7 +253,7 @@ impl Image for Blank {
     fn read_nowait(&self, at: Extent, buf: &mut [u8]) -> io::Result<NoWait> {
         self.read(at, buf).map(|()| NoWait::Done)
     }
-    fn write(&self, _at: Extent, _buf: &[u8], _fua: bool) -> io::Result<()> {
+    fn write(&self, _at: Extent, _buf: &[u8], _durable: Durability) -> io::Result<()> {
         Ok(())
     }
     fn flush(&self) -> io::Result<()> {
@@ -262,7 +262,7 @@ impl Image for Blank {
     fn zero(&self, _at: Extent, _flags: ZeroFlags) -> io::Result<()> {
         Ok(())
     }
-    fn discard(&self, _at: Extent, _fua: bool) -> io::Result<()> {
+    fn discard(&self, _at: Extent, _durable: Durability) -> io::Result<()> {
         Ok(())
     }
     fn cache(&self, _at: Extent) -> io::Result<()> {

@@ -7,7 +7,7 @@ use nbdtrack::correlation::{DeviceNode, DeviceNumber, ExportName, OpenDisk, Tick
 use nbdtrack::identity::{Format, Identity};
 use nbdtrack::image::beneath::Roots;
 use nbdtrack::image::block::Claims;
-use nbdtrack::image::{Extent, Image, Span, ZeroFlags, describe, qcow2};
+use nbdtrack::image::{Durability, Extent, Image, Span, ZeroFlags, describe, qcow2};
 
 const TWO: u8 = 0x10;
 
@@ -62,14 +62,18 @@ pub fn run(data: &[u8]) {
             assert!(found.iter().all(|(_, depth)| *depth <= 2));
         }
         if order.write {
-            let _ = image.write(at, &bytes[..at.len() as usize], what & 2 != 0);
+            let _ = image.write(
+                at,
+                &bytes[..at.len() as usize],
+                Durability::of_fua(what & 2 != 0),
+            );
             let flags = ZeroFlags {
                 no_hole: what & 4 != 0,
                 fast: false,
                 fua: what & 8 != 0,
             };
             let _ = image.zero(at, flags);
-            let _ = image.discard(at, false);
+            let _ = image.discard(at, Durability::ByFlush);
             let _ = image.flush();
         }
     }

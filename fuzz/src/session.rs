@@ -8,7 +8,7 @@ use std::sync::{Arc, OnceLock, RwLock, mpsc};
 use std::time::Duration;
 
 use nbdtrack::correlation::{EndHow, ExportName, Generation, LeaseEnd};
-use nbdtrack::image::{Allocation, BlockSizes, Extent, Image, NoWait, Span, ZeroFlags};
+use nbdtrack::image::{Allocation, BlockSizes, Durability, Extent, Image, NoWait, Span, ZeroFlags};
 use nbdtrack::nbd::wire::{cmd, cmd_flag, option};
 use nbdtrack::nbd::{Door, Limits};
 
@@ -397,7 +397,7 @@ impl Image for Memory {
         }
         self.read(at, buf).map(|()| NoWait::Done)
     }
-    fn write(&self, at: Extent, buf: &[u8], _fua: bool) -> io::Result<()> {
+    fn write(&self, at: Extent, buf: &[u8], _durable: Durability) -> io::Result<()> {
         self.bytes.write().unwrap()[range(at)].copy_from_slice(buf);
         Ok(())
     }
@@ -411,7 +411,7 @@ impl Image for Memory {
     fn zeroes_fast(&self, at: Span, _flags: ZeroFlags) -> bool {
         at.offset().is_multiple_of(512)
     }
-    fn discard(&self, at: Extent, _fua: bool) -> io::Result<()> {
+    fn discard(&self, at: Extent, _durable: Durability) -> io::Result<()> {
         self.fill(at, 0);
         Ok(())
     }

@@ -34,7 +34,8 @@ use super::disk::Disk;
 use super::medium::Medium;
 use super::pages::Pages;
 use super::{
-    Allocation, BlockSizes, Extent, Image, NoWait, Span, ZeroFlags, allocation, folios, sys,
+    Allocation, BlockSizes, Durability, Extent, Image, NoWait, Span, ZeroFlags, allocation, folios,
+    sys,
 };
 use crate::correlation::OpenDisk;
 
@@ -278,10 +279,10 @@ impl Image for Block {
         }
     }
 
-    fn write(&self, at: Extent, buf: &[u8], fua: bool) -> io::Result<()> {
+    fn write(&self, at: Extent, buf: &[u8], durable: Durability) -> io::Result<()> {
         debug_assert_eq!(u32::try_from(buf.len()), Ok(at.len()));
         self.writable()?;
-        if !fua {
+        if durable == Durability::ByFlush {
             return self.write_out(at.offset(), buf);
         }
         if self.latched() {
@@ -363,7 +364,7 @@ impl Image for Block {
         self.rotational
     }
 
-    fn discard(&self, at: Extent, fua: bool) -> io::Result<()> {
+    fn discard(&self, at: Extent, durable: Durability) -> io::Result<()> {
         self.writable()?;
         // A hint: blocks that are only partly in the range are left alone.
         let mut done = Ok(());
@@ -375,7 +376,10 @@ impl Image for Block {
                 done => done.map_err(|e| self.inside_the_size(e)),
             };
         }
-        if fua { self.make_durable(done) } else { done }
+        match durable {
+            Durability::ByFlush => done,
+            Durability::AtReturn => self.make_durable(done),
+        }
     }
 
     fn cache(&self, at: Extent) -> io::Result<()> {

@@ -134,6 +134,25 @@ pub struct ZeroFlags {
     pub fua: bool,
 }
 
+/// When a change is durable.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Durability {
+    /// With the next flush.
+    ByFlush,
+    /// When its call returns, as NBD_CMD_FLAG_FUA asks.
+    AtReturn,
+}
+
+impl Durability {
+    /// What a request with or without NBD_CMD_FLAG_FUA asks for.
+    pub fn of_fua(fua: bool) -> Durability {
+        match fua {
+            true => Durability::AtReturn,
+            false => Durability::ByFlush,
+        }
+    }
+}
+
 /// Outcome of a call that would rather fail than wait for the disk.
 #[derive(Debug)]
 pub enum NoWait {
@@ -167,12 +186,12 @@ pub trait Image: Send + Sync {
         let _ = (at, pages);
         Ok(NoWait::WouldWait)
     }
-    /// Writes `buf`, whose length is `at.len()`; with `fua`, durable at return.
-    fn write(&self, at: Extent, buf: &[u8], fua: bool) -> io::Result<()>;
+    /// Writes `buf`, whose length is `at.len()`.
+    fn write(&self, at: Extent, buf: &[u8], durable: Durability) -> io::Result<()>;
     /// All writes that returned before this call are durable at return (invariant 9).
     fn flush(&self) -> io::Result<()>;
     fn zero(&self, at: Extent, flags: ZeroFlags) -> io::Result<()>;
-    fn discard(&self, at: Extent, fua: bool) -> io::Result<()>;
+    fn discard(&self, at: Extent, durable: Durability) -> io::Result<()>;
     /// Asks for the range to be read ahead (NBD_CMD_CACHE).
     fn cache(&self, at: Extent) -> io::Result<()>;
     /// Whether `zero` with these flags is faster than writing zeroes would be, over the whole range. Answers from memory.

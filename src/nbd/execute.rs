@@ -6,7 +6,7 @@
 
 use std::sync::Arc;
 
-use crate::image::{Extent, NoWait, Span, ZeroFlags};
+use crate::image::{Durability, Extent, NoWait, Span, ZeroFlags};
 
 use super::account::{Charge, Full};
 use super::command::{Call, Refused};
@@ -151,7 +151,7 @@ impl Transmission {
         add(&counters.writes, 1);
         add(&counters.bytes_written, data.len() as u64);
         let began = self.tally.begin(Operation::Write);
-        let result = pass.image().write(at, data, false);
+        let result = pass.image().write(at, data, Durability::ByFlush);
         drop(pass);
         match result {
             Ok(()) => {

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 
 use super::model::BYTES;
-use crate::image::{BlockSizes, Extent, Image, NoWait, Span, ZeroFlags};
+use crate::image::{BlockSizes, Durability, Extent, Image, NoWait, Span, ZeroFlags};
 use crate::sync::before_call;
 
 /// What became of the image, as its calls saw it. The marks are std's: they are no steps of what is tested.
@@ -63,7 +63,7 @@ impl Image for Witnessed {
         }
         self.read(at, buf).map(|()| NoWait::Done)
     }
-    fn write(&self, at: Extent, _buf: &[u8], _fua: bool) -> io::Result<()> {
+    fn write(&self, at: Extent, _buf: &[u8], _durable: Durability) -> io::Result<()> {
         self.call(Some(at.offset()));
         Ok(())
     }
@@ -75,7 +75,7 @@ impl Image for Witnessed {
     fn zero(&self, _at: Extent, _flags: ZeroFlags) -> io::Result<()> {
         Ok(())
     }
-    fn discard(&self, _at: Extent, _fua: bool) -> io::Result<()> {
+    fn discard(&self, _at: Extent, _durable: Durability) -> io::Result<()> {
         Ok(())
     }
     fn cache(&self, _at: Extent) -> io::Result<()> {

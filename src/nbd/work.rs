@@ -5,7 +5,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::Instant;
 
-use crate::image::{Image, Span};
+use crate::image::{Durability, Image, Span};
 
 use super::account::Charge;
 use super::command::Call;
@@ -133,7 +133,7 @@ impl Job {
                 Ok(Step::Data(reply))
             }
             Call::Write { at: range, fua } => {
-                let done = image.write(range, &self.payload, fua);
+                let done = image.write(range, &self.payload, Durability::of_fua(fua));
                 done.map_err(at(range.offset())).map(|()| Step::Done)
             }
             Call::Flush => match image.flush() {
@@ -143,7 +143,8 @@ impl Job {
             Call::Trim { at: span, fua } => {
                 let (piece, rest) = span.first(PIECE_BYTES);
                 // Durable with the last piece, whose flush covers all of them (invariant 9).
-                let done = image.discard(piece, fua && rest.is_none());
+                let durable = Durability::of_fua(fua && rest.is_none());
+                let done = image.discard(piece, durable);
                 latch_if_lost(image, fua, rest, &done);
                 done.map_err(at(piece.offset()))?;
                 Ok(Step::after(rest, |at| Call::Trim { at, fua }))

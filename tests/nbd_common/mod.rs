@@ -18,7 +18,7 @@ use std::sync::{Arc, Condvar, Mutex, RwLock};
 use std::time::{Duration, Instant};
 
 use nbdtrack::correlation::{EndHow, ExportName, Generation, LeaseEnd};
-use nbdtrack::image::{Allocation, BlockSizes, Extent, Image, NoWait, Span, ZeroFlags};
+use nbdtrack::image::{Allocation, BlockSizes, Durability, Extent, Image, NoWait, Span, ZeroFlags};
 use nbdtrack::nbd::wire::{self, option, rep};
 use nbdtrack::nbd::{Door, Limits};
 use nix::errno::Errno;
@@ -200,7 +200,7 @@ impl Image for Memory {
         buf.copy_from_slice(&self.bytes.read().unwrap()[Self::range(at)]);
         Ok(NoWait::Done)
     }
-    fn write(&self, at: Extent, buf: &[u8], fua: bool) -> io::Result<()> {
+    fn write(&self, at: Extent, buf: &[u8], durable: Durability) -> io::Result<()> {
         self.pass("write");
         let slow = *self.slow.lock().unwrap();
         if let Some((byte, long)) = slow
@@ -209,7 +209,10 @@ impl Image for Memory {
             std::thread::sleep(long);
         }
         self.bytes.write().unwrap()[Self::range(at)].copy_from_slice(buf);
-        if fua { self.durable() } else { Ok(()) }
+        match durable {
+            Durability::ByFlush => Ok(()),
+            Durability::AtReturn => self.durable(),
+        }
     }
     fn flush(&self) -> io::Result<()> {
         self.pass("flush");
@@ -228,7 +231,7 @@ impl Image for Memory {
         self.bytes.write().unwrap()[Self::range(at)].fill(0);
         if flags.fua { self.durable() } else { Ok(()) }
     }
-    fn discard(&self, at: Extent, _fua: bool) -> io::Result<()> {
+    fn discard(&self, at: Extent, _durable: Durability) -> io::Result<()> {
         self.pass("discard");
         self.bytes.write().unwrap()[Self::range(at)].fill(0);
         Ok(())

@@ -39,7 +39,7 @@ use super::block::is_full;
 use super::claim::{self, Claim, Claims, OpenError, Opened};
 use super::medium::Medium;
 use super::raw::Plain;
-use super::{Allocation, BlockSizes, Extent, Image, NoWait, Span, ZeroFlags};
+use super::{Allocation, BlockSizes, Durability, Extent, Image, NoWait, Span, ZeroFlags};
 use crate::correlation::OpenDisk;
 use crate::identity::Format;
 
@@ -272,13 +272,16 @@ impl Qcow2 {
     }
 
     /// Begins a call that changes something, and makes it durable where it was asked to be.
-    fn change(&self, fua: bool, call: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
+    fn change(&self, durable: Durability, call: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
         self.writable()?;
-        if fua && self.latched() {
+        if durable == Durability::AtReturn && self.latched() {
             return Err(io::Error::from_raw_os_error(libc::EIO));
         }
         let done = call().map_err(told);
-        if fua { self.make_durable(done) } else { done }
+        match durable {
+            Durability::ByFlush => done,
+            Durability::AtReturn => self.make_durable(done),
+        }
     }
 }
 
@@ -311,8 +314,8 @@ impl Image for Qcow2 {
         }
     }
 
-    fn write(&self, at: Extent, buf: &[u8], fua: bool) -> io::Result<()> {
-        self.change(fua, || {
+    fn write(&self, at: Extent, buf: &[u8], durable: Durability) -> io::Result<()> {
+        self.change(durable, || {
             self.core.write(at.offset(), buf, &self.claim.durable)
         })
     }
@@ -328,11 +331,13 @@ impl Image for Qcow2 {
             // Nothing was written, so nothing is lost.
             return Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP));
         }
-        self.change(flags.fua, || self.zero_out(at, flags.no_hole))
+        self.change(Durability::of_fua(flags.fua), || {
+            self.zero_out(at, flags.no_hole)
+        })
     }
 
-    fn discard(&self, at: Extent, fua: bool) -> io::Result<()> {
-        self.change(fua, || {
+    fn discard(&self, at: Extent, durable: Durability) -> io::Result<()> {
+        self.change(durable, || {
             // A hint: clusters that are only partly in the range are left alone, and so are those that could not be told as empty.
             let (first, last) = self.whole_clusters(at);
             if first < last {
