@@ -40,14 +40,14 @@ pub(super) trait Subject {
     fn same(&self, opened: &File) -> Result<(), OpenError>;
     /// Holds what the name stands for, read anew, against the order.
     fn proven(&self) -> Result<(), OpenError>;
-    /// Keeps other programs from writing, as far as the medium can, and with `write` makes sure that none does so already. Always with
-    /// the claim's first descriptor; `first` when nothing was held by it. What it gives is kept for as long as the claim.
-    fn hold(&self, opened: &File, write: bool, first: bool) -> Result<Option<File>, OpenError>;
+    /// Keeps other programs from writing, as far as the medium can, and before the claim writes makes sure that none does so already. Always with
+    /// the claim's first descriptor. What it gives is kept for as long as the claim.
+    fn hold(&self, opened: &File, hold: Hold) -> Result<Option<File>, OpenError>;
     /// Bytes that are offered.
     fn size(&self, opened: &File) -> io::Result<u64> {
         self.medium().size(opened)
     }
-    /// Holds what only a reader does again, after a [`Subject::hold`] for writing that was not the first.
+    /// Holds what only a reader does again, after a [`Hold::WriteToo`].
     fn hold_less(&self, opened: &File);
     /// Whatever else is to be made ready, by the one who has the turn to open.
     fn ready(&self, claim: &Claim, write: bool) -> Result<(), OpenError> {
@@ -56,6 +56,17 @@ pub(super) trait Subject {
     }
     /// What the kernel's error means here.
     fn refused(&self, error: io::Error) -> OpenError;
+}
+
+/// What a claim is to hold, and what it holds so far.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Hold {
+    /// Nothing so far; it is to read.
+    Read,
+    /// Nothing so far; it is to read and write.
+    Write,
+    /// What a reader does; it is to write, too.
+    WriteToo,
 }
 
 /// The disks that this process has open: each one once, shared by its exports.
@@ -214,7 +225,11 @@ fn claim_new(
     };
     let read_only = read_only || medium.read_only(&held).map_err(refused)?;
     let held_writable = order.write && !read_only;
-    let beneath = kept(subject.hold(&held, held_writable, true)?);
+    let hold = match held_writable {
+        true => Hold::Write,
+        false => Hold::Read,
+    };
+    let beneath = kept(subject.hold(&held, hold)?);
     let syncs = match medium {
         Medium::File if held_writable => Some(another(subject, &held)?),
         Medium::File | Medium::Disk => None,
@@ -268,7 +283,7 @@ fn share(order: &OpenDisk, subject: &dyn Subject, claim: &Claim) -> Result<bool,
     if claim.medium == Medium::File && claim.syncs.get().is_none() {
         let _first = claim.syncs.set(another(subject, claim.file())?);
     }
-    if let Some(file) = subject.hold(&claim.held, true, false)? {
+    if let Some(file) = subject.hold(&claim.held, Hold::WriteToo)? {
         // A second one is another description, and as good: a claim that was refused to write before kept the first.
         let _ = claim.beneath.set(file);
     }

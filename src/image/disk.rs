@@ -9,7 +9,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use nix::sys::stat::{major, minor};
 
 use super::backing::Backing;
-use super::claim::{OpenError, Subject};
+use super::claim::{Hold, OpenError, Subject};
 use super::lock::{self, Use};
 use super::medium::Medium;
 use super::{sys, users};
@@ -99,9 +99,12 @@ impl Subject for Disk<'_> {
 
     /// O_EXCL holds the disk itself. The file of a loop device is held by nothing: whoever serves that, or a QEMU that has it open, would be a
     /// second writer. A file that is not to be had under its name (deleted, of another mount namespace) is held by nobody by its path either.
-    fn hold(&self, opened: &File, write: bool, _: bool) -> Result<Option<File>, OpenError> {
-        let backing = write.then(|| Backing::find(opened, self.order.number));
-        let Some(file) = backing.flatten().map(Backing::into_file) else {
+    fn hold(&self, opened: &File, hold: Hold) -> Result<Option<File>, OpenError> {
+        let backing = match hold {
+            Hold::Read => None,
+            Hold::Write | Hold::WriteToo => Backing::find(opened, self.order.number),
+        };
+        let Some(file) = backing.map(Backing::into_file) else {
             return Ok(None);
         };
         let node = &self.order.node;

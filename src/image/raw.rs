@@ -8,7 +8,7 @@ use std::io;
 
 use super::beneath::{self, Roots};
 use super::block::Block;
-use super::claim::{self, Claim, Claims, OpenError, Subject};
+use super::claim::{self, Claim, Claims, Hold, OpenError, Subject};
 use super::lock::{self, Use};
 use super::medium::Medium;
 use super::{qcow2, users};
@@ -79,17 +79,21 @@ impl Subject for Plain<'_> {
         self.find().map(|_| ())
     }
 
-    fn hold(&self, opened: &File, write: bool, first: bool) -> Result<Option<File>, OpenError> {
+    fn hold(&self, opened: &File, hold: Hold) -> Result<Option<File>, OpenError> {
         let node = &self.order.node;
-        if write && let Some(by) = users::loop_of(opened) {
+        let (wanted, had) = match hold {
+            Hold::Read => (Use::Read, None),
+            Hold::Write => (Use::Write, None),
+            Hold::WriteToo => (Use::Write, Some(Use::Read)),
+        };
+        if wanted == Use::Write
+            && let Some(by) = users::loop_of(opened)
+        {
             return Err(OpenError::Busy {
                 node: node.clone(),
                 by,
             });
         }
-        let wanted = if write { Use::Write } else { Use::Read };
-        // The claim's first hold is for reading where it is not for writing.
-        let had = (write && !first).then_some(Use::Read);
         let taken = lock::take(opened, &node.0, wanted, had);
         taken.map(|()| None).map_err(|by| OpenError::Busy {
             node: node.clone(),
