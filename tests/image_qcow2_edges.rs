@@ -17,7 +17,7 @@ use nbdtrack::identity::Format;
 use nbdtrack::image::beneath::Roots;
 use nbdtrack::image::block::Claims;
 use nbdtrack::image::qcow2::{self, Qcow2};
-use nbdtrack::image::{Durability, Extent, Image, Span, ZeroFlags, raw};
+use nbdtrack::image::{Depth, Durability, Extent, Image, Span, ZeroFlags, raw};
 use raw_file::{open_qcow2, order_as};
 
 const KIB: u64 = 1 << 10;
@@ -522,5 +522,6 @@ fn a_question_for_a_petabyte_ends_before_its_end() {
     assert!(found.len() == 1 && found[0].hole, "{found:?}");
     // A look covers all that one table of 64 KiB would be of.
     assert_eq!(found[0].bytes, 4096 * (512 << 20));
-    assert_eq!(image.depths(span, 16).unwrap(), [(found[0].bytes, 0)]);
+    let bytes = found[0].bytes;
+    assert_eq!(image.depths(span, 16).unwrap(), [Depth { bytes, layer: 0 }]);
 }

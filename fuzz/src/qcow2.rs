@@ -56,10 +56,10 @@ pub fn run(data: &[u8]) {
             assert!(sum > 0 && sum <= len);
         }
         if let Ok(found) = image.depths(span, 16) {
-            let sum: u64 = found.iter().map(|(bytes, _)| bytes).sum();
+            let sum: u64 = found.iter().map(|found| found.bytes).sum();
             assert!(sum > 0 && sum <= len);
             // The image, and what is beneath it.
-            assert!(found.iter().all(|(_, depth)| *depth <= 2));
+            assert!(found.iter().all(|found| found.layer <= 2));
         }
         if order.write {
             let _ = image.write(

@@ -115,6 +115,15 @@ pub struct Allocation {
     pub hole: bool,
 }
 
+/// One stretch of an image that comes from one layer of its chain.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Depth {
+    /// Never 0.
+    pub bytes: u64,
+    /// 0 for none, 1 for the image itself, 2 for the first beneath it, and so on.
+    pub layer: u32,
+}
+
 /// The request sizes that an image asks for, in bytes; each a power of two but `max`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BlockSizes {
@@ -210,11 +219,13 @@ pub trait Image: Send + Sync {
             hole: false,
         }])
     }
-    /// From which layer of a chain the bytes from `at.offset()` on come, as [`Image::allocation`]: each a number of bytes and 0 for none, 1 for
-    /// the image itself, 2 for the first beneath it, and so on.
-    fn depths(&self, at: Span, stretches_max: usize) -> io::Result<Vec<(u64, u32)>> {
+    /// From which layer of a chain the bytes from `at.offset()` on come, as [`Image::allocation`].
+    fn depths(&self, at: Span, stretches_max: usize) -> io::Result<Vec<Depth>> {
         let _ = stretches_max;
-        Ok(vec![(at.len(), 1)])
+        Ok(vec![Depth {
+            bytes: at.len(),
+            layer: 1,
+        }])
     }
     /// Whether reads can be had from memory, so that it is worth trying [`Image::read_nowait`].
     fn reads_from_memory(&self) -> bool;

@@ -174,12 +174,14 @@ impl Job {
         let max = if one { 1 } else { STRETCHES_MAX };
         let mut reply = Vec::new();
         if of.allocation {
-            let found = wire::allocation_states(&image.allocation(at, max)?);
-            wire::push_status(&mut reply, self.to, BASE_ALLOCATION_ID, &found, !of.depth);
+            let found = image.allocation(at, max)?;
+            let states = wire::allocation_states(&found);
+            wire::push_status(&mut reply, self.to, BASE_ALLOCATION_ID, states, !of.depth);
         }
         if of.depth {
             let found = image.depths(at, max)?;
-            wire::push_status(&mut reply, self.to, ALLOCATION_DEPTH_ID, &found, true);
+            let states = wire::depth_states(&found);
+            wire::push_status(&mut reply, self.to, ALLOCATION_DEPTH_ID, states, true);
         }
         Ok(reply)
     }

@@ -15,7 +15,7 @@ use super::header::{BackingName, Header, Refusal};
 use crate::identity::Format;
 use crate::image::beneath::{FileError, Roots};
 use crate::image::lock::{self, Use};
-use crate::image::{Span, allocation, sys};
+use crate::image::{Allocation, Depth, Span, allocation, sys};
 
 /// Files beneath an image, at most.
 pub const BACKING_MAX: usize = 16;
@@ -299,29 +299,39 @@ impl Layer {
     }
 
     /// As [`Core::allocated`].
-    pub fn allocated(&self, at: u64, len: u64) -> io::Result<(u64, bool)> {
+    pub fn allocated(&self, at: u64, len: u64) -> io::Result<Allocation> {
         let inside = self.size().saturating_sub(at).min(len);
         if inside == 0 {
-            return Ok((len, true));
+            return Ok(Allocation {
+                bytes: len,
+                hole: true,
+            });
         }
         match self {
             Layer::Image(core) => core.allocated(at, inside),
             Layer::Raw { file, size } => {
                 let span = Span::checked(at, inside, *size).ok_or_else(super::damaged)?;
                 let first = allocation::of_file(file, 0, span, 1)?;
-                Ok(first
-                    .first()
-                    .map_or((inside, false), |first| (first.bytes, first.hole)))
+                Ok(first.first().copied().unwrap_or(Allocation {
+                    bytes: inside,
+                    hole: false,
+                }))
             }
         }
     }
 
     /// As [`Core::depth`].
-    pub fn depth(&self, at: u64, len: u64) -> io::Result<(u64, u32)> {
+    pub fn depth(&self, at: u64, len: u64) -> io::Result<Depth> {
         let inside = self.size().saturating_sub(at).min(len);
         match self {
-            _ if inside == 0 => Ok((len, 1)),
-            Layer::Raw { .. } => Ok((inside, 1)),
+            _ if inside == 0 => Ok(Depth {
+                bytes: len,
+                layer: 1,
+            }),
+            Layer::Raw { .. } => Ok(Depth {
+                bytes: inside,
+                layer: 1,
+            }),
             Layer::Image(core) => core.depth(at, inside),
         }
     }

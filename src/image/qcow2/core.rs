@@ -20,7 +20,7 @@ use super::ranges::Ranges;
 use super::tables::{self, Look, Tables};
 use super::write::Writer;
 use crate::image::ahead::Streams;
-use crate::image::sys;
+use crate::image::{Allocation, Depth, sys};
 
 /// A stream of compressed clusters is looked for in steps of this many bytes.
 const AHEAD_UNIT: u64 = 64 << 10;
@@ -361,36 +361,48 @@ impl Core {
         self.backing.as_ref().is_none_or(|layer| layer.size() <= at)
     }
 
-    /// What is allocated from `at` on, at most `len` bytes: how many bytes are alike, and whether they are a hole.
-    pub(super) fn allocated(&self, at: u64, len: u64) -> io::Result<(u64, bool)> {
+    /// What is allocated from `at` on: the bytes that are alike, at most `len`.
+    pub(super) fn allocated(&self, at: u64, len: u64) -> io::Result<Allocation> {
         let _pass = self.pass();
         let Some(run) = self.run(at, len, true)? else {
             return Err(damaged());
         };
-        Ok(match run.what {
-            What::Zero { kept } => (run.bytes, !kept),
-            What::Data { .. } | What::Compressed { .. } => (run.bytes, false),
-            What::Beneath => match &self.backing {
-                None => (run.bytes, true),
-                Some(layer) => layer.allocated(at, run.bytes)?,
-            },
+        let hole = match (run.what, &self.backing) {
+            (What::Beneath, Some(layer)) => return layer.allocated(at, run.bytes),
+            (What::Beneath, None) => true,
+            (What::Zero { kept }, _) => !kept,
+            (What::Data { .. } | What::Compressed { .. }, _) => false,
+        };
+        Ok(Allocation {
+            bytes: run.bytes,
+            hole,
         })
     }
 
-    /// From which layer the bytes from `at` on come, at most `len` of them: how many bytes are alike, and the layer, 1 for this one; 0 when
-    /// none has them. What lies behind the end of a layer counts as its own (QEMU `block/io.c`, `bdrv_co_common_block_status_above`).
-    pub(super) fn depth(&self, at: u64, len: u64) -> io::Result<(u64, u32)> {
+    /// From which layer the bytes from `at` on come: those that are alike, at most `len`. What lies behind the end of a layer counts as its own
+    /// (QEMU `block/io.c`, `bdrv_co_common_block_status_above`).
+    pub(super) fn depth(&self, at: u64, len: u64) -> io::Result<Depth> {
         let _pass = self.pass();
         let Some(run) = self.run(at, len, true)? else {
             return Err(damaged());
         };
-        Ok(match (run.what, &self.backing) {
-            (What::Beneath, None) => (run.bytes, 0),
+        let layer = match (run.what, &self.backing) {
+            (What::Beneath, None) => 0,
             (What::Beneath, Some(layer)) => {
-                let (bytes, depth) = layer.depth(at, run.bytes)?;
-                (bytes, if depth == 0 { 0 } else { depth + 1 })
+                let beneath = layer.depth(at, run.bytes)?;
+                return Ok(Depth {
+                    layer: match beneath.layer {
+                        0 => 0,
+                        layer => layer + 1,
+                    },
+                    ..beneath
+                });
             }
-            (What::Zero { .. } | What::Data { .. } | What::Compressed { .. }, _) => (run.bytes, 1),
+            (What::Zero { .. } | What::Data { .. } | What::Compressed { .. }, _) => 1,
+        };
+        Ok(Depth {
+            bytes: run.bytes,
+            layer,
         })
     }
 

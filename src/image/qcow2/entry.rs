@@ -158,11 +158,21 @@ pub(super) fn table_offset(word: u64) -> u64 {
     word & OFFSET
 }
 
-/// The host offset of an L1 entry's table in bytes, `None` for no table, and whether only this entry refers to it.
-pub(super) fn table(word: u64, header: &Header) -> Result<Option<(u64, bool)>, Damaged> {
+/// An L2 table, as its L1 entry tells of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Table {
+    /// Host offset in bytes.
+    pub host: u64,
+    /// Nothing else refers to it, so that it may be changed in place.
+    pub own: bool,
+}
+
+/// The table of an L1 entry; `None` for no table.
+pub(super) fn table(word: u64, header: &Header) -> Result<Option<Table>, Damaged> {
     let host = table_offset(word);
     if !host.is_multiple_of(header.cluster_bytes()) || word & !(OFFSET | COPIED) != 0 {
         return Err(Damaged);
     }
-    Ok((host != 0).then_some((host, word & COPIED != 0)))
+    let own = word & COPIED != 0;
+    Ok((host != 0).then_some(Table { host, own }))
 }

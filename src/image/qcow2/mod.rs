@@ -10,6 +10,7 @@
 //! | `apart.rs` | PURE: where the tables lie, and that they lie apart from each other |
 //! | `inflate.rs` | PURE: compressed clusters |
 //! | `tables.rs` | the mapping in memory |
+//! | `clusters.rs` | PURE: clusters of the file that are given out |
 //! | `counts.rs` | PURE: reference counts in the bytes of a block |
 //! | `refs.rs` | reference counts; which clusters are given out |
 //! | `core.rs` | one opened image: reading it |
@@ -39,7 +40,7 @@ use super::block::is_full;
 use super::claim::{self, Claim, Claims, OpenError, Opened};
 use super::medium::Medium;
 use super::raw::Plain;
-use super::{Allocation, BlockSizes, Durability, Extent, Image, NoWait, Span, ZeroFlags};
+use super::{Allocation, BlockSizes, Depth, Durability, Extent, Image, NoWait, Span, ZeroFlags};
 use crate::correlation::OpenDisk;
 use crate::identity::Format;
 
@@ -48,6 +49,7 @@ mod bitmaps;
 mod census;
 mod chain;
 pub mod check;
+mod clusters;
 mod commit;
 mod core;
 mod counts;
@@ -224,16 +226,18 @@ impl Qcow2 {
     fn write_zeroes(&self, mut at: u64, end: u64, kept: bool) -> io::Result<()> {
         while at < end {
             let len = (end - at).min(ZEROES.len() as u64);
-            let (bytes, hole) = if kept {
-                (len, false)
-            } else {
-                self.core.allocated(at, len)?
+            let found = match kept {
+                true => Allocation {
+                    bytes: len,
+                    hole: false,
+                },
+                false => self.core.allocated(at, len)?,
             };
-            if !hole {
-                let len = usize::try_from(bytes).map_err(io::Error::other)?;
+            if !found.hole {
+                let len = usize::try_from(found.bytes).map_err(io::Error::other)?;
                 self.core.write(at, &ZEROES[..len], &self.claim.durable)?;
             }
-            at += bytes;
+            at += found.bytes;
         }
         Ok(())
     }
@@ -361,13 +365,12 @@ impl Image for Qcow2 {
     }
 
     fn allocation(&self, at: Span, stretches_max: usize) -> io::Result<Vec<Allocation>> {
-        let next = |at, len| self.core.allocated(at, len).map_err(told);
-        let found = stretches(at, stretches_max, next)?;
-        let allocation = |(bytes, hole)| Allocation { bytes, hole };
-        Ok(found.into_iter().map(allocation).collect())
+        stretches(at, stretches_max, |at, len| {
+            self.core.allocated(at, len).map_err(told)
+        })
     }
 
-    fn depths(&self, at: Span, stretches_max: usize) -> io::Result<Vec<(u64, u32)>> {
+    fn depths(&self, at: Span, stretches_max: usize) -> io::Result<Vec<Depth>> {
         stretches(at, stretches_max, |at, len| {
             self.core.depth(at, len).map_err(told)
         })

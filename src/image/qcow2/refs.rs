@@ -9,6 +9,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
+use super::clusters::{Clusters, Contents, Given};
 use super::counts::{count, set_count};
 use super::damaged;
 use super::header::{Header, REFTABLE_BYTES_MAX, Refusal};
@@ -22,14 +23,6 @@ const CLEAN_MAX: usize = 64;
 const PASSED_OVER_MAX: u64 = 1 << 20;
 /// Runs of free clusters that are remembered; what is freed beyond is forgotten, and stays free in the file.
 const FREE_MAX: usize = 1 << 16;
-
-/// Host clusters, by their number in the file.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Clusters {
-    pub first: u64,
-    /// Never 0.
-    pub count: u64,
-}
 
 pub(super) struct Refs {
     order: u32,
@@ -101,9 +94,8 @@ impl Refs {
         (self.end >> self.block_bits()).saturating_sub(self.table.len() as u64)
     }
 
-    /// Gives out at least one cluster and at most `count`, in one run, each with a count of one now. True when they are new in the file,
-    /// which was made longer by them, so that they read as zeroes.
-    pub fn allocate(&mut self, file: &File, count: u64) -> io::Result<(Clusters, bool)> {
+    /// Gives out at least one cluster and at most `count`, in one run, each with a count of one now.
+    pub fn allocate(&mut self, file: &File, count: u64) -> io::Result<Given> {
         if let Some((first, free)) = self.free.pop_first() {
             let taken = free.min(count);
             if taken < free {
@@ -116,7 +108,10 @@ impl Refs {
                 first,
                 count: taken,
             };
-            return Ok((clusters, false));
+            return Ok(Given {
+                clusters,
+                contents: Contents::Old,
+            });
         }
         // A count that is not 0 behind the end is a cluster that was lost; it is passed over.
         let from = self.end;
@@ -148,13 +143,13 @@ impl Refs {
             return Err(error);
         }
         self.end = end;
-        Ok((
-            Clusters {
+        Ok(Given {
+            clusters: Clusters {
                 first,
                 count: taken,
             },
-            true,
-        ))
+            contents: Contents::Zeroes,
+        })
     }
 
     /// Takes one reference away from each; those that have none left are free from now on, and given back to the file system.
@@ -463,7 +458,7 @@ mod tests {
         for _ in 0..3 {
             assert!(refs.allocate(&reading, 5).is_err());
         }
-        let (given, _) = refs.allocate(file.as_file(), 5).unwrap();
+        let given = refs.allocate(file.as_file(), 5).unwrap().clusters;
         assert_eq!((given.first, given.count), (2, 5));
         assert_eq!(file.as_file().metadata().unwrap().len(), 7 << 16);
     }
@@ -478,7 +473,7 @@ mod tests {
         let writing = File::options().write(true).open(file.path()).unwrap();
         assert!(refs.allocate(&writing, 1).is_err());
         assert_eq!(refs.blocks().count(), 0);
-        let (given, _) = refs.allocate(file.as_file(), 1).unwrap();
+        let given = refs.allocate(file.as_file(), 1).unwrap().clusters;
         assert_eq!(refs.table, [2 << 16], "the block is made anew");
         assert_eq!((given.first, given.count), (3, 1));
         assert_eq!(refs.get(file.as_file(), 2).unwrap(), 1);

@@ -2,30 +2,56 @@
 
 use std::io;
 
-use crate::image::Span;
+use crate::image::{Allocation, Depth, Span};
 
 /// Looks at the tables that one question takes, in each layer: 2 TiB of an image without any table, in clusters of 64 KiB.
 const LOOKS_MAX: usize = 4096;
 
+/// Bytes that are alike in what is told of them.
+pub(super) trait Stretch {
+    fn bytes(&mut self) -> &mut u64;
+    fn is_like(&self, other: &Self) -> bool;
+}
+
+impl Stretch for Allocation {
+    fn bytes(&mut self) -> &mut u64 {
+        &mut self.bytes
+    }
+
+    fn is_like(&self, other: &Allocation) -> bool {
+        self.hole == other.hole
+    }
+}
+
+impl Stretch for Depth {
+    fn bytes(&mut self) -> &mut u64 {
+        &mut self.bytes
+    }
+
+    fn is_like(&self, other: &Depth) -> bool {
+        self.layer == other.layer
+    }
+}
+
 /// The stretches of `at` that are alike, at most so many, as `next` tells one from a byte on, at most so long. Ends before `at` does where that takes too
 /// many looks: no fence can cut a call off, and of petabytes without data each look is like the one before.
-pub(super) fn stretches<T: Copy + PartialEq>(
+pub(super) fn stretches<T: Stretch>(
     at: Span,
     stretches_max: usize,
-    next: impl Fn(u64, u64) -> io::Result<(u64, T)>,
-) -> io::Result<Vec<(u64, T)>> {
-    let mut found: Vec<(u64, T)> = Vec::new();
+    next: impl Fn(u64, u64) -> io::Result<T>,
+) -> io::Result<Vec<T>> {
+    let mut found: Vec<T> = Vec::new();
     let (mut from, end) = (at.offset(), at.offset() + at.len());
     let mut looks = 0;
     while from < end && looks < LOOKS_MAX {
-        let (bytes, what) = next(from, end - from)?;
+        let mut stretch = next(from, end - from)?;
+        from += *stretch.bytes();
         let full = found.len() == stretches_max;
         match found.last_mut() {
-            Some(last) if last.1 == what => last.0 += bytes,
+            Some(last) if last.is_like(&stretch) => *last.bytes() += *stretch.bytes(),
             _ if full => break,
-            _ => found.push((bytes, what)),
+            _ => found.push(stretch),
         }
-        from += bytes;
         looks += 1;
     }
     Ok(found)
@@ -42,15 +68,25 @@ mod tests {
         let looks = std::cell::Cell::new(0);
         let alike = |_: u64, len: u64| {
             looks.set(looks.get() + 1);
-            Ok((len.min(1 << 16), true))
+            let bytes = len.min(1 << 16);
+            Ok(Allocation { bytes, hole: true })
         };
         let found = stretches(all, 16, alike).unwrap();
-        assert_eq!(found, [((LOOKS_MAX as u64) << 16, true)]);
+        let bytes = (LOOKS_MAX as u64) << 16;
+        assert_eq!(found, [Allocation { bytes, hole: true }]);
         assert_eq!(looks.get(), LOOKS_MAX);
         // To its end where that is near, and no more stretches than are wanted.
         let near = Span::checked(size - 100, 100, size).unwrap();
-        assert_eq!(stretches(near, 16, alike).unwrap(), [(100, true)]);
-        let each = |at: u64, _: u64| Ok((1, at));
+        let found = stretches(near, 16, alike).unwrap();
+        let rest = Allocation {
+            bytes: 100,
+            hole: true,
+        };
+        assert_eq!(found, [rest]);
+        let each = |at: u64, _: u64| {
+            let layer = u32::try_from(size - at).unwrap();
+            Ok(Depth { bytes: 1, layer })
+        };
         assert_eq!(stretches(near, 3, each).unwrap().len(), 3);
     }
 }

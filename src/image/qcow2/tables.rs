@@ -81,7 +81,7 @@ impl Tables {
                 file_bytes,
             };
             match entry::table(word, header) {
-                Ok(Some((host, _))) if host + header.cluster_bytes() > file_bytes => {
+                Ok(Some(table)) if table.host + header.cluster_bytes() > file_bytes => {
                     return Ok(Err(outside));
                 }
                 Ok(_) => l1.push(AtomicU64::new(word)),
@@ -118,11 +118,11 @@ impl Tables {
             return Ok(Look::Here(slice));
         }
         // Read again under the lock: see above.
-        let Some((host, _)) = self.table(header, cluster)? else {
+        let Some(table) = self.table(header, cluster)? else {
             return Ok(Look::NoTable);
         };
         let mut buf = vec![0; usize::try_from(bytes(header)).map_err(io::Error::other)?];
-        file.read_exact_at(&mut buf, host + offset(header, number))?;
+        file.read_exact_at(&mut buf, table.host + offset(header, number))?;
         let slice = Arc::new(Slice {
             entries: RwLock::new(entries(header, &buf)),
             dirty: AtomicBool::new(false),
@@ -143,8 +143,8 @@ impl Tables {
         Some(Arc::clone(slice))
     }
 
-    /// The L2 table of a guest cluster: its host offset in bytes, and whether it may be changed in place.
-    pub fn table(&self, header: &Header, cluster: u64) -> io::Result<Option<(u64, bool)>> {
+    /// The L2 table of a guest cluster.
+    pub fn table(&self, header: &Header, cluster: u64) -> io::Result<Option<entry::Table>> {
         let word = self
             .word(l1_index(header, cluster))?
             .load(Ordering::Acquire);
@@ -219,8 +219,8 @@ impl Tables {
     /// Writes changed slice `number` to its place. By the one who has the turn to write.
     pub fn write_slice(&self, file: &File, header: &Header, number: u64) -> io::Result<()> {
         let cluster = number << bits(header);
-        let (Some(slice), Some((host, true))) = (self.known(number), self.table(header, cluster)?)
-        else {
+        let table = self.table(header, cluster)?.filter(|table| table.own);
+        let (Some(slice), Some(table)) = (self.known(number), table) else {
             return Err(damaged());
         };
         let buf: Vec<u8> = {
@@ -231,7 +231,7 @@ impl Tables {
             });
             words.flat_map(u64::to_be_bytes).collect()
         };
-        file.write_all_at(&buf, host + offset(header, number))?;
+        file.write_all_at(&buf, table.host + offset(header, number))?;
         slice.dirty.store(false, Ordering::Release);
         Ok(())
     }

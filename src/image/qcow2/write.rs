@@ -10,9 +10,10 @@ use std::os::unix::fs::FileExt;
 use std::sync::MutexGuard;
 use std::sync::atomic::Ordering;
 
+use super::clusters::{Clusters, Contents, Given};
 use super::core::{Core, Pass, Run, What};
 use super::entry::{Cluster, Damaged, Entry};
-use super::refs::{Clusters, Refs};
+use super::refs::Refs;
 use super::{damaged, write_zeroes};
 use crate::image::durable::Durable;
 use crate::image::folios;
@@ -236,10 +237,13 @@ impl Core {
     /// Gives the `clusters`, which are ours, new places as far as they lie in a row, and writes them.
     fn write_new_clusters(&self, at: u64, buf: &[u8], clusters: Clusters) -> io::Result<usize> {
         let bits = self.header.cluster_bits;
-        let (given, fresh) = {
+        let Given {
+            clusters: given,
+            contents,
+        } = {
             let mut writer = self.writer()?;
             let given = writer.refs.allocate(self.file(), clusters.count)?;
-            let end = (given.0.first + given.0.count) << bits;
+            let end = (given.clusters.first + given.clusters.count) << bits;
             self.end.fetch_max(end, Ordering::AcqRel);
             given
         };
@@ -250,7 +254,7 @@ impl Core {
         let host = given.first << bits;
         let mut mapped = 0;
         let done = self
-            .write_around(start, end, at, part, host, fresh)
+            .write_around(start, end, at, part, host, contents)
             .and_then(|()| self.map_all(clusters.first, given, &mut mapped));
         if mapped < given.count {
             self.take_back(Clusters {
@@ -269,7 +273,7 @@ impl Core {
         at: u64,
         part: &[u8],
         host: u64,
-        fresh: bool,
+        contents: Contents,
     ) -> io::Result<()> {
         let to = at + part.len() as u64;
         for (from, to) in [(start, at), (to, end)] {
@@ -281,12 +285,12 @@ impl Core {
                 };
                 if !self.is_empty(next, run) {
                     self.copy_old(next, next + run.bytes, host + (next - start))?;
-                } else if !fresh {
+                } else if contents == Contents::Old {
                     write_zeroes(self.file(), host + (next - start), run.bytes)?;
                 }
                 next += run.bytes;
             }
-            if image_end < to && !fresh {
+            if image_end < to && contents == Contents::Old {
                 write_zeroes(self.file(), host + (image_end - start), to - image_end)?;
             }
         }
@@ -370,20 +374,20 @@ impl Core {
     /// Sees to it that the L2 table of a guest cluster is there and that nothing else refers to it.
     fn own_table(&self, writer: &mut Writer, cluster: u64) -> io::Result<()> {
         let found = self.tables.table(&self.header, cluster)?;
-        if matches!(found, Some((_, true))) {
+        if found.is_some_and(|table| table.own) {
             return Ok(());
         }
-        let (given, _) = writer.refs.allocate(self.file(), 1)?;
+        let given = writer.refs.allocate(self.file(), 1)?.clusters;
         let (bits, file) = (self.header.cluster_bits, self.file());
         let host = given.first << bits;
         self.end.fetch_max(host + (1 << bits), Ordering::AcqRel);
         // Written out, though it may read as zeroes already: there has to be room for it before anything is mapped by it.
         let written = match found {
             None => write_zeroes(file, host, 1 << bits),
-            Some((old, _)) => (|| {
+            Some(old) => (|| {
                 // A cluster: at most 2 MiB.
                 let mut table = vec![0; 1 << bits];
-                file.read_exact_at(&mut table, old)?;
+                file.read_exact_at(&mut table, old.host)?;
                 file.write_all_at(&table, host)
             })(),
         };
@@ -393,11 +397,11 @@ impl Core {
         }
         let index = self.tables.set_table(&self.header, cluster, host)?;
         writer.dirty_l1.insert(index);
-        if let Some((old, _)) = found {
+        if let Some(old) = found {
             give_up(
                 &mut writer.given_up,
                 Clusters {
-                    first: old >> bits,
+                    first: old.host >> bits,
                     count: 1,
                 },
             );

@@ -7,8 +7,8 @@ mod reply;
 mod request;
 
 pub use reply::{
-    Headers, READ_HEADER_MAX, ReplyTo, allocation_states, push_done, push_error, push_error_at,
-    push_status, put_read_header, read_header_bytes,
+    Headers, READ_HEADER_MAX, ReplyTo, Status, allocation_states, depth_states, push_done,
+    push_error, push_error_at, push_status, put_read_header, read_header_bytes,
 };
 pub use request::{RequestHeader, StatusFilter};
 

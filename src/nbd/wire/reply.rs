@@ -5,7 +5,7 @@ use super::{
     REPLY_ERROR_OFFSET, REPLY_FLAG_DONE, REPLY_NONE, REPLY_OFFSET_DATA, SIMPLE_REPLY_MAGIC,
     STATE_HOLE, STATE_ZERO, STRUCTURED_REPLY_MAGIC, cut_text, len32,
 };
-use crate::image::Allocation;
+use crate::image::{Allocation, Depth};
 
 /// The form of requests and replies that the handshake agreed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -151,16 +151,24 @@ fn push_failure(out: &mut Vec<u8>, to: ReplyTo, error: NbdError, why: &str, at: 
     }
 }
 
-/// Appends the chunk of a reply to BLOCK_STATUS for one context; `last` when no other context follows. `extents` are consecutive, each of so
-/// many bytes and a status, none empty, at least one; BLOCK_STATUS is agreed only with chunks.
+/// A stretch of an export and its status in a context.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Status {
+    /// Never 0.
+    pub bytes: u64,
+    pub status: u32,
+}
+
+/// Appends the chunk of a reply to BLOCK_STATUS for one context; `last` when no other context follows. `extents` are consecutive, at least one;
+/// BLOCK_STATUS is agreed only with chunks.
 pub fn push_status(
     out: &mut Vec<u8>,
     to: ReplyTo,
     context: u32,
-    extents: &[(u64, u32)],
+    extents: impl ExactSizeIterator<Item = Status>,
     last: bool,
 ) {
-    debug_assert!(!extents.is_empty());
+    debug_assert!(extents.len() > 0);
     let flags = if last { REPLY_FLAG_DONE } else { 0 };
     let id = context.to_be_bytes();
     if to.headers == Headers::Extended {
@@ -168,27 +176,40 @@ pub fn push_status(
         to.push_one_of(out, flags, REPLY_BLOCK_STATUS_EXT, payload);
         out.extend_from_slice(&id);
         out.extend_from_slice(&len32(extents.len()).to_be_bytes());
-        for (bytes, status) in extents {
+        for Status { bytes, status } in extents {
             out.extend_from_slice(&bytes.to_be_bytes());
-            out.extend_from_slice(&u64::from(*status).to_be_bytes());
+            out.extend_from_slice(&u64::from(status).to_be_bytes());
         }
         return;
     }
     to.push_one_of(out, flags, REPLY_BLOCK_STATUS, 4 + 8 * extents.len());
     out.extend_from_slice(&id);
-    for (bytes, status) in extents {
+    for Status { bytes, status } in extents {
         // Within a compact request's length, hence below 2^32.
-        let bytes = u32::try_from(*bytes).unwrap_or(u32::MAX);
+        let bytes = u32::try_from(bytes).unwrap_or(u32::MAX);
         out.extend_from_slice(&bytes.to_be_bytes());
         out.extend_from_slice(&status.to_be_bytes());
     }
 }
 
 /// What `base:allocation` says of stretches.
-pub fn allocation_states(stretches: &[Allocation]) -> Vec<(u64, u32)> {
-    let state = |hole| if hole { STATE_HOLE | STATE_ZERO } else { 0 };
-    let each = stretches.iter();
-    each.map(|found| (found.bytes, state(found.hole))).collect()
+pub fn allocation_states(stretches: &[Allocation]) -> impl ExactSizeIterator<Item = Status> {
+    stretches.iter().map(|found| Status {
+        bytes: found.bytes,
+        status: if found.hole {
+            STATE_HOLE | STATE_ZERO
+        } else {
+            0
+        },
+    })
+}
+
+/// The status of each stretch in the context `qemu:allocation-depth`.
+pub fn depth_states(stretches: &[Depth]) -> impl ExactSizeIterator<Item = Status> {
+    stretches.iter().map(|found| Status {
+        bytes: found.bytes,
+        status: found.layer,
+    })
 }
 
 #[cfg(test)]
@@ -285,9 +306,9 @@ mod tests {
     fn status_is_told_in_32_bits_or_64_as_agreed() {
         let stretches = [(4096, false), (65536, true)];
         let stretches = stretches.map(|(bytes, hole)| Allocation { bytes, hole });
-        let extents = allocation_states(&stretches);
         let mut out = Vec::new();
-        push_status(&mut out, to(Headers::Structured), 1, &extents, true);
+        let extents = allocation_states(&stretches);
+        push_status(&mut out, to(Headers::Structured), 1, extents, true);
         let (kind, payload) = chunk(&out, Headers::Structured);
         assert_eq!(kind, REPLY_BLOCK_STATUS);
         assert_eq!(
@@ -295,7 +316,8 @@ mod tests {
             [1, 4096, 0, 65536, 3]
         );
         let mut out = Vec::new();
-        push_status(&mut out, to(Headers::Extended), 1, &extents, true);
+        let extents = allocation_states(&stretches);
+        push_status(&mut out, to(Headers::Extended), 1, extents, true);
         let (kind, payload) = chunk(&out, Headers::Extended);
         assert_eq!(kind, REPLY_BLOCK_STATUS_EXT);
         assert_eq!([0, 4].map(|at| be32(payload, at)), [1, 2]);
@@ -307,12 +329,13 @@ mod tests {
 
     #[test]
     fn the_last_of_several_contexts_ends_the_reply() {
+        let one = |status| std::iter::once(Status { bytes: 512, status });
         for headers in [Headers::Structured, Headers::Extended] {
             let mut out = Vec::new();
-            push_status(&mut out, to(headers), 1, &[(512, 3)], false);
+            push_status(&mut out, to(headers), 1, one(3), false);
             assert_eq!(be16(&out, 4), 0);
             let first = out.len();
-            push_status(&mut out, to(headers), 2, &[(512, 17)], true);
+            push_status(&mut out, to(headers), 2, one(17), true);
             let (_, payload) = chunk(&out[first..], headers);
             assert_eq!(be32(payload, 0), 2);
             assert_eq!(be32(payload, payload.len() - 4), 17);
