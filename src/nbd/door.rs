@@ -21,7 +21,7 @@ use super::crew::Crew;
 use super::crowd::Handshakes;
 use super::handshake::Refusal;
 use super::inline::Inside;
-use super::lease::{Lease, Report};
+use super::lease::{Lease, Offer, Report};
 use super::limits::Limits;
 use super::listener::Listener;
 use super::meter::{Measured, Meter};
@@ -139,17 +139,15 @@ impl Door {
         let shared = self.shared();
         let mut exports = lock(&shared.exports);
         let export = exports.entry(name.clone()).or_insert_with(Export::new);
-        let clients = export.clients.clone();
-        let meter = export.meter.clone();
-        let lease = Lease::new(
-            name.clone(),
+        let offer = Offer {
+            export: name.clone(),
             generation,
             image,
             read_only,
-            clients,
-            meter,
-            shared.clone(),
-        );
+            clients: export.clients.clone(),
+            meter: export.meter.clone(),
+        };
+        let lease = Lease::new(offer, shared.clone());
         export.refusal = None;
         export.forgotten = false;
         if let Some(old) = export.lease.replace(lease) {

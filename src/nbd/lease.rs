@@ -108,6 +108,18 @@ pub(super) struct Lease {
     pub(super) meter: Arc<Meter>,
 }
 
+/// What a lease is of, when it begins.
+pub(super) struct Offer {
+    pub(super) export: ExportName,
+    pub(super) generation: Generation,
+    pub(super) image: Arc<dyn Image>,
+    /// Whatever the image would take.
+    pub(super) read_only: bool,
+    /// Of the export, over all its leases.
+    pub(super) clients: Arc<AtomicU32>,
+    pub(super) meter: Arc<Meter>,
+}
+
 #[derive(Default)]
 pub(super) struct Members {
     pub(super) closed: bool,
@@ -150,15 +162,15 @@ impl Drop for Pass<'_> {
 }
 
 impl Lease {
-    pub(super) fn new(
-        export: ExportName,
-        generation: Generation,
-        image: Arc<dyn Image>,
-        read_only: bool,
-        clients: Arc<AtomicU32>,
-        meter: Arc<Meter>,
-        shared: Arc<Shared>,
-    ) -> Arc<Lease> {
+    pub(super) fn new(offer: Offer, shared: Arc<Shared>) -> Arc<Lease> {
+        let Offer {
+            export,
+            generation,
+            image,
+            read_only,
+            clients,
+            meter,
+        } = offer;
         let mut blocks = image.block_sizes();
         blocks.max = blocks.max.min(shared.limits.request_bytes);
         blocks.preferred = blocks.preferred.min(blocks.max);
