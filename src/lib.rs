@@ -11,12 +11,13 @@
 //! | [`correlation`] | PURE: disks, exports, their states; `apply(now, event) → actions` | `identity` |
 //! | [`config`] | PURE parsing of `nbdtrack.toml` and `conf.d`, and the reading of files beside it | `correlation`, `identity` |
 //! | [`udev`] | EDGE: the kernel's and udev's events, and the survey | `correlation`, `identity` |
-//! | [`files`] | EDGE: what stands under the paths of exports that are files | `image`, `correlation`, `identity` |
+//! | [`files`] | EDGE: what stands under the paths of exports that are files | `image`, `correlation`, `identity`, `mounts` |
 //! | [`mapping`] | EDGE: what is durable: exports made at run time, releases, conflicts, pins, backups, the table of VMs' disks, the audit trail | `correlation`, `identity` |
-//! | [`claim`] | EDGE: which disks udev's rules keep the machine's hands off; its `list` and `spec` are pure | `udev`, `correlation`, `identity` |
-//! | [`image`] | EDGE: one opened disk: read, write, flush, zero, discard | `correlation`, `identity`, `sync` |
+//! | [`claim`] | EDGE: which disks udev's rules keep the machine's hands off; its `list` and `spec` are pure | `udev`, `correlation`, `identity`, `mounts` |
+//! | [`image`] | EDGE: one opened disk: read, write, flush, zero, discard | `correlation`, `identity`, `mounts`, `sync` |
 //! | [`nbd`] | EDGE: clients; its `wire`, `command` and `handshake` are pure | `image`, `correlation`, `sync` |
 //! | [`sync`] | the locks and threads of these two, or a model checker's | – |
+//! | [`mounts`] | PURE: the kernel's table of mounts | – |
 //! | [`dbus`] | EDGE: the objects on the bus, and the client that the command line uses | `correlation`, `identity` |
 //! | [`daemon`] | the loop, the only place where the edges meet | `dbus`, `udev`, `files`, `claim`, `mapping`, `config`, `nbd`, `image`, `correlation`, `identity` |
 //! | [`cli`] | the command line | `daemon`, `dbus`, `config`, `claim`, `udev`, `image`, `correlation`, `identity` |
@@ -60,6 +61,7 @@ pub mod files;
 pub mod identity;
 pub mod image;
 pub mod mapping;
+pub mod mounts;
 pub mod nbd;
 pub mod sync;
 pub mod udev;

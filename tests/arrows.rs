@@ -50,6 +50,7 @@ const PURE: &[&str] = &[
     "image/qcow2/inflate",
     "image/qcow2/layout",
     "mapping/reconcile",
+    "mounts",
     "dbus/error",
     "dbus/introspect",
     "dbus/paths",

@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use super::spec::{self, Spec};
 use crate::correlation::DeviceNumber;
+use crate::mounts::mounts;
 
 /// A disk may take this long to show its content; udev's own limit for a whole event is 180 s.
 const PROBE_WITHIN: Duration = Duration::from_secs(10);
@@ -64,18 +65,15 @@ impl Family {
             }
         }
         // udevd has a mount namespace of its own.
-        let mounts = fs::read_to_string("/proc/1/mountinfo").unwrap_or_default();
-        for line in mounts.lines() {
-            // proc(5): the third field is the device; after " - " come the type and the source, which btrfs needs.
-            let number = line.split(' ').nth(2).and_then(parse_number);
-            let source = line
-                .split_once(" - ")
-                .and_then(|(_, rest)| rest.split(' ').nth(1));
+        let table = fs::read_to_string("/proc/1/mountinfo").unwrap_or_default();
+        for mount in mounts(&table) {
+            let number = parse_number(mount.number);
+            // The source, for btrfs, whose files have numbers of their own.
+            let source = mount.source;
             let ours = number.is_some_and(|number| self.members.contains_key(&number))
-                || source.is_some_and(|s| s.starts_with("/dev/") && self.has_node(Path::new(s)));
+                || (source.starts_with("/dev/") && self.has_node(Path::new(source)));
             if ours {
-                let place = line.split(' ').nth(4).unwrap_or_default();
-                return Some(format!("mounted at {place}"));
+                return Some(format!("mounted at {}", mount.point));
             }
         }
         let swaps = fs::read_to_string("/proc/swaps").unwrap_or_default();

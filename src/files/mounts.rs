@@ -3,15 +3,17 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
+use crate::mounts::mounts;
+
 /// The mount points of this machine.
 #[derive(Debug, Default)]
 pub struct Mounts(BTreeSet<PathBuf>);
 
 impl Mounts {
-    /// From `/proc/self/mountinfo`: proc_pid_mountinfo(5), field 5 is the mount point, in which blanks are octal.
-    pub fn parse(text: &str) -> Mounts {
-        let points = text.lines().filter_map(|line| line.split(' ').nth(4));
-        Mounts(points.map(|point| PathBuf::from(plain(point))).collect())
+    /// From the kernel's table.
+    pub fn parse(table: &str) -> Mounts {
+        let points = mounts(table).map(|mount| PathBuf::from(mount.point));
+        Mounts(points.collect())
     }
 
     /// The mount point that is nearest above `path`. A link on the way can lead to another one: this is a hint.
@@ -20,19 +22,6 @@ impl Mounts {
         let found = above.find(|folder| self.0.contains(*folder));
         found.unwrap_or(Path::new("/")).to_owned()
     }
-}
-
-fn plain(point: &str) -> String {
-    let mut plain = point.to_owned();
-    for (octal, sign) in [
-        ("\\040", " "),
-        ("\\011", "\t"),
-        ("\\012", "\n"),
-        ("\\134", "\\"),
-    ] {
-        plain = plain.replace(octal, sign);
-    }
-    plain
 }
 
 #[cfg(test)]

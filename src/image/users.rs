@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use nix::sys::stat;
 
 use crate::correlation::{DeviceNode, DeviceNumber};
+use crate::mounts::mounts;
 
 /// Longer tables are cut; the answer is a hint.
 const TABLE_BYTES_MAX: u64 = 4 << 20;
@@ -31,10 +32,10 @@ pub fn users(number: DeviceNumber, node: &DeviceNode) -> String {
             }
         }
     }
-    let mounts = table("/proc/self/mountinfo");
+    let mounted = table("/proc/self/mountinfo");
     let swaps = table("/proc/swaps");
     for (number, node) in &parts {
-        found.extend(mounted_at(&mounts, number).map(|at| format!("mounted at {at}")));
+        found.extend(mounted_at(&mounted, number).map(|at| format!("mounted at {at}")));
         if is_swap(&swaps, node) {
             found.push(format!("swap on {node}"));
         }
@@ -76,7 +77,7 @@ pub fn writing_loop_of(file: &fs::File) -> Option<String> {
 /// than the file's own, for that could hang.
 fn backed_by(file: &fs::File, is_meant: impl Fn(&Path) -> bool) -> Option<String> {
     let this = file.metadata().ok()?;
-    let mounts = OnceCell::new();
+    let mounted = OnceCell::new();
     let same = |path: &Path| {
         fs::metadata(path).is_ok_and(|other| (other.dev(), other.ino()) == (this.dev(), this.ino()))
     };
@@ -88,37 +89,21 @@ fn backed_by(file: &fs::File, is_meant: impl Fn(&Path) -> bool) -> Option<String
         let path = Path::new(OsStr::from_bytes(
             shown.strip_suffix(b"\n").unwrap_or(&shown),
         ));
-        let mounts = mounts.get_or_init(|| table("/proc/self/mountinfo"));
-        is_meant(&dir) && lies_on(mounts, path, this.dev()) && same(path)
+        let mounted = mounted.get_or_init(|| table("/proc/self/mountinfo"));
+        is_meant(&dir) && lies_on(mounted, path, this.dev()) && same(path)
     })
 }
 
-/// Whether the path can lead to a file of this device number, by the mount that is nearest above it in `mounts`: proc_pid_mountinfo(5). Some
+/// Whether the path can lead to a file of this device number, by the mount of the kernel's `table` that is nearest above it. Some
 /// file systems give their files other numbers than the one that stands there.
-fn lies_on(mounts: &str, path: &Path, device: u64) -> bool {
+fn lies_on(table: &str, path: &Path, device: u64) -> bool {
     let (major, minor) = (stat::major(device), stat::minor(device));
-    let nearest = mounts
-        .lines()
-        .filter_map(|line| {
-            let mut fields = line.split(' ');
-            let (number, point) = (fields.nth(2)?, fields.nth(1)?);
-            let kind = line.split_once(" - ")?.1.split(' ').next()?;
-            let octal = [
-                ("\\040", " "),
-                ("\\011", "\t"),
-                ("\\012", "\n"),
-                ("\\134", "\\"),
-            ];
-            let point = octal.iter().fold(point.to_owned(), |point, (from, to)| {
-                point.replace(from, to)
-            });
-            path.starts_with(&point)
-                .then_some((point.len(), number, kind))
-        })
+    let nearest = mounts(table)
+        .filter(|mount| path.starts_with(&mount.point))
         // The last of several upon each other is the one that is seen.
-        .max_by_key(|(len, ..)| *len);
-    nearest.is_none_or(|(_, number, kind)| {
-        number == format!("{major}:{minor}") || OWN_NUMBERS.contains(&kind)
+        .max_by_key(|mount| mount.point.len());
+    nearest.is_none_or(|mount| {
+        mount.number == format!("{major}:{minor}") || OWN_NUMBERS.contains(&mount.kind)
     })
 }
 
@@ -145,12 +130,11 @@ fn table(path: &str) -> String {
     text
 }
 
-/// proc_pid_mountinfo(5): field 3 is the device number, field 5 the mount point.
-fn mounted_at<'a>(mounts: &'a str, number: &str) -> Option<&'a str> {
-    mounts.lines().find_map(|line| {
-        let mut fields = line.split(' ');
-        (fields.nth(2) == Some(number)).then(|| fields.nth(1))?
-    })
+/// The first mount point of the file system of this device number.
+fn mounted_at(table: &str, number: &str) -> Option<String> {
+    mounts(table)
+        .find(|mount| mount.number == number)
+        .map(|mount| mount.point)
 }
 
 /// proc_swaps(5): the first column is the node.
@@ -167,12 +151,12 @@ mod tests {
     /// To look at a file system of a server that is gone would hold up those whose own file is well.
     #[test]
     fn only_the_files_own_file_system_is_looked_at_for_a_loop_device() {
-        let mounts = "22 1 8:1 / / rw - ext4 /dev/sda1 rw\n\
+        let table = "22 1 8:1 / / rw - ext4 /dev/sda1 rw\n\
                       36 22 0:40 / /far rw - nfs4 far:/b rw\n\
                       37 22 0:41 / /far/old\\040ones rw - nfs4 far:/o rw\n\
                       38 22 0:42 / /tree rw - btrfs /dev/sdb rw\n\
                       39 22 0:43 / /far rw - nfs4 far:/c rw\n";
-        let on = |path: &str, device| lies_on(mounts, Path::new(path), device);
+        let on = |path: &str, device| lies_on(table, Path::new(path), device);
         let sda1 = stat::makedev(8, 1);
         assert!(on("/srv/a", sda1) && !on("/far/a", sda1));
         assert!(!on("/far/a", stat::makedev(0, 40)) && on("/far/a", stat::makedev(0, 43)));
@@ -183,10 +167,10 @@ mod tests {
 
     #[test]
     fn mounts_are_found_by_device_number_and_swaps_by_node() {
-        let mounts = "36 35 98:0 /mnt1 /mnt2 rw,noatime master:1 - ext3 /dev/root rw\n\
+        let table = "36 35 98:0 /mnt1 /mnt2 rw,noatime master:1 - ext3 /dev/root rw\n\
                       37 35 7:21 / /srv/a rw - ext4 /dev/loop21 rw\n";
-        assert_eq!(mounted_at(mounts, "7:21"), Some("/srv/a"));
-        assert_eq!(mounted_at(mounts, "7:2"), None);
+        assert_eq!(mounted_at(table, "7:21").as_deref(), Some("/srv/a"));
+        assert_eq!(mounted_at(table, "7:2"), None);
         let swaps = "Filename\tType\tSize\tUsed\tPriority\n/dev/vdb   partition\t8\t0\t-2\n";
         assert!(is_swap(swaps, "/dev/vdb"));
         assert!(!is_swap(swaps, "/dev/vd"));
