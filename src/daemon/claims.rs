@@ -7,7 +7,8 @@ use std::fs;
 use std::io;
 use std::path::Path;
 
-use super::control::{Control, Report};
+use super::control::Control;
+use super::reports::Report;
 use crate::claim::{ClaimList, FILE};
 use crate::config::ClaimRules;
 use crate::correlation::DiskSeq;
@@ -69,8 +70,7 @@ impl Control {
                 identities: candidates.map(|identity| identity.to_string()).collect(),
             };
             let result = write(Path::new(FILE), &list.render());
-            // The loop is gone only when the daemon stops.
-            let _stopped = reports.send(Report::ClaimsWritten(result));
+            reports.send(Report::ClaimsWritten(result));
         });
     }
 }

@@ -18,22 +18,18 @@ use super::metrics::ServingTimes;
 use super::orders::Orders;
 use super::owed::Owed;
 use super::reload::Reload;
-use super::reload::config_read::Read;
-use super::reload::last_reading::LastReading;
-use super::reload::look_up::LookedUp;
+use super::reports::{Report, Reports};
 use super::rescan::Rescan;
 use super::service::Service;
-use super::shared::row_asks::RowAsks;
 use super::shared::table::{SharedTable, SharedTableFacts};
 use super::start::sockets::Sockets;
 use super::stops::Stops;
 use super::trail::Trail;
-use super::works::{Wish, Works};
+use super::works::Works;
 use super::{Error, Options};
 use crate::config::IdentityRules;
 use crate::correlation::{
-    Correlation, Event, ExportName, LeaseEnd, Mark, Notice, OpenDisk, OpenRefusal, Reply,
-    RequestError, RequestId, Ticket,
+    Correlation, Event, ExportName, LeaseEnd, Notice, Reply, RequestError, RequestId, Ticket,
 };
 use crate::dbus::{Answer, Command, JobView, Publisher};
 use crate::files;
@@ -48,29 +44,6 @@ use crate::udev::Observer;
 const STORE_CLOSES_WITHIN: Duration = Duration::from_secs(5);
 /// Clients that come and go are looked at this often: with thousands in a second each would turn the loop twice.
 const CLIENTS_EVERY: Duration = Duration::from_millis(10);
-
-/// What threads and tasks answer to the loop.
-pub(super) enum Report {
-    Happened(Event),
-    Opened {
-        order: Box<OpenDisk>,
-        /// As of which observation of the disks it is open.
-        mark: Mark,
-        result: Result<Arc<dyn Image>, OpenRefusal>,
-    },
-    /// The files were read again, or say why not.
-    Reloaded(Read),
-    /// It was looked up where their paths lead.
-    LookedUp(LookedUp),
-    /// They were read, or their paths looked up, when that had been given up.
-    ReadTooLate(Box<LastReading>),
-    /// Someone asks by a row of the shared table.
-    RowAsks(Box<RowAsks>),
-    /// The list of claims was written, or says why not.
-    ClaimsWritten(std::io::Result<()>),
-    /// A task beside the loop asks for something.
-    Wishes(Box<Wish>),
-}
 
 pub(super) type Asker = oneshot::Sender<Result<Answer, RequestError>>;
 
@@ -120,9 +93,7 @@ pub(super) struct Control {
     /// Callers of `Rescan`, each answered by a survey and a look at the files that began after it asked; at most the calls
     /// that D-Bus lets in.
     pub(super) rescans: Vec<Rescan>,
-    /// Unbounded by type, bounded by what can be outstanding: one message for each open, lease, write and reload. The loop
-    /// never waits for it, and it never makes a disk's thread wait for the loop. Ends with the loop.
-    pub reports: mpsc::UnboundedSender<Report>,
+    pub reports: Reports,
     report_receiver: Option<mpsc::UnboundedReceiver<Report>>,
     /// The store's task ends when this is dropped.
     pub(super) orders: Orders,
@@ -174,7 +145,7 @@ impl Control {
             backups,
             history,
         } = edges;
-        let (reports, report_receiver) = mpsc::unbounded_channel();
+        let (reports, report_receiver) = Reports::new();
         let (orders, order_receiver) = Orders::new();
         let states = MappingStates::default();
         let shared_facts = Arc::new(SharedTableFacts::default());

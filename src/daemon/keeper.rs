@@ -13,9 +13,10 @@ use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout};
 
-use super::control::{Asker, Control, Report};
+use super::control::{Asker, Control};
 use super::orders::Orders;
 use super::owed::Owed;
+use super::reports::{Report, Reports};
 use super::shared::table::{SharedTable, Told};
 use crate::correlation::{
     BackupChange, Change, Event, ExportName, INTERNAL, MappingState, RequestError, RequestId,
@@ -125,7 +126,7 @@ pub(super) struct Keeper {
     pub states: MappingStates,
     pub owed: Owed,
     /// The loop's; it is gone only when the daemon stops.
-    pub reports: mpsc::UnboundedSender<Report>,
+    pub reports: Reports,
 }
 
 impl Keeper {
@@ -224,8 +225,7 @@ impl Keeper {
                 by_row,
             } => {
                 let result = self.write(request, &changes, by_row).await;
-                let _stopped = self
-                    .reports
+                self.reports
                     .send(Report::Happened(Event::Persisted { request, result }));
             }
             Order::Look => {
@@ -374,9 +374,7 @@ impl Control {
     pub(super) fn write(&mut self, request: RequestId, changes: Vec<Change>) {
         if let Err(unkept) = self.orders.write(request, changes) {
             let result = Err(unkept);
-            // The loop is gone only when the daemon stops.
-            let _stopped = self
-                .reports
+            self.reports
                 .send(Report::Happened(Event::Persisted { request, result }));
         }
     }
@@ -500,7 +498,7 @@ mod tests {
     #[tokio::test]
     async fn what_is_known_of_the_shared_table_is_what_the_store_has() {
         let folder = tempfile::tempdir().unwrap();
-        let (reports, _reported) = mpsc::unbounded_channel();
+        let (reports, _reported) = Reports::new();
         let mut keeper = Keeper {
             store: Store::open(folder.path()).await.unwrap(),
             shared: Some(SharedTable::of_nowhere(reports.clone())),

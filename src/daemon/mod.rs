@@ -25,6 +25,7 @@ mod perform;
 mod phases;
 mod refusals;
 mod reload;
+mod reports;
 mod rescan;
 mod service;
 mod shared;

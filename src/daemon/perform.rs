@@ -5,8 +5,9 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use super::backup::shelf::Shelf;
-use super::control::{Control, Report};
+use super::control::Control;
 use super::log;
+use super::reports::Report;
 use crate::correlation::{
     Action, Change, DiskSeq, Event, ExportName, INTERNAL, Mark, Notice, OpenDisk, OpenRefusal,
     OpenedDisk, Reply, RequestError, RequestId, Ticket,
@@ -53,8 +54,7 @@ impl Control {
                     self.door.hide(&export, &reason);
                     if self.door.clients(&export) == 0 {
                         let unused = Event::Unused { export };
-                        // The loop is gone only when the daemon stops.
-                        let _stopped = self.reports.send(Report::Happened(unused));
+                        self.reports.send(Report::Happened(unused));
                     }
                 }
                 Action::Show { export } => self.door.show(&export),
@@ -72,8 +72,7 @@ impl Control {
                             generation,
                             end,
                         };
-                        // The loop is gone only when the daemon stops.
-                        let _stopped = reports.send(Report::Happened(event));
+                        reports.send(Report::Happened(event));
                     };
                     self.door
                         .end_lease(&export, generation, how, Box::new(report));
@@ -116,8 +115,7 @@ impl Control {
         let reports = self.reports.clone();
         let order = Box::new(order);
         if let Err(refused) = self.may_be_opened(&order) {
-            // The loop is gone only when the daemon stops.
-            let _stopped = reports.send(Report::Opened {
+            reports.send(Report::Opened {
                 order,
                 mark: Mark::default(),
                 result: Err(refused),
@@ -146,8 +144,7 @@ impl Control {
                 Some(_) => Mark::default(),
                 None => reader.mark(),
             };
-            // The loop is gone only when the daemon stops; then the disk is closed by this drop.
-            let _stopped = reports.send(Report::Opened {
+            reports.send(Report::Opened {
                 order,
                 mark,
                 result,
@@ -202,7 +199,7 @@ impl Control {
         tokio::task::spawn_blocking(move || {
             // The hook of panics has told it.
             let _told = catch_unwind(AssertUnwindSafe(|| drop(image)));
-            let _stopped = reports.send(Report::Happened(Event::Dropped { ticket }));
+            reports.send(Report::Happened(Event::Dropped { ticket }));
         });
     }
 

@@ -14,10 +14,11 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::runtime::Handle;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::oneshot;
 
-use super::control::{Asker, Control, Report};
+use super::control::{Asker, Control};
 use super::keeper::Order;
+use super::reports::{Report, Reports};
 use crate::correlation::{Backup, BackupChange, Event, Reply, Request, RequestError, RequestId};
 use crate::dbus::Answer;
 use crate::files::{self, Mounts};
@@ -139,7 +140,7 @@ fn locked(going: &Mutex<BTreeMap<PathBuf, usize>>) -> MutexGuard<'_, BTreeMap<Pa
 
 /// A task's way to the loop. The loop is gone only when the daemon stops; then what is asked is answered `Failed`, by no one.
 #[derive(Clone)]
-pub(super) struct ToLoop(mpsc::UnboundedSender<Report>);
+pub(super) struct ToLoop(Reports);
 
 impl ToLoop {
     pub async fn ask(&self, what: Request) -> Result<Reply, RequestError> {
@@ -188,7 +189,7 @@ impl ToLoop {
     }
 
     fn wish(&self, wish: Wish) {
-        let _stopped = self.0.send(Report::Wishes(Box::new(wish)));
+        self.0.send(Report::Wishes(Box::new(wish)));
     }
 }
 

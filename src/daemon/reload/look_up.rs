@@ -5,7 +5,8 @@ use super::last_reading::LastReading;
 use super::turn::{Owed, Turn, What};
 use crate::config::Pace;
 use crate::correlation::SectionsChange;
-use crate::daemon::control::{Control, Report};
+use crate::daemon::control::Control;
+use crate::daemon::reports::Report;
 
 /// What a look-up has found.
 pub(in crate::daemon) struct LookedUp {
@@ -42,8 +43,7 @@ impl Control {
         let reports = self.reports.clone();
         place.take(move || {
             let found = last.look_up(&Pace::default());
-            // The loop is gone only when the daemon stops.
-            let _stopped = reports.send(match last_word.take() {
+            reports.send(match last_word.take() {
                 true => {
                     let change = last.found(found);
                     Report::LookedUp(LookedUp { change, last })

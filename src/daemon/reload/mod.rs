@@ -16,7 +16,8 @@ use crate::correlation::{Difference, RequestError};
 use crate::daemon::Options;
 use crate::daemon::aside::{Aside, Busy, Place};
 use crate::daemon::clock::Clock;
-use crate::daemon::control::{Asker, Control, Report};
+use crate::daemon::control::{Asker, Control};
+use crate::daemon::reports::Report;
 use crate::dbus::{Answer, Publication};
 use config_read::Read;
 use last_reading::LastReading;
@@ -174,8 +175,7 @@ impl Control {
         let clock = self.reload.clock;
         place.take(move || {
             let read = Read::again(&path, command_line.as_ref(), last, clock, &last_word);
-            // The loop is gone only when the daemon stops.
-            let _stopped = reports.send(match read {
+            reports.send(match read {
                 Ok(read) => Report::Reloaded(read),
                 Err(last) => Report::ReadTooLate(last),
             });

@@ -179,15 +179,14 @@ impl SharedTable {
 mod tests {
     use std::collections::BTreeSet;
 
-    use tokio::sync::mpsc;
-
     use super::*;
+    use crate::daemon::reports::Reports;
     use crate::daemon::shared::table::Look;
 
     /// A caller who is refused, and asks again and again, had each look say nothing of the row: what someone asked by it was never heard.
     #[tokio::test]
     async fn a_look_says_nothing_of_what_was_written_and_all_of_what_was_refused() {
-        let (reports, _reported) = mpsc::unbounded_channel();
+        let (reports, _reported) = Reports::new();
         let mut shared = SharedTable::of_nowhere(reports);
         let disk = VmDisk::new("vm", 0).unwrap();
         let puts = BTreeMap::from([(disk.clone(), Known::default())]);

@@ -13,7 +13,7 @@ use super::row_paths::{Earliest, PathSaid, earliest};
 use super::table::{ASKS_MAX, Look, Refused, SharedTable, Told};
 use super::writes::Following;
 use crate::correlation::{MappingRow, PathFound, RequestError, VmDisk, WAITING};
-use crate::daemon::control::Report;
+use crate::daemon::reports::Report;
 use crate::mapping::reconcile::{Demand, SeenRow};
 use crate::mapping::{DatabaseError, Store, now_us};
 use crate::udev;
@@ -189,7 +189,7 @@ impl SharedTable {
                 written,
                 asker,
             };
-            let _stopped = reports.send(Report::RowAsks(Box::new(report)));
+            reports.send(Report::RowAsks(Box::new(report)));
             let result = match timeout(ANSWER_WITHIN, answer).await {
                 Ok(Ok(answer)) => answer.map(drop),
                 Ok(Err(_)) => Err(RequestError::NotReady("the daemon is stopping".to_owned())),
@@ -277,9 +277,8 @@ async fn look_up(path: String) -> Result<PathFound, String> {
 
 #[cfg(test)]
 mod tests {
-    use tokio::sync::mpsc;
-
     use super::*;
+    use crate::daemon::reports::Reports;
     use crate::daemon::shared::looks::KnownDisks;
     use crate::mapping::reconcile::{Beside, Known, Values, judge};
 
@@ -330,7 +329,7 @@ mod tests {
     async fn a_look_that_was_asked_for_meanwhile_comes_at_once_also_after_one_that_finds_nothing() {
         let folder = tempfile::tempdir().unwrap();
         let store = Store::open(folder.path()).await.unwrap();
-        let (reports, _reported) = mpsc::unbounded_channel();
+        let (reports, _reported) = Reports::new();
         let mut shared = SharedTable::of_nowhere(reports);
         shared.known = Some(KnownDisks::default());
         shared.poll = Duration::from_secs(3600);
@@ -351,7 +350,7 @@ mod tests {
     async fn a_look_says_nothing_of_rows_that_were_written_while_it_went_on() {
         let folder = tempfile::tempdir().unwrap();
         let store = Store::open(folder.path()).await.unwrap();
-        let (reports, mut reported) = mpsc::unbounded_channel();
+        let (reports, mut reported) = Reports::new();
         let mut shared = SharedTable::of_nowhere(reports);
         let here = Known {
             active: true,

@@ -24,7 +24,7 @@ use super::row_asks::RowDemand;
 use super::row_paths::RowPaths;
 use super::writes::Following;
 use crate::correlation::{MappingRow, MappingState, RequestError, Unkept, VmDisk};
-use crate::daemon::control::Report;
+use crate::daemon::reports::Reports;
 use crate::mapping::reconcile::{Demand, Values};
 use crate::mapping::{Address, Database, DatabaseError, Store};
 
@@ -129,7 +129,7 @@ pub(in crate::daemon) struct SharedTable {
     pub(in crate::daemon) overlooked: BTreeMap<VmDisk, Option<u64>>,
     pub(in crate::daemon) tell: mpsc::Sender<Told>,
     pub told: mpsc::Receiver<Told>,
-    pub(in crate::daemon) reports: mpsc::UnboundedSender<Report>,
+    pub(in crate::daemon) reports: Reports,
     pub(in crate::daemon) facts: Arc<SharedTableFacts>,
 }
 
@@ -137,7 +137,7 @@ impl SharedTable {
     pub fn new(
         address: Address,
         poll: Duration,
-        reports: mpsc::UnboundedSender<Report>,
+        reports: Reports,
         facts: Arc<SharedTableFacts>,
     ) -> SharedTable {
         let (tell, told) = mpsc::channel(ASKS_MAX + 1);
@@ -303,7 +303,7 @@ pub(in crate::daemon) fn touch<'a>(
 #[cfg(test)]
 impl SharedTable {
     /// Of a server that is nowhere, under the name `one`.
-    pub fn of_nowhere(reports: mpsc::UnboundedSender<Report>) -> SharedTable {
+    pub fn of_nowhere(reports: Reports) -> SharedTable {
         let address = Address {
             host: String::new(),
             port: 0,
