@@ -109,6 +109,16 @@ impl fmt::Display for CompleteBackup {
     }
 }
 
+/// A file that is a backup which is not complete: nothing can lie on it.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("backing: {path} is backup {name}, which is {}", .state.name())]
+pub struct UnfinishedBackup {
+    /// As it was asked for.
+    pub path: String,
+    pub name: ExportName,
+    pub state: BackupState,
+}
+
 /// What a complete backup was when it was finished.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Proof {
@@ -409,16 +419,16 @@ impl Backups {
     ///
     /// # Errors
     /// Says which.
-    pub fn may_lie_beneath(&self, path: &str) -> Result<(), String> {
+    pub fn may_lie_beneath(&self, path: &str) -> Result<(), UnfinishedBackup> {
         let unfinished =
             |backup: &&Backup| backup.path == path && backup.state != BackupState::Complete;
         match self.all().find(unfinished) {
             None => Ok(()),
-            Some(backup) => Err(format!(
-                "backing: {path} is backup {}, which is {}",
-                backup.name,
-                backup.state.name()
-            )),
+            Some(backup) => Err(UnfinishedBackup {
+                path: path.to_owned(),
+                name: backup.name.clone(),
+                state: backup.state,
+            }),
         }
     }
 }

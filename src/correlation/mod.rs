@@ -60,7 +60,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 pub use backup_calls::{BackupFiles, BeginBackup, Children, Interrupted};
-pub use backups::{Backup, BackupChange, BackupState, Backups, CompleteBackup, Inode, Proof};
+pub use backups::{
+    Backup, BackupChange, BackupState, Backups, CompleteBackup, Inode, Proof, UnfinishedBackup,
+};
 pub use explain::{Candidate, Explanation};
 pub use facts::*;
 pub use messages::*;

@@ -3,9 +3,9 @@
 use std::path::Path;
 
 use sqlx::sqlite::SqliteRow;
-use sqlx::{Connection, Row, SqliteConnection};
+use sqlx::{Connection, SqliteConnection};
 
-use super::rows::{begin, column, end, name, parsed};
+use super::rows::{RowError, begin, column, end, name, number, parsed};
 use crate::correlation::{Backup, BackupChange, BackupState, Backups, DiskSeq, ExportName, Proof};
 
 const INTERRUPTED: &str = "the daemon ended while it was being written";
@@ -92,24 +92,24 @@ pub(super) async fn load(
     Ok(Backups::new(backups, begun.into_iter().collect()))
 }
 
-fn backup(row: &SqliteRow) -> Result<Backup, String> {
+fn backup(row: &SqliteRow) -> Result<Backup, RowError> {
     let state: String = column(row, "state")?;
     let state = BackupState::ALL
         .into_iter()
         .find(|known| known.name() == state)
-        .ok_or_else(|| format!("state \"{state}\" is unknown"))?;
+        .ok_or_else(|| RowError::word("state", &state))?;
     let parent: Option<String> = column(row, "parent")?;
-    let parent = parent.map(|parent| ExportName::parse(&parent).map_err(|error| error.to_string()));
-    let seconds =
-        |what| u64::try_from(column::<i64>(row, what)?).map_err(|error| error.to_string());
+    let parent = parent.map(|parent| ExportName::parse(&parent));
+    let seconds = |what| -> Result<u64, RowError> { Ok(column::<i64>(row, what)?.try_into()?) };
+    let number = |name| -> Result<u64, RowError> { number(name, &column::<String>(row, name)?) };
     let proof = match state {
         BackupState::Complete => Some(Proof {
             sha256: column(row, "sha256")?,
-            file_bytes: number(row, "file_bytes")?,
-            modified_ns: number(row, "modified_ns")?,
+            file_bytes: number("file_bytes")?,
+            modified_ns: number("modified_ns")?,
             incarnations: [
-                DiskSeq(number(row, "incarnation_raw")?),
-                DiskSeq(number(row, "incarnation_qcow2")?),
+                DiskSeq(number("incarnation_raw")?),
+                DiskSeq(number("incarnation_qcow2")?),
             ],
         }),
         _ => None,
@@ -117,7 +117,7 @@ fn backup(row: &SqliteRow) -> Result<Backup, String> {
     Ok(Backup {
         name: name(row, "name")?,
         path: column(row, "path")?,
-        size: number(row, "size_bytes")?,
+        size: number("size_bytes")?,
         parent: parent.transpose()?,
         state,
         reason: column(row, "reason")?,
@@ -126,11 +126,4 @@ fn backup(row: &SqliteRow) -> Result<Backup, String> {
         proof,
         made: None,
     })
-}
-
-/// 64 bits without a sign, which are text.
-fn number(row: &SqliteRow, name: &str) -> Result<u64, String> {
-    let text: String = row.try_get(name).map_err(|error| error.to_string())?;
-    text.parse()
-        .map_err(|error| format!("{name} \"{text}\": {error}"))
 }

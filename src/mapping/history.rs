@@ -18,7 +18,7 @@ use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 use super::index_room::IndexRoom;
-use super::trail_rows as rows;
+use super::trail_rows::{self as rows, TrailError};
 use crate::correlation::{Inquiry, Record, RecordKind};
 
 /// The trail's file in the state directory.
@@ -266,7 +266,8 @@ impl Keeper {
                     tracing::info!(name: "history_kept", file = %self.file.display(), "the history is kept again");
                 }
             }
-            Err(reason) => {
+            Err(error) => {
+                let reason = error.to_string();
                 self.lost.fetch_add(count, Ordering::Relaxed);
                 if self.trouble.as_ref() != Some(&reason) {
                     tracing::warn!(
@@ -281,29 +282,23 @@ impl Keeper {
         batch.clear();
     }
 
-    async fn try_write(&mut self, batch: &[Record]) -> Result<(), String> {
+    async fn try_write(&mut self, batch: &[Record]) -> Result<(), TrailError> {
         let bounds = self.bounds;
         let prune = self
             .pruned
             .is_none_or(|pruned| pruned.elapsed() >= PRUNE_EVERY);
         let connection = self.open().await?;
         if prune {
-            rows::prune(connection, bounds, now_us())
-                .await
-                .map_err(|error| error.to_string())?;
+            rows::prune(connection, bounds, now_us()).await?;
         }
         let mut written = rows::insert(connection, batch).await;
         let mut dropped = 0;
         // Its own bound: the oldest make room. On a disk that is full to delete them would gain nothing.
         while dropped < DROPS_MAX
             && written.as_ref().is_err_and(rows::is_full)
-            && rows::at_its_bound(connection)
-                .await
-                .map_err(|error| error.to_string())?
+            && rows::at_its_bound(connection).await?
         {
-            rows::drop_oldest(connection)
-                .await
-                .map_err(|error| error.to_string())?;
+            rows::drop_oldest(connection).await?;
             written = rows::insert(connection, batch).await;
             dropped += 1;
         }
@@ -316,30 +311,30 @@ impl Keeper {
             // Whatever it was, begin with a new look at the file.
             self.connection = None;
         }
-        written.map_err(|error| error.to_string())
+        Ok(written?)
     }
 
     async fn answer(&mut self, (inquiry, reply): Question) {
         if reply.is_closed() {
             return;
         }
-        let unreadable = |reason: String| HistoryError::Unreadable(reason);
         let answer = match self.open().await {
             Ok(connection) => rows::select(connection, &inquiry)
                 .await
-                .map_err(|error| unreadable(error.to_string())),
-            Err(reason) => Err(unreadable(reason)),
+                .map_err(TrailError::from),
+            Err(error) => Err(error),
         };
+        let answer = answer.map_err(|error| HistoryError::Unreadable(error.to_string()));
         // Who asked may have stopped to wait.
         let _gone = reply.send(answer);
     }
 
-    async fn open(&mut self) -> Result<&mut SqliteConnection, String> {
+    async fn open(&mut self) -> Result<&mut SqliteConnection, TrailError> {
         if self.connection.is_none() {
             if let (Some(tried), Some(trouble)) = (self.tried, &self.trouble)
                 && tried.elapsed() < RETRY_AFTER
             {
-                return Err(trouble.clone());
+                return Err(TrailError::Before(trouble.clone()));
             }
             let opened = rows::open(&self.file, self.bounds.mib, &mut self.index).await;
             if opened.is_err() {
@@ -347,8 +342,6 @@ impl Keeper {
             }
             self.connection = Some(opened?);
         }
-        self.connection
-            .as_mut()
-            .ok_or_else(|| "the history is closed".to_owned())
+        self.connection.as_mut().ok_or(TrailError::Closed)
     }
 }

@@ -1,15 +1,55 @@
 //! Facts from and to rows. Does: one transaction for a set of changes, one pass for a load.
 
+use std::num::{ParseIntError, TryFromIntError};
 use std::path::Path;
 
 use sqlx::sqlite::SqliteRow;
 use sqlx::{Connection, Row, SqliteConnection};
 
 use crate::correlation::{
-    BootId, Change, Conflict, Definition, DiskSeq, ExportName, Mapping, Pin, PinnedTo, Release,
-    Remembered, Source, VmDisk,
+    BootId, Change, Conflict, Definition, DiskSeq, ExportName, ExportNameError, Mapping, Pin,
+    PinnedTo, Release, Remembered, Source, VmDisk, VmDiskError,
 };
-use crate::identity::{Identity, VolumeId};
+use crate::identity::{Identity, VolumeId, VolumeIdError};
+
+/// Why a row is not understood.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum RowError {
+    /// A column is missing, or of another type.
+    #[error(transparent)]
+    Column(#[from] sqlx::Error),
+    #[error(transparent)]
+    Export(#[from] ExportNameError),
+    #[error(transparent)]
+    Volume(#[from] VolumeIdError),
+    #[error(transparent)]
+    Disk(#[from] VmDiskError),
+    #[error("\"{0}\" is no identity")]
+    Identity(String),
+    #[error("{column} \"{found}\" is unknown")]
+    Word { column: &'static str, found: String },
+    #[error("{column} is {found}")]
+    Flag { column: &'static str, found: i64 },
+    #[error("{column} \"{found}\": {source}")]
+    Number {
+        column: &'static str,
+        found: String,
+        source: ParseIntError,
+    },
+    #[error(transparent)]
+    Time(#[from] TryFromIntError),
+    #[error("{disk} has the export {}", .disk.export())]
+    OtherExport { disk: VmDisk },
+}
+
+impl RowError {
+    pub(super) fn word(column: &'static str, found: &str) -> RowError {
+        RowError::Word {
+            column,
+            found: found.to_owned(),
+        }
+    }
+}
 
 /// Carries out all changes or none. Every one is a put or a delete by key: to carry it out twice changes nothing more.
 pub(super) async fn apply(
@@ -190,7 +230,7 @@ pub(super) fn parsed<T>(
     rows: &[SqliteRow],
     table: &'static str,
     file: &Path,
-    parse: fn(&SqliteRow) -> Result<T, String>,
+    parse: fn(&SqliteRow) -> Result<T, RowError>,
 ) -> Vec<T> {
     parsed_or(rows, table, file, parse, |_| None)
 }
@@ -200,7 +240,7 @@ fn parsed_or<T>(
     rows: &[SqliteRow],
     table: &'static str,
     file: &Path,
-    parse: fn(&SqliteRow) -> Result<T, String>,
+    parse: fn(&SqliteRow) -> Result<T, RowError>,
     damaged: fn(&SqliteRow) -> Option<T>,
 ) -> Vec<T> {
     let mut found = Vec::with_capacity(rows.len());
@@ -208,13 +248,13 @@ fn parsed_or<T>(
         match parse(row) {
             Ok(value) => found.push(value),
             // Kept: it may be a person's edit, or of a version that knew more.
-            Err(reason) => {
+            Err(error) => {
                 let made = damaged(row);
                 tracing::warn!(
                     file = %file.display(),
                     table,
                     row = row.try_get::<String, _>(0).unwrap_or_default(),
-                    reason,
+                    reason = %error,
                     "a row of the store is not understood: it is kept and {}",
                     match made {
                         Some(_) => "what it is of is not served before someone has said how it is",
@@ -228,12 +268,12 @@ fn parsed_or<T>(
     found
 }
 
-pub(super) fn definition(row: &SqliteRow) -> Result<Definition, String> {
+pub(super) fn definition(row: &SqliteRow) -> Result<Definition, RowError> {
     let source: String = column(row, "source")?;
     let source = [Source::Config, Source::Dbus, Source::NbdServer]
         .into_iter()
         .find(|known| known.name() == source)
-        .ok_or_else(|| format!("source \"{source}\" is unknown"))?;
+        .ok_or_else(|| RowError::word("source", &source))?;
     Ok(Definition {
         name: name(row, "name")?,
         volume: volume(row)?,
@@ -244,7 +284,7 @@ pub(super) fn definition(row: &SqliteRow) -> Result<Definition, String> {
     })
 }
 
-pub(super) fn release(row: &SqliteRow) -> Result<Release, String> {
+pub(super) fn release(row: &SqliteRow) -> Result<Release, RowError> {
     Ok(Release {
         volume: volume(row)?,
         diskseq: diskseq(&column::<String>(row, "diskseq")?)?,
@@ -252,7 +292,7 @@ pub(super) fn release(row: &SqliteRow) -> Result<Release, String> {
     })
 }
 
-pub(super) fn conflict(row: &SqliteRow) -> Result<Conflict, String> {
+pub(super) fn conflict(row: &SqliteRow) -> Result<Conflict, RowError> {
     let first: Option<String> = column(row, "first")?;
     let volume: String = column(row, "volume")?;
     Ok(Conflict {
@@ -296,15 +336,14 @@ fn damaged_pin(row: &SqliteRow) -> Option<Pin> {
     })
 }
 
-pub(super) fn pin(row: &SqliteRow) -> Result<Pin, String> {
+pub(super) fn pin(row: &SqliteRow) -> Result<Pin, RowError> {
     let identity: Option<String> = column(row, "identity")?;
     let boot: Option<String> = column(row, "boot")?;
     let to = match (identity, boot) {
         (Some(text), _) => {
-            let identity =
-                Identity::parse(&text).ok_or_else(|| format!("\"{text}\" is no identity"))?;
+            let identity = Identity::parse(&text).ok_or(RowError::Identity(text))?;
             // Else no export could be of it.
-            VolumeId::of_identity(&identity).map_err(|error| error.to_string())?;
+            VolumeId::of_identity(&identity)?;
             PinnedTo::Volume(identity)
         }
         (None, Some(boot)) => PinnedTo::Attachment {
@@ -322,44 +361,53 @@ pub(super) fn pin(row: &SqliteRow) -> Result<Pin, String> {
     })
 }
 
-pub(super) fn mapping(row: &SqliteRow) -> Result<Mapping, String> {
+pub(super) fn mapping(row: &SqliteRow) -> Result<Mapping, RowError> {
     let disk = VmDisk::new(
         &column::<String>(row, "vm_id")?,
         column(row, "disk_unit_number")?,
-    )
-    .map_err(|error| error.to_string())?;
+    )?;
     let named = name(row, "export_name")?;
     if disk.export() != named {
-        return Err(format!("{disk} has the export {}", disk.export()));
+        return Err(RowError::OtherExport { disk });
     }
-    Mapping::new(disk, &column::<String>(row, "vm_name")?).map_err(|error| error.to_string())
+    Ok(Mapping::new(disk, &column::<String>(row, "vm_name")?)?)
 }
 
-pub(super) fn column<'r, T>(row: &'r SqliteRow, column: &str) -> Result<T, String>
+pub(super) fn column<'r, T>(row: &'r SqliteRow, column: &str) -> Result<T, sqlx::Error>
 where
     T: sqlx::Decode<'r, sqlx::Sqlite> + sqlx::Type<sqlx::Sqlite>,
 {
-    row.try_get(column).map_err(|error| error.to_string())
+    row.try_get(column)
 }
 
-fn flag(row: &SqliteRow, name: &str) -> Result<bool, String> {
+fn flag(row: &SqliteRow, name: &'static str) -> Result<bool, RowError> {
     match column::<i64>(row, name)? {
         0 => Ok(false),
         1 => Ok(true),
-        other => Err(format!("{name} is {other}")),
+        found => Err(RowError::Flag {
+            column: name,
+            found,
+        }),
     }
 }
 
-pub(super) fn name(row: &SqliteRow, name: &str) -> Result<ExportName, String> {
-    ExportName::parse(&column::<String>(row, name)?).map_err(|error| error.to_string())
+pub(super) fn name(row: &SqliteRow, name: &str) -> Result<ExportName, RowError> {
+    Ok(ExportName::parse(&column::<String>(row, name)?)?)
 }
 
-fn volume(row: &SqliteRow) -> Result<VolumeId, String> {
-    VolumeId::parse(&column::<String>(row, "volume")?).map_err(|error| error.to_string())
+fn volume(row: &SqliteRow) -> Result<VolumeId, RowError> {
+    Ok(VolumeId::parse(&column::<String>(row, "volume")?)?)
 }
 
-fn diskseq(text: &str) -> Result<DiskSeq, String> {
-    text.parse()
-        .map(DiskSeq)
-        .map_err(|error| format!("diskseq \"{text}\": {error}"))
+fn diskseq(text: &str) -> Result<DiskSeq, RowError> {
+    number("diskseq", text).map(DiskSeq)
+}
+
+/// 64 bits without a sign, which are text.
+pub(super) fn number(column: &'static str, text: &str) -> Result<u64, RowError> {
+    text.parse().map_err(|source| RowError::Number {
+        column,
+        found: text.to_owned(),
+        source,
+    })
 }

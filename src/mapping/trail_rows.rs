@@ -1,5 +1,6 @@
 //! The trail's file and its rows: opens it, sets a damaged one aside, writes, reads and bounds it.
 
+use std::io;
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -49,24 +50,37 @@ const SCHEMA: &str = "CREATE TABLE history (
     CREATE INDEX history_volume ON history (volume, id) WHERE volume IS NOT NULL;
     PRAGMA user_version = 1;";
 
+/// Why the trail is not written or read.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum TrailError {
+    #[error(transparent)]
+    Sql(#[from] sqlx::Error),
+    /// It is damaged, and cannot be given another name.
+    #[error(transparent)]
+    Aside(io::Error),
+    /// It is not tried again yet; what was wrong the last time.
+    #[error("{0}")]
+    Before(String),
+    #[error("the history is closed")]
+    Closed,
+}
+
 /// Opens the trail, bounded to `mib`. A damaged one is set aside under another name and a new one begun.
 pub(super) async fn open(
     file: &Path,
     mib: u32,
     index: &mut IndexRoom,
-) -> Result<SqliteConnection, String> {
+) -> Result<SqliteConnection, TrailError> {
     match try_open(file, mib, index).await {
         Err(error) if is_damaged(&error) => {
-            let aside = set_aside(file).map_err(|error| error.to_string())?;
+            let aside = set_aside(file).map_err(TrailError::Aside)?;
             tracing::warn!(
                 file = %file.display(), aside = %aside.display(), %error,
                 "the history is damaged: it is set aside and begun anew"
             );
-            try_open(file, mib, index)
-                .await
-                .map_err(|error| error.to_string())
+            Ok(try_open(file, mib, index).await?)
         }
-        other => other.map_err(|error| error.to_string()),
+        other => Ok(other?),
     }
 }
 
@@ -137,7 +151,7 @@ fn private(file: &Path) -> std::io::Result<()> {
 }
 
 /// Keeps one damaged file, the last: two would be no use and no bound.
-fn set_aside(file: &Path) -> std::io::Result<PathBuf> {
+fn set_aside(file: &Path) -> io::Result<PathBuf> {
     let beside = |suffix: &str| {
         let mut name = file.as_os_str().to_owned();
         name.push(suffix);

@@ -162,7 +162,7 @@ impl Shelf {
     pub fn may_lie_beneath(&self, path: &str) -> Result<(), RequestError> {
         let known = self.known();
         let may = known.backups.may_lie_beneath(path);
-        may.map_err(RequestError::InvalidArgument)?;
+        may.map_err(|error| RequestError::InvalidArgument(error.to_string()))?;
         let backup = known.backups.all().find(|backup| backup.path == path);
         backup.map_or(Ok(()), |backup| known.is_at_rest(&backup.name))
     }
