@@ -12,7 +12,10 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
 use nbdtrack::correlation::{Action, Correlation, DiskSeq, Event, Mark};
-use nbdtrack::image::{BlockSizes, Durability, Extent, Image, NoWait, ZeroFlags};
+use nbdtrack::image::pages::Pages;
+use nbdtrack::image::{
+    Allocation, BlockSizes, Depth, Durability, Extent, Image, NoWait, Span, ZeroFlags,
+};
 use nbdtrack::nbd::{Door, Limits};
 use socket2::Socket;
 
@@ -276,6 +279,30 @@ impl Image for Blank {
     }
     fn can_discard(&self) -> bool {
         true
+    }
+    fn grow(&self) -> io::Result<u64> {
+        Ok(self.size())
+    }
+    fn share(&self, _: Extent, _: &mut Pages) -> io::Result<NoWait> {
+        Ok(NoWait::WouldWait)
+    }
+    fn zeroes_fast(&self, _: Span, _: ZeroFlags) -> bool {
+        false
+    }
+    fn allocation(&self, at: Span, _: usize) -> io::Result<Vec<Allocation>> {
+        Ok(Allocation::all(at))
+    }
+    fn depths(&self, at: Span, _: usize) -> io::Result<Vec<Depth>> {
+        Ok(Depth::own(at))
+    }
+    fn rotational(&self) -> bool {
+        false
+    }
+    fn file_system(&self) -> Option<u64> {
+        None
+    }
+    fn keeps_changes(&self) -> bool {
+        false
     }
     fn latch(&self) {}
     fn latched(&self) -> bool {

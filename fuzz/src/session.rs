@@ -8,7 +8,10 @@ use std::sync::{Arc, OnceLock, RwLock, mpsc};
 use std::time::Duration;
 
 use nbdtrack::correlation::{EndHow, ExportName, Generation, LeaseEnd};
-use nbdtrack::image::{Allocation, BlockSizes, Durability, Extent, Image, NoWait, Span, ZeroFlags};
+use nbdtrack::image::pages::Pages;
+use nbdtrack::image::{
+    Allocation, BlockSizes, Depth, Durability, Extent, Image, NoWait, Span, ZeroFlags,
+};
 use nbdtrack::nbd::wire::{cmd, cmd_flag, option};
 use nbdtrack::nbd::{Door, Limits};
 
@@ -446,6 +449,24 @@ impl Image for Memory {
     }
     fn can_discard(&self) -> bool {
         true
+    }
+    fn grow(&self) -> io::Result<u64> {
+        Ok(self.size())
+    }
+    fn share(&self, _: Extent, _: &mut Pages) -> io::Result<NoWait> {
+        Ok(NoWait::WouldWait)
+    }
+    fn depths(&self, at: Span, _: usize) -> io::Result<Vec<Depth>> {
+        Ok(Depth::own(at))
+    }
+    fn rotational(&self) -> bool {
+        false
+    }
+    fn file_system(&self) -> Option<u64> {
+        None
+    }
+    fn keeps_changes(&self) -> bool {
+        false
     }
     fn latch(&self) {}
     fn latched(&self) -> bool {

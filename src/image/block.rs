@@ -34,8 +34,8 @@ use super::disk::Disk;
 use super::medium::Medium;
 use super::pages::Pages;
 use super::{
-    Allocation, BlockSizes, Durability, Extent, Image, NoWait, Span, ZeroFlags, allocation, folios,
-    sys,
+    Allocation, BlockSizes, Depth, Durability, Extent, Image, NoWait, Span, ZeroFlags, allocation,
+    folios, sys,
 };
 use crate::correlation::OpenDisk;
 
@@ -126,7 +126,7 @@ impl Block {
     }
 
     fn inside_the_size(&self, error: io::Error) -> io::Error {
-        inside_the_size(self.claim.medium, error)
+        self.claim.medium.inside_the_size(error)
     }
 
     fn file(&self) -> &File {
@@ -342,10 +342,11 @@ impl Image for Block {
                 return Ok(known);
             }
         }
-        Ok(vec![Allocation {
-            bytes: at.len(),
-            hole: false,
-        }])
+        Ok(Allocation::all(at))
+    }
+
+    fn depths(&self, at: Span, _: usize) -> io::Result<Vec<Depth>> {
+        Ok(Depth::own(at))
     }
 
     fn reads_from_memory(&self) -> bool {
@@ -415,16 +416,6 @@ impl Image for Block {
     }
 }
 
-/// A range that was checked cannot be out of range: what says so is a disk that is gone or has shrunk. The
-/// client gets EIO, never ENOSPC inside the size that was agreed, unless a file's own file system is full.
-fn inside_the_size(medium: Medium, e: io::Error) -> io::Error {
-    if medium.is_gone(&e) {
-        io::Error::from_raw_os_error(libc::EIO)
-    } else {
-        e
-    }
-}
-
 /// The file system, or whose quota it is, has no room.
 pub(super) fn is_full(e: &io::Error) -> bool {
     matches!(e.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT))
@@ -459,15 +450,15 @@ mod tests {
     #[test]
     fn an_answer_of_a_vanished_disk_is_eio() {
         for errno in [libc::EINVAL, libc::ENOSPC, libc::ENXIO, libc::ENODEV] {
-            let e = inside_the_size(Medium::Disk, io::Error::from_raw_os_error(errno));
+            let e = Medium::Disk.inside_the_size(io::Error::from_raw_os_error(errno));
             assert_eq!(e.raw_os_error(), Some(libc::EIO));
         }
-        let short = inside_the_size(Medium::Disk, io::ErrorKind::UnexpectedEof.into());
+        let short = Medium::Disk.inside_the_size(io::ErrorKind::UnexpectedEof.into());
         assert_eq!(short.raw_os_error(), Some(libc::EIO));
-        let none = inside_the_size(Medium::Disk, io::Error::from_raw_os_error(libc::ENOMEM));
+        let none = Medium::Disk.inside_the_size(io::Error::from_raw_os_error(libc::ENOMEM));
         assert_eq!(none.raw_os_error(), Some(libc::ENOMEM));
         // A file that has no room is still there.
-        let full = inside_the_size(Medium::File, io::Error::from_raw_os_error(libc::ENOSPC));
+        let full = Medium::File.inside_the_size(io::Error::from_raw_os_error(libc::ENOSPC));
         assert_eq!(full.raw_os_error(), Some(libc::ENOSPC));
     }
 

@@ -125,6 +125,16 @@ impl Medium {
             None => true,
         }
     }
+
+    /// A range that was checked cannot be out of range: what says so is a medium that is gone or has shrunk. The
+    /// client gets EIO, never ENOSPC inside the size that was agreed, unless a file's own file system is full.
+    pub fn inside_the_size(self, error: io::Error) -> io::Error {
+        if self.is_gone(&error) {
+            io::Error::from_raw_os_error(libc::EIO)
+        } else {
+            error
+        }
+    }
 }
 
 /// Whether the file system makes holes: asked for one behind the last byte, where there is nothing to lose. False for a

@@ -115,6 +115,14 @@ pub struct Allocation {
     pub hole: bool,
 }
 
+impl Allocation {
+    /// All of `at` is allocated, as of an image that cannot be asked.
+    pub fn all(at: Span) -> Vec<Allocation> {
+        let bytes = at.len();
+        vec![Allocation { bytes, hole: false }]
+    }
+}
+
 /// One stretch of an image that comes from one layer of its chain.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Depth {
@@ -122,6 +130,14 @@ pub struct Depth {
     pub bytes: u64,
     /// 0 for none, 1 for the image itself, 2 for the first beneath it, and so on.
     pub layer: u32,
+}
+
+impl Depth {
+    /// All of `at` comes from the image itself, as of one that lies on nothing.
+    pub fn own(at: Span) -> Vec<Depth> {
+        let bytes = at.len();
+        vec![Depth { bytes, layer: 1 }]
+    }
 }
 
 /// The request sizes that an image asks for, in bytes; each a power of two but `max`.
@@ -174,15 +190,15 @@ pub enum NoWait {
 /// One opened disk (or file) in one incarnation. Dropping the last reference closes it, which
 /// can block: drop where blocking is allowed.
 ///
+/// No call has a default: what an image does not say of itself, a client would be promised in its name.
+///
 /// Errors are the kernel's; an implementation turns a short answer, or ENOSPC/EINVAL inside its own size
 /// (how a vanished disk answers), into EIO, and answers EIO to every durable call once one has failed (invariant 9).
 pub trait Image: Send + Sync {
     /// Size in bytes; never smaller than it was before.
     fn size(&self) -> u64;
     /// Takes over the size of a disk that grew, and tells it.
-    fn grow(&self) -> io::Result<u64> {
-        Ok(self.size())
-    }
+    fn grow(&self) -> io::Result<u64>;
     fn read_only(&self) -> bool;
     fn block_sizes(&self) -> BlockSizes;
     /// Fills `buf`, whose length is `at.len()`. Called for what [`Image::read_nowait`] did not have.
@@ -191,10 +207,7 @@ pub trait Image: Send + Sync {
     fn read_nowait(&self, at: Extent, buf: &mut [u8]) -> io::Result<NoWait>;
     /// As `read_nowait`, but puts references to the pages into `pages`, which is empty before and holds all of the range or none of it
     /// after. Images that have no page cache never do. It can wait for the disk, when the kernel drops a page from the cache meanwhile.
-    fn share(&self, at: Extent, pages: &mut Pages) -> io::Result<NoWait> {
-        let _ = (at, pages);
-        Ok(NoWait::WouldWait)
-    }
+    fn share(&self, at: Extent, pages: &mut Pages) -> io::Result<NoWait>;
     /// Writes `buf`, whose length is `at.len()`.
     fn write(&self, at: Extent, buf: &[u8], durable: Durability) -> io::Result<()>;
     /// All writes that returned before this call are durable at return (invariant 9).
@@ -205,47 +218,26 @@ pub trait Image: Send + Sync {
     fn cache(&self, at: Extent) -> io::Result<()>;
     /// Whether `zero` with these flags is faster than writing zeroes would be, over the whole range. Answers from memory.
     /// `zero` is called with `fast` only where this said yes.
-    fn zeroes_fast(&self, at: Span, flags: ZeroFlags) -> bool {
-        let _ = (at, flags);
-        false
-    }
+    fn zeroes_fast(&self, at: Span, flags: ZeroFlags) -> bool;
     /// What is allocated from `at.offset()` on: at least one stretch and at most `stretches_max` (> 0), none beyond the range,
     /// which need not be covered. A write that returned before this call is seen. Everything is allocated where
     /// that cannot be asked.
-    fn allocation(&self, at: Span, stretches_max: usize) -> io::Result<Vec<Allocation>> {
-        let _ = stretches_max;
-        Ok(vec![Allocation {
-            bytes: at.len(),
-            hole: false,
-        }])
-    }
+    fn allocation(&self, at: Span, stretches_max: usize) -> io::Result<Vec<Allocation>>;
     /// From which layer of a chain the bytes from `at.offset()` on come, as [`Image::allocation`].
-    fn depths(&self, at: Span, stretches_max: usize) -> io::Result<Vec<Depth>> {
-        let _ = stretches_max;
-        Ok(vec![Depth {
-            bytes: at.len(),
-            layer: 1,
-        }])
-    }
+    fn depths(&self, at: Span, stretches_max: usize) -> io::Result<Vec<Depth>>;
     /// Whether reads can be had from memory, so that it is worth trying [`Image::read_nowait`].
     fn reads_from_memory(&self) -> bool;
     /// Whether a write of this range ends in memory, as things are now, so that it can be done where nothing should wait for a disk. Answers from memory.
     fn writes_to_memory(&self, at: Extent) -> bool;
     /// Whether seeks cost time.
-    fn rotational(&self) -> bool {
-        false
-    }
+    fn rotational(&self) -> bool;
     /// The number of the file system that it lies on, whose calls hang together; none for a disk.
-    fn file_system(&self) -> Option<u64> {
-        None
-    }
+    fn file_system(&self) -> Option<u64>;
     /// Whether `discard` does anything.
     fn can_discard(&self) -> bool;
     /// Whether acknowledged writes rest on something that the close of this image does not write: a map that only this process knows, or the page cache
     /// of a disk that others have open, too. Without a flush before it another node does not see them, or they are lost, though the disk is well.
-    fn keeps_changes(&self) -> bool {
-        false
-    }
+    fn keeps_changes(&self) -> bool;
     /// Part of something that was to be durable has failed: no later durable call succeeds (invariant 9).
     fn latch(&self);
     /// True once a flush failed (invariant 9).

@@ -5,7 +5,10 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 
 use super::model::BYTES;
-use crate::image::{BlockSizes, Durability, Extent, Image, NoWait, Span, ZeroFlags};
+use crate::image::pages::Pages;
+use crate::image::{
+    Allocation, BlockSizes, Depth, Durability, Extent, Image, NoWait, Span, ZeroFlags,
+};
 use crate::sync::before_call;
 
 /// What became of the image, as its calls saw it. The marks are std's: they are no steps of what is tested.
@@ -91,6 +94,27 @@ impl Image for Witnessed {
         true
     }
     fn can_discard(&self) -> bool {
+        false
+    }
+    fn grow(&self) -> io::Result<u64> {
+        Ok(self.size())
+    }
+    fn share(&self, _: Extent, _: &mut Pages) -> io::Result<NoWait> {
+        Ok(NoWait::WouldWait)
+    }
+    fn allocation(&self, at: Span, _: usize) -> io::Result<Vec<Allocation>> {
+        Ok(Allocation::all(at))
+    }
+    fn depths(&self, at: Span, _: usize) -> io::Result<Vec<Depth>> {
+        Ok(Depth::own(at))
+    }
+    fn rotational(&self) -> bool {
+        false
+    }
+    fn file_system(&self) -> Option<u64> {
+        None
+    }
+    fn keeps_changes(&self) -> bool {
         false
     }
     fn latch(&self) {}

@@ -18,7 +18,10 @@ use std::sync::{Arc, Condvar, Mutex, RwLock};
 use std::time::{Duration, Instant};
 
 use nbdtrack::correlation::{EndHow, ExportName, Generation, LeaseEnd};
-use nbdtrack::image::{Allocation, BlockSizes, Durability, Extent, Image, NoWait, Span, ZeroFlags};
+use nbdtrack::image::pages::Pages;
+use nbdtrack::image::{
+    Allocation, BlockSizes, Depth, Durability, Extent, Image, NoWait, Span, ZeroFlags,
+};
 use nbdtrack::nbd::wire::{self, option, rep};
 use nbdtrack::nbd::{Door, Limits};
 use nix::errno::Errno;
@@ -279,6 +282,18 @@ impl Image for Memory {
     }
     fn keeps_changes(&self) -> bool {
         self.keeps_changes.load(Ordering::SeqCst)
+    }
+    fn share(&self, _: Extent, _: &mut Pages) -> io::Result<NoWait> {
+        Ok(NoWait::WouldWait)
+    }
+    fn depths(&self, at: Span, _: usize) -> io::Result<Vec<Depth>> {
+        Ok(Depth::own(at))
+    }
+    fn rotational(&self) -> bool {
+        false
+    }
+    fn file_system(&self) -> Option<u64> {
+        None
     }
     fn latch(&self) {
         self.latched.store(true, Ordering::SeqCst);

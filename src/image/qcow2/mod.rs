@@ -39,6 +39,7 @@ use super::beneath::Roots;
 use super::block::is_full;
 use super::claim::{self, Claim, Claims, OpenError, Opened};
 use super::medium::Medium;
+use super::pages::Pages;
 use super::raw::Plain;
 use super::{Allocation, BlockSizes, Depth, Durability, Extent, Image, NoWait, Span, ZeroFlags};
 use crate::correlation::OpenDisk;
@@ -294,6 +295,10 @@ impl Image for Qcow2 {
         self.core.header.size
     }
 
+    fn grow(&self) -> io::Result<u64> {
+        Ok(self.size())
+    }
+
     fn read_only(&self) -> bool {
         self.read_only
     }
@@ -316,6 +321,10 @@ impl Image for Qcow2 {
             // Less than all, or an error: the read that may wait finds out.
             Ok(false) | Err(_) => Ok(NoWait::WouldWait),
         }
+    }
+
+    fn share(&self, _: Extent, _: &mut Pages) -> io::Result<NoWait> {
+        Ok(NoWait::WouldWait)
     }
 
     fn write(&self, at: Extent, buf: &[u8], durable: Durability) -> io::Result<()> {
@@ -385,6 +394,10 @@ impl Image for Qcow2 {
         self.core.is_in_place(at.offset(), at.len().into())
     }
 
+    fn rotational(&self) -> bool {
+        false
+    }
+
     fn file_system(&self) -> Option<u64> {
         self.claim.file_system
     }
@@ -408,11 +421,7 @@ impl Image for Qcow2 {
 
 /// What a client hears: EIO where the file has less than its tables say, ENOSPC where there is no room.
 fn told(e: io::Error) -> io::Error {
-    if Medium::File.is_gone(&e) {
-        io::Error::from_raw_os_error(libc::EIO)
-    } else {
-        e
-    }
+    Medium::File.inside_the_size(e)
 }
 
 /// The image's own tables cannot be as they are.
