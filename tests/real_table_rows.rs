@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 
 use nbdtrack::correlation::{MappingState, State, VmDisk};
 use nbdtrack::mapping::basis::{Basis, RowSaid};
-use nbdtrack::mapping::reconcile::{Known, Values};
+use nbdtrack::mapping::reconcile::{KnownDisk, Values};
 use nbdtrack::mapping::{Address, Database, DatabaseError, Tls};
 use support::daemon::Home;
 use support::ground::{Need, real};
@@ -55,8 +55,8 @@ fn disk(vm_id: &str) -> Outcome<VmDisk> {
     VmDisk::new(vm_id, 0).doing("an id")
 }
 
-fn known(vm_name: &str, device_path: &str) -> Known {
-    Known {
+fn known(vm_name: &str, device_path: &str) -> KnownDisk {
+    KnownDisk {
         vm_name: vm_name.to_owned(),
         active: true,
         device_path: device_path.to_owned(),
@@ -75,7 +75,7 @@ fn untold() -> Basis {
 async fn put(
     database: &mut Database,
     vm_id: &str,
-    known: Known,
+    known: KnownDisk,
 ) -> Outcome<Result<(), DatabaseError>> {
     put_by(database, vm_id, known, untold()).await
 }
@@ -83,7 +83,7 @@ async fn put(
 async fn put_by(
     database: &mut Database,
     vm_id: &str,
-    known: Known,
+    known: KnownDisk,
     basis: Basis,
 ) -> Outcome<Result<(), DatabaseError>> {
     let disk = disk(vm_id)?;

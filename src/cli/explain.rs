@@ -4,7 +4,7 @@ use serde_json::Value;
 
 use super::history::{Line, time};
 use super::show::{print, print_json, to_json};
-use super::table::{Look, printable};
+use super::table::{TableStyle, printable};
 use crate::dbus::client::Properties;
 
 /// Prints an explanation as the daemon gave it.
@@ -17,10 +17,10 @@ pub fn explain(explanation: &Properties, as_json: bool) -> std::io::Result<()> {
     if as_json {
         return print_json(&value);
     }
-    print(&page(&value, Look::of_stdout()))
+    print(&page(&value, TableStyle::of_stdout()))
 }
 
-fn page(value: &Value, look: Look) -> String {
+fn page(value: &Value, look: TableStyle) -> String {
     let mut out = format!(
         "{} is {}: {}\n",
         printable(word(value, "subject")),
@@ -141,7 +141,7 @@ mod tests {
                 "new": "Absent", "detail": "gone"}],
             "events_missing": "", "advice": ["attach it"],
         });
-        let look = Look {
+        let look = TableStyle {
             terminal: false,
             colour: false,
         };
@@ -157,7 +157,7 @@ mod tests {
     #[test]
     fn text_from_outside_never_moves_the_cursor() {
         let value = json!({"subject": "export a\u{1b}[2J", "state": "Absent", "why": "x\ry"});
-        let look = Look {
+        let look = TableStyle {
             terminal: true,
             colour: false,
         };

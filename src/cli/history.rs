@@ -6,7 +6,7 @@ use jiff::{SignedDuration, Timestamp, civil, tz::TimeZone};
 use serde_json::{Map, Value};
 
 use super::show::{print, to_json};
-use super::table::{Look, lay_out, printable};
+use super::table::{TableStyle, lay_out, printable};
 use super::{Failure, History};
 use crate::correlation::Inquiry;
 use crate::dbus::RECORDS_MAX;
@@ -83,7 +83,7 @@ fn json(values: &[Value]) -> std::io::Result<()> {
 
 /// For people; a program is told by the empty table.
 fn nothing() -> std::io::Result<()> {
-    match Look::of_stdout().terminal {
+    match TableStyle::of_stdout().terminal {
         true => print("nothing is remembered of that\n"),
         false => table(&[]),
     }
@@ -102,7 +102,7 @@ fn table(values: &[Value]) -> std::io::Result<()> {
             ]
         })
         .collect();
-    let look = Look::of_stdout();
+    let look = TableStyle::of_stdout();
     print(&lay_out(&["TIME", "KIND", "BY", "WHAT"], &rows, look))
 }
 

@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 use super::Failure;
 use super::progress::ProgressLine;
 use super::show::{print, print_json};
-use super::table::{Look, lay_out, size as shown};
+use super::table::{TableStyle, lay_out, size as shown};
 use crate::correlation::{NewImage, Preallocation};
 use crate::dbus::client::{Client, ClientError};
 use crate::identity::Format;
@@ -354,7 +354,7 @@ fn chain(at: &At, as_json: bool) -> Result<(), Failure> {
             })
             .collect();
         let header = ["PATH", "FORMAT", "SIZE", "TAKEN", "NOT SERVED"];
-        print(&lay_out(&header, &rows, Look::of_stdout()))?;
+        print(&lay_out(&header, &rows, TableStyle::of_stdout()))?;
     }
     broken.map_or(Ok(()), |reason| {
         Err(Failure::Image(format!("the chain is broken: {reason}")))

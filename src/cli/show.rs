@@ -6,7 +6,7 @@ use std::io::Write;
 use serde_json::{Map, Value, json};
 use zbus::{OwnedVariant, Variant};
 
-use super::table::{Look, lay_out, printable, size};
+use super::table::{TableStyle, lay_out, printable, size};
 use crate::dbus::client::{Objects, Properties};
 
 /// Prints the attached disks.
@@ -14,7 +14,7 @@ pub fn volumes(objects: &Objects, as_json: bool) -> std::io::Result<()> {
     if as_json {
         return print_json(&list(&objects.volumes));
     }
-    let look = Look::of_stdout();
+    let look = TableStyle::of_stdout();
     let rows: Vec<Vec<String>> = objects
         .volumes
         .values()
@@ -38,7 +38,7 @@ pub fn exports(objects: &Objects, as_json: bool) -> std::io::Result<()> {
     if as_json {
         return print_json(&list(&objects.exports));
     }
-    let look = Look::of_stdout();
+    let look = TableStyle::of_stdout();
     let rows: Vec<Vec<String>> = objects
         .exports
         .values()
@@ -78,7 +78,7 @@ pub fn sessions(sessions: &[Properties], as_json: bool) -> std::io::Result<()> {
         .collect();
     rows.sort_by(|a, b| a[1..].cmp(&b[1..]));
     let header = ["ID", "EXPORT", "GEN", "PEER", "AGE MS"];
-    table(&header, &rows, Look::of_stdout(), "no sessions")
+    table(&header, &rows, TableStyle::of_stdout(), "no sessions")
 }
 
 /// Prints these columns of what the daemon listed.
@@ -92,7 +92,7 @@ pub fn table_of<const N: usize>(
         .iter()
         .map(|one| columns.map(|column| text(one, column)).into())
         .collect();
-    table(header, &rows, Look::of_stdout(), none)
+    table(header, &rows, TableStyle::of_stdout(), none)
 }
 
 /// Prints what a reload changed: a line for each export.
@@ -151,7 +151,7 @@ pub fn status(
             "stats": stats,
         }));
     }
-    let look = Look::of_stdout();
+    let look = TableStyle::of_stdout();
     let mut out = format!(
         "daemon   running on bus {bus}\nvolumes  {} attached\nexports  {}",
         objects.volumes.len(),
@@ -265,7 +265,12 @@ pub fn object(properties: &Properties) -> Value {
         .into()
 }
 
-fn table(header: &[&str], rows: &[Vec<String>], look: Look, nothing: &str) -> std::io::Result<()> {
+fn table(
+    header: &[&str],
+    rows: &[Vec<String>],
+    look: TableStyle,
+    nothing: &str,
+) -> std::io::Result<()> {
     if rows.is_empty() && look.terminal {
         return print(&format!("{nothing}\n"));
     }
@@ -280,7 +285,7 @@ fn text(properties: &Properties, name: &str) -> String {
 }
 
 /// The size, for people or as a number of bytes.
-fn bytes(properties: &Properties, look: Look) -> String {
+fn bytes(properties: &Properties, look: TableStyle) -> String {
     let number = text(properties, "Size");
     match number.parse() {
         // Not known: the disk is not there.

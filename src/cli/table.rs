@@ -1,23 +1,23 @@
 //! Lays out rows: aligned under a header on a terminal, plain and separated by tabs in a pipe. PURE but for
-//! [`Look::of_stdout`].
+//! [`TableStyle::of_stdout`].
 
 /// Where the table goes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Look {
+pub struct TableStyle {
     /// A person reads it.
     pub terminal: bool,
     /// The terminal shows colours, and NO_COLOR is not set.
     pub colour: bool,
 }
 
-impl Look {
+impl TableStyle {
     /// Asks standard output and the environment (<https://no-color.org>).
-    pub fn of_stdout() -> Look {
+    pub fn of_stdout() -> TableStyle {
         use std::io::IsTerminal;
         let terminal = std::io::stdout().is_terminal();
         let refused = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
         let dumb = std::env::var_os("TERM").is_none_or(|term| term == "dumb");
-        Look {
+        TableStyle {
             terminal,
             colour: terminal && !refused && !dumb,
         }
@@ -39,7 +39,7 @@ impl Look {
 }
 
 /// Lays out `rows` under `header`.
-pub fn lay_out(header: &[&str], rows: &[Vec<String>], look: Look) -> String {
+pub fn lay_out(header: &[&str], rows: &[Vec<String>], look: TableStyle) -> String {
     let clean: Vec<Vec<String>> = rows
         .iter()
         .map(|row| row.iter().map(|cell| printable(cell)).collect())
@@ -119,7 +119,7 @@ mod tests {
 
     #[test]
     fn a_terminal_gets_columns_and_never_a_control_character_of_a_name() {
-        let look = Look {
+        let look = TableStyle {
             terminal: true,
             colour: false,
         };
@@ -132,7 +132,7 @@ mod tests {
 
     #[test]
     fn a_pipe_gets_tabs_and_no_header() {
-        let look = Look {
+        let look = TableStyle {
             terminal: false,
             colour: false,
         };

@@ -16,7 +16,7 @@ use super::disk_lists::DiskLists;
 use super::keeper::{Keeper, MappingStates};
 use super::metrics::ServingTimes;
 use super::orders::Orders;
-use super::owed::Owed;
+use super::owed::OwedChanges;
 use super::reload::Reload;
 use super::reports::{Report, Reports};
 use super::rescan::Rescan;
@@ -157,7 +157,7 @@ impl Control {
             shared,
             store,
             states: states.clone(),
-            owed: Owed::default(),
+            owed: OwedChanges::default(),
             reports: reports.clone(),
         };
         let keeper = keeper.spawn(order_receiver);

@@ -15,7 +15,7 @@ use tokio::time::{Instant, timeout};
 
 use super::control::{Asker, Control};
 use super::orders::Orders;
-use super::owed::Owed;
+use super::owed::OwedChanges;
 use super::reports::{Report, Reports};
 use super::shared::table::{SharedTable, Told};
 use crate::correlation::{
@@ -124,7 +124,7 @@ pub(super) struct Keeper {
     /// did not answer counts as away, and is asked for nothing until it does.
     pub shared: Option<SharedTable>,
     pub states: MappingStates,
-    pub owed: Owed,
+    pub owed: OwedChanges,
     /// The loop's; it is gone only when the daemon stops.
     pub reports: Reports,
 }
@@ -503,7 +503,7 @@ mod tests {
             store: Store::open(folder.path()).await.unwrap(),
             shared: Some(SharedTable::of_nowhere(reports.clone())),
             states: MappingStates::default(),
-            owed: Owed::default(),
+            owed: OwedChanges::default(),
             reports,
         };
         let made = [0, 1, 2].map(|unit| Change::PutMapping(Mapping::new(disk(unit), "").unwrap()));

@@ -19,13 +19,13 @@ const RETRY_MIN: Duration = Duration::from_secs(1);
 const RETRY_MAX: Duration = Duration::from_secs(30);
 
 #[derive(Debug, Default)]
-pub(super) struct Owed {
+pub(super) struct OwedChanges {
     changes: LastChanges,
     wait: Duration,
     due: Option<Instant>,
 }
 
-impl Owed {
+impl OwedChanges {
     pub fn is_empty(&self) -> bool {
         self.changes.is_empty()
     }
@@ -65,7 +65,7 @@ impl Owed {
 
     /// The store has all of it.
     pub fn paid(&mut self) {
-        *self = Owed::default();
+        *self = OwedChanges::default();
     }
 
     fn again(&mut self) {
@@ -102,7 +102,7 @@ mod tests {
 
     #[test]
     fn what_holds_is_owed_once_for_each_row_and_a_refusal_puts_back_what_was() {
-        let mut owed = Owed::default();
+        let mut owed = OwedChanges::default();
         let (delete, conflict) = (
             Change::DeleteExport(name("a")),
             Change::DeleteConflict {
@@ -125,7 +125,7 @@ mod tests {
 
     #[test]
     fn a_release_holds_whether_it_was_kept_or_not() {
-        let mut owed = Owed::default();
+        let mut owed = OwedChanges::default();
         let (boot, diskseq) = (BootId("boot".to_owned()), DiskSeq(7));
         let volume = VolumeId::parse("serial:x").unwrap();
         let release = Change::PutRelease(Release {

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use zbus::Message;
 
-use super::callers::Known;
+use super::callers::KnownCaller;
 use super::export::EXPORT;
 use super::introspect::{INTROSPECTABLE, Interface, OBJECT_MANAGER, PEER, PROPERTIES};
 use super::job::JOB;
@@ -105,7 +105,7 @@ impl Call {
 
 impl Access {
     /// Whether a caller needs no polkit for this.
-    pub fn lets(&self, known: &Known, right: Right) -> bool {
+    pub fn lets(&self, known: &KnownCaller, right: Right) -> bool {
         let Some(uid) = known.caller.uid else {
             return false;
         };
@@ -247,7 +247,7 @@ mod tests {
             users: BTreeSet::from([5]),
             group: Some(7),
         };
-        let known = |uid, in_group| Known {
+        let known = |uid, in_group| KnownCaller {
             caller: Caller {
                 name: ":1.7".to_owned(),
                 uid,

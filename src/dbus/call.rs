@@ -46,11 +46,11 @@ pub struct Calls {
     /// can wait and try again and the loop cannot. Ends with the loop.
     commands: mpsc::Sender<Command>,
     /// [`CHANGING_MAX`]; when used up, `NotReady`.
-    changing: Arc<Places>,
+    changing: Arc<CallPlaces>,
     /// [`ADDING_MAX`]; when used up, `NotReady`.
-    adding: Arc<Places>,
+    adding: Arc<CallPlaces>,
     /// [`READING_MAX`]; when used up, `NotReady`.
-    reading: Arc<Places>,
+    reading: Arc<CallPlaces>,
     refused: AtomicU64,
     /// Held for one count, or while a scrape's text is made.
     times: Mutex<CallTimes>,
@@ -59,7 +59,7 @@ pub struct Calls {
 /// The calls of one kind that may wait at one time, of which one caller takes only a part: one that floods leaves the others
 /// the rest.
 #[derive(Debug)]
-pub struct Places {
+pub struct CallPlaces {
     all: usize,
     each: usize,
     /// Of `all`, for callers that have none yet.
@@ -70,15 +70,15 @@ pub struct Places {
 
 /// A call's place, until it is answered.
 #[derive(Debug)]
-pub struct Place {
-    places: Arc<Places>,
+pub struct CallPlace {
+    places: Arc<CallPlaces>,
     caller: String,
 }
 
-impl Places {
+impl CallPlaces {
     /// `all` in sum, and at most `each` of them for one caller.
-    pub fn new(all: usize, each: usize) -> Arc<Places> {
-        Arc::new(Places {
+    pub fn new(all: usize, each: usize) -> Arc<CallPlaces> {
+        Arc::new(CallPlaces {
             all,
             each,
             kept_for_first: 0,
@@ -86,9 +86,9 @@ impl Places {
         })
     }
 
-    /// As [`Places::new`]; the last `kept_for_first` of them are for callers that have none yet, one each.
-    pub fn keeping(all: usize, each: usize, kept_for_first: usize) -> Arc<Places> {
-        Arc::new(Places {
+    /// As [`CallPlaces::new`]; the last `kept_for_first` of them are for callers that have none yet, one each.
+    pub fn keeping(all: usize, each: usize, kept_for_first: usize) -> Arc<CallPlaces> {
+        Arc::new(CallPlaces {
             all,
             each,
             kept_for_first,
@@ -97,7 +97,7 @@ impl Places {
     }
 
     /// `None` when they are used up, by all or by this caller.
-    pub fn take(self: &Arc<Places>, caller: &str) -> Option<Place> {
+    pub fn take(self: &Arc<CallPlaces>, caller: &str) -> Option<CallPlace> {
         let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
         let own = taken.get(caller).copied().unwrap_or(0);
         let open = match own {
@@ -108,14 +108,14 @@ impl Places {
             return None;
         }
         taken.insert(caller.to_owned(), own + 1);
-        Some(Place {
+        Some(CallPlace {
             places: self.clone(),
             caller: caller.to_owned(),
         })
     }
 }
 
-impl Drop for Place {
+impl Drop for CallPlace {
     fn drop(&mut self) {
         let places = &self.places;
         let mut taken = places.taken.lock().unwrap_or_else(PoisonError::into_inner);
@@ -132,9 +132,9 @@ impl Calls {
     pub fn new(commands: mpsc::Sender<Command>) -> Calls {
         Calls {
             commands,
-            changing: Places::new(CHANGING_MAX, CHANGING_MAX / 2),
-            adding: Places::new(ADDING_MAX, ADDING_MAX / 2),
-            reading: Places::new(READING_MAX, READING_MAX / 2),
+            changing: CallPlaces::new(CHANGING_MAX, CHANGING_MAX / 2),
+            adding: CallPlaces::new(ADDING_MAX, ADDING_MAX / 2),
+            reading: CallPlaces::new(READING_MAX, READING_MAX / 2),
             refused: AtomicU64::new(0),
             times: Mutex::default(),
         }
@@ -144,7 +144,7 @@ impl Calls {
     ///
     /// # Errors
     /// `NotReady` when too many calls wait already, of all or of this caller.
-    pub fn admit(&self, call: &Call, caller: &str) -> Result<Place, RequestError> {
+    pub fn admit(&self, call: &Call, caller: &str) -> Result<CallPlace, RequestError> {
         let places = match call {
             Call::Request(Request::AddExport { .. } | Request::EnsureVmExport(_))
             | Call::CreateImage(_)
@@ -307,9 +307,9 @@ mod tests {
     /// A bus gives a user 256 connections (dbus-daemon(1), max_connections_per_user): with half of the places each, two of them had all.
     #[test]
     fn places_that_are_kept_go_to_callers_that_have_none() {
-        let places = Places::keeping(1_024, 512, 512);
+        let places = CallPlaces::keeping(1_024, 512, 512);
         let take = |caller: u32| places.take(&format!(":1.{caller}"));
-        let flood: Vec<Place> = (0..256)
+        let flood: Vec<CallPlace> = (0..256)
             .flat_map(|caller| std::iter::from_fn(move || take(caller)))
             .collect();
         assert_eq!(flood.len(), 512 + 255, "one flood, then one for each");

@@ -16,7 +16,7 @@ const UNITS: &str = "/org/freedesktop/systemd1/unit/";
 
 /// Who sent a message, and whether it is of the group.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Known {
+pub struct KnownCaller {
     pub caller: Caller,
     pub in_group: bool,
 }
@@ -27,7 +27,7 @@ pub struct Known {
 pub struct Callers {
     /// By the bus's own identity and the caller's unique name: a bus that was started anew gives the names anew. Held for a map
     /// operation.
-    known: Mutex<HashMap<(String, String), Known>>,
+    known: Mutex<HashMap<(String, String), KnownCaller>>,
     /// Whose members are told apart.
     group: Option<u32>,
 }
@@ -41,12 +41,12 @@ impl Callers {
     }
 
     /// Says who sent a message if the bus has said so before.
-    pub fn at_hand(&self, connection: &Connection, message: &Message) -> Option<Known> {
+    pub fn at_hand(&self, connection: &Connection, message: &Message) -> Option<KnownCaller> {
         self.known(&key(connection, message))
     }
 
     /// Says who sent a message; of a caller that the bus does not know any more, the name alone.
-    pub async fn of(&self, connection: &Connection, message: &Message) -> Known {
+    pub async fn of(&self, connection: &Connection, message: &Message) -> KnownCaller {
         let key = key(connection, message);
         if let Some(known) = self.known(&key) {
             return known;
@@ -69,7 +69,7 @@ impl Callers {
             Some(pid) => unit(connection, pid).await,
             None => None,
         };
-        let known = Known {
+        let known = KnownCaller {
             caller: Caller {
                 name: key.1.clone(),
                 uid: number("UnixUserID"),
@@ -83,12 +83,12 @@ impl Callers {
         known
     }
 
-    fn known(&self, key: &(String, String)) -> Option<Known> {
+    fn known(&self, key: &(String, String)) -> Option<KnownCaller> {
         let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         known.get(key).cloned()
     }
 
-    fn keep(&self, key: (String, String), caller: Known) {
+    fn keep(&self, key: (String, String), caller: KnownCaller) {
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         if known.len() >= KNOWN_MAX {
             known.clear();
@@ -180,7 +180,7 @@ mod tests {
     fn more_callers_than_are_remembered_are_asked_for_again() {
         let callers = Callers::default();
         let key = |bus: &str, number: usize| (bus.to_owned(), format!(":1.{number}"));
-        let caller = |number: usize| Known {
+        let caller = |number: usize| KnownCaller {
             caller: Caller {
                 name: format!(":1.{number}"),
                 uid: Some(7),

@@ -17,8 +17,8 @@ use zbus::message::Flags;
 use zbus::{Connection, Message, Variant};
 
 use super::access::{Access, Right};
-use super::call::{Calls, Place, Places};
-use super::callers::{Callers, Known};
+use super::call::{CallPlace, CallPlaces, Calls};
+use super::callers::{Callers, KnownCaller};
 use super::connect::{CALLER_WITHIN, open};
 use super::reply::{Refusal, standard};
 use super::{Bus, Caller};
@@ -65,17 +65,20 @@ pub struct Gate {
     /// Where polkit is asked.
     bus: Bus,
     /// [`INTRODUCING_MAX`], half for one connection, and [`INTRODUCING_KEPT`]; when used up, `NotReady`.
-    introducing: Arc<Places>,
+    introducing: Arc<CallPlaces>,
     /// [`ASKING_MAX`], by user; when used up, `NotReady`.
-    asking: Arc<Places>,
+    asking: Arc<CallPlaces>,
 }
 
 /// The place of a call that has to wait.
 pub enum Admitted {
     /// Of one whom the bus has introduced already: to ask polkit.
-    Known { known: Known, place: Place },
+    Known {
+        known: KnownCaller,
+        place: CallPlace,
+    },
     /// To ask the bus who calls.
-    Unknown(Place),
+    Unknown(CallPlace),
 }
 
 impl Gate {
@@ -84,8 +87,12 @@ impl Gate {
             access,
             denied,
             bus: bus.clone(),
-            introducing: Places::keeping(INTRODUCING_MAX, INTRODUCING_MAX / 2, INTRODUCING_KEPT),
-            asking: Places::new(ASKING_MAX, ASKING_OF_USER_MAX),
+            introducing: CallPlaces::keeping(
+                INTRODUCING_MAX,
+                INTRODUCING_MAX / 2,
+                INTRODUCING_KEPT,
+            ),
+            asking: CallPlaces::new(ASKING_MAX, ASKING_OF_USER_MAX),
         }
     }
 

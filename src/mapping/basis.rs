@@ -3,7 +3,7 @@
 //! A row may be written by an appliance between the look that read it and the change that follows; written over, its request would be
 //! lost, and the change be one of what nobody wants any more.
 
-use super::reconcile::{Known, Values};
+use super::reconcile::{KnownDisk, Values};
 
 /// What a row said that asks for something; `None` for one that was not there.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -25,7 +25,7 @@ pub enum Basis {
 
 impl Basis {
     /// Whether `put` may be written where the row says `now`, and beside it stands what was `wrote` last; `None` for what is not there.
-    pub fn allows(&self, now: Option<&Values>, wrote: Option<&Values>, put: &Known) -> bool {
+    pub fn allows(&self, now: Option<&Values>, wrote: Option<&Values>, put: &KnownDisk) -> bool {
         let (told, exported) = match self {
             Basis::Row(RowSaid(said)) => return now == said.as_ref(),
             Basis::Caller { told, exported } => (told.as_ref(), *exported),
@@ -78,8 +78,8 @@ mod tests {
         }
     }
 
-    fn put(active: bool) -> Known {
-        Known {
+    fn put(active: bool) -> KnownDisk {
+        KnownDisk {
             vm_name: "web 2".to_owned(),
             active,
             device_path: HERE.to_owned(),
@@ -153,7 +153,7 @@ mod tests {
         assert!(!caller(None).allows(Some(&elsewhere), None, &put(true)));
         assert!(caller(None).allows(Some(&values(HERE)), None, &put(true)));
         assert!(caller(None).allows(Some(&values("")), None, &put(true)));
-        let new = Known {
+        let new = KnownDisk {
             device_path: String::new(),
             ..put(true)
         };

@@ -14,7 +14,7 @@ use sqlx::{ConnectOptions, Connection, MySqlConnection};
 use tokio::time::{sleep, timeout};
 
 use super::basis::Basis;
-use super::reconcile::{Known, Values};
+use super::reconcile::{KnownDisk, Values};
 use super::{database_lease as lease, database_rows as rows};
 use crate::correlation::{MappingState, VmDisk};
 
@@ -163,7 +163,7 @@ impl Database {
     /// its basis does not allow to be written over, or has none.
     pub async fn put(
         &mut self,
-        puts: &BTreeMap<VmDisk, Known>,
+        puts: &BTreeMap<VmDisk, KnownDisk>,
         bases: &BTreeMap<VmDisk, Basis>,
     ) -> Result<(), DatabaseError> {
         self.transact(Write::Put(puts, bases)).await.map(drop)
@@ -177,7 +177,7 @@ impl Database {
     /// As of every call here; then none is written. `Taken` when one of those that were begun is another daemon's.
     pub async fn put_some(
         &mut self,
-        puts: &BTreeMap<VmDisk, Known>,
+        puts: &BTreeMap<VmDisk, KnownDisk>,
         seen: &BTreeMap<VmDisk, Option<Values>>,
     ) -> Result<usize, DatabaseError> {
         self.transact(Write::PutSome(puts, seen)).await
@@ -251,9 +251,9 @@ impl Database {
 /// The inside of a transaction.
 #[derive(Clone, Copy)]
 enum Write<'a> {
-    Put(&'a BTreeMap<VmDisk, Known>, &'a BTreeMap<VmDisk, Basis>),
+    Put(&'a BTreeMap<VmDisk, KnownDisk>, &'a BTreeMap<VmDisk, Basis>),
     PutSome(
-        &'a BTreeMap<VmDisk, Known>,
+        &'a BTreeMap<VmDisk, KnownDisk>,
         &'a BTreeMap<VmDisk, Option<Values>>,
     ),
     Note(&'a [MappingState], Duration),

@@ -10,7 +10,7 @@ use super::basis::Basis;
 use super::database::{DatabaseError, away, is_duplicate, is_unknown_variable};
 use super::database_lease::LEASES;
 use super::database_schema::{self as schema, SCHEMA};
-use super::reconcile::{Known, Values};
+use super::reconcile::{KnownDisk, Values};
 use super::table::device_path;
 use crate::correlation::{MappingState, VmDisk};
 
@@ -148,7 +148,7 @@ pub(super) async fn prepare(connection: &mut MySqlConnection) -> Result<(), Data
 pub(super) async fn put(
     connection: &mut MySqlConnection,
     owner: &str,
-    puts: &BTreeMap<VmDisk, Known>,
+    puts: &BTreeMap<VmDisk, KnownDisk>,
     bases: &BTreeMap<VmDisk, Basis>,
 ) -> Result<usize, Fault> {
     for (disk, known) in puts {
@@ -169,7 +169,7 @@ pub(super) async fn put(
 pub(super) async fn put_some(
     connection: &mut MySqlConnection,
     owner: &str,
-    puts: &BTreeMap<VmDisk, Known>,
+    puts: &BTreeMap<VmDisk, KnownDisk>,
     seen: &BTreeMap<VmDisk, Option<Values>>,
     begun_within: Duration,
 ) -> Result<usize, Fault> {
@@ -260,7 +260,7 @@ async fn put_one(
     connection: &mut MySqlConnection,
     owner: &str,
     disk: &VmDisk,
-    known: &Known,
+    known: &KnownDisk,
     id: Option<i64>,
 ) -> Result<(), Fault> {
     if put_row(connection, disk, known, id).await? {
@@ -279,7 +279,7 @@ async fn put_one(
 async fn put_row(
     connection: &mut MySqlConnection,
     disk: &VmDisk,
-    known: &Known,
+    known: &KnownDisk,
     id: Option<i64>,
 ) -> Result<bool, Fault> {
     let export = disk.export();
@@ -330,7 +330,7 @@ async fn put_beside(
     connection: &mut MySqlConnection,
     owner: &str,
     disk: &VmDisk,
-    known: &Known,
+    known: &KnownDisk,
 ) -> Result<(), sqlx::Error> {
     sqlx::query(
         "INSERT INTO nbdtrack_mappings (vm_id, disk_unit_number, owner, wrote_vm_name, wrote_export_name, wrote_device_path,

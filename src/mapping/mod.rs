@@ -35,7 +35,7 @@ use crate::correlation::{
     BackupChange, Backups, Change, MappingRow, MappingState, Remembered, VmDisk,
 };
 use index_room::IndexRoom;
-use reconcile::Known;
+use reconcile::KnownDisk;
 
 mod backups;
 pub mod basis;
@@ -209,7 +209,7 @@ impl Store {
     ///
     /// # Errors
     /// As of [`Store::mappings`].
-    pub async fn known(&self, database: &str) -> Result<BTreeMap<VmDisk, Known>, StoreError> {
+    pub async fn known(&self, database: &str) -> Result<BTreeMap<VmDisk, KnownDisk>, StoreError> {
         let database = database.to_owned();
         self.with(APPLY_WITHIN, |mut held| async move {
             table::known(&mut held.connection, &database).await

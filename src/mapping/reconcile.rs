@@ -58,7 +58,7 @@ pub struct Beside {
 
 /// What is known here of one VM's disk.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Known {
+pub struct KnownDisk {
     pub vm_name: String,
     pub active: bool,
     /// As the column is to have it.
@@ -178,7 +178,7 @@ impl Judgement {
 pub fn judge(
     owner: &str,
     alone: bool,
-    known: &BTreeMap<VmDisk, Known>,
+    known: &BTreeMap<VmDisk, KnownDisk>,
     rows: &[SeenRow],
 ) -> Judgement {
     let mut steps = Vec::new();
@@ -258,7 +258,7 @@ impl SeenRow {
 }
 
 /// A row that is not another one's.
-fn judge_row(row: &SeenRow, disk: &VmDisk, here: Option<&Known>, alone: bool) -> Option<Step> {
+fn judge_row(row: &SeenRow, disk: &VmDisk, here: Option<&KnownDisk>, alone: bool) -> Option<Step> {
     if row.values.export_name != disk.export().as_str() {
         let text = format!("export_name has to be {}", disk.export());
         return Some(conflict(row, &text));
@@ -272,7 +272,7 @@ fn judge_row(row: &SeenRow, disk: &VmDisk, here: Option<&Known>, alone: bool) ->
 }
 
 /// Ours, and its export is there.
-fn judge_active(row: &SeenRow, beside: &Beside, disk: &VmDisk, here: &Known) -> Option<Step> {
+fn judge_active(row: &SeenRow, beside: &Beside, disk: &VmDisk, here: &KnownDisk) -> Option<Step> {
     let (now, wrote) = (&row.values, &beside.wrote);
     if !now.active {
         return Some(match wrote.active {
@@ -336,7 +336,7 @@ fn judge_inactive(row: &SeenRow, beside: &Beside, disk: &VmDisk, remembered: boo
 }
 
 /// Nobody's, of a disk that is exported here.
-fn judge_unclaimed(row: &SeenRow, disk: &VmDisk, here: &Known) -> Option<Step> {
+fn judge_unclaimed(row: &SeenRow, disk: &VmDisk, here: &KnownDisk) -> Option<Step> {
     let path = &row.values.device_path;
     Some(
         if !row.values.active || path.is_empty() || *path == here.device_path {

@@ -34,8 +34,8 @@ fn row(values: Values, beside: Option<(&str, Values)>) -> SeenRow {
     }
 }
 
-fn here(active: bool) -> Known {
-    Known {
+fn here(active: bool) -> KnownDisk {
+    KnownDisk {
         vm_name: "web".to_owned(),
         active,
         device_path: if active { HERE } else { "" }.to_owned(),
@@ -43,25 +43,25 @@ fn here(active: bool) -> Known {
     }
 }
 
-fn known(here: Option<Known>) -> BTreeMap<VmDisk, Known> {
+fn known(here: Option<KnownDisk>) -> BTreeMap<VmDisk, KnownDisk> {
     here.into_iter().map(|here| (disk(), here)).collect()
 }
 
 fn reconcile(
     owner: &str,
     alone: bool,
-    known: &BTreeMap<VmDisk, Known>,
+    known: &BTreeMap<VmDisk, KnownDisk>,
     rows: &[SeenRow],
 ) -> Vec<Step> {
     judge(owner, alone, known, rows).steps(&BTreeSet::new())
 }
 
-fn one(known_here: Option<Known>, row: &SeenRow) -> Vec<Step> {
+fn one(known_here: Option<KnownDisk>, row: &SeenRow) -> Vec<Step> {
     reconcile(US, true, &known(known_here), std::slice::from_ref(row))
 }
 
 /// All rows of one disk that the table can hold, with what is known of it.
-fn all() -> Vec<(Option<Known>, SeenRow)> {
+fn all() -> Vec<(Option<KnownDisk>, SeenRow)> {
     let paths = ["", HERE, ELSEWHERE, "/dev/vdq"];
     let mut cases = Vec::new();
     for known in [None, Some(here(true)), Some(here(false))] {
@@ -209,7 +209,7 @@ fn a_row_that_went_or_was_made_inactive_asks_for_a_removal() {
         reconcile(US, true, &known(Some(here(true))), &[]),
         [remove(0, None)]
     );
-    let unkept = Known {
+    let unkept = KnownDisk {
         kept: false,
         ..here(true)
     };
@@ -350,7 +350,7 @@ fn what_asks_for_nothing_is_written_once() {
         seen: Some(row.values.clone()),
     };
     assert_eq!(one(Some(here(true)), &emptied), [put(&emptied)]);
-    let long = Known {
+    let long = KnownDisk {
         device_path: format!("/{}", "x".repeat(255)),
         ..here(true)
     };

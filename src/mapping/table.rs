@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use sqlx::sqlite::SqliteRow;
 use sqlx::{QueryBuilder, Row, Sqlite, SqliteConnection};
 
-use super::reconcile::Known;
+use super::reconcile::KnownDisk;
 use super::rows::{begin, end};
 use crate::correlation::{MappingRow, MappingState, VmDisk};
 
@@ -138,7 +138,7 @@ async fn prune_each(
 pub(super) async fn known(
     connection: &mut SqliteConnection,
     database: &str,
-) -> Result<BTreeMap<VmDisk, Known>, sqlx::Error> {
+) -> Result<BTreeMap<VmDisk, KnownDisk>, sqlx::Error> {
     let rows = sqlx::query(
         "SELECT m.vm_id, m.disk_unit_number, m.vm_name, m.device_path, m.status, coalesce(n.in_database, '') AS in_database
          FROM vm_export_mappings m
@@ -154,7 +154,7 @@ pub(super) async fn known(
         ) else {
             continue;
         };
-        let here = Known {
+        let here = KnownDisk {
             vm_name: row.try_get("vm_name")?,
             active: row.try_get::<String, _>("status")? == "active",
             device_path: row.try_get("device_path")?,

@@ -89,7 +89,7 @@ pub(super) struct Lease {
     /// Whose threads its calls wait in.
     pub(super) crew: Arc<Crew<DiskTask>>,
     pub(super) gate: Gate,
-    /// `None` once closed. Read for the length of an image call (under a [`Pass`]), written by the closer
+    /// `None` once closed. Read for the length of an image call (under an [`ImageCall`]), written by the closer
     /// when the gate is fenced and empty: the writer finds no reader and never waits.
     pub(super) image: RwLock<Option<Arc<dyn Image>>>,
     /// Calls of the image that go on, by their kinds.
@@ -135,13 +135,13 @@ pub(super) struct Work {
 }
 
 /// The right to be inside one image call. While one lives, the image is not closed.
-pub(super) struct Pass<'a> {
+pub(super) struct ImageCall<'a> {
     lease: &'a Arc<Lease>,
     image: Option<RwLockReadGuard<'a, Option<Arc<dyn Image>>>>,
     kind: Kind,
 }
 
-impl Pass<'_> {
+impl ImageCall<'_> {
     pub(super) fn image(&self) -> &dyn Image {
         let held = self.image.as_ref().and_then(|guard| guard.as_ref());
         &**held.expect(
@@ -150,7 +150,7 @@ impl Pass<'_> {
     }
 }
 
-impl Drop for Pass<'_> {
+impl Drop for ImageCall<'_> {
     fn drop(&mut self) {
         // Before the count: whoever sees the gate empty must find the lock free.
         self.image = None;
@@ -206,7 +206,7 @@ impl Lease {
     }
 
     /// Begins an image call, or says that none may begin any more. Also those wait that answer from memory, when the kernel has to ask the disk first.
-    pub(super) fn begin(self: &Arc<Lease>, kind: Kind) -> Option<Pass<'_>> {
+    pub(super) fn begin(self: &Arc<Lease>, kind: Kind) -> Option<ImageCall<'_>> {
         if !self.gate.enter() {
             return None;
         }
@@ -215,7 +215,7 @@ impl Lease {
             .image
             .read()
             .unwrap_or_else(std::sync::PoisonError::into_inner);
-        Some(Pass {
+        Some(ImageCall {
             lease: self,
             image: Some(image),
             kind,

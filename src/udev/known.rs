@@ -11,7 +11,7 @@ use crate::identity::Identity;
 const DOUBT_PAUSE_MAX: Duration = Duration::from_secs(1);
 
 /// What was last read of a disk.
-pub struct Known {
+pub struct ReadDisk {
     pub facts: DiskFacts,
     pub name: String,
     /// Where a SCSI disk is, `HOST:CHANNEL:TARGET:LUN`.

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use super::attributes::{self, Depth, Disk, Found};
 use super::counters::count;
-use super::known::{Doubt, Known};
+use super::known::{Doubt, ReadDisk};
 use super::scsi;
 use super::shared::lock;
 use super::slots::{Start, Why};
@@ -208,7 +208,7 @@ impl Watch {
         let Some(identities) = facts.identities.read() else {
             return Ok(());
         };
-        let same = |known: &Known| {
+        let same = |known: &ReadDisk| {
             let others = known.facts.identities.read();
             others.is_some_and(|others| !others.is_disjoint(identities))
         };
@@ -296,7 +296,7 @@ impl Watch {
         let held_before = before.map(|known| known.facts.holders.clone());
         let facts = facts(disk, autoclear_at_first);
         doubt.open &= mark < doubt.since || facts.identities.read().is_none();
-        let known = Known {
+        let known = ReadDisk {
             facts: facts.clone(),
             name,
             address,
@@ -314,9 +314,15 @@ impl Watch {
     /// sends `add` before a map has a table, `change` when it is resumed, and `remove`, each of the map alone (Linux
     /// `drivers/md/dm-ioctl.c`, `do_resume`). `change` comes before a table that was replaced lets its disks go; udev's event
     /// of it comes after.
-    fn reread_stack(&mut self, number: DeviceNumber, disk: &Known, held_before: Option<&[Holder]>) {
-        let holds = |above: &Known, name: &str| above.slaves.iter().any(|slave| slave == name);
-        let held = |below: &Known, name: &str| below.facts.holders.iter().any(|h| h.name == name);
+    fn reread_stack(
+        &mut self,
+        number: DeviceNumber,
+        disk: &ReadDisk,
+        held_before: Option<&[Holder]>,
+    ) {
+        let holds = |above: &ReadDisk, name: &str| above.slaves.iter().any(|slave| slave == name);
+        let held =
+            |below: &ReadDisk, name: &str| below.facts.holders.iter().any(|h| h.name == name);
         let mut agreed = true;
         for (other, known) in &self.known {
             if *other == number {
@@ -337,7 +343,7 @@ impl Watch {
 
     /// The disk, or that incarnation of it, is gone.
     pub(super) fn forget(&mut self, number: DeviceNumber, diskseq: Option<DiskSeq>) {
-        let is_other = |known: &Known| diskseq.is_some_and(|seq| seq != known.facts.diskseq);
+        let is_other = |known: &ReadDisk| diskseq.is_some_and(|seq| seq != known.facts.diskseq);
         if self.known.get(&number).is_some_and(is_other) {
             return;
         }
@@ -356,13 +362,13 @@ impl Watch {
 }
 
 /// Something holds the disk of which nothing is known: it is gone, or was not read yet.
-fn is_held_by_a_stranger(known: &HashSet<&str>, disk: &Known) -> bool {
+fn is_held_by_a_stranger(known: &HashSet<&str>, disk: &ReadDisk) -> bool {
     let mut holders = disk.facts.holders.iter();
     holders.any(|holder| !known.contains(holder.name.as_str()))
 }
 
 /// Made once for all disks: a thousand volumes of four paths each are asked of at each removal.
-fn names(known: &BTreeMap<DeviceNumber, Known>) -> HashSet<&str> {
+fn names(known: &BTreeMap<DeviceNumber, ReadDisk>) -> HashSet<&str> {
     known.values().map(|disk| disk.name.as_str()).collect()
 }
 

@@ -21,7 +21,7 @@ use tokio::time::MissedTickBehavior;
 use super::attributes::Found;
 use super::counters::count;
 use super::kernel_socket::{KernelSocket, Received};
-use super::known::Known;
+use super::known::ReadDisk;
 use super::shared::{Shared, lock};
 use super::slots::{Slots, Why};
 use super::udev_socket::{Told, UdevSocket};
@@ -94,7 +94,7 @@ pub struct Watch {
     pub(super) shared: Arc<Shared>,
     pub(super) slots: Slots,
     pub(super) tasks: JoinSet<Done>,
-    pub(super) known: BTreeMap<DeviceNumber, Known>,
+    pub(super) known: BTreeMap<DeviceNumber, ReadDisk>,
     /// What slow disks have answered, until it is confirmed that they are still there.
     pub(super) late: BTreeMap<DeviceNumber, (DiskSeq, Attributes)>,
     /// Disks whose failed read was logged.

@@ -7,7 +7,7 @@ use std::path::Path;
 use serde_json::json;
 
 use super::show::{print, print_json};
-use super::table::Look;
+use super::table::TableStyle;
 use super::{Failure, bus_policy, check, take_over};
 use crate::dbus::Bus;
 use crate::dbus::client::{Client, ClientError};
@@ -74,7 +74,7 @@ pub async fn doctor(bus: &Bus, config: Option<&Path>, as_json: bool) -> Result<(
             .collect();
         print_json(&json!(list))?;
     } else {
-        let look = Look::of_stdout();
+        let look = TableStyle::of_stdout();
         let lines: String = findings.iter().map(|finding| line(finding, look)).collect();
         print(&lines)?;
     }
@@ -84,7 +84,7 @@ pub async fn doctor(bus: &Bus, config: Option<&Path>, as_json: bool) -> Result<(
     Ok(())
 }
 
-fn line(finding: &Finding, look: Look) -> String {
+fn line(finding: &Finding, look: TableStyle) -> String {
     let (mark, code) = match finding.verdict {
         Verdict::Good => ("good", "32"),
         Verdict::Warning => ("note", "33"),

@@ -4,7 +4,7 @@ use super::Failure;
 use super::machine::Machine;
 use super::place::Place;
 use crate::cli::show::{print, print_json};
-use crate::cli::table::{Look, lay_out};
+use crate::cli::table::{TableStyle, lay_out};
 use crate::config::nbd_server::{Backing, Judged};
 use crate::daemon;
 
@@ -76,6 +76,6 @@ impl Plan {
         print(&(self.steps.join("\n") + "\n"))?;
         let header = ["EXPORT", "NAMES", "THE DISK THERE", "SERIAL", "BYTES"];
         let rows: Vec<Vec<String>> = self.volumes.iter().map(|row| row.to_vec()).collect();
-        Ok(print(&lay_out(&header, &rows, Look::of_stdout()))?)
+        Ok(print(&lay_out(&header, &rows, TableStyle::of_stdout()))?)
     }
 }

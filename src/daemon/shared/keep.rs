@@ -7,10 +7,10 @@ use super::table::{Link, SharedTable, touch};
 use crate::correlation::{Change, Unkept, VmDisk};
 use crate::mapping::DatabaseError;
 use crate::mapping::basis::{Basis, RowSaid};
-use crate::mapping::reconcile::Known;
+use crate::mapping::reconcile::KnownDisk;
 
 /// What is on its way from the shared table to the local store.
-pub(in crate::daemon) struct Kept(BTreeMap<VmDisk, Known>);
+pub(in crate::daemon) struct Kept(BTreeMap<VmDisk, KnownDisk>);
 
 impl SharedTable {
     /// Keeps a change of mappings in the shared table that a caller asks for, or a row that said this, before the local store has it
@@ -47,7 +47,7 @@ impl SharedTable {
     /// The table has taken these, or not.
     fn after_put(
         &mut self,
-        puts: BTreeMap<VmDisk, Known>,
+        puts: BTreeMap<VmDisk, KnownDisk>,
         done: Result<(), DatabaseError>,
     ) -> Result<Option<Kept>, Unkept> {
         match done {
@@ -75,14 +75,14 @@ impl SharedTable {
         ))
     }
 
-    fn puts(&self, changes: &[Change]) -> BTreeMap<VmDisk, Known> {
+    fn puts(&self, changes: &[Change]) -> BTreeMap<VmDisk, KnownDisk> {
         let known = |disk: &VmDisk| self.known.as_ref().and_then(|known| known.get(disk));
         let mut puts = BTreeMap::new();
         for change in changes {
             match change {
                 Change::PutMapping(mapping) => {
                     let here = known(&mapping.disk).filter(|here| here.active);
-                    let put = Known {
+                    let put = KnownDisk {
                         vm_name: mapping.vm_name.clone(),
                         active: true,
                         device_path: here.map_or_else(String::new, |here| here.device_path.clone()),
@@ -92,7 +92,7 @@ impl SharedTable {
                 }
                 Change::RetireMapping(disk) => {
                     let here = known(disk).cloned().unwrap_or_default();
-                    let put = Known {
+                    let put = KnownDisk {
                         active: false,
                         device_path: String::new(),
                         ..here
@@ -143,12 +143,12 @@ impl SharedTable {
 
     /// The local store could not keep what the table has: the table is to say what was before.
     pub async fn undo(&mut self, kept: Kept) {
-        let before: BTreeMap<VmDisk, Known> = kept
+        let before: BTreeMap<VmDisk, KnownDisk> = kept
             .0
             .into_iter()
             .map(|(disk, put)| {
                 let known = self.known.as_ref().and_then(|known| known.get(&disk));
-                let gone = Known {
+                let gone = KnownDisk {
                     active: false,
                     device_path: String::new(),
                     ..put
@@ -181,7 +181,7 @@ mod tests {
 
     use super::*;
     use crate::daemon::reports::Reports;
-    use crate::daemon::shared::table::Look;
+    use crate::daemon::shared::table::TableLook;
 
     /// A caller who is refused, and asks again and again, had each look say nothing of the row: what someone asked by it was never heard.
     #[tokio::test]
@@ -189,9 +189,9 @@ mod tests {
         let (reports, _reported) = Reports::new();
         let mut shared = SharedTable::of_nowhere(reports);
         let disk = VmDisk::new("vm", 0).unwrap();
-        let puts = BTreeMap::from([(disk.clone(), Known::default())]);
+        let puts = BTreeMap::from([(disk.clone(), KnownDisk::default())]);
         let begin = |shared: &mut SharedTable| {
-            shared.looking = Some(Look {
+            shared.looking = Some(TableLook {
                 number: 1,
                 began_us: 1,
                 touched: BTreeSet::new(),

@@ -10,7 +10,7 @@ use tokio::time::{Instant, timeout};
 use super::looks::{Ask, Looked};
 use super::row_asks::{RowAsks, RowDemand};
 use super::row_paths::{Earliest, PathSaid, earliest};
-use super::table::{ASKS_MAX, Look, Refused, SharedTable, Told};
+use super::table::{ASKS_MAX, Refused, SharedTable, TableLook, Told};
 use super::writes::Following;
 use crate::correlation::{MappingRow, PathFound, RequestError, VmDisk, WAITING};
 use crate::daemon::reports::Report;
@@ -38,7 +38,7 @@ impl SharedTable {
         }
         self.looks += 1;
         let number = self.looks;
-        self.looking = Some(Look {
+        self.looking = Some(TableLook {
             number,
             began_us: now_us(),
             touched: BTreeSet::new(),
@@ -280,7 +280,7 @@ mod tests {
     use super::*;
     use crate::daemon::reports::Reports;
     use crate::daemon::shared::looks::KnownDisks;
-    use crate::mapping::reconcile::{Beside, Known, Values, judge};
+    use crate::mapping::reconcile::{Beside, KnownDisk, Values, judge};
 
     fn disk(unit: u32) -> VmDisk {
         VmDisk::new("vm", unit).unwrap()
@@ -306,8 +306,8 @@ mod tests {
         }
     }
 
-    fn look(touched: &[u32]) -> Look {
-        Look {
+    fn look(touched: &[u32]) -> TableLook {
+        TableLook {
             number: 1,
             began_us: 7,
             touched: touched.iter().map(|unit| disk(*unit)).collect(),
@@ -317,7 +317,7 @@ mod tests {
     }
 
     /// A look that found this, to its end.
-    async fn follow(shared: &mut SharedTable, look: Look, looked: Looked, store: &Store) {
+    async fn follow(shared: &mut SharedTable, look: TableLook, looked: Looked, store: &Store) {
         shared.looking = Some(look);
         shared.on_looked(1, Ok(looked));
         shared.write_some(store).await;
@@ -352,10 +352,10 @@ mod tests {
         let store = Store::open(folder.path()).await.unwrap();
         let (reports, mut reported) = Reports::new();
         let mut shared = SharedTable::of_nowhere(reports);
-        let here = Known {
+        let here = KnownDisk {
             active: true,
             kept: true,
-            ..Known::default()
+            ..KnownDisk::default()
         };
         let known: BTreeMap<_, _> = [0, 1, 2].map(|unit| (disk(unit), here.clone())).into();
         let judgement = judge("one", true, &known, &[row(0), row(1)]);

@@ -14,7 +14,7 @@ use super::row_paths::PathSaid;
 use super::table::Told;
 use crate::correlation::VmDisk;
 use crate::daemon::aside::weigh_little;
-use crate::mapping::reconcile::{self, Judgement, Known, SeenRow};
+use crate::mapping::reconcile::{self, Judgement, KnownDisk, SeenRow};
 use crate::mapping::{Address, DatabaseError, Sum, TableReader};
 
 /// However the sum of the table is, its rows are read and judged this often.
@@ -23,31 +23,31 @@ const READ_EVERY: Duration = Duration::from_secs(60);
 /// What is known here of VMs' disks. A change while a look compares it makes a copy of all, some milliseconds once a look.
 #[derive(Debug, Clone, Default)]
 pub(in crate::daemon) struct KnownDisks {
-    all: Arc<BTreeMap<VmDisk, Known>>,
+    all: Arc<BTreeMap<VmDisk, KnownDisk>>,
     /// Another one with each change.
     version: u64,
 }
 
 impl KnownDisks {
-    pub fn of(all: BTreeMap<VmDisk, Known>) -> KnownDisks {
+    pub fn of(all: BTreeMap<VmDisk, KnownDisk>) -> KnownDisks {
         KnownDisks {
             all: Arc::new(all),
             version: 0,
         }
     }
 
-    pub fn get(&self, disk: &VmDisk) -> Option<&Known> {
+    pub fn get(&self, disk: &VmDisk) -> Option<&KnownDisk> {
         self.all.get(disk)
     }
 
-    pub fn edit(&mut self) -> &mut BTreeMap<VmDisk, Known> {
+    pub fn edit(&mut self) -> &mut BTreeMap<VmDisk, KnownDisk> {
         self.version += 1;
         Arc::make_mut(&mut self.all)
     }
 
     /// The disk of an active one is at `node` now.
     pub fn moved(&mut self, disk: &VmDisk, node: &str) {
-        let moves = |here: &Known| here.active && here.device_path != node;
+        let moves = |here: &KnownDisk| here.active && here.device_path != node;
         if self.get(disk).is_some_and(moves)
             && let Some(here) = self.edit().get_mut(disk)
         {
@@ -234,7 +234,7 @@ mod tests {
     #[test]
     fn a_change_of_what_is_known_is_another_version_and_leaves_a_copy_as_it_was() {
         let disk = VmDisk::new("vm", 0).unwrap();
-        let mut known = KnownDisks::of(BTreeMap::from([(disk.clone(), Known::default())]));
+        let mut known = KnownDisks::of(BTreeMap::from([(disk.clone(), KnownDisk::default())]));
         let copy = known.clone();
         assert_eq!(copy.version, known.version);
         known.edit().remove(&disk);

@@ -64,7 +64,7 @@ pub(in crate::daemon) enum Link {
 }
 
 /// A look at the table that goes on.
-pub(in crate::daemon) struct Look {
+pub(in crate::daemon) struct TableLook {
     /// Its answer has the same.
     pub number: u64,
     /// When it began, by this machine's clock, in microseconds since 1970.
@@ -100,7 +100,7 @@ pub(in crate::daemon) struct SharedTable {
     pub(in crate::daemon) link: Link,
     /// While the table is reached.
     pub(in crate::daemon) reader: Option<TableLooks>,
-    pub(in crate::daemon) looking: Option<Look>,
+    pub(in crate::daemon) looking: Option<TableLook>,
     pub(in crate::daemon) looks: u64,
     pub(in crate::daemon) why: String,
     wait: Duration,
@@ -292,7 +292,7 @@ async fn connect(
 
 /// A look that goes on may have read these rows as they were before, or after.
 pub(in crate::daemon) fn touch<'a>(
-    looking: &mut Option<Look>,
+    looking: &mut Option<TableLook>,
     disks: impl IntoIterator<Item = &'a VmDisk>,
 ) {
     if let Some(look) = looking {

@@ -8,7 +8,7 @@ use super::row_asks::RowDemand;
 use super::row_paths::PathSaid;
 use super::table::{Link, SharedTable, touch};
 use crate::correlation::{MappingState, VmDisk};
-use crate::mapping::reconcile::{Demand, Known, SeenRow, Step, Values};
+use crate::mapping::reconcile::{Demand, KnownDisk, SeenRow, Step, Values};
 use crate::mapping::{DatabaseError, Store};
 
 /// Rows of one batch at most; a server that is slow writes fewer of them before the batch ends ([`crate::mapping::BATCH_FOR`]). An order that
@@ -134,7 +134,7 @@ impl SharedTable {
         let is_due = |disk: &VmDisk| known.get(disk).is_some() && !look.touched.contains(disk);
         following.puts.retain(|disk, _| is_due(disk));
         let first = following.puts.keys().take(count);
-        let puts: BTreeMap<VmDisk, Known> = first
+        let puts: BTreeMap<VmDisk, KnownDisk> = first
             .filter_map(|disk| Some((disk.clone(), known.get(disk)?.clone())))
             .collect();
         if puts.is_empty() {
@@ -247,7 +247,7 @@ mod tests {
                 volume: String::new(),
             }),
         };
-        let here = Known {
+        let here = KnownDisk {
             vm_name: "web".to_owned(),
             active: true,
             device_path: "/dev/vdc".to_owned(),

@@ -132,7 +132,7 @@ impl Core {
         Ok(self.let_go(writer)?)
     }
 
-    /// Lowers the counts of what was given up, as far as no older pass is under way.
+    /// Lowers the counts of what was given up, as far as no older call is under way.
     fn let_go(&self, writer: &mut Writer) -> io::Result<()> {
         if writer.leaving.len() >= LEAVING_MAX {
             let runs = std::mem::take(&mut writer.given_up).len();
@@ -142,16 +142,16 @@ impl Core {
             );
         }
         if !writer.given_up.is_empty() {
-            let mut pass = self.pass.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut mark = self.mark.lock().unwrap_or_else(PoisonError::into_inner);
             // Who looks up from here on finds none of them.
-            let older = std::mem::take(&mut *pass);
-            drop(pass);
+            let older = std::mem::take(&mut *mark);
+            drop(mark);
             let runs = std::mem::take(&mut writer.given_up);
             writer.leaving.push_back((older, runs));
         }
-        // The first in the row is the oldest: whoever could read a later one holds it too, or a pass of its own further on.
-        while let Some((pass, _)) = writer.leaving.front()
-            && std::sync::Arc::strong_count(pass) == 1
+        // The first in the row is the oldest: whoever could read a later one holds it too, or one of its own further on.
+        while let Some((mark, _)) = writer.leaving.front()
+            && std::sync::Arc::strong_count(mark) == 1
         {
             let Some((_, runs)) = writer.leaving.pop_front() else {
                 break;
@@ -290,7 +290,7 @@ mod tests {
         core.write(0, &[7; 1 << 16], &durable).unwrap();
         core.commit().unwrap();
         let old = core.entry(0).unwrap();
-        let hangs = core.pass();
+        let hangs = core.mark_call();
         for _ in 0..LEAVING_MAX + 8 {
             let emptied = core.empty(0, 0, Emptying::Unallocated, &durable);
             assert!(emptied.unwrap());

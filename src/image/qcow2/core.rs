@@ -1,7 +1,7 @@
 //! One opened image: what it maps where, and reading it. EDGE.
 //!
 //! A reader looks a cluster up and then reads its bytes; between the two a writer can have given the cluster up. So each call holds
-//! a [`Pass`] for as long as it goes, and a cluster that was given up is used for nothing else until every pass that is older than that
+//! a [`CallMark`] for as long as it goes, and a cluster that was given up is used for nothing else until every mark that is older than that
 //! has ended (see `write`). No reader ever gets another cluster's bytes.
 
 use std::fs::File;
@@ -17,7 +17,7 @@ use super::entry::{Cluster, Damaged, Unit};
 use super::header::{HEADER_BYTES_MAX, Header, Refusal};
 use super::inflate;
 use super::ranges::Ranges;
-use super::tables::{self, Look, Tables};
+use super::tables::{self, SliceLookup, Tables};
 use super::write::Writer;
 use crate::image::ahead::Streams;
 use crate::image::{Allocation, Depth, sys};
@@ -26,7 +26,7 @@ use crate::image::{Allocation, Depth, sys};
 const AHEAD_UNIT: u64 = 64 << 10;
 
 /// Held by every call while it goes.
-pub(super) type Pass = Arc<()>;
+pub(super) type CallMark = Arc<()>;
 
 /// An image of this process; shared by all exports of its file.
 pub(crate) struct Core {
@@ -49,8 +49,8 @@ pub(crate) struct Core {
     pub(super) writer: OnceLock<Mutex<Writer>>,
     /// Set with `writing`: what no guest's cluster may be.
     pub(super) places: OnceLock<Places>,
-    /// Of new passes. Held for a clone.
-    pub(super) pass: Mutex<Pass>,
+    /// Of new calls. Held for a clone.
+    pub(super) mark: Mutex<CallMark>,
     /// Guest ranges whose mapping is being changed.
     pub(super) ranges: Ranges,
     /// Bytes of the file that clusters may lie in; only grows.
@@ -135,7 +135,7 @@ impl Core {
             streams: Streams::default(),
             writer: OnceLock::new(),
             places: OnceLock::new(),
-            pass: Mutex::default(),
+            mark: Mutex::default(),
             ranges: Ranges::default(),
             end: AtomicU64::new(file_bytes),
             broken: AtomicBool::new(false),
@@ -152,13 +152,13 @@ impl Core {
         self.data.as_ref().unwrap_or_else(|| self.file())
     }
 
-    pub(super) fn pass(&self) -> Pass {
-        Arc::clone(&self.pass.lock().unwrap_or_else(PoisonError::into_inner))
+    pub(super) fn mark_call(&self) -> CallMark {
+        Arc::clone(&self.mark.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Fills `buf` from byte `at` on; all of it lies in the image.
     pub(super) fn read(&self, mut at: u64, mut buf: &mut [u8]) -> io::Result<()> {
-        let _pass = self.pass();
+        let _mark = self.mark_call();
         while !buf.is_empty() {
             let Some(run) = self.run(at, buf.len() as u64, true)? else {
                 return Err(damaged());
@@ -193,7 +193,7 @@ impl Core {
 
     /// As `read`, but only from memory; false when that does not have all of it.
     pub(super) fn read_nowait(&self, mut at: u64, mut buf: &mut [u8]) -> io::Result<bool> {
-        let _pass = self.pass();
+        let _mark = self.mark_call();
         while !buf.is_empty() {
             let Some(run) = self.run(at, buf.len() as u64, false)? else {
                 return Ok(false);
@@ -229,7 +229,7 @@ impl Core {
     /// Whether all of the bytes from `at` on are data in clusters that nothing else refers to, by what of the mapping is in memory: a write goes there, and
     /// changes nothing else.
     pub(super) fn is_in_place(&self, mut at: u64, len: u64) -> bool {
-        let _pass = self.pass();
+        let _mark = self.mark_call();
         let end = at + len;
         while at < end {
             match self.run(at, end - at, false) {
@@ -255,15 +255,15 @@ impl Core {
         let slice_end = ((first / per_slice + 1) * per_slice) << header.cluster_bits;
         let end = (at + len).min(slice_end);
         let slice = match self.tables.slice(self.file(), header, first, wait)? {
-            Look::Here(slice) => slice,
-            Look::NoTable => {
+            SliceLookup::Here(slice) => slice,
+            SliceLookup::NoTable => {
                 // All that the table would be of.
                 let bits = header.l2_bits();
                 let table_end = ((first >> bits) + 1) << (bits + header.cluster_bits);
                 let (what, bytes) = (What::Beneath, table_end.min(at + len) - at);
                 return Ok(Some(Run { what, bytes }));
             }
-            Look::WouldWait => return Ok(None),
+            SliceLookup::WouldWait => return Ok(None),
         };
         let entries = slice.read();
         let mut found: Option<Run> = None;
@@ -363,7 +363,7 @@ impl Core {
 
     /// What is allocated from `at` on: the bytes that are alike, at most `len`.
     pub(super) fn allocated(&self, at: u64, len: u64) -> io::Result<Allocation> {
-        let _pass = self.pass();
+        let _mark = self.mark_call();
         let Some(run) = self.run(at, len, true)? else {
             return Err(damaged());
         };
@@ -382,7 +382,7 @@ impl Core {
     /// From which layer the bytes from `at` on come: those that are alike, at most `len`. What lies behind the end of a layer counts as its own
     /// (QEMU `block/io.c`, `bdrv_co_common_block_status_above`).
     pub(super) fn depth(&self, at: u64, len: u64) -> io::Result<Depth> {
-        let _pass = self.pass();
+        let _mark = self.mark_call();
         let Some(run) = self.run(at, len, true)? else {
             return Err(damaged());
         };

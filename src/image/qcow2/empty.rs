@@ -25,7 +25,7 @@ impl Core {
         how: Emptying,
         durable: &Durable,
     ) -> io::Result<bool> {
-        let _pass = self.pass();
+        let _mark = self.mark_call();
         let bits = self.header.cluster_bits;
         let mut next = first;
         while next <= last {

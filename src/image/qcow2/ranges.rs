@@ -12,14 +12,14 @@ pub(super) struct Ranges {
 }
 
 /// A range that is taken, until this is dropped.
-pub(super) struct Taken<'a> {
+pub(super) struct TakenRange<'a> {
     ranges: &'a Ranges,
     range: (u64, u64),
 }
 
 impl Ranges {
     /// Waits until no one else has any of the clusters `first..=last`. Who holds one must not take another.
-    pub fn take(&self, first: u64, last: u64) -> Taken<'_> {
+    pub fn take(&self, first: u64, last: u64) -> TakenRange<'_> {
         let mut taken = self.lock();
         while taken.iter().any(|(from, to)| first <= *to && *from <= last) {
             taken = self
@@ -29,7 +29,7 @@ impl Ranges {
         }
         let range = (first, last);
         taken.push(range);
-        Taken {
+        TakenRange {
             ranges: self,
             range,
         }
@@ -41,7 +41,7 @@ impl Ranges {
     }
 }
 
-impl Drop for Taken<'_> {
+impl Drop for TakenRange<'_> {
     fn drop(&mut self) {
         let mut taken = self.ranges.lock();
         if let Some(at) = taken.iter().position(|range| *range == self.range) {

@@ -42,7 +42,7 @@ impl Slice {
 }
 
 /// Where the slice of a cluster is to be had.
-pub(super) enum Look {
+pub(super) enum SliceLookup {
     Here(Arc<Slice>),
     /// There is no L2 table: nothing is allocated.
     NoTable,
@@ -102,24 +102,24 @@ impl Tables {
         header: &Header,
         cluster: u64,
         wait: bool,
-    ) -> io::Result<Look> {
+    ) -> io::Result<SliceLookup> {
         let number = cluster >> bits(header);
         if let Some(slice) = self.known(number) {
-            return Ok(Look::Here(slice));
+            return Ok(SliceLookup::Here(slice));
         }
         if self.table(header, cluster)?.is_none() {
-            return Ok(Look::NoTable);
+            return Ok(SliceLookup::NoTable);
         }
         if !wait {
-            return Ok(Look::WouldWait);
+            return Ok(SliceLookup::WouldWait);
         }
         let mut hand = self.loading.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(slice) = self.known(number) {
-            return Ok(Look::Here(slice));
+            return Ok(SliceLookup::Here(slice));
         }
         // Read again under the lock: see above.
         let Some(table) = self.table(header, cluster)? else {
-            return Ok(Look::NoTable);
+            return Ok(SliceLookup::NoTable);
         };
         let mut buf = vec![0; usize::try_from(bytes(header)).map_err(io::Error::other)?];
         file.read_exact_at(&mut buf, table.host + offset(header, number))?;
@@ -133,7 +133,7 @@ impl Tables {
             drop_one(&mut slices, &mut hand);
         }
         slices.insert(number, Arc::clone(&slice));
-        Ok(Look::Here(slice))
+        Ok(SliceLookup::Here(slice))
     }
 
     fn known(&self, number: u64) -> Option<Arc<Slice>> {
@@ -203,7 +203,7 @@ impl Tables {
     ) -> io::Result<u64> {
         let number = cluster >> bits(header);
         loop {
-            if let Look::NoTable = self.slice(file, header, cluster, true)? {
+            if let SliceLookup::NoTable = self.slice(file, header, cluster, true)? {
                 return Err(damaged());
             }
             // Under this lock no slice is dropped: what is changed is what others find.

@@ -11,7 +11,7 @@ use std::sync::MutexGuard;
 use std::sync::atomic::Ordering;
 
 use super::clusters::{Clusters, Contents, Given};
-use super::core::{Core, Pass, Run, What};
+use super::core::{CallMark, Core, Run, What};
 use super::entry::{Cluster, Damaged, Entry};
 use super::refs::Refs;
 use super::{damaged, write_zeroes};
@@ -30,8 +30,8 @@ pub(super) struct Writer {
     pub dirty_l1: BTreeSet<u64>,
     /// Given up in memory; in the file something may still refer to them.
     pub given_up: Vec<Clusters>,
-    /// Given up in the file too; older passes may still read them.
-    pub leaving: std::collections::VecDeque<(Pass, Vec<Clusters>)>,
+    /// Given up in the file too; older calls may still read them.
+    pub leaving: std::collections::VecDeque<(CallMark, Vec<Clusters>)>,
 }
 
 impl Writer {
@@ -77,7 +77,7 @@ impl Core {
 
     /// Writes `buf` at byte `at`; all of it lies in the image.
     pub(super) fn write(&self, mut at: u64, mut buf: &[u8], durable: &Durable) -> io::Result<()> {
-        let _pass = self.pass();
+        let _mark = self.mark_call();
         while !buf.is_empty() {
             let Some(run) = self.run(at, buf.len() as u64, true)? else {
                 return Err(damaged());
@@ -136,14 +136,14 @@ impl Core {
     }
 
     pub(super) fn entry(&self, cluster: u64) -> io::Result<Entry> {
-        use super::tables::{Look, index};
+        use super::tables::{SliceLookup, index};
         match self
             .tables
             .slice(self.file(), &self.header, cluster, true)?
         {
-            Look::Here(slice) => Ok(slice.read()[index(&self.header, cluster)]),
-            Look::NoTable => Ok(Entry::default()),
-            Look::WouldWait => Err(damaged()),
+            SliceLookup::Here(slice) => Ok(slice.read()[index(&self.header, cluster)]),
+            SliceLookup::NoTable => Ok(Entry::default()),
+            SliceLookup::WouldWait => Err(damaged()),
         }
     }
 
