@@ -13,6 +13,7 @@ use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use kernel::{Loop, backing_file, descriptors_of, loop_identity, run, wait_for};
@@ -340,12 +341,18 @@ fn a_disk_that_we_are_just_closing_is_opened_again_and_not_busy() {
     let dirty = vec![3; 8 << 20];
     for round in 0..30 {
         let block = try_open(&order, &claims).unwrap();
+        assert_eq!(descriptors_of(&disk.node()), 1);
         let at = Extent::checked(0, 8 << 20, block.size()).unwrap();
         // The last close writes this out, which takes a while.
         block.write(at, &dirty, Durability::ByFlush).unwrap();
         std::thread::scope(|scope| {
             scope.spawn(|| drop(block));
-            std::thread::sleep(Duration::from_micros(100 * round));
+            // A close takes the descriptor away first, and what it writes out then is of the disk alone.
+            let began = Instant::now();
+            while descriptors_of(&disk.node()) > 0 {
+                assert!(began.elapsed() < Duration::from_secs(5), "round {round}");
+                std::thread::yield_now();
+            }
             let again = try_open(&order, &claims);
             assert!(again.is_ok(), "round {round}: {}", error(again));
         });
@@ -370,13 +377,15 @@ fn behind_an_open_that_hangs_no_thread_waits_past_its_deadline_and_no_other_disk
     let claims = Claims::default();
     let (answer, asked) = std::sync::mpsc::channel::<()>();
     let asked = std::sync::Mutex::new(asked);
+    let hangs = AtomicBool::new(false);
     let silent = |number| {
+        hangs.store(true, Ordering::SeqCst);
         let _ended = asked.lock().unwrap().recv();
         identities(number)
     };
     std::thread::scope(|scope| {
         let first = scope.spawn(|| open(&hung_order, &silent, &claims).map(|block| block.size()));
-        std::thread::sleep(Duration::from_millis(50));
+        wait_for("the first open to hang", || hangs.load(Ordering::SeqCst));
         for _ in 0..100 {
             let began = Instant::now();
             let refused = error(try_open(&hung_order, &claims));
