@@ -12,11 +12,10 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use kernel::{Loop, backing_file, loop_identity};
-use nbdtrack::correlation::{ExportName, OpenDisk, Ticket};
-use nbdtrack::image::block::{Block, Claims, open};
+use kernel::{Loop, backing_file, open_disk};
+use nbdtrack::correlation::OpenDisk;
+use nbdtrack::image::block::Block;
 use nbdtrack::image::{Durability, Extent, Image, NoWait, Span, ZeroFlags};
-use nbdtrack::udev::read_identities;
 
 const SIZE: u64 = 16 << 20;
 
@@ -40,18 +39,10 @@ fn opened_as(minor: u32, dir: tempfile::TempDir, direct: bool) -> Opened {
     let file = backing_file(dir.path(), "a", SIZE);
     let disk = Loop::make(minor);
     let order = OpenDisk {
-        ticket: Ticket(1),
-        export: ExportName::parse("a").unwrap(),
-        node: disk.node(),
-        number: disk.number(),
-        diskseq: disk.attach(&file),
-        identity: loop_identity(&file),
-        write: true,
         direct,
-        within: Duration::from_secs(10),
+        ..disk.order(disk.attach(&file), &file)
     };
-    let reader = |number| read_identities(Path::new("/sys"), number);
-    let block = open(&order, &reader, &Claims::default()).unwrap();
+    let block = open_disk(&order);
     Opened {
         block,
         _disk: disk,

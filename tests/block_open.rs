@@ -16,9 +16,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use kernel::{Loop, backing_file, descriptors_of, loop_identity, run, wait_for};
+use kernel::{Loop, backing_file, descriptors_of, run, wait_for};
 use nbdtrack::correlation::{
-    DeviceNumber, DiskSeq, EndHow, ExportName, Generation, LeaseEnd, OpenDisk, OpenRefusal, Ticket,
+    DeviceNumber, DiskSeq, EndHow, ExportName, Generation, LeaseEnd, OpenDisk, OpenRefusal,
 };
 use nbdtrack::identity::Identity;
 use nbdtrack::image::beneath::Roots;
@@ -26,20 +26,6 @@ use nbdtrack::image::block::{Block, Claims, OpenError, open};
 use nbdtrack::image::{Durability, Extent, Image, raw};
 use nbdtrack::nbd::{Door, Limits};
 use nbdtrack::udev::read_identities;
-
-fn order(disk: &Loop, diskseq: DiskSeq, file: &Path) -> OpenDisk {
-    OpenDisk {
-        ticket: Ticket(1),
-        export: ExportName::parse("a").unwrap(),
-        node: disk.node(),
-        number: disk.number(),
-        diskseq,
-        identity: loop_identity(file),
-        write: true,
-        direct: false,
-        within: Duration::from_secs(10),
-    }
-}
 
 fn identities(number: DeviceNumber) -> io::Result<(DiskSeq, std::collections::BTreeSet<Identity>)> {
     read_identities(Path::new("/sys"), number)
@@ -63,7 +49,7 @@ fn the_announced_disk_is_opened_with_its_size() {
     let disk = Loop::make(220);
     let seq = disk.attach(&file);
     let claims = Claims::default();
-    let block = try_open(&order(&disk, seq, &file), &claims).unwrap();
+    let block = try_open(&disk.order(seq, &file), &claims).unwrap();
     assert_eq!(block.size(), 8 << 20);
     assert!(!block.read_only());
     assert_eq!(block.block_sizes().min, 1);
@@ -81,14 +67,14 @@ fn another_disk_under_the_same_node_is_refused() {
     disk.detach().unwrap();
     wait_for("the detach", || !disk.attached());
     let claims = Claims::default();
-    let gone = error(try_open(&order(&disk, announced, &a), &claims));
+    let gone = error(try_open(&disk.order(announced, &a), &claims));
     assert!(
         matches!(gone, OpenError::DiskChanged { .. } | OpenError::Gone { .. }),
         "{gone}"
     );
 
     let now = disk.attach(&b);
-    let refused = error(try_open(&order(&disk, announced, &a), &claims));
+    let refused = error(try_open(&disk.order(announced, &a), &claims));
     assert!(
         matches!(refused, OpenError::DiskChanged { found, .. } if found == now),
         "{refused}"
@@ -96,7 +82,7 @@ fn another_disk_under_the_same_node_is_refused() {
     assert!(matches!(refused.into(), OpenRefusal::Changed(_)));
 
     // With the right number and the wrong volume.
-    let refused = error(try_open(&order(&disk, now, &a), &claims));
+    let refused = error(try_open(&disk.order(now, &a), &claims));
     assert!(
         matches!(refused, OpenError::OtherIdentity { .. }),
         "{refused}"
@@ -104,13 +90,13 @@ fn another_disk_under_the_same_node_is_refused() {
 
     // The identity reader saw another disk than the one that is open.
     let stale = |_| Ok((announced, kernel::one(&b)));
-    let refused = error(open(&order(&disk, now, &b), &stale, &claims));
+    let refused = error(open(&disk.order(now, &b), &stale, &claims));
     assert!(
         matches!(refused, OpenError::DiskChanged { .. }),
         "{refused}"
     );
     assert!(
-        try_open(&order(&disk, now, &b), &claims).is_ok(),
+        try_open(&disk.order(now, &b), &claims).is_ok(),
         "refusals keep nothing open"
     );
 }
@@ -120,7 +106,7 @@ fn a_name_that_is_no_such_device_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let file = backing_file(dir.path(), "a", 1 << 20);
     let disk = Loop::make(224);
-    let right = order(&disk, disk.attach(&file), &file);
+    let right = disk.order(disk.attach(&file), &file);
     let claims = Claims::default();
     let with_node = |node: &str| OpenDisk {
         node: nbdtrack::correlation::DeviceNode(node.to_owned()),
@@ -156,7 +142,7 @@ fn a_disk_that_someone_holds_is_busy_and_says_who() {
     let dir = tempfile::tempdir().unwrap();
     let file = backing_file(dir.path(), "a", 16 << 20);
     let disk = Loop::make(224);
-    let order = order(&disk, disk.attach(&file), &file);
+    let order = disk.order(disk.attach(&file), &file);
     let claims = Claims::default();
 
     let holder = OpenOptions::new()
@@ -196,7 +182,7 @@ fn exports_of_one_disk_share_its_claim_and_its_writes() {
     let dir = tempfile::tempdir().unwrap();
     let file = backing_file(dir.path(), "a", 1 << 20);
     let disk = Loop::make(228);
-    let writing = order(&disk, disk.attach(&file), &file);
+    let writing = disk.order(disk.attach(&file), &file);
     let reading = OpenDisk {
         write: false,
         ..writing.clone()
@@ -286,7 +272,7 @@ fn a_read_only_disk_is_opened_read_only_and_says_so() {
     let disk = Loop::make(228);
     let seq = disk.attach_read_only(&file);
     let claims = Claims::default();
-    let block = try_open(&order(&disk, seq, &file), &claims).unwrap();
+    let block = try_open(&disk.order(seq, &file), &claims).unwrap();
     assert!(block.read_only());
     assert!(!block.can_discard());
 }
@@ -298,7 +284,7 @@ fn a_detach_waits_for_us_and_comes_promptly_when_we_close() {
     let disk = Loop::make(232);
     let seq = disk.attach(&file);
     let claims = Claims::default();
-    let block = try_open(&order(&disk, seq, &file), &claims).unwrap();
+    let block = try_open(&disk.order(seq, &file), &claims).unwrap();
     disk.detach().unwrap();
     assert!(disk.attached(), "the loop driver waits for the last close");
     let at = Extent::checked(0, 512, block.size()).unwrap();
@@ -307,7 +293,7 @@ fn a_detach_waits_for_us_and_comes_promptly_when_we_close() {
     drop(block);
     wait_for("the detach", || !disk.attached());
     assert!(closing.elapsed() < Duration::from_secs(1));
-    let gone = error(try_open(&order(&disk, seq, &file), &claims));
+    let gone = error(try_open(&disk.order(seq, &file), &claims));
     assert!(matches!(OpenRefusal::from(gone), OpenRefusal::Changed(_)));
 }
 
@@ -319,8 +305,8 @@ fn a_thousand_opens_leave_no_descriptor() {
     let seq = disk.attach(&file);
     let claims = Claims::default();
     let (good, bad) = (
-        order(&disk, seq, &file),
-        order(&disk, DiskSeq(seq.0 + 1), &file),
+        disk.order(seq, &file),
+        disk.order(DiskSeq(seq.0 + 1), &file),
     );
     for _ in 0..1000 {
         drop(try_open(&good, &claims).unwrap());
@@ -336,7 +322,7 @@ fn a_disk_that_we_are_just_closing_is_opened_again_and_not_busy() {
     let dir = tempfile::tempdir().unwrap();
     let file = backing_file(dir.path(), "a", 16 << 20);
     let disk = Loop::make(236);
-    let order = order(&disk, disk.attach(&file), &file);
+    let order = disk.order(disk.attach(&file), &file);
     let claims = Claims::default();
     let dirty = vec![3; 8 << 20];
     for round in 0..30 {
@@ -371,9 +357,9 @@ fn behind_an_open_that_hangs_no_thread_waits_past_its_deadline_and_no_other_disk
     let within = Duration::from_millis(200);
     let hung_order = OpenDisk {
         within,
-        ..order(&hung, hung.attach(&a), &a)
+        ..hung.order(hung.attach(&a), &a)
     };
-    let well_order = order(&well, well.attach(&b), &b);
+    let well_order = well.order(well.attach(&b), &b);
     let claims = Claims::default();
     let (answer, asked) = std::sync::mpsc::channel::<()>();
     let asked = std::sync::Mutex::new(asked);
@@ -417,7 +403,7 @@ fn a_loop_device_and_the_file_behind_it_are_not_both_written() {
     let writer = raw::open(&by_path, &roots, &one).unwrap();
     assert_eq!(one.intruder(by_path.diskseq), None);
     let disk = Loop::make(236);
-    let mut by_node = order(&disk, disk.attach(&file), &file);
+    let mut by_node = disk.order(disk.attach(&file), &file);
     let told = one.intruder(by_path.diskseq).unwrap();
     let name = format!("it backs loop{}", disk.minor);
     assert!(told.contains(&name), "{told}");

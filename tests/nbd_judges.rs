@@ -21,12 +21,10 @@ use std::process::{Command, Output};
 use std::sync::Arc;
 use std::time::Duration;
 
-use kernel::{Loop, backing_file, loop_identity};
+use kernel::{Loop, backing_file, open_disk};
 use nbd_common::{MIB, name, until};
-use nbdtrack::correlation::{ExportName, Generation, OpenDisk, Ticket};
-use nbdtrack::image::block::{Claims, open};
+use nbdtrack::correlation::Generation;
 use nbdtrack::nbd::{Door, Limits};
-use nbdtrack::udev::read_identities;
 use support::Outcome;
 use support::ground::{Need, PYTHON, real, tell};
 
@@ -59,19 +57,7 @@ fn serve(minor: u32, size: u64) -> Served {
     let dir = tempfile::tempdir().unwrap();
     let file = backing_file(dir.path(), "disk", size);
     let disk = Loop::make(minor);
-    let order = OpenDisk {
-        ticket: Ticket(1),
-        export: ExportName::parse("vol").unwrap(),
-        node: disk.node(),
-        number: disk.number(),
-        diskseq: disk.attach(&file),
-        identity: loop_identity(&file),
-        write: true,
-        direct: false,
-        within: Duration::from_secs(10),
-    };
-    let reader = |number| read_identities(Path::new("/sys"), number);
-    let block = open(&order, &reader, &Claims::default()).unwrap();
+    let block = open_disk(&disk.order(disk.attach(&file), &file));
     let socket = dir.path().join("nbd.sock");
     let door = Door::new(Limits::default()).unwrap();
     door.listen_unix(UnixListener::bind(&socket).unwrap())

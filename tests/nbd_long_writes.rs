@@ -16,19 +16,16 @@ use std::io::Write;
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::channel;
 use std::time::Duration;
 
-use kernel::{Loop, backing_file, loop_identity};
+use kernel::{Loop, backing_file, open_disk};
 use nbd_common::*;
-use nbdtrack::correlation::{EndHow, ExportName, Generation, OpenDisk, Ticket};
+use nbdtrack::correlation::{EndHow, Generation};
 use nbdtrack::image::Image;
-use nbdtrack::image::block::{Claims, open};
 use nbdtrack::nbd::wire::{self, Headers, cmd, cmd_flag, option, rep};
 use nbdtrack::nbd::{Door, Limits};
-use nbdtrack::udev::read_identities;
 use support::Outcome;
 use support::dice::{Dice, seed};
 use support::ground::{Ground, Need, real};
@@ -406,19 +403,7 @@ fn every_byte_of_a_write_to_a_block_device_is_in_its_place() -> Outcome<()> {
     real("long writes to a disk", &[Need::Loop], |ground| {
         let file = backing_file(ground.path(), "a", SIZE as u64);
         let disk = Loop::make(244);
-        let order = OpenDisk {
-            ticket: Ticket(1),
-            export: ExportName::parse("disk").unwrap(),
-            node: disk.node(),
-            number: disk.number(),
-            diskseq: disk.attach(&file),
-            identity: loop_identity(&file),
-            write: true,
-            direct: false,
-            within: Duration::from_secs(10),
-        };
-        let reader = |number| read_identities(Path::new("/sys"), number);
-        let image = open(&order, &reader, &Claims::default()).unwrap();
+        let image = open_disk(&disk.order(disk.attach(&file), &file));
         let expected = writes(ground, Arc::new(image));
         // The last close has written it all to the file.
         same(&expected, &std::fs::read(&file)?, 0);

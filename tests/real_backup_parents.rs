@@ -12,7 +12,7 @@ use support::backups::{begin, copy_in, json, random, refused, state};
 use support::bus::{Client as Caller, Options, Refused};
 use support::cuts::{Cut, cut_off};
 use support::fuse_disk::{FLUSHES, FuseDisk, WRITES};
-use support::ground::{Need, real};
+use support::ground::{Ground, Need, real};
 use support::images::{qemu_img, roots, scene, text};
 use support::loops::sparse_file;
 use support::mounts::Mounted;
@@ -49,6 +49,38 @@ fn delete(caller: &Caller, name: &str) -> Result<zbus::Message, Refused> {
     caller.call("DeleteBackup", &(name, Options::new()))
 }
 
+/// A disk that hangs on command. Nothing is written there but what is asked for.
+fn slow_disk(ground: &Ground) -> Outcome<(FuseDisk, Mounted)> {
+    let quiet = "lazy_itable_init=0,lazy_journal_init=0";
+    let mkfs = ["-q", "-F", "-E", quiet];
+    FuseDisk::with_ext4(ground, "slow", 32 << 20, [&mkfs, &["-o", "noatime"]])
+}
+
+type Made = std::thread::Result<Result<zbus::Message, Refused>>;
+
+/// Has an image made in a folder of the disk, which hangs as soon as it is under way, and does something `meanwhile`; what came of both.
+fn while_made<T>(
+    disk: &FuseDisk,
+    folder: &Path,
+    make: impl FnOnce() -> Result<zbus::Message, Refused> + Send,
+    meanwhile: impl FnOnce() -> T,
+) -> Outcome<(T, Made)> {
+    process::succeed("sync", &["-f", &text(folder)], STEP_LIMIT)?;
+    let held = disk.held();
+    disk.hang(WRITES | FLUSHES);
+    std::thread::scope(|threads| {
+        // Thread: waits for its one call, which ends when the disk is well.
+        let making = threads.spawn(make);
+        let begun = until(STEP_LIMIT, "the image to be under way", || {
+            Ok((disk.held() > held).then_some(()))
+        });
+        let said = meanwhile();
+        disk.heal();
+        begun?;
+        Ok((said, making.join()))
+    })
+}
+
 /// The image was made on a backup that was deleted meanwhile, for no export had it yet.
 #[test]
 fn a_backup_stays_while_an_image_is_made_on_it_by_whatever_name() -> Outcome<()> {
@@ -63,12 +95,7 @@ fn a_backup_stays_while_an_image_is_made_on_it_by_whatever_name() -> Outcome<()>
     ]
     .concat();
     real("image on a backup", &needs, |ground| {
-        let disk = FuseDisk::make(ground.path(), "slow", 32 << 20)?;
-        let node = disk.device.node();
-        // Nothing is written there but what is asked for.
-        let quiet = "lazy_itable_init=0,lazy_journal_init=0";
-        process::succeed("mkfs.ext4", &["-q", "-F", "-E", quiet, &node], STEP_LIMIT)?;
-        let mounted = Mounted::new(ground.file("slow"), &["-o", "noatime", &node])?;
+        let (disk, mounted) = slow_disk(ground)?;
         let folder = mounted.0.clone();
         let mut scene = Scene::told(ground, roots(&folder), &[])?;
         let raw = ground.file("disk.raw");
@@ -86,22 +113,10 @@ fn a_backup_stays_while_an_image_is_made_on_it_by_whatever_name() -> Outcome<()>
             ("own", &path, "NotReady", "is being made on backup"),
             ("linked", &link, "DeviceBusy", "in use"),
         ] {
-            process::succeed("sync", &["-f", &text(&folder)], STEP_LIMIT)?;
-            let held = disk.held();
-            disk.hang(WRITES | FLUSHES);
-            let (deleted, took, made) = std::thread::scope(|threads| -> Outcome<_> {
-                // Thread: waits for its one call, which ends when the disk is well.
-                let making = threads.spawn(|| make_on(caller, name, &folder, backing));
-                let begun = until(STEP_LIMIT, "the image to be under way", || {
-                    Ok((disk.held() > held).then_some(()))
-                });
+            let make = || make_on(caller, name, &folder, backing);
+            let ((deleted, took), made) = while_made(&disk, &folder, make, || {
                 let since = Instant::now();
-                let deleted = delete(caller, &full);
-                let took = since.elapsed();
-                disk.heal();
-                begun?;
-                let made = making.join();
-                Ok((deleted, took, made))
+                (delete(caller, &full), since.elapsed())
             })?;
             match &deleted {
                 Err(no) if no.is(kind) && no.text.contains(told) => {}
@@ -142,11 +157,7 @@ fn an_image_whose_export_failed_keeps_what_it_lies_on_until_it_is_seen_to() -> O
     ]
     .concat();
     real("image on a backup, not exported", &needs, |ground| {
-        let disk = FuseDisk::make(ground.path(), "slow", 32 << 20)?;
-        let node = disk.device.node();
-        let quiet = "lazy_itable_init=0,lazy_journal_init=0";
-        process::succeed("mkfs.ext4", &["-q", "-F", "-E", quiet, &node], STEP_LIMIT)?;
-        let mounted = Mounted::new(ground.file("slow"), &["-o", "noatime", &node])?;
+        let (disk, mounted) = slow_disk(ground)?;
         let folder = mounted.0.clone();
         let near = ground.file("near");
         std::fs::create_dir(&near)?;
@@ -155,22 +166,12 @@ fn an_image_whose_export_failed_keeps_what_it_lies_on_until_it_is_seen_to() -> O
         let mut scene = Scene::told(ground, format!("file_roots = {folders:?}\n"), &[])?;
         let full = finished(&scene, &["vm", "0", "--size", "1M"])?;
         let path = folder.join(format!("{full}.qcow2"));
-        process::succeed("sync", &["-f", &text(&folder)], STEP_LIMIT)?;
         let healer = disk.healer();
-        let held = disk.held();
         let caller = &scene.client;
-        disk.hang(WRITES | FLUSHES);
-        let (taken, made) = std::thread::scope(|threads| -> Outcome<_> {
-            // Thread: waits for its one call, which ends when the disk is well.
-            let making = threads.spawn(|| make_on(caller, "made", &folder, &path));
-            let begun = until(STEP_LIMIT, "the image to be under way", || {
-                Ok((disk.held() > held).then_some(()))
-            });
+        let make = || make_on(caller, "made", &folder, &path);
+        let (taken, made) = while_made(&disk, &folder, make, || {
             // Its name is another's by now.
-            let taken = caller.add_export("made", &format!("file:{}", other.display()));
-            disk.heal();
-            begun?;
-            Ok((taken, making.join()))
+            caller.add_export("made", &format!("file:{}", other.display()))
         })?;
         hold!(taken.is_ok(), "the other: {taken:?}");
         let image = folder.join("made.qcow2");

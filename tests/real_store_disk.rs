@@ -34,12 +34,15 @@ struct Place {
     disk: FuseDisk,
 }
 
+/// A disk for the store that can be made ill, and that is soon full.
+fn small_disk(ground: &Ground) -> Outcome<(FuseDisk, Mounted)> {
+    let mkfs = ["-q", "-m", "0", "-b", "1024"];
+    FuseDisk::with_ext4(ground, "store", 16 << 20, [&mkfs, &[]])
+}
+
 /// Serves `vol-a` by its configuration; `vol-b` is attached; backups may be made in `backups`, on a disk that is well.
 fn begin(ground: &Ground) -> Outcome<Place> {
-    let disk = FuseDisk::make(ground.path(), "store", 16 << 20)?;
-    let args = ["-q", "-m", "0", "-b", "1024", &disk.device.node()];
-    process::succeed("mkfs.ext4", &args, STEP_LIMIT)?;
-    let mounted = Mounted::new(ground.file("mounted"), &[&disk.device.node()])?;
+    let (disk, mounted) = small_disk(ground)?;
     let bus = Bus::start(ground.path())?;
     let mut home = Home::new(ground.path(), &bus.address)?;
     home.state = mounted.0.join("state");
@@ -382,10 +385,7 @@ fn a_full_store_begins_finishes_and_deletes_no_backup_and_breaks_none() -> Outco
 fn nobody_comes_to_an_export_while_it_is_stored_that_its_path_means_another_volume() -> Outcome<()>
 {
     real("slow disk of the store and a repin", NEEDS, |ground| {
-        let disk = FuseDisk::make(ground.path(), "store", 16 << 20)?;
-        let args = ["-q", "-m", "0", "-b", "1024", &disk.device.node()];
-        process::succeed("mkfs.ext4", &args, STEP_LIMIT)?;
-        let mounted = Mounted::new(ground.file("mounted"), &[&disk.device.node()])?;
+        let (disk, mounted) = small_disk(ground)?;
         let bus = Bus::start(ground.path())?;
         let mut home = Home::new(ground.path(), &bus.address)?;
         home.state = mounted.0.join("state");
@@ -408,13 +408,13 @@ fn nobody_comes_to_an_export_while_it_is_stored_that_its_path_means_another_volu
         first.detach_now()?;
         second.attach(&a.image)?;
         first.attach(&b.image)?;
-        let seen = || -> Outcome<bool> {
+        let serves_at = |node: &str| -> Outcome<Option<()>> {
             let found = caller.export("job")?.unwrap_or_default();
             let at = |key: &str| found.get(key).map_or("", |word| word.text());
-            Ok(at("State") == "Serving" && at("DeviceNode") == second.node())
+            Ok((at("State") == "Serving" && at("DeviceNode") == node).then_some(()))
         };
         until(STEP_LIMIT, "the volume at its new node", || {
-            Ok(seen()?.then_some(()))
+            serves_at(&second.node())
         })?;
         let diskseq = first.diskseq()?;
         until(STEP_LIMIT, "the disk at the path", || {
@@ -448,11 +448,7 @@ fn nobody_comes_to_an_export_while_it_is_stored_that_its_path_means_another_volu
         };
         let pinned = pinned?;
         hold!(pinned.is_ok(), "{pinned:?}");
-        until(STEP_LIMIT, "the other volume", || {
-            let found = caller.export("job")?.unwrap_or_default();
-            let at = |key: &str| found.get(key).map_or("", |word| word.text());
-            Ok((at("State") == "Serving" && at("DeviceNode") == first.node()).then_some(()))
-        })?;
+        until(STEP_LIMIT, "the other volume", || serves_at(&first.node()))?;
         let mut client = Client::open(&home.endpoint(), "job")?;
         hold!(client.write(0, &[7; 512], true)? == Ok(()), "a write");
         drop(caller);

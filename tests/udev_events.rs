@@ -70,6 +70,14 @@ impl Watched {
         }
     }
 
+    /// Takes whatever else is on its way.
+    async fn rest(&mut self) {
+        while timeout(Duration::from_millis(500), self.events.recv())
+            .await
+            .is_ok()
+        {}
+    }
+
     /// Waits until the disk of `stack` is told to be held by these.
     async fn held(&mut self, stack: &Stack, holders: &[Holder]) {
         loop {
@@ -158,11 +166,7 @@ async fn a_removal_is_told_before_anything_is_read_again() {
     let mut watched = watch(quiet()).await;
     let (number, diskseq) = (disk.number(), disk.attach(&file));
     watched.seen(number, diskseq).await;
-    // Whatever else is on its way for the attached disk.
-    while timeout(Duration::from_millis(500), watched.events.recv())
-        .await
-        .is_ok()
-    {}
+    watched.rest().await;
     let reads = watched.observer.counters().reads;
     // Both in one turn of this thread, so that the watch finds them together: the detach asks for a reading.
     drop(disk);
@@ -344,19 +348,8 @@ fn a_scsi_disk_that_may_be_another_is_in_doubt_at_once_and_read_again() {
     apart(|| async {
         let stack = Stack::new();
         std::os::unix::fs::symlink("../2:0:0:1", stack.at("sdx/device")).unwrap();
-        let mut watched = watch(Settings {
-            sysfs: stack.sysfs.path().to_owned(),
-            ..quiet()
-        })
-        .await;
-        stack.disk.event("add");
         let number = stack.disk.number();
-        let known = watched.seen(number, Stack::DISK).await.identities;
-        // Whatever else is on its way for the disk.
-        while timeout(Duration::from_millis(500), watched.events.recv())
-            .await
-            .is_ok()
-        {}
+        let (mut watched, known) = stack.watched().await;
         let report = |address: &str, what: &str| {
             let path = format!("/devices/platform/host2/target2:0:0/{address}");
             have_sent(
@@ -397,18 +390,8 @@ fn a_disk_in_doubt_is_asked_again_until_it_says_what_it_is() {
         for (to, link) in links {
             std::os::unix::fs::symlink(to, stack.at(link)).unwrap();
         }
-        let mut watched = watch(Settings {
-            sysfs: stack.sysfs.path().to_owned(),
-            ..quiet()
-        })
-        .await;
-        stack.disk.event("add");
         let number = stack.disk.number();
-        let known = watched.seen(number, Stack::DISK).await.identities;
-        while timeout(Duration::from_millis(500), watched.events.recv())
-            .await
-            .is_ok()
-        {}
+        let (mut watched, known) = stack.watched().await;
         assert_eq!(known.read().map(std::collections::BTreeSet::len), Some(1));
         // Read as a file it gives EISDIR.
         let aside = stack.at("aside");
@@ -536,6 +519,19 @@ impl Stack {
         }
         stack.device("sdx", &stack.disk, Stack::DISK);
         stack
+    }
+
+    /// Watches this machine, and gives what its disk says of itself once all is quiet.
+    async fn watched(&self) -> (Watched, Reading) {
+        let mut watched = watch(Settings {
+            sysfs: self.sysfs.path().to_owned(),
+            ..quiet()
+        })
+        .await;
+        self.disk.event("add");
+        let known = watched.seen(self.disk.number(), Stack::DISK).await;
+        watched.rest().await;
+        (watched, known.identities)
     }
 
     fn at(&self, path: &str) -> std::path::PathBuf {

@@ -14,8 +14,10 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use nbdtrack::correlation::{DeviceNode, DeviceNumber, DiskSeq};
+use nbdtrack::correlation::{DeviceNode, DeviceNumber, DiskSeq, ExportName, OpenDisk, Ticket};
 use nbdtrack::identity::{Identity, Scheme};
+use nbdtrack::image::block::{Block, Claims, open};
+use nbdtrack::udev::read_identities;
 
 mod ioctl {
     nix::ioctl_write_int_bad!(ctl_add, 0x4C80);
@@ -85,6 +87,21 @@ impl Loop {
         self.diskseq()
     }
 
+    /// An order to open this disk, which is attached to `file`, for writing and by the page cache.
+    pub fn order(&self, diskseq: DiskSeq, file: &Path) -> OpenDisk {
+        OpenDisk {
+            ticket: Ticket(1),
+            export: ExportName::parse("a").unwrap(),
+            node: self.node(),
+            number: self.number(),
+            diskseq,
+            identity: loop_identity(file),
+            write: true,
+            direct: false,
+            within: Duration::from_secs(10),
+        }
+    }
+
     pub fn attach_read_only(&self, file: &Path) -> DiskSeq {
         let device = File::open(&self.node().0).unwrap();
         let backing = File::open(file).unwrap();
@@ -140,6 +157,12 @@ pub fn loop_identity(file: &Path) -> Identity {
         scheme: Scheme::Loop,
         value: file.to_str().unwrap().to_owned(),
     }
+}
+
+/// Opens as `order` says, with no claim of anybody else's.
+pub fn open_disk(order: &OpenDisk) -> Block {
+    let reader = |number| read_identities(Path::new("/sys"), number);
+    open(order, &reader, &Claims::default()).unwrap()
 }
 
 pub fn one(file: &Path) -> BTreeSet<Identity> {

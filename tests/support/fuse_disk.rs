@@ -20,8 +20,11 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use super::dice::Dice;
 pub use super::forgetful::CutKind;
 use super::forgetful::{Cut, Forgetful};
+use super::ground::Ground;
 use super::loops::LoopDevice;
-use super::{Doing, Outcome};
+use super::mounts::Mounted;
+use super::scene::STEP_LIMIT;
+use super::{Doing, Outcome, process};
 
 /// Which requests a fault concerns; add them up.
 pub const READS: u8 = 1;
@@ -292,6 +295,28 @@ impl FuseDisk {
     /// Requests that were held since the beginning.
     pub fn held(&self) -> u64 {
         self.fuse.held()
+    }
+}
+
+impl FuseDisk {
+    /// Makes a disk of so many bytes with an ext4 on it by these words of mkfs.ext4(8), and mounts it by these of mount(8).
+    /// Bound as this pair, the file system is dropped first.
+    pub fn with_ext4(
+        ground: &Ground,
+        name: &str,
+        bytes: u64,
+        [mkfs, options]: [&[&str]; 2],
+    ) -> Outcome<(FuseDisk, Mounted)> {
+        let disk = FuseDisk::make(ground.path(), name, bytes)?;
+        let node = disk.device.node();
+        process::succeed(
+            "mkfs.ext4",
+            &[mkfs, &[node.as_str()][..]].concat(),
+            STEP_LIMIT,
+        )?;
+        let at = ground.file(&format!("{name}.mounted"));
+        let mounted = Mounted::new(at, &[options, &[node.as_str()][..]].concat())?;
+        Ok((disk, mounted))
     }
 }
 
