@@ -12,7 +12,7 @@ use super::{
     image, import, mappings, metrics, pins, top, watch,
 };
 use crate::dbus::Bus;
-use crate::dbus::client::{Client, ClientError, Options};
+use crate::dbus::client::{AddedExport, Client, ClientError, Options};
 
 /// Connects, and runs one command. Without `may_ask`, no one is asked for a password.
 pub async fn run(bus: &Bus, command: Command, as_json: bool, may_ask: bool) -> Result<(), Failure> {
@@ -147,8 +147,8 @@ async fn add(client: &Client, add: Add, as_json: bool) -> Result<std::io::Result
         ("direct", add.direct),
     ];
     let options = said(&texts, &flags);
-    let (object, created) = client.add(&add.name, options, add.wait).await?;
-    Ok(serving(as_json, &add.name, &object, created))
+    let added = client.add(&add.name, options, add.wait).await?;
+    Ok(serving(as_json, &added))
 }
 
 async fn ensure(
@@ -171,7 +171,7 @@ async fn ensure(
     if let Some(diskseq) = asked.diskseq {
         options.insert("diskseq", Variant::new(diskseq));
     }
-    let (object, name, created) = client
+    let added = client
         .ensure(
             &asked.vm_id,
             asked.disk,
@@ -180,7 +180,7 @@ async fn ensure(
             asked.wait,
         )
         .await?;
-    Ok(serving(as_json, &name, &object, created))
+    Ok(serving(as_json, &added))
 }
 
 /// Only what was said, so that an older daemon is not asked for what it does not know.
@@ -198,11 +198,16 @@ fn said<'a>(
     texts.chain(flags).collect()
 }
 
-fn serving(as_json: bool, name: &str, object: &str, created: bool) -> std::io::Result<()> {
+fn serving(as_json: bool, added: &AddedExport) -> std::io::Result<()> {
+    let AddedExport {
+        object,
+        name,
+        created,
+    } = added;
     if as_json {
         return print_json(&json!({ "name": name, "object": object, "created": created }));
     }
-    let what = if created {
+    let what = if *created {
         "serving"
     } else {
         "was there already, serving"

@@ -70,6 +70,16 @@ pub struct Told {
     pub arguments: Vec<(&'static str, OwnedVariant)>,
 }
 
+/// An export that serves.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AddedExport {
+    /// The path of its object.
+    pub object: String,
+    pub name: String,
+    /// It was not there before.
+    pub created: bool,
+}
+
 #[derive(Debug)]
 pub struct Client {
     connection: Connection,
@@ -144,20 +154,24 @@ impl Client {
         Ok(objects)
     }
 
-    /// Adds an export; returns its path, and whether it is new. `wait` is bounded by the daemon.
+    /// Adds an export. `wait` is bounded by the daemon.
     pub async fn add(
         &self,
         name: &str,
         mut options: Options<'_>,
         wait: Option<Duration>,
-    ) -> Result<(String, bool), ClientError> {
+    ) -> Result<AddedExport, ClientError> {
         let within = limit(&mut options, "wait_ms", wait, WAIT_MS);
         let answer = self.manager("AddExport", &(name, options), within).await?;
         let (path, created): (OwnedObjectPath, bool) = read(&answer)?;
-        Ok((path.to_string(), created))
+        Ok(AddedExport {
+            object: path.to_string(),
+            name: name.to_owned(),
+            created,
+        })
     }
 
-    /// Has an export for a VM's disk; returns its object, its name, and whether it is new.
+    /// Has an export for a VM's disk.
     pub async fn ensure(
         &self,
         vm_id: &str,
@@ -165,12 +179,16 @@ impl Client {
         vm_name: &str,
         mut options: Options<'_>,
         wait: Option<Duration>,
-    ) -> Result<(String, String, bool), ClientError> {
+    ) -> Result<AddedExport, ClientError> {
         let within = limit(&mut options, "wait_ms", wait, WAIT_MS);
         let body = (vm_id, disk, vm_name, options);
         let answer = self.manager("EnsureVmExport", &body, within).await?;
         let (path, name, created): (OwnedObjectPath, String, bool) = read(&answer)?;
-        Ok((path.to_string(), name, created))
+        Ok(AddedExport {
+            object: path.to_string(),
+            name,
+            created,
+        })
     }
 
     /// Removes an export; `mode` is `safe`, `hide`, `soft` or `hard`.

@@ -113,10 +113,17 @@ pub enum Demand {
 pub struct Judgement {
     /// Each with its disk; `None` for a row that is none.
     steps: Vec<(Option<VmDisk>, Step)>,
-    /// What is active here and not in the table, and whether the table has had it.
-    missing: Vec<(VmDisk, bool)>,
+    /// What is active here and not in the table.
+    missing: Vec<Missing>,
     /// The disks that have a row of ours; looked for only when something is missing.
     ours: Vec<VmDisk>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Missing {
+    disk: VmDisk,
+    /// The table has had its row.
+    kept: bool,
 }
 
 impl Judgement {
@@ -142,25 +149,23 @@ impl Judgement {
             .filter(|(disk, _)| disk.as_ref().is_none_or(stays))
             .map(|(_, step)| step)
             .collect();
-        let missing = self.missing.into_iter().filter(|(disk, _)| stays(disk));
-        let missing: Vec<(VmDisk, bool)> = missing.collect();
-        let deleted = missing.iter().filter(|(_, kept)| *kept).count();
+        let missing = self.missing.into_iter();
+        let missing: Vec<Missing> = missing.filter(|missing| stays(&missing.disk)).collect();
+        let deleted = missing.iter().filter(|missing| missing.kept).count();
         // A table that was emptied or restored from an old copy is no word of anyone who wants all exports gone.
         let believed = deleted <= 1 || self.ours.iter().any(stays);
-        steps.extend(
-            missing
-                .into_iter()
-                .filter_map(|(disk, kept)| match (kept, believed) {
-                    (false, _) => Some(Step::Put { disk, seen: None }),
-                    (true, true) => Some(Step::Ask {
-                        row: 0,
-                        disk,
-                        demand: Demand::Remove,
-                        said: RowSaid(None),
-                    }),
-                    (true, false) => None,
+        steps.extend(missing.into_iter().filter_map(|Missing { disk, kept }| {
+            match (kept, believed) {
+                (false, _) => Some(Step::Put { disk, seen: None }),
+                (true, true) => Some(Step::Ask {
+                    row: 0,
+                    disk,
+                    demand: Demand::Remove,
+                    said: RowSaid(None),
                 }),
-        );
+                (true, false) => None,
+            }
+        }));
         if !believed {
             steps.push(Step::Conflict {
                 row: 0,
@@ -204,10 +209,13 @@ pub fn judge(
         steps.extend(step.map(|step| (Some(disk.clone()), step)));
         seen.insert(disk);
     }
-    let missing: Vec<(VmDisk, bool)> = known
+    let missing: Vec<Missing> = known
         .iter()
         .filter(|(disk, here)| here.active && !seen.contains(*disk))
-        .map(|(disk, here)| (disk.clone(), here.kept))
+        .map(|(disk, here)| Missing {
+            disk: disk.clone(),
+            kept: here.kept,
+        })
         .collect();
     let ours = match missing.is_empty() {
         true => Vec::new(),

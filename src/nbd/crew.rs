@@ -115,11 +115,23 @@ impl<T: Task> Crew<T> {
         !lock(&self.0.state).queue.is_empty()
     }
 
-    /// How many tasks a thread has begun, and whether any waits for one: while some wait, the number grows, or the crew is stuck.
-    pub(super) fn progress(&self) -> (usize, bool) {
+    /// While tasks wait, the number of those that were begun grows, or the crew is stuck.
+    pub(super) fn progress(&self) -> CrewProgress {
         let state = lock(&self.0.state);
-        (state.begun, !state.queue.is_empty())
+        CrewProgress {
+            begun: state.begun,
+            backlog: !state.queue.is_empty(),
+        }
     }
+}
+
+/// How far a crew has come.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct CrewProgress {
+    /// Tasks that a thread has begun.
+    pub(super) begun: usize,
+    /// Whether any waits for a thread.
+    pub(super) backlog: bool,
 }
 
 impl<T> Drop for Crew<T> {

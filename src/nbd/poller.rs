@@ -380,7 +380,7 @@ pub(super) fn run(shared: &Arc<Shared>) {
                 }
                 Command::StopListening => listeners.clear(),
                 Command::Pulse(pulse) => {
-                    pulses.ask(pulse, poller.sessions.progress().0);
+                    pulses.ask(pulse, poller.sessions.progress().begun);
                 }
                 Command::Quit => {
                     let mut table = lock(&poller.table);

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use crate::sync::atomic::{AtomicBool, Ordering};
 
+use super::crew::CrewProgress;
 use super::door::Door;
 
 /// Asked for by `Door::pulse`.
@@ -44,8 +45,8 @@ impl Pulses {
     }
 
     /// Gives the signs that are due; withheld while sessions wait for a thread and none has got one since the question.
-    pub(super) fn look(&mut self, (begun, backlog): (usize, bool)) {
-        if !backlog || begun != self.begun {
+    pub(super) fn look(&mut self, sessions: CrewProgress) {
+        if !sessions.backlog || sessions.begun != self.begun {
             self.waiting.drain(..).for_each(|pulse| pulse.give());
         }
     }
@@ -72,23 +73,24 @@ mod tests {
     #[test]
     fn sessions_that_wait_and_are_not_begun_withhold_the_sign() {
         let mut pulses = Pulses::default();
-        let ask = |pulses: &mut Pulses, progress: (usize, bool)| {
+        let with = |begun, backlog| CrewProgress { begun, backlog };
+        let ask = |pulses: &mut Pulses, progress: CrewProgress| {
             let pulse = Pulse::default();
-            pulses.ask(pulse.clone(), progress.0);
+            pulses.ask(pulse.clone(), progress.begun);
             pulses.look(progress);
             pulse
         };
-        assert!(ask(&mut pulses, (0, false)).came(), "idle is alive");
+        assert!(ask(&mut pulses, with(0, false)).came(), "idle is alive");
         assert_eq!(pulses.again(), None);
-        let stuck = ask(&mut pulses, (5, true));
+        let stuck = ask(&mut pulses, with(5, true));
         assert!(!stuck.came(), "waiting for nothing is not");
-        pulses.look((5, true));
+        pulses.look(with(5, true));
         assert!(!stuck.came());
         assert_eq!(pulses.again(), Some(AGAIN));
-        pulses.look((6, true));
+        pulses.look(with(6, true));
         assert!(stuck.came(), "until it goes on");
-        let stuck = ask(&mut pulses, (6, true));
-        pulses.look((6, false));
+        let stuck = ask(&mut pulses, with(6, true));
+        pulses.look(with(6, false));
         assert!(stuck.came(), "or nothing waits any more");
     }
 }

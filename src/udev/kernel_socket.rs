@@ -89,9 +89,11 @@ impl KernelSocket {
             take(self.fd.get_ref(), &mut buffer[..])
         };
         match taken {
-            Ok((_, false, _)) => Ok(Received::Foreign),
-            Ok((_, true, false)) => Ok(Received::Malformed),
-            Ok((bytes, true, true)) => Ok(match uevent::parse(&self.buffer[..bytes]) {
+            Ok(TakenMessage {
+                from_kernel: false, ..
+            }) => Ok(Received::Foreign),
+            Ok(TakenMessage { whole: false, .. }) => Ok(Received::Malformed),
+            Ok(TakenMessage { bytes, .. }) => Ok(match uevent::parse(&self.buffer[..bytes]) {
                 Ok(Heard::Disk(hint)) => Received::Hint(hint),
                 Ok(Heard::Doubt(doubt)) => Received::Doubt(doubt),
                 Ok(Heard::Other) => Received::Other,
@@ -105,8 +107,16 @@ impl KernelSocket {
     }
 }
 
-/// One message: its length in bytes, whether the kernel sent it, and whether it is whole.
-fn take(socket: &impl AsRawFd, buffer: &mut [u8]) -> io::Result<(usize, bool, bool)> {
+/// One message that was taken from the socket.
+struct TakenMessage {
+    bytes: usize,
+    /// The kernel sent it.
+    from_kernel: bool,
+    /// The buffer had room for all of it.
+    whole: bool,
+}
+
+fn take(socket: &impl AsRawFd, buffer: &mut [u8]) -> io::Result<TakenMessage> {
     let mut slices = [IoSliceMut::new(buffer)];
     let message = nixsock::recvmsg::<NetlinkAddr>(
         socket.as_raw_fd(),
@@ -117,7 +127,11 @@ fn take(socket: &impl AsRawFd, buffer: &mut [u8]) -> io::Result<(usize, bool, bo
     // A netlink sender cannot choose its port id, and only the kernel's is 0 (netlink(7)).
     let from_kernel = message.address.is_some_and(|from| from.pid() == 0);
     let whole = !message.flags.contains(MsgFlags::MSG_TRUNC);
-    Ok((message.bytes, from_kernel, whole))
+    Ok(TakenMessage {
+        bytes: message.bytes,
+        from_kernel,
+        whole,
+    })
 }
 
 /// Makes the receive buffer of `socket` as large as asked for, or as large as the right to do so allows.
