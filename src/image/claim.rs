@@ -23,7 +23,7 @@ use super::direct::Direct;
 use super::durable::Durable;
 use super::medium::Medium;
 pub use super::open_error::OpenError;
-use super::place::{Closed, DiskPlace, Turn, lock};
+use super::place::{Closed, Place, Turn, lock};
 use super::qcow2::Core;
 use crate::correlation::{DeviceNumber, DiskSeq, OpenDisk};
 
@@ -72,9 +72,9 @@ pub(super) enum Hold {
 /// The disks that this process has open: each one once, shared by its exports.
 #[derive(Default)]
 pub struct Claims {
-    /// Lock order: `disks` before the `state` of a [`DiskPlace`]; never held while waiting. Entries go with the
+    /// Lock order: `disks` before the `state` of a [`Place`]; never held while waiting. Entries go with the
     /// next open after their disk was closed, so there are no more than disks open or being opened.
-    disks: Mutex<BTreeMap<DiskSeq, Arc<DiskPlace>>>,
+    disks: Mutex<BTreeMap<DiskSeq, Arc<Place>>>,
 }
 
 /// One disk or file, held until the last image of it is dropped.
@@ -189,11 +189,11 @@ fn complete(
 
 impl Claims {
     /// What is open of `disk`, if this process has it, and whether it keeps a place for it.
-    pub(super) fn known(&self, disk: DiskSeq) -> Option<Arc<DiskPlace>> {
+    pub(super) fn known(&self, disk: DiskSeq) -> Option<Arc<Place>> {
         lock(&self.disks).get(&disk).cloned()
     }
 
-    fn place(&self, diskseq: DiskSeq) -> Arc<DiskPlace> {
+    fn place(&self, diskseq: DiskSeq) -> Arc<Place> {
         let mut disks = lock(&self.disks);
         // A place that only this map knows has no claim and no open: both hold on to it.
         disks.retain(|_, place| Arc::strong_count(place) > 1);
@@ -205,7 +205,7 @@ impl Claims {
 fn claim_new(
     order: &OpenDisk,
     subject: &dyn Subject,
-    place: &Arc<DiskPlace>,
+    place: &Arc<Place>,
 ) -> Result<(Arc<Claim>, bool), OpenError> {
     let node = subject.find()?;
     let medium = subject.medium();

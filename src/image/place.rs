@@ -16,7 +16,7 @@ const WAIT_MAX: Duration = Duration::from_secs(60);
 /// One disk of this process: opened by one caller at a time, and never before the last descriptor of it is
 /// closed, which O_EXCL would otherwise refuse as if a stranger had it.
 #[derive(Default)]
-pub(super) struct DiskPlace {
+pub(super) struct Place {
     /// Held for a few instructions, never across a system call.
     state: Mutex<State>,
     /// A turn or a close has ended. Waiters are opens of this one disk, each until its own deadline; notified
@@ -35,12 +35,12 @@ struct State {
 
 /// The one open of a disk that is under way.
 pub(super) struct Turn<'a> {
-    place: &'a DiskPlace,
+    place: &'a Place,
     deadline: Instant,
 }
 
 /// Says, when it is dropped, that the descriptors of a claim are closed.
-pub(super) struct Closed(Arc<DiskPlace>);
+pub(super) struct Closed(Arc<Place>);
 
 impl Drop for Closed {
     fn drop(&mut self) {
@@ -49,9 +49,9 @@ impl Drop for Closed {
     }
 }
 
-impl DiskPlace {
+impl Place {
     /// By the one who has the turn, and whose descriptors are open; who is to be told of their end.
-    pub fn is_held(self: &Arc<DiskPlace>) -> Closed {
+    pub fn is_held(self: &Arc<Place>) -> Closed {
         lock(&self.state).held = true;
         Closed(Arc::clone(self))
     }
@@ -91,7 +91,7 @@ impl DiskPlace {
 }
 
 impl Turn<'_> {
-    pub fn take<'a>(place: &'a DiskPlace, order: &OpenDisk) -> Result<Turn<'a>, OpenError> {
+    pub fn take<'a>(place: &'a Place, order: &OpenDisk) -> Result<Turn<'a>, OpenError> {
         let deadline = Instant::now() + order.within.min(WAIT_MAX);
         let mut state = lock(&place.state);
         while let Some(other) = state.opening {

@@ -24,6 +24,7 @@
 //! | `check.rs` | whether reference counts and tables agree |
 //! | `whole.rs` | reading all of an image once |
 //! | `stretches.rs` | PURE: how much of an image is told at a time |
+//! | `zeroes.rs` | zeroes that are written out, and room that is given back |
 //! | `bitmaps.rs` | where persistent bitmaps lie |
 //! | `census.rs` | what of the file is referred to, and how often |
 
@@ -32,18 +33,16 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
-use nix::fcntl::{FallocateFlags, fallocate};
-
 use super::ahead::Streams;
 use super::beneath::Roots;
 use super::block::is_full;
 use super::claim::{self, Claim, Claims, OpenError, Opened};
 use super::medium::Medium;
-use super::pages::Pages;
 use super::raw::Plain;
 use super::{Allocation, BlockSizes, Depth, Durability, Extent, Image, NoWait, Span, ZeroFlags};
 use crate::correlation::OpenDisk;
 use crate::identity::Format;
+use crate::image::pages::Pages;
 
 mod apart;
 mod bitmaps;
@@ -67,6 +66,7 @@ mod stretches;
 mod tables;
 mod whole;
 mod write;
+mod zeroes;
 
 pub(super) use self::chain::Foundation;
 pub use self::chain::{BACKING_MAX, ChainError};
@@ -76,12 +76,11 @@ pub(super) use self::whole::read_all;
 use empty::Emptying;
 use header::{Header, Refusal};
 use stretches::stretches;
+use zeroes::ZEROES;
 
 /// As of disks; QEMU's server says the same of images.
 const PREFERRED_BYTES: u32 = 4096;
 const REQUEST_BYTES_MAX: u32 = 32 << 20;
-/// Zeroes that are written out go in pieces of this size.
-static ZEROES: [u8; 256 << 10] = [0; 256 << 10];
 
 /// One opened image. Dropping the last of its file flushes and closes it, which can block.
 pub struct Qcow2 {
@@ -427,24 +426,4 @@ fn told(e: io::Error) -> io::Error {
 /// The image's own tables cannot be as they are.
 fn damaged() -> io::Error {
     io::Error::from_raw_os_error(libc::EIO)
-}
-
-/// Writes `len` bytes of zeroes at byte `offset` of the file.
-fn write_zeroes(file: &File, mut offset: u64, mut len: u64) -> io::Result<()> {
-    while len > 0 {
-        let piece = usize::try_from(len).map_or(ZEROES.len(), |n| n.min(ZEROES.len()));
-        file.write_all_at(&ZEROES[..piece], offset)?;
-        offset += piece as u64;
-        len -= piece as u64;
-    }
-    Ok(())
-}
-
-/// Gives room back to the file system, where that can be done.
-fn punch(file: &File, offset: u64, len: u64) {
-    let how = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-    if let (Ok(offset), Ok(len)) = (offset.try_into(), len.try_into()) {
-        // A hint: without it the room stays in the file, for its next cluster.
-        let _ = fallocate(file, how, offset, len);
-    }
 }

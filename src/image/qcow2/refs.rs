@@ -14,6 +14,7 @@ use super::counts::{count, set_count};
 use super::damaged;
 use super::header::{Header, REFTABLE_BYTES_MAX, Refusal};
 use super::tables::words;
+use super::zeroes::{punch, write_zeroes};
 
 /// Bytes of a refcount block that are read and written as one, or a cluster where that is less.
 const SLICE_BYTES: u64 = 4096;
@@ -197,7 +198,7 @@ impl Refs {
     }
 
     fn note_free(&mut self, file: &File, run: Clusters) {
-        super::punch(
+        punch(
             file,
             run.first << self.cluster_bits,
             run.count << self.cluster_bits,
@@ -308,7 +309,7 @@ impl Refs {
 
     fn make_block(&mut self, file: &File, block: usize, cluster: u64) -> io::Result<()> {
         let offset = cluster << self.cluster_bits;
-        super::write_zeroes(file, offset, 1 << self.cluster_bits)?;
+        write_zeroes(file, offset, 1 << self.cluster_bits)?;
         self.table[block] = offset;
         self.dirty_table.insert(block);
         Ok(())

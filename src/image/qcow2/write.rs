@@ -12,9 +12,10 @@ use std::sync::atomic::Ordering;
 
 use super::clusters::{Clusters, Contents, Given};
 use super::core::{CallMark, Core, Run, What};
+use super::damaged;
 use super::entry::{Cluster, Damaged, Entry};
 use super::refs::Refs;
-use super::{damaged, write_zeroes};
+use super::zeroes::write_zeroes;
 use crate::image::durable::Durable;
 use crate::image::folios;
 
