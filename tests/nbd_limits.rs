@@ -7,7 +7,9 @@ use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::process::Command;
+use std::sync::Mutex;
 use std::sync::atomic::Ordering;
+use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
 use nbd_common::{Client, MIB, Memory, PATIENCE, Server, choice, name, request, until};
@@ -330,6 +332,63 @@ fn one_process_or_user_of_the_unix_socket_leaves_room_for_others() {
         assert_eq!(client.simple(), (0, 3));
         client.take(1 << 20);
         drop(greedy);
+    }
+}
+
+/// A turn was bounded in receives alone, and one receive can hold thousands of requests: others waited for a thread until all of them were
+/// answered, and that thirty-two times.
+#[test]
+fn a_receive_full_of_small_requests_does_not_keep_a_thread_from_others() {
+    const REQUESTS: u64 = 4_000;
+    let server = server(Limits {
+        session_threads: 1,
+        ..Limits::default()
+    });
+    for export in ["first", "second"] {
+        server
+            .door
+            .serve(&name(export), Generation(1), Memory::new(MIB), false);
+    }
+    let mut greedy = server.go();
+    let mut others = ["first", "second"].map(|export| {
+        let mut client = server.talk();
+        client.option(option::INFO, &choice(export.as_bytes(), &[]));
+        client
+    });
+    // The one thread stays with whoever comes to one of these exports, until it is let go.
+    let (come, came) = channel();
+    let (let_go, go_on) = channel::<()>();
+    let go_on = Mutex::new(go_on);
+    server
+        .door
+        .on_clients_changed(Box::new(move |export, clients| {
+            if export.as_str() != "vol" && clients > 0 {
+                let _ = come.send(export.as_str().to_owned());
+                let _ = go_on.lock().unwrap().recv_timeout(PATIENCE);
+            }
+        }));
+    let comes = |export| assert_eq!(came.recv_timeout(PATIENCE).unwrap(), export);
+    let queues = |client: &mut Client, bytes: &[u8]| {
+        let before = server.door.stats().threads_over_limit;
+        client.put(bytes);
+        until("its session to wait for the thread", || {
+            server.door.stats().threads_over_limit > before
+        });
+    };
+    let go = |export: &[u8]| nbd_common::option_bytes(option::GO, &choice(export, &[]));
+    others[0].put(&go(b"first"));
+    comes("first");
+    // Of no bytes: each is answered at once, whatever image there is.
+    let requests = (0..REQUESTS).flat_map(|cookie| request(cmd::READ, 0, cookie, 0, 0));
+    queues(&mut greedy, &requests.collect::<Vec<u8>>());
+    queues(&mut others[1], &go(b"second"));
+    let_go.send(()).unwrap();
+    comes("second");
+    let answered = greedy.there() / 16;
+    assert!((1..2_000).contains(&answered), "{answered} in one turn");
+    let_go.send(()).unwrap();
+    for cookie in 0..REQUESTS {
+        assert_eq!(greedy.simple(), (0, cookie));
     }
 }
 

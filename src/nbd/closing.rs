@@ -31,10 +31,10 @@ impl Transmission {
         // They cost nothing, and the end is not to wait for them.
         self.rate = None;
         for _ in 0..LAST_ROUNDS {
-            let outcome = self.process(conn, scratch);
+            let outcome = self.process(conn, scratch, usize::MAX);
             scratch.gather.send(conn);
             match outcome {
-                Outcome::GatherFull => continue,
+                Outcome::GatherFull | Outcome::StepsDone => continue,
                 Outcome::NeedsInput => {}
                 Outcome::Full(_) | Outcome::Slow(_) | Outcome::Disconnect | Outcome::Violation => {
                     return;

@@ -11,11 +11,12 @@ use crate::image::{Durability, Extent, NoWait, Span, ZeroFlags};
 use super::account::{Charge, Full};
 use super::command::{Call, Refused};
 use super::conn::Conn;
+use super::input::{Input, Payload};
 use super::lease::{Kind, wire_error};
 use super::meter::Operation;
-use super::reply::Gather;
+use super::reply::{Gather, KEEP_BYTES, Scratch};
 use super::stats::add;
-use super::transmission::Transmission;
+use super::transmission::{Outcome, Transmission};
 use super::wire::{self, NbdError, ReplyTo, Selected};
 use super::work::Job;
 
@@ -169,6 +170,33 @@ impl Transmission {
             }
         }
         true
+    }
+
+    /// A long write whose payload is here whole.
+    pub(super) fn on_payload(
+        &mut self,
+        conn: &Arc<Conn>,
+        scratch: &mut Scratch,
+    ) -> Result<(), Outcome> {
+        let Input::Payload(payload) =
+            std::mem::replace(&mut self.input, Input::Header { streams: true })
+        else {
+            return Ok(());
+        };
+        let Payload {
+            to,
+            at,
+            fua,
+            buffer,
+            charge,
+            ..
+        } = payload;
+        if fua || !self.write_inline(&mut scratch.gather, to, at, &buffer) {
+            self.hand_over(conn, to, Call::Write { at, fua }, buffer, Some(charge));
+        } else if buffer.capacity() <= KEEP_BYTES {
+            scratch.spare = buffer;
+        }
+        Ok(())
     }
 
     pub(super) fn hand_over(

@@ -21,15 +21,18 @@ use super::limits::time_for;
 use super::meter::Tally;
 use super::predecessors::Predecessors;
 use super::rate::{Again, Rate};
-use super::reply::{KEEP_BYTES, Scratch, untouched};
+use super::reply::{Scratch, untouched};
 use super::stats::add;
 use super::wire::{ReplyTo, RequestHeader};
 
 /// A write of up to this many bytes is taken out of the receive buffer; longer ones are received
 /// straight into a buffer of their own.
 const IN_BUFFER_BYTES: u32 = 64 << 10;
-/// Turns of one session while others wait for a thread.
+/// Rounds of one turn of a session while others wait for a thread. A round is one receive, or a gather of replies that is full, or
+/// [`STEPS_PER_ROUND`], for one receive can hold thousands of requests.
 const ROUNDS: u32 = 32;
+/// Requests, or payloads that were received apart, of one round.
+const STEPS_PER_ROUND: usize = 32;
 
 pub(super) struct Transmission {
     pub(super) lease: Arc<Lease>,
@@ -53,6 +56,8 @@ pub(super) struct Transmission {
 pub(super) enum Outcome {
     NeedsInput,
     GatherFull,
+    /// As many steps as were asked for; what was gathered can wait for more.
+    StepsDone,
     Full(Full),
     /// No request more before then: `Limits::requests_per_second`.
     Slow(Instant),
@@ -124,14 +129,22 @@ impl Transmission {
             if let Some(rest) = self.wait_for_predecessors(conn, scratch, epoch, hung_up) {
                 return rest;
             }
-            let outcome = self.process(conn, scratch);
+            let (outcome, yields) = loop {
+                let outcome = self.process(conn, scratch, STEPS_PER_ROUND);
+                round = ROUNDS.min(round + 1);
+                let yields = round >= ROUNDS && shared.poller.sessions.has_backlog();
+                if yields || !matches!(outcome, Outcome::StepsDone) {
+                    break (outcome, yields);
+                }
+            };
             scratch.gather.send(conn);
             self.tally.tell(&lease.meter);
             if !matches!(outcome, Outcome::Full(Full::All)) {
                 self.full = Again::default();
             }
             match outcome {
-                Outcome::GatherFull => {}
+                Outcome::GatherFull | Outcome::StepsDone if yields => return Rest::Yield,
+                Outcome::GatherFull | Outcome::StepsDone => {}
                 Outcome::Disconnect => self.finish(conn),
                 Outcome::Violation => {
                     add(&shared.counters.requests_violated, 1);
@@ -159,11 +172,10 @@ impl Transmission {
                     self.catch_up(conn, scratch);
                     // What is there was sent in time, as far as can be known; more is not waited for.
                     let late = is_over(until);
-                    let backlog = shared.poller.sessions.has_backlog();
-                    round += 1;
-                    if backlog && round >= ROUNDS {
+                    if yields {
                         return Rest::Yield;
                     }
+                    let backlog = shared.poller.sessions.has_backlog();
                     match self.receive(conn, scratch, !backlog && !late) {
                         Ok(0) => self.finish(conn),
                         Ok(_) => {}
@@ -233,9 +245,14 @@ impl Transmission {
         Ok(received)
     }
 
-    /// Takes every request that is there whole.
-    pub(super) fn process(&mut self, conn: &Arc<Conn>, scratch: &mut Scratch) -> Outcome {
-        loop {
+    /// Takes the requests that are there whole, in `steps_max` steps at most.
+    pub(super) fn process(
+        &mut self,
+        conn: &Arc<Conn>,
+        scratch: &mut Scratch,
+        steps_max: usize,
+    ) -> Outcome {
+        for _ in 0..steps_max {
             if scratch.gather.is_full() {
                 return Outcome::GatherFull;
             }
@@ -274,6 +291,7 @@ impl Transmission {
             self.partial_since = None;
             self.partial_bytes = self.input.payload_bytes();
         }
+        Outcome::StepsDone
     }
 
     fn on_header(&mut self, conn: &Arc<Conn>, scratch: &mut Scratch) -> Result<(), Outcome> {
@@ -416,28 +434,6 @@ impl Transmission {
             }
         }
         scratch.received.consume(taken);
-        Ok(())
-    }
-
-    fn on_payload(&mut self, conn: &Arc<Conn>, scratch: &mut Scratch) -> Result<(), Outcome> {
-        let Input::Payload(payload) =
-            std::mem::replace(&mut self.input, Input::Header { streams: true })
-        else {
-            return Ok(());
-        };
-        let Payload {
-            to,
-            at,
-            fua,
-            buffer,
-            charge,
-            ..
-        } = payload;
-        if fua || !self.write_inline(&mut scratch.gather, to, at, &buffer) {
-            self.hand_over(conn, to, Call::Write { at, fua }, buffer, Some(charge));
-        } else if buffer.capacity() <= KEEP_BYTES {
-            scratch.spare = buffer;
-        }
         Ok(())
     }
 }
