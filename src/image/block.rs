@@ -21,14 +21,14 @@
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
 
 use nix::fcntl::{FallocateFlags, PosixFadviseAdvice, fallocate};
 
 use super::ahead::{Streams, advise};
 use super::backing::Backing;
-use super::claim::{self, Claim, Opened, Subject};
+use super::claim::{self, Opened, Share, Subject};
 use super::direct::Direct;
 use super::disk::Disk;
 use super::medium::Medium;
@@ -58,7 +58,7 @@ static ZEROES: [u8; 256 << 10] = [0; 256 << 10];
 pub struct Block {
     /// What reads and writes go through, if not the page cache. Before the claim, which says that all is closed when it is dropped.
     direct: Option<Direct>,
-    claim: Arc<Claim>,
+    claim: Share,
     /// Only grows.
     size: AtomicU64,
     read_only: bool,
@@ -404,7 +404,7 @@ impl Image for Block {
 
     fn keeps_changes(&self) -> bool {
         // Only the last close writes to the disk what the page cache has.
-        !self.read_only && Arc::strong_count(&self.claim) > 1
+        !self.read_only && self.claim.is_shared()
     }
 
     fn latch(&self) {

@@ -23,6 +23,7 @@ use super::direct::Direct;
 use super::durable::Durable;
 use super::medium::Medium;
 pub use super::open_error::OpenError;
+pub(super) use super::place::Share;
 use super::place::{Closed, Place, Turn, lock};
 use super::qcow2::Core;
 use crate::correlation::{DeviceNumber, DiskSeq, OpenDisk};
@@ -77,7 +78,7 @@ pub struct Claims {
     disks: Mutex<BTreeMap<DiskSeq, Arc<Place>>>,
 }
 
-/// One disk or file, held until the last image of it is dropped.
+/// One disk or file, held until the last image of it is dropped: each has a [`Share`].
 pub struct Claim {
     pub number: DeviceNumber,
     pub medium: Medium,
@@ -129,7 +130,7 @@ impl Claim {
 pub struct Opened {
     /// Before the claim, which says that all is closed when it is dropped.
     pub direct: Option<Direct>,
-    pub claim: Arc<Claim>,
+    pub claim: Share,
     /// Bytes.
     pub size: u64,
     pub read_only: bool,
@@ -151,7 +152,7 @@ pub(super) fn open(
         Some(claim) => {
             let wrote = claim.is_held_for_writing();
             let opened = share(order, subject, &claim)
-                .and_then(|read_only| complete(order, subject, Arc::clone(&claim), read_only));
+                .and_then(|read_only| complete(order, subject, claim.clone(), read_only));
             if opened.is_err() && !wrote && claim.is_held_for_writing() {
                 // Those who share it go on reading, and keep no other reader out.
                 subject.hold_less(&claim.held);
@@ -170,7 +171,7 @@ pub(super) fn open(
 fn complete(
     order: &OpenDisk,
     subject: &dyn Subject,
-    claim: Arc<Claim>,
+    claim: Share,
     read_only: bool,
 ) -> Result<Opened, OpenError> {
     let size = verify(order, subject, claim.file())?;
@@ -206,7 +207,7 @@ fn claim_new(
     order: &OpenDisk,
     subject: &dyn Subject,
     place: &Arc<Place>,
-) -> Result<(Arc<Claim>, bool), OpenError> {
+) -> Result<(Share, bool), OpenError> {
     let node = subject.find()?;
     let medium = subject.medium();
     let flags = medium.exclusive();
@@ -253,7 +254,7 @@ fn claim_new(
         core: OnceLock::new(),
         _closed: closed,
     };
-    Ok((Arc::new(claim), read_only || !order.write))
+    Ok((Share::first(claim, place), read_only || !order.write))
 }
 
 /// Adds to a claim what this order needs of it; whether it is to be read only.

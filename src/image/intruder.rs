@@ -19,7 +19,7 @@ impl Claims {
     pub fn intruder(&self, file: DiskSeq) -> Option<String> {
         let place = self.known(file)?;
         for turn in 0..LOCK_LOOKS {
-            let claim = place.claim_at(Instant::now() + LOCK_LOOKS_APART * u32::from(turn > 0))?;
+            let claim = place.look_at(Instant::now() + LOCK_LOOKS_APART * u32::from(turn > 0))?;
             if claim.medium != Medium::File {
                 return None;
             }
@@ -37,5 +37,59 @@ impl Claims {
             }
         }
         None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::correlation::{DeviceNode, DeviceNumber, ExportName, OpenDisk, Ticket};
+    use crate::identity::{Format, Identity};
+    use crate::image::beneath::Roots;
+    use crate::image::raw;
+    use std::os::fd::AsRawFd;
+    use std::sync::mpsc::{RecvTimeoutError, channel};
+
+    /// Whoever looked was the last to have the file open: it was told to be closed before it was, and so was what lies above it.
+    #[test]
+    fn a_file_is_closed_when_its_last_image_is_gone_though_somebody_looks_at_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a");
+        std::fs::write(&path, [0; 4096]).unwrap();
+        let roots = Roots::new(vec![folder.path().to_owned()]);
+        let text = path.to_str().unwrap();
+        let file = roots.find(text, Format::Raw).unwrap().incarnation;
+        let order = OpenDisk {
+            ticket: Ticket(1),
+            export: ExportName::parse("a").unwrap(),
+            node: DeviceNode(text.to_owned()),
+            number: DeviceNumber::of_file(1),
+            diskseq: file,
+            identity: Identity::new(Format::Raw.scheme(), text),
+            write: true,
+            direct: false,
+            within: Duration::from_secs(10),
+        };
+        let claims = Claims::default();
+        let image = raw::open(&order, &roots, &claims).unwrap();
+        assert_eq!(claims.intruder(file), None);
+        let place = claims.known(file).unwrap();
+        let look = place.look_at(Instant::now()).unwrap();
+        let held = format!("/proc/self/fd/{}", look.held().as_raw_fd());
+        assert_eq!(std::fs::read_link(&held).unwrap(), path);
+        let (tell, told) = channel();
+        std::thread::scope(|scope| {
+            scope.spawn(move || {
+                drop(image);
+                let is_open = std::fs::read_link(&held).is_ok_and(|it| it == path);
+                tell.send(is_open).unwrap();
+            });
+            let early = told.recv_timeout(Duration::from_millis(200));
+            assert_eq!(early, Err(RecvTimeoutError::Timeout), "somebody looks");
+            assert!(place.look_at(Instant::now()).is_none(), "nobody comes");
+            drop(look);
+            let is_open = told.recv_timeout(Duration::from_secs(20)).unwrap();
+            assert!(!is_open, "told before it was closed");
+        });
     }
 }

@@ -36,7 +36,7 @@ use std::sync::Arc;
 use super::ahead::Streams;
 use super::beneath::Roots;
 use super::block::is_full;
-use super::claim::{self, Claim, Claims, OpenError, Opened};
+use super::claim::{self, Claim, Claims, OpenError, Opened, Share};
 use super::medium::Medium;
 use super::raw::Plain;
 use super::{Allocation, BlockSizes, Depth, Durability, Extent, Image, NoWait, Span, ZeroFlags};
@@ -86,7 +86,7 @@ const REQUEST_BYTES_MAX: u32 = 32 << 20;
 pub struct Qcow2 {
     /// Before the claim, which says that all is closed when it is dropped.
     core: Arc<Core>,
-    claim: Arc<Claim>,
+    claim: Share,
     read_only: bool,
 }
 
