@@ -262,9 +262,10 @@ impl Disks {
             changes.extend(self.seen(mark, facts));
         }
         let by_number = &self.by_number;
-        // What is older than this survey is stale by `surveyed_at` alone.
-        self.touched
-            .retain(|number, touched| *touched > mark || by_number.contains_key(number));
+        // What is older than this survey is stale by `surveyed_at` alone. Of a file nothing is told once it has left.
+        self.touched.retain(|number, touched| {
+            (*touched > mark && !number.is_file()) || by_number.contains_key(number)
+        });
         changes
     }
 

@@ -110,7 +110,7 @@ impl From<Unkept> for RequestError {
 pub struct OpenedDisk {
     /// Bytes, read twice on the opened device.
     pub size: u64,
-    /// The newest observation of the disk's edge when the size had been read; 0 where that edge counts its own.
+    /// The newest observation of the disk's edge when the size had been read.
     pub mark: Mark,
     pub read_only: bool,
 }

@@ -126,6 +126,7 @@ impl Control {
         let reader = self.observer.identity_reader();
         let roots = Arc::clone(&self.roots);
         let shelf = self.shelf.clone();
+        let opens = self.files.opens();
         tokio::task::spawn_blocking(move || {
             let result = answered(|| {
                 is_no_link_to_a_backup(&order, &roots, &shelf)?;
@@ -139,9 +140,9 @@ impl Control {
                 };
                 opened.map_err(OpenRefusal::from)
             });
-            // A file is watched by an edge that counts its own observations.
+            // Files are watched by an edge that counts its own observations.
             let mark = match order.identity.format() {
-                Some(_) => Mark::default(),
+                Some(_) => opens.opened(order.diskseq),
                 None => reader.mark(),
             };
             reports.send(Report::Opened {

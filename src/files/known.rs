@@ -21,6 +21,8 @@ pub struct Seen {
     pub incarnation: DiskSeq,
     /// Bytes.
     pub size: u64,
+    /// When that look-up began.
+    pub sized: Mark,
 }
 
 /// What a look-up of a path came to; each reason in words.
@@ -54,7 +56,6 @@ enum Place {
 pub struct Known {
     paths: BTreeMap<Identity, Place>,
     files: BTreeMap<DiskSeq, File>,
-    marks: u64,
     numbers: u32,
 }
 
@@ -62,6 +63,10 @@ pub struct Known {
 struct File {
     number: DeviceNumber,
     size: u64,
+    /// When the look-up began that read the size. All that is told of the file is as of then: look-ups of its other paths may have begun before and end after.
+    sized: Mark,
+    /// When its size was read on what was opened last. What was read before counts no more, so that it is told again what is found.
+    opened: Mark,
     /// Its paths, all in one format, never empty; each with the reason why it could not be asked for again.
     paths: BTreeMap<Identity, Option<String>>,
 }
@@ -111,6 +116,13 @@ impl Known {
         }
     }
 
+    /// The size of this file was read on what is open of it.
+    pub fn opened(&mut self, file: DiskSeq, mark: Mark) {
+        if let Some(file) = self.files.get_mut(&file) {
+            file.opened = file.opened.max(mark);
+        }
+    }
+
     /// The path is not watched any more.
     pub fn forget(&mut self, path: &Identity) -> Vec<Event> {
         match self.paths.remove(path) {
@@ -138,8 +150,10 @@ impl Known {
 
     fn come(&mut self, path: &Identity, seen: &Seen) -> Option<Event> {
         let known = self.files.get(&seen.incarnation);
-        let same =
-            known.is_some_and(|file| file.size == seen.size && file.paths.get(path) == Some(&None));
+        let same = known.is_some_and(|file| {
+            let is_told = file.sized >= file.opened;
+            is_told && file.size == seen.size && file.paths.get(path) == Some(&None)
+        });
         if same {
             return None;
         }
@@ -150,9 +164,13 @@ impl Known {
         let file = self.files.entry(seen.incarnation).or_insert(File {
             number,
             size: 0,
+            sized: Mark::default(),
+            opened: Mark::default(),
             paths: BTreeMap::new(),
         });
-        file.size = seen.size;
+        if seen.sized >= file.sized {
+            (file.size, file.sized) = (seen.size, seen.sized);
+        }
         file.paths.insert(path.clone(), None);
         Some(self.seen(seen.incarnation))
     }
@@ -191,8 +209,11 @@ impl Known {
         if !known.paths.is_empty() {
             return Some(self.seen(file));
         }
-        let number = self.files.remove(&file)?.number;
-        let mark = self.mark();
+        let File {
+            number,
+            sized: mark,
+            ..
+        } = self.files.remove(&file)?;
         Some(match how {
             Leave::Gone => Event::DiskGone {
                 mark,
@@ -203,13 +224,12 @@ impl Known {
         })
     }
 
-    fn seen(&mut self, incarnation: DiskSeq) -> Event {
-        let mark = self.mark();
+    fn seen(&self, incarnation: DiskSeq) -> Event {
         let file = &self.files[&incarnation];
         let first = file.paths.keys().next().and_then(Identity::file);
         let first = first.unwrap_or_default().to_owned();
         Event::DiskSeen {
-            mark,
+            mark: file.sized,
             facts: DiskFacts {
                 node: DeviceNode(first),
                 number: file.number,
@@ -225,11 +245,6 @@ impl Known {
                 leaving: false,
             },
         }
-    }
-
-    fn mark(&mut self) -> Mark {
-        self.marks += 1;
-        Mark(self.marks)
     }
 
     fn next_number(&mut self) -> DeviceNumber {
@@ -269,8 +284,15 @@ mod tests {
     }
 
     fn file(n: u8, size: u64) -> Found {
-        let incarnation = DiskSeq::of_file(&[n]);
-        Found::File(Seen { incarnation, size })
+        read_at(1, n, size)
+    }
+
+    fn read_at(mark: u64, n: u8, size: u64) -> Found {
+        Found::File(Seen {
+            incarnation: DiskSeq::of_file(&[n]),
+            size,
+            sized: Mark(mark),
+        })
     }
 
     fn none() -> Found {
@@ -346,6 +368,38 @@ mod tests {
         known.look(&at("/p"), file(b'a', 5));
         known.forget_absence(&at("/p"));
         assert!(known.look(&at("/p"), file(b'a', 5)).is_empty());
+    }
+
+    /// A file was made longer while it was being opened. What was read of it before was told as news that came after, and its new clients were cut off.
+    #[test]
+    fn a_size_is_told_as_of_the_beginning_of_its_look_up_and_again_after_an_open() {
+        let mut known = Known::default();
+        let marks = |news: &[Event]| -> Vec<u64> {
+            let mark = |event: &Event| match event {
+                Event::DiskSeen { mark, .. }
+                | Event::DiskGone { mark, .. }
+                | Event::DiskBarred { mark, .. } => mark.0,
+                other => panic!("{other:?}"),
+            };
+            news.iter().map(mark).collect()
+        };
+        let a = DiskSeq::of_file(b"a");
+        assert_eq!(marks(&known.look(&at("/p"), read_at(3, b'a', 5))), [3]);
+        // The look-up of another name began before that one: the file is as long as the later one read.
+        let second = known.look(&at("/q"), read_at(2, b'a', 4));
+        assert_eq!(told(&second), ["a is 5 bytes at /p /q"]);
+        assert_eq!(marks(&second), [3]);
+        // 4 is under way, the file is opened.
+        known.opened(a, Mark(5));
+        let late = known.look(&at("/p"), read_at(4, b'a', 7));
+        assert_eq!((told(&late).len(), marks(&late)), (1, vec![4]));
+        // Of that nothing counts, so it is told again.
+        let again = known.look(&at("/p"), read_at(6, b'a', 7));
+        assert_eq!(told(&again), ["a is 7 bytes at /p /q"]);
+        assert_eq!(marks(&again), [6]);
+        assert!(known.look(&at("/q"), read_at(7, b'a', 7)).is_empty());
+        assert_eq!(marks(&known.forget(&at("/p"))), [6]);
+        assert_eq!(marks(&known.forget(&at("/q"))), [6]);
     }
 
     #[test]

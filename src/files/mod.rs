@@ -6,6 +6,7 @@
 //! NFS that is gone) keeps those threads, its other paths stay as they were last seen, and no path of another one waits for it (invariant 11).
 
 mod known;
+mod look_up;
 mod mounts;
 mod notice;
 
@@ -19,14 +20,14 @@ use tokio::sync::{Notify, Semaphore, mpsc};
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::MissedTickBehavior;
 
-use crate::correlation::Event;
-use crate::identity::{Format, Identity};
-use crate::image::beneath::{FileError, FoundFile, Roots};
+use crate::correlation::{DiskSeq, Event, Mark};
+use crate::identity::Identity;
+use crate::image::beneath::Roots;
 use crate::image::block::Claims;
-use crate::image::qcow2;
-use known::{Found, Known, Seen};
+use known::{Found, Known};
+use look_up::{Looked, look_up};
 pub use mounts::Mounts;
-use notice::{Due, Notices, Place, Watcher};
+use notice::{Due, Notices};
 
 /// Look-ups at one time.
 const LOOKS_MAX: usize = 16;
@@ -62,6 +63,8 @@ struct Shared {
     /// As many as there are exports of files at most. Held for a few instructions.
     wanted: Mutex<Wanted>,
     asked: AtomicU64,
+    /// Counts the beginnings of look-ups, and the opens.
+    marks: AtomicU64,
     /// Something above has changed.
     changed: Notify,
 }
@@ -71,12 +74,31 @@ struct Wanted {
     paths: BTreeSet<Identity>,
     /// Those that were asked for since the last round: whoever asks is told what is found, also when others were told so before.
     anew: BTreeSet<Identity>,
+    /// Files that were opened since the last look-up.
+    opened: BTreeMap<DiskSeq, Mark>,
 }
 
 impl Shared {
     fn wanted(&self) -> std::sync::MutexGuard<'_, Wanted> {
         // What a panic leaves between two insertions is one more look-up, so a poisoned lock is still good.
         self.wanted.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn mark(&self) -> Mark {
+        Mark(self.marks.fetch_add(1, Ordering::SeqCst) + 1)
+    }
+}
+
+/// Tells the observer of the files that are opened.
+#[derive(Clone)]
+pub struct Opens(Arc<Shared>);
+
+impl Opens {
+    /// The size of what was opened of this file has been read. What a look-up that began before this call says of it is older.
+    pub fn opened(&self, file: DiskSeq) -> Mark {
+        let mark = self.0.mark();
+        self.0.wanted().opened.insert(file, mark);
+        mark
     }
 }
 
@@ -121,6 +143,10 @@ impl Observer {
         self.shared.changed.notify_one();
     }
 
+    pub fn opens(&self) -> Opens {
+        Opens(Arc::clone(&self.shared))
+    }
+
     /// Orders a look-up of every path; a `Checked` of this round or a later one follows.
     pub fn check(&self) -> Round {
         let round = self.shared.asked.fetch_add(1, Ordering::AcqRel) + 1;
@@ -134,9 +160,6 @@ impl Drop for Observer {
         self.task.abort();
     }
 }
-
-/// What stands under a path, and what is watched for it.
-type Looked = (Found, Vec<Place>);
 
 enum Look {
     Found(Identity, Looked),
@@ -303,12 +326,13 @@ impl Watch {
         let claims = Arc::clone(&self.claims);
         let places = Arc::clone(&self.places);
         let watcher = self.notices.watcher();
+        let shared = Arc::clone(&self.shared);
         self.looks.spawn(async move {
             // Closed never; the place is given back when the path is waited for no more.
             let _place = places.acquire_owned().await;
             let wanted = path.clone();
             let mut look = tokio::task::spawn_blocking(move || {
-                look_up(&roots, &claims, &wanted, watcher.as_ref())
+                look_up(&roots, &claims, &wanted, watcher.as_ref(), shared.mark())
             });
             match tokio::time::timeout(LOOK_WITHIN, &mut look).await {
                 Ok(Ok(found)) => Look::Found(path, found),
@@ -333,6 +357,9 @@ impl Watch {
                     Found::Unasked { why, .. } => Some(why.clone()),
                     _ => None,
                 };
+                for (file, mark) in std::mem::take(&mut self.shared.wanted().opened) {
+                    self.known.opened(file, mark);
+                }
                 let news = self.known.look(&path, found);
                 if let Some(reason) = unasked.filter(|_| !news.is_empty()) {
                     tracing::warn!(%path, reason, "the file could not be looked up: what was known of it stays, and nobody new is served until it can be");
@@ -370,78 +397,4 @@ impl Watch {
 /// The mount points of this machine now. Reads memory of the kernel only; where it cannot be read all is one mount.
 pub fn mounts() -> Mounts {
     Mounts::parse(&std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default())
-}
-
-fn look_up(roots: &Roots, claims: &Claims, file: &Identity, watcher: Option<&Watcher>) -> Looked {
-    let mut places = Vec::new();
-    let (Some(path), Some(format)) = (file.file(), file.format()) else {
-        return (Found::Nothing(format!("{file} is no file")), places);
-    };
-    // Before it is looked up: what changes after that is told.
-    if let (Some(watcher), Some((root, below))) = (watcher, roots.split(path)) {
-        match watcher.folders(&root, below) {
-            Ok(found) => places = found,
-            Err(error) => watcher.tell(path, &error),
-        }
-    }
-    let found = match roots.find(path, format) {
-        Ok(found) => found,
-        Err(error) => return (not_found(&error), places),
-    };
-    if let Some(watcher) = watcher {
-        match watcher.file(&found.file) {
-            Ok(place) => places.push(place),
-            Err(error) => watcher.tell(path, &error),
-        }
-    }
-    let found = match claims.intruder(found.incarnation) {
-        // What is done to it from now on is not ours to serve: the lease ends, and no new one begins while they are there.
-        Some(by) => Found::Barred {
-            incarnation: found.incarnation,
-            why: format!("{path}: {by}"),
-        },
-        None => seen(path, format, &found),
-    };
-    (found, places)
-}
-
-/// What a look-up says that led to no file: that there is none, or nothing.
-fn not_found(error: &FileError) -> Found {
-    let why = error.to_string();
-    match error {
-        FileError::Missing(_) | FileError::LeadsOut(_) | FileError::NotAFile { .. } => {
-            Found::Nothing(why)
-        }
-        // Roots that were narrowed forbid to ask, and what is open stays open.
-        FileError::Outside(_) | FileError::Kernel { .. } => Found::Unasked {
-            incarnation: None,
-            why,
-        },
-    }
-}
-
-fn seen(path: &str, format: Format, found: &FoundFile) -> Found {
-    let incarnation = found.incarnation;
-    let unasked = |error: &std::io::Error| Found::Unasked {
-        incarnation: Some(incarnation),
-        why: format!("{path}: {error}"),
-    };
-    // Now that the file is watched: what happened to it before that is not told.
-    match format {
-        Format::Raw => match found.file.metadata() {
-            Ok(facts) => Found::File(Seen {
-                incarnation,
-                size: facts.len(),
-            }),
-            Err(error) => unasked(&error),
-        },
-        Format::Qcow2 => match qcow2::virtual_size(&found.file) {
-            Ok(Ok(size)) => Found::File(Seen { incarnation, size }),
-            Ok(Err(refusal)) => Found::Barred {
-                incarnation,
-                why: format!("{path}: {refusal}"),
-            },
-            Err(error) => unasked(&error),
-        },
-    }
 }
