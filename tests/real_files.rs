@@ -149,6 +149,32 @@ fn is_filled(ground: &Ground, kind: Kind) -> Outcome<()> {
     scene.stop()
 }
 
+/// Nobody looked at it any more, which was taken for its end: an export that was added to it served it.
+#[test]
+fn a_file_that_was_given_up_stays_so_while_it_has_no_export_and_until_it_goes() -> Outcome<()> {
+    real("file given up", NEEDS, |ground| {
+        let folder = ground.file("files");
+        std::fs::create_dir(&folder)?;
+        let path = sparse_file(&folder, "a", BYTES)?;
+        let mut scene = Scene::told(ground, roots(&folder), &[])?;
+        let volume = id(&path);
+        scene.client.add_export("a", &volume)?;
+        scene.client.prepare_detach(&volume)?;
+        scene.client.remove_export("a", "hard")?;
+        scene.client.rescan()?;
+        let again = scene.client.add_export("a", &volume);
+        let state = scene.state("a")?;
+        hold!(state == "Released", "it is {state}: {again:?}");
+        scene.client.remove_export("a", "hard")?;
+        std::fs::remove_file(&path)?;
+        scene.client.rescan()?;
+        sparse_file(&folder, "a", BYTES)?;
+        scene.client.add_export("a", &volume)?;
+        scene.client.reach_state("a", "Serving", STEP_LIMIT)?;
+        scene.stop()
+    })
+}
+
 #[test]
 fn what_is_no_file_beneath_a_root_is_refused_by_name() -> Outcome<()> {
     real("no file", NEEDS, |ground| {

@@ -180,8 +180,10 @@ impl Correlation {
 
     pub(super) fn release(&mut self, diskseq: DiskSeq, volume: VolumeId) {
         let due = self.now + self.settings.detach_grace;
-        let before = self.released.remove(&diskseq);
-        let unflushed = before.and_then(|before| before.unflushed);
+        let (unflushed, paths) = match self.released.remove(&diskseq) {
+            Some(before) => (before.unflushed, before.paths),
+            None => (None, BTreeSet::new()),
+        };
         let remark = unflushed
             .as_ref()
             .map(|what| format!(", but {what}"))
@@ -193,6 +195,7 @@ impl Correlation {
                 remark,
                 unflushed,
                 due,
+                paths,
             },
         );
         self.remind(due, Timer::Grace(diskseq));
@@ -202,6 +205,17 @@ impl Correlation {
             Topic::Released,
             Some("prepared for detach".to_owned()),
         );
+    }
+
+    /// Whether it was released. Of a file what was watched for that alone is watched no more.
+    pub(super) fn take_back(&mut self, diskseq: DiskSeq) -> bool {
+        let Some(released) = self.released.remove(&diskseq) else {
+            return false;
+        };
+        for file in released.paths {
+            self.out.push(Action::UnwatchFile { file });
+        }
+        true
     }
 
     pub(super) fn cancel_detach(
@@ -250,7 +264,7 @@ impl Correlation {
     pub(super) fn cancelled(&mut self, request: RequestId, disks: &BTreeSet<DiskSeq>) {
         let mut names = BTreeSet::new();
         for diskseq in disks {
-            self.released.remove(diskseq);
+            self.take_back(*diskseq);
             self.log_disk(
                 *diskseq,
                 Level::Info,
@@ -369,5 +383,203 @@ impl Correlation {
 impl Detach {
     pub(super) fn disks(&self) -> usize {
         self.disks.len()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::*;
+    use crate::identity::Scheme;
+    use std::collections::VecDeque;
+
+    const PATH: &str = "/srv/a";
+
+    /// A machine with files, whose store, opens and leases answer at once.
+    struct Machine {
+        middle: Correlation,
+        requests: u64,
+        watched: bool,
+    }
+
+    impl Machine {
+        fn new() -> Machine {
+            let settings = Settings::new(BootId("boot".to_owned()));
+            let mut middle = Correlation::new(settings, Remembered::default());
+            middle.start();
+            let mut machine = Machine {
+                middle,
+                requests: 0,
+                watched: false,
+            };
+            machine.live(Event::Sections(SectionsChange::default()));
+            machine.live(Event::Surveyed {
+                mark: Mark(1),
+                disks: Vec::new(),
+                routine: true,
+            });
+            machine
+        }
+
+        fn live(&mut self, event: Event) {
+            let mut events = VecDeque::from([event]);
+            while let Some(event) = events.pop_front() {
+                for action in self.middle.apply(self.middle.now, event) {
+                    match action {
+                        Action::Persist { request, .. } => events.push_back(Event::Persisted {
+                            request,
+                            result: Ok(()),
+                        }),
+                        Action::OpenDisk(order) => events.push_back(Event::DiskOpened {
+                            ticket: order.ticket,
+                            result: Ok(OpenedDisk {
+                                size: 512,
+                                mark: Mark::default(),
+                                read_only: !order.write,
+                            }),
+                        }),
+                        Action::EndLease {
+                            export, generation, ..
+                        } => events.push_back(Event::LeaseEnded {
+                            export,
+                            generation,
+                            end: LeaseEnd::Closed,
+                        }),
+                        Action::WatchFile { .. } => self.watched = true,
+                        Action::UnwatchFile { .. } => self.watched = false,
+                        _ => {}
+                    }
+                }
+            }
+            assert_eq!(self.middle.check(), Ok(()));
+        }
+
+        fn ask(&mut self, what: Request) {
+            self.requests += 1;
+            let request = RequestId(self.requests);
+            self.live(Event::Asked { request, what });
+        }
+
+        fn add(&mut self) {
+            let definition = Definition {
+                name: name(),
+                volume: volume(),
+                read_only: false,
+                share: false,
+                direct: false,
+                source: Source::Dbus,
+            };
+            let wait = Duration::ZERO;
+            self.ask(Request::AddExport { definition, wait });
+        }
+
+        fn remove(&mut self) {
+            self.ask(Request::RemoveExport {
+                name: name(),
+                mode: RemoveMode::Soft,
+                within: Duration::from_secs(1),
+            });
+            assert!(self.middle.export(&name()).is_none());
+        }
+
+        fn give_up(&mut self) {
+            self.ask(Request::PrepareDetach {
+                volume: volume(),
+                hard: false,
+                within: Duration::from_secs(1),
+            });
+        }
+
+        /// The file of this number stands under the path.
+        fn sees(&mut self, mark: u64, file: u32) {
+            let identities = [Identity::new(Scheme::File, PATH)].into();
+            self.live(Event::DiskSeen {
+                mark: Mark(mark),
+                facts: DiskFacts {
+                    node: DeviceNode(PATH.to_owned()),
+                    number: DeviceNumber::of_file(file),
+                    diskseq: DiskSeq::of_file(&file.to_be_bytes()),
+                    size: 512,
+                    read_only: false,
+                    identities: Reading::Known(identities),
+                    serial: String::new(),
+                    wwid: String::new(),
+                    model: "file".to_owned(),
+                    holders: Vec::new(),
+                    leaving: false,
+                },
+            });
+        }
+
+        /// As the observer tells a file that it watches no more.
+        fn forgets(&mut self, mark: u64, file: u32) {
+            self.live(Event::DiskBarred {
+                mark: Mark(mark),
+                number: DeviceNumber::of_file(file),
+            });
+        }
+
+        fn state(&self) -> Option<State> {
+            Some(self.middle.export(&name())?.state)
+        }
+    }
+
+    fn name() -> ExportName {
+        ExportName::parse("a").unwrap()
+    }
+
+    fn volume() -> VolumeId {
+        VolumeId::parse(&format!("file:{PATH}")).unwrap()
+    }
+
+    /// It was given up, its export was removed and added again, and it was served: nobody looked at it meanwhile, which was taken for its end.
+    #[test]
+    fn a_file_that_was_given_up_stays_so_when_its_last_export_is_removed() {
+        let mut machine = Machine::new();
+        machine.add();
+        machine.sees(2, 1);
+        assert_eq!(machine.state(), Some(State::Serving));
+        machine.give_up();
+        machine.remove();
+        assert!(machine.watched, "its end is to be seen");
+        machine.add();
+        assert_eq!(machine.state(), Some(State::Released));
+        // It is taken back, and then the export is removed.
+        machine.ask(Request::CancelDetach { volume: volume() });
+        assert_eq!(machine.state(), Some(State::Serving));
+        machine.remove();
+        assert!(!machine.watched);
+        // It is given up before the observer has said that it looks no more.
+        machine.give_up();
+        machine.forgets(2, 1);
+        machine.add();
+        machine.sees(3, 1);
+        assert_eq!(machine.state(), Some(State::Released));
+    }
+
+    #[test]
+    fn the_release_of_a_file_without_exports_ends_with_the_file_or_when_it_is_taken_back() {
+        for is_gone in [true, false] {
+            let mut machine = Machine::new();
+            machine.add();
+            machine.sees(2, 1);
+            machine.give_up();
+            machine.remove();
+            if is_gone {
+                machine.live(Event::DiskGone {
+                    mark: Mark(2),
+                    number: DeviceNumber::of_file(1),
+                    diskseq: Some(DiskSeq::of_file(&1_u32.to_be_bytes())),
+                });
+            } else {
+                machine.ask(Request::CancelDetach { volume: volume() });
+            }
+            assert!(!machine.watched, "nobody wants it");
+            if !is_gone {
+                machine.forgets(2, 1);
+            }
+            machine.add();
+            machine.sees(3, 2);
+            assert_eq!(machine.state(), Some(State::Serving));
+        }
     }
 }

@@ -9,6 +9,7 @@ use super::{
     Action, Change, Correlation, Definition, EXPORTS_MAX, EndHow, Export, ExportName, INTERNAL,
     Notice, Reply, RequestError, RequestId, State,
 };
+use crate::identity::Identity;
 
 /// A caller of `AddExport` that waits for the export to serve.
 #[derive(Debug, Clone)]
@@ -241,6 +242,9 @@ impl Correlation {
             let wanting = self.by_candidate.or_default(candidate.clone());
             if wanting.is_empty() && candidate.file().is_some() {
                 let file = candidate.clone();
+                for released in self.released.values_mut() {
+                    released.paths.remove(&file);
+                }
                 self.out.push(Action::WatchFile { file });
             }
             wanting.insert(&definition);
@@ -289,12 +293,24 @@ impl Correlation {
                     if candidate.file().is_some() {
                         let file = candidate.clone();
                         self.absent_files.remove(&file);
-                        self.out.push(Action::UnwatchFile { file });
+                        self.unwatch(file);
                     }
                 }
             }
         }
         Some(export)
+    }
+
+    /// No export names the path any more. A file that was given up is watched on: its end is the end of the release.
+    fn unwatch(&mut self, file: Identity) {
+        let there = self.disks.presenting(&[file.clone()].into());
+        let given_up = there.iter().find(|it| self.released.contains_key(it));
+        match given_up.and_then(|diskseq| self.released.get_mut(diskseq)) {
+            Some(released) => {
+                released.paths.insert(file);
+            }
+            None => self.out.push(Action::UnwatchFile { file }),
+        }
     }
 
     pub(super) fn forget(&mut self, name: &ExportName, reason: &RequestError) {

@@ -36,7 +36,8 @@ pub enum Event {
         number: DeviceNumber,
         diskseq: Option<DiskSeq>,
     },
-    /// What has this number is there and may not be served as it is now: a file that someone else is in. A release of it stays.
+    /// What has this number may not be served as it is now (a file that someone else is in), or is not looked at any more (no export names it). That
+    /// says nothing of its being there: a release of it stays.
     DiskBarred { mark: Mark, number: DeviceNumber },
     /// There is no file under this path that could be served, and why.
     FileAbsent { file: Identity, reason: String },
@@ -210,7 +211,7 @@ pub enum Action {
     WatchFile {
         file: Identity,
     },
-    /// No export wants it any more.
+    /// No export wants it any more, and it was not given up.
     UnwatchFile {
         file: Identity,
     },

@@ -210,6 +210,8 @@ struct Released {
     unflushed: Option<String>,
     /// When it should have left.
     due: Duration,
+    /// Paths of a file that are watched for its end alone: no export names them any more.
+    paths: BTreeSet<Identity>,
 }
 
 /// The model of the machine and of what is wanted of it.

@@ -234,7 +234,7 @@ impl Correlation {
         self.remembered_releases
             .retain(|release| release.diskseq != diskseq || release.boot != boot);
         let was_remembered = self.remembered_releases.len() != before;
-        if self.released.remove(&diskseq).is_some() || was_remembered {
+        if self.take_back(diskseq) || was_remembered {
             let changes = vec![Change::DeleteRelease { diskseq, boot }];
             self.out.push(Action::Persist {
                 request: INTERNAL,

@@ -76,7 +76,7 @@ struct File {
 enum Leave {
     /// It is not there.
     Gone,
-    /// It is there, and not to be served.
+    /// It is there as far as is known, and not to be served, or not looked at any more.
     Barred,
 }
 
@@ -123,10 +123,10 @@ impl Known {
         }
     }
 
-    /// The path is not watched any more.
+    /// The path is not watched any more. That says nothing of the file: one that was given up stays so.
     pub fn forget(&mut self, path: &Identity) -> Vec<Event> {
         match self.paths.remove(path) {
-            Some(Place::File(file)) => self.leave(file, path, Leave::Gone).into_iter().collect(),
+            Some(Place::File(file)) => self.leave(file, path, Leave::Barred).into_iter().collect(),
             Some(Place::Nothing(_)) | None => Vec::new(),
         }
     }
@@ -417,7 +417,7 @@ mod tests {
         let second = told(&known.look(&at("/q"), file(b'a', 5)));
         assert_eq!(second, ["a is 5 bytes at /p /q"]);
         assert_eq!(told(&known.forget(&at("/p"))), ["a is 5 bytes at /q"]);
-        assert_eq!(told(&known.forget(&at("/q"))), ["a is gone"]);
+        assert_eq!(told(&known.forget(&at("/q"))), ["barred"]);
         assert_eq!(known.paths().count(), 0);
     }
 
