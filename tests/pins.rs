@@ -179,6 +179,13 @@ impl Machine {
                     Action::Hide { export, .. } => {
                         self.hidden.insert(export);
                     }
+                    Action::HideAndCount {
+                        request, export, ..
+                    } => {
+                        let clients = u32::from(self.clients.contains(&export));
+                        self.hidden.insert(export);
+                        events.push(Event::Counted { request, clients });
+                    }
                     Action::Show { export } | Action::Forget { export } => {
                         self.hidden.remove(&export);
                     }
@@ -971,17 +978,11 @@ fn random(seed: u64) -> Machine {
                         diskseq: facts.diskseq,
                         anew: draw(2) == 0,
                     };
-                    // The daemon looks at the door before it asks the middle.
-                    if !machine.clients.contains(&name(export)) {
-                        machine.begin(pin);
-                    }
+                    machine.begin(pin);
                 }
             }
             10 => {
-                let unpin = Request::Unpin { name: name(export) };
-                if !machine.clients.contains(&name(export)) {
-                    machine.begin(unpin);
-                }
+                machine.begin(Request::Unpin { name: name(export) });
             }
             11 => machine.slow = !machine.slow,
             12 => machine.answer_store(),

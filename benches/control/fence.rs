@@ -114,7 +114,17 @@ impl Rig {
                     } => self.door.refuse(&export, kind, &reason),
                     Action::Unseal { export, generation } => self.door.unseal(&export, generation),
                     Action::Grow { export, generation } => self.door.grow(&export, generation),
-                    Action::Hide { export, reason } => self.door.hide(&export, &reason),
+                    Action::Hide { export, reason } => {
+                        self.door.hide(&export, &reason);
+                    }
+                    Action::HideAndCount {
+                        request,
+                        export,
+                        reason,
+                    } => {
+                        let clients = self.door.hide(&export, &reason);
+                        next.push(Event::Counted { request, clients });
+                    }
                     Action::Show { export } => self.door.show(&export),
                     Action::Forget { export } => self.door.forget(&export),
                     Action::EndLease {

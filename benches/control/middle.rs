@@ -188,6 +188,10 @@ fn answer(action: Action) -> Option<Event> {
             request,
             result: Ok(()),
         }),
+        Action::HideAndCount { request, .. } => Some(Event::Counted {
+            request,
+            clients: 0,
+        }),
         Action::Serve { .. }
         | Action::Refuse { .. }
         | Action::Unseal { .. }

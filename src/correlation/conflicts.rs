@@ -313,10 +313,12 @@ mod tests {
 
     const PATH: &str = "/images/a.raw";
 
-    /// The store keeps what is asked for.
+    /// There are no clients, and the store keeps what is asked for.
     fn ask(middle: &mut Correlation, request: u64, what: Request) {
         let request = RequestId(request);
         middle.apply(middle.now, Event::Asked { request, what });
+        let clients = 0;
+        middle.apply(middle.now, Event::Counted { request, clients });
         let result = Ok(());
         middle.apply(middle.now, Event::Persisted { request, result });
     }

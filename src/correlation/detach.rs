@@ -5,10 +5,10 @@ use std::time::Duration;
 
 use super::requests::Persisting;
 use super::{
-    Action, Change, Correlation, Decision, DiskSeq, EndHow, INTERNAL, Level, Release, Released,
-    Reply, RequestError, RequestId, Timer, Topic,
+    Action, Change, Correlation, Decision, DiskSeq, EndHow, INTERNAL, Level, Release, Reply,
+    RequestError, RequestId, Timer, Topic,
 };
-use crate::identity::VolumeId;
+use crate::identity::{Identity, VolumeId};
 
 /// A drain or cut reports by itself at its deadline; the caller is answered at the latest this much later.
 const REPORT_SLACK: Duration = Duration::from_secs(1);
@@ -17,6 +17,20 @@ const REPORT_SLACK: Duration = Duration::from_secs(1);
 const READ_WITHIN: Duration = Duration::from_secs(5);
 /// Volumes that one disk which was not read is promised not to be served as.
 const PROMISED_MAX: usize = 64;
+
+/// A disk that was given up.
+#[derive(Debug, Clone)]
+pub(super) struct Released {
+    pub volume: VolumeId,
+    /// The last flush failed, or its disk should have left long ago.
+    pub remark: String,
+    /// What of it is not durable: every later `PrepareDetach` says so again.
+    pub unflushed: Option<String>,
+    /// When it should have left.
+    pub due: Duration,
+    /// Paths of a file that are watched for its end alone: no export names them any more.
+    pub paths: BTreeSet<Identity>,
+}
 
 /// A `PrepareDetach` that is under way.
 #[derive(Debug, Clone)]

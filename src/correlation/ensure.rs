@@ -5,9 +5,10 @@
 
 use super::membership::Waiter;
 use super::requests::{Persisting, Step};
+use super::vacant::Vacancy;
 use super::{
     Action, Change, Correlation, Decision, Definition, DiskSeq, Ensure, ExportName, INTERNAL,
-    Level, Mapping, Notice, RequestError, RequestId, Source, Timer, Topic, VmDisk,
+    Level, Mapping, Notice, Request, RequestError, RequestId, Source, Timer, Topic, VmDisk,
 };
 use crate::identity::VolumeId;
 
@@ -16,6 +17,7 @@ impl Correlation {
         &mut self,
         request: RequestId,
         ensure: Ensure,
+        vacancy: Vacancy,
     ) -> Result<(), RequestError> {
         if self.stopping {
             return Err(RequestError::NotReady("the daemon is stopping".to_owned()));
@@ -42,7 +44,7 @@ impl Correlation {
             return self.ensure_new(request, ensure, wanted);
         };
         if !export.planned().serves_as(&wanted) {
-            return self.ensure_moved(request, ensure, wanted);
+            return self.ensure_moved(request, ensure, wanted, vacancy);
         }
         self.judge_owner(&wanted)?;
         if self.owner(&name).is_none() {
@@ -120,15 +122,6 @@ impl Correlation {
         mapping
     }
 
-    /// The request would put another volume, or other rights, under a name that clients may know.
-    pub fn would_move(&self, ensure: &Ensure) -> bool {
-        let known = self.exports.get(&ensure.disk.export());
-        known.is_some_and(|export| {
-            self.wanted(ensure)
-                .is_some_and(|wanted| !export.planned().serves_as(&wanted))
-        })
-    }
-
     fn ensure_new(
         &mut self,
         request: RequestId,
@@ -156,13 +149,13 @@ impl Correlation {
         Ok(())
     }
 
-    /// Another volume under a name that clients may know: only when the caller says so, and never under a client. Whoever asks
-    /// has looked; one that comes in the same moment is drained before the new volume is opened (invariant 6).
+    /// Another volume under a name that clients may know: only when the caller says so, and never under a client.
     fn ensure_moved(
         &mut self,
         request: RequestId,
         ensure: Ensure,
         definition: Definition,
+        vacancy: Vacancy,
     ) -> Result<(), RequestError> {
         let name = definition.name.clone();
         let Some(export) = self.exports.get(&name) else {
@@ -197,6 +190,10 @@ impl Correlation {
         self.judge_owner(&definition)?;
         self.judge_definition(&definition)?;
         self.judge_disk_owner(&definition)?;
+        if vacancy == Vacancy::Unknown {
+            self.count_clients(request, Request::EnsureVmExport(ensure));
+            return Ok(());
+        }
         let mapping = self.mapping_for(&ensure);
         if let Some(export) = self.exports.get_mut(&name) {
             export.moving = Some(definition.clone());
@@ -213,7 +210,6 @@ impl Correlation {
             step: Step::Move(definition),
         };
         self.persist(request, purpose, changes);
-        self.hide(&name, "is being given another volume");
         Ok(())
     }
 

@@ -72,6 +72,8 @@ pub enum Event {
     Sections(SectionsChange),
     /// A hidden export has no clients any more.
     Unused { export: ExportName },
+    /// How many clients the export has whose new ones are turned away by the `HideAndCount` of this request.
+    Counted { request: RequestId, clients: u32 },
     /// `Correlation::deadline` has come.
     TimePassed,
     /// The daemon is to stop: drain everything.
@@ -183,6 +185,12 @@ pub enum Action {
     },
     /// Take the name out of LIST and turn new clients away; sessions that exist go on.
     Hide {
+        export: ExportName,
+        reason: String,
+    },
+    /// As `Hide`, and tell how many clients the export has when no new ones come any more, before anything else is told.
+    HideAndCount {
+        request: RequestId,
         export: ExportName,
         reason: String,
     },

@@ -51,6 +51,7 @@ mod step;
 mod topic;
 #[cfg(test)]
 mod transitions;
+mod vacant;
 mod view;
 mod views;
 mod vm;
@@ -80,7 +81,7 @@ pub use vm::*;
 use crate::identity::{Identity, VolumeId};
 use binding::Binding;
 use conflicts::{Contest, LeftConflict};
-use detach::Detach;
+use detach::{Detach, Released};
 use disks::Disks;
 use holds::Holds;
 use index::{Index, Ordered};
@@ -201,19 +202,6 @@ impl Export {
     }
 }
 
-#[derive(Debug, Clone)]
-struct Released {
-    volume: crate::identity::VolumeId,
-    /// The last flush failed, or its disk should have left long ago.
-    remark: String,
-    /// What of it is not durable: every later `PrepareDetach` says so again.
-    unflushed: Option<String>,
-    /// When it should have left.
-    due: Duration,
-    /// Paths of a file that are watched for its end alone: no export names them any more.
-    paths: BTreeSet<Identity>,
-}
-
 /// The model of the machine and of what is wanted of it.
 #[derive(Debug, Clone)]
 pub struct Correlation {
@@ -252,6 +240,8 @@ pub struct Correlation {
     remembered_mappings: BTreeMap<ExportName, Mapping>,
     detaches: BTreeMap<RequestId, Detach>,
     persisting: BTreeMap<RequestId, Persisting>,
+    /// What waits for the number of an export's clients, which is told at once.
+    counting: BTreeMap<RequestId, Request>,
     timers: BTreeSet<(Duration, Timer)>,
     last_nodes: Index<String, DeviceNode>,
     pins: Pins,
@@ -290,6 +280,7 @@ impl Correlation {
                 .collect(),
             detaches: BTreeMap::new(),
             persisting: BTreeMap::new(),
+            counting: BTreeMap::new(),
             timers: BTreeSet::new(),
             last_nodes: Index::default(),
             pins: Pins::new(remembered.pins),
@@ -376,6 +367,7 @@ impl Correlation {
             } => self.on_lease_ended(&export, generation, end),
             Event::Persisted { request, result } => self.on_persisted(request, result),
             Event::Asked { request, what } => self.on_asked(request, what),
+            Event::Counted { request, clients } => self.on_counted(request, clients),
             Event::Sections(change) => self.on_sections(change),
             Event::Unused { export } => self.on_unused(&export),
             Event::TimePassed => self.on_time_passed(),

@@ -228,6 +228,10 @@ mod tests {
                         generation,
                         end: LeaseEnd::Closed,
                     }),
+                    Action::HideAndCount { request, .. } => {
+                        let clients = 0;
+                        events.push_front(Event::Counted { request, clients });
+                    }
                     Action::Reply { reply, .. } => replies.push(reply),
                     _ => {}
                 }

@@ -3,9 +3,10 @@
 use super::pin_rule::{AtPath, Pin, Verdict, mismatch};
 use super::pins::{NamedPath, OWN_REQUESTS};
 use super::requests::Persisting;
+use super::vacant::Vacancy;
 use super::{
     Action, Change, Correlation, Decision, Definition, DiskSeq, Export, ExportName, Level, Reply,
-    RequestError, RequestId, Topic,
+    Request, RequestError, RequestId, Topic,
 };
 
 /// One pinned section as it is now.
@@ -30,14 +31,13 @@ pub struct PinView {
 }
 
 impl Correlation {
-    /// A person says that the path means the disk of this number, which is there. Whoever asks has looked that there are no clients; none comes
-    /// until it is stored.
+    /// A person says that the path means the disk of this number, which is there. The export has no clients, and gets none until it is stored.
     pub(super) fn pin_by_person(
         &mut self,
         request: RequestId,
         name: &ExportName,
-        diskseq: DiskSeq,
-        anew: bool,
+        (diskseq, anew): (DiskSeq, bool),
+        vacancy: Vacancy,
     ) -> Result<(), RequestError> {
         let section = self.section(name)?;
         let path = section.path.clone();
@@ -76,6 +76,16 @@ impl Correlation {
             ..self.planned_of(name)?.clone()
         };
         self.judge_definition(&definition)?;
+        if vacancy == Vacancy::Unknown {
+            let name = name.clone();
+            let what = Request::Pin {
+                name,
+                diskseq,
+                anew,
+            };
+            self.count_clients(request, what);
+            return Ok(());
+        }
         self.begin_storing(name, Some(diskseq));
         let pin = Pin {
             export: name.clone(),
@@ -84,7 +94,6 @@ impl Correlation {
         };
         let changes = vec![Change::PutPin(pin.clone())];
         self.persist(request, Persisting::Pins(vec![pin]), changes);
-        self.hide(name, "is being given another volume");
         self.settle(name);
         Ok(())
     }
@@ -94,6 +103,7 @@ impl Correlation {
         &mut self,
         request: RequestId,
         name: &ExportName,
+        vacancy: Vacancy,
     ) -> Result<(), RequestError> {
         self.section(name)?;
         if !self.pins.known.contains_key(name) {
@@ -101,10 +111,13 @@ impl Correlation {
                 "the path of export {name} is not pinned"
             )));
         }
+        if vacancy == Vacancy::Unknown {
+            self.count_clients(request, Request::Unpin { name: name.clone() });
+            return Ok(());
+        }
         self.begin_storing(name, None);
         let changes = vec![Change::DeletePin(name.clone())];
         self.persist(request, Persisting::Unpin(name.clone()), changes);
-        self.hide(name, "is being unpinned");
         Ok(())
     }
 

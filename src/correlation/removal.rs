@@ -4,8 +4,9 @@ use std::time::Duration;
 
 use super::binding::{Binding, Failure};
 use super::requests::Persisting;
+use super::vacant::Vacancy;
 use super::{
-    Action, Change, Correlation, EndHow, ExportName, Leaving, Notice, RemoveMode, Reply,
+    Action, Change, Correlation, EndHow, ExportName, Leaving, Notice, RemoveMode, Reply, Request,
     RequestError, RequestId,
 };
 
@@ -14,7 +15,7 @@ impl Correlation {
         &mut self,
         request: RequestId,
         name: &ExportName,
-        mode: RemoveMode,
+        (mode, vacancy): (RemoveMode, Vacancy),
         within: Duration,
     ) -> Result<(), RequestError> {
         let export = self.exports.get(name).ok_or_else(|| {
@@ -31,6 +32,11 @@ impl Correlation {
             return Err(RequestError::NotReady(format!(
                 "export {name} is being added or removed; try again"
             )));
+        }
+        if mode == RemoveMode::Safe && vacancy == Vacancy::Unknown {
+            let name = name.clone();
+            self.count_clients(request, Request::RemoveExport { name, mode, within });
+            return Ok(());
         }
         if export.goes() {
             // Its removal is stored: whoever lost the first reply, or wants it gone harder, joins.
@@ -49,10 +55,6 @@ impl Correlation {
             },
             changes,
         );
-        if mode == RemoveMode::Safe {
-            // It has no clients, and gets none while its removal is stored.
-            self.hide(&name, "is being removed");
-        }
         // It opens nothing and promises nothing any more; who is served is, until the removal is stored.
         self.settle(&name);
         Ok(())
@@ -115,7 +117,7 @@ impl Correlation {
         });
     }
 
-    /// Takes [`Self::hide`] back, unless something else still wants it: its last answer from the store shows it.
+    /// Shows what is hidden, unless something else still wants it: its last answer from the store shows it.
     pub(super) fn show(&mut self, name: &ExportName) {
         let export = self.exports.get(name);
         let moves = export.is_some_and(|export| export.hidden || export.moving.is_some());

@@ -6,6 +6,7 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
+use super::vacant::Vacancy;
 use super::{
     Action, Change, Correlation, Decision, Definition, DiskSeq, ExportName, INTERNAL, Level,
     Mapping, Pin, RemoveMode, Reply, Request, RequestError, RequestId, Topic, Unkept,
@@ -56,11 +57,22 @@ pub(super) enum Step {
 
 impl Correlation {
     pub(super) fn on_asked(&mut self, request: RequestId, what: Request) {
-        let outcome = match what {
+        let outcome = self.judge_request(request, what, Vacancy::Unknown);
+        self.answer_refused(request, outcome);
+    }
+
+    /// `vacancy` is of the export that `what` is about.
+    pub(super) fn judge_request(
+        &mut self,
+        request: RequestId,
+        what: Request,
+        vacancy: Vacancy,
+    ) -> Result<(), RequestError> {
+        match what {
             Request::AddExport { definition, wait } => self.add(request, definition, wait),
-            Request::EnsureVmExport(ensure) => self.ensure(request, ensure),
+            Request::EnsureVmExport(ensure) => self.ensure(request, ensure, vacancy),
             Request::RemoveExport { name, mode, within } => {
-                self.remove(request, &name, mode, within)
+                self.remove(request, &name, (mode, vacancy), within)
             }
             Request::PrepareDetach {
                 volume,
@@ -73,9 +85,12 @@ impl Correlation {
                 name,
                 diskseq,
                 anew,
-            } => self.pin_by_person(request, &name, diskseq, anew),
-            Request::Unpin { name } => self.unpin(request, &name),
-        };
+            } => self.pin_by_person(request, &name, (diskseq, anew), vacancy),
+            Request::Unpin { name } => self.unpin(request, &name, vacancy),
+        }
+    }
+
+    pub(super) fn answer_refused(&mut self, request: RequestId, outcome: Result<(), RequestError>) {
         if let Err(error) = outcome {
             self.reply(request, Err(error));
         }

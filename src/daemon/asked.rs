@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use super::control::{Asker, Control};
 use super::keeper::Order;
 use super::log;
-use crate::correlation::{Event, RemoveMode, Request, RequestError};
+use crate::correlation::{Event, Request, RequestError};
 use crate::dbus::{Answer, Call, Caller, Command, Filter, Publication, SessionView};
 use crate::identity::VolumeId;
 use crate::nbd::SessionFacts;
@@ -96,44 +96,17 @@ impl Control {
         }
     }
 
-    /// Why the middle is not asked at all: what it cannot know of files, rules and clients.
+    /// Why the middle is not asked at all: what it cannot know of files and rules.
     fn refusal(&self, what: &Request) -> Option<RequestError> {
         if let Some(volume) = volume_named(what)
             && let Err(reason) = self.rules.permit(volume)
         {
             return Some(RequestError::InvalidArgument(reason));
         }
-        if let Err(reason) = self.shelf.permit(what) {
-            return Some(RequestError::InUse(reason.to_string()));
-        }
-        // Who comes back under the name would write to another volume than it believes: no move happens under a client.
-        let (name, until) = match what {
-            Request::EnsureVmExport(ensure)
-                if ensure.moves && self.correlation.would_move(ensure) =>
-            {
-                let until = " of the volume that it is now: end them before it is moved";
-                (ensure.disk.export(), until)
-            }
-            Request::Pin { name, .. } | Request::Unpin { name } => {
-                let until = " of the volume that it is now: end them before its path means another";
-                (name.clone(), until)
-            }
-            Request::RemoveExport {
-                name,
-                mode: RemoveMode::Safe,
-                ..
-            } => {
-                let until = ": end them first, or remove it with mode hide, which waits until they have left, soft or hard";
-                (name.clone(), until)
-            }
-            _ => return None,
-        };
-        match self.door.clients(&name) {
-            0 => None,
-            clients => Some(RequestError::InUse(format!(
-                "export {name} has {clients} clients{until}; 'nbdtrack sessions {name}' lists them, 'nbdtrack end-session ID' ends one"
-            ))),
-        }
+        self.shelf
+            .permit(what)
+            .err()
+            .map(|reason| RequestError::InUse(reason.to_string()))
     }
 
     fn begin(&mut self, what: Request, reply: Asker, caller: Caller) {

@@ -25,6 +25,7 @@ impl Control {
         let mut replies = Vec::new();
         // The middle's own changes of one turn are one order: a twin begins a conflict of each export of its volume.
         let mut own = Vec::new();
+        let mut counted = Vec::new();
         for action in actions {
             match action {
                 Action::OpenDisk(order) => self.open_disk(order),
@@ -51,11 +52,18 @@ impl Control {
                 Action::Unseal { export, generation } => self.door.unseal(&export, generation),
                 Action::Grow { export, generation } => self.door.grow(&export, generation),
                 Action::Hide { export, reason } => {
-                    self.door.hide(&export, &reason);
-                    if self.door.clients(&export) == 0 {
+                    if self.door.hide(&export, &reason) == 0 {
                         let unused = Event::Unused { export };
                         self.reports.send(Report::Happened(unused));
                     }
+                }
+                Action::HideAndCount {
+                    request,
+                    export,
+                    reason,
+                } => {
+                    let clients = self.door.hide(&export, &reason);
+                    counted.push(Event::Counted { request, clients });
                 }
                 Action::Show { export } => self.door.show(&export),
                 Action::Forget { export } => self.door.forget(&export),
@@ -101,6 +109,9 @@ impl Control {
         self.write_own(&mut own);
         self.publish(notices, replies);
         self.keep_claims();
+        for event in counted {
+            self.apply(event);
+        }
     }
 
     fn write_own(&mut self, changes: &mut Vec<Change>) {

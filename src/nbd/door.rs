@@ -198,6 +198,7 @@ impl Door {
         if let Some(export) = exports.get_mut(name) {
             export.forgotten = true;
             export.hidden = None;
+            export.clients.show();
             if export.lease.is_none() && export.ending.is_empty() {
                 exports.remove(name);
             }
@@ -245,9 +246,7 @@ impl Door {
     /// How many sessions are bound to `name`, of any generation.
     pub fn clients(&self, name: &ExportName) -> u32 {
         let exports = lock(&self.shared().exports);
-        exports
-            .get(name)
-            .map_or(0, |export| export.clients.load(Ordering::Acquire))
+        exports.get(name).map_or(0, |export| export.clients.count())
     }
 
     /// Sets who is told when the number of an export's sessions changes. It must not block. Calls come from several threads, so

@@ -21,6 +21,7 @@ use super::crew::{Crew, Task};
 use super::ending::Ending;
 use super::gate::Gate;
 use super::handshake::{Facts, Refusal};
+use super::hidden::{Clients, Turned};
 use super::inline::{Inside, Right};
 use super::meter::Meter;
 use super::predecessors::Predecessors;
@@ -102,7 +103,7 @@ pub(super) struct Lease {
     pub(super) work: Mutex<Work>,
     pub(super) ending: Mutex<Ending>,
     /// Sessions of all leases of this export.
-    clients: Arc<AtomicU32>,
+    clients: Arc<Clients>,
     /// They hold payload together.
     pub(super) party: Arc<Party>,
     pub(super) meter: Arc<Meter>,
@@ -116,7 +117,7 @@ pub(super) struct Offer {
     /// Whatever the image would take.
     pub(super) read_only: bool,
     /// Of the export, over all its leases.
-    pub(super) clients: Arc<AtomicU32>,
+    pub(super) clients: Arc<Clients>,
     pub(super) meter: Arc<Meter>,
 }
 
@@ -301,19 +302,16 @@ impl Lease {
                 reason: format!("export {} is being detached", self.export),
             });
         }
-        let order = Ordering::AcqRel;
-        let seat = self.clients.fetch_update(order, Ordering::Acquire, |n| {
-            (clients_max == 0 || n < clients_max).then_some(n + 1)
-        });
-        let Ok(before) = seat else {
-            return Err(Refusal {
+        let now = self.clients.enter(clients_max).map_err(|turned| {
+            let why = match turned {
+                Turned::Full => format!("has {clients_max} clients, as many as it may"),
+                Turned::Hidden => "takes no new clients at this moment".to_owned(),
+            };
+            Refusal {
                 kind: RefusalKind::Policy,
-                reason: format!(
-                    "export {} has {clients_max} clients, as many as it may",
-                    self.export
-                ),
-            });
-        };
+                reason: format!("export {} {why}", self.export),
+            }
+        })?;
         let older = if self.facts.read_only {
             Vec::new()
         } else {
@@ -321,7 +319,7 @@ impl Lease {
         };
         members.conns.insert(conn.token, conn.clone());
         drop(members);
-        self.shared.clients_changed(&self.export, before + 1);
+        self.shared.clients_changed(&self.export, now);
         self.tell(conn, Seen::Came);
         Ok(Predecessors::among(&older))
     }
@@ -335,7 +333,7 @@ impl Lease {
         }
         drop(members);
         if was_member {
-            let clients = self.clients.fetch_sub(1, Ordering::AcqRel) - 1;
+            let clients = self.clients.leave();
             self.shared.clients_changed(&self.export, clients);
             self.tell(conn, Seen::Left);
         }

@@ -8,7 +8,7 @@ use std::sync::{Arc, Weak};
 
 use crate::correlation::{ExportName, RefusalKind};
 use crate::image::Image;
-use crate::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use crate::sync::atomic::{AtomicBool, Ordering};
 use crate::sync::{Mutex, RwLock, lock};
 
 use super::access::Gatekeeper;
@@ -18,6 +18,7 @@ use super::conn::{Conn, Wake};
 use super::crew::Crew;
 use super::crowd::{Handshakes, Origin, Origins};
 use super::handshake::Refusal;
+use super::hidden::Clients;
 use super::inline::Inside;
 use super::lease::{DiskTask, Lease};
 use super::limits::Limits;
@@ -74,7 +75,7 @@ pub(super) struct Export {
     pub(super) forgotten: bool,
     /// Out of LIST, and new clients are turned away with this; sessions that exist go on.
     pub(super) hidden: Option<String>,
-    pub(super) clients: Arc<AtomicU32>,
+    pub(super) clients: Arc<Clients>,
     pub(super) meter: Arc<Meter>,
 }
 

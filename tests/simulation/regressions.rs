@@ -288,6 +288,35 @@ fn what_is_not_to_be_served_for_a_moment_stays_given_up() {
     ends_well(world);
 }
 
+/// Clients were counted before the export was hidden: one that came between went on under a name that was being removed, or that meant another volume.
+#[test]
+fn an_export_is_hidden_before_its_clients_are_counted_and_shown_again_where_there_are_some() {
+    let mut world = World::new(Broken::Nothing, &[], &[definition(0, 0, 0, Source::Dbus)]);
+    world.settle_all();
+    world.attach(0, 0, true);
+    deliver_all(&mut world);
+    world.open(0, 0);
+    world.answer(0);
+    world.write(0);
+    let remove = || Request::RemoveExport {
+        name: name(0),
+        mode: RemoveMode::Safe,
+        within: Duration::from_secs(1),
+    };
+    world.ask(remove());
+    assert!(matches!(
+        world.replies.last(),
+        Some(Err(RequestError::InUse(why))) if why.contains("has 1 clients: end them first")
+    ));
+    assert!(world.writes.is_empty() && world.accepts(&name(0)));
+    world.finish_write(0);
+    world.ask(remove());
+    assert!(!world.writes.is_empty() && !world.accepts(&name(0)));
+    world.settle_all();
+    assert_eq!(state(&world, 0), None);
+    ends_well(world);
+}
+
 /// With `allow = ["gpt"]`, a partition table that could not be read hid the serial that the export is known by.
 #[test]
 fn a_scheme_that_cannot_be_read_concerns_no_export_of_another() {

@@ -186,6 +186,11 @@ impl World {
         let Some(pending) = self.pending.remove(&request) else {
             return self.fail(format!("{request:?} is answered twice, or was never asked"));
         };
+        if self.occupied.remove(&request) && reply.is_ok() {
+            self.fail(format!(
+                "{pending:?} was done though its export had clients"
+            ));
+        }
         match (pending, reply) {
             (Pending::Add { name, volume, .. }, Ok(Reply::Added { created, .. })) => {
                 if created {

@@ -70,6 +70,7 @@ impl World {
         self.current.clear();
         self.refused.clear();
         self.hidden.clear();
+        self.occupied.clear();
         self.newest.clear();
         self.writes.clear();
         self.pending.clear();

@@ -122,6 +122,10 @@ pub struct World {
     current: BTreeMap<ExportName, Generation>,
     refused: BTreeSet<ExportName>,
     hidden: BTreeSet<ExportName>,
+    /// What the door says of clients, at once.
+    counted: Vec<Event>,
+    /// Requests whose export had clients.
+    occupied: BTreeSet<RequestId>,
     newest: BTreeMap<ExportName, Generation>,
     pub store: Store,
     /// Exports whose making was stored and of which nobody was told to have made them.
@@ -261,6 +265,8 @@ impl World {
             current: BTreeMap::new(),
             refused: BTreeSet::new(),
             hidden: BTreeSet::new(),
+            counted: Vec::new(),
+            occupied: BTreeSet::new(),
             newest: BTreeMap::new(),
             store: Store::default(),
             made: BTreeSet::new(),

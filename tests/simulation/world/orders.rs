@@ -37,6 +37,9 @@ impl World {
         }
         self.perform_all(actions);
         self.check();
+        for event in std::mem::take(&mut self.counted) {
+            self.apply(event);
+        }
     }
 
     pub(super) fn perform_all(&mut self, actions: Vec<Action>) {
@@ -125,6 +128,18 @@ impl World {
             Action::Hide { export, .. } => {
                 self.hidden.insert(export.clone());
                 self.answers.push(Event::Unused { export });
+            }
+            Action::HideAndCount {
+                request, export, ..
+            } => {
+                // Whoever writes is a client.
+                let clients = self.lease_of(&export).map_or(0, |lease| lease.in_flight);
+                self.hidden.insert(export);
+                if clients > 0 {
+                    self.occupied.insert(request);
+                }
+                let clients = u32::from(clients);
+                self.counted.push(Event::Counted { request, clients });
             }
             Action::Show { export } => {
                 self.hidden.remove(&export);
