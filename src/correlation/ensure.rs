@@ -268,11 +268,13 @@ impl Correlation {
                 Err(_) => self.settle_unowned(name),
             };
         };
-        if definition.source.is_file() {
-            // The configuration wants it like this by now, whatever the store says.
-            self.leave(name, Some(definition));
-        } else if result.is_ok() {
+        // Then it wants it like this by now, whatever the store says.
+        let by_configuration = definition.source.is_file();
+        let stored = result.is_ok();
+        if stored && !by_configuration {
             self.log_move(name, &definition);
+        }
+        if stored || by_configuration {
             self.leave(name, Some(definition));
         } else {
             self.replacing.remove(name);
@@ -280,7 +282,7 @@ impl Correlation {
             self.settle_unowned(name);
             self.answer_waiters(name);
         }
-        if result.is_ok() {
+        if stored {
             self.await_serving(request, name, wanted, false, wait);
         }
     }
