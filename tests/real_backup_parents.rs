@@ -148,6 +148,39 @@ fn a_backup_stays_while_an_image_is_made_on_it_by_whatever_name() -> Outcome<()>
     })
 }
 
+/// Images of another mount were not asked: a backup was deleted under one whose export was not open just then.
+#[test]
+fn a_backup_stays_while_an_exported_image_of_another_mount_lies_on_it() -> Outcome<()> {
+    let needs = [NEEDS, &[Need::Tool("mount")]].concat();
+    real("image on a backup, of another mount", &needs, |ground| {
+        let near = ground.file("near");
+        std::fs::create_dir(&near)?;
+        let mounted = Mounted::new(
+            ground.file("far"),
+            &["-t", "tmpfs", "-o", "size=8m", "tmpfs"],
+        )?;
+        let far = mounted.0.clone();
+        let folders = [text(&near), text(&far)];
+        let mut scene = Scene::told(ground, format!("file_roots = {folders:?}\n"), &[])?;
+        let full = finished(&scene, &["vm", "0", "--size", "1M"])?;
+        let path = near.join(format!("{full}.qcow2"));
+        let made = make_on(&scene.client, "far", &far, &path);
+        hold!(made.is_ok(), "{made:?}");
+        let image = far.join("far.qcow2");
+        let deleting = ["backup", "delete", &full];
+        // Open, it holds what it lies on.
+        refused(&scene, &deleting, "in use")?;
+        let id = format!("qcow2:{}", image.display());
+        scene.client.prepare_detach(&id)?;
+        refused(&scene, &deleting, &text(&image))?;
+        hold!(path.exists(), "what it lies on is gone");
+        scene.client.remove_export("far", "hard")?;
+        json(&scene, &deleting)?;
+        hold!(!path.exists(), "it is there");
+        scene.stop()
+    })
+}
+
 /// Its path was forgotten with the call, also where the file was made and its export was not: what it lies on was deleted.
 #[test]
 fn an_image_whose_export_failed_keeps_what_it_lies_on_until_it_is_seen_to() -> Outcome<()> {

@@ -39,7 +39,8 @@ impl Patience {
         Patience::with(STEP_WITHIN)
     }
 
-    fn with(within: Duration) -> Patience {
+    /// `within`: for one step.
+    pub fn with(within: Duration) -> Patience {
         let steps = Steps {
             last: Instant::now(),
             is_over: false,

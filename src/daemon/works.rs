@@ -16,6 +16,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
 
+use super::backup::beside::Images;
 use super::control::{Asker, Control};
 use super::keeper::Order;
 use super::reports::{Report, Reports};
@@ -43,7 +44,7 @@ pub(super) enum Wish {
     /// The images that may be lost with these backups.
     ImagesBeside {
         backups: Arc<Vec<Backup>>,
-        images: oneshot::Sender<Vec<String>>,
+        images: oneshot::Sender<Images>,
     },
     /// Whether an export has the file at this absolute path.
     IsExported {
@@ -156,11 +157,8 @@ impl ToLoop {
         told.await.unwrap_or_else(|_| Err(stopping()))
     }
 
-    /// The absolute paths of the images that may lie on one of these, as they are now.
-    pub async fn images_beside(
-        &self,
-        backups: Arc<Vec<Backup>>,
-    ) -> Result<Vec<String>, RequestError> {
+    /// The images that may lie on one of these, as they are now.
+    pub async fn images_beside(&self, backups: Arc<Vec<Backup>>) -> Result<Images, RequestError> {
         let (images, told) = oneshot::channel();
         self.wish(Wish::ImagesBeside { backups, images });
         told.await.map_err(|_| stopping())

@@ -92,38 +92,50 @@ pub fn take(path: &str, roots: &Roots) -> Result<Option<Taken>, RemoveError> {
     Ok(Some(taken))
 }
 
+/// What files that are taken are, whatever path leads to them, with their paths.
+#[derive(Debug, Clone)]
+pub struct Places(BTreeMap<Inode, String>);
+
+impl Places {
+    /// Blocks.
+    ///
+    /// # Errors
+    /// It cannot be told what one of them is.
+    pub fn of(taken: &[&Taken]) -> Result<Places, RemoveError> {
+        let places = taken.iter().map(|file| {
+            let at = place(&file.held).map_err(|error| file.kernel(error))?;
+            Ok((at, file.path.clone()))
+        });
+        places.collect::<Result<_, _>>().map(Places)
+    }
+}
+
 /// Which of the images at the absolute `others` lies on one of these files, at whatever depth: the path of the file, and the image. Blocks; `goes_on`
 /// hears of each image that was looked at, for there can be thousands, and says whether anyone waits for the next one.
 ///
 /// # Errors
-/// [`RemoveError::Unwanted`]; [`RemoveError::Untold`] of an image that is there and does not say all that it lies on; or it cannot be told what one of
-/// the files is.
-pub fn lies_on<'a, 'b>(
-    taken: &[&'a Taken],
-    others: &'b [String],
+/// [`RemoveError::Unwanted`]; [`RemoveError::Untold`] of an image that is there and does not say all that it lies on.
+pub fn lies_on(
+    Places(held): &Places,
+    others: &[String],
     roots: &Roots,
     goes_on: &dyn Fn() -> bool,
-) -> Result<Option<(&'a str, &'b str)>, RemoveError> {
-    let Some(first) = taken.first() else {
+) -> Result<Option<(String, String)>, RemoveError> {
+    let Some(first) = held.values().next() else {
         return Ok(None);
     };
-    let mut held = BTreeMap::new();
-    for file in taken {
-        let at = place(&file.held).map_err(|error| file.kernel(error))?;
-        held.insert(at, file.path.as_str());
-    }
     for other in others {
         if !goes_on() {
-            let path = first.path.clone();
+            let path = first.clone();
             return Err(RemoveError::Unwanted { path });
         }
-        let on = lies_on_held(other, &held, roots).map_err(|why| RemoveError::Untold {
-            path: first.path.clone(),
+        let on = lies_on_held(other, held, roots).map_err(|why| RemoveError::Untold {
+            path: first.clone(),
             image: other.clone(),
             why: Box::new(why),
         })?;
         if let Some(path) = on {
-            return Ok(Some((path, other)));
+            return Ok(Some((path.clone(), other.clone())));
         }
     }
     Ok(None)
@@ -140,9 +152,9 @@ fn place(file: &File) -> io::Result<Inode> {
 /// is away, as often as not.
 fn lies_on_held<'a>(
     image: &str,
-    held: &BTreeMap<Inode, &'a str>,
+    held: &'a BTreeMap<Inode, String>,
     roots: &Roots,
-) -> Result<Option<&'a str>, DescribeError> {
+) -> Result<Option<&'a String>, DescribeError> {
     let (layers, cut_short) = match describe::chain(image, Format::Qcow2, roots) {
         // What has no bytes lies on nothing.
         Err(DescribeError::File(FileError::Missing(_) | FileError::NotAFile { .. })) => {
@@ -246,8 +258,8 @@ mod tests {
         let on = |names: &[&str]| {
             let files: Vec<Taken> = names.iter().map(|name| taken(name)).collect();
             let files: Vec<&Taken> = files.iter().collect();
-            let found = lies_on(&files, &others, &roots, &|| true).unwrap();
-            found.map(|(file, image)| (file.to_owned(), image.to_owned()))
+            let places = Places::of(&files).unwrap();
+            lies_on(&places, &others, &roots, &|| true).unwrap()
         };
         assert_eq!(on(&["base"]), Some((text("base"), text("top"))));
         assert_eq!(on(&["alone", "base"]), Some((text("base"), text("top"))));
@@ -267,7 +279,8 @@ mod tests {
         let base = take(&text("base"), &roots).unwrap().unwrap();
         let on = |image: &str| {
             let images = [text(image)];
-            let found = lies_on(&[&base], &images, &roots, &|| true);
+            let places = Places::of(&[&base]).unwrap();
+            let found = lies_on(&places, &images, &roots, &|| true);
             found.map(|found| found.is_some())
         };
         let untold = |image: &str, why: &str| {
@@ -289,9 +302,9 @@ mod tests {
         untold("top", "there is no such file");
         std::fs::write(text("middle"), b"no image").unwrap();
         untold("top", "does not begin as a QCOW2 image");
-        let files: [&Taken; 0] = [];
         let images = [text("top")];
-        let none = lies_on(&files, &images, &roots, &|| true);
+        let nothing = Places::of(&[]).unwrap();
+        let none = lies_on(&nothing, &images, &roots, &|| true);
         assert!(none.unwrap().is_none(), "nothing is removed");
     }
 
@@ -311,7 +324,8 @@ mod tests {
                 steps.set(steps.get() + 1);
                 steps.get() <= last
             };
-            lies_on(&[&taken], &others, &roots, &goes_on)
+            let places = Places::of(&[&taken]).unwrap();
+            lies_on(&places, &others, &roots, &goes_on)
         };
         assert!(matches!(until(usize::MAX), Ok(None)));
         assert_eq!(steps.get(), others.len());

@@ -11,8 +11,6 @@
 //! A store that does not answer in time may keep a row still. Of a backup that is complete its file is held against writers until that is
 //! known; of all others either is true.
 
-use std::collections::BTreeSet;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -28,7 +26,6 @@ use crate::daemon::control::{Asker, Control};
 use crate::daemon::patience::{Patience, hanging};
 use crate::daemon::works::{Place, ToLoop};
 use crate::dbus::{Answer, Caller, DeleteBackup, FINISH_BACKUP, FinishBackup};
-use crate::files;
 use crate::identity::{Format, VolumeId};
 
 impl Control {
@@ -291,23 +288,6 @@ impl Control {
             .works
             .place(backups.iter().map(|backup| backup.path.as_str()))?;
         Ok((backups, place))
-    }
-
-    /// The images on the mounts of these backups that are exported or were begun, and are none of them. Those of other mounts are not asked what they
-    /// lie on: a server that is gone would hold this deletion up.
-    pub(in crate::daemon) fn images_beside(&self, backups: &[Backup]) -> Vec<String> {
-        let mounts = files::mounts();
-        let on: BTreeSet<PathBuf> = backups.iter().map(|b| mounts.of(&b.path)).collect();
-        let known = self.shelf.known();
-        let begun = known.backups.begun_images().iter().map(String::as_str);
-        let (_, volumes) = self.correlation.volumes();
-        volumes
-            .filter_map(VolumeId::file)
-            .chain(begun)
-            .filter(|path| on.contains(&mounts.of(path)))
-            .filter(|path| !backups.iter().any(|backup| backup.path == *path))
-            .map(str::to_owned)
-            .collect()
     }
 
     pub(in crate::daemon) fn list_backups(&self, asker: Asker) {

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use super::beside::Turns;
 use crate::correlation::{
     Backup, BackupChange, Backups, CompleteBackup, DiskSeq, ExportName, Request, RequestError,
 };
@@ -13,7 +14,7 @@ use crate::dbus::BackupView;
 
 /// What the loop and its tasks know of backups. Locked for map operations only.
 #[derive(Clone, Default)]
-pub(in crate::daemon) struct Shelf(Arc<Mutex<Known>>);
+pub(in crate::daemon) struct Shelf(Arc<Mutex<Known>>, Arc<Turns>);
 
 #[derive(Default)]
 pub(in crate::daemon) struct Known {
@@ -134,10 +135,15 @@ impl Drop for Making {
 
 impl Shelf {
     pub fn new(backups: Backups) -> Shelf {
-        Shelf(Arc::new(Mutex::new(Known {
+        let known = Known {
             backups,
             ..Known::default()
-        })))
+        };
+        Shelf(Arc::new(Mutex::new(known)), Arc::default())
+    }
+
+    pub fn turns(&self) -> &Turns {
+        &self.1
     }
 
     pub fn known(&self) -> MutexGuard<'_, Known> {

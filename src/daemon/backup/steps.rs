@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use super::beside::first_elsewhere;
 use super::calls::seconds;
 use super::reading::{Reading, as_when_finished, refusal};
 use super::shelf::Shelf;
@@ -18,7 +19,7 @@ use crate::daemon::works::{Held, ToLoop};
 use crate::dbus::Answer;
 use crate::identity::{Format, VolumeId};
 use crate::image::beneath::Roots;
-use crate::image::remove::{self, RemoveError, Taken};
+use crate::image::remove::{self, Places, RemoveError, Taken};
 use crate::image::verify::{Verified, VerifyError};
 
 /// For a file that its export no longer has to be closed.
@@ -267,16 +268,26 @@ async fn take_files(
     patience.check()?;
     // Asked for only now: nobody puts an image on what is held so.
     let images = to_loop.images_beside(Arc::clone(backups)).await?;
-    let (roots, shelf) = (Arc::clone(roots), shelf.clone());
+    let roots = Arc::clone(roots);
+    let beside = images.beside;
+    let near = Arc::clone(&roots);
     let look = move |own: &Patience| {
         let taken: Vec<&Taken> = files.iter().flatten().filter_map(Held::get).collect();
-        let found = remove::lies_on(&taken, &images, &roots, &|| own.goes_on());
-        match found.map_err(unremoved)? {
-            None => Ok(files),
-            Some((path, image)) => Err(would_be_lost(&shelf, image, path)),
-        }
+        let places = Places::of(&taken)?;
+        let found = remove::lies_on(&places, &beside, &near, &|| own.goes_on())?;
+        Ok::<_, RemoveError>((files, places, found))
     };
-    patience.in_thread(look).await?
+    let (files, places, mut found) = patience.in_thread(look).await?.map_err(unremoved)?;
+    if found.is_none() {
+        let look = move |images: &[String], goes_on: &dyn Fn() -> bool| {
+            remove::lies_on(&places, images, &roots, goes_on).map_err(unremoved)
+        };
+        found = first_elsewhere(shelf.turns(), images.elsewhere, patience, look).await?;
+    }
+    match found {
+        None => Ok(files),
+        Some((path, image)) => Err(would_be_lost(shelf, &image, &path)),
+    }
 }
 
 /// Whether a backup whose file is not found can be one that has none. A complete one has it elsewhere, or on a file system that is not mounted: its row
