@@ -15,7 +15,8 @@ use bus::{PrivateBus, block_on};
 use futures_util::StreamExt;
 use nbdtrack::correlation::*;
 use nbdtrack::dbus::{
-    Answer, Bus, Call, Caller, Command, JobView, Publication, Publisher, Stage, serve,
+    Answer, Bus, Call, Caller, Command, JobView, LogLevel, LogState, Publication, Publisher, Stage,
+    serve,
 };
 use nbdtrack::identity::{Identity, Scheme};
 use tokio::sync::mpsc;
@@ -491,6 +492,101 @@ fn bad_calls_are_refused_by_name_and_the_daemon_goes_on() {
             "nothing of this reached the loop"
         );
         assert_eq!(managed(&client).await.len(), 1);
+    });
+}
+
+const PROPERTIES: &str = "org.freedesktop.DBus.Properties";
+const LOG: (&str, &str) = (
+    "/org/freedesktop/LogControl1",
+    "org.freedesktop.LogControl1",
+);
+
+/// D-Bus Specification, "org.freedesktop.DBus.Properties": an empty name of an interface means all that the object has.
+#[test]
+fn properties_are_had_without_the_name_of_their_interface() {
+    let bus = PrivateBus::open();
+    block_on(async {
+        let (publisher, mut queue, client) = start(&bus).await;
+        publisher.offer(vec![
+            Publication::Disk(disk(1, "x")),
+            shown(export("a", Some(1)), 0),
+            Publication::Job(job(1, 0)),
+        ]);
+        assert!(publisher.flush(Duration::from_secs(5)).await);
+        for (path, interface, least) in [
+            (ROOT, MANAGER, 0),
+            ("/org/nbdtrack1/jobs/1", "org.nbdtrack1.Job", 10),
+            ("/org/nbdtrack1/volumes/loop_x", "org.nbdtrack1.Volume", 10),
+            ("/org/nbdtrack1/exports/a", "org.nbdtrack1.Export", 10),
+            (LOG.0, LOG.1, 3),
+        ] {
+            let mut all = Vec::new();
+            for name in [interface, ""] {
+                let answer = call(&client, path, PROPERTIES, "GetAll", &name).await;
+                let found: Properties = answer.unwrap().body().deserialize().unwrap();
+                assert!(found.len() >= least, "{path}: {found:?}");
+                all.push(found);
+            }
+            assert_eq!(all[0], all[1], "{path}");
+            for (name, value) in &all[0] {
+                let answer = call(&client, path, PROPERTIES, "Get", &("", name)).await;
+                let found: OwnedVariant = answer.unwrap().body().deserialize().unwrap();
+                assert_eq!(found, *value, "{path} {name}");
+            }
+            let other = call(&client, path, PROPERTIES, "GetAll", &"org.nbdtrack1.Other").await;
+            let (name, _) = error_name(other);
+            assert_eq!(name, "org.freedesktop.DBus.Error.UnknownInterface");
+        }
+        let size = ("", "Size", Variant::new(1_u64));
+        let set = call(
+            &client,
+            "/org/nbdtrack1/exports/a",
+            PROPERTIES,
+            "Set",
+            &size,
+        )
+        .await;
+        let (name, _) = error_name(set);
+        assert_eq!(name, "org.freedesktop.DBus.Error.PropertyReadOnly");
+        tokio::spawn(async move {
+            while let Some(command) = queue.recv().await {
+                assert!(matches!(command.call, Call::SetLogLevel(LogLevel::Debug)));
+                let _ = command.reply.send(Ok(Answer::Done));
+            }
+        });
+        let level = ("", "LogLevel", Variant::new("debug"));
+        call(&client, LOG.0, PROPERTIES, "Set", &level)
+            .await
+            .unwrap();
+    });
+}
+
+/// The property changed and nobody was told, though what introspection says of it is that changes are.
+#[test]
+fn a_log_level_that_was_set_is_told_as_a_change_of_the_property() {
+    let bus = PrivateBus::open();
+    block_on(async {
+        let (publisher, _queue, client) = start(&bus).await;
+        let mut stream = all_signals(&client).await;
+        let log = LogState {
+            level: LogLevel::Debug,
+            target: "console",
+        };
+        publisher.offer(vec![Publication::Log(log)]);
+        assert!(publisher.flush(Duration::from_secs(5)).await);
+        let message = tokio::time::timeout(Duration::from_secs(5), stream.next()).await;
+        let message = message.expect("a signal").unwrap().unwrap();
+        let header = message.header();
+        assert_eq!(header.path().unwrap().as_str(), LOG.0);
+        assert_eq!(header.member().unwrap().as_str(), "PropertiesChanged");
+        let (interface, changed, _): (String, Properties, Vec<String>) =
+            message.body().deserialize().unwrap();
+        let level = OwnedVariant::try_from(Variant::new("debug")).unwrap();
+        assert_eq!(interface, LOG.1);
+        assert_eq!(changed, BTreeMap::from([("LogLevel".to_owned(), level)]));
+        let answer = call(&client, LOG.0, PROPERTIES, "GetAll", &LOG.1).await;
+        let all: Properties = answer.unwrap().body().deserialize().unwrap();
+        assert_eq!(all["LogLevel"], changed["LogLevel"]);
     });
 }
 

@@ -226,7 +226,9 @@ fn tell(
                     .map(message)
                     .for_each(&mut add);
             }
-            Entry::Log(state) => tree.log = state,
+            Entry::Log(state) => {
+                tree.put_log(state).iter().map(message).for_each(&mut add);
+            }
             Entry::Signal(notice) => signal(tree, &notice).into_iter().for_each(&mut add),
             Entry::Reply(to, outcome) => replies.push((to, outcome)),
         }

@@ -288,10 +288,13 @@ impl Server {
 
     fn properties_of(&self, path: &str, interface: &str) -> Result<Properties, Refusal> {
         let tree = self.shared.tree();
+        // D-Bus Specification, "org.freedesktop.DBus.Properties": without a name all interfaces of the object are meant, of which one has
+        // properties.
+        let is = |name: &str| interface.is_empty() || interface == name;
         match tree.object(path) {
-            Some(object) if object.interface() == interface => Ok(object.properties()),
-            None if path == paths::ROOT && interface == MANAGER.name => Ok(Vec::new()),
-            None if path == log_control::PATH && interface == LOG_CONTROL.name => {
+            Some(object) if is(object.interface()) => Ok(object.properties()),
+            None if path == paths::ROOT && is(MANAGER.name) => Ok(Vec::new()),
+            None if path == log_control::PATH && is(LOG_CONTROL.name) => {
                 Ok(log_control::properties(tree.log))
             }
             _ => {
@@ -313,7 +316,7 @@ impl Server {
             let text = format!("{}: no such property", beginning(name));
             return Err(standard("UnknownProperty", text));
         }
-        if interface != LOG_CONTROL.name || !LOG_CONTROL.writable.contains(&name) {
+        if path != log_control::PATH || !LOG_CONTROL.writable.contains(&name) {
             let text = format!("{name}: cannot be set; the Manager's methods change things");
             return Err(standard("PropertyReadOnly", text));
         }

@@ -11,6 +11,7 @@ use zbus::{ObjectPath, Variant};
 
 use super::export::{self, EXPORT};
 use super::job::{self, JOB};
+use super::log_control::{self, LOG_CONTROL};
 use super::volume::{self, VOLUME};
 use super::{JobView, LogState, paths};
 use crate::correlation::{DiskSeq, DiskView, ExportName, ExportView, RequestError};
@@ -73,7 +74,7 @@ pub struct Tree {
     /// The exports whose `Volume` follows a disk's path.
     bound: BTreeMap<DiskSeq, BTreeSet<ExportName>>,
     jobs: BTreeSet<u64>,
-    /// Not managed: LogControl1 is no object of ours.
+    /// Not among the managed objects: its interface is systemd's.
     pub log: LogState,
     /// Paths of disks that left, oldest first; at most [`DEPARTED_MAX`].
     departed: VecDeque<(DiskSeq, ObjectPath<'static>)>,
@@ -188,6 +189,19 @@ impl Tree {
             told.extend(self.remove(path));
         }
         told
+    }
+
+    /// Takes the log's new state.
+    pub fn put_log(&mut self, state: LogState) -> Option<Told> {
+        let before = log_control::properties(self.log);
+        self.log = state;
+        let mut properties = log_control::properties(state);
+        properties.retain(|property| !before.contains(property));
+        (!properties.is_empty()).then_some(Told::Changed {
+            path: ObjectPath::from_static_str_unchecked(log_control::PATH),
+            interface: LOG_CONTROL.name,
+            properties,
+        })
     }
 
     pub fn object(&self, path: &str) -> Option<Arc<Object>> {
@@ -323,6 +337,7 @@ impl Tree {
 
 #[cfg(test)]
 mod tests {
+    use super::super::log_control::LogLevel;
     use super::super::samples::{disk, export as sample, name};
     use super::*;
 
@@ -376,6 +391,18 @@ mod tests {
         view.size = 77;
         let told = tree.put_export(&name("a"), Some((view, 3)));
         assert_eq!(names(&told[0]), ["Size", "Clients"]);
+    }
+
+    #[test]
+    fn a_log_level_that_was_set_is_told_once() {
+        let mut tree = Tree::default();
+        let quiet = LogState {
+            level: LogLevel::Warning,
+            ..tree.log
+        };
+        let told = tree.put_log(quiet).unwrap();
+        assert_eq!(names(&told), ["LogLevel"]);
+        assert_eq!((tree.log, tree.put_log(quiet)), (quiet, None));
     }
 
     #[test]
