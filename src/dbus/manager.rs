@@ -436,13 +436,14 @@ mod tests {
         }
     }
 
-    /// A message of this method, well formed.
-    fn well_formed(method: &Method) -> Message {
+    /// A message of this method, well formed but for these options.
+    fn message(method: &Method, more: &[(&'static str, Variant<'static>)]) -> Message {
         let signature: String = method.takes.iter().map(|(_, of)| *of).collect();
-        let said = match method.name {
+        let mut said = match method.name {
             "AddExport" => options([("volume", Variant::new("loop:/x"))]),
             _ => options([]),
         };
+        said.extend(more.iter().cloned());
         let to = Message::method_call("/org/nbdtrack1", method.name);
         let built = match signature.as_str() {
             "a{sv}" => to.build(&said),
@@ -468,7 +469,7 @@ mod tests {
             backups::parse,
         ];
         for method in MANAGER.methods {
-            let message = well_formed(method);
+            let message = message(method, &[]);
             let call =
                 parse(method.name, &message).unwrap_or_else(|e| panic!("{}: {e}", method.name));
             assert_eq!(method_of(&call), method.name);
@@ -487,6 +488,56 @@ mod tests {
             }
             let unknown = parse("NoSuchMethod", &message);
             assert!(matches!(unknown, Err(RequestError::NotSupported(_))));
+        }
+    }
+
+    /// The options that the XML file tells callers of, each as its method and its name.
+    fn told_options() -> Vec<(&'static str, &'static str)> {
+        let xml = include_str!("../../dbus/org.nbdtrack1.Manager.xml");
+        let mut told = Vec::new();
+        for of_method in xml.split("<method name=\"").skip(1) {
+            let (method, rest) = of_method.split_once('"').unwrap();
+            let (before, _) = rest
+                .split_once("An unknown key is refused by name.")
+                .unwrap();
+            let (_, says) = before.rsplit_once("value=\"").unwrap();
+            for signature in [" (s)", " (b)", " (u)", " (t)"] {
+                let heads = says.split_inclusive(signature);
+                let heads = heads.filter_map(|head| head.strip_suffix(signature));
+                told.extend(heads.map(|head| (method, head.rsplit(' ').next().unwrap())));
+            }
+        }
+        told
+    }
+
+    #[test]
+    fn every_method_refuses_an_option_that_it_does_not_have_by_its_name() {
+        for method in MANAGER.methods {
+            let stranger = [("no_such_option", Variant::new(true))];
+            let refused = refusal(parse(method.name, &message(method, &stranger)));
+            assert!(
+                refused.starts_with("InvalidArgument: option no_such_option: unknown"),
+                "{}: {refused}",
+                method.name
+            );
+        }
+    }
+
+    /// No option is a floating-point number: so each is known, and refused by its name when it is of another type.
+    #[test]
+    fn every_option_that_callers_are_told_of_is_known_and_has_a_type() {
+        let told = told_options();
+        assert!(told.len() > 40, "{told:?}");
+        for (method, option) in told {
+            let of_name = |of: &&Method| of.name == method;
+            let method = MANAGER.methods.iter().find(of_name).unwrap();
+            let wrong = [(option, Variant::new(1.5_f64))];
+            let refused = refusal(parse(method.name, &message(method, &wrong)));
+            assert!(
+                refused.starts_with(&format!("InvalidArgument: option {option}: has to be")),
+                "{}: {refused}",
+                method.name
+            );
         }
     }
 
