@@ -655,7 +655,7 @@ fn check_shows_how_far_it_is_on_a_terminal() -> Outcome<()> {
             "{shown:?}"
         );
         hold!(
-            shown.contains("\r        \r0 errors, 0 leaked clusters"),
+            shown.contains("\r       \r0 errors, 0 leaked clusters"),
             "the line is taken away before what was found: {shown:?}"
         );
         Ok(())

@@ -4,9 +4,10 @@ mod support;
 
 use std::io::{Read, Write};
 use std::process::Stdio;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use support::client::Client;
+use support::client::{CMD_READ, Client, request};
+use support::fuse_disk::{ALL, FuseDisk};
 use support::ground::{Need, real, skip};
 use support::process::{self, Running};
 use support::scene::{Scene, nbdtrack};
@@ -221,6 +222,64 @@ fn colours_are_for_a_terminal_without_no_color() -> Outcome<()> {
     })
 }
 
+/// On a terminal a person sees what is waited for, and then the result alone; in a pipe there is nothing else at any time.
+#[test]
+fn detach_that_lasts_shows_who_is_waited_for_on_a_terminal_and_nothing_in_a_pipe() -> Outcome<()> {
+    let needs = [Need::Loop, Need::Bus, Need::Tool("script")];
+    real("progress of a detach", &needs, |ground| {
+        let disk = FuseDisk::make(ground.path(), "ill", BYTES)?;
+        let mut scene = Scene::empty(ground)?;
+        let _healer = disk.healer();
+        let id = format!("loop:{}", disk.file.display());
+        scene.client.add_export("ill", &id)?;
+        let client = Client::open(&scene.endpoint(), "ill")?;
+        disk.hang(ALL);
+        (&client.socket).write_all(&request(CMD_READ, 0, 1, 0, 4096))?;
+        until(LIMIT, "the read to hang", || {
+            Ok((disk.held() > 0).then_some(()))
+        })?;
+        let program = support::daemon::binary();
+        let words = ["--bus", &scene.bus.address, "prepare-detach", &id];
+        let to = |name: &str| std::fs::File::create(ground.file(name));
+        let said = |name: &str| std::fs::read_to_string(ground.file(name));
+        let mut terminal = process::command("script");
+        let line = format!("{} {}", program.display(), words.join(" "));
+        terminal.args(["--quiet", "--flush", "--return", "--command", &line]);
+        terminal.arg("/dev/null").env("TERM", "xterm");
+        terminal.stdin(Stdio::null()).stdout(to("terminal")?);
+        let mut terminal = Running(terminal.spawn().doing("start script")?);
+        let mut pipe = process::command(&program);
+        pipe.args(words).stdout(to("out")?).stderr(to("err")?);
+        let mut pipe = Running(pipe.spawn()?);
+        until(LIMIT, "the client that is waited for", || {
+            let shown = said("terminal")?.contains("waiting for 1 client to leave: ");
+            Ok(shown.then_some(()))
+        })?;
+        hold!(
+            said("out")?.is_empty() && said("err")?.is_empty(),
+            "in a pipe while it lasts: {:?} {:?}",
+            said("out")?,
+            said("err")?
+        );
+        disk.heal();
+        hold!(terminal.wait(LIMIT)?.success(), "{:?}", said("terminal")?);
+        hold!(pipe.wait(LIMIT)?.success(), "{:?}", said("err")?);
+        let result = format!("{id}: safe to detach");
+        hold!(
+            said("out")? == format!("{result}\n") && said("err")?.is_empty(),
+            "in a pipe: {:?} {:?}",
+            said("out")?,
+            said("err")?
+        );
+        let shown = said("terminal")?;
+        hold!(
+            shown.trim_end().ends_with(&format!(" \r{result}")),
+            "the line is gone before the result: {shown:?}"
+        );
+        scene.stop()
+    })
+}
+
 #[test]
 fn top_shows_a_real_daemon_in_a_real_terminal_and_leaves_it_as_it_was() -> Outcome<()> {
     let needs = [Need::Loop, Need::Bus, Need::Tool("tmux")];
@@ -268,8 +327,19 @@ fn top_shows_a_real_daemon_in_a_real_terminal_and_leaves_it_as_it_was() -> Outco
         hold!(!screen.contains("vol-a"), "{screen}");
         tmux(&["send-keys", "-t", "t", "Enter"])?;
         seen("generation  1")?;
+        tmux(&["send-keys", "-t", "t", "Enter"])?;
+        // While the daemon does not answer keys are taken, for longer than it takes to be asked.
+        scene.daemon()?.pause()?;
+        let began = Instant::now();
+        while began.elapsed() < Duration::from_secs(2) {
+            tmux(&["send-keys", "-t", "t", "Escape"])?;
+            seen("2 of 2 exports")?;
+            tmux(&["send-keys", "-t", "t", "/", "vol-b", "Enter"])?;
+            seen("1 of 2 exports")?;
+        }
         tmux(&["send-keys", "-t", "t", "q"])?;
         let screen = seen("LEFT")?;
+        scene.daemon()?.resume()?;
         hold!(
             !screen.contains("vol-b"),
             "the terminal is as it was: {screen}"

@@ -7,6 +7,7 @@ use serde_json::json;
 
 use super::Failure;
 use super::image::{Asking, bytes};
+use super::lasting;
 use super::progress::ProgressLine;
 use super::show::{object, plain, print, print_json, table_of};
 use crate::correlation::{
@@ -105,7 +106,8 @@ pub async fn backup(client: &Client, asked: &Asked, as_json: bool) -> Result<(),
                 true => BackupFiles::Keep,
                 false => BackupFiles::Delete,
             };
-            let deleted = client.delete_backup(&asked.name, children, files).await?;
+            let deleted = client.delete_backup(&asked.name, children, files);
+            let deleted = lasting::shown(client, deleted).await?;
             if as_json {
                 return said(print_json(&json!({ "deleted": deleted })));
             }
@@ -133,7 +135,7 @@ async fn begin(client: &Client, asked: &Begin, as_json: bool) -> Result<(), Aski
         preallocation: Preallocation::parse(&asked.preallocation).unwrap_or_default(),
         wait: asked.wait.unwrap_or(Duration::from_secs(10)),
     };
-    let name = client.begin_backup(&wanted).await?;
+    let name = lasting::shown(client, client.begin_backup(&wanted)).await?;
     if as_json {
         return said(print_json(&json!({ "name": name })));
     }

@@ -1,11 +1,9 @@
 //! The commands that talk to a running daemon.
 
-use std::io::{IsTerminal, Write};
-use std::time::{Duration, Instant};
-
 use serde_json::json;
 use zbus::Variant;
 
+use super::lasting::shown;
 use super::show::{self, print, print_json};
 use super::{
     Add, Command, Ensure, Explain, Failure, PrepareDetach, backups, doctor, explain, history,
@@ -48,10 +46,8 @@ pub async fn run(bus: &Bus, command: Command, as_json: bool, may_ask: bool) -> R
                 (.., true) => "hard",
                 _ => "soft",
             };
-            client
-                .remove(&remove.name, mode, remove.timeout)
-                .await
-                .map_err(failed)?;
+            let removed = client.remove(&remove.name, mode, remove.timeout);
+            shown(&client, removed).await.map_err(failed)?;
             let what = if remove.hide {
                 "hidden until its clients have left, then removed"
             } else {
@@ -60,7 +56,13 @@ pub async fn run(bus: &Bus, command: Command, as_json: bool, may_ask: bool) -> R
             done(as_json, what, &remove.name)?;
         }
         Command::PrepareDetach(prepare) => {
-            prepare_detach(&client, &prepare).await.map_err(failed)?;
+            let PrepareDetach {
+                volume,
+                hard,
+                timeout,
+            } = &prepare;
+            let prepared = client.prepare_detach(volume, *hard, *timeout);
+            shown(&client, prepared).await.map_err(failed)?;
             done(as_json, "safe to detach", &prepare.volume)?;
         }
         Command::CancelDetach { volume } => {
@@ -94,10 +96,13 @@ pub async fn run(bus: &Bus, command: Command, as_json: bool, may_ask: bool) -> R
             .map_err(|asking| asking.failure(failed))?,
         Command::Backups => backups::list(&client.backups().await.map_err(failed)?, as_json)?,
         Command::Rescan => {
-            client.rescan().await.map_err(failed)?;
+            shown(&client, client.rescan()).await.map_err(failed)?;
             done(as_json, "rescanned", "")?;
         }
-        Command::Reload(_) => show::reload(&client.reload().await.map_err(failed)?, as_json)?,
+        Command::Reload(_) => {
+            let difference = shown(&client, client.reload()).await.map_err(failed)?;
+            show::reload(&difference, as_json)?;
+        }
         Command::Sessions { export } => {
             let sessions = client.sessions(export.as_deref()).await.map_err(failed)?;
             show::sessions(&sessions, as_json)?;
@@ -147,8 +152,8 @@ async fn add(client: &Client, add: Add, as_json: bool) -> Result<std::io::Result
         ("direct", add.direct),
     ];
     let options = said(&texts, &flags);
-    let added = client.add(&add.name, options, add.wait).await?;
-    Ok(serving(as_json, &added))
+    let added = client.add(&add.name, options, add.wait);
+    Ok(serving(as_json, &shown(client, added).await?))
 }
 
 async fn ensure(
@@ -171,16 +176,15 @@ async fn ensure(
     if let Some(diskseq) = asked.diskseq {
         options.insert("diskseq", Variant::new(diskseq));
     }
-    let added = client
-        .ensure(
-            &asked.vm_id,
-            asked.disk,
-            &asked.vm_name,
-            options,
-            asked.wait,
-        )
-        .await?;
-    Ok(serving(as_json, &added))
+    let Ensure {
+        vm_id,
+        disk,
+        vm_name,
+        wait,
+        ..
+    } = &asked;
+    let ensured = client.ensure(vm_id, *disk, vm_name, options, *wait);
+    Ok(serving(as_json, &shown(client, ensured).await?))
 }
 
 /// Only what was said, so that an older daemon is not asked for what it does not know.
@@ -213,29 +217,6 @@ fn serving(as_json: bool, added: &AddedExport) -> std::io::Result<()> {
         "was there already, serving"
     };
     done(false, what, name)
-}
-
-async fn prepare_detach(client: &Client, prepare: &PrepareDetach) -> Result<(), ClientError> {
-    let call = client.prepare_detach(&prepare.volume, prepare.hard, prepare.timeout);
-    if !std::io::stderr().is_terminal() {
-        return call.await;
-    }
-    let start = Instant::now();
-    let mut call = std::pin::pin!(call);
-    let mut ticks = tokio::time::interval(Duration::from_millis(200));
-    let outcome = loop {
-        tokio::select! {
-            biased;
-            outcome = &mut call => break outcome,
-            _ = ticks.tick() => {
-                let seconds = start.elapsed().as_secs_f32();
-                // A line that a terminal does not show is no reason to stop.
-                let _ = write!(std::io::stderr(), "\rwaiting for clients and the disk: {seconds:.1} s ");
-            }
-        }
-    };
-    let _ = write!(std::io::stderr(), "\r\x1b[K");
-    outcome
 }
 
 pub fn done(as_json: bool, what: &str, whose: &str) -> std::io::Result<()> {

@@ -7,6 +7,7 @@ use clap::{Args, Subcommand};
 use serde_json::{Map, Value, json};
 
 use super::Failure;
+use super::lasting;
 use super::progress::ProgressLine;
 use super::show::{print, print_json};
 use super::table::{TableStyle, lay_out, size as shown};
@@ -180,7 +181,8 @@ pub async fn export(client: &Client, asked: &Asked, as_json: bool) -> Result<(),
         return Err(Failure::Usage("say --export").into());
     };
     let (new, path) = (wanted(asked)?, absolute(&asked.path, true)?);
-    let object = client.create_image(name, &path, &new, asked.wait).await?;
+    let made = client.create_image(name, &path, &new, asked.wait);
+    let object = lasting::shown(client, made).await?;
     if as_json {
         let made =
             json!({"path": path, "format": new.format.name(), "export": name, "object": object});

@@ -16,6 +16,7 @@ mod history;
 mod image;
 mod import;
 mod import_plan;
+mod lasting;
 mod manual;
 mod mappings;
 mod metrics;

@@ -5,14 +5,16 @@ use std::time::{Duration, Instant};
 
 /// What is done sooner shows no progress.
 const AFTER: Duration = Duration::from_secs(1);
-const EVERY: Duration = Duration::from_millis(200);
+/// How often the line is written anew.
+pub const EVERY: Duration = Duration::from_millis(200);
 
 /// The line; taken away when this is dropped.
 pub struct ProgressLine {
     on_terminal: bool,
     started: Instant,
     last: Instant,
-    shown: bool,
+    /// Of the longest that was shown, in columns; 0 until something was.
+    width: usize,
 }
 
 impl ProgressLine {
@@ -22,7 +24,7 @@ impl ProgressLine {
             on_terminal: stderr().is_terminal(),
             started,
             last: started,
-            shown: false,
+            width: 0,
         }
     }
 
@@ -31,22 +33,27 @@ impl ProgressLine {
         self.on_terminal
     }
 
-    /// Shows the share that is done, from 0 to 1, unless that was only just done.
+    /// Shows the share that is done, from 0 to 1, unless something was only just shown.
     pub fn show(&mut self, share: f64) {
+        self.tell(&format!("{:5.1} %", share * 100.0));
+    }
+
+    /// Shows a text of ASCII letters, unless something was only just shown.
+    pub fn tell(&mut self, text: &str) {
         let now = Instant::now();
-        if self.on_terminal && now - self.started > AFTER && now - self.last > EVERY {
+        if self.on_terminal && now - self.started > AFTER && now - self.last >= EVERY {
             self.last = now;
-            self.shown = true;
+            self.width = self.width.max(text.len());
             // What is not shown is not missed.
-            let _ = write!(stderr(), "\r{:5.1} %", share * 100.0);
+            let _ = write!(stderr(), "\r{text:width$}", width = self.width);
         }
     }
 }
 
 impl Drop for ProgressLine {
     fn drop(&mut self) {
-        if self.shown {
-            let _ = write!(stderr(), "\r        \r");
+        if self.width > 0 {
+            let _ = write!(stderr(), "\r{:width$}\r", "", width = self.width);
         }
     }
 }

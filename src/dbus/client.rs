@@ -3,6 +3,7 @@
 //! Never starts a daemon: a name without an owner is [`ClientError::NoDaemon`]. Every call has a deadline.
 
 use std::collections::{BTreeMap, HashMap};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use futures_util::StreamExt;
@@ -82,9 +83,11 @@ pub struct AddedExport {
 
 #[derive(Debug)]
 pub struct Client {
-    connection: Connection,
+    pub(super) connection: Connection,
     /// A password may be asked for at the terminal.
     person: bool,
+    /// It was asked for, or is.
+    asked: AtomicBool,
 }
 
 impl Client {
@@ -102,6 +105,7 @@ impl Client {
         let client = Client {
             connection,
             person: false,
+            asked: AtomicBool::new(false),
         };
         let bus = "org.freedesktop.DBus";
         let owner = client.connection.call_method(
@@ -128,6 +132,11 @@ impl Client {
     pub fn asking(self) -> Client {
         let person = client_person::is_there();
         Client { person, ..self }
+    }
+
+    /// Whether a call has the person at the terminal asked, or had.
+    pub fn has_asked(&self) -> bool {
+        self.asked.load(Ordering::Relaxed)
     }
 
     /// Returns all objects with their properties.
@@ -328,6 +337,7 @@ impl Client {
         let first = timeout(within, call).await;
         let answer = match first.map_err(|_| ClientError::TimedOut(within))? {
             Err(error) if self.person && client_person::is_wanted(&error) => {
+                self.asked.store(true, Ordering::Relaxed);
                 client_person::call(&self.connection, (interface, method), body, within).await?
             }
             answer => answer,
@@ -409,7 +419,7 @@ where
     answer.body().deserialize().map_err(failure)
 }
 
-fn failure(error: zbus::Error) -> ClientError {
+pub(super) fn failure(error: zbus::Error) -> ClientError {
     match error {
         zbus::Error::MethodError(name, text, _) => {
             let text = text.unwrap_or_default();

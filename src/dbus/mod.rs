@@ -26,6 +26,7 @@ pub mod client;
 mod client_backups;
 mod client_images;
 mod client_inquiries;
+pub mod client_jobs;
 mod client_mappings;
 mod client_person;
 mod client_pins;

@@ -5,6 +5,7 @@
 mod model;
 mod screen;
 
+use std::future::pending;
 use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
@@ -57,13 +58,19 @@ async fn run(
     });
     let mut ticks = tokio::time::interval(every);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    // What the daemon is asked, until it answers: keys are taken meanwhile.
+    let mut asked = None;
     loop {
         terminal.draw(|frame| screen::draw(frame, model))?;
         tokio::select! {
-            _ = ticks.tick() => match sample(client).await {
-                Ok(sample) => model.take(sample),
-                Err(error) => model.lost(error.to_string()),
-            },
+            _ = ticks.tick(), if asked.is_none() => asked = Some(Box::pin(sample(client))),
+            answer = answered(&mut asked) => {
+                asked = None;
+                match answer {
+                    Ok(sample) => model.take(sample),
+                    Err(error) => model.lost(error.to_string()),
+                }
+            }
             event = pressed.recv() => match event {
                 Some(Event::Key(key)) if key.kind == KeyEventKind::Press => {
                     if model.on_key(key) == After::Quit {
@@ -74,6 +81,14 @@ async fn run(
                 None => return Ok(()),
             },
         }
+    }
+}
+
+/// The answer to what was asked; for ever when nothing was.
+async fn answered<F: Future + Unpin>(asked: &mut Option<F>) -> F::Output {
+    match asked {
+        Some(asked) => asked.await,
+        None => pending().await,
     }
 }
 
