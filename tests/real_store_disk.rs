@@ -4,18 +4,21 @@
 mod support;
 
 use std::io::Write;
+use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use nix::sys::signal::Signal;
 use support::backups::{self, copy_in, json, random, sha256, state};
 use support::bus::{Bus, Client as Caller, Options};
 use support::client::{Client, Go, knock};
 use support::daemon::Home;
-use support::fuse_disk::{FLUSHES, FuseDisk, Healer, WRITES};
+use support::fuse_disk::{ALL, FLUSHES, FuseDisk, Healer, WRITES};
 use support::ground::{Ground, Need, real, tell};
 use support::images::{roots, text};
 use support::loops::LoopDevice;
 use support::mounts::Mounted;
+use support::process::Running;
 use support::scene::{STEP_LIMIT, Scene, Volume, nbdtrack};
 use support::{Outcome, process, until};
 
@@ -227,6 +230,50 @@ fn a_full_store_keeps_what_came_meanwhile_as_soon_as_there_is_room() -> Outcome<
         scene.client.reach_state("vol-a", "Ambiguous", STEP_LIMIT)?;
         hold!(scene.client.export("late")?.is_none(), "late came back");
         place.scene.stop()
+    })
+}
+
+/// The start waited in silence, and who looked saw a service that starts.
+#[test]
+fn a_start_says_that_it_waits_for_the_store_and_serves_when_that_is_there() -> Outcome<()> {
+    real("store that is late", NEEDS, |ground| {
+        let mut place = begin(ground)?;
+        place.scene.stop()?;
+        // What the kernel remembers of the file system goes with its mount.
+        let (folder, node) = (text(&place.mounted.0), place.disk.device.node());
+        process::succeed("umount", &[&folder], STEP_LIMIT)?;
+        process::succeed("mount", &[&node, &folder], STEP_LIMIT)?;
+        let held = place.disk.held();
+        place.disk.hang(ALL);
+        let path = ground.file("manager.sock");
+        let manager = UnixDatagram::bind(&path)?;
+        manager.set_read_timeout(Some(STEP_LIMIT))?;
+        let log = std::fs::File::create(&place.scene.home.log)?;
+        let mut command = place.scene.home.command();
+        command.env("NOTIFY_SOCKET", &path).stderr(log);
+        let mut daemon = Running(command.spawn()?);
+        let mut told = Vec::new();
+        let mut until_told = |word: &str| -> Outcome<()> {
+            let mut buffer = [0; 4096];
+            loop {
+                let length = manager.recv(&mut buffer)?;
+                told.push(String::from_utf8_lossy(&buffer[..length]).into_owned());
+                if told.last().is_some_and(|last| last.contains(word)) {
+                    return Ok(());
+                }
+                hold!(told.len() < 100, "no {word} in {told:?}");
+            }
+        };
+        until_told("STATUS=waiting for the store in ")?;
+        hold!(place.disk.held() > held, "its disk hangs");
+        logged(&place.scene, "waiting for the store in ")?;
+        place.disk.heal();
+        until_told("READY=1")?;
+        let served = knock(&place.scene.endpoint(), "vol-a")?;
+        hold!(matches!(served, Go::Agreed { .. }), "{served:?}");
+        daemon.signal(Signal::SIGTERM)?;
+        hold!(daemon.wait(STEP_LIMIT)?.success(), "it ends in order");
+        Ok(())
     })
 }
 

@@ -48,7 +48,7 @@ use crate::files;
 use crate::identity::OptIn;
 use crate::image::beneath::Roots;
 use crate::image::block::Claims;
-use crate::mapping::{Bounds, History, HistoryTask, Store, StoreError};
+use crate::mapping::{Bounds, History, HistoryTask, StoreError};
 use crate::nbd::{Door, Limits};
 use crate::udev;
 use aside::Aside;
@@ -221,8 +221,7 @@ async fn start(
         config::Bus::Address(address) => Bus::parse(address)?,
     };
     raise_descriptor_limit();
-    let store = Store::open(&config.server.state).await?;
-    let remembered = store.load().await?;
+    let (store, remembered) = start::store::open(&config.server.state).await?;
     let backups = Shelf::new(store.backups().await?);
     let boot = udev::boot_id().map_err(|source| Error::Kernel {
         what: "the boot id cannot be read",

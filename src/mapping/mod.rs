@@ -67,8 +67,8 @@ const DATABASE_FILE: &str = "nbdtrack.db";
 const APPLY_WITHIN: Duration = Duration::from_secs(5);
 /// How long SQLite waits for someone else's lock (an operator's shell): less than the deadline around it.
 const BUSY_WITHIN: Duration = Duration::from_secs(4);
-/// Reading and checking all of a file with 10,000 exports takes well under a second.
-const OPEN_WITHIN: Duration = Duration::from_secs(30);
+/// For the store to be opened at a start, and again for it to be read. To read and check all of a file with 10,000 exports takes well under a second.
+pub const OPEN_WITHIN: Duration = Duration::from_secs(30);
 
 /// The durable memory of one daemon. One process holds it at a time.
 #[derive(Debug)]

@@ -7,3 +7,4 @@ pub(in crate::daemon) mod rights;
 pub(in crate::daemon) mod runtime_files;
 pub(in crate::daemon) mod settings;
 pub(in crate::daemon) mod sockets;
+pub(in crate::daemon) mod store;
