@@ -71,3 +71,37 @@ fn uninstall_takes_away_what_install_brought_and_leaves_what_is_the_operators() 
     make("uninstall", root.path());
     assert_eq!(files(root.path()), before);
 }
+
+/// Where the daemon runs without its unit, its group and folders come from these files alone.
+#[test]
+fn group_and_folders_are_made_as_the_installed_files_say() {
+    use std::os::unix::fs::MetadataExt;
+    let root = tempfile::tempdir().unwrap();
+    make("install", root.path());
+    let of_root = format!("--root={}", root.path().display());
+    for words in [
+        &["systemd-sysusers"][..],
+        &["systemd-tmpfiles", "--create"],
+        &["systemd-tmpfiles", "--create"],
+    ] {
+        let (tool, rest) = words.split_first().unwrap();
+        let ran = Command::new(tool).arg(&of_root).args(rest).output();
+        let ran = ran.expect("it is installed (systemd)");
+        let said = String::from_utf8_lossy(&ran.stderr);
+        assert!(ran.status.success(), "{words:?}: {said}");
+    }
+    let groups = std::fs::read_to_string(root.path().join("etc/group")).unwrap();
+    let ours = groups.lines().find(|line| line.starts_with("nbdtrack:"));
+    let gid = ours.and_then(|line| line.split(':').nth(2));
+    let gid: u32 = gid.unwrap_or_else(|| panic!("{groups}")).parse().unwrap();
+    // The group reaches the socket in the first; the store is nobody else's.
+    for (folder, mode, group) in [
+        ("run/nbdtrack", 0o750, gid),
+        ("var/lib/nbdtrack", 0o700, 0),
+        ("etc/nbdtrack", 0o755, 0),
+    ] {
+        let found = std::fs::metadata(root.path().join(folder)).unwrap();
+        let found = (found.mode() & 0o7777, found.uid(), found.gid());
+        assert_eq!(found, (mode, 0, group), "{folder}");
+    }
+}
