@@ -13,7 +13,7 @@ use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
 use nbd_common::{Client, MIB, Memory, PATIENCE, Server, choice, name, request, until};
-use nbdtrack::correlation::Generation;
+use nbdtrack::correlation::{Generation, RefusalKind};
 use nbdtrack::nbd::Limits;
 use nbdtrack::nbd::wire::{NbdError, cmd, option, rep};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -49,6 +49,20 @@ fn one_address_cannot_take_all_connections() {
     until("the seat to be free", || {
         greeted(&mut TcpStream::connect(address).unwrap())
     });
+}
+
+/// A scrape has series of each export that is measured, so who asks says of how many.
+#[test]
+fn no_more_exports_are_measured_than_are_asked_for() {
+    let server = server(Limits::default());
+    for number in 0..5 {
+        let absent = name(&format!("absent-{number}"));
+        let kind = RefusalKind::NotAvailable;
+        server.door.refuse(&absent, kind, "no disk");
+    }
+    let measured = server.door.measured(3);
+    let names: Vec<&str> = measured.iter().map(|(name, _)| name.as_str()).collect();
+    assert_eq!(names, ["absent-0", "absent-1", "absent-2"]);
 }
 
 /// A Unix socket's peers had no limit at all.

@@ -10,7 +10,7 @@ mod support;
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use support::bus::Refused;
+use support::bus::{Refused, Signal};
 use support::dice::{self, Dice};
 use support::ground::{Need, real, tell};
 use support::loops::{Detached, LoopDevice};
@@ -231,6 +231,7 @@ impl Chaos {
             self.collect(volume)?;
         }
         self.scene.stop()?;
+        let changes = states_in_order(&self.scene.client.since(0))?;
         if self.twin.backing_file().is_some() {
             self.twin.detach()?;
         }
@@ -247,11 +248,36 @@ impl Chaos {
             promised += judge_volume(&volume.image, &volume.name, reports)?;
         }
         tell(&format!(
-            "chaos: {:?}; {promised} blocks with a promise, each kept, no byte astray",
+            "chaos: {:?}; {promised} blocks with a promise, each kept, no byte astray; {changes} changes of state told in order",
             self.counts
         ));
         Ok(())
     }
+}
+
+/// While an export's object lives, each change of its state begins where the last one that was told ended: none is lost, doubled or told
+/// before another. How many there were.
+fn states_in_order(signals: &[Signal]) -> Outcome<usize> {
+    let mut last: BTreeMap<&str, &str> = BTreeMap::new();
+    let mut changes = 0;
+    for signal in signals {
+        match signal.member.as_str() {
+            // A new life of the object, also with a daemon that was killed and started again.
+            "InterfacesAdded" | "InterfacesRemoved" => drop(last.remove(signal.text(0))),
+            "ExportStateChanged" => {
+                let (object, old, new) = (signal.text(0), signal.text(2), signal.text(3));
+                let before = last.insert(object, new).unwrap_or(old);
+                hold!(
+                    before == old && old != new,
+                    "{object} was {before}, and then told from {old} to {new}"
+                );
+                changes += 1;
+            }
+            _ => {}
+        }
+    }
+    hold!(changes > 0, "no state ever changed");
+    Ok(changes)
 }
 
 /// Whether the daemon agreed. A refusal with one of its errors is an answer; anything else is none.

@@ -4,12 +4,12 @@ mod support;
 
 use std::os::unix::process::ExitStatusExt;
 use std::process::{ExitStatus, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use nix::sys::signal::Signal;
 use support::client::{Go, knock};
 use support::daemon::Home;
-use support::ground::{Ground, Need, real};
+use support::ground::{Ground, Need, real, tell};
 use support::loops::LoopDevice;
 use support::process::Running;
 use support::scene::{STEP_LIMIT, Volume};
@@ -86,26 +86,61 @@ fn daemon_that_is_told_to_stop_at_any_moment_of_its_start_leaves_nothing_behind(
     })
 }
 
+/// Reloads that are in the log.
+fn reloads(home: &Home) -> Outcome<usize> {
+    let log = std::fs::read_to_string(&home.log)?;
+    Ok(log.matches(", unchanged ").count())
+}
+
+/// Has a daemon that serves read a configuration with so many other exports, up to the signal.
+fn asked_to_reload(home: &Home, volume: &Volume, others: u32) -> Outcome<Running> {
+    let daemon = spawn(home)?;
+    until(STEP_LIMIT, "the export to serve", || {
+        let answer = knock(&home.endpoint(), "vol-a").ok();
+        Ok(matches!(answer, Some(Go::Agreed { .. })).then_some(()))
+    })?;
+    configure(home, volume, others)?;
+    daemon.signal(Signal::SIGHUP)?;
+    Ok(daemon)
+}
+
 #[test]
 fn daemon_that_is_told_to_stop_at_any_moment_of_a_reload_ends_in_order() -> Outcome<()> {
     real("stop in a reload", NEEDS, |ground| {
         let (_device, volume, home) = home(ground)?;
-        // How long a reload of these takes was not asked: longer than it is looked at here, or shorter.
-        let step = Duration::from_millis(2);
-        for moment in 0..MOMENTS / 2 {
-            let mut daemon = spawn(&home)?;
-            until(STEP_LIMIT, "the export to serve", || {
-                let answer = knock(&home.endpoint(), "vol-a").ok();
-                Ok(matches!(answer, Some(Go::Agreed { .. })).then_some(()))
-            })?;
-            configure(&home, &volume, 500 + moment)?;
-            daemon.signal(Signal::SIGHUP)?;
-            std::thread::sleep(step * moment);
+        let applied = || {
+            until(STEP_LIMIT, "the reload", || {
+                Ok((reloads(&home)? > 0).then_some(()))
+            })
+        };
+        let end = |mut daemon: Running, moment: u32| -> Outcome<()> {
             daemon.signal(Signal::SIGTERM)?;
             let status = daemon.wait(STEP_LIMIT)?;
             hold!(status.success(), "at moment {moment}: {status}");
             hold!(!home.socket.exists(), "moment {moment} left the socket");
+            Ok(())
+        };
+        let daemon = asked_to_reload(&home, &volume, 600)?;
+        let began = Instant::now();
+        applied()?;
+        let whole = began.elapsed();
+        end(daemon, MOMENTS)?;
+        let mut before = 0;
+        for moment in 0..MOMENTS {
+            std::fs::write(&home.log, "")?;
+            let daemon = asked_to_reload(&home, &volume, 500 + moment)?;
+            match moment {
+                // The last one is applied for certain.
+                _ if moment + 1 == MOMENTS => applied()?,
+                _ => std::thread::sleep(whole * moment / (MOMENTS - 5)),
+            }
+            end(daemon, moment)?;
+            before += usize::from(reloads(&home)? == 0);
         }
+        tell(&format!(
+            "a reload takes {whole:?}; {before} of {MOMENTS} stops came before it was applied"
+        ));
+        hold!(before > 0, "no stop fell into a reload");
         next_serves(&home)
     })
 }

@@ -6,7 +6,7 @@ mod support;
 use std::collections::BTreeMap;
 use std::io::Write;
 
-use support::bus::{Client as Caller, Options, ROOT, Refused};
+use support::bus::{Client as Caller, Options, ROOT, Refused, Signal, Word};
 use support::client::{
     CMD_READ, Client, Go, OPT_LIST, REP_ACK, REP_ERR_POLICY, REP_ERR_UNKNOWN, REP_SERVER, greet,
     knock, read_option_reply, request, send_option,
@@ -360,6 +360,24 @@ fn reload_answers_with_what_it_changed_and_a_bad_file_changes_nothing() -> Outco
         let difference = reload(&scene)?;
         hold!(names(&difference, "Added")? == ["vol-b"], "{difference:?}");
         scene.client.reach_state("vol-b", "Serving", STEP_LIMIT)?;
+        let (a, elsewhere) = (scene.volumes[0].id(), "loop:/nowhere".to_owned());
+        scene
+            .home
+            .configure(&[("vol-a", a), ("vol-b", elsewhere)])?;
+        let difference = reload(&scene)?;
+        for (key, wanted) in [
+            ("Added", &[][..]),
+            ("Removed", &[]),
+            ("Changed", &["vol-b"]),
+        ] {
+            let found = names(&difference, key)?;
+            hold!(found == wanted, "{key}: {found:?}");
+        }
+        scene.client.reach_state("vol-b", "Absent", STEP_LIMIT)?;
+        hold!(
+            untouched.read(0, &mut [0; 512])? == Ok(()),
+            "and who is served notices nothing of that"
+        );
         scene.stop()
     })
 }
@@ -428,6 +446,16 @@ fn detach_that_lasts_is_a_job_with_its_clients_and_its_end() -> Outcome<()> {
         );
         let answer = detach.join();
         hold!(matches!(answer, Ok(Ok(Ok(())))), "{answer:?}");
+        scene.client.wait(mark, STEP_LIMIT, "the job to go", |s| {
+            s.member == "InterfacesRemoved" && s.text(0) == path
+        })?;
+        let told = of_job(&scene, mark, &path);
+        let told: Vec<&str> = told.iter().map(|s| s.member.as_str()).collect();
+        hold!(
+            told.first() == Some(&"InterfacesAdded")
+                && told.ends_with(&["PropertiesChanged", "Completed", "InterfacesRemoved"]),
+            "in order: {told:?}"
+        );
         hold!(
             scene.client.objects("Job")?.is_empty(),
             "its object is gone"
@@ -445,6 +473,68 @@ fn detach_that_lasts_is_a_job_with_its_clients_and_its_end() -> Outcome<()> {
             "and cannot be asked"
         );
         hold!(scene.state("ill")? == "Released", "when the job is over");
+        scene.stop()
+    })
+}
+
+/// What was told of a job since `mark`, in order.
+fn of_job(scene: &Scene, mark: usize, path: &str) -> Vec<Signal> {
+    let of = |signal: &Signal| {
+        signal.path == path || (signal.member.starts_with("Interfaces") && signal.text(0) == path)
+    };
+    scene.client.since(mark).into_iter().filter(of).collect()
+}
+
+#[test]
+fn removal_that_is_not_over_in_time_is_a_job_that_ends_as_its_caller_is_told() -> Outcome<()> {
+    real("bus job of a removal", NEEDS, |ground| {
+        let disk = FuseDisk::make(ground.path(), "ill", BYTES)?;
+        let mut scene = Scene::empty(ground)?;
+        let _healer = disk.healer();
+        let id = format!("loop:{}", disk.file.display());
+        scene.client.add_export("ill", &id)?;
+        let export = scene.client.reach_state("ill", "Serving", STEP_LIMIT)?;
+        hold!(export["Name"].text() == "ill", "{export:?}");
+        let client = Client::open(&scene.endpoint(), "ill")?;
+        disk.hang(ALL);
+        (&client.socket).write_all(&request(CMD_READ, 0, 1, 0, 4096))?;
+        until(STEP_LIMIT, "the read to hang", || {
+            Ok((disk.held() > 0).then_some(()))
+        })?;
+        let mark = scene.client.mark();
+        let soon = Options::from([("timeout_ms", Variant::from(1_000u32))]);
+        let refused = match scene.client.call("RemoveExport", &("ill", soon)) {
+            Err(refused) if refused.is("TimedOut") => refused,
+            other => trouble!("expected TimedOut while a read hangs, got {other:?}"),
+        };
+        let ended = scene
+            .client
+            .wait(mark, STEP_LIMIT, "Completed", |s| s.member == "Completed")?;
+        hold!(
+            ended.words[0] == Word::Flag(false)
+                && ended.text(1) == refused.name
+                && ended.text(2) == refused.text,
+            "{ended:?} and {refused:?}"
+        );
+        let gone =
+            |signal: &Signal| signal.member == "InterfacesRemoved" && signal.text(0) == ended.path;
+        scene.client.wait(mark, STEP_LIMIT, "the job to go", gone)?;
+        let told = of_job(&scene, mark, &ended.path);
+        let begun = told.first().map_or(String::new(), |s| format!("{s:?}"));
+        for word in ["remove-export", "ill", "draining"] {
+            hold!(begun.contains(word), "no {word} in {begun}");
+        }
+        let members: Vec<&str> = told.iter().map(|s| s.member.as_str()).collect();
+        hold!(
+            members.first() == Some(&"InterfacesAdded")
+                && members.ends_with(&["Completed", "InterfacesRemoved"]),
+            "in order: {members:?}"
+        );
+        disk.heal();
+        until(STEP_LIMIT, "the export to be gone", || {
+            let again = scene.client.remove_export("ill", "soft");
+            Ok(again.is_err_and(|e| e.is("NotFound")).then_some(()))
+        })?;
         scene.stop()
     })
 }
