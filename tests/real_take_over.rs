@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use support::client::Endpoint;
 use support::daemon::binary;
 use support::ground::{Ground, Need, real, skip, tell};
+use support::loops::LoopDevice;
 use support::process::{self, Finished, Running, command};
 use support::stream::{Held, Pace, Stream};
 use support::{Doing, Outcome, until};
@@ -576,6 +577,47 @@ fn address_that_comes_up_later_is_served_on() -> Outcome<()> {
         debian.run("ip address add 192.0.2.7/32 dev lo")?;
         let size = debian.run("nbdinfo --size nbd://192.0.2.7/one")?;
         hold!(size.trim() == "1048576", "{size}");
+        Ok(())
+    })
+}
+
+/// The pins of its sections went with it: their paths were judged afresh, when other disks may have them.
+#[test]
+fn pins_outlive_a_start_that_finds_no_main_file_beside_its_command_line() -> Outcome<()> {
+    beside("pins without a main file", |debian| {
+        let device = LoopDevice::add()?;
+        let node = device.node();
+        debian.run(&format!(
+            "truncate -s 2M /srv/job && losetup {node} /srv/job"
+        ))?;
+        let section = |more: &str| {
+            format!("[generic]\nlistenaddr = 127.0.0.1\n[job]\nexportname = {node}\n{more}")
+        };
+        let start = format!("nbdtrack --bus none nbd-server 10809 /srv/one -C {CONFIG}");
+        let ends = "p=$(cat /run/nbd-server.pid) && kill $p && while kill -0 $p 2>/dev/null; do sleep 0.1; done";
+        let serves = |export: &str, bytes: &str| {
+            let asked = format!("nbdinfo --size nbd://127.0.0.1/{export}");
+            let size = until(LIMIT, format!("{export} to be served"), || {
+                let ran = debian.attempt(&asked)?;
+                Ok(ran.status.success().then_some(ran.stdout))
+            })?;
+            hold!(size.trim() == bytes, "{export}: {size}");
+            Ok(())
+        };
+        debian.configure(&section("x-trust-path = true\n"))?;
+        debian.run(&start)?;
+        serves("job", "2097152")?;
+        debian.run(ends)?;
+        debian.run(&format!("mv {CONFIG} /root/aside && {start}"))?;
+        serves("", "1048576")?;
+        debian.fails("nbdinfo --size nbd://127.0.0.1/job", &[])?;
+        debian.run(ends)?;
+        // Nothing says any more that the path is to be trusted, and the daemon has seen the disk there only since its start.
+        debian.configure(&section(""))?;
+        debian.run(&start)?;
+        serves("job", "2097152")?;
+        debian.run(ends)?;
+        debian.run(&format!("losetup -d {node}"))?;
         Ok(())
     })
 }

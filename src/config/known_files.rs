@@ -93,13 +93,17 @@ impl KnownFiles {
     ) -> Vec<ReadFile> {
         let mut left = TOTAL_BYTES_MAX;
         let mut read = Vec::new();
-        let (file, written_us) = match line.is_some() && !self.had_main && says_nothing(main) {
-            true => (nothing_at(main), None),
-            false => taken(main, &mut left),
+        let (file, part, written_us) = match line.is_some() && !self.had_main && says_nothing(main)
+        {
+            true => (nothing_at(main), Part::NoMain, None),
+            false => {
+                let (file, written_us) = taken(main, &mut left);
+                (file, Part::Main, written_us)
+            }
         };
         self.had_main |= written_us.is_some();
         let listed = included(&file);
-        read.push(ReadFile::of(&file, Part::Main, written_us));
+        read.push(ReadFile::of(&file, part, written_us));
         let mut before = std::mem::take(&mut self.included);
         match listed {
             Ok(paths) => {
@@ -380,5 +384,9 @@ mod tests {
             .read_again(&main, Some(&line), now, &Pace::default());
         let judged = judge_together(none.iter().map(|file| &*file.judged), &Default::default());
         assert_eq!(names(&judged), "default");
+        assert!(
+            judged.unread && judged.problems.is_empty(),
+            "what a main file would say is not known, and is no fault"
+        );
     }
 }

@@ -15,7 +15,7 @@ use crate::config::place::{Place, Problem};
 pub struct JudgedFile {
     pub path: PathBuf,
     pub(super) part: Part,
-    /// It could not be read or parsed.
+    /// It could not be read or parsed, or is not there.
     pub(super) unread: bool,
     /// Why nothing of it is taken.
     pub(super) refused: Option<Problem>,
@@ -40,6 +40,8 @@ pub(super) struct FoundSection {
 pub enum Part {
     /// The file that has `[generic]`.
     Main,
+    /// In its place beside a command line, where there is none: what may stand in one that comes is not known.
+    NoMain,
     /// Every other: one that it includes, or what a command line says.
     Included,
     /// The folder of those that it includes, which cannot be listed.
@@ -51,7 +53,7 @@ impl JudgedFile {
         let mut judged = JudgedFile {
             path: file.path.clone(),
             part,
-            unread: false,
+            unread: part == Part::NoMain,
             refused: None,
             generic: None,
             found: Vec::new(),
@@ -67,7 +69,7 @@ impl JudgedFile {
             }
         };
         let mut groups = groups.iter();
-        if part == Part::Main {
+        if matches!(part, Part::Main | Part::NoMain) {
             let Some(group) = groups.next().filter(|group| group.name == GENERIC_GROUP) else {
                 let message = "the first section has to be [generic]".to_owned();
                 judged.refused = Some(whole(&file.path, message));

@@ -116,7 +116,7 @@ pub struct Judged {
     pub refused: usize,
     /// The sections that stand in the files, taken or not.
     pub standing: BTreeSet<String>,
-    /// A file could not be read or parsed.
+    /// A file could not be read or parsed, or there is no main file: sections may stand there that are not known.
     pub unread: bool,
     pub problems: Vec<Problem>,
     pub warnings: Vec<Problem>,
@@ -163,7 +163,7 @@ pub fn judge_together<'a>(
         if let Some(problem) = &file.refused {
             match file.part {
                 Part::Folder => judged.keep_included(main, last),
-                Part::Main | Part::Included => judged.keep_file(&file.path, last),
+                Part::Main | Part::NoMain | Part::Included => judged.keep_file(&file.path, last),
             }
             judged.problems.push(problem.clone());
             continue;
