@@ -9,23 +9,23 @@ use crate::identity::VolumeId;
 
 impl SectionsChange {
     /// What of `now` is otherwise than `before`, both in the order of their names, each of which is there once.
-    pub fn between(before: Vec<ConfiguredSection>, now: &[ConfiguredSection]) -> SectionsChange {
+    pub fn between(before: &[ConfiguredSection], now: &[ConfiguredSection]) -> SectionsChange {
         // Both are walked at one time, for to look each of ten thousand up would take longer.
-        let mut before = before.into_iter().peekable();
+        let mut before = before.iter().peekable();
         let mut change = SectionsChange::default();
         for section in now {
             let this = &section.definition.name;
             while let Some(known) = before.next_if(|known| known.definition.name < *this) {
-                change.gone.insert(known.definition.name);
+                change.gone.insert(known.definition.name.clone());
             }
             let known = before.next_if(|known| known.definition.name == *this);
-            if known.as_ref() != Some(section) {
+            if known != Some(section) {
                 change.put.push(section.clone());
             }
         }
         change
             .gone
-            .extend(before.map(|known| known.definition.name));
+            .extend(before.map(|known| known.definition.name.clone()));
         change
     }
 }

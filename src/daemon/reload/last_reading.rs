@@ -8,7 +8,9 @@ use std::sync::Arc;
 
 use crate::config::nbd_server::{LastGood, Section};
 use crate::config::{ClaimRules, KnownFiles, Pace};
-use crate::correlation::{ConfiguredSection, ExportName, NamedPath, SectionsChange, Written};
+use crate::correlation::{
+    ConfiguredSection, Definition, ExportName, NamedPath, SectionsChange, Written,
+};
 use crate::identity::OptIn;
 use crate::nbd::Rules;
 use crate::udev;
@@ -36,6 +38,8 @@ pub(in crate::daemon) struct LastReading {
     times: HashMap<OsString, (u64, Written)>,
     /// What the middle was told of the sections, in the order of their names.
     told: Vec<ConfiguredSection>,
+    /// There was a reading before.
+    again: bool,
     /// What of the files the middle was told to be refused; `None` when not all of them could be read.
     refused: Option<BTreeSet<ExportName>>,
     rules: Option<Rules>,
@@ -55,6 +59,7 @@ impl LastReading {
             good: LastGood::default(),
             times: HashMap::new(),
             told: Vec::new(),
+            again: false,
             refused: None,
             rules: None,
             claim: None,
@@ -94,22 +99,56 @@ impl LastReading {
 
     /// The section of this name that was taken, and what the middle was told of it.
     pub fn taken(&self, name: &ExportName) -> Option<(&Arc<Section>, &ConfiguredSection)> {
-        let named = |told: &ConfiguredSection| told.definition.name.cmp(name);
-        let at = self.told.binary_search_by(named).ok()?;
-        Some((self.good.get(name.as_str())?, self.told.get(at)?))
+        Some((self.good.get(name.as_str())?, self.told_of(name)?))
     }
 
-    /// What is otherwise in these sections, which take the place of those that were there.
+    /// What is otherwise in these sections, which take the place of those that were there. Each has its line in the log, but not those of a start:
+    /// what becomes of an export is told by itself, and whoever looks for why one went finds it.
     pub fn change(
         &mut self,
         mut sections: Vec<ConfiguredSection>,
         refused: Option<BTreeSet<ExportName>>,
     ) -> SectionsChange {
         sections.sort_by(|a, b| a.definition.name.cmp(&b.definition.name));
-        let change = SectionsChange::between(std::mem::take(&mut self.told), &sections);
+        let change = SectionsChange::between(&self.told, &sections);
+        if std::mem::replace(&mut self.again, true) {
+            self.tell(&change);
+        }
         self.told = sections;
         self.refused.clone_from(&refused);
         SectionsChange { refused, ..change }
+    }
+
+    /// Operators search the log for these words. Of a section that only its file's time, or where its path leads, makes another one nothing is
+    /// said: the line is as it was.
+    fn tell(&self, change: &SectionsChange) {
+        let said = |section: &ConfiguredSection| {
+            let path = section.path.as_ref();
+            path.map(|path| (path.path.clone(), path.trust))
+        };
+        for section in &change.put {
+            let Definition { name, volume, .. } = &section.definition;
+            match self.told_of(name) {
+                None => {
+                    tracing::info!(name: "config_added", export = %name, %volume, "added to the configuration");
+                }
+                Some(known)
+                    if known.definition == section.definition && said(known) == said(section) => {}
+                Some(_) => {
+                    tracing::info!(name: "config_changed", export = %name, %volume, "changed in the configuration");
+                }
+            }
+        }
+        for name in &change.gone {
+            tracing::info!(name: "config_removed", export = %name, "removed from the configuration");
+        }
+    }
+
+    /// What the middle was told of the section of this name.
+    fn told_of(&self, name: &ExportName) -> Option<&ConfiguredSection> {
+        let named = |told: &ConfiguredSection| told.definition.name.cmp(name);
+        let at = self.told.binary_search_by(named).ok()?;
+        self.told.get(at)
     }
 
     /// The sections whose paths lead elsewhere now. Blocks as their links do.
@@ -174,7 +213,7 @@ impl LastReading {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::correlation::{Definition, PathFound, Source};
+    use crate::correlation::{PathFound, Source};
     use crate::identity::VolumeId;
 
     fn section(name: &str, read_only: bool) -> ConfiguredSection {

@@ -135,7 +135,7 @@ impl World {
             .map(|definition| (definition.name.clone(), definition.clone().into()))
             .collect();
         let sections: Vec<ConfiguredSection> = named.into_values().collect();
-        let change = SectionsChange::between(std::mem::take(&mut self.told), &sections);
+        let change = SectionsChange::between(&std::mem::take(&mut self.told), &sections);
         let everything = SectionsChange {
             put: sections.clone(),
             ..change.clone()
