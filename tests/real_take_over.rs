@@ -394,11 +394,14 @@ case "$*" in
 "start nbd-server") /etc/init.d/nbd-server start; ! pidof nbd-server || : >/run/unit ;;
 "stop nbd-server") [ ! -e /run/unit ] || { rm /run/unit; /etc/init.d/nbd-server stop; } ;;
 "--quiet stop nbdtrack.service") rm /run/own ;;
-"--quiet start nbdtrack.service") : >/run/own ;;
+"--quiet start nbdtrack.service") [ ! -e /root/broken ] && : >/run/own ;;
 "--quiet is-active nbdtrack.service") is /run/own >/dev/null ;;
+"--quiet is-active nbd-server.service") is /run/unit >/dev/null ;;
+"--quiet is-enabled nbd-server.service") [ -e /run/wanted ] ;;
 esac
 "#;
 const INVOKE: &str = "#!/bin/sh\necho \"$@\" >>/root/invoked\n";
+const HELPER: &str = "#!/bin/sh\necho \"$@\" >>/root/helped\n";
 
 impl Debian {
     /// Has it look like a machine with systemd.
@@ -444,10 +447,20 @@ fn take_over_from_our_own_service_starts_nbd_server_in_its_place() -> Outcome<()
             &["no process of", "which starts what ran"],
         )?;
         debian.serves("/bin/nbd-server.stock")?;
-        debian.run("test ! -e /run/own && nbdtrack give-back")?;
-        debian.is_stock()?;
-        debian.run("/usr/local/sbin/systemctl stop nbd-server && ! pidof nbd-server")?;
-        debian.run(": >/run/own")?;
+        // What ran is what is started: not the stock server, which only stood in.
+        debian.run("test ! -e /run/own && : >/root/broken")?;
+        debian.fails(
+            "nbdtrack give-back",
+            &[
+                "start nbdtrack.service",
+                "the stock server has its place again",
+            ],
+        )?;
+        debian.serves("/bin/nbd-server")?;
+        let told = debian.run("rm /root/broken && nbdtrack give-back")?;
+        hold!(told.contains("nbdtrack.service ran"), "{told}");
+        debian.run("test -e /run/own && ! pidof nbd-server")?;
+        debian.run("dpkg --verify nbd-server && ! ls -d /bin/nbd-server?* && ! dpkg-divert --list | grep nbd-server")?;
         debian.configure(GOOD)?;
         debian.run("nbdtrack take-over")?;
         debian.serves("/usr/bin/nbdtrack")?;

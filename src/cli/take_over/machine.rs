@@ -28,6 +28,9 @@ pub(super) struct Machine {
     script: Option<PathBuf>,
     /// The service runs, so it runs afterwards, too; or it ran before an exchange that did not come to its end.
     pub runs: bool,
+    /// It ran before the exchange, so it runs after one that is taken back, too. Not one that was started when the exchange came half way, so
+    /// that anybody serves.
+    ran: bool,
     /// At a boot it does not start.
     disabled: bool,
     own: Own,
@@ -38,6 +41,7 @@ pub(super) struct Machine {
 /// boot, a call over D-Bus, a client of the sockets, a person), their units see to by themselves: they have the stock binary's other
 /// path as a condition. So they stay enabled.
 struct Own {
+    /// Or they ran before an exchange that did not come to its end.
     running: Vec<&'static str>,
     enabled: bool,
 }
@@ -55,21 +59,26 @@ impl Machine {
                 })
         };
         let remembered = place.remembered();
-        let ran = |unit: &str| remembered.iter().any(|was| was == unit);
+        let known = |unit: &str| remembered.iter().any(|was| was == unit);
         let running = |unit: &str| {
-            ran(unit) || says("is-active", unit, &["active", "activating", "reloading"])
+            known(unit) || says("is-active", unit, &["active", "activating", "reloading"])
         };
         let own = Own {
             running: OWN_UNITS.into_iter().filter(|unit| running(unit)).collect(),
             enabled: says("is-enabled", OWN_SERVICE, &["enabled"]),
         };
-        let runs = ran(SERVICE)
+        let runs = known(SERVICE)
             || says("is-active", SERVICE, &["active", "reloading"])
             || !servers(place)?.is_empty();
+        let ran = match OWN_UNITS.into_iter().any(known) {
+            true => known(SERVICE),
+            false => runs,
+        };
         Ok(Machine {
             script: script(systemd),
             systemd,
             runs,
+            ran,
             disabled: says("is-enabled", SERVICE, &["disabled"]),
             own,
         })
@@ -87,9 +96,9 @@ impl Machine {
         self.runs || !self.own.running.is_empty()
     }
 
-    /// The units that run.
+    /// The units that ran before the exchange.
     pub(super) fn running(&self) -> Vec<&'static str> {
-        let service = self.runs.then_some(SERVICE);
+        let service = self.ran.then_some(SERVICE);
         service
             .into_iter()
             .chain(self.own.running.iter().copied())
@@ -113,6 +122,17 @@ impl Machine {
         lines
     }
 
+    /// As [`Machine::service_lines`], for the way back.
+    pub(super) fn service_lines_back(&self) -> Vec<String> {
+        if self.ran || self.own.running.is_empty() {
+            return self.service_lines();
+        }
+        vec![format!(
+            "the service nbd-server does not run afterwards: before the take-over that came half way {} ran",
+            self.own.running.join(" and ")
+        )]
+    }
+
     /// What a take-over means for our own service.
     pub(super) fn own_service_is_kept_away(&self) -> Option<String> {
         let runs = !self.own.running.is_empty();
@@ -127,6 +147,12 @@ impl Machine {
 
     /// What the end of it means for our own service.
     pub(super) fn own_service_may_start(&self) -> Option<String> {
+        if !self.own.running.is_empty() {
+            return Some(format!(
+                "{} is started again",
+                self.own.running.join(" and ")
+            ));
+        }
         let when = match self.own.enabled {
             true => "it is enabled, so it does with the next boot",
             false => "it is not enabled",
@@ -192,21 +218,21 @@ impl Machine {
         Ok(())
     }
 
-    /// Starts the service if it ran.
+    /// Starts the service if it ran before the exchange.
     pub(super) fn start_again(&self, place: &Place) -> Result<(), TakeOverError> {
-        match self.runs {
+        match self.ran {
             true => self.start(place),
             false => Ok(()),
         }
     }
 
-    /// Starts the service if it ran and the process that listens is gone.
+    /// Starts the service if it ran, whenever that was, and the process that listens is gone.
     pub(super) fn keep(&self, place: &Place) -> Result<(), TakeOverError> {
         let first = first();
         let listens = |server: &Server| Some(server.process) == first;
-        match servers(place)?.iter().any(listens) {
+        match !self.runs || servers(place)?.iter().any(listens) {
             true => Ok(()),
-            false => self.start_again(place),
+            false => self.start(place),
         }
     }
 

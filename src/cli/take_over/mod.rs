@@ -24,6 +24,7 @@ use super::show::{print, print_json};
 use crate::config::nbd_server::judge;
 use crate::config::read_ini;
 use crate::daemon;
+use call::step;
 use machine::Machine;
 use place::{PLACES, Place, identity, same, stock_of};
 use plan::Plan;
@@ -297,7 +298,7 @@ pub fn give_back(asked: &GiveBack, json: bool) -> Result<(), Failure> {
             place.binary.display()
         ));
     } else {
-        lines.extend(machine.service_lines());
+        lines.extend(machine.service_lines_back());
         lines.extend(place.taken.then(|| {
             format!(
                 "{} goes; {} comes back in its place",
@@ -344,6 +345,12 @@ fn give(machine: &Machine, place: &Place) -> Result<(), TakeOverError> {
     }
     if let Err(failed) = back(machine, place) {
         return Err(stay(machine, place, failed.into()));
+    }
+    // It may have run before a take-over that came half way; only now does nothing stand aside that keeps it from starting.
+    if let Err(failed) = machine.own_service(true) {
+        let _told = machine.keep(place);
+        let what = "the stock server has its place again, and what ran before the take-over does not start";
+        return Err(step(what, failed));
     }
     place.forget();
     Ok(())
