@@ -139,7 +139,9 @@ fn from_the_future(store: &Path) -> Outcome<()> {
 #[test]
 fn what_another_daemon_holds_is_refused() -> Outcome<()> {
     real("held by another", &[], |ground| {
-        let first = Home::new(ground.path(), "none")?;
+        let mut first = Home::new(ground.path(), "none")?;
+        let address = format!("127.0.0.1:{}", free_port()?);
+        first.listen = vec![address.clone()];
         let mut running = first.start()?;
         let folder = ground.file("second");
         std::fs::create_dir(&folder)?;
@@ -147,6 +149,15 @@ fn what_another_daemon_holds_is_refused() -> Outcome<()> {
         second.state.clone_from(&first.state);
         must_refuse(&second, "the state directory of another", "state")?;
         second.state = folder.join("state");
+        // Its unit is not to start it again and again.
+        second.listen = vec![address];
+        match second.try_start()? {
+            Ok(_) => trouble!("two listen at one port"),
+            Err((status, said)) => hold!(
+                status.code() == Some(8) && said.contains("another NBD server listens and answers"),
+                "{status}: {said}"
+            ),
+        }
         let taken = std::net::TcpListener::bind("127.0.0.1:0")?;
         let address = taken.local_addr()?.to_string();
         second.listen = vec![address.clone()];

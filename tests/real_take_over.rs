@@ -410,7 +410,7 @@ impl Debian {
         for (name, text) in [
             ("systemctl", MANAGER),
             ("deb-systemd-invoke", INVOKE),
-            ("deb-systemd-helper", "#!/bin/sh\n"),
+            ("deb-systemd-helper", HELPER),
         ] {
             let path = format!("/usr/local/sbin/{name}");
             self.run(&format!("cat >{path} <<'end'\n{text}end\nchmod 755 {path}"))?;
@@ -513,6 +513,38 @@ fn upgrade_leaves_the_old_daemon_with_a_configuration_that_the_new_one_would_not
         )?;
         let now = debian.run("cat /run/nbd-server.pid")?;
         hold!(now == process, "{process} was stopped, {now} serves");
+        Ok(())
+    })
+}
+
+/// Started, it was tried again every two seconds; enabled, whichever came first at a boot had the port.
+#[test]
+fn new_package_where_the_stock_server_runs_or_will_leaves_its_service_to_a_person() -> Outcome<()> {
+    beside("a new package beside the stock server", |debian| {
+        debian.manage()?;
+        debian.run("install -D -m 644 /ground/sysusers /usr/lib/sysusers.d/nbdtrack.conf")?;
+        for (given, starts) in [
+            ("true", true),
+            (": >/run/unit", false),
+            ("rm /run/unit; : >/run/wanted", false),
+            ("rm /run/wanted", true),
+        ] {
+            let told = debian.run(&format!(
+                "{given}; : >/root/invoked; : >/root/helped; sh /ground/postinst configure '' 2>&1"
+            ))?;
+            hold!(
+                told.contains("neither enabled nor started") != starts,
+                "{given}: {told}"
+            );
+            let done = debian.run(
+                "cat /root/helped /root/invoked | grep -E '^(enable|start) nbdtrack.service$'; true",
+            )?;
+            let wanted = match starts {
+                true => "enable nbdtrack.service\nstart nbdtrack.service\n",
+                false => "",
+            };
+            hold!(done == wanted, "{given}: {done}");
+        }
         Ok(())
     })
 }

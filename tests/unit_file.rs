@@ -47,6 +47,12 @@ fn unit_is_started_again_for_as_long_as_it_fails_and_has_no_key_that_systemd_doe
     let text = std::fs::read_to_string(unit).unwrap();
     let (head, service) = text.split_once("\n[Service]\n").unwrap();
     assert!(head.contains("\nStartLimitIntervalSec=0\n"), "{head}");
+    // Whose port it would have taken at a boot.
+    let after = head.lines().find(|line| line.starts_with("After="));
+    assert!(
+        after.is_some_and(|line| line.ends_with(" nbd-server.service")),
+        "{head}"
+    );
     assert!(service.contains("\nRestart=on-failure\n"), "{service}");
     // What it starts is not installed here.
     let folder = tempfile::tempdir().unwrap();

@@ -55,6 +55,7 @@ impl Failure {
             Failure::NoDaemon { .. } => 3,
             Failure::Errors(_) => 6,
             Failure::Leaks(_) => 7,
+            Failure::Daemon(daemon::Error::Listen(daemon::ListenError::Answered(_))) => 8,
             Failure::Client(error) => match error {
                 ClientError::NoDaemon(_) => 3,
                 ClientError::TimedOut(_)
@@ -154,6 +155,17 @@ mod tests {
         let in_use = RequestError::InUse("export vol-a has 2 clients".to_owned());
         let failure = Failure::Client(ClientError::Refused(in_use));
         assert_eq!(failure.text(), "export vol-a has 2 clients");
+    }
+
+    /// By this number the unit knows that another start would bring nothing.
+    #[test]
+    fn port_of_a_server_that_answers_has_the_exit_code_that_the_unit_does_not_start_again_after() {
+        let address = std::net::SocketAddr::from(([127, 0, 0, 1], 10809));
+        let answered = daemon::Error::from(daemon::ListenError::Answered(address));
+        let code = Failure::Daemon(answered).code();
+        let unit = include_str!("../../systemd/nbdtrack.service");
+        let line = format!("\nRestartPreventExitStatus={code}\n");
+        assert!(code != 1 && unit.contains(&line), "{line}");
     }
 
     #[test]

@@ -54,7 +54,8 @@ const EXIT_CODES: &str = "Exit codes:
   4  timed out, or not ready yet: the same call may succeed later
   5  this user may not do that
   6  the image has errors (image check)
-  7  the image has leaked clusters, and no error (image check)";
+  7  the image has leaked clusters, and no error (image check)
+  8  another NBD server has the port, and answers there (serve)";
 
 /// NBD exports that follow the volume, not the path.
 #[derive(Debug, Parser)]

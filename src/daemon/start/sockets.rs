@@ -1,15 +1,21 @@
 //! The sockets that clients come to: bound at start, before anything is served.
 
-use std::io;
-use std::net::{SocketAddr, TcpListener};
+use std::io::{self, Read};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
 /// Connections that may wait to be accepted, as nbd-server's clients come in bursts after a failover.
 const BACKLOG: i32 = 1_024;
+
+/// How long who has the port may take to greet: servers do before they are asked anything.
+const GREETS_WITHIN: Duration = Duration::from_secs(1);
+/// proto.md, "Handshake phase": the first eight bytes that any server of the protocol says.
+const GREETING: &[u8; 8] = b"NBDMAGIC";
 
 /// Who may connect to the Unix socket: its owner and group.
 const SOCKET_MODE: u32 = 0o660;
@@ -25,6 +31,12 @@ pub enum ListenError {
         address: SocketAddr,
         source: io::Error,
     },
+    /// Not a port that is about to be free, as that of a daemon which a hung disk keeps from ending: that one greets nobody any more.
+    #[error(
+        "{0}: another NBD server listens and answers there: give an address of its own ('listen' in nbdtrack.toml, or --listen), or, where \
+         that is Debian's nbd-server, its place ('nbdtrack take-over --dry-run')"
+    )]
+    Answered(SocketAddr),
     #[error("{address}: cannot listen: {source}")]
     Tcp {
         address: SocketAddr,
@@ -81,9 +93,28 @@ fn bind_tcp(address: SocketAddr) -> Result<TcpListener, ListenError> {
         Ok(socket.into())
     };
     listen().map_err(|source| match source.kind() {
+        io::ErrorKind::AddrInUse if is_answered(address) => ListenError::Answered(address),
         io::ErrorKind::AddrInUse => ListenError::InUse { address, source },
         _ => ListenError::Tcp { address, source },
     })
+}
+
+/// Whether an NBD server greets who comes to the address. Takes two seconds at most, of a start that has failed.
+fn is_answered(address: SocketAddr) -> bool {
+    let host = match address.ip() {
+        IpAddr::V4(ip) if ip.is_unspecified() => IpAddr::V4(Ipv4Addr::LOCALHOST),
+        IpAddr::V6(ip) if ip.is_unspecified() => IpAddr::V6(Ipv6Addr::LOCALHOST),
+        ip => ip,
+    };
+    let greeting = || -> io::Result<[u8; GREETING.len()]> {
+        let address = SocketAddr::new(host, address.port());
+        let mut server = TcpStream::connect_timeout(&address, GREETS_WITHIN)?;
+        server.set_read_timeout(Some(GREETS_WITHIN))?;
+        let mut said = [0; GREETING.len()];
+        server.read_exact(&mut said)?;
+        Ok(said)
+    };
+    greeting().is_ok_and(|said| said == *GREETING)
 }
 
 /// Binds to an address that this machine does not have (yet): at a boot the network may come up later, and an address that follows its
@@ -131,6 +162,7 @@ fn is_abandoned(path: &Path) -> io::Result<bool> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::io::Write;
     use std::os::unix::net::UnixDatagram;
 
     /// At a boot the daemon can be there before the network; the start failed, five times, and then for good.
@@ -141,6 +173,39 @@ mod tests {
             let address: SocketAddr = text.parse().unwrap();
             let listener = bind_tcp(address).unwrap();
             assert_eq!(listener.local_addr().unwrap().ip(), address.ip());
+        }
+    }
+
+    /// Where Debian's nbd-server has the port a start every two seconds brought nothing but lines in the log.
+    #[test]
+    fn a_server_that_answers_is_told_from_a_port_that_may_be_free_soon() {
+        // The first accepts nobody any more, as one whose process cannot end.
+        for (greeting, answers) in [
+            (None, false),
+            (Some(b"SSH-2.0-"), false),
+            (Some(GREETING), true),
+        ] {
+            let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+            let address = listener.local_addr().unwrap();
+            let everywhere = SocketAddr::from(([0, 0, 0, 0], address.port()));
+            let server = greeting.map(|greeting| {
+                let listener = listener.try_clone().unwrap();
+                std::thread::spawn(move || {
+                    for client in listener.incoming().take(2) {
+                        client.unwrap().write_all(greeting).unwrap();
+                    }
+                })
+            });
+            for address in [address, everywhere] {
+                match bind_tcp(address) {
+                    Err(ListenError::Answered(of)) => assert!(answers && of == address),
+                    Err(ListenError::InUse { .. }) => assert!(!answers),
+                    other => panic!("{other:?}"),
+                }
+            }
+            if let Some(server) = server {
+                server.join().unwrap();
+            }
         }
     }
 

@@ -431,8 +431,14 @@ fn place_of_a_package(shape: Shape) -> Outcome<()> {
         bed.machine.agent.run(UNPACKAGE)?;
         let (a, b) = (bed.add("vol-a")?, bed.add("vol-b")?);
         serve_by_stock(bed, [a, b])?;
-        // Its own service finds the port taken, and that changes nothing for the stock server.
-        dpkg(bed, "-i /root/old.deb")?;
+        // Its own service is left alone, and changes nothing for the stock server when it is started all the same: that is tried once.
+        let told = dpkg(bed, "-i /root/old.deb")?;
+        hold!(told.contains("neither enabled nor started"), "{told}");
+        bed.machine.agent.run(
+            "! systemctl is-enabled nbdtrack && test $(systemctl show --property=NRestarts --value nbdtrack) = 0 && \
+             ! systemctl start nbdtrack && systemctl is-failed nbdtrack && \
+             systemctl show --property=ExecMainStatus --value nbdtrack | grep -qx 8",
+        )?;
         both_take(bed, a, b, 1)?;
         bed.machine.agent.run("nbdtrack take-over")?;
         hold!(
@@ -451,7 +457,7 @@ fn place_of_a_package(shape: Shape) -> Outcome<()> {
         // Both versions have the very same program, which is not exchanged for itself: its clients notice nothing.
         hold!(new == old, "the same program goes on");
         bed.machine.agent.run(
-            "! systemctl is-active nbdtrack && systemctl is-enabled nbdtrack && test ! -e /bin/nbd-server.nbdtrack-old",
+            "! systemctl is-active nbdtrack && ! systemctl is-enabled nbdtrack && test ! -e /bin/nbd-server.nbdtrack-old",
         )?;
         for index in [a, b] {
             bed.reach(index, "Serving")?;
