@@ -458,8 +458,9 @@ fn disk_that_was_there_before_the_daemon_waits_to_be_confirmed_and_stays_so_over
             place.refusal("late")?
         );
         let pending = place.nbdtrack(&["pins", "--pending"])?;
+        let shown = ["vol-b.img", &BYTES.to_string()];
         hold!(
-            pending.contains("vol-b.img") && !pending.contains("vol-a.img"),
+            shown.iter().all(|word| pending.contains(word)) && !pending.contains("vol-a.img"),
             "{pending}"
         );
 
@@ -518,6 +519,22 @@ fn broken_file_keeps_its_last_good_state_and_the_rest_is_applied() -> Outcome<()
             hold!(client.flush()?.is_ok(), "the client of [one] was disturbed");
             fs::remove_file(place.conf.join("b.conf"))?;
         }
+        // The folder itself, for a moment or for its mistyped name.
+        place.write("a.conf", &section("one", &device.node(), &volume))?;
+        hold!(place.reload().is_ok(), "reload");
+        let aside = ground.file("aside");
+        fs::rename(&place.conf, &aside)?;
+        for _ in 0..2 {
+            let told = place.reload().err().unwrap_or_default();
+            hold!(
+                told.contains(&format!("{}:1:1: includedir", place.conf.display())),
+                "{told}"
+            );
+            hold!(client.flush()?.is_ok(), "the client of [one] was disturbed");
+        }
+        fs::rename(&aside, &place.conf)?;
+        hold!(place.reload().is_ok(), "it is back");
+        hold!(client.flush()?.is_ok(), "the client of [one] was disturbed");
         // What goes, goes.
         fs::remove_file(place.conf.join("a.conf"))?;
         hold!(place.reload().is_ok(), "reload");

@@ -582,6 +582,32 @@ fn servers_that_somebody_started_by_hand_are_left_alone() -> Outcome<()> {
     })
 }
 
+/// dpkg has a newer version where the older one is by now.
+#[test]
+fn upgrade_of_the_stock_package_goes_beside_ours_and_is_what_comes_back() -> Outcome<()> {
+    const CONTROL: &str = "Package: nbd-server\nVersion: 1:99\nArchitecture: all\nMaintainer: nobody <nobody@localhost>\n\
+        Description: a newer one\n";
+    beside("an upgrade of the stock package", |debian| {
+        debian.start_stock()?;
+        debian.run("nbdtrack take-over")?;
+        debian.serves("/usr/bin/nbdtrack")?;
+        debian.run(&format!(
+            "mkdir -p /root/newer/DEBIAN /root/newer/bin && cat >/root/newer/DEBIAN/control <<'end'\n{CONTROL}end\n\
+             cp /bin/nbd-server.stock /root/newer/bin/nbd-server && echo >>/root/newer/bin/nbd-server && \
+             dpkg-deb --build --root-owner-group /root/newer /root/newer.deb && \
+             DEBIAN_FRONTEND=noninteractive dpkg -i /root/newer.deb"
+        ))?;
+        debian.run(
+            "cmp /bin/nbd-server /usr/bin/nbdtrack && cmp /bin/nbd-server.stock /root/newer/bin/nbd-server",
+        )?;
+        // Its scripts may have stopped the service.
+        debian.run("/etc/init.d/nbd-server start; true")?;
+        debian.serves("/usr/bin/nbdtrack")?;
+        debian.run("nbdtrack give-back && cmp /bin/nbd-server /root/newer/bin/nbd-server && ! ls -d /bin/nbd-server?*")?;
+        debian.serves("/bin/nbd-server")
+    })
+}
+
 /// The diversion was looked for in the list of the package's files, which dpkg had forgotten.
 #[test]
 fn place_of_a_package_that_was_removed_is_cleared_and_its_state_kept_until_then() -> Outcome<()> {

@@ -319,13 +319,35 @@ mod tests {
     #[test]
     fn what_cannot_be_read_is_told_each_time_and_what_comes_back_is_read() {
         let mut folder = Folder::of(&["a", "b"]);
-        folder.read(LATER);
-        fs::write(folder.path("b"), "").unwrap();
-        for _ in 0..2 {
-            let read = folder.read(LATER);
-            let judged = judge_together(read.iter().map(|file| &*file.judged), &Default::default());
-            assert!(judged.unread && judged.problems[0].message.contains("the file is empty"));
+        let first = folder.read(LATER);
+        let first = judge_together(first.iter().map(|file| &*file.judged), &Default::default());
+        let b = folder.path("b");
+        // What is listed and cannot be read, as one that vanishes between the two.
+        let gone = |path: &Path| std::os::unix::fs::symlink("/nowhere/at/all", path);
+        let fifo = |path: &Path| {
+            let mode = nix::sys::stat::Mode::S_IRUSR;
+            nix::unistd::mkfifo(path, mode).map_err(std::io::Error::from)
+        };
+        let empty = |path: &Path| fs::write(path, "");
+        type Make = fn(&Path) -> std::io::Result<()>;
+        let broken: [(Make, &str); 3] = [
+            (empty, "the file is empty"),
+            (gone, "No such file"),
+            (fifo, "not a regular file"),
+        ];
+        for (make, says) in broken {
+            fs::remove_file(&b).unwrap();
+            make(&b).unwrap();
+            for _ in 0..2 {
+                let read = folder.read(LATER);
+                let judged = judge_together(read.iter().map(|file| &*file.judged), &first.sections);
+                let told = judged.problems[0].to_string();
+                assert!(judged.unread && told.contains(says), "{told}");
+                assert!(told.contains("b.conf:1:1"), "{told}");
+                assert_eq!(judged.sections, first.sections);
+            }
         }
+        fs::remove_file(&b).unwrap();
         folder.write("b", "/dev/z");
         let before = folder.read(LATER);
         let (conf, aside) = (
