@@ -180,6 +180,52 @@ fn a_reload_whose_files_hang_is_answered_and_changes_nothing_now_or_later() -> O
     })
 }
 
+/// However many come while the files are read: the one more begins after the last of them, so it finds what was written before that.
+#[test]
+fn signals_that_come_while_the_files_are_read_are_one_more_reading() -> Outcome<()> {
+    real("merged signals", &[Need::Bus], |ground| {
+        const SIGNALS: usize = 20;
+        let file = file(ground, "# nothing\n")?;
+        let bus = Bus::start(ground.path())?;
+        let mut home = Home::new(ground.path(), &bus.address)?;
+        home.config = file.file.clone();
+        home.configure(&[])?;
+        let daemon = home.start()?;
+        let caller = Caller::connect(&bus)?;
+        let _healer = file.healer();
+        let readings = || -> Outcome<usize> {
+            let log = std::fs::read_to_string(&home.log)?;
+            Ok(log.matches("configuration read again").count())
+        };
+
+        let before = file.held();
+        file.hang(READS);
+        daemon.running.signal(Signal::SIGHUP)?;
+        is_held(&file, before)?;
+        home.configure(&[("late", "serial:late".to_owned())])?;
+        for _ in 0..SIGNALS {
+            daemon.running.signal(Signal::SIGHUP)?;
+            // The loop has turned, so it has heard of it, and the next is another.
+            caller.rescan()?;
+        }
+        hold!(readings()? == 0, "the first one is still held");
+        file.heal();
+        until(STEP_LIMIT, "the reading after it", || {
+            Ok((readings()? >= 2).then_some(()))
+        })?;
+        hold!(
+            caller.export("late")?.is_some(),
+            "what was written before the last signal"
+        );
+        // Whatever else had been put off would have come before this one.
+        hold!(reload(&caller).is_ok(), "a reload");
+        let all = readings()?;
+        hold!(all == 3, "{SIGNALS} signals and one call: {all} readings");
+        drop(caller);
+        daemon.stop()
+    })
+}
+
 /// Where a link of nbd-server's file leads when another disk comes is looked up, and nothing else is read: it was read with the files, so
 /// that a disk had applied what somebody was writing in them, and files that hang kept it from being known. Beside a reading that hangs
 /// it waits, and nobody would ask for it again.
