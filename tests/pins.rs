@@ -8,13 +8,15 @@
 )]
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write as _;
 use std::time::Duration;
 
 use nbdtrack::correlation::{
     Action, BootId, Change, ConfiguredSection, Correlation, Definition, DeviceNode, DeviceNumber,
-    DiskFacts, DiskSeq, Event, ExportName, INTERNAL, LeaseEnd, Mark, NamedPath, OpenedDisk,
-    PathFound, Pin, PinnedTo, Reading, Remembered, Reply, Request, RequestError, RequestId,
-    SectionsChange, Settings, Source, State, Ticket, Unkept, Written,
+    DiskFacts, DiskSeq, Ensure, Event, ExportName, INTERNAL, LeaseEnd, Mapping, Mark, NamedPath,
+    OpenedDisk, PathFound, Pin, PinnedTo, Reading, Remembered, RemoveMode, Reply, Request,
+    RequestError, RequestId, SectionsChange, Settings, Source, State, Ticket, Unkept, VmDisk,
+    Written,
 };
 use nbdtrack::identity::{Identity, Scheme, VolumeId};
 
@@ -643,6 +645,184 @@ fn two_names_of_one_path_both_load_and_two_paths_of_one_disk_do_not() {
     assert_eq!(state, State::Failed);
     assert!(reason.contains("claims the same volume"), "{reason}");
     assert!(machine.served("old").is_some() && machine.served("new").is_some());
+}
+
+/// Whose disk it is stands in the table of VMs' disks, and the section is of another one.
+#[test]
+fn a_line_that_names_the_disk_of_a_vm_waits_for_a_person_for_as_long_as_that_has_it() {
+    let mut machine = started();
+    let a = machine.attach(1, &["A"]);
+    let disk = VmDisk::new("vm", 0).unwrap();
+    let ensured = machine.ask(Request::EnsureVmExport(Ensure {
+        mapping: Mapping::new(disk.clone(), "web").unwrap(),
+        disk: disk.clone(),
+        volume: Some(VolumeId::parse("disk:virtio-serial:A").unwrap()),
+        diskseq: None,
+        read_only: None,
+        share: None,
+        moves: false,
+        job: String::new(),
+        wait: Duration::from_secs(1),
+    }));
+    assert!(matches!(ensured, Ok(Reply::Added { .. })), "{ensured:?}");
+    machine.write("job", 1);
+    machine.reload(true);
+    let (state, reason) = machine.state("job");
+    assert_eq!(state, State::Failed);
+    let says = format!("export {} claims the same volume", disk.export());
+    assert!(reason.contains(&says), "{reason}");
+    assert_eq!(machine.served("job"), None);
+
+    // When it was in doubt once, the same line is no word for the disk either.
+    let removed = machine.ask(Request::RemoveExport {
+        name: disk.export(),
+        mode: RemoveMode::Soft,
+        within: Duration::from_secs(1),
+    });
+    assert_eq!(removed, Ok(Reply::Done));
+    machine.survey();
+    assert_eq!(machine.served("job"), None);
+    assert_eq!(machine.confirm("job", a, false), Ok(Reply::Done));
+    assert_eq!(machine.served("job"), Some(a));
+}
+
+/// Each combination of what a section is pinned to, what is at its path, whether its volume is elsewhere, and when its line was written, from the
+/// start of a daemon on: what is served, or what its clients are told, and what it is pinned to then. The rule alone has more: `pin_rule.txt`.
+#[test]
+fn what_is_served_of_each_pin_path_and_disk_stands_in_the_table() {
+    const TABLE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/pins.txt");
+    let mut text = String::new();
+    for (words, pin) in pins_of_before() {
+        writeln!(text, "{words}").unwrap();
+        for at_path in [
+            ("nothing", None),
+            ("disk A", Some((8, &["A"][..]))),
+            ("disk B", Some((9, &["B"]))),
+            ("disk 7 without identity", Some((7, &[]))),
+            ("disk 6 without identity", Some((6, &[]))),
+        ] {
+            for elsewhere in [false, true] {
+                let of = |newer| outcome(pin.as_ref(), at_path.1, elsewhere, newer);
+                let rows = match (of(true), of(false)) {
+                    (one, other) if one == other => vec![("", one)],
+                    (one, other) => {
+                        vec![("was there before the line", one), ("came after it", other)]
+                    }
+                };
+                let other = if elsewhere { "A elsewhere" } else { "" };
+                for (line, outcome) in rows {
+                    let row = format!("  {:24} {other:12} {line:26} {outcome}", at_path.0);
+                    writeln!(text, "{row}").unwrap();
+                }
+            }
+        }
+    }
+    if std::env::var_os("NBDTRACK_ACCEPT").is_some() {
+        std::fs::write(TABLE, &text).unwrap();
+    }
+    let kept = std::fs::read_to_string(TABLE).unwrap();
+    assert!(kept == text, "accept with NBDTRACK_ACCEPT=1\n{text}");
+}
+
+fn pins_of_before() -> Vec<(&'static str, Option<Pin>)> {
+    let attachment = |boot: &str| PinnedTo::Attachment {
+        boot: BootId(boot.to_owned()),
+        diskseq: DiskSeq(7),
+    };
+    let pin = |place: usize, to: PinnedTo| {
+        Some(Pin {
+            export: name("job"),
+            path: node(place).0,
+            to,
+        })
+    };
+    let a = || PinnedTo::Volume(identity("A"));
+    let why = "a reason".to_owned();
+    let doubt = PinnedTo::Doubtful { why };
+    vec![
+        ("no pin", None),
+        ("pinned to A", pin(1, a())),
+        ("pinned to A by another path", pin(2, a())),
+        ("pinned to disk 7 of this boot", pin(1, attachment(BOOT))),
+        (
+            "pinned to disk 7 of this boot by another path",
+            pin(2, attachment(BOOT)),
+        ),
+        (
+            "pinned to disk 7 of another boot",
+            pin(1, attachment("before")),
+        ),
+        ("in doubt", pin(1, doubt.clone())),
+        ("in doubt by another path", pin(2, doubt)),
+    ]
+}
+
+/// A daemon that starts with this pin, on a machine with these disks; the one at the path is known to have been there before the line, or not.
+fn outcome(
+    pin: Option<&Pin>,
+    at_path: Option<(u64, &[&str])>,
+    elsewhere: bool,
+    newer: bool,
+) -> String {
+    let pins = pin.iter().map(|pin| (pin.export.clone(), (*pin).clone()));
+    let mut machine = Machine::new(BOOT, pins.collect());
+    if let Some((diskseq, serials)) = at_path {
+        machine.next_diskseq = diskseq;
+        machine.attach(1, serials);
+        machine.born_us.insert(1, STARTED - 100);
+    }
+    if elsewhere {
+        machine.next_diskseq = 20;
+        machine.attach(0, &["A"]);
+    }
+    let line = Line {
+        place: 1,
+        written_us: if newer { STARTED - 50 } else { STARTED - 200 },
+        trust: false,
+    };
+    machine.sections.insert(name("job"), line);
+    machine.reload(true);
+    machine.survey();
+    let now = machine.pins.get(&name("job"));
+    // What the table must never say, whoever accepts it.
+    if let Some(pin) = pin.filter(|pin| pin.path == node(1).0) {
+        let holds = match &pin.to {
+            PinnedTo::Volume(_) => true,
+            PinnedTo::Attachment { boot, .. } => boot.0 == BOOT,
+            PinnedTo::Doubtful { .. } => true,
+        };
+        assert!(!holds || now == Some(pin), "{pin:?} became {now:?}");
+    }
+    let served = machine.served("job");
+    if served.is_some_and(|diskseq| Some(diskseq.0) == at_path.map(|at| at.0)) && !newer {
+        let meant = pin.is_some_and(|pin| now.is_some_and(|now| now.to == pin.to));
+        assert!(
+            meant,
+            "a disk that came after the line: {pin:?}, {at_path:?}"
+        );
+    }
+    let what = match served {
+        Some(DiskSeq(20)) => "A is served from elsewhere".to_owned(),
+        Some(_) => "the disk at the path is served".to_owned(),
+        None => {
+            let (state, reason) = machine.state("job");
+            let words = ["IdentityMismatch", "pin needs confirmation"];
+            let word = words.into_iter().find(|word| reason.contains(word));
+            format!(
+                "{state:?}{}",
+                word.map_or(String::new(), |word| format!(": {word}"))
+            )
+        }
+    };
+    let pinned = match now.map(|pin| &pin.to) {
+        None => "nothing".to_owned(),
+        Some(PinnedTo::Doubtful { .. }) => "nothing, in doubt".to_owned(),
+        Some(PinnedTo::Attachment { boot, diskseq }) if boot.0 != BOOT => {
+            format!("diskseq {diskseq} of another boot")
+        }
+        Some(to) => to.to_string(),
+    };
+    format!("{what}; pinned to {pinned}")
 }
 
 #[test]
