@@ -1,11 +1,12 @@
 //! Commands inside the guest; tests/guest/root/usr/lib/bed/agent is the other side and says what goes over the port.
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::support::{Deadline, Doing, Outcome};
 use crate::{hold, trouble};
@@ -24,6 +25,8 @@ pub struct Ran {
 
 #[derive(Default)]
 struct Replies {
+    /// What was begun and is not over, and when.
+    running: BTreeMap<u32, (Instant, String)>,
     ready: BTreeMap<u32, Ran>,
     ended: Option<String>,
 }
@@ -34,20 +37,30 @@ type Desk = Arc<(Mutex<Replies>, Condvar)>;
 pub struct Agent {
     /// Lock: one request is written whole.
     socket: Mutex<(UnixStream, u32)>,
-    /// Lock: replies by id; the reading thread brings, callers take. Bound: one for each call.
+    /// Lock: what runs, and replies, by id; the reading thread brings, callers take. Bound: one for each call.
     replies: Desk,
 }
 
 impl Agent {
-    pub fn new(socket: UnixStream) -> Outcome<Agent> {
+    /// `log` gets a line for each command that is over: when it was begun, how long it took, what it was.
+    pub fn new(socket: UnixStream, log: &Path) -> Outcome<Agent> {
         let replies = Desk::default();
         let mut reading = socket.try_clone()?;
         let desk = replies.clone();
+        let mut log = File::create(log).doing(log.display())?;
+        let since = Instant::now();
         // Thread: ends when QEMU closes the socket.
         std::thread::spawn(move || {
             let ended = loop {
                 match read_reply(&mut reading) {
                     Ok((id, ran)) => bring(&desk, |replies| {
+                        if let Some((began, command)) = replies.running.remove(&id) {
+                            let (at, took) = (began - since, began.elapsed());
+                            let (at, took) = (at.as_secs_f32(), took.as_secs_f32());
+                            // For people: a full disk must not end the test.
+                            let _ =
+                                writeln!(log, "{at:8.2} {took:7.2} s exit {}: {command}", ran.code);
+                        }
                         replies.ready.insert(id, ran);
                     }),
                     Err(e) => break e.0,
@@ -71,6 +84,11 @@ impl Agent {
         message.extend_from_slice(&u32::try_from(input.len())?.to_be_bytes());
         message.extend_from_slice(command.as_bytes());
         message.extend_from_slice(input);
+        bring(&self.replies, |replies| {
+            replies
+                .running
+                .insert(id, (Instant::now(), command.to_owned()));
+        });
         guard.0.write_all(&message).doing("write to the agent")?;
         Ok(id)
     }

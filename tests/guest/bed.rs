@@ -19,6 +19,8 @@ use crate::{hold, trouble};
 
 /// How long one step may take in an emulated guest on a busy machine.
 pub const STEP: Duration = Duration::from_secs(40);
+/// How long udev's word is looked for among the lines of `udevadm monitor`: after a boot it may have been said before there was a monitor.
+const MONITOR: Duration = Duration::from_secs(10);
 /// Bytes of a volume that a scenario needs no other size of.
 pub const BYTES: u64 = 8 << 20;
 /// How long a guest may take to say its last words; one that hangs takes for ever.
@@ -38,6 +40,8 @@ pub struct Volume {
     /// Layers between the disk and the file, for errors and delays: a description that wraps the file's.
     pub layer: Option<fn(Value) -> Value>,
     pub plug: Option<Plug>,
+    /// The mark of the last plug among the lines of `udevadm monitor`.
+    plugged_at: usize,
     /// False for a disk that is not a volume: its bytes are the guest's own.
     pub judged: bool,
     pub ledger: Ledger,
@@ -138,6 +142,7 @@ impl Bed {
             properties,
             layer: None,
             plug: None,
+            plugged_at: 0,
             judged: true,
             ledger: Ledger::stamped(BYTES, 1),
         });
@@ -213,14 +218,9 @@ impl Bed {
     pub fn serve_all(&mut self) -> Outcome<()> {
         let all: Vec<usize> = (0..self.volumes.len()).collect();
         self.configure(&all)?;
-        for index in &all {
-            self.plug_and_settle(*index)?;
-        }
+        self.plug_all_and_settle(&all)?;
         self.start_daemon()?;
-        for index in all {
-            self.reach(index, "Serving")?;
-        }
-        Ok(())
+        self.reach_all(&all, "Serving")
     }
 
     /// Plugs a volume's disk; does not wait for the guest.
@@ -233,10 +233,12 @@ impl Bed {
             blocks = layer(blocks);
         }
         let properties = volume.properties.clone();
+        let mark = self.machine.udev.mark();
         let plug = self
             .machine
             .plug(&mut self.slots, volume.bus, blocks, &properties)?;
-        self.volumes[index].plug = Some(plug);
+        let volume = &mut self.volumes[index];
+        (volume.plug, volume.plugged_at) = (Some(plug), mark);
         Ok(())
     }
 
@@ -255,32 +257,58 @@ impl Bed {
 
     /// Plugs a volume and waits until its name is given and udev has made its links; for when no daemon tells.
     pub fn plug_and_settle(&mut self, index: usize) -> Outcome<()> {
+        self.plug_all_and_settle(&[index])
+    }
+
+    /// As [`Self::plug_and_settle`] for several, which get their names in this order: each is plugged when the kernel has told of the one before,
+    /// and udev does its part of all of them meanwhile.
+    pub fn plug_all_and_settle(&mut self, indexes: &[usize]) -> Outcome<()> {
         if !self.ours() {
-            return self.attach_stock(&[index]);
+            return indexes
+                .iter()
+                .try_for_each(|index| self.attach_stock(&[*index]));
         }
-        self.plug(index)?;
-        self.wait_udev(index)
+        for index in indexes {
+            self.plug(*index)?;
+            let (monitor, mark) = (&self.machine.udev, self.volumes[*index].plugged_at);
+            monitor.wait(mark, STEP, "the kernel's `add`", |line| {
+                let mut words = line.text.split_whitespace();
+                let kernel = words.next()?.starts_with("KERNEL[");
+                (kernel && words.next()? == "add").then_some(())
+            })?;
+        }
+        indexes.iter().try_for_each(|index| self.wait_udev(*index))
     }
 
     /// Waits until udev has told of a volume's disk: then its name is given and its links are made.
-    pub fn wait_udev(&mut self, index: usize) -> Outcome<()> {
-        let serial = self.volumes[index].properties["serial"]
-            .as_str()
-            .unwrap_or_default()
-            .to_owned();
-        if let Some(wwn) = self.volumes[index].properties["wwn"].as_u64() {
+    pub fn wait_udev(&self, index: usize) -> Outcome<()> {
+        let volume = &self.volumes[index];
+        let serial = volume.properties["serial"].as_str().unwrap_or_default();
+        let end = match volume.properties["wwn"].as_u64() {
             // The links of such a disk do not have its serial.
-            let link = format!("/dev/disk/by-id/wwn-0x{wwn:016x}");
-            return self.guest_until(&link, &format!("test -e {link}"));
-        }
-        if serial.is_empty() {
-            return self.machine.agent.run("udevadm settle").map(drop);
-        }
-        let link = format!("*{}", &serial[..serial.len().min(20)]);
-        self.guest_until(
-            &format!("a link to {serial}"),
-            &format!("ls /dev/disk/by-id/{link}"),
-        )
+            Some(wwn) => format!("wwn-0x{wwn:016x}"),
+            None if serial.is_empty() => {
+                return self.machine.agent.run("udevadm settle").map(drop);
+            }
+            None => serial[..serial.len().min(20)].to_owned(),
+        };
+        // Outside the guest, whose one processor has enough to do: `UDEV  [1.2] add …`, and the properties of that event below it. What says of a
+        // link that it was removed is an event of the disk that was there before.
+        let mut comes = false;
+        let what = format!("a link to {end}");
+        let monitor = &self.machine.udev;
+        let told = monitor.wait(volume.plugged_at, MONITOR, &what, |line| {
+            let mut words = line.text.split_whitespace();
+            if words.clone().next() == Some("UDEV") {
+                comes = words.nth(2).is_some_and(|action| action != "remove");
+            }
+            let links = line.text.strip_prefix("DEVLINKS=").filter(|_| comes)?;
+            let mut names = links
+                .split(' ')
+                .filter_map(|link| link.strip_prefix("/dev/disk/by-id/"));
+            names.any(|name| name.ends_with(&end)).then_some(())
+        });
+        told.or_else(|_| self.guest_until(&what, &format!("ls /dev/disk/by-id/*{end}")))
     }
 
     /// Repeats a command in the guest until it succeeds; there, a few times a second, so that what it waits for has the processor.
@@ -438,20 +466,29 @@ impl Bed {
 
     /// Waits until an export is in a state, from before or by a signal.
     pub fn reach(&self, index: usize, state: &str) -> Outcome<()> {
+        self.reach_all(&[index], state)
+    }
+
+    /// As [`Self::reach`] for several, which are asked for together.
+    pub fn reach_all(&self, indexes: &[usize], state: &str) -> Outcome<()> {
         if !self.ours() {
             return Ok(());
         }
         let mark = self.machine.bus.mark();
-        if self.export(index)?["state"] == state {
-            return Ok(());
-        }
-        self.wait_state(mark, index, state).or_else(|e| {
-            let found = self.export(index)?;
-            if found["state"] == state {
-                return Ok(());
+        let list = self.exports()?;
+        for index in indexes {
+            if found(&list, &self.volumes[*index].name)?["state"] == state {
+                continue;
             }
-            trouble!("{e}; it is {found}")
-        })
+            self.wait_state(mark, *index, state).or_else(|e| {
+                let now = self.export(*index)?;
+                if now["state"] == state {
+                    return Ok(());
+                }
+                trouble!("{e}; it is {now}")
+            })?;
+        }
+        Ok(())
     }
 
     /// One export's properties.
@@ -461,17 +498,12 @@ impl Bed {
 
     /// As [`Self::export`], of what no volume stands for: a file.
     pub fn export_of(&self, name: &str) -> Outcome<Value> {
+        found(&self.exports()?, name).cloned()
+    }
+
+    fn exports(&self) -> Outcome<Vec<Value>> {
         let text = self.machine.agent.run("nbdtrack --json exports")?;
-        let list: Value = serde_json::from_str(&text).doing("nbdtrack --json exports")?;
-        let found = list
-            .as_array()
-            .into_iter()
-            .flatten()
-            .find(|export| export["name"] == name);
-        match found {
-            Some(export) => Ok(export.clone()),
-            None => trouble!("no export {name} in {text}"),
-        }
+        serde_json::from_str(&text).doing("nbdtrack --json exports")
     }
 
     /// Expects that a client gets no way to an export, and gives the server's words.
@@ -670,6 +702,14 @@ impl Bed {
             text.push_str(&format!("\nQMP {command} {arguments}:\n{said}\n"));
         }
         std::fs::write(logs.join("hung.log"), text).doing("keep hung.log")
+    }
+}
+
+/// The export of this name in a list of all.
+fn found<'a>(list: &'a [Value], name: &str) -> Outcome<&'a Value> {
+    match list.iter().find(|export| export["name"] == name) {
+        Some(export) => Ok(export),
+        None => trouble!("no export {name} in {list:?}"),
     }
 }
 

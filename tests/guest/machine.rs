@@ -76,15 +76,25 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// Makes the template of a shape, unless it is there.
+    /// Makes the template of a shape, unless it is there. Those of two shapes are made side by side.
     pub fn prepare(image: &Path, shape: Shape) -> Outcome<()> {
-        let lock = std::fs::OpenOptions::new()
-            .create(true)
-            .truncate(false)
-            .write(true)
-            .open(image.join("template.lock"))?;
-        lock.lock()?;
-        let logs = image.join("template.logs");
+        let locked = |name: &str| {
+            let file = std::fs::OpenOptions::new()
+                .create(true)
+                .truncate(false)
+                .write(true)
+                .open(image.join(name))?;
+            file.lock()?;
+            Outcome::Ok(file)
+        };
+        {
+            // Looked for once, and not by both.
+            let _lock = locked("kvm.lock")?;
+            accelerator(image)?;
+        }
+        let name = format!("template-{}", shape.name());
+        let _lock = locked(&format!("{name}.lock"))?;
+        let logs = image.join(format!("{name}.logs"));
         std::fs::create_dir_all(&logs)?;
         template(image, shape, &logs)
     }
@@ -92,15 +102,10 @@ impl Machine {
     /// A copy of the template of `shape`, which is there. Logs go to `logs`.
     pub fn resume(image: &Path, shape: Shape, logs: &Path) -> Outcome<Machine> {
         let template = template_folder(image, shape);
-        Machine::start(
-            image,
-            shape,
-            logs,
-            &template.join("root.qcow2"),
-            &Life::Resume {
-                template: &template,
-            },
-        )
+        let life = Life::Resume {
+            template: &template,
+        };
+        Machine::start(image, shape, logs, &template.join("root.qcow2"), &life)
     }
 
     /// A machine booted with further devices, for what cannot be migrated.
@@ -144,7 +149,7 @@ impl Machine {
         let mut qmp = Qmp::connect(connect("qmp")?, &logs.join("qmp.log"))?;
         let udev = Lines::read(connect("udev")?, &logs.join("udev.log"))?;
         let bus = Lines::read(connect("bus")?, &logs.join("bus.log"))?;
-        let agent = Agent::new(connect("agent")?)?;
+        let agent = Agent::new(connect("agent")?, &logs.join("agent.log"))?;
         let patience = match life {
             Life::Boot { .. } => BOOT,
             Life::Resume { template } => {

@@ -153,9 +153,8 @@ impl Bed {
                 format!("*{}", &serial[..serial.len().min(20)])
             }
         };
-        self.udev_settled()?;
         let said = self.machine.agent.run(&format!(
-            "for l in /dev/disk/by-id/{link}; do readlink -f $l; break; done"
+            "{SETTLE}; for l in /dev/disk/by-id/{link}; do readlink -f $l; break; done"
         ))?;
         hold!(
             said.starts_with("/dev/") && !said.contains('*'),

@@ -1,6 +1,7 @@
 //! Disks that the guest's own storage stack would take, and must not; and those that it must.
 
 use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use serde_json::json;
@@ -8,10 +9,10 @@ use serde_json::json;
 use crate::bed::{Bed, STEP};
 use crate::hold;
 use crate::machine::{Bus, Shape};
-use crate::stage::scenario;
+use crate::stage::{self, scenario};
 use crate::support::client::Client;
 use crate::support::stream::BLOCK;
-use crate::support::{Doing, Outcome, until};
+use crate::support::{Doing, Outcome, process, until};
 
 scenario!(
     signatures,
@@ -22,6 +23,8 @@ scenario!(path, path_of_a_multipath_map_is_served_by_nobody);
 
 /// Bytes of a volume that has partitions.
 const BYTES: u64 = 16 << 20;
+/// The file system that the machine's fstab names.
+const UUID_OF_FSTAB: &str = "0d2a6d0f-8a11-4c55-9c39-000000000001";
 /// How long a volume waits for its export.
 const WAITS: Duration = Duration::from_secs(5);
 
@@ -42,22 +45,55 @@ fn add(bed: &mut Bed, name: &str, bus: Bus) -> Outcome<usize> {
     Ok(index)
 }
 
-/// A partition table (MBR) of three: for LVM, for md, and for a file system. `parted` is not in the guest.
-fn partition(bed: &Bed, index: usize) -> Outcome<()> {
-    let file = std::fs::File::options()
-        .write(true)
-        .open(&bed.volumes[index].image)?;
+/// For LVM, for md, and for a file system: first sector, sectors, kind.
+const PARTITIONS: [(u32, u32, u8); 3] = [
+    (2_048, 9_216, 0x8e),
+    (12_288, 9_216, 0xfd),
+    (22_528, 9_216, 0x83),
+];
+
+/// A partition table (MBR). `parted` is not in the guest.
+fn partition(image: &Path) -> Outcome<()> {
+    let file = std::fs::File::options().write(true).open(image)?;
     file.write_all_at(&vec![0; usize::try_from(BYTES)?], 0)?;
-    let sectors = 9_216_u32;
-    for (number, kind) in [(0_u32, 0x8e_u8), (1, 0xfd), (2, 0x83)] {
+    for (number, (first, sectors, kind)) in PARTITIONS.into_iter().enumerate() {
         let mut entry = [0_u8; 16];
         entry[4] = kind;
-        entry[8..12].copy_from_slice(&(2_048 + number * 10_240).to_le_bytes());
+        entry[8..12].copy_from_slice(&first.to_le_bytes());
         entry[12..].copy_from_slice(&sectors.to_le_bytes());
-        file.write_all_at(&entry, 446 + 16 * u64::from(number))?;
+        file.write_all_at(&entry, 446 + 16 * number as u64)?;
     }
     file.write_all_at(&[0x55, 0xaa], 510)?;
     Ok(())
+}
+
+/// What a guest does with the partitions of the disk `$1`.
+const SIGN: &str = "set -e; udevadm settle; pvcreate -qq ${1}1; vgcreate -qq -s 64k bedvg ${1}1; lvcreate -qq -y -l 8 -n lv bedvg; \
+    mdadm --create /dev/md/bed --quiet --run --force --metadata=1.2 --level=1 --raid-devices=1 ${1}2; \
+    mke2fs -q -t ext4 ${1}3; udevadm settle; vgchange -qq -an bedvg; mdadm --stop --quiet /dev/md/bed";
+
+/// The volume with a partition table, an LVM PV with an LV, an md array and an ext4, which a guest of an earlier life has made: the first guest that
+/// needs it makes it, all others have a copy. Its path.
+fn signed(bed: &mut Bed) -> Outcome<PathBuf> {
+    let folder = stage::image()?;
+    let (signed, recipe) = (folder.join("signed.img"), folder.join("signed.recipe"));
+    let lock = std::fs::File::create(folder.join("signed.lock"))?;
+    lock.lock()?;
+    let made_by = format!("{BYTES} {PARTITIONS:?} {SIGN}");
+    if std::fs::read_to_string(&recipe).is_ok_and(|found| found == made_by) {
+        return Ok(signed);
+    }
+    let maker = add(bed, "maker", Bus::VirtioBlk)?;
+    // A disk that is no volume: its bytes are the guest's.
+    bed.volumes[maker].judged = false;
+    partition(&bed.volumes[maker].image)?;
+    bed.plug_and_settle(maker)?;
+    let disk = node(bed, maker)?;
+    bed.machine.agent.run(&format!("set {disk}; {SIGN}"))?;
+    bed.unplug(maker)?;
+    std::fs::copy(&bed.volumes[maker].image, &signed)?;
+    std::fs::write(&recipe, made_by)?;
+    Ok(signed)
 }
 
 /// The node of a disk that has no export: by its link.
@@ -118,16 +154,7 @@ fn volume_with_signatures_is_left_alone_until_its_export_comes(shape: Shape) -> 
 
 fn left_alone(bed: &mut Bed, bus: Bus) -> Outcome<()> {
     let a = add(bed, "vol-a", bus)?;
-    partition(bed, a)?;
-    // A guest of an earlier life made these.
-    bed.plug_and_settle(a)?;
-    let disk = node(bed, a)?;
-    bed.machine.agent.run(&format!(
-        "set -e; udevadm settle; pvcreate -qq {disk}1; vgcreate -qq -s 64k bedvg {disk}1; lvcreate -qq -y -l 8 -n lv bedvg; \
-         mdadm --create /dev/md/bed --quiet --run --force --metadata=1.2 --level=1 --raid-devices=1 {disk}2; \
-         mke2fs -q -t ext4 {disk}3; udevadm settle; vgchange -qq -an bedvg; mdadm --stop --quiet /dev/md/bed"
-    ))?;
-    bed.unplug(a)?;
+    std::fs::copy(signed(bed)?, &bed.volumes[a].image).doing("copy the volume")?;
 
     // The control: without claims the guest takes all of it.
     bed.plug_and_settle(a)?;
@@ -298,48 +325,40 @@ fn own_disks_of_the_machine_are_untouched_by_the_claims(shape: Shape) -> Outcome
             .run("udevadm trigger --subsystem-match=block && udevadm settle")?;
         let root_before = stable(&properties(bed, "/dev/vda")?);
         let mut disks = Vec::new();
-        for (name, make) in [
-            ("boot", "mke2fs -q -t ext4"),
-            (
-                "fstab",
-                "mke2fs -q -t ext4 -U 0d2a6d0f-8a11-4c55-9c39-000000000001",
-            ),
-            ("backup", "pvcreate -qq -f -y"),
-            ("hint", "mke2fs -q -t ext4"),
-            ("path", "mke2fs -q -t ext4"),
-            ("guest", "mke2fs -q -t ext4"),
-            ("twin", "mke2fs -q -t ext4"),
-        ] {
+        for name in ["boot", "fstab", "backup", "hint", "path", "guest", "twin"] {
             let index = add(bed, name, Bus::VirtioBlk)?;
             bed.volumes[index].judged = false;
-            bed.plug_and_settle(index)?;
-            let disk = node(bed, index)?;
-            bed.machine.agent.run(&format!("{make} {disk}"))?;
-            if name == "backup" {
-                bed.machine.agent.run(&format!(
-                    "set -e; vgcreate -qq -s 64k bedvg {disk}; lvcreate -qq -y -l 8 -n lv bedvg; vgchange -qq -an bedvg"
-                ))?;
-            }
-            bed.machine.agent.run("udevadm settle")?;
-            if name != "boot" {
-                bed.unplug(index)?;
+            // Only LVM is not to be had outside.
+            if name != "backup" {
+                let image = bed.volumes[index].image.display().to_string();
+                let uuid = if name == "fstab" {
+                    UUID_OF_FSTAB
+                } else {
+                    "random"
+                };
+                process::succeed("mke2fs", &["-q", "-t", "ext4", "-U", uuid, &image], STEP)?;
             }
             disks.push(index);
         }
         let [boot, fstab, backup, hint, path, guest, twin] = disks[..] else {
             crate::trouble!("seven disks");
         };
-        bed.machine.agent.run(
-            "mkdir -p /mnt/own && { echo UUID=0d2a6d0f-8a11-4c55-9c39-000000000001 /mnt/own ext4 noauto 0 0; \
-             echo /dev/disk/by-id/virtio-SERIAL-HINT /mnt/own ext4 noauto 0 0; } >>/etc/fstab",
-        )?;
+        bed.plug_all_and_settle(&[boot, backup])?;
+        let disk = node(bed, backup)?;
+        bed.machine.agent.run(&format!(
+            "set -e; pvcreate -qq -f -y {disk}; vgcreate -qq -s 64k bedvg {disk}; lvcreate -qq -y -l 8 -n lv bedvg; vgchange -qq -an bedvg; \
+             udevadm settle"
+        ))?;
+        bed.unplug(backup)?;
+        bed.machine.agent.run(&format!(
+            "mkdir -p /mnt/own && {{ echo UUID={UUID_OF_FSTAB} /mnt/own ext4 noauto 0 0; \
+             echo /dev/disk/by-id/virtio-SERIAL-HINT /mnt/own ext4 noauto 0 0; }} >>/etc/fstab"
+        ))?;
         bed.tables = "\n[claim]\nhotplugged = true\nexcept = [\"serial-back*\"]\n".to_owned();
         bed.configure(&[])?;
         bed.start_daemon()?;
         bed.guest_until("the list of claims", "test -e /run/nbdtrack/claims")?;
-        for index in [fstab, backup, hint, guest] {
-            bed.plug_and_settle(index)?;
-        }
+        bed.plug_all_and_settle(&[fstab, backup, hint, guest])?;
         bed.machine.agent.run("udevadm settle")?;
         // The machine's own are as they were: probed, linked, activated.
         for (index, kind, left) in [

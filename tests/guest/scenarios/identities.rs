@@ -63,12 +63,9 @@ fn cut_missing_and_equal_serials_never_meet_the_wrong_export(shape: Shape) -> Ou
             "the collision is refused and names both: {text:?}"
         );
         bed.configure(&[a, b, none, c])?;
-        for index in [none, a, b] {
-            bed.plug_and_settle(index)?;
-        }
+        bed.plug_all_and_settle(&[none, a, b])?;
         bed.start_daemon()?;
-        bed.reach(a, "Serving")?;
-        bed.reach(b, "Serving")?;
+        bed.reach_all(&[a, b], "Serving")?;
         bed.refused(none)?;
         bed.write(a, 1)?;
         bed.write(b, 1)?;
@@ -100,11 +97,9 @@ pub fn swap_scsi(bed: &mut Bed) -> Outcome<(usize, usize)> {
         json!({ "wwn": wwn, "serial": "SCSI-SERIAL-0002" }),
     )?;
     bed.configure(&[a, b])?;
-    bed.plug_and_settle(a)?;
-    bed.plug_and_settle(b)?;
+    bed.plug_all_and_settle(&[a, b])?;
     bed.start_daemon()?;
-    bed.reach(a, "Serving")?;
-    bed.reach(b, "Serving")?;
+    bed.reach_all(&[a, b], "Serving")?;
     bed.fill(a)?;
     bed.fill(b)?;
     bed.unplug_all(&[a, b])?;

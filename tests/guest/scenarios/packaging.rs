@@ -69,9 +69,7 @@ fn life_of_a_package(shape: Shape) -> Outcome<()> {
         }
         bed.machine.agent.run(UNPACKAGE)?;
         let (configured, added) = (bed.add("vol-a")?, bed.add("vol-b")?);
-        for index in [configured, added] {
-            bed.plug_and_settle(index)?;
-        }
+        bed.plug_all_and_settle(&[configured, added])?;
         fresh(bed, configured, added)?;
         journal_tells(bed, configured)?;
         upgrade(bed, configured, added)?;
@@ -331,9 +329,7 @@ fn exchange_of_servers(shape: Shape) -> Outcome<()> {
         bed.machine.agent.run(DRAINS)?;
         let process = one_process(bed)?;
         hold!(served_by_ours(bed)?, "ours is in its place");
-        for index in [a, b] {
-            bed.reach(index, "Serving")?;
-        }
+        bed.reach_all(&[a, b], "Serving")?;
         both_take(bed, a, b, 2)?;
         // What the stock server does wrong after this is in the controls.
         bed.unplug_all(&[a, b])?;
@@ -349,9 +345,7 @@ fn exchange_of_servers(shape: Shape) -> Outcome<()> {
         hold!(one_process(bed)? == process, "one process throughout");
         call_while_it_restarts(bed)?;
         upgrade_stock(bed)?;
-        for index in [a, b] {
-            bed.reach(index, "Serving")?;
-        }
+        bed.reach_all(&[a, b], "Serving")?;
         both_take(bed, a, b, 5)?;
 
         // The stock server is to find its paths as they were when they were written.
@@ -399,8 +393,8 @@ fn call_while_it_restarts(bed: &mut Bed) -> Outcome<()> {
 /// Two sections of nbd-server's configuration, each with the node that its volume has, and the stock service on them.
 fn serve_by_stock(bed: &mut Bed, volumes: [usize; 2]) -> Outcome<[String; 2]> {
     let mut nodes = [String::new(), String::new()];
+    bed.plug_all_and_settle(&volumes)?;
     for (index, node) in volumes.into_iter().zip(&mut nodes) {
-        bed.plug_and_settle(index)?;
         *node = bed.node_by_link(index)?;
     }
     bed.past_boot()?;
@@ -446,9 +440,7 @@ fn place_of_a_package(shape: Shape) -> Outcome<()> {
             "the package's program is in the place"
         );
         let old = one_process(bed)?;
-        for index in [a, b] {
-            bed.reach(index, "Serving")?;
-        }
+        bed.reach_all(&[a, b], "Serving")?;
         both_take(bed, a, b, 2)?;
 
         dpkg(bed, "-i /root/new.deb")?;
@@ -459,9 +451,7 @@ fn place_of_a_package(shape: Shape) -> Outcome<()> {
         bed.machine.agent.run(
             "! systemctl is-active nbdtrack && ! systemctl is-enabled nbdtrack && test ! -e /bin/nbd-server.nbdtrack-old",
         )?;
-        for index in [a, b] {
-            bed.reach(index, "Serving")?;
-        }
+        bed.reach_all(&[a, b], "Serving")?;
         both_take(bed, a, b, 3)?;
         bed.compare(a)?;
         bed.compare(b)?;
@@ -491,11 +481,19 @@ pub(super) fn greeted(bed: &Bed, index: usize) -> Outcome<()> {
     })
 }
 
+/// What `pgrep -f 'nbd-server -C PATH'` looks at, in one process: under emulation a shell's loop over all processes takes half a minute.
+const BY_LINE: &str = r#"perl -e 'for my $p (glob "/proc/[0-9]*") {
+    open(my $f, "<", "$p/cmdline") or next;
+    my $line = <$f> // "";
+    $line =~ tr/\0/ /;
+    print substr($p, 6), "\n" if $line =~ m{^[^ ]*nbd-server -C /etc/nbd-server/config};
+}'"#;
+
 /// The number of the one process that helper scripts find by its name and by its command line.
 pub(super) fn one_process(bed: &Bed) -> Outcome<String> {
     let agent = &bed.machine.agent;
     let by_name = agent.run("grep -lsx nbd-server /proc/[0-9]*/comm | cut -d/ -f3")?;
-    let by_line = agent.run("for p in /proc/[0-9]*; do tr '\\0' ' ' <$p/cmdline 2>/dev/null | grep -q '^[^ ]*nbd-server -C /etc/nbd-server/config' && echo ${p#/proc/}; done; true")?;
+    let by_line = agent.run(BY_LINE)?;
     hold!(
         by_name.lines().count() == 1 && by_name == by_line,
         "by name {by_name:?}, by command line {by_line:?}"

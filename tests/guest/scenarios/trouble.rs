@@ -364,16 +364,9 @@ fn few_descriptors_refuse_exports_with_a_reason(shape: Shape) -> Outcome<()> {
         }
         let all: Vec<usize> = (0..10).collect();
         bed.configure(&all)?;
-        for index in &all {
-            bed.plug(*index)?;
-        }
-        for index in &all {
-            bed.wait_udev(*index)?;
-        }
+        bed.plug_all_and_settle(&all)?;
         bed.start_daemon()?;
-        for index in &all {
-            bed.reach(*index, "Serving")?;
-        }
+        bed.reach_all(&all, "Serving")?;
         // What it holds with all ten open, less a few: so some cannot be opened, wherever the first ones are.
         let count = "ls /proc/$(systemctl show -P MainPID nbdtrack)/fd | wc -l";
         let held: u64 = bed.machine.agent.run(count)?.trim().parse()?;
@@ -448,10 +441,7 @@ fn few_descriptors_refuse_exports_with_a_reason(shape: Shape) -> Outcome<()> {
         for index in gone {
             bed.attach(*index)?;
         }
-        for index in all {
-            bed.reach(index, "Serving")?;
-            bed.write(index, 2)?;
-        }
-        Ok(())
+        bed.reach_all(&all, "Serving")?;
+        all.iter().try_for_each(|index| bed.write(*index, 2))
     })
 }
