@@ -29,7 +29,10 @@ const UNIT: &str = "nbdtrack.service";
 
 /// A volume: its backing file on the host, and how a disk of it looks.
 pub struct Volume {
+    /// What its bytes say whose they are: a stamp has room for sixteen letters.
     pub name: String,
+    /// The export that clients ask for; as the volume is called, unless a scenario says another.
+    pub export: String,
     pub image: PathBuf,
     pub bytes: u64,
     pub bus: Bus,
@@ -135,6 +138,7 @@ impl Bed {
         pattern::write_file(&image, name, BYTES, 1)?;
         self.volumes.push(Volume {
             name: name.to_owned(),
+            export: name.to_owned(),
             image,
             bytes: BYTES,
             bus,
@@ -165,8 +169,10 @@ impl Bed {
                 .to_owned();
         text.push_str(&self.tables);
         for index in volumes {
-            let Volume { name, id, .. } = &self.volumes[*index];
-            text.push_str(&format!("\n[[export]]\nname = {name:?}\nvolume = {id:?}\n"));
+            let Volume { export, id, .. } = &self.volumes[*index];
+            text.push_str(&format!(
+                "\n[[export]]\nname = {export:?}\nvolume = {id:?}\n"
+            ));
         }
         self.machine
             .agent
@@ -456,7 +462,7 @@ impl Bed {
         index: usize,
         state: &str,
     ) -> Outcome<()> {
-        let name = &self.volumes[index].name;
+        let name = &self.volumes[index].export;
         let what = format!("{name} to be {state}");
         self.machine.bus.wait(mark, limit, what, |line| {
             let data = signal(&line.text, "ExportStateChanged")?;
@@ -477,7 +483,7 @@ impl Bed {
         let mark = self.machine.bus.mark();
         let list = self.exports()?;
         for index in indexes {
-            if found(&list, &self.volumes[*index].name)?["state"] == state {
+            if found(&list, &self.volumes[*index].export)?["state"] == state {
                 continue;
             }
             self.wait_state(mark, *index, state).or_else(|e| {
@@ -493,7 +499,7 @@ impl Bed {
 
     /// One export's properties.
     pub fn export(&self, index: usize) -> Outcome<Value> {
-        self.export_of(&self.volumes[index].name)
+        self.export_of(&self.volumes[index].export)
     }
 
     /// As [`Self::export`], of what no volume stands for: a file.
@@ -508,7 +514,7 @@ impl Bed {
 
     /// Expects that a client gets no way to an export, and gives the server's words.
     pub fn refused(&self, index: usize) -> Outcome<String> {
-        let name = &self.volumes[index].name;
+        let name = &self.volumes[index].export;
         match knock(&self.endpoint(), name)? {
             Go::Refused { text, .. } if !text.is_empty() => Ok(text),
             Go::Refused { kind, .. } => {
@@ -543,7 +549,7 @@ impl Bed {
         if !self.ours() {
             return self.write_stock(index, block);
         }
-        let mut client = Client::open(&self.endpoint(), &self.volumes[index].name)?;
+        let mut client = Client::open(&self.endpoint(), &self.volumes[index].export)?;
         let said = self.write_on(&mut client, index, block)?;
         hold!(
             said.is_ok(),
@@ -582,7 +588,7 @@ impl Bed {
         for block in 0..volume.ledger.blocks() {
             volume.ledger.sent(block, sequence);
         }
-        let uri = Endpoint::Tcp(self.machine.nbd).uri(&volume.name);
+        let uri = Endpoint::Tcp(self.machine.nbd).uri(&volume.export);
         let args = ["--flush", &file.to_string_lossy(), &uri];
         let copied = process::succeed("nbdcopy", &args, Duration::from_secs(120));
         if self.stock.is_some() && copied.is_err() {
@@ -610,7 +616,7 @@ impl Bed {
         }
         let volume = &self.volumes[index];
         let file = self.folder.join("copy");
-        let uri = self.endpoint().uri(&volume.name);
+        let uri = self.endpoint().uri(&volume.export);
         let most = format!("--connections={connections}");
         let args = [most.as_str(), uri.as_str(), &file.to_string_lossy()];
         process::succeed("nbdcopy", &args, Duration::from_secs(120))?;

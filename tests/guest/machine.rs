@@ -38,6 +38,9 @@ const BOOT: Duration = Duration::from_secs(240);
 /// Until a resumed guest answers; under a second when the machine is its own.
 const RESUME: Duration = Duration::from_secs(60);
 
+/// Where a guest that reaches a database outside finds it, on MySQL's own port; nothing else outside is there for it.
+pub const DATABASE: &str = "10.0.2.100";
+
 impl Shape {
     pub fn name(self) -> &'static str {
         match self {
@@ -55,7 +58,11 @@ enum Life<'a> {
         extra: &'a [String],
     },
     /// From a template's folder.
-    Resume { template: &'a Path },
+    Resume {
+        template: &'a Path,
+        /// The port of the host's loopback that it finds at [`DATABASE`].
+        database: Option<u16>,
+    },
 }
 
 pub struct Machine {
@@ -99,11 +106,18 @@ impl Machine {
         template(image, shape, &logs)
     }
 
-    /// A copy of the template of `shape`, which is there. Logs go to `logs`.
-    pub fn resume(image: &Path, shape: Shape, logs: &Path) -> Outcome<Machine> {
+    /// A copy of the template of `shape`, which is there. Logs go to `logs`. With `database` that port of the host's loopback is at
+    /// [`DATABASE`].
+    pub fn resume(
+        image: &Path,
+        shape: Shape,
+        logs: &Path,
+        database: Option<u16>,
+    ) -> Outcome<Machine> {
         let template = template_folder(image, shape);
         let life = Life::Resume {
             template: &template,
+            database,
         };
         Machine::start(image, shape, logs, &template.join("root.qcow2"), &life)
     }
@@ -152,7 +166,7 @@ impl Machine {
         let agent = Agent::new(connect("agent")?, &logs.join("agent.log"))?;
         let patience = match life {
             Life::Boot { .. } => BOOT,
-            Life::Resume { template } => {
+            Life::Resume { template, .. } => {
                 ignore_shared(&mut qmp)?;
                 let uri = format!("exec:cat {}", template.join("state").display());
                 qmp.ask("migrate-incoming", json!({ "uri": uri }))?;
@@ -323,7 +337,7 @@ fn arguments(
             format!("memory-backend-file,share=on,mem-path={}", path.display())
         }
         Life::Boot { memory: None, .. } => "memory-backend-ram".to_owned(),
-        Life::Resume { template } => {
+        Life::Resume { template, .. } => {
             format!(
                 "memory-backend-file,share=off,mem-path={}",
                 template.join("memory").display()
@@ -336,8 +350,18 @@ fn arguments(
     add("-append", APPEND.to_owned());
     let file = format!("file.driver=file,file.filename={}", overlay.display());
     add("-blockdev", format!("driver=qcow2,node-name=root,{file}"));
-    let forward = format!("hostfwd=tcp:127.0.0.1:{port}-:10809");
-    add("-netdev", format!("user,id=net,restrict=on,{forward}"));
+    let mut net = format!("user,id=net,restrict=on,hostfwd=tcp:127.0.0.1:{port}-:10809");
+    if let Life::Resume {
+        database: Some(port),
+        ..
+    } = life
+    {
+        // QEMU runs a program for each connection; the one that the image was made with.
+        let busybox = image.with_file_name("first/bin/busybox");
+        let forward = format!("cmd:{} nc 127.0.0.1 {port}", busybox.display());
+        net.push_str(&format!(",guestfwd=tcp:{DATABASE}:3306-{forward}"));
+    }
+    add("-netdev", net);
     for name in ["agent", "udev", "bus", "qmp"] {
         let path = sockets.join(name);
         let at = format!("path={},server=on,wait=off", path.display());

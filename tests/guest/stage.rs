@@ -24,6 +24,8 @@ const PATIENCE: Duration = Duration::from_secs(24 * 3_600);
 pub enum Start<'a> {
     /// A copy of the template.
     Resumed,
+    /// As [`Start::Resumed`], and it reaches a database outside: what this starts in a folder of its own, and its port of the loopback.
+    Reaching(&'a dyn Fn(&Path) -> Outcome<u16>),
     /// Booted with further devices, which QEMU cannot migrate.
     Booted(&'a dyn Fn(&Path) -> Outcome<Vec<String>>),
 }
@@ -111,7 +113,11 @@ pub fn staged(
     std::fs::create_dir_all(&logs)?;
     let volumes = tempfile::Builder::new().prefix("nbdt-volumes-").tempdir()?;
     let machine = match start {
-        Start::Resumed => Machine::resume(&image, shape, &logs)?,
+        Start::Resumed => Machine::resume(&image, shape, &logs, None)?,
+        Start::Reaching(database) => {
+            let port = database(volumes.path())?;
+            Machine::resume(&image, shape, &logs, Some(port))?
+        }
         Start::Booted(extra) => Machine::boot(&image, shape, &logs, &extra(volumes.path())?)?,
     };
     let ready = machine.ready_in;

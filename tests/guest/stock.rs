@@ -50,7 +50,7 @@ impl Bed {
                 None if self.volumes[*index].plug.is_none() => continue,
                 None => self.node_by_link(*index)?,
             };
-            let name = &self.volumes[*index].name;
+            let name = &self.volumes[*index].export;
             let _ = write!(
                 text,
                 "[{name}]\nexportname = {path}\nflush = true\nfua = true\n"
@@ -69,7 +69,7 @@ impl Bed {
             .agent
             .run("nbd-server -C /etc/nbd-server/config")?;
         // It listens at once, and accepts only after it has made its DH parameters.
-        let (endpoint, name) = (self.endpoint(), self.volumes[first].name.clone());
+        let (endpoint, name) = (self.endpoint(), self.volumes[first].export.clone());
         until(DH_PARAMETERS, "the stock server's greeting", || {
             Ok(knock(&endpoint, &name).ok())
         })?;
@@ -122,7 +122,7 @@ impl Bed {
 
     /// As [`Bed::write`], where a refusal or an error is counted.
     pub fn write_stock(&mut self, index: usize, block: usize) -> Outcome<()> {
-        let Ok(mut client) = Client::open(&self.endpoint(), &self.volumes[index].name) else {
+        let Ok(mut client) = Client::open(&self.endpoint(), &self.volumes[index].export) else {
             self.told.refused += 1;
             return Ok(());
         };

@@ -89,7 +89,7 @@ fn replace_machine(bed: &mut Bed) -> Outcome<()> {
     let shape = bed.machine.shape;
     let logs = bed.folder.join("logs");
     std::fs::create_dir_all(&logs)?;
-    let fresh = Machine::resume(&image()?, shape, &logs)?;
+    let fresh = Machine::resume(&image()?, shape, &logs, None)?;
     // Dropped, it is killed.
     drop(std::mem::replace(&mut bed.machine, fresh));
     bed.slots = Slots::of(shape);
