@@ -66,7 +66,7 @@ impl Correlation {
             || self
                 .by_candidate
                 .get(identity)
-                .is_some_and(|wanting| wanting.names().iter().any(is_durable))
+                .is_some_and(|wanting| wanting.names().any(is_durable))
     }
 }
 

@@ -113,7 +113,7 @@ impl Correlation {
         let wanting = candidates.iter().filter_map(|c| self.by_candidate.get(c));
         let of_kinds = wanting
             .flat_map(Wanting::kinds)
-            .filter_map(|alike| alike.iter().filter(stays).find_map(export));
+            .filter_map(|alike| alike.names().filter(stays).find_map(export));
         let changing = self.replacing.iter().filter_map(export);
         of_kinds
             .chain(changing)
