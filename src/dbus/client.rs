@@ -180,26 +180,6 @@ impl Client {
         })
     }
 
-    /// Has an export for a VM's disk.
-    pub async fn ensure(
-        &self,
-        vm_id: &str,
-        disk: u32,
-        vm_name: &str,
-        mut options: Options<'_>,
-        wait: Option<Duration>,
-    ) -> Result<AddedExport, ClientError> {
-        let within = limit(&mut options, "wait_ms", wait, WAIT_MS);
-        let body = (vm_id, disk, vm_name, options);
-        let answer = self.manager("EnsureVmExport", &body, within).await?;
-        let (path, name, created): (OwnedObjectPath, String, bool) = read(&answer)?;
-        Ok(AddedExport {
-            object: path.to_string(),
-            name,
-            created,
-        })
-    }
-
     /// Removes an export; `mode` is `safe`, `hide`, `soft` or `hard`.
     pub async fn remove(
         &self,

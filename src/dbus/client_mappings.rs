@@ -2,15 +2,39 @@
 
 use std::time::Duration;
 
-use zbus::Variant;
+use zbus::{OwnedObjectPath, Variant};
 
-use super::client::{Client, ClientError, Options, Properties, read};
+use super::client::{AddedExport, Client, ClientError, Options, Properties, limit, read};
+use super::manager::WAIT_MS;
 use super::mappings::{LIST_MAPPINGS, PRUNE_MAPPINGS};
 
 /// More than the daemon takes for these, so that its own answer wins.
 const WITHIN: Duration = Duration::from_secs(50);
 
 impl Client {
+    /// Has an export for a VM's disk. `wait` is bounded by the daemon.
+    ///
+    /// # Errors
+    /// As every call of the client: [`ClientError`].
+    pub async fn ensure(
+        &self,
+        vm_id: &str,
+        disk: u32,
+        vm_name: &str,
+        mut options: Options<'_>,
+        wait: Option<Duration>,
+    ) -> Result<AddedExport, ClientError> {
+        let within = limit(&mut options, "wait_ms", wait, WAIT_MS);
+        let body = (vm_id, disk, vm_name, options);
+        let answer = self.manager("EnsureVmExport", &body, within).await?;
+        let (path, name, created): (OwnedObjectPath, String, bool) = read(&answer)?;
+        Ok(AddedExport {
+            object: path.to_string(),
+            name,
+            created,
+        })
+    }
+
     /// Returns all rows of VMs' disks, by VM and disk.
     ///
     /// # Errors
