@@ -5,9 +5,6 @@
 //! export, and the table says whose bytes came and where the written ones went. nbd-server is given paths, as it is
 //! meant to be; nothing here is a fault of its code. Exits 0 when nbdtrack put every byte in its place.
 
-#[path = "../tests/support/mod.rs"]
-mod support;
-
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -20,7 +17,7 @@ use support::loops::{LoopDevice, sparse_file};
 use support::nbd_server::NbdServer;
 use support::pattern::{self, Tally};
 use support::process;
-use support::{Doing, Outcome, until};
+use support::{Doing, Outcome, trouble, until};
 
 /// Bytes of each volume.
 const SIZE: u64 = 32 << 20;

@@ -4,9 +4,6 @@
 //! D-Bus, detached, and attached again under each other's name, while a client never stops writing to vol-c. Then
 //! every byte is compared, through the exports and in the backing files. Exits 0 only if each is where it belongs.
 
-#[path = "../tests/support/mod.rs"]
-mod support;
-
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -19,7 +16,7 @@ use support::pattern::{self, Tally};
 use support::process;
 use support::stream::{Held, Pace, Report, Stream};
 use support::uevents::Uevents;
-use support::{Doing, Outcome, Trouble};
+use support::{Doing, Outcome, Trouble, hold};
 
 /// Bytes of each volume.
 const SIZE: u64 = 64 << 20;

@@ -6,8 +6,6 @@
     reason = "a test ends where something is missing"
 )]
 
-mod support;
-
 use std::collections::BTreeMap;
 use std::process::Command;
 

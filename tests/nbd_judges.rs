@@ -11,7 +11,6 @@
 
 mod kernel;
 mod nbd_common;
-mod support;
 
 use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt};

@@ -9,7 +9,6 @@
 mod kernel;
 mod nbd_common;
 mod raw_file;
-mod support;
 
 use std::fs::File;
 use std::io::Write;

@@ -1,8 +1,6 @@
 //! Listening sockets that a service manager passes: all of them serve, what cannot serve is refused by name, and the
 //! configuration's own stay unused. systemd's own tool is the service manager.
 
-mod support;
-
 use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
@@ -15,7 +13,7 @@ use support::client::{Endpoint, Go, REP_ERR_UNKNOWN, negotiate};
 use support::daemon::{Home, STOP_LIMIT, binary, free_port};
 use support::ground::{Ground, Need, real};
 use support::process::{Running, command, run_command};
-use support::{Doing, Outcome};
+use support::{Doing, Outcome, hold};
 
 const LIMIT: Duration = Duration::from_secs(30);
 

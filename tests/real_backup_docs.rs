@@ -1,8 +1,6 @@
 //! Promise: what `docs/backups.md` says to type makes a full and an incremental backup and restores a disk and single files, also
 //! from partitions, as it stands.
 
-mod support;
-
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::time::Duration;
@@ -10,6 +8,7 @@ use std::time::Duration;
 use support::Outcome;
 use support::daemon::binary;
 use support::ground::{Ground, Need, real};
+use support::hold;
 use support::images::text;
 use support::process::{self, command};
 use support::scene::{STEP_LIMIT, Scene};

@@ -1,8 +1,6 @@
 //! Promise: what goes wrong with a backup is told of it. One whose last flush failed is failed, however its export ended; one writer is one; and
 //! wherever the daemon is killed, the row says what is so: unfinished as such, and a file that may be gone as such.
 
-mod support;
-
 use std::cell::Cell;
 use std::path::{Path, PathBuf};
 
@@ -20,7 +18,7 @@ use support::images::{qemu_img, roots, scene, text};
 use support::mounts::Mounted;
 use support::process;
 use support::scene::{STEP_LIMIT, Scene, nbdtrack};
-use support::{Doing, Outcome};
+use support::{Doing, Outcome, hold, trouble};
 use zbus::Variant;
 
 const NEEDS: &[Need] = &[

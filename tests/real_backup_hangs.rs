@@ -1,8 +1,6 @@
 //! Promise: a call that makes, finishes or deletes a file on a file system that hangs is answered in time, says so, and holds up nobody else. What it
 //! was told is not made is not made later either; and when the file system answers, each call can be repeated.
 
-mod support;
-
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -18,7 +16,7 @@ use support::mounts::Mounted;
 use support::process;
 use support::scene::{STEP_LIMIT, Scene};
 use support::stream::{Pace, Stream};
-use support::{Outcome, until};
+use support::{Outcome, hold, until};
 
 const NEEDS: &[Need] = &[
     Need::Bus,

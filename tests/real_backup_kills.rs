@@ -3,8 +3,6 @@
 //!
 //! `NBDTRACK_SEED` replays a run's choices, `NBDTRACK_BACKUP_KILLS` makes it longer.
 
-mod support;
-
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -23,7 +21,7 @@ use support::ground::{Need, real, tell};
 use support::images::{qemu_img, scene, text};
 use support::process;
 use support::scene::{STEP_LIMIT, Scene};
-use support::{Doing, Outcome, Trouble};
+use support::{Doing, Outcome, Trouble, hold, trouble};
 
 const NEEDS: &[Need] = &[Need::Bus, Need::Tool("qemu-img")];
 /// Kills in the short form.
@@ -486,7 +484,7 @@ impl Life {
     /// The row of a backup that nobody was told of: the one whose beginning was cut off.
     fn begun(&mut self, row: &Value, raw: &Path) -> Outcome<usize> {
         let Some(Pending::Begin { parent }) = self.pending.take() else {
-            crate::trouble!("nobody began it: {row}");
+            support::trouble!("nobody began it: {row}");
         };
         hold!(row["state"] == "interrupted", "it was only begun: {row}");
         let parent = parent

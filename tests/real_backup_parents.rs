@@ -1,8 +1,6 @@
 //! Promise: nothing loses what it lies on. An image that is being made on a backup keeps it, also after a crash in the middle; backups are deleted
 //! with all that lies on them or not at all, the leaves first, so that wherever a kill meets that each one that is left has its parent.
 
-mod support;
-
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -18,7 +16,7 @@ use support::loops::sparse_file;
 use support::mounts::Mounted;
 use support::process;
 use support::scene::{STEP_LIMIT, Scene};
-use support::{Doing, Outcome, until};
+use support::{Doing, Outcome, hold, trouble, until};
 
 const NEEDS: &[Need] = &[Need::Bus, Need::Tool("qemu-img"), Need::Tool("strace")];
 const BYTES: u64 = 1 << 20;

@@ -1,8 +1,6 @@
 //! Promise: a backup is complete only when all that was written to it is there, durable, sound, and known by its checksum; a complete one is
 //! what it was when it was finished; and whatever kills the daemon, none becomes complete by that.
 
-mod support;
-
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -21,7 +19,7 @@ use support::loops::{LoopDevice, sparse_file};
 use support::mounts::Mounted;
 use support::process::{self, Running, command};
 use support::scene::{STEP_LIMIT, Scene, nbdtrack};
-use support::{Outcome, until};
+use support::{Outcome, hold, trouble, until};
 
 const NEEDS: &[Need] = &[
     Need::Bus,

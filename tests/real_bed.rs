@@ -3,8 +3,6 @@
 
 #![allow(clippy::panic, reason = "a test ends where something is missing")]
 
-mod support;
-
 use std::time::Duration;
 
 use support::bus::{Bus, Client};
@@ -15,7 +13,7 @@ use support::pattern::{self, SECTOR};
 use support::process::{self, Running};
 use support::stream::{Held, Pace, Stream};
 use support::uevents::Uevents;
-use support::{Outcome, until};
+use support::{Outcome, hold, trouble, until};
 
 #[test]
 fn pattern_names_the_first_wrong_byte_and_its_owner() -> Outcome<()> {

@@ -1,13 +1,12 @@
 //! Callers on the live daemon's bus: with nonsense, in crowds, and gone before the answer.
 
-mod support;
-
 use std::time::{Duration, Instant};
 
 use support::Outcome;
 use support::bus::{Client, Options, ROOT, SERVICE};
 use support::ground::{Need, real, tell};
 use support::scene::Scene;
+use support::{hold, trouble};
 use zbus::Variant;
 
 const NEEDS: &[Need] = &[Need::Loop, Need::Bus];

@@ -1,7 +1,5 @@
 //! Bad days of the bus: it comes late, restarts, has our name given to someone else; and callers that flood it.
 
-mod support;
-
 use std::time::{Duration, Instant};
 
 use support::Outcome;
@@ -11,6 +9,7 @@ use support::daemon::Home;
 use support::ground::{Ground, Need, real, tell};
 use support::loops::LoopDevice;
 use support::scene::{STEP_LIMIT, Scene, Volume};
+use support::{hold, trouble};
 use zbus::Variant;
 
 const NEEDS: &[Need] = &[Need::Loop, Need::Bus];

@@ -5,8 +5,6 @@
 //! Random, but seeded: `NBDTRACK_SEED` replays a run's choices (not the machine's timing), `NBDTRACK_CHAOS_SECONDS`
 //! makes it longer. Both are printed.
 
-mod support;
-
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
@@ -17,7 +15,7 @@ use support::loops::{Detached, LoopDevice};
 use support::pattern;
 use support::scene::{STEP_LIMIT, Scene};
 use support::stream::{Pace, Report, Stream};
-use support::{Outcome, until};
+use support::{Outcome, hold, trouble, until};
 
 const NEEDS: &[Need] = &[Need::Loop, Need::Bus];
 const NAMES: [&str; 4] = ["vol-a", "vol-b", "vol-c", "vol-d"];

@@ -1,8 +1,6 @@
 //! Every named client talks to the server and gets its bytes: nbdcopy, nbdinfo, qemu-io, qemu-img, nbd-client and
 //! the libnbd Python bindings, over a Unix socket and over TCP.
 
-mod support;
-
 use std::net::SocketAddr;
 use std::time::Duration;
 
@@ -10,7 +8,7 @@ use support::client::Endpoint;
 use support::daemon::free_port;
 use support::ground::{Ground, Need, PYTHON, real};
 use support::scene::Scene;
-use support::{Outcome, pattern, process};
+use support::{Outcome, hold, pattern, process};
 
 const BYTES: u64 = 16 << 20;
 const LIMIT: Duration = Duration::from_secs(60);

@@ -3,8 +3,6 @@
 //! The clock of the daemon alone jumps: libfaketime stands before the C library in its process, and reads from a file how far its clock is
 //! off. What the kernel says, the times of files and of its monotonic clock, stays as it is.
 
-mod support;
-
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::thread::JoinHandle;
@@ -19,7 +17,7 @@ use support::ground::{Ground, Need, real, tell};
 use support::loops::LoopDevice;
 use support::scene::{STEP_LIMIT, Scene, Volume, nbdtrack};
 use support::stream::{Held, Pace, Stream};
-use support::{Outcome, until};
+use support::{Outcome, hold, trouble, until};
 use zbus::Variant;
 
 const NEEDS: &[Need] = &[Need::Loop, Need::Bus, Need::Tool("faketime")];

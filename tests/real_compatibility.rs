@@ -4,8 +4,6 @@
 //! The seeds are what appliances met: a path that is stale after a swap or a failback, an export that outlives its section, a SIGHUP that
 //! closes everybody's door, helpers that look for one process, checks that count lines.
 
-mod support;
-
 use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -23,7 +21,7 @@ use support::loops::LoopDevice;
 use support::nbd_server::NbdServer;
 use support::process;
 use support::scene::Volume;
-use support::{Doing, Outcome, pattern, settled, until};
+use support::{Doing, Outcome, hold, pattern, settled, until};
 
 const NEEDS: &[Need] = &[
     Need::Loop,

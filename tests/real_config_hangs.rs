@@ -1,8 +1,6 @@
 //! Promise: a configuration on a file system that does not answer keeps nobody waiting for ever. A reload is answered by its deadline and
 //! changes nothing, now or later; what is served is served on; and a start says what it waits for, and ends by its deadline.
 
-mod support;
-
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -17,7 +15,7 @@ use support::ground::{Ground, Need, real, tell};
 use support::loops::LoopDevice;
 use support::process::{Finished, Running, command, run_command};
 use support::scene::{STEP_LIMIT, Scene, Volume};
-use support::{Doing, Outcome, until};
+use support::{Doing, Outcome, hold, trouble, until};
 
 const NEEDS: &[Need] = &[Need::Loop, Need::Bus];
 const BYTES: u64 = 4 << 20;

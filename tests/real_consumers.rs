@@ -1,14 +1,12 @@
 //! The consumers that are shown to others, on a real daemon and a real disk.
 
-mod support;
-
 use std::path::Path;
 use std::time::Duration;
 
 use support::ground::{Need, real, skip};
 use support::loops::LoopDevice;
 use support::scene::{Scene, Volume};
-use support::{Outcome, process};
+use support::{Outcome, hold, process};
 
 const NEEDS: &[Need] = &[
     Need::Loop,

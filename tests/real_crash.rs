@@ -1,8 +1,6 @@
 //! kill -9 at ten points of AddExport and at ten of a swap: what was told is there again, and no byte moves. And at any moment
 //! under clients that write: what one of them was told is written is there, of a disk and of a file.
 
-mod support;
-
 use std::time::{Duration, Instant};
 
 use support::bus::Options;
@@ -12,7 +10,7 @@ use support::ground::{Ground, Need, real, tell};
 use support::loops::{LoopDevice, sparse_file};
 use support::scene::{STEP_LIMIT, Scene, Volume};
 use support::stream::Held;
-use support::{Doing, Outcome};
+use support::{Doing, Outcome, hold, trouble};
 
 const NEEDS: &[Need] = &[Need::Loop, Need::Bus, Need::Tool("nbdcopy")];
 const BYTES: u64 = 4 << 20;

@@ -1,8 +1,6 @@
 //! Many clients, most of them bad: memory is bounded, nothing stays behind, and whoever behaves is served as before. A tenth of the
 //! numbers; `make crowd` (NBDTRACK_CROWD=all) takes them whole.
 
-mod support;
-
 use std::io::{Read, Write};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -15,7 +13,7 @@ use support::daemon::Holdings;
 use support::ground::{Ground, Need, real, tell};
 use support::loops::sparse_file;
 use support::scene::{STEP_LIMIT, Scene};
-use support::{Doing, Outcome, until};
+use support::{Doing, Outcome, hold, trouble, until};
 
 const NEEDS: &[Need] = &[Need::Bus];
 const BYTES: u64 = 8 << 20;

@@ -1,7 +1,5 @@
 //! The dashboard's and the alert rules' queries on the real endpoint in a real Prometheus.
 
-mod support;
-
 use std::io::{Read, Write};
 use std::process::Stdio;
 use std::time::Duration;
@@ -11,7 +9,7 @@ use support::client::Client;
 use support::ground::{Need, real};
 use support::process::{self, Running};
 use support::scene::Scene;
-use support::{Outcome, until};
+use support::{Outcome, hold, until};
 
 const NEEDS: &[Need] = &[
     Need::Loop,

@@ -1,8 +1,6 @@
 //! The table of VMs' disks in a real MariaDB: kept true, read for requests, shared by two daemons, and away in every way that a
 //! database can be. Exports are served on whatever becomes of it.
 
-mod support;
-
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -15,7 +13,7 @@ use support::mariadb::MariaDb;
 use support::mounts::Mounted;
 use support::scene::{STEP_LIMIT, Scene, Volume, nbdtrack};
 use support::vm_disks::{VM, ensure, ensure_now, ensure_when_up, name};
-use support::{Doing, Outcome, until};
+use support::{Doing, Outcome, hold, trouble, until};
 
 const NEEDS: &[Need] = &[
     Need::Loop,

@@ -1,8 +1,6 @@
 //! How a daemon comes to the shared table in a real MariaDB: over TLS with an authority of one's own, with a password from a credential,
 //! and through transactions that the server, or a node of a Galera cluster, gives up for others.
 
-mod support;
-
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
@@ -18,7 +16,7 @@ use support::ground::{Need, real};
 use support::mariadb::MariaDb;
 use support::process::{self, Running};
 use support::scene::{STEP_LIMIT, Scene};
-use support::{Doing, Outcome, until};
+use support::{Doing, Outcome, hold, trouble, until};
 use zbus::Variant;
 
 const NEEDS: &[Need] = &[

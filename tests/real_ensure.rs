@@ -1,7 +1,5 @@
 //! EnsureVmExport on a real bus, real disks and a daemon that is killed: one export for a VM's disk, and one caller that made it.
 
-mod support;
-
 use std::sync::Barrier;
 
 use support::bus::{Client, Options};
@@ -9,7 +7,7 @@ use support::client::{Client as Nbd, Endpoint, Go, knock};
 use support::ground::{Need, real, tell};
 use support::loops::LoopDevice;
 use support::scene::{STEP_LIMIT, Scene, Volume, nbdtrack};
-use support::{Outcome, bus::Refused, process};
+use support::{Outcome, bus::Refused, hold, process, trouble};
 use zbus::Variant;
 
 const NEEDS: &[Need] = &[Need::Loop, Need::Bus];

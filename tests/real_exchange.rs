@@ -1,10 +1,9 @@
 //! A disk that becomes another one under an open descriptor: the fence that no removal announces.
 
-mod support;
-
 use support::Outcome;
 use support::client::Client;
 use support::ground::{Need, real};
+use support::hold;
 use support::scene::{STEP_LIMIT, Scene, Volume};
 
 const NEEDS: &[Need] = &[Need::Loop, Need::Bus];

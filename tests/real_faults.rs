@@ -1,8 +1,6 @@
 //! What is not as it should be: two disks with one identity, a disk in use, a volume that was given up, a
 //! volume that nobody has.
 
-mod support;
-
 use std::time::Duration;
 
 use support::bus::{Options, Refused};
@@ -12,7 +10,7 @@ use support::loops::LoopDevice;
 use support::mounts::Mounted;
 use support::scene::{STEP_LIMIT, Scene, Volume, nbdtrack};
 use support::stream::{Held, Pace, Stream};
-use support::{Outcome, process, until};
+use support::{Outcome, hold, process, trouble, until};
 
 const NEEDS: &[Need] = &[Need::Loop, Need::Bus, Need::Tool("nbdcopy")];
 const BYTES: u64 = 16 << 20;

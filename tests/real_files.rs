@@ -1,8 +1,6 @@
 //! Plain files, and QCOW2 images in them, are served as disks are: what stands under the path is known by its inode, has one writer, and what is
 //! put in its place is served to nobody who did not say so.
 
-mod support;
-
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
@@ -19,7 +17,7 @@ use support::mounts::Mounted;
 use support::pattern;
 use support::process;
 use support::scene::{STEP_LIMIT, Scene, nbdtrack};
-use support::{Doing, Outcome, until};
+use support::{Doing, Outcome, hold, trouble, until};
 
 const NEEDS: &[Need] = &[Need::Bus, Need::Tool("nbdcopy")];
 const BYTES: u64 = 8 << 20;

@@ -1,13 +1,12 @@
 //! Promise: a file system that has no room is told as such, breaks no image, and is written on when there is room again; one that turns
 //! read-only fails what cannot be kept, and says so.
 
-mod support;
-
 use std::path::Path;
 
 use support::Outcome;
 use support::client::Client;
 use support::ground::{Ground, Need, real};
+use support::hold;
 use support::images::text;
 use support::mounts::Mounted;
 use support::process;

@@ -1,15 +1,13 @@
 //! The table of VMs' disks in a Galera cluster of two nodes, a daemon on each: what both do at once fails certification on one node,
 //! is begun anew there, and ends with one row that one of them owns.
 
-mod support;
-
 use support::bus::Refused;
 use support::ground::{Ground, Need, real, tell};
 use support::loops::LoopDevice;
 use support::mariadb::{GALERA, MariaDb};
 use support::scene::{STEP_LIMIT, Scene, Volume};
 use support::vm_disks::{ensure, ensure_now, ensure_when_up, name};
-use support::{Doing, Outcome, until};
+use support::{Doing, Outcome, hold, trouble, until};
 
 const NEEDS: &[Need] = &[
     Need::Loop,

@@ -2,7 +2,6 @@
 //! and to everyone else meanwhile.
 
 mod raw_file;
-mod support;
 
 use std::io::Write;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -20,7 +19,7 @@ use support::mounts::Mounted;
 use support::process;
 use support::scene::{STEP_LIMIT, Scene};
 use support::stream::{Pace, Stream};
-use support::{Outcome, until};
+use support::{Outcome, hold, trouble, until};
 
 const NEEDS: &[Need] = &[Need::Loop, Need::Bus];
 const BYTES: u64 = 16 << 20;

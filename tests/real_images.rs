@@ -1,8 +1,6 @@
 //! Promise: an image that `nbdtrack image` makes is one to QEMU, is there whole or not at all, and is never put over another file; and
 //! `nbdtrack image check` finds what `qemu-img check` finds.
 
-mod support;
-
 use std::io::Read;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -17,7 +15,7 @@ use support::ground::{Need, real};
 use support::images::{qemu_img, qemu_io, text};
 use support::process::{self, Finished, Running, command};
 use support::scene::STEP_LIMIT;
-use support::{Doing, Outcome, until};
+use support::{Doing, Outcome, hold, trouble, until};
 
 const NEEDS: &[Need] = &[Need::Tool("qemu-img"), Need::Tool("qemu-io")];
 

@@ -1,7 +1,5 @@
 //! Bad input of every kind: a clear error each time, and the daemon that was serving still serves.
 
-mod support;
-
 use std::io::{Read, Write};
 use std::path::Path;
 use std::time::Duration;
@@ -14,7 +12,7 @@ use support::daemon::{Home, free_port};
 use support::ground::{Need, real, tell};
 use support::mounts::Mounted;
 use support::scene::Scene;
-use support::{Outcome, process};
+use support::{Outcome, hold, process, trouble};
 
 const NEEDS: &[Need] = &[Need::Loop, Need::Bus];
 const BYTES: u64 = 4 << 20;

@@ -1,7 +1,5 @@
 //! What an operator asks of a daemon that serves real disks: why, and what was.
 
-mod support;
-
 use std::time::Duration;
 
 use serde_json::Value;
@@ -10,7 +8,7 @@ use support::ground::{Need, real};
 use support::loops::{LoopDevice, sparse_file};
 use support::mounts::Mounted;
 use support::scene::{STEP_LIMIT, Scene, nbdtrack};
-use support::{Outcome, until};
+use support::{Outcome, hold, until};
 
 const NEEDS: &[Need] = &[Need::Loop, Need::Bus];
 const MOUNTS: &[Need] = &[Need::Loop, Need::Bus, Need::Tool("mount")];

@@ -2,7 +2,6 @@
 //! the export has a new generation, however well the disk is again; and what was promised before is on the disk.
 
 mod raw_file;
-mod support;
 
 use std::fs::File;
 use std::io::Write;
@@ -25,7 +24,7 @@ use support::pattern;
 use support::process;
 use support::scene::{STEP_LIMIT, Scene};
 use support::stream::Held;
-use support::{Doing, Outcome};
+use support::{Doing, Outcome, hold, trouble};
 
 const NEEDS: &[Need] = &[Need::Loop, Need::Bus];
 const MOUNTS: &[Need] = &[

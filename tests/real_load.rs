@@ -1,7 +1,5 @@
 //! Many events: a burst, a socket that runs over, a thousand comings and goings, and nothing that leaks.
 
-mod support;
-
 use std::time::{Duration, Instant};
 
 use support::Outcome;
@@ -9,6 +7,7 @@ use support::ground::{Need, real, tell};
 use support::loops::LoopDevice;
 use support::scene::{STEP_LIMIT, Scene, Volume};
 use support::stream::{Held, Pace, Stream};
+use support::{hold, trouble};
 
 const NEEDS: &[Need] = &[Need::Loop, Need::Bus];
 const BYTES: u64 = 8 << 20;

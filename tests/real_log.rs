@@ -1,7 +1,5 @@
 //! The log: to a real journal as fields with an explanation, and to a reader that does not read, for whom no one waits.
 
-mod support;
-
 use std::os::fd::AsRawFd;
 use std::process::Stdio;
 use std::time::Duration;
@@ -14,7 +12,7 @@ use support::ground::{Ground, Need, real};
 use support::loops::LoopDevice;
 use support::process::{Running, command, run_command};
 use support::scene::{STEP_LIMIT, Volume};
-use support::{Doing, Outcome, until};
+use support::{Doing, Outcome, hold, trouble, until};
 
 const JOURNALD: &str = "/lib/systemd/systemd-journald";
 const NEEDS: &[Need] = &[Need::Loop, Need::Tool(JOURNALD), Need::Tool("nsenter")];

@@ -1,8 +1,6 @@
 //! The table of VMs' disks as an operator reads it: where each volume is, within a second of every attach and detach, and a status
 //! that only the life of the mapping changes.
 
-mod support;
-
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -10,7 +8,7 @@ use support::bus::{Client, Options};
 use support::ground::{Need, real, tell};
 use support::loops::LoopDevice;
 use support::scene::{STEP_LIMIT, Scene, Volume, nbdtrack};
-use support::{Doing, Outcome, until};
+use support::{Doing, Outcome, hold, until};
 use zbus::Variant;
 
 const NEEDS: &[Need] = &[Need::Loop, Need::Bus];

@@ -5,8 +5,6 @@
 //! `NBDTRACK_SOAK_EXPORTS` and `NBDTRACK_SOAK_SECONDS` make it larger (`make soak-files`), `NBDTRACK_SOAK_RATE` says how many have to come and go a
 //! second, `NBDTRACK_SEED` replays its choices.
 
-mod support;
-
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -18,7 +16,7 @@ use support::ground::{Ground, Need, real, tell};
 use support::loops::{LoopDevice, sparse_file};
 use support::process;
 use support::scene::{STEP_LIMIT, Scene};
-use support::{Doing, Outcome, Trouble};
+use support::{Doing, Outcome, Trouble, hold, trouble};
 
 const BLOCK: usize = 4096;
 const BLOCKS: usize = 256;

@@ -1,8 +1,6 @@
 //! nbd-server's configuration, served by nbdtrack: a path is pinned to the volume that was there, a newcomer gets no byte, and the keys
 //! that the table says work do.
 
-mod support;
-
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -18,7 +16,7 @@ use support::ground::{Ground, Need, real, tell};
 use support::loops::LoopDevice;
 use support::scene::{STEP_LIMIT, Volume};
 use support::stream::{Pace, Stream};
-use support::{Outcome, pattern, process, until};
+use support::{Outcome, hold, pattern, process, trouble, until};
 
 const NEEDS: &[Need] = &[Need::Loop, Need::Bus, Need::Tool("nbdcopy")];
 const BYTES: u64 = 8 << 20;

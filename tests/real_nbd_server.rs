@@ -1,7 +1,5 @@
 //! In nbd-server's place: the same command line, configuration and clients, beside Debian's own server where it is installed.
 
-mod support;
-
 use std::fs;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -17,7 +15,7 @@ use support::loops::LoopDevice;
 use support::nbd_server::NbdServer;
 use support::process::{self, Finished};
 use support::scene::Volume;
-use support::{Outcome, until};
+use support::{Outcome, hold, trouble, until};
 
 const STOCK: &[Need] = &[Need::Tool("nbd-server")];
 const NEEDS: &[Need] = &[

@@ -1,7 +1,5 @@
 //! What operators and their monitoring look at, on a daemon that serves a real disk.
 
-mod support;
-
 use std::io::{Read, Write};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
@@ -11,7 +9,7 @@ use support::fuse_disk::{ALL, FuseDisk};
 use support::ground::{Need, real, skip};
 use support::process::{self, Running};
 use support::scene::{Scene, nbdtrack};
-use support::{Doing, Outcome, until};
+use support::{Doing, Outcome, hold, until};
 
 const BYTES: u64 = 4 << 20;
 const LIMIT: Duration = Duration::from_secs(30);

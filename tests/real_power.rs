@@ -5,8 +5,6 @@
 //! the daemon, the kernel's page cache, its block layer and the disk's cache, all of which a cut takes away. `NBDTRACK_SEED`
 //! replays a run's choices (not the machine's timing), `NBDTRACK_POWER_CUTS` makes it longer. tests/guest has the same in a guest.
 
-mod support;
-
 use std::time::Duration;
 
 use support::bus::Options;
@@ -19,7 +17,7 @@ use support::loops::sparse_file;
 use support::process;
 use support::scene::{STEP_LIMIT, Scene};
 use support::stream::Held;
-use support::{Doing, Outcome};
+use support::{Doing, Outcome, hold};
 
 /// By how many times there may be more cuts than were asked for, until one of them has lost something.
 const MORE: u64 = 4;

@@ -1,8 +1,6 @@
 //! QCOW2 images beside disks: what is served reads, through the daemon and real clients, byte for byte as QEMU reads it; what is not
 //! served is refused by name; and no one else writes to an image while it is served.
 
-mod support;
-
 use std::os::fd::FromRawFd;
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -13,7 +11,7 @@ use support::ground::{Ground, Need, real, tell};
 use support::images::{self, qemu_img, scene, text};
 use support::process::{self, Running};
 use support::scene::{STEP_LIMIT, Scene};
-use support::{Outcome, until};
+use support::{Outcome, hold, trouble, until};
 use zbus::Variant;
 
 const NEEDS: &[Need] = &[

@@ -3,8 +3,6 @@
 //!
 //! `NBDTRACK_SEED` replays a run's choices, `NBDTRACK_KILLS` and `NBDTRACK_POWER_CUTS` make it longer.
 
-mod support;
-
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -16,7 +14,7 @@ use support::images::{KINDS, text};
 use support::process;
 use support::scene::{STEP_LIMIT, Scene};
 use support::stream::Held;
-use support::{Doing, Outcome};
+use support::{Doing, Outcome, hold};
 
 const LIMIT: Duration = Duration::from_secs(60);
 /// By how many times there may be more cuts than were asked for, until one of them has lost something.

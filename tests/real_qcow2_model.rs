@@ -3,8 +3,6 @@
 //!
 //! `NBDTRACK_SEED` replays a run's choices; `NBDTRACK_SEQUENCES` and `NBDTRACK_OPERATIONS` make it longer.
 
-mod support;
-
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
@@ -15,7 +13,7 @@ use support::ground::{Ground, Need, real, tell};
 use support::images::{self, scene, text};
 use support::process::{self, Running};
 use support::scene::{STEP_LIMIT, Scene};
-use support::{Doing, Outcome, until};
+use support::{Doing, Outcome, hold, trouble, until};
 
 const LIMIT: Duration = Duration::from_secs(60);
 const NAME: &str = "vol";

@@ -7,7 +7,6 @@
 //! images one is QEMU's to judge, too.
 
 mod raw_file;
-mod support;
 
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -25,7 +24,7 @@ use support::images::{KINDS, qemu_img, qemu_io, text};
 use support::pattern::SECTOR;
 use support::process;
 use support::scene::STEP_LIMIT;
-use support::{Doing, Outcome};
+use support::{Doing, Outcome, hold, trouble};
 
 /// Not whole clusters of any size but the smallest.
 const SECTORS: usize = 2048 + 3;

@@ -1,12 +1,11 @@
 //! Disks that grow and shrink under their clients.
 
-mod support;
-
 use std::fs::OpenOptions;
 
 use support::Outcome;
 use support::client::{Client, Go, knock};
 use support::ground::{Need, real};
+use support::hold;
 use support::scene::{STEP_LIMIT, Scene};
 
 const NEEDS: &[Need] = &[Need::Loop, Need::Bus];

@@ -1,7 +1,5 @@
 //! What a service manager sees: ready, reloading and stopping in order, the watchdog, and sockets that it passes.
 
-mod support;
-
 use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -17,7 +15,7 @@ use support::ground::{Ground, Need, real};
 use support::loops::{LoopDevice, sparse_file};
 use support::process::{Finished, Running, command, run_command, succeed};
 use support::scene::{STEP_LIMIT, Volume};
-use support::{Doing, Outcome};
+use support::{Doing, Outcome, hold, trouble};
 
 const NEEDS: &[Need] = &[Need::Loop];
 const BYTES: u64 = 4 << 20;

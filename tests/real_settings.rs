@@ -1,8 +1,6 @@
 //! In nbd-server's place with a file of ours beside its configuration (`x-settings`): the same command line, and the table of VMs' disks
 //! in the appliance's MariaDB, which no key of nbd-server's could say.
 
-mod support;
-
 use std::fs;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
@@ -18,7 +16,7 @@ use support::mariadb::MariaDb;
 use support::process::{Running, command};
 use support::scene::{STEP_LIMIT, Volume};
 use support::vm_disks::{VM, ensure_when_up, name};
-use support::{Doing, Outcome, until};
+use support::{Doing, Outcome, hold, trouble, until};
 
 const NEEDS: &[Need] = &[
     Need::Loop,

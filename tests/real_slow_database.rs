@@ -1,8 +1,6 @@
 //! Promise: a shared table that takes its rows slowly holds up no order for the local store, however many rows it is to be told after a
 //! reconnect; and no row is written as it was before an order that came between, or over what somebody else wrote there since it was looked at.
 
-mod support;
-
 use std::time::{Duration, Instant};
 
 use support::bus::{Options, Refused, Word};
@@ -10,7 +8,7 @@ use support::ground::{Need, real, tell};
 use support::mariadb::MariaDb;
 use support::scene::{STEP_LIMIT, Scene};
 use support::vm_disks::{VM, ensure_now, name};
-use support::{Outcome, until};
+use support::{Outcome, hold, trouble, until};
 use zbus::Variant;
 
 const NEEDS: &[Need] = &[

@@ -1,7 +1,5 @@
 //! A daemon that is told to stop while it starts or reads its configuration again ends in order and leaves nothing in the way of the next.
 
-mod support;
-
 use std::os::unix::process::ExitStatusExt;
 use std::process::{ExitStatus, Stdio};
 use std::time::Instant;
@@ -13,7 +11,7 @@ use support::ground::{Ground, Need, real, tell};
 use support::loops::LoopDevice;
 use support::process::Running;
 use support::scene::{STEP_LIMIT, Volume};
-use support::{Doing, Outcome, until};
+use support::{Doing, Outcome, hold, until};
 
 const NEEDS: &[Need] = &[Need::Loop];
 const BYTES: u64 = 4 << 20;

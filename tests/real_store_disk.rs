@@ -1,8 +1,6 @@
 //! Promise: a store whose disk is slow or full holds up nobody but who changes something, and those are told in time; once the disk is well
 //! again the store says what the daemon does, so that a crash loses nothing that was told, and brings nothing back.
 
-mod support;
-
 use std::io::Write;
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
@@ -20,7 +18,7 @@ use support::loops::LoopDevice;
 use support::mounts::Mounted;
 use support::process::Running;
 use support::scene::{STEP_LIMIT, Scene, Volume, nbdtrack};
-use support::{Outcome, process, until};
+use support::{Outcome, hold, process, trouble, until};
 
 const NEEDS: &[Need] = &[Need::Loop, Need::Bus, Need::Tool("mkfs.ext4")];
 const BYTES: u64 = 4 << 20;

@@ -1,8 +1,6 @@
 //! What callers of the live daemon can rely on: how exports are removed, sessions ended, the configuration read again, and
 //! long calls watched.
 
-mod support;
-
 use std::collections::BTreeMap;
 use std::io::Write;
 
@@ -15,7 +13,7 @@ use support::fuse_disk::{ALL, FuseDisk};
 use support::ground::{Ground, Need, real};
 use support::loops::LoopDevice;
 use support::scene::{STEP_LIMIT, Scene, Volume, nbdtrack};
-use support::{Outcome, until};
+use support::{Outcome, hold, trouble, until};
 use zbus::{OwnedVariant, Variant};
 
 const NEEDS: &[Need] = &[Need::Loop, Need::Bus];

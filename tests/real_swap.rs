@@ -1,10 +1,9 @@
 //! The main job on real kernel events: volumes change places, each export follows its own, bystanders notice nothing.
 
-mod support;
-
 use support::Outcome;
 use support::client::{Client, Go, knock};
 use support::ground::{Need, real, tell};
+use support::hold;
 use support::pattern;
 use support::scene::{STEP_LIMIT, Scene, Volume};
 use support::stream::{Held, Pace, Stream};

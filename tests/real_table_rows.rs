@@ -1,8 +1,6 @@
 //! Promise: in a real MariaDB a row of the shared table is written only where it is this daemon's, by each byte of its id, and only while it
 //! says what its writing rests on. A daemon that writes nothing keeps its name there.
 
-mod support;
-
 use std::collections::BTreeMap;
 
 use nbdtrack::correlation::{MappingState, State, VmDisk};
@@ -13,7 +11,7 @@ use support::daemon::Home;
 use support::ground::{Need, real};
 use support::mariadb::MariaDb;
 use support::scene::STEP_LIMIT;
-use support::{Doing, Outcome, until};
+use support::{Doing, Outcome, hold, trouble, until};
 use tokio::runtime::{Builder, Runtime};
 
 const NEEDS: &[Need] = &[

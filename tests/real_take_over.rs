@@ -1,8 +1,6 @@
 //! `take-over`, `give-back` and the package's own scripts in a Debian beside this machine's: its files under an overlay, with processes and
 //! a network of its own and an init script as its service manager. What systemd makes of it is for the guest's tests.
 
-mod support;
-
 use std::fs;
 use std::os::fd::AsFd;
 use std::os::unix::process::ExitStatusExt;
@@ -15,7 +13,7 @@ use support::ground::{Ground, Need, real, skip, tell};
 use support::loops::LoopDevice;
 use support::process::{self, Finished, Running, command};
 use support::stream::{Held, Pace, Stream};
-use support::{Doing, Outcome, until};
+use support::{Doing, Outcome, hold, trouble, until};
 
 const NEEDS: &[Need] = &[
     Need::Loop,

@@ -4,8 +4,6 @@
 //! name this test's loop devices, and a netlink group that no one else hears. The kernel sends its events to
 //! every network namespace of the first user namespace (kernel `lib/kobject_uevent.c`), so these are real.
 
-mod support;
-
 use std::collections::BTreeSet;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::PathBuf;
@@ -26,7 +24,7 @@ use support::loops::{LoopDevice, sparse_file};
 use support::process::{Running, command, run, succeed};
 use support::scene::{STEP_LIMIT, Scene};
 use support::uevents::Uevents;
-use support::{Doing, Outcome, Trouble, settled, until};
+use support::{Doing, Outcome, Trouble, hold, settled, trouble, until};
 
 const UDEVD: &str = "/lib/systemd/systemd-udevd";
 const NEEDS: &[Need] = &[

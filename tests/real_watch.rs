@@ -1,7 +1,5 @@
 //! With `watch_config`, files that change are read again by themselves: once for what belongs together, and not for an editor's own.
 
-mod support;
-
 use std::fs;
 use std::path::Path;
 
@@ -10,6 +8,7 @@ use support::bus::{Bus, Client, Options};
 use support::client::Client as NbdClient;
 use support::daemon::Home;
 use support::ground::{Ground, Need, real};
+use support::hold;
 use support::scene::STEP_LIMIT;
 
 const NEEDS: &[Need] = &[Need::Bus];

@@ -3,11 +3,11 @@
 
 use std::time::{Duration, Instant};
 
-use crate::support::ground::Ground;
-use crate::support::process;
-use crate::support::scene::Scene;
-use crate::support::{Doing, Outcome};
 use crate::table::{Aim, Row, ms};
+use support::ground::Ground;
+use support::process;
+use support::scene::Scene;
+use support::{Doing, Outcome};
 
 const BYTES: u64 = 256 << 20;
 const TIMES: usize = 10;

@@ -20,10 +20,10 @@ use nbdtrack::nbd::{Door, Limits};
 use socket2::Socket;
 
 use crate::middle;
-use crate::support::client::{CMD_READ, Go, PATIENCE, negotiate, read_reply, request};
-use crate::support::{Doing, Outcome, Trouble, until};
 use crate::table::{Aim, Row, ms};
-use crate::{hold, trouble};
+use support::client::{CMD_READ, Go, PATIENCE, negotiate, read_reply, request};
+use support::{Doing, Outcome, Trouble, until};
+use support::{hold, trouble};
 
 const CLIENTS: [usize; 3] = [1, 10, 100];
 const FENCE_AIM_MS: f64 = 1.0;

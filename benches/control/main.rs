@@ -6,8 +6,6 @@
 
 #[path = "../shared/machine.rs"]
 mod machine;
-#[path = "../../tests/support/mod.rs"]
-mod support;
 
 mod cached;
 mod fence;
@@ -27,6 +25,7 @@ use std::time::Instant;
 
 use support::Outcome;
 use support::ground::Ground;
+use support::trouble;
 use table::Row;
 
 /// How often each thing is done.

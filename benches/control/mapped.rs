@@ -2,14 +2,15 @@
 
 use std::time::{Instant, SystemTime};
 
-use crate::support::bus::{Client, Options, Refused};
-use crate::support::ground::Ground;
-use crate::support::loops::sparse_file;
-use crate::support::mariadb::MariaDb;
-use crate::support::scene::{STEP_LIMIT, Scene};
-use crate::support::{Outcome, bus, until};
+use crate::on_ground;
 use crate::table::{Aim, Row, ms};
-use crate::{hold, on_ground, trouble};
+use support::bus::{Client, Options, Refused};
+use support::ground::Ground;
+use support::loops::sparse_file;
+use support::mariadb::MariaDb;
+use support::scene::{STEP_LIMIT, Scene};
+use support::{Outcome, bus, until};
+use support::{hold, trouble};
 
 /// Mappings whose disks are not there.
 pub const MANY: u32 = 10_000;

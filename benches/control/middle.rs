@@ -10,9 +10,9 @@ use nbdtrack::correlation::{
 };
 use nbdtrack::identity::VolumeId;
 
-use crate::hold;
-use crate::support::Outcome;
 use crate::table::{Aim, Row};
+use support::Outcome;
+use support::hold;
 
 const SIZES: [u32; 4] = [10, 100, 1_000, 10_000];
 const BYTES: u64 = 1 << 20;

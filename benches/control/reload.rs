@@ -3,16 +3,17 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use crate::on_ground;
 use crate::scale::CALM;
-use crate::support::Outcome;
-use crate::support::bus::{Bus, Client, Options};
-use crate::support::daemon::Home;
-use crate::support::ground::Ground;
-use crate::support::loops::LoopDevice;
-use crate::support::scene::{STEP_LIMIT, Volume};
-use crate::support::stream::{Pace, Stream};
 use crate::table::{Aim, Row, ms};
-use crate::{hold, on_ground};
+use support::Outcome;
+use support::bus::{Bus, Client, Options};
+use support::daemon::Home;
+use support::ground::Ground;
+use support::hold;
+use support::loops::LoopDevice;
+use support::scene::{STEP_LIMIT, Volume};
+use support::stream::{Pace, Stream};
 
 const SIZES: [u32; 4] = [10, 100, 1_000, 10_000];
 const BYTES: u64 = 8 << 20;

@@ -8,12 +8,12 @@ use nbdtrack::correlation::{Change, Definition, Source};
 use nbdtrack::identity::VolumeId;
 use nbdtrack::mapping::Store;
 
-use crate::support::client::{Go, knock};
-use crate::support::ground::Ground;
-use crate::support::scene::{STEP_LIMIT, Scene};
-use crate::support::{Doing, Outcome, until};
 use crate::table::{Aim, Row, ms};
 use crate::{middle, on_ground, swaps};
+use support::client::{Go, knock};
+use support::ground::Ground;
+use support::scene::{STEP_LIMIT, Scene};
+use support::{Doing, Outcome, until};
 
 /// Exports whose disks are not there.
 pub const MANY: u32 = 10_000;

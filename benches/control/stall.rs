@@ -3,13 +3,14 @@
 
 use std::time::{Duration, Instant};
 
-use crate::support::Outcome;
-use crate::support::ground::Ground;
-use crate::support::loops::LoopDevice;
-use crate::support::scene::{Scene, Volume};
-use crate::support::stream::{Pace, Stream};
 use crate::table::{Aim, Row, ms};
-use crate::{hold, on_ground, swaps};
+use crate::{on_ground, swaps};
+use support::Outcome;
+use support::ground::Ground;
+use support::hold;
+use support::loops::LoopDevice;
+use support::scene::{Scene, Volume};
+use support::stream::{Pace, Stream};
 
 /// Swaps of one run.
 pub const SWAPS: usize = 50;
@@ -98,7 +99,7 @@ impl Strangers {
             for device in &self.devices {
                 // The daemon may be reading its facts: then the driver lets go right after.
                 device.detach()?;
-                crate::support::settled(Duration::from_secs(5), || device.backing_file().is_none());
+                support::settled(Duration::from_secs(5), || device.backing_file().is_none());
             }
         }
         Ok(())

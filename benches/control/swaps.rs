@@ -5,12 +5,12 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::time::Instant;
 
-use crate::support::client::Client;
-use crate::support::ground::Ground;
-use crate::support::scene::{STEP_LIMIT, Scene};
-use crate::support::uevents::Uevents;
-use crate::support::{Doing, Outcome};
 use crate::table::{Aim, Row, ms};
+use support::client::Client;
+use support::ground::Ground;
+use support::scene::{STEP_LIMIT, Scene};
+use support::uevents::Uevents;
+use support::{Doing, Outcome};
 
 /// Bytes of each volume.
 pub const BYTES: u64 = 16 << 20;

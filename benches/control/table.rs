@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::time::Duration;
 
-use crate::support::{Doing, Outcome};
+use support::{Doing, Outcome};
 
 /// Which number of a row its aim speaks of.
 #[derive(Debug, Clone, Copy, PartialEq)]

@@ -8,10 +8,10 @@ use std::time::Duration;
 
 use nix::sys::signal::Signal;
 
-use crate::support::ground::Ground;
-use crate::support::process::{Running, command};
-use crate::support::{Doing, Outcome, until};
-use crate::trouble;
+use support::ground::Ground;
+use support::process::{Running, command};
+use support::trouble;
+use support::{Doing, Outcome, until};
 
 const BINARY: &str = "/lib/systemd/systemd-udevd";
 /// Whoever uses libudev looks for this to know whether udevd runs.

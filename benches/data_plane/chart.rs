@@ -5,7 +5,7 @@ use std::path::Path;
 
 use crate::results::Results;
 use crate::servers::Kind;
-use crate::support::{Doing, Outcome};
+use support::{Doing, Outcome};
 
 const LINE: f64 = 18.0;
 const LABEL: f64 = 260.0;

@@ -5,7 +5,7 @@ use std::time::Duration;
 use nix::time::clock_getcpuclockid;
 use nix::unistd::{Pid, SysconfVar, sysconf};
 
-use crate::support::Outcome;
+use support::Outcome;
 
 /// Processor time so far. Children that are gone count with the kernel's ticks, all else with nanoseconds.
 pub fn cpu(pid: Pid) -> Outcome<Duration> {

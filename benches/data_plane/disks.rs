@@ -6,10 +6,10 @@ use std::path::{Path, PathBuf};
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 
 use crate::images::{self, Contents};
-use crate::support::Outcome;
-use crate::support::fuse_disk::FuseDisk;
-use crate::support::loops::LoopDevice;
-use crate::trouble;
+use support::Outcome;
+use support::fuse_disk::FuseDisk;
+use support::loops::LoopDevice;
+use support::trouble;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum DiskKind {

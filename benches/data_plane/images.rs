@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use crate::support::Outcome;
-use crate::support::process::succeed;
+use support::Outcome;
+use support::process::succeed;
 
 const LIMIT: Duration = Duration::from_secs(120);
 /// Images above the one that holds the data, in the row of a chain.

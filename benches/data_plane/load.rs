@@ -17,11 +17,11 @@ use socket2::Socket;
 
 use crate::histogram::Histogram;
 use crate::replies::{Finished, Replies};
-use crate::support::client::{
+use support::client::{
     CMD_READ, CMD_WRITE, Endpoint, Go, negotiate, negotiate_structured, request,
 };
-use crate::support::{Doing, Outcome};
-use crate::{hold, trouble};
+use support::{Doing, Outcome};
+use support::{hold, trouble};
 
 /// What stands at the begin of each 4 KiB of every disk and of every write, so that an answer that is not
 /// the disk's is noticed.

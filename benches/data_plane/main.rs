@@ -6,8 +6,6 @@
 
 #[path = "../shared/machine.rs"]
 mod machine;
-#[path = "../../tests/support/mod.rs"]
-mod support;
 
 mod chart;
 mod cost;
@@ -36,7 +34,7 @@ use servers::{Kind, Order, Server};
 use support::client::Endpoint;
 use support::ground::Ground;
 use support::process::installed;
-use support::{Doing, Outcome};
+use support::{Doing, Outcome, hold, trouble};
 use workloads::{Stage, Workload};
 
 /// Bytes of a disk: more than a processor's cache, little enough that those of all servers stay in memory.

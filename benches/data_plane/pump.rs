@@ -10,12 +10,12 @@ use std::path::Path;
 use socket2::Socket;
 
 use crate::load::{MARK, MARK_EVERY};
-use crate::support::Outcome;
-use crate::support::client::{
+use support::Outcome;
+use support::client::{
     CMD_DISC, CMD_READ, CMD_WRITE, Endpoint, NBD_MAGIC, OPT_GO, OPT_STRUCTURED_REPLY, OPTION_MAGIC,
     OPTION_REPLY_MAGIC, REP_ACK, REP_INFO, SIMPLE_REPLY_MAGIC, STRUCTURED_REPLY_MAGIC,
 };
-use crate::{hold, trouble};
+use support::{hold, trouble};
 
 /// One receive; the largest request of a workload fits.
 const RECEIVE_BYTES: usize = 4 << 20;

@@ -1,9 +1,9 @@
 //! The stream of replies of one connection, simple or structured, in whatever pieces it arrives.
 
 use crate::load::{MARK, MARK_EVERY};
-use crate::support::Outcome;
-use crate::support::client::{SIMPLE_REPLY_MAGIC, STRUCTURED_REPLY_MAGIC};
-use crate::{hold, trouble};
+use support::Outcome;
+use support::client::{SIMPLE_REPLY_MAGIC, STRUCTURED_REPLY_MAGIC};
+use support::{hold, trouble};
 
 // proto.md "Structured reply flags" and "Structured reply types".
 const FLAG_DONE: u16 = 1;

@@ -4,8 +4,8 @@ use std::path::Path;
 
 use crate::results::{Results, Row, Series};
 use crate::servers::Kind;
-use crate::support::{Doing, Outcome};
 use crate::turn::Sample;
+use support::{Doing, Outcome};
 
 /// Three tables: nbdtrack against the best peer and the bound, what it costs, and every server's figure.
 pub fn print(results: &Results) {

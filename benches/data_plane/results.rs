@@ -1,9 +1,9 @@
 //! Samples become rows: medians, ratios within rounds, and who is the best peer.
 
 use crate::servers::Kind;
-use crate::support::Trouble;
 use crate::turn::Sample;
 use crate::workloads::{Unit, Workload};
+use support::Trouble;
 
 #[derive(Debug, Default)]
 pub struct Results {

@@ -10,12 +10,12 @@ use std::time::Duration;
 use nix::unistd::Pid;
 
 use crate::disks::{Disk, DiskKind};
-use crate::support::client::{Endpoint, Go, knock};
-use crate::support::daemon::{Daemon, Home, free_port};
-use crate::support::nbd_server::NbdServer;
-use crate::support::process::{Running, command};
-use crate::support::{Doing, Outcome, until};
 use crate::workloads::Stage;
+use support::client::{Endpoint, Go, knock};
+use support::daemon::{Daemon, Home, free_port};
+use support::nbd_server::NbdServer;
+use support::process::{Running, command};
+use support::{Doing, Outcome, until};
 
 const START_LIMIT: Duration = Duration::from_secs(60);
 /// The export that is measured; the others of the rows with many are `e1`, `e2` and so on.

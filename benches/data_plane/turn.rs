@@ -10,11 +10,11 @@ use socket2::Socket;
 use crate::cost;
 use crate::load::{Load, MARK, Op, Shape, Tally, thread_cpu};
 use crate::servers::{EXPORT, ILL, Server};
-use crate::support::client::{CMD_DISC, CMD_FLUSH, CMD_READ, CMD_TRIM, Go, negotiate, request};
-use crate::support::fuse_disk::ALL;
-use crate::support::{Outcome, process, until};
 use crate::workloads::{Neighbour, What, Workload};
-use crate::{hold, trouble};
+use support::client::{CMD_DISC, CMD_FLUSH, CMD_READ, CMD_TRIM, Go, negotiate, request};
+use support::fuse_disk::ALL;
+use support::{Outcome, process, until};
+use support::{hold, trouble};
 
 /// Before what counts: the page cache of the processor, the threads of the server.
 const WARM_UP: Duration = Duration::from_millis(15);

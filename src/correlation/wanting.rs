@@ -120,7 +120,10 @@ impl Wanting {
     /// Whether the export of this definition is found as what it is, and as nothing else.
     pub fn has(&self, definition: &Definition) -> bool {
         let kind = Kind::of(definition);
-        let found = self.kinds.iter().filter(|alike| alike.has(&definition.name));
+        let found = self
+            .kinds
+            .iter()
+            .filter(|alike| alike.has(&definition.name));
         found.map(|alike| &alike.kind).eq([&kind])
     }
 }

@@ -8,8 +8,8 @@ use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::support::{Deadline, Doing, Outcome};
-use crate::{hold, trouble};
+use support::{Deadline, Doing, Outcome};
+use support::{hold, trouble};
 
 /// How long a command may take that nothing else is said of; generous, for emulation on a busy machine.
 pub const COMMAND: Duration = Duration::from_secs(60);

@@ -11,11 +11,11 @@ use super::fences::Fence;
 use super::ledger::Ledger;
 use super::machine::{Bus, Machine, Plug, Slots};
 use super::stock::Stock;
-use crate::support::client::{Client, Endpoint, Go, knock};
-use crate::support::pattern::{self, Tally};
-use crate::support::stream::{BLOCK, Report};
-use crate::support::{Doing, Outcome, Trouble, process};
-use crate::{hold, trouble};
+use support::client::{Client, Endpoint, Go, knock};
+use support::pattern::{self, Tally};
+use support::stream::{BLOCK, Report};
+use support::{Doing, Outcome, Trouble, process};
+use support::{hold, trouble};
 
 /// How long one step may take in an emulated guest on a busy machine.
 pub const STEP: Duration = Duration::from_secs(40);

@@ -3,7 +3,7 @@
 use std::collections::{BTreeSet, VecDeque};
 
 use super::bed::Bed;
-use crate::support::Outcome;
+use support::Outcome;
 
 /// One fence, in microseconds since the kernel's `remove`.
 #[derive(Debug, Clone, Copy)]

@@ -2,9 +2,9 @@
 
 use std::path::Path;
 
-use crate::support::Outcome;
-use crate::support::pattern::{self, Expected, Tally};
-use crate::support::stream::{BLOCK, Report};
+use support::Outcome;
+use support::pattern::{self, Expected, Tally};
+use support::stream::{BLOCK, Report};
 
 /// The writes that may be seen in one block: not older than what was promised, not newer than what was sent.
 #[derive(Debug, Clone, Copy)]

@@ -7,8 +7,8 @@ use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::support::{Deadline, Doing, Outcome};
-use crate::trouble;
+use support::trouble;
+use support::{Deadline, Doing, Outcome};
 
 /// One line and when the host read it.
 #[derive(Debug, Clone)]

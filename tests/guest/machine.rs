@@ -15,10 +15,10 @@ use tempfile::TempDir;
 use super::agent::Agent;
 use super::lines::Lines;
 use super::qmp::Qmp;
-use crate::support::daemon::free_port;
-use crate::support::process::{self, Running, command};
-use crate::support::{Doing, Outcome, until};
-use crate::{hold, trouble};
+use support::daemon::free_port;
+use support::process::{self, Running, command};
+use support::{Doing, Outcome, until};
+use support::{hold, trouble};
 
 /// The two machine types that clouds give their guests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -269,7 +269,7 @@ fn template(image: &Path, shape: Shape, logs: &Path) -> Outcome<()> {
     std::fs::copy(&overlay, &copy)?;
     std::fs::rename(&copy, &disk)?;
     std::fs::write(&done, recipe)?;
-    crate::support::ground::tell(&format!(
+    support::ground::tell(&format!(
         "guest template {}: booted in {:.1} s",
         shape.name(),
         machine.ready_in.as_secs_f32()
@@ -416,8 +416,8 @@ fn connect(path: &Path, logs: &Path) -> Outcome<UnixStream> {
     let limit = Duration::from_secs(20);
     let found = until(limit, path.display(), || Ok(UnixStream::connect(path).ok()));
     found.map_err(|e| {
-        let said = crate::support::ground::tail(&logs.join("qemu.log"));
-        crate::support::Trouble(format!("{e}\n{said}"))
+        let said = support::ground::tail(&logs.join("qemu.log"));
+        support::Trouble(format!("{e}\n{said}"))
     })
 }
 

@@ -4,9 +4,6 @@
 //! `make test-guest` runs all, `make test-guest SCENARIO=swap` one. The machine is emulated: no time below two seconds is
 //! asserted, and everything is waited for by its condition.
 
-#[path = "../support/mod.rs"]
-mod support;
-
 mod agent;
 mod bed;
 mod fences;

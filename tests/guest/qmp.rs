@@ -8,8 +8,8 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use super::lines::Lines;
-use crate::support::{Doing, Outcome};
-use crate::trouble;
+use support::trouble;
+use support::{Doing, Outcome};
 
 /// How long QEMU may take to answer, on a machine that does much else.
 const ANSWER: Duration = Duration::from_secs(60);

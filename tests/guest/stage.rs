@@ -11,11 +11,11 @@ use super::bed::{Bed, Row, Told};
 use super::fences::Fence;
 use super::machine::{Machine, Shape};
 use super::stock::Stock;
-use crate::support::ground::{skip, tell};
-use crate::support::pattern::Tally;
-use crate::support::process::{self, installed};
-use crate::support::{Doing, Outcome, until};
-use crate::{hold, trouble};
+use support::ground::{skip, tell};
+use support::pattern::Tally;
+use support::process::{self, installed};
+use support::{Doing, Outcome, until};
+use support::{hold, trouble};
 
 /// Until another guest has ended: the longest scenario is a soak.
 const PATIENCE: Duration = Duration::from_secs(24 * 3_600);

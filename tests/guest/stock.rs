@@ -5,9 +5,9 @@ use std::fmt::Write as _;
 use std::time::Duration;
 
 use super::bed::{Bed, STEP};
-use crate::support::client::{Client, knock};
-use crate::support::{Outcome, until};
-use crate::{hold, trouble};
+use support::client::{Client, knock};
+use support::{Outcome, until};
+use support::{hold, trouble};
 
 /// The stock server's exports.
 #[derive(Default)]

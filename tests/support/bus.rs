@@ -57,7 +57,7 @@ impl Bus {
 
 /// As the system bus, with the policy that is shipped.
 fn bus_config(socket: &Path) -> String {
-    let policy = concat!(env!("CARGO_MANIFEST_DIR"), "/dbus/org.nbdtrack1.conf");
+    let policy = concat!(env!("CARGO_MANIFEST_DIR"), "/../../dbus/org.nbdtrack1.conf");
     include_str!("../bus/system.conf")
         .replace("SOCKET", &socket.display().to_string())
         .replace("POLICY", policy)

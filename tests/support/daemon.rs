@@ -274,13 +274,10 @@ pub fn holdings(pid: u32) -> Outcome<Holdings> {
     })
 }
 
-/// The nbdtrack to test: `NBDTRACK_BIN`, else the one that cargo built for this test, else the one beside this
-/// program (`target/release/examples/x` → `target/release/nbdtrack`).
+/// The nbdtrack to test: `NBDTRACK_BIN`, else the one that cargo built with this program (`target/debug/deps/x` and
+/// `target/release/examples/x` → `nbdtrack` a folder above).
 pub fn binary() -> PathBuf {
     if let Some(path) = std::env::var_os("NBDTRACK_BIN") {
-        return path.into();
-    }
-    if let Some(path) = option_env!("CARGO_BIN_EXE_nbdtrack") {
         return path.into();
     }
     let here = std::env::current_exe().unwrap_or_default();

@@ -47,7 +47,10 @@ impl Control {
                     "the disk of backup {name} has not given up its last requests: finish it again later"
                 )));
             }
-            self.shelf.known().backups.finish(name, Interrupted::Finish)?;
+            self.shelf
+                .known()
+                .backups
+                .finish(name, Interrupted::Finish)?;
         }
         Ok(())
     }

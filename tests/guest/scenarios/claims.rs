@@ -7,12 +7,12 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 
 use crate::bed::{Bed, STEP};
-use crate::hold;
 use crate::machine::{Bus, Shape};
 use crate::stage::{self, scenario};
-use crate::support::client::Client;
-use crate::support::stream::BLOCK;
-use crate::support::{Doing, Outcome, process, until};
+use support::client::Client;
+use support::hold;
+use support::stream::BLOCK;
+use support::{Doing, Outcome, process, until};
 
 scenario!(
     signatures,
@@ -341,7 +341,7 @@ fn own_disks_of_the_machine_are_untouched_by_the_claims(shape: Shape) -> Outcome
             disks.push(index);
         }
         let [boot, fstab, backup, hint, path, guest, twin] = disks[..] else {
-            crate::trouble!("seven disks");
+            support::trouble!("seven disks");
         };
         bed.plug_all_and_settle(&[boot, backup])?;
         let disk = node(bed, backup)?;

@@ -8,7 +8,7 @@ mod further;
 use super::{moves, swap};
 use crate::machine::Shape;
 use crate::stage::{Verdict, control};
-use crate::support::Outcome;
+use support::Outcome;
 
 scenario!(control, stock_server_writes_to_the_wrong_volume);
 scenario!(control_rotation, stock_server_mixes_up_five);

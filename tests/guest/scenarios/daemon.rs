@@ -1,10 +1,10 @@
 //! What happens to the daemon, to udevd and to the guest while disks move.
 
 use crate::bed::{Bed, STEP};
-use crate::hold;
 use crate::machine::{Machine, Shape};
 use crate::stage::scenario;
-use crate::support::Outcome;
+use support::Outcome;
+use support::hold;
 
 scenario!(
     killed,

@@ -7,16 +7,16 @@ use std::time::Duration;
 use crate::bed::{Bed, STEP};
 use crate::machine::Shape;
 use crate::stage::scenario;
-use crate::support::client::Client;
-use crate::support::process::{self, command};
-use crate::support::{Doing, Outcome, until};
-use crate::{hold, trouble};
+use support::client::Client;
+use support::process::{self, command};
+use support::{Doing, Outcome, until};
+use support::{hold, trouble};
 
 /// On one machine type each: what differs between them is not in it.
 mod restore {
     mod q35 {
         use crate::machine::Shape;
-        use crate::support::Outcome;
+        use support::Outcome;
 
         #[test]
         fn file_of_a_backup_is_restored_by_the_kernels_client_as_the_page_says() -> Outcome<()> {
@@ -28,7 +28,7 @@ mod restore {
 mod quota {
     mod pc {
         use crate::machine::Shape;
-        use crate::support::Outcome;
+        use support::Outcome;
 
         #[test]
         fn quota_of_ext4_answers_enospc_and_is_written_on_when_it_is_raised() -> Outcome<()> {

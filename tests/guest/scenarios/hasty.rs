@@ -4,13 +4,13 @@
 use serde_json::{Value, json};
 
 use crate::bed::{Bed, STEP};
-use crate::hold;
 use crate::machine::Shape;
 use crate::scenarios::moves::SHORT;
 use crate::stage::scenario;
-use crate::support::client::Client;
-use crate::support::stream::Stream;
-use crate::support::{Outcome, until};
+use support::client::Client;
+use support::hold;
+use support::stream::Stream;
+use support::{Outcome, until};
 
 scenario!(
     hasty,
@@ -109,7 +109,7 @@ fn hasten(bed: &mut Bed, pair: &[usize], streaming: bool) -> Outcome<String> {
     }
     for (index, mut client) in clients {
         if let Ok(Ok(())) = bed.write_on(&mut client, index, 41) {
-            crate::trouble!("a write of the first disk's session was acknowledged");
+            support::trouble!("a write of the first disk's session was acknowledged");
         }
     }
     for index in pair {
@@ -144,7 +144,7 @@ fn settle(bed: &mut Bed, index: usize) -> Outcome<String> {
             _ => None,
         })
     })
-    .map_err(|e| crate::support::Trouble(format!("{e}: {last}, the disk's number is {seq}")))?;
+    .map_err(|e| support::Trouble(format!("{e}: {last}, the disk's number is {seq}")))?;
     if found != "served" {
         bed.refused(index)?;
         bed.machine

@@ -5,12 +5,12 @@ use std::path::Path;
 use serde_json::json;
 
 use crate::bed::{Bed, STEP, signal};
-use crate::hold;
 use crate::machine::{Bus, Shape};
 use crate::stage::{Start, Verdict, scenario, staged};
-use crate::support::Outcome;
-use crate::support::client::Client;
-use crate::support::pattern;
+use support::Outcome;
+use support::client::Client;
+use support::hold;
+use support::pattern;
 
 scenario!(
     serials,
@@ -186,7 +186,7 @@ pub fn swap_nvme(bed: &mut Bed) -> Outcome<()> {
             let seen = bed.machine.agent.run(
                 "nbdtrack --json volumes; grep . /sys/block/nvme*/{uuid,nguid,eui,wwid,nsid} /sys/class/nvme/*/serial 2>/dev/null; true",
             )?;
-            crate::trouble!("{e}; {seen}")
+            support::trouble!("{e}; {seen}")
         })?;
         bed.fill(index)?;
     }

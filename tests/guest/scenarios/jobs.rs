@@ -9,20 +9,20 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use self::appliance::Appliance;
 use crate::bed::{Bed, STEP};
-use crate::hold;
 use crate::machine::{DATABASE, Shape};
 use crate::scenarios::packaging::{greeted, one_process, served_by_ours};
 use crate::stage::{Start, Verdict, staged};
-use crate::support::ground::skip;
-use crate::support::process::installed;
-use crate::support::stream::{Pace, Stream};
-use crate::support::{Outcome, until};
+use support::ground::skip;
+use support::hold;
+use support::process::installed;
+use support::stream::{Pace, Stream};
+use support::{Outcome, until};
 
 /// On one machine type: what differs between them is in the scenarios of moves.
 mod failback {
     mod q35 {
         use crate::machine::Shape;
-        use crate::support::Outcome;
+        use support::Outcome;
 
         #[test]
         fn jobs_after_a_failback_succeed_without_a_restart() -> Outcome<()> {
@@ -64,7 +64,7 @@ fn failback_of_two_vms(shape: Shape) -> Outcome<()> {
         Verdict::NoWrongByte,
         |bed| match appliance.take() {
             Some(appliance) => failback(bed, &appliance),
-            None => crate::trouble!("no appliance"),
+            None => support::trouble!("no appliance"),
         },
     )
 }

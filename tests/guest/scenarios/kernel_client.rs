@@ -6,9 +6,9 @@ use std::time::Duration;
 use crate::bed::{Bed, STEP};
 use crate::machine::Shape;
 use crate::stage::scenario;
-use crate::support::Outcome;
-use crate::support::process;
-use crate::{hold, trouble};
+use support::Outcome;
+use support::process;
+use support::{hold, trouble};
 
 scenario!(
     kernel_client,

@@ -5,7 +5,7 @@ macro_rules! scenario {
     ($name:ident, $claim:ident) => {
         mod $name {
             use crate::machine::Shape;
-            use crate::support::Outcome;
+            use support::Outcome;
 
             mod pc {
                 use super::*;

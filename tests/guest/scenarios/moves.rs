@@ -4,12 +4,12 @@ use std::time::Instant;
 
 use crate::bed::Bed;
 use crate::fences::Clients;
-use crate::hold;
 use crate::machine::Shape;
 use crate::stage::scenario;
-use crate::support::Outcome;
-use crate::support::client::Client;
-use crate::support::stream::{Pace, Stream};
+use support::Outcome;
+use support::client::Client;
+use support::hold;
+use support::stream::{Pace, Stream};
 
 scenario!(rotation, five_rotated_disks_keep_their_exports);
 scenario!(streams, streaming_clients_lose_no_flushed_byte_in_a_swap);
@@ -220,7 +220,7 @@ pub fn swap_fast(bed: &mut Bed, swaps: u64, seed: u64) -> Outcome<()> {
         // An old session has ended; its late write reaches nothing.
         for (index, mut client) in clients {
             if let Ok(Ok(())) = bed.write_on(&mut client, index, 0) {
-                crate::trouble!("round {round}: a write of an old session was acknowledged");
+                support::trouble!("round {round}: a write of an old session was acknowledged");
             }
         }
         if round % 10 == 0 {
@@ -295,7 +295,7 @@ pub fn take_name(bed: &mut Bed, surprise: bool) -> Outcome<()> {
     );
     // Refused by an answer or by the end of the connection; the judge sees where it went.
     if let Ok(Ok(())) = bed.write_on(&mut client, a, 2) {
-        crate::trouble!("a write of the old session was acknowledged");
+        support::trouble!("a write of the old session was acknowledged");
     }
     bed.write(c, 2)?;
     bed.come_for_absent(a, 3)?;
@@ -322,7 +322,7 @@ pub fn back_in_order(bed: &mut Bed) -> Outcome<()> {
         "the names are the old ones"
     );
     if let Ok(Ok(())) = bed.write_on(&mut client, a, 2) {
-        crate::trouble!("a write of the old session was acknowledged");
+        support::trouble!("a write of the old session was acknowledged");
     }
     bed.write(a, 3)?;
     bed.write(b, 3)?;

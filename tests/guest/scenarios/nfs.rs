@@ -5,19 +5,19 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crate::bed::{Bed, STEP};
-use crate::hold;
 use crate::machine::Shape;
 use crate::scenarios::files::{LIMIT, PIECE, judge, piece, served};
 use crate::stage::scenario;
-use crate::support::client::Client;
-use crate::support::process;
-use crate::support::stream::{Pace, Stream};
-use crate::support::{Outcome, until};
+use support::client::Client;
+use support::hold;
+use support::process;
+use support::stream::{Pace, Stream};
+use support::{Outcome, until};
 
 /// On one machine type: what differs between them is not in it.
 mod q35 {
     use crate::machine::Shape;
-    use crate::support::Outcome;
+    use support::Outcome;
 
     #[test]
     fn server_that_hangs_holds_up_its_own_files_and_nothing_else() -> Outcome<()> {

@@ -9,17 +9,17 @@ use serde_json::Value;
 use crate::bed::{Bed, STEP};
 use crate::machine::Shape;
 use crate::stage::scenario;
-use crate::support::client::{Client, Go, knock};
-use crate::support::ground::skip;
-use crate::support::process::{command, installed, run_command};
-use crate::support::{Doing, Outcome, until};
-use crate::{hold, trouble};
+use support::client::{Client, Go, knock};
+use support::ground::skip;
+use support::process::{command, installed, run_command};
+use support::{Doing, Outcome, until};
+use support::{hold, trouble};
 
 /// On one machine type each: dpkg and systemd are the same on both.
 mod package {
     mod pc {
         use crate::machine::Shape;
-        use crate::support::Outcome;
+        use support::Outcome;
 
         #[test]
         fn package_is_installed_upgraded_removed_and_purged_beside_clients() -> Outcome<()> {
@@ -29,7 +29,7 @@ mod package {
 
     mod q35 {
         use crate::machine::Shape;
-        use crate::support::Outcome;
+        use support::Outcome;
 
         #[test]
         fn stock_servers_place_goes_along_with_upgrades_and_back_with_the_removal() -> Outcome<()> {
@@ -41,7 +41,7 @@ mod package {
 mod take_over {
     mod q35 {
         use crate::machine::Shape;
-        use crate::support::Outcome;
+        use support::Outcome;
 
         #[test]
         fn stock_servers_place_is_taken_and_given_back_beside_clients() -> Outcome<()> {

@@ -9,13 +9,13 @@ use serde_json::{Value, json};
 use crate::bed::{BYTES, Bed};
 use crate::machine::{Machine, Shape, Slots};
 use crate::stage::{image, scenario};
-use crate::support::chorus::{Chorus, Score, Sung};
-use crate::support::dice::{self, Dice};
-use crate::support::nbd_disk::NbdDisk;
-use crate::support::pattern;
-use crate::support::stream::Held;
-use crate::support::{Doing, Outcome, process};
-use crate::{hold, trouble};
+use support::chorus::{Chorus, Score, Sung};
+use support::dice::{self, Dice};
+use support::nbd_disk::NbdDisk;
+use support::pattern;
+use support::stream::Held;
+use support::{Doing, Outcome, process};
+use support::{hold, trouble};
 
 scenario!(power, what_was_told_to_be_durable_survives_power_cuts);
 

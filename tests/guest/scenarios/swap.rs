@@ -1,10 +1,10 @@
 //! Two disks that change their names while they are served.
 
 use crate::bed::Bed;
-use crate::hold;
 use crate::machine::Shape;
 use crate::stage::scenario;
-use crate::support::Outcome;
+use support::Outcome;
+use support::hold;
 
 scenario!(swap, swapped_disks_keep_their_exports);
 

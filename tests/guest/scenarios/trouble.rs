@@ -6,13 +6,13 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use crate::bed::{Bed, STEP};
-use crate::hold;
 use crate::machine::{PC_SLOTS, Q35_PORTS, Shape};
 use crate::stage::{part, scenario};
-use crate::support::client::{CMD_WRITE, Client, FLAG_FUA, request};
-use crate::support::pattern;
-use crate::support::stream::BLOCK;
-use crate::support::{Outcome, until};
+use support::client::{CMD_WRITE, Client, FLAG_FUA, request};
+use support::hold;
+use support::pattern;
+use support::stream::BLOCK;
+use support::{Outcome, until};
 
 scenario!(errors, disk_with_errors_ends_only_its_own_requests);
 scenario!(hang, hanging_disk_keeps_no_one_else_waiting);
@@ -113,7 +113,7 @@ fn hanging_disk_keeps_no_one_else_waiting(shape: Shape) -> Outcome<()> {
         let client = std::thread::spawn(move || {
             // The first request may have been carried out before the disk hung.
             let mut answered = 0;
-            while let Ok((_, 0)) = crate::support::client::read_reply(&on_a.socket) {
+            while let Ok((_, 0)) = support::client::read_reply(&on_a.socket) {
                 answered += 1;
             }
             (Instant::now(), answered)
@@ -140,7 +140,7 @@ fn hanging_disk_keeps_no_one_else_waiting(shape: Shape) -> Outcome<()> {
         })?;
         let (at, answered) = client
             .join()
-            .map_err(|_| crate::support::Trouble("the client's thread broke".to_owned()))?;
+            .map_err(|_| support::Trouble("the client's thread broke".to_owned()))?;
         hold!(answered < WRITES, "the disk did not hang");
         let ran = bed.machine.agent.finish(hard, "a hard detach", STEP)?;
         // The caller waits its three seconds for the disk; the client does not.

@@ -1,11 +1,11 @@
 //! Two disks that say they are the same volume.
 
 use crate::bed::{Bed, STEP, signal};
-use crate::hold;
 use crate::machine::Shape;
 use crate::stage::scenario;
-use crate::support::Outcome;
-use crate::support::client::Client;
+use support::Outcome;
+use support::client::Client;
+use support::hold;
 
 scenario!(twins, twin_of_a_served_disk_gets_nothing_and_is_told_of);
 scenario!(survivor, survivor_of_two_twins_waits_for_a_person);
@@ -63,7 +63,7 @@ fn survivor_of_two_twins_waits_for_a_person(shape: Shape) -> Outcome<()> {
         let (a, twin, mut client) = serve_and_plug_twin(bed)?;
         bed.unplug(a)?;
         if let Ok(Ok(())) = bed.write_on(&mut client, a, 2) {
-            crate::trouble!("a write of the first disk's session was acknowledged");
+            support::trouble!("a write of the first disk's session was acknowledged");
         }
         bed.reach(a, "Ambiguous")?;
         bed.refused(a)?;

@@ -5,7 +5,7 @@ mod alone;
 use crate::machine::Shape;
 use crate::scenarios::{daemon, identities, moves, trouble};
 use crate::stage::{Start, Verdict, control, control_on};
-use crate::support::Outcome;
+use support::Outcome;
 
 scenario!(streams, stock_server_mixes_up_streaming_clients);
 scenario!(fast, stock_server_mixes_up_fast_swaps);

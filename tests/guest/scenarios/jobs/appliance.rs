@@ -5,8 +5,8 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use crate::bed::STEP;
-use crate::support::mariadb::MariaDb;
-use crate::support::{Doing, Outcome, until};
+use support::mariadb::MariaDb;
+use support::{Doing, Outcome, until};
 
 const TABLE: &str = "CREATE TABLE vm_export_mappings (
     id BIGINT UNSIGNED AUTO_INCREMENT PRIMARY KEY,

@@ -6,13 +6,13 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 
 use crate::bed::Bed;
-use crate::hold;
 use crate::machine::{Bus, Shape};
 use crate::scenarios::trouble;
 use crate::stage::{Verdict, control};
 use crate::stock::SERVERS;
-use crate::support::Outcome;
-use crate::support::client::{Client, Go, knock};
+use support::Outcome;
+use support::client::{Client, Go, knock};
+use support::hold;
 
 scenario!(twins, stock_server_by_path_knows_nothing_of_a_twin);
 scenario!(twins_by_link, stock_server_by_link_writes_to_the_twin);
@@ -29,7 +29,7 @@ fn stock_server_by_path_knows_nothing_of_a_twin(shape: Shape) -> Outcome<()> {
         bed.unplug(a)?;
         match knock(&bed.endpoint(), "vol-a")? {
             Go::Refused { .. } => Ok(()),
-            Go::Agreed { .. } => crate::trouble!("the path was there without a disk"),
+            Go::Agreed { .. } => support::trouble!("the path was there without a disk"),
         }
     })
 }

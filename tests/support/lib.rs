@@ -4,15 +4,6 @@
 //! Everything here cleans up what it made when it is dropped, waits with a deadline, and touches nothing that it
 //! did not make itself.
 
-#![allow(
-    dead_code,
-    reason = "each program that includes this module uses a part of it"
-)]
-#![allow(
-    clippy::duplicate_mod,
-    reason = "each program has what it includes for itself"
-)]
-
 pub mod backup_model;
 pub mod backups;
 pub mod bus;
@@ -69,7 +60,7 @@ pub type Outcome<T> = Result<T, Trouble>;
 #[macro_export]
 macro_rules! trouble {
     ($($words:tt)*) => {
-        return Err($crate::support::Trouble(format!($($words)*)))
+        return Err($crate::Trouble(format!($($words)*)))
     };
 }
 
@@ -78,7 +69,7 @@ macro_rules! trouble {
 macro_rules! hold {
     ($condition:expr, $($words:tt)*) => {
         if !$condition {
-            return Err($crate::support::Trouble(format!($($words)*)));
+            return Err($crate::Trouble(format!($($words)*)));
         }
     };
 }
