@@ -372,6 +372,21 @@ fn reload_answers_with_what_it_changed_and_a_bad_file_changes_nothing() -> Outco
             hold!(found == wanted, "{key}: {found:?}");
         }
         scene.client.reach_state("vol-b", "Absent", STEP_LIMIT)?;
+        // A second writer of a volume: the section is refused with the reason, and what had its name stays.
+        let (a, b) = (scene.volumes[0].id(), scene.volumes[1].id());
+        scene.client.add_export("made", &b)?;
+        scene.home.configure(&[("vol-a", a), ("vol-b", b)])?;
+        let difference = reload(&scene)?;
+        let refused = format!("{:?}", difference.get("Refused"));
+        for says in ["\"vol-b\"", "written to by export made"] {
+            hold!(refused.contains(says), "no {says} in {refused}");
+        }
+        for key in ["Added", "Removed", "Changed"] {
+            let found = names(&difference, key)?;
+            hold!(found.is_empty(), "{key}: {found:?}");
+        }
+        let kept = scene.export("vol-b")?;
+        hold!(kept["VolumeId"].text() == "loop:/nowhere", "{kept:?}");
         hold!(
             untouched.read(0, &mut [0; 512])? == Ok(()),
             "and who is served notices nothing of that"
