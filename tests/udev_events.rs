@@ -467,12 +467,14 @@ fn a_disk_is_gone_when_the_kernel_tells_of_the_next_one_under_its_number() {
         stack.put("sdx/diskseq", &format!("{next}\n"));
         tell(next);
         let gone = timeout(Duration::from_secs(10), watched.events.recv()).await;
-        // The reading ends, or the test would not.
-        std::fs::File::options()
+        // The reading ends, or the test would not; and the next one finds a file, or that would not.
+        let waits = std::fs::File::options()
             .read(true)
             .write(true)
-            .open(&serial)
-            .unwrap();
+            .open(&serial);
+        std::fs::remove_file(&serial).unwrap();
+        stack.put("sdx/serial", "two");
+        drop(waits.unwrap());
         let first = Some(Stack::DISK);
         assert!(
             matches!(gone, Ok(Some(Event::DiskGone { diskseq, .. })) if diskseq == first),
