@@ -349,9 +349,7 @@ fn exchange_of_servers(shape: Shape) -> Outcome<()> {
         both_take(bed, a, b, 5)?;
 
         // The stock server is to find its paths as they were when they were written.
-        bed.unplug_all(&[a, b])?;
-        bed.attach(a)?;
-        bed.attach(b)?;
+        under_their_names(bed, [a, b], &nodes)?;
         let enabled = "systemctl is-enabled nbdtrack; true";
         let before = bed.machine.agent.run(enabled)?;
         let said = bed.machine.agent.run("nbdtrack give-back")?;
@@ -370,6 +368,26 @@ fn exchange_of_servers(shape: Shape) -> Outcome<()> {
         bed.row.count += 1;
         Ok(())
     })
+}
+
+/// How often two disks are pulled and plugged until each has its name.
+const NAMINGS: u32 = 10;
+
+/// Pulls both, and plugs them so that each has the node that it had. The kernel gives a name to the next disk only when the last descriptor of
+/// the one that had it is closed, which can be after that one's removal was told.
+fn under_their_names(bed: &mut Bed, volumes: [usize; 2], nodes: &[String; 2]) -> Outcome<()> {
+    for _ in 0..NAMINGS {
+        bed.unplug_all(&volumes)?;
+        let mut all = true;
+        for (index, node) in volumes.into_iter().zip(nodes) {
+            bed.attach(index)?;
+            all &= bed.node_by_link(index)? == *node;
+        }
+        if all {
+            return Ok(());
+        }
+    }
+    trouble!("in {NAMINGS} times the disks did not get the names {nodes:?}");
 }
 
 /// The unit that systemd made of the init script has the drop-in that waits for the drain, before the script.
