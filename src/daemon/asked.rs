@@ -1,7 +1,5 @@
 //! What callers ask of the loop over D-Bus: a change goes to the middle, a question is answered at once, a survey is ordered.
 
-use std::collections::BTreeMap;
-
 use super::control::{Asker, Control};
 use super::keeper::Order;
 use super::log;
@@ -86,7 +84,11 @@ impl Control {
                 self.answer(reply, Ok(Answer::Volumes(self.resolve(&filter))))
             }
             Call::Rescan => self.rescan(reply),
-            Call::Stats => self.answer(reply, Ok(Answer::Stats(self.stats()))),
+            Call::Stats => {
+                let stats = self.stats().into_iter();
+                let stats = stats.map(|stat| (stat.name.to_owned(), stat.value));
+                self.answer(reply, Ok(Answer::Stats(stats.collect())));
+            }
             Call::Measures => {
                 self.answer(reply, Ok(Answer::Measures(self.measures())));
             }
@@ -150,37 +152,6 @@ impl Control {
                 })
             })
             .collect()
-    }
-
-    pub(super) fn stats(&self) -> BTreeMap<String, u64> {
-        let count = |n: usize| u64::try_from(n).unwrap_or(u64::MAX);
-        let seen = self.observer.counters();
-        let served = serde_json::to_value(self.door.stats()).unwrap_or_default();
-        let mut stats: BTreeMap<String, u64> = serde_json::from_value(served).unwrap_or_default();
-        let (kept, lost) = self.trail.history.counts();
-        if let Some(shared) = &self.shared {
-            stats.extend(shared.counters());
-        }
-        stats.extend(
-            [
-                ("log_lines_lost", log::lost()),
-                ("history_records", kept),
-                ("history_lost", lost),
-                ("exports", count(self.correlation.export_names().len())),
-                ("disks", count(self.correlation.diskseqs().count())),
-                ("orphans", count(self.correlation.orphans())),
-                ("udev_events", seen.events),
-                ("udev_dropped_foreign", seen.dropped_foreign),
-                ("udev_malformed", seen.malformed),
-                ("udev_overruns", seen.overruns),
-                ("udev_surveys", seen.surveys),
-                ("udev_reads", seen.reads),
-                ("udev_late_reads", seen.late_reads),
-                ("udev_failed_reads", seen.failed_reads),
-            ]
-            .map(|(name, value)| (name.to_owned(), value)),
-        );
-        stats
     }
 }
 

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use super::control::Control;
 use crate::correlation::{DiskSeq, Event, Notice, State};
-use crate::nbd::{BUCKETS_US, Measured, Operation};
+use crate::nbd::{BUCKETS_US, Measured, Operation, Stat};
 
 /// Exports that have series of their own, in the order of their names; a scrape of so many is some 5 MB.
 pub const EXPORTS_MAX: usize = 2_000;
@@ -112,7 +112,7 @@ fn numbers(operations: &[Measured; 3]) -> BTreeMap<&'static str, u64> {
 
 fn text(
     states: &BTreeMap<&'static str, u64>,
-    stats: &BTreeMap<String, u64>,
+    stats: &[Stat],
     exports: &[(String, u32, [Measured; 3])],
     serving: &ServingTimes,
 ) -> String {
@@ -136,21 +136,24 @@ fn text(
         ));
     }
     // Counters of the daemon, one family each; those that end in `_now`, and what is counted anew, are gauges.
-    for (name, count) in stats {
-        match name.as_str() {
-            "exports" => {}
-            "disks" | "orphans" => line(format_args!(
-                "# TYPE nbdtrack_{name} gauge\nnbdtrack_{name} {count}"
-            )),
+    for Stat { name, help, value } in stats {
+        let (name, suffix) = match *name {
+            // By state, above.
+            "exports" => continue,
+            "disks" | "orphans" | "database_up" | "database_rows" => (*name, ""),
             _ => match name.strip_suffix("_now") {
-                Some(gauge) => line(format_args!(
-                    "# TYPE nbdtrack_{gauge} gauge\nnbdtrack_{gauge} {count}"
-                )),
-                None => line(format_args!(
-                    "# TYPE nbdtrack_{name} counter\nnbdtrack_{name}_total {count}"
-                )),
+                Some(gauge) => (gauge, ""),
+                None => (*name, "_total"),
             },
-        }
+        };
+        let kind = if suffix.is_empty() {
+            "gauge"
+        } else {
+            "counter"
+        };
+        line(format_args!(
+            "# TYPE nbdtrack_{name} {kind}\n# HELP nbdtrack_{name} {help}\nnbdtrack_{name}{suffix} {value}"
+        ));
     }
     line(format_args!(
         "# TYPE nbdtrack_serving_delay_seconds histogram\n# UNIT nbdtrack_serving_delay_seconds seconds\n# HELP \
@@ -262,11 +265,16 @@ mod tests {
     #[test]
     fn the_text_ends_in_eof_and_a_name_cannot_break_out_of_its_label() {
         let exports = [("a\"} 1\\".to_owned(), 2, [Measured::default(); 3])];
-        let stats = BTreeMap::from([("reads".to_owned(), 7), ("connections_now".to_owned(), 1)]);
+        let stat = |name, value| Stat {
+            name,
+            help: "Of it.",
+            value,
+        };
+        let stats = [stat("reads", 7), stat("connections_now", 1)];
         let text = text(&BTreeMap::new(), &stats, &exports, &ServingTimes::default());
         assert!(text.ends_with("# EOF\n"));
         assert!(text.contains("nbdtrack_reads_total 7\n"));
-        assert!(text.contains("# TYPE nbdtrack_connections gauge\nnbdtrack_connections 1\n"));
+        assert!(text.contains("# TYPE nbdtrack_connections gauge\n# HELP nbdtrack_connections Of it.\nnbdtrack_connections 1\n"));
         assert!(
             text.contains("nbdtrack_export_clients{export=\"a\\\"} 1\\\\\"} 2\n"),
             "{text}"

@@ -30,6 +30,7 @@ mod rescan;
 mod service;
 mod shared;
 mod start;
+mod stats;
 mod stops;
 mod sys;
 mod trail;

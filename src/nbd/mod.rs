@@ -53,5 +53,5 @@ pub use limits::Limits;
 pub use meter::{BUCKETS_US, Measured, Operation};
 pub use pulse::Pulse;
 pub use sessions::SessionFacts;
-pub use stats::Stats;
+pub use stats::{Stat, Stats};
 pub use witness::{Client, ClientWitness, Peer, Seen};

@@ -27,6 +27,7 @@ use crate::correlation::{MappingRow, MappingState, RequestError, Unkept, VmDisk}
 use crate::daemon::reports::Reports;
 use crate::mapping::reconcile::{Demand, Values};
 use crate::mapping::{Address, Database, DatabaseError, Store};
+use crate::nbd::Stat;
 
 /// After the first failure, doubled with each more.
 const RETRY_MIN: Duration = Duration::from_millis(500);
@@ -45,15 +46,39 @@ pub(in crate::daemon) struct SharedTableFacts {
 }
 
 impl SharedTableFacts {
-    pub fn counters(&self) -> [(String, u64); 5] {
+    pub fn counters(&self) -> [Stat; 5] {
+        let stat = |name, help, value: &AtomicU64| Stat {
+            name,
+            help,
+            value: value.load(Ordering::Relaxed),
+        };
         [
-            ("database_up", &self.up),
-            ("database_rows", &self.rows),
-            ("database_conflicts", &self.conflicts),
-            ("database_failures", &self.failures),
-            ("database_retried", &self.retried),
+            stat(
+                "database_up",
+                "1 while the database with the table of VMs' disks answers.",
+                &self.up,
+            ),
+            stat(
+                "database_rows",
+                "Rows of this host in the table of VMs' disks.",
+                &self.rows,
+            ),
+            stat(
+                "database_conflicts",
+                "Rows that ask for what cannot be.",
+                &self.conflicts,
+            ),
+            stat(
+                "database_failures",
+                "Statements that the database refused or did not answer.",
+                &self.failures,
+            ),
+            stat(
+                "database_retried",
+                "Transactions that were made again, for the database had ended them.",
+                &self.retried,
+            ),
         ]
-        .map(|(name, value)| (name.to_owned(), value.load(Ordering::Relaxed)))
     }
 }
 
