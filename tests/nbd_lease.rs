@@ -95,6 +95,39 @@ fn drain_of_idle_and_parked_sessions_closes_them_and_the_image() {
     assert_eq!(Arc::strong_count(&server.image), 1);
 }
 
+/// Its last request was answered, and the next one met a stream that had ended: it could not tell that from a crash.
+#[test]
+fn a_client_between_two_requests_is_told_and_one_that_asks_nothing_sees_the_end() {
+    let limits = Limits {
+        parting: PATIENCE,
+        ..Limits::default()
+    };
+    let server = Server::with(limits, Memory::new(MIB));
+    let mut client = server.go();
+    client.request(cmd::READ, 0, 1, 0, 512);
+    assert_eq!(client.simple(), (0, 1));
+    client.take(512);
+    until("parked", || {
+        let stats = server.door.stats();
+        stats.sessions_parked == stats.sessions_resumed + 1
+    });
+    let before = server.door.stats().sessions_parked;
+    let told = server.end(DRAIN);
+    assert_eq!(told.recv_timeout(PATIENCE), Ok(LeaseEnd::Closed));
+    until("the session has seen it", || {
+        server.door.stats().sessions_parked > before
+    });
+    client.request(cmd::READ, 0, 2, 0, 512);
+    assert_eq!(client.simple(), (ESHUTDOWN, 2));
+    client.closed();
+
+    let server = Server::new();
+    let client = server.go();
+    let told = server.end(DRAIN);
+    assert_eq!(told.recv_timeout(PATIENCE), Ok(LeaseEnd::Closed));
+    client.closed();
+}
+
 #[test]
 fn the_door_lets_go_of_the_image_before_it_reports() {
     let server = Server::new();

@@ -107,7 +107,7 @@ pub(super) struct Control {
     pub(super) options: Options,
     /// Calls that last, by the request that each is; at most the calls that D-Bus lets in.
     pub(super) jobs: BTreeMap<RequestId, JobView>,
-    clients: Arc<ClientChanges>,
+    pub(super) clients: Arc<ClientChanges>,
     /// When they are looked at again; `None` for at once.
     clients_again: Option<tokio::time::Instant>,
     config_changed: Arc<Notify>,
@@ -118,9 +118,9 @@ pub(super) struct Control {
 
 /// Exports whose number of clients changed since the loop last looked; a set, so bounded by the exports.
 #[derive(Default)]
-struct ClientChanges {
+pub(super) struct ClientChanges {
     names: Mutex<BTreeSet<ExportName>>,
-    some: Notify,
+    pub(super) some: Notify,
 }
 
 impl Control {

@@ -185,6 +185,7 @@ async fn serve(options: &Options, passed: Option<Sockets>) -> Result<(), Error> 
         history,
     } = started;
     let ended = control.run(events, told, commands, hangup, stops).await;
+    control.await_parting().await;
     // Whoever listens hears of the end, if the bus takes it.
     control.publisher.flush(FAREWELL).await;
     history.end().await;

@@ -7,6 +7,8 @@ use crate::correlation::Event;
 
 /// A stop waits this much longer than the drain that it orders, for the last closes.
 const STOP_SLACK: Duration = Duration::from_secs(8);
+/// A peer that does not close when its stream has ended is not waited for longer; the unit's TimeoutStopSec= has room for it.
+const PARTED_WITHIN: Duration = Duration::from_millis(300);
 
 impl Control {
     /// After the first survey it is known which volume is where.
@@ -67,5 +69,21 @@ impl Control {
         self.door.shutdown();
         self.apply(Event::Stopping);
         tokio::time::Instant::now() + self.drain_within + STOP_SLACK
+    }
+
+    /// Waits for the last connections, which is not long: the end of the process resets those whose peer has just sent more, and what it was
+    /// told is lost on the way.
+    pub(super) async fn await_parting(&self) {
+        let some_are_there = || {
+            let mut names = self.correlation.export_names();
+            names.any(|name| self.door.clients(name) > 0)
+        };
+        let parted = async {
+            while some_are_there() {
+                self.clients.some.notified().await;
+            }
+        };
+        // Who stays all the same has what it was told, or takes nothing.
+        let _parted = tokio::time::timeout(PARTED_WITHIN, parted).await;
     }
 }

@@ -17,8 +17,13 @@ const LAST_ROUNDS: u32 = 16;
 pub(super) enum Closing {
     /// The peer is done: answer, close.
     Done,
-    /// The lease is ending: answer, say so, give the answers time to arrive, close.
-    Drained,
+    /// The lease is ending, and nothing more is begun. A peer whose last request was answered just before is about to send the next one: it gets
+    /// time for that, to be told what it would not learn from the end of the stream.
+    Parting {
+        until: Instant,
+    },
+    /// Give the answers time to arrive, close.
+    Parted,
     Lingering {
         until: Instant,
     },
@@ -26,31 +31,40 @@ pub(super) enum Closing {
 
 impl Transmission {
     /// After the fence: requests that have arrived are answered, each with ESHUTDOWN, for no image call
-    /// can begin any more.
-    pub(super) fn answer_what_arrived(&mut self, conn: &Arc<Conn>, scratch: &mut Scratch) {
+    /// can begin any more. Whether the peer was told so, or needs no more time
+    /// for a request.
+    pub(super) fn answer_what_arrived(&mut self, conn: &Arc<Conn>, scratch: &mut Scratch) -> bool {
         // They cost nothing, and the end is not to wait for them.
         self.rate = None;
+        let mut told = false;
         for _ in 0..LAST_ROUNDS {
             let outcome = self.process(conn, scratch, usize::MAX);
+            told |= !scratch.gather.is_empty();
             scratch.gather.send(conn);
             match outcome {
                 Outcome::GatherFull | Outcome::StepsDone => continue,
                 Outcome::NeedsInput => {}
                 Outcome::Full(_) | Outcome::Slow(_) | Outcome::Disconnect | Outcome::Violation => {
-                    return;
+                    return true;
                 }
             }
-            if conn.is_blocked() || !matches!(self.receive(conn, scratch, false), Ok(1..)) {
-                return;
+            if conn.is_blocked() {
+                return told;
+            }
+            match self.receive(conn, scratch, false) {
+                Ok(1..) => {}
+                Err(Errno::EAGAIN) => return told,
+                Ok(0) | Err(_) => return true,
             }
         }
+        told
     }
 
     /// One step towards the end; `None` for another.
     pub(super) fn close(
         &mut self,
         closing: Closing,
-        conn: &Conn,
+        conn: &Arc<Conn>,
         scratch: &mut Scratch,
         epoch: u64,
         hung_up: bool,
@@ -64,7 +78,14 @@ impl Transmission {
         }
         match closing {
             Closing::Done => Some(Rest::End),
-            Closing::Drained => {
+            Closing::Parting { until } => {
+                if !self.answer_what_arrived(conn, scratch) && Instant::now() < until {
+                    return Some(Rest::Park(Interest::input(Some(until))));
+                }
+                self.closing = Some(Closing::Parted);
+                None
+            }
+            Closing::Parted => {
                 conn.socket.finish_sending();
                 self.closing = Some(Closing::Lingering {
                     until: Instant::now() + self.lease.shared.limits.linger,

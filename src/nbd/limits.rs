@@ -47,6 +47,8 @@ pub struct Limits {
     pub send: Duration,
     /// How long a peer may take to send one request, beyond [`LEAST_BYTES_PER_S`].
     pub request: Duration,
+    /// How long a peer of a drained session that was told nothing is given for one more request, to be told by its answer.
+    pub parting: Duration,
     /// How long the last replies of a drained session are given to reach the peer, which may still be sending.
     pub linger: Duration,
     /// How long a session's thread waits for its next byte, or for its peer to take more of a reply, before the session is parked.
@@ -86,6 +88,8 @@ impl Default for Limits {
             handshake: Duration::from_secs(10),
             send: Duration::from_secs(10),
             request: Duration::from_secs(30),
+            // More than a reply takes to reach a busy peer, and its next request to come back; less than anyone waits for.
+            parting: Duration::from_millis(50),
             linger: Duration::from_secs(1),
             idle: Duration::from_millis(5),
             session_threads: 256,

@@ -141,6 +141,10 @@ impl Gather {
         self.used >= GATHER_BYTES
     }
 
+    pub(super) fn is_empty(&self) -> bool {
+        self.used == 0
+    }
+
     /// Room for a reply of `bytes`; it counts only with `commit`.
     pub(super) fn room(&mut self, bytes: usize) -> &mut [u8] {
         let end = self.used + bytes;

@@ -116,8 +116,11 @@ impl Transmission {
                 return rest;
             }
             if lease.fenced() && self.closing.is_none() {
-                self.answer_what_arrived(conn, scratch);
-                self.closing = Some(Closing::Drained);
+                let until = Instant::now() + shared.limits.parting;
+                self.closing = Some(match self.answer_what_arrived(conn, scratch) {
+                    true => Closing::Parted,
+                    false => Closing::Parting { until },
+                });
                 continue;
             }
             if let Some(closing) = self.closing {
