@@ -16,7 +16,7 @@ use support::ground::{Ground, Need, real, tell};
 use support::loops::LoopDevice;
 use support::scene::{STEP_LIMIT, Volume};
 use support::stream::{Pace, Stream};
-use support::{Outcome, hold, pattern, process, trouble, until};
+use support::{Outcome, Trouble, hold, pattern, process, trouble, until};
 
 const NEEDS: &[Need] = &[Need::Loop, Need::Bus, Need::Tool("nbdcopy")];
 const BYTES: u64 = 8 << 20;
@@ -483,6 +483,25 @@ fn disk_that_was_there_before_the_daemon_waits_to_be_confirmed_and_stays_so_over
         hold!(all.contains("\"pinned_to\": \"loop:"), "{all}");
         let wrong = place.nbdtrack(&["repin", "late", "--diskseq", "999999999"]);
         hold!(wrong.is_err(), "a disk that is not there was taken");
+        // Under a client its path means what it meant, and a person is told what to type next about that client.
+        let mut client = Client::open(&place.home.endpoint(), "late")?;
+        let diskseq = late.diskseq()?.to_string();
+        let repin = ["repin", "late", "--diskseq", &diskseq];
+        for refused in [&repin[..], &["unpin", "late"]] {
+            let told = place.nbdtrack(refused);
+            let says = |why: &Trouble| {
+                why.0.contains("'nbdtrack sessions late' lists them") && !why.0.contains("share")
+            };
+            hold!(told.as_ref().is_err_and(says), "{refused:?}: {told:?}");
+        }
+        hold!(client.read(0, &mut [0; 512])? == Ok(()), "it goes on");
+        // And others come as before.
+        Client::open(&place.home.endpoint(), "late")?;
+        drop(client);
+        until(STEP_LIMIT, "the clients to be gone", || {
+            let sessions = place.nbdtrack(&["--json", "sessions", "late"])?;
+            Ok((!sessions.contains("peer")).then_some(()))
+        })?;
         place.nbdtrack(&["unpin", "late"])?;
         place.caller.reach_state("late", "Failed", STEP_LIMIT)?;
         Ok(())
